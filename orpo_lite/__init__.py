@@ -1,0 +1,29 @@
+"""ORPO (Odds Ratio Preference Optimization, arXiv 2403.07691) with QLoRA on one consumer GPU.
+
+Public names load lazily: `import orpo_lite` imports neither torch nor transformers.
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from orpo_lite.config import ORPOConfig
+    from orpo_lite.loss import orpo_loss
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.trainer import ORPOTrainer
+
+__version__ = "0.1.0"
+__all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
+
+_HOMES = {
+    "ORPOConfig": "orpo_lite.config",
+    "ORPOTrainer": "orpo_lite.trainer",
+    "Recipe": "orpo_lite.recipe",
+    "orpo_loss": "orpo_lite.loss",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'orpo_lite' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
