@@ -25,6 +25,8 @@ from pydantic import (
     model_validator,
 )
 
+from orpo_lite.errors import RequestError
+
 PACKAGE = Path(__file__).parent
 BUILTIN = "builtin:"  # a path inside the installed package, for example builtin:quickstart/model
 
@@ -32,7 +34,7 @@ Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-class RecipeError(ValueError):
+class RecipeError(RequestError):
     """A recipe that cannot be run. The message lists every problem found, one a line."""
 
     def __init__(self, source: str, problems: list[str]):

@@ -1,0 +1,44 @@
+"""`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`.
+
+Help is printed from the table below and a command's module is imported only when it runs, so that --help stays quick.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "recipes": "list the shipped recipes and what each needs",
+    "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
+    "train": "train an adapter with ORPO as a recipe says",
+    "evaluate": "compare base and adapter of a run on the held-out pairs",
+    "merge": "merge an adapter into its base: a plain transformers model",
+}
+
+
+def main() -> None:
+    """Entry point of the `orpo-lite` console script."""
+    from orpo_lite import __version__
+
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in COMMANDS:
+        from orpo_lite.cli import run_command
+
+        sys.argv[:2] = [f"orpo-lite {name}"]
+        run_command(importlib.import_module(f"orpo_lite.{name}").command)
+    elif name in ("-V", "--version"):
+        print(f"orpo-lite {__version__}")
+    elif name in ("-h", "--help"):
+        width = max(map(len, COMMANDS))
+        print("usage: orpo-lite COMMAND [ARGUMENTS]    (orpo-lite COMMAND --help for its arguments)\n")
+        print("\n".join(f"  {command:<{width}}  {purpose}" for command, purpose in COMMANDS.items()))
+    else:
+        from orpo_lite.recipe import nearest
+
+        print(f"error: no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
