@@ -10,6 +10,7 @@ import functools
 import json
 import math
 import typing
+from enum import EnumMeta
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -322,6 +323,8 @@ def shipped_recipes() -> dict[str, Path]:
 def find_recipe(source: str | Path) -> Path:
     """The YAML file behind a shipped name, a path or a run folder."""
     path, shipped = Path(source), shipped_recipes()
+    if str(source) in shipped:  # before the folders, so that a run folder called quickstart does not hide the recipe
+        return shipped[str(source)]
     if path.is_dir():
         path = path / "recipe.yaml"
         if not path.is_file():
@@ -331,8 +334,6 @@ def find_recipe(source: str | Path) -> Path:
         if not path.is_file():
             raise RecipeError(str(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
         return path
-    if str(source) in shipped:
-        return shipped[str(source)]
     raise RecipeError(
         str(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
     )
@@ -387,6 +388,15 @@ def check_training_field(key: str, value: Any) -> Any:
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
+    # their types are `Enum | str`: without this, a misspelt choice would pass here and fail once the model is loaded
+    choices = [
+        choice.value for option in typing.get_args(fields[key]) if isinstance(option, EnumMeta) for choice in option
+    ]
+    value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
+    if choices and isinstance(value, str) and value not in choices:
+        raise ValueError(
+            f"training.{key}: found {value!r}{nearest(value, choices)}, expected one of {', '.join(choices)}"
+        )
     try:
         clean = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:

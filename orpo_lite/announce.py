@@ -1,0 +1,200 @@
+"""What a run says of itself: before it starts, when it is done, and in run.json."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import math
+import platform
+from typing import TYPE_CHECKING, Any
+
+import torch
+from rich.markup import escape
+from rich.table import Table
+
+from orpo_lite.cli import console
+from orpo_lite.evaluate import show
+from orpo_lite.measure import peak_memory_bytes
+from orpo_lite.model import BaseFacts, trainable_share
+
+if TYPE_CHECKING:
+    from orpo_lite.data import Pairs
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.runfolder import RunFolder
+    from orpo_lite.trainer import ORPOTrainer
+
+PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+def resolved(
+    recipe: Recipe,
+    pairs: Pairs,
+    facts: BaseFacts,
+    trainer: ORPOTrainer,
+    checkpointing: int | None,
+    folder: RunFolder | None,
+) -> None:
+    """Print every derived number before anything is spent."""
+    args = trainer.args
+    steps, batch = total_steps(trainer), effective_batch(trainer)
+    trainable, total = trainable_share(trainer.model)
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+
+    def row(name: str, value: Any) -> None:
+        table.add_row(name, escape(str(value)))
+
+    row("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name)
+    row(
+        "run folder",
+        "none: dry run"
+        if folder is None
+        else f"{folder.path}" + (" (going on from its newest checkpoint)" if folder.checkpoint else ""),
+    )
+    row("base model", recipe.model.name_or_path + (f" at {recipe.model.revision}" if recipe.model.revision else ""))
+    for sentence in facts.sentences:
+        row("", sentence)
+    row("adapter", describe_adapter(recipe))
+    row("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})")
+    row("data", f"{len(pairs.train):,} training pairs, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
+    for line in str(pairs.report).splitlines():
+        row("", line)
+    row("layout", "padded: 2 right-padded rows a pair")
+    row(
+        "loss",
+        f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over the {'optimizer step' if recipe.orpo.nll_mean == 'window' else 'micro-batch'}",
+    )
+    row(
+        "batch",
+        f"{args.per_device_train_batch_size} pairs x {args.gradient_accumulation_steps} accumulation x {args.world_size} processes = {batch} pairs a step",
+    )
+    row(
+        "steps",
+        f"{steps:,} ({steps * batch / max(1, len(pairs.train)):.2f} epochs), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
+    )
+    row("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers"))
+    console.print(table)
+
+
+def name_of(value: Any) -> str:
+    return str(getattr(value, "value", value))
+
+
+def describe_adapter(recipe: Recipe) -> str:
+    a = recipe.adapter
+    if a is None:
+        return "none: full fine-tuning"
+    if a.init_from:
+        return f"going on from {a.init_from}"
+    kind = "DoRA" if a.use_dora else "rsLoRA" if a.use_rslora else "LoRA"
+    init = "" if a.init_lora_weights is True else f", init {a.init_lora_weights}"
+    plus = f", LoRA+ ratio {a.loraplus_lr_ratio:g}" if a.loraplus_lr_ratio else ""
+    return f"{kind}, r={a.r}, alpha={a.alpha:g}, on {a.target_modules}{init}{plus}"
+
+
+def effective_batch(trainer: ORPOTrainer) -> int:
+    args = trainer.args
+    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
+def total_steps(trainer: ORPOTrainer) -> int:
+    """Optimizer steps of the run."""
+    args = trainer.args
+    if args.max_steps > 0:
+        return args.max_steps
+    micro = math.ceil(len(trainer.train_dataset) / (args.per_device_train_batch_size * args.world_size))  # type: ignore[arg-type]
+    return math.ceil(math.ceil(micro / args.gradient_accumulation_steps) * args.num_train_epochs)
+
+
+def first_step(trainer: ORPOTrainer) -> None:
+    """Forward and backward of the first optimizer step, and no step: what a dry run ends with."""
+    trainer.model.train()
+    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
+    batches, totals = trainer.get_batch_samples(
+        iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, trainer.args.device
+    )
+    loss = 0.0
+    for batch in batches:
+        part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=totals)
+        part.backward()
+        loss += part.item()
+    trainer.model.zero_grad()
+    peak = peak_memory_bytes(trainer.args.device) / 1e9
+    console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak:.2f} GB; nothing was written")
+
+
+def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer) -> dict[str, Any]:
+    """The part of run.json that is known without training."""
+    device = trainer.args.device
+    trainable, total = trainable_share(trainer.model)
+    return {
+        "name": recipe.name,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "processes": trainer.args.world_size,
+        "seed": trainer.args.seed,
+        "base_model": {
+            "name_or_path": recipe.model.name_or_path,
+            "revision": recipe.model.revision,
+            "commit": getattr(trainer.model.config, "_commit_hash", None),
+            "facts": facts.sentences,
+        },
+        "data": {
+            "fingerprint": pairs.fingerprint,
+            "sources": pairs.shapes,
+            "train_pairs": len(pairs.train),
+            "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
+            "drops": pairs.report.as_dict(),
+        },
+        "layout": {"name": "padded", "why": "the reference layout"},
+        "parameters": {"trainable": trainable, "total": total},
+        "effective_batch": effective_batch(trainer),
+    }
+
+
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def which_adapter(trainer: ORPOTrainer) -> str:
+    """Whether the weights left in the run folder are the last or the best by evaluation."""
+    best = trainer.state.best_model_checkpoint
+    if trainer.args.load_best_model_at_end and best:
+        return f"best by {trainer.args.metric_for_best_model}: {trainer.state.best_metric:.4f} at step {trainer.state.best_global_step}"
+    return f"last, step {trainer.state.global_step}"
+
+
+def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
+    """Results, sample answers, and what to type next."""
+    before, after = facts["eval"]["before"], facts["eval"]["after"]
+    console.print()
+    if before and after:
+        show(before, after)
+    old, new = facts["rule"]["before"], facts["rule"]["after"]
+    if old and new:
+        count = len(facts["samples"]["after"])
+        console.print(
+            f"greedy answers in the chosen style: {old['chosen']:.0%} before, {new['chosen']:.0%} after ({count} held-out prompts)"
+        )
+    for first, last in list(zip(facts["samples"]["before"], facts["samples"]["after"], strict=True))[:3]:
+        console.print(f"\n[dim]{escape(printable(first['prompt'][-300:]))}[/]")
+        console.print(f"  [bold]before[/] {escape(printable(first['answer'][:300]))}")
+        console.print(f"  [bold]after [/] {escape(printable(last['answer'][:300]))}")
+    console.print(
+        f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
+        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"
+    )
+    merged = folder.path.with_name(f"{folder.path.name}-merged")
+    console.print(
+        f"  python -m orpo_lite.evaluate {folder.path}\n  python -m orpo_lite.merge {folder.path} --output {merged}",
+        soft_wrap=True,
+    )
+
+
+def printable(text: str) -> str:
+    """Model output without control characters, which a terminal would obey."""
+    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

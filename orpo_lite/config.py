@@ -1,0 +1,121 @@
+"""ORPOConfig: transformers.TrainingArguments, TRL's ORPO fields by TRL's names, and ours."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+import torch
+from transformers import TrainingArguments
+
+from orpo_lite.model import choose_precision
+
+logger = logging.getLogger(__name__)
+
+CHECKPOINTING = "activation_checkpointing"
+"""transformers 5.23 renamed gradient_checkpointing to this; before, only the old name exists."""
+RENAMED = CHECKPOINTING in {f.name for f in fields(TrainingArguments)}
+
+
+def _help(text: str, **default: Any) -> Any:
+    return field(metadata={"help": text}, **default)
+
+
+@dataclass
+class ORPOConfig(TrainingArguments):
+    """Arguments of an ORPO run: `ORPOConfig(output_dir="out", beta=0.1, max_length=1024)`.
+
+    Takes every field of transformers.TrainingArguments and of trl.experimental.orpo.ORPOConfig, with TRL's defaults
+    (learning_rate 1e-6, logging_steps 10, checkpointing on), except that the precision follows the device: bf16 from
+    compute capability 8.0, fp16 below, float32 on the CPU, unless `fp16` or `bf16` says otherwise; and that
+    `logging_nan_inf_filter` is off, so that a NaN loss is shown as one.
+
+    Raises:
+        ValueError: a field outside its range; the message names it, what was found and what was expected.
+    """
+
+    _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "template_kwargs"]
+
+    learning_rate: float = _help("Initial learning rate. TRL's default is far too low for LoRA.", default=1e-6)
+    logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", default=10)
+    bf16: bool | None = _help("bfloat16 autocast; unset, chosen by the device.", default=None)
+    fp16: bool | None = _help("float16 autocast with loss scaling; unset, chosen by the device.", default=None)
+    gradient_checkpointing: bool | None = _help(
+        "Recompute activations in the backward pass; on unless set.", default=None
+    )
+    logging_nan_inf_filter: bool = _help("Show the running mean in place of a NaN loss.", default=False)
+
+    max_length: int | None = _help("Tokens of prompt and completion together.", default=1024)
+    max_prompt_length: int | None = _help("Tokens of the prompt; unset leaves it to max_length.", default=None)
+    max_completion_length: int | None = _help("Tokens of the completion (encoder-decoder models: 128).", default=None)
+    overlong: str = _help("truncate, TRL's cut, or drop: what to do with a longer pair.", default="truncate")
+    completion_end: str = _help("trl, or turn: cut the completion after the first end-of-turn token.", default="trl")
+    template_kwargs: dict[str, Any] | str | None = _help("Variables given to the chat template.", default=None)
+    beta: float = _help("Weight of the odds-ratio term, lambda in the paper.", default=0.1)
+    nll_scope: str = _help("prompt+chosen, as in TRL, or chosen: the labels of the NLL term.", default="prompt+chosen")
+    nll_mean: str = _help(
+        "window: means over the optimizer step; micro: TRL's mean of micro-batch means.", default="window"
+    )
+    layout: str = _help("auto or padded: how pairs become a batch.", default="auto")
+    disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
+    padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
+    generate_during_eval: bool = _help(
+        "Answer a batch of held-out prompts at each evaluation and log them.", default=False
+    )
+    is_encoder_decoder: bool | None = _help("Kind of the model that model_init returns.", default=None)
+    model_init_kwargs: dict[str, Any] | str | None = _help(
+        "Arguments of from_pretrained for a model given by name.", default=None
+    )
+    trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
+    dataset_num_proc: int | None = _help("Processes for tokenising.", default=None)
+    head_chunk: int | None = _help("Rows of logits held at a time; unset chooses by vocabulary.", default=None)
+    checkpointed_layers: int | None = _help(
+        "With checkpointing on, only the first so many layers; unset means all.", default=None
+    )
+    loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
+
+    def __post_init__(self) -> None:
+        expected = {
+            "overlong": ("truncate", "drop"),
+            "completion_end": ("trl", "turn"),
+            "nll_scope": ("prompt+chosen", "chosen"),
+            "nll_mean": ("window", "micro"),
+            "layout": ("auto", "padded"),
+        }
+        for name, choices in expected.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
+        if not self.beta >= 0:
+            raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
+        self._choose_precision()
+        self._choose_checkpointing()
+        # pinning helps copies to a GPU, and without one torch warns at every loader
+        self.dataloader_pin_memory = self.dataloader_pin_memory and torch.cuda.is_available()
+        super().__post_init__()
+
+    def _choose_precision(self) -> None:
+        """Autocast by what the device can do; a request that it cannot serve is changed aloud."""
+        here = choose_precision("auto", "cpu" if self.use_cpu else None)
+        if self.bf16 and not here.bf16:
+            logger.warning("bf16=True, but %s: training in %s", here.why, "fp16" if here.fp16 else "float32")
+            self.bf16, self.fp16 = False, here.fp16
+        elif self.bf16 is None and self.fp16 is None:
+            self.bf16, self.fp16 = here.bf16, here.fp16
+        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+
+    def _choose_checkpointing(self) -> None:
+        """Take the old name or the new one and hand transformers the one that it wants, so that it warns of nothing."""
+        if RENAMED:
+            if getattr(self, CHECKPOINTING) is None:
+                setattr(self, CHECKPOINTING, self.gradient_checkpointing is not False)
+            self.gradient_checkpointing = None
+            if self.gradient_checkpointing_kwargs and not self.activation_checkpointing_kwargs:
+                self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs = (
+                    self.gradient_checkpointing_kwargs,
+                    None,
+                )
+        elif self.gradient_checkpointing is None:
+            self.gradient_checkpointing = True

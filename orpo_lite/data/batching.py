@@ -1,0 +1,192 @@
+"""Tokenised pairs -> one batch. Every layout hands the loss the same thing: which rows carry which label for whom."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+Row = dict[str, Any]
+
+
+class Segment(NamedTuple):
+    """Where a pair lies in the packed row, in tokens."""
+
+    start: int
+    prefix: int
+    chosen: int
+    """Tokens of the chosen sequence after the prefix."""
+    rejected: int
+    """Tokens of the rejected sequence after the prefix."""
+
+
+@dataclass
+class PaddedCollator:
+    """Pairs as 2B right-padded sequences, all chosen first: TRL's layout, and the reference for the others.
+
+    Args:
+        pad_token_id: fills the end of short sequences; never a label, since labels come from lengths.
+        nll_scope: prompt+chosen or chosen.
+        decoder_start_token_id: set for encoder-decoder models: prompts go to the encoder, completions are the labels.
+
+    A batch of B pairs holds:
+        input_ids, attention_mask: (2B, L) int64; for encoder-decoders the prompts, with decoder_input_ids (2B, D).
+        label_rows: (N,) flat index of the hidden state that predicts each label.
+        label_ids: (N,) the labels.
+        chosen_pair, rejected_pair, nll_pair: (N,) the pair (0 to B-1) for whose chosen completion, rejected
+            completion or NLL the label counts, else -1.
+        pair_rows: (B,) index of each pair in its source.
+    """
+
+    pad_token_id: int
+    nll_scope: str = "prompt+chosen"
+    decoder_start_token_id: int | None = None
+
+    def __call__(self, pairs: list[Row]) -> dict[str, Tensor]:
+        if self.decoder_start_token_id is not None:
+            return self._encoder_decoder(pairs, self.decoder_start_token_id)
+        sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
+        starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
+        batch = self._pad(sequences)
+        width = batch["input_ids"].shape[1]
+        labels = LabelList()
+        for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+            pair, chosen = i % len(pairs), i < len(pairs)
+            # a row predicts the token after it, so the first token of a sequence is nobody's label
+            first = 1 if chosen and self.nll_scope == "prompt+chosen" else max(start, 1)
+            for t in range(first, len(ids)):
+                mine = pair if t >= start else -1
+                labels.add(
+                    i * width + t - 1, ids[t], mine if chosen else -1, -1 if chosen else mine, pair if chosen else -1
+                )
+        return batch | labels.tensors() | {"pair_rows": pair_rows(pairs)}
+
+    def _encoder_decoder(self, pairs: list[Row], start_token: int) -> dict[str, Tensor]:
+        batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
+        completions = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
+        decoder = self._pad([[start_token, *ids[:-1]] for ids in completions])["input_ids"]
+        labels = LabelList()
+        for i, ids in enumerate(completions):
+            pair, chosen = i % len(pairs), i < len(pairs)
+            for t, token in enumerate(ids):
+                labels.add(
+                    i * decoder.shape[1] + t,
+                    token,
+                    pair if chosen else -1,
+                    -1 if chosen else pair,
+                    pair if chosen else -1,
+                )
+        return batch | {"decoder_input_ids": decoder} | labels.tensors() | {"pair_rows": pair_rows(pairs)}
+
+    def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
+        ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
+        mask = torch.zeros_like(ids)
+        for i, sequence in enumerate(sequences):
+            ids[i, : len(sequence)] = torch.as_tensor(sequence)
+            mask[i, : len(sequence)] = 1
+        return {"input_ids": ids, "attention_mask": mask}
+
+
+@dataclass
+class PackedCollator:
+    """Pairs end to end in one row, nothing padded: `[common prefix | rest of chosen | rest of rejected]` a pair.
+
+    The prefix is the longest common token prefix of the two sequences, so completions that open alike share that too.
+    With `share` off both sequences stand whole, each seeing only itself.
+
+    Args:
+        nll_scope: prompt+chosen or chosen.
+        share: compute the prefix once for both sequences.
+
+    A batch holds what PaddedCollator's does, and
+        input_ids, position_ids: (1, T); positions restart at each pair, and the rejected branch goes on from the prefix.
+        attention_mask: (1, T), 2 where a token stands for both sequences, so that a router's auxiliary loss, which
+            weighs by it, counts what it counts in the padded layout.
+        segments: a `Segment` for each pair.
+    """
+
+    nll_scope: str = "prompt+chosen"
+    share: bool = True
+
+    def __call__(self, pairs: list[Row]) -> dict[str, Any]:
+        ids: list[int] = []
+        positions: list[int] = []
+        weights: list[int] = []
+        segments: list[Segment] = []
+        labels = LabelList()
+        for pair, row in enumerate(pairs):
+            chosen, rejected = list(row["chosen_ids"]), list(row["rejected_ids"])
+            prefix = common_prefix(chosen, rejected) if self.share else 0
+            segment = Segment(len(ids), prefix, len(chosen) - prefix, len(rejected) - prefix)
+            self._label(labels, pair, row, segment)
+            segments.append(segment)
+            ids += chosen + rejected[prefix:]
+            positions += [*range(len(chosen)), *range(prefix, len(rejected))]
+            weights += [2] * prefix + [1] * (segment.chosen + segment.rejected)
+        tensors = {"input_ids": ids, "position_ids": positions, "attention_mask": weights}
+        batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in tensors.items()}
+        return batch | labels.tensors() | {"pair_rows": pair_rows(pairs), "segments": segments}
+
+    def _label(self, labels: LabelList, pair: int, row: Row, segment: Segment) -> None:
+        start, prefix, chosen = segment.start, segment.prefix, row["chosen_ids"]
+        first = 1 if self.nll_scope == "prompt+chosen" else max(row["chosen_start"], 1)
+        # a label inside the prefix belongs to both sequences, and may start counting for either first
+        for t in range(max(1, min(first, row["chosen_start"], row["rejected_start"])), len(chosen)):
+            for_chosen = pair if t >= row["chosen_start"] else -1
+            for_rejected = pair if row["rejected_start"] <= t < prefix else -1
+            in_nll = pair if t >= first else -1
+            if (for_chosen, for_rejected, in_nll) != (-1, -1, -1):
+                labels.add(start + t - 1, chosen[t], for_chosen, for_rejected, in_nll)
+        for t in range(max(1, prefix, row["rejected_start"]), len(row["rejected_ids"])):
+            before = t - 1 if t == prefix else len(chosen) + t - 1 - prefix
+            labels.add(start + before, row["rejected_ids"][t], -1, pair, -1)
+
+
+def common_prefix(a: list[int], b: list[int]) -> int:
+    """Length of the longest common prefix."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+class LabelList:
+    """Label rows as they are laid out, one column a field."""
+
+    FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[int, ...]] = []
+
+    def add(self, row: int, label: int, chosen_pair: int, rejected_pair: int, nll_pair: int) -> None:
+        self.entries.append((row, label, chosen_pair, rejected_pair, nll_pair))
+
+    def tensors(self) -> dict[str, Tensor]:
+        columns = torch.tensor(self.entries, dtype=torch.int64).reshape(-1, len(self.FIELDS))
+        return {name: columns[:, i].contiguous() for i, name in enumerate(self.FIELDS)}
+
+
+def pair_rows(pairs: list[Row]) -> Tensor:
+    return torch.tensor([p.get("row", -1) for p in pairs], dtype=torch.int64)
+
+
+def from_trl(batch: dict[str, Any], collator: PaddedCollator) -> dict[str, Tensor]:
+    """A batch of TRL's DPO collator (or a user's own of that form) as one of ours."""
+
+    def unpad(name: str, i: int, keep: Tensor) -> list[int]:
+        return batch[name][i][keep[i].bool()].tolist()
+
+    pairs: list[Row] = []
+    for i in range(len(batch["chosen_labels"])):
+        pair: Row = {}
+        for side in ("chosen", "rejected"):
+            labels = batch[f"{side}_labels"]
+            if collator.decoder_start_token_id is not None:
+                pair[f"{side}_ids"] = unpad(f"{side}_labels", i, labels != -100)
+                continue
+            mask = batch[f"{side}_attention_mask"]
+            pair[f"{side}_ids"] = unpad(f"{side}_input_ids", i, mask)
+            pair[f"{side}_start"] = int((labels[i][mask[i].bool()] == -100).sum())
+        if collator.decoder_start_token_id is not None:
+            pair["prompt_ids"] = unpad("prompt_input_ids", i, batch["prompt_attention_mask"])
+        pairs.append(pair)
+    return collator(pairs)

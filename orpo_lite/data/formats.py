@@ -1,0 +1,366 @@
+"""Every shape of preference row -> one Pair: prompt, chosen, rejected, tools.
+
+A row's shape is read off its columns and types; `to_pair` converts it or raises Dropped with the reason.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any, NamedTuple
+
+from orpo_lite.data.drops import EMPTY, EMPTY_PROMPT, EQUAL, PROMPTS_DIFFER, WRONG_TYPES, Dropped
+
+EXPLICIT = "conversations, explicit prompt"
+IMPLICIT = "conversations, implicit prompt"
+ULTRAFEEDBACK = "prompt string and conversations (UltraFeedback)"
+SHAREGPT = "ShareGPT"
+ALPACA = "Alpaca"
+STRINGS = "strings, explicit prompt"
+BARE_STRINGS = "strings, implicit prompt"
+HH = "Anthropic HH strings"
+
+# a source holds rows of one family: within it shapes may mix, across it the answers would be rendered differently
+FAMILY = dict.fromkeys((EXPLICIT, IMPLICIT, ULTRAFEEDBACK, SHAREGPT, ALPACA), "conversations") | {
+    shape: shape for shape in (STRINGS, BARE_STRINGS, HH)
+}
+COLUMNS = ("prompt", "chosen", "rejected", "tools", "system", "conversations", "instruction", "input", "history",
+           "chat_template_kwargs")  # fmt: skip
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+         "observation": "tool", "function_response": "tool"}  # fmt: skip
+KNOWN_ROLES = {"user", "assistant", "system", "tool", "function_call", *ROLES}
+
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+HH_ANSWER = "\n\nAssistant:"
+
+Messages = list[dict[str, Any]]
+
+
+class Pair(NamedTuple):
+    """A preference pair. Messages get the chat template; strings are tokenised as they are."""
+
+    prompt: Messages | str
+    chosen: Messages | str
+    rejected: Messages | str
+    tools: list[dict[str, Any]] | None = None
+    template_kwargs: dict[str, Any] = {}
+
+    @property
+    def chat(self) -> bool:
+        return isinstance(self.prompt, list)
+
+    @property
+    def prompt_text(self) -> str:
+        """The prompt's words without template, system turns and outer space: equal for equal prompts in any shape."""
+        turns = self.prompt if isinstance(self.prompt, list) else text_turns(self.prompt)
+        return "\0".join(str(turn.get("content", "")).strip() for turn in turns if turn["role"] != "system")
+
+
+def row_shape(row: Any) -> str | None:
+    """The shape of one row, or None if it is not a preference row."""
+    if not isinstance(row, dict):
+        return None
+    sides = [row.get("chosen"), row.get("rejected")]
+    side = next((value for value in sides if value is not None), None)
+    prompt = row.get("prompt")
+    if not isinstance(side, str | list | dict):
+        return None
+    if prompt is None and isinstance(row.get("conversations"), list):
+        return SHAREGPT
+    if prompt is None and isinstance(row.get("instruction"), str):
+        return ALPACA if isinstance(side, str) else None
+    if isinstance(prompt, list | dict):
+        return EXPLICIT
+    if not isinstance(side, str):
+        return IMPLICIT if prompt is None else ULTRAFEEDBACK if isinstance(prompt, str) else None
+    if all(isinstance(value, str) and is_hh(value) for value in sides if value is not None):
+        return HH
+    return BARE_STRINGS if prompt is None else STRINGS if isinstance(prompt, str) else None
+
+
+def detect(rows: Iterable[Any]) -> str | None:
+    """The most frequent shape among the rows; None if none of them is a preference row."""
+    counts = Counter(shape for row in rows if (shape := row_shape(row)))
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def to_pair(row: Any, source_shape: str, *, strict: bool, apply_template: bool, tool_calls: bool) -> Pair:
+    """Convert one row.
+
+    Args:
+        row: as read, columns already renamed to the standard names.
+        source_shape: the shape of its source; a row of another family is refused.
+        strict: drop what a curated data set should not hold (empty turns, equal sides, prompts that differ); without
+            it rows are taken as TRL takes them.
+        apply_template: turn plain strings into one user and one assistant turn, HH strings into their turns.
+        tool_calls: whether the template renders `tool_calls`; if not, ShareGPT function calls stay text.
+
+    Raises:
+        Dropped: the row cannot or should not be trained on.
+    """
+    shape = row_shape(row)
+    if isinstance(row, dict):
+        for side in ("chosen", "rejected"):
+            if row.get(side) is None:
+                raise Dropped(EMPTY, f"{side} is missing")
+            if not isinstance(row[side], str | list | dict):
+                raise Dropped(WRONG_TYPES, f"{side} is {kind(row[side])}, expected text or messages")
+    if shape is None or FAMILY[shape] != FAMILY[source_shape]:
+        found = f"columns {describe_columns(row)}" if isinstance(row, dict) else kind(row)
+        raise Dropped(WRONG_TYPES, f"found {shape or found}, the source is {source_shape}")
+    if FAMILY[shape] == "conversations":
+        prompt, chosen, rejected = conversation_sides(row, shape, strict, tool_calls)
+    else:
+        prompt, chosen, rejected = string_sides(row, shape, strict)
+        if apply_template:
+            system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
+            turns = text_turns(prompt)
+            prompt = (system if turns[0]["role"] != "system" and system and system[0]["content"] else []) + turns
+            chosen, rejected = (
+                [{"role": "assistant", "content": side.strip() if shape == HH else side}] for side in (chosen, rejected)
+            )
+    kwargs = row.get("chat_template_kwargs") or {}
+    if not isinstance(kwargs, dict):
+        raise Dropped(WRONG_TYPES, f"chat_template_kwargs is {kind(kwargs)}, expected a mapping")
+    pair = Pair(prompt, chosen, rejected, read_tools(row.get("tools")), kwargs)
+    check(pair, strict)
+    return pair
+
+
+def conversation_sides(
+    row: dict[str, Any], shape: str, strict: bool, tool_calls: bool
+) -> tuple[Messages, Messages, Messages]:
+    chosen = messages(row["chosen"], "chosen", tool_calls)
+    rejected = messages(row["rejected"], "rejected", tool_calls)
+    system: Messages = []
+    if isinstance(row.get("system"), str) and row["system"].strip() and (strict or shape in (SHAREGPT, ALPACA)):
+        system = [{"role": "system", "content": row["system"]}]
+    if shape == ALPACA:
+        prompt = alpaca_prompt(row)
+    elif shape == SHAREGPT:
+        prompt = messages(row["conversations"], "conversations", tool_calls)
+    elif shape == EXPLICIT:
+        prompt = messages(row["prompt"], "prompt", tool_calls)
+    elif (
+        shape == ULTRAFEEDBACK
+        and row["prompt"].strip()
+        and all(s and s[0]["role"] == "assistant" for s in (chosen, rejected))
+    ):
+        prompt = [{"role": "user", "content": checked_text(row["prompt"], "prompt")}]
+    else:
+        prompt = None
+    # the answers of some data sets open with the prompt, or with the part of it that the prompt column lacks
+    if (
+        prompt is not None
+        and strict
+        and all(side and side[0]["role"] in ("system", "user") for side in (chosen, rejected))
+    ):
+        chosen, rejected = (side if side[: len(prompt)] == prompt else prompt + side for side in (chosen, rejected))
+        prompt = None
+    if prompt is None:
+        prompt, chosen, rejected = split_conversations(chosen, rejected, strict)
+    if system and (not prompt or prompt[0]["role"] != "system"):
+        prompt = system + prompt
+    return prompt, chosen, rejected
+
+
+def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> tuple[Messages, Messages, Messages]:
+    """Split two whole conversations at their last assistant turn."""
+    for side, turns in (("chosen", chosen), ("rejected", rejected)):
+        if not turns:
+            raise Dropped(EMPTY, f"{side} holds no turn")
+        if turns[-1]["role"] != "assistant":
+            raise Dropped(WRONG_TYPES, f"{side} ends with a {turns[-1]['role']} turn, expected assistant")
+    if chosen[:-1] == rejected[:-1]:
+        return chosen[:-1], chosen[-1:], rejected[-1:]
+    common = 0
+    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
+        common += 1
+    if strict or not common:
+        raise Dropped(PROMPTS_DIFFER, f"chosen and rejected part at turn {common + 1}, before the last answer")
+    return chosen[:common], chosen[common:], rejected[common:]
+
+
+def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, str, str]:
+    chosen, rejected = (checked_text(row[side], side) for side in ("chosen", "rejected"))
+    if shape == STRINGS:
+        return checked_text(row["prompt"], "prompt"), chosen, rejected
+    if not chosen or not rejected:
+        raise Dropped(EMPTY, f"{'rejected' if chosen else 'chosen'} is empty")
+    if shape == BARE_STRINGS:
+        return split_strings(chosen, rejected)
+    cuts = [text.rfind(HH_ANSWER) + len(HH_ANSWER) for text in (chosen, rejected)]
+    prompt, other = chosen[: cuts[0]], rejected[: cuts[1]]
+    if prompt != other:
+        if not strict:
+            return split_strings(chosen, rejected)
+        place = len(os.path.commonprefix([chosen, rejected]))
+        raise Dropped(PROMPTS_DIFFER, f"they part at {chosen[place : place + 30]!r} / {rejected[place : place + 30]!r}")
+    answers = chosen[cuts[0] :], rejected[cuts[1] :]
+    if strict:
+        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+            if HH_TURN.search(answer):
+                raise Dropped(WRONG_TYPES, f"{side} ends with a Human turn, expected Assistant")
+        check_turns(text_turns(prompt))
+    return prompt, *answers
+
+
+def split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
+    """TRL's rule for strings without a prompt column: the common prefix, less a space at its end."""
+    cut = len(os.path.commonprefix([chosen, rejected]))
+    if cut == min(len(chosen), len(rejected)):
+        cut -= 1  # one string opens the other: TRL leaves at least a character
+    elif cut and chosen[cut - 1] == " ":
+        cut -= 1
+    return chosen[:cut], chosen[cut:], rejected[cut:]
+
+
+def is_hh(text: str) -> bool:
+    return text.lstrip().startswith("Human:") and HH_ANSWER in text
+
+
+def text_turns(prompt: str) -> Messages:
+    """A prompt string as messages: the turns of an HH string, else one user turn."""
+    if not prompt.lstrip().startswith("Human:"):
+        return [{"role": "user", "content": prompt}]
+    parts = HH_TURN.split("\n\n" + prompt.lstrip())
+    turns = [
+        {"role": "user" if role == "Human" else "assistant", "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def alpaca_prompt(row: dict[str, Any]) -> Messages:
+    turns: Messages = []
+    for past in row.get("history") or []:
+        if not (isinstance(past, list | tuple) and len(past) == 2 and all(isinstance(text, str) for text in past)):
+            raise Dropped(WRONG_TYPES, "history is not a list of [instruction, answer]")
+        turns += [{"role": "user", "content": past[0]}, {"role": "assistant", "content": past[1]}]
+    parts = [row["instruction"], row.get("input") or ""]
+    if not isinstance(parts[1], str):
+        raise Dropped(WRONG_TYPES, f"input is {kind(parts[1])}, expected text")
+    return [
+        *turns,
+        {"role": "user", "content": "\n\n".join(checked_text(part, "instruction") for part in parts if part)},
+    ]
+
+
+def messages(value: Any, place: str, tool_calls: bool) -> Messages:
+    """Messages in role/content or from/value form -> role/content, without null fields."""
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(value)}, expected messages")
+    return [message(item, f"{place}[{number}]", tool_calls) for number, item in enumerate(value)]
+
+
+def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(item)}, expected a message")
+    fields = {key: value for key, value in item.items() if value is not None}
+    if "role" not in fields and "from" in fields:
+        if fields["from"] not in KNOWN_ROLES:
+            raise Dropped(
+                WRONG_TYPES, f"{place} is from {str(fields['from'])[:40]!r}, expected human, gpt, system, ..."
+            )
+        fields = {"role": fields["from"], "content": fields.get("value")}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str):
+        raise Dropped(WRONG_TYPES, f"{place} has no role (found {describe_columns(item)})")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and fields.get("tool_calls"):
+        return fields | {"role": ROLES.get(role, role)}
+    if not isinstance(content, str):
+        raise Dropped(WRONG_TYPES, f"{place} has {kind(content)} as content, expected text")
+    checked_text(content, place)
+    if role == "function_call":
+        calls = parse_calls(content) if tool_calls else None
+        return {"role": "assistant", "content": content} if calls is None else {
+            "role": "assistant", "content": "", "tool_calls": calls}  # fmt: skip
+    return fields | {"role": ROLES.get(role, role), "content": content}
+
+
+def parse_calls(content: str) -> list[dict[str, Any]] | None:
+    """ShareGPT's function_call text as OpenAI-style tool calls; None if it is something else."""
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return None
+    return [{"type": "function", "function": {"arguments": {}} | call} for call in calls]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools column: a list of schemas, of JSON strings, or one JSON string; None if empty."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        value = [value] if isinstance(value, dict) else value or None
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in value] if value else None
+    except (ValueError, RecursionError, TypeError):
+        raise Dropped(WRONG_TYPES, "tools is not readable as JSON") from None
+    if tools and not all(isinstance(tool, dict) for tool in tools):
+        raise Dropped(WRONG_TYPES, "tools is not a list of function schemas")
+    return tools
+
+
+def check(pair: Pair, strict: bool) -> None:
+    """Raise Dropped for what is in no state to be rendered, and if strict for what should not be trained on."""
+    if isinstance(pair.prompt, list):
+        if not pair.prompt:
+            raise Dropped(EMPTY_PROMPT, "the prompt holds no turn")
+        if pair.prompt[-1]["role"] not in ("user", "tool", "assistant"):
+            raise Dropped(WRONG_TYPES, f"the prompt ends with a {pair.prompt[-1]['role']} turn")
+        if strict:
+            check_turns(pair.prompt)
+    elif strict and not pair.prompt.strip():
+        raise Dropped(EMPTY_PROMPT, "the prompt is empty")
+    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
+        if isinstance(side, list):
+            if not side:
+                raise Dropped(EMPTY, f"{name} holds no turn")
+            if strict and side[-1]["role"] != "assistant":
+                raise Dropped(WRONG_TYPES, f"{name} ends with a {side[-1]['role']} turn, expected assistant")
+            if strict and not any(turn.get("tool_calls") or turn.get("content", "").strip() for turn in side):
+                raise Dropped(EMPTY, f"{name} is empty")
+        elif strict and not side.strip():
+            raise Dropped(EMPTY, f"{name} is empty")
+    if strict and pair.chosen == pair.rejected:
+        raise Dropped(EQUAL, "chosen and rejected are the same text")
+
+
+def check_turns(turns: Messages) -> None:
+    for number, turn in enumerate(turns, 1):
+        spoken = turn["role"] in ("user", "assistant") and not turn.get("tool_calls")
+        if spoken and not turn.get("content", "").strip():
+            raise Dropped(EMPTY_PROMPT, f"turn {number} of the prompt ({turn['role']}) is empty")
+
+
+def checked_text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Dropped(
+            WRONG_TYPES, f"{place} holds half a character ({value[error.start]!a}), not valid Unicode"
+        ) from None
+    return value
+
+
+def kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "null", bool: "true/false"}
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def describe_columns(row: dict[Any, Any]) -> str:
+    return ", ".join(str(key)[:40] for key in list(row)[:12]) or "none"

@@ -1,0 +1,188 @@
+"""Held-out evaluation: base against adapter on the same pairs, with intervals and the length baseline."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from orpo_lite.cli import console, run_command
+from orpo_lite.errors import RequestError
+from orpo_lite.recipe import RuleSection
+
+if TYPE_CHECKING:
+    from datasets import Dataset
+
+    from orpo_lite.trainer import ORPOTrainer
+
+
+def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
+    """95% score interval of a proportion (Wilson 1927): inside [0, 1], and usable at 0% and 100%."""
+    if trials == 0:
+        return 0.0, 1.0
+    z, p = 1.959964, successes / trials
+    middle, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
+    return max(0.0, (middle - spread) / (1 + z * z / trials)), min(1.0, (middle + spread) / (1 + z * z / trials))
+
+
+def length_baseline(pairs: Dataset) -> float:
+    """Accuracy of always preferring the longer answer, in tokens; a tie counts half."""
+    columns = pairs.with_format(None)
+    starts = [
+        columns[f"{side}_start"] if f"{side}_start" in pairs.column_names else [0] * len(pairs)
+        for side in ("chosen", "rejected")
+    ]
+    lengths = [[len(ids) - start for ids, start in zip(columns[f"{side}_ids"], first, strict=True)]
+               for side, first in zip(("chosen", "rejected"), starts, strict=True)]  # fmt: skip
+    return sum(1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(*lengths, strict=True)) / max(1, len(pairs))
+
+
+def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None) -> dict[str, Any]:
+    """Metrics of the model as it stands on the held-out pairs, by their plain names.
+
+    Args:
+        trainer: its `eval_dataset` is used where `pairs` is None.
+
+    Returns:
+        TRL's metrics, loss, rewards/accuracies_interval (95%, Wilson), accuracies of the length baseline, pairs.
+    """
+    pairs = trainer.eval_dataset if pairs is None else pairs
+    assert pairs is not None
+    metrics = trainer.evaluate(pairs)
+    count = len(pairs)  # type: ignore[arg-type]
+    named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
+    skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
+    result: dict[str, Any] = {key: value for key, value in named.items() if key not in skip}
+    result["rewards/accuracies_interval"] = wilson_interval(result["rewards/accuracies"] * count, count)
+    result["length_baseline"] = length_baseline(pairs)  # type: ignore[arg-type]
+    result["pairs"] = count
+    return result
+
+
+def answer(
+    model: Any, tokenizer: Any, pairs: Dataset, count: int, max_new_tokens: int, batch_size: int = 8
+) -> list[dict[str, str]]:
+    """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ...}, ...]."""
+    import torch
+
+    rows = pairs.with_format(None).select(range(min(count, len(pairs))))
+    prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    answers: list[dict[str, str]] = []
+    was_training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            width = max(map(len, part))
+            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=model.device)
+            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
+            with torch.no_grad():
+                out = model.generate(
+                    input_ids=ids,
+                    attention_mask=mask,
+                    max_new_tokens=max_new_tokens,
+                    do_sample=False,
+                    pad_token_id=pad,
+                    eos_token_id=stop_tokens(model, tokenizer),
+                    # a checkpoint's own sampling settings mean nothing to a greedy answer
+                    temperature=None,
+                    top_p=None,
+                    top_k=None,
+                )
+            new = out if model.config.is_encoder_decoder else out[:, width:]
+            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+            answers += [{"prompt": tokenizer.decode(p), "answer": t.strip()} for p, t in zip(part, texts, strict=True)]
+    finally:
+        model.train(was_training)
+        model.config.use_cache = use_cache
+    return answers
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
+    """Where an answer ends: EOS, the template's end of turn, and whatever the model's generation config names."""
+    from orpo_lite.model import stop_token_ids
+
+    given = getattr(model.generation_config, "eos_token_id", None)
+    ids = {*stop_token_ids(tokenizer), *(given if isinstance(given, list) else [given])} - {None}
+    return sorted(ids) or None
+
+
+def judge(samples: list[dict[str, str]], rule: RuleSection | None) -> dict[str, float] | None:
+    """Share of answers in the chosen and in the rejected style, by the recipe's rule."""
+    if rule is None or not samples:
+        return None
+    return {
+        style: sum(bool(re.search(pattern, s["answer"], re.IGNORECASE)) for s in samples) / len(samples)
+        for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected))
+    }
+
+
+@contextlib.contextmanager
+def base_only(model: Any) -> Iterator[None]:
+    """Switch the adapter off: the model is the base it was trained on."""
+    with model.disable_adapter():
+        yield
+
+
+ROWS = {
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "log_odds_chosen": "log-odds ratio",
+    "nll_loss": "NLL a token",
+    "loss": "ORPO loss",
+}
+
+
+def show(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
+    """Table of two evaluations of the same pairs."""
+    from rich.table import Table
+
+    table = Table("held-out pairs", *names, box=None, title=f"{before['pairs']} held-out pairs", title_justify="left")
+    for key, label in ROWS.items():
+        cells = []
+        for result in (before, after):
+            if key == "rewards/accuracies":
+                low, high = result["rewards/accuracies_interval"]
+                cells.append(f"{result[key]:.1%} ({low:.1%} to {high:.1%})")
+            else:
+                cells.append(f"{result[key]:.4f}")
+        table.add_row(label, *cells)
+    table.add_row("always the longer answer", f"{before['length_baseline']:.1%}", "")
+    console.print(table)
+
+
+def command(
+    run: Annotated[str, typer.Argument(help="run folder")],
+    data: Annotated[
+        str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+) -> None:
+    """Compare base and adapter of a run on the held-out pairs."""
+    from orpo_lite.train import open_run
+
+    opened = open_run(run, data)
+    if opened.trainer.eval_dataset is None:
+        raise RequestError(
+            f"{run}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
+        )
+    with opened.base():
+        before = evaluate(opened.trainer)
+    after = evaluate(opened.trainer)
+    if as_json:
+        print(json.dumps({"base": before, "adapter": after, "drops": opened.pairs.report.as_dict()}, indent=1))
+        return
+    if opened.pairs.report.dropped:
+        console.print(str(opened.pairs.report))
+    show(before, after, ("base", "adapter"))
+
+
+if __name__ == "__main__":
+    run_command(command)

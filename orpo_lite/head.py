@@ -1,0 +1,242 @@
+"""Token log-probs straight from hidden states: never more than a chunk of rows of logits.
+
+Logits of two 2,048-token sequences over 128,256 words are 2.1 GB in float32, and plain code keeps several copies.
+With a frozen head, which LoRA has, one pass is enough: while a chunk's logits are there, form
+
+    d logp(y | h) / d h  =  W[y] - softmax(W h) @ W
+
+and keep that, the size of the hidden states. The backward is then one product with the incoming gradient, whatever
+loss is above, and nothing is recomputed. A head that trains recomputes its chunks in the backward pass.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+
+class _FrozenHead(torch.autograd.Function):
+    """One pass over the rows: log-probs, mean logits, and d logp / d hidden where a gradient will be asked for."""
+
+    @staticmethod
+    def forward(ctx, hidden, weight, labels, bias, softcap, scale, chunk):
+        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
+        means = torch.empty_like(logps)
+        slope = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), chunk):
+            rows = slice(start, start + chunk)
+            y = labels[rows, None]
+            z = _logits(hidden[rows].to(weight.dtype), weight, bias, softcap, scale)
+            means[rows] = z.mean(-1)
+            total = torch.logsumexp(z, -1, keepdim=True)
+            logps[rows] = (z.gather(1, y) - total).squeeze(1)
+            if slope is None:
+                continue
+            inner = 1 - (z / softcap).square() if softcap else None  # d softcap(x) / d x, from its output
+            z.sub_(total).exp_().neg_()  # minus the softmax, in the logits' place
+            z.scatter_add_(1, y, torch.ones_like(y, dtype=z.dtype))
+            if inner is not None:
+                z.mul_(inner)
+            if scale != 1.0:
+                z.mul_(scale)
+            torch.mm(z.to(weight.dtype), weight, out=slope[rows])
+        ctx.save_for_backward(slope)
+        ctx.dtype = hidden.dtype
+        ctx.mark_non_differentiable(means)
+        return logps, means
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        (slope,) = ctx.saved_tensors
+        return (slope * grad[:, None]).to(ctx.dtype), None, None, None, None, None, None
+
+
+def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    z = torch.nn.functional.linear(hidden, weight, bias).float()
+    if scale != 1.0:
+        z = z * scale
+    return torch.tanh(z / softcap) * softcap if softcap else z
+
+
+def _score(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Log-probs of the labels and mean logits of rows of float32 logits."""
+    return z.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(z, -1), z.detach().mean(-1)
+
+
+def auto_chunk(vocabulary: int) -> int:
+    """Rows of logits held at a time: about 64 MB in float32, at least 64 rows, at most 1,024."""
+    return max(64, min(1024, (1 << 24) // vocabulary // 64 * 64))
+
+
+def token_logps(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    bias: Tensor | None = None,
+    softcap: float | None = None,
+    scale: float = 1.0,
+    chunk: int | None = None,
+    with_means: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """log softmax(softcap(scale * (hidden @ weight.T + bias)))[label] of every row.
+
+    Equal to `F.log_softmax(logits.float(), -1).gather(1, labels[:, None])` without ever holding more than `chunk`
+    rows of the logits. The gradient reaches `hidden`, and `weight` and `bias` where they require one.
+
+    Args:
+        hidden: (N, H), float16, bfloat16 or float32.
+        weight: output head, (V, H).
+        labels: (N,) int64, each in [0, V).
+        bias: (V,) or None.
+        softcap: cap * tanh(logits / cap) as in Gemma 2.
+        scale: factor on the logits as in Cohere and Granite.
+        chunk: rows of logits at a time; None takes `auto_chunk(V)`.
+        with_means: also return the mean logit of each row, (N,) float32, detached.
+
+    Returns:
+        (N,) float32 log-probs.
+    """
+    if hidden.ndim != 2 or labels.shape != hidden.shape[:1] or weight.shape[1:] != hidden.shape[1:]:
+        raise ValueError(
+            f"expected hidden (N, H), weight (V, H) and labels (N,); got {tuple(hidden.shape)}, "
+            f"{tuple(weight.shape)} and {tuple(labels.shape)}"
+        )
+    chunk = chunk or auto_chunk(len(weight))
+    with torch.autocast(hidden.device.type, enabled=False):
+        if weight.requires_grad or (bias is not None and bias.requires_grad):
+            logps, means = _recomputed(
+                lambda h: _logits(h.to(weight.dtype), weight, bias, softcap, scale), hidden, labels, chunk
+            )
+        else:
+            bias = None if bias is None else bias.to(weight.dtype)
+            logps, means = _FrozenHead.apply(hidden, weight, labels, bias, softcap, scale, chunk)  # type: ignore[misc]
+    return (logps, means) if with_means else logps
+
+
+def _recomputed(
+    logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int
+) -> tuple[Tensor, Tensor]:
+    """Chunks of any differentiable head, each recomputed in the backward pass."""
+    parts = [
+        checkpoint(lambda h, y: _score(logits(h), y), h, y, use_reentrant=False)
+        for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
+    ]
+    logps, means = zip(*parts, strict=True) if parts else ((hidden.new_empty(0).float(),),) * 2
+    return torch.cat(logps), torch.cat(means)
+
+
+@dataclass
+class HeadTransform:
+    """What a model does to its head's output before calling it logits."""
+
+    softcap: float | None = None
+    scale: float = 1.0
+
+    @classmethod
+    def of(cls, config: Any) -> HeadTransform:
+        """Read from a config: final_logit_softcapping (Gemma), logit_scale (Cohere), logits_scaling (Granite)."""
+        config = config.get_text_config(decoder=True)
+        scale = float(getattr(config, "logit_scale", None) or 1.0)
+        if getattr(config, "logits_scaling", None):
+            scale /= float(config.logits_scaling)
+        return cls(getattr(config, "final_logit_softcapping", None), scale)
+
+
+@dataclass
+class LabelRows:
+    """Which rows of the last hidden states carry a label; filled with their log-probs by the forward pass."""
+
+    rows: Tensor
+    """Flat index into batch x length, (N,) int64."""
+    labels: Tensor
+    """(N,) int64."""
+    logps: Tensor | None = field(default=None, init=False)
+    means: Tensor | None = field(default=None, init=False)
+
+
+@contextlib.contextmanager
+def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, chunk: int | None) -> Iterator[None]:
+    """While open, a forward of `model` (an unwrapped transformers or PEFT model) scores `target` instead of making logits.
+
+    A pre-hook on the output head takes the final hidden states, scores the label rows and lets one row through; a
+    hook on the model puts the log-probs in the place of the logits, so that wrappers outside (DDP, FSDP, DeepSpeed)
+    see them as the output that the loss hangs on. Both hooks are gone when the block ends.
+    """
+    head = model.get_output_embeddings()
+
+    def take_hidden(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+        hidden = args[0] if args else next(iter(kwargs.values()))
+        rows = hidden.flatten(0, -2).index_select(0, target.rows.to(hidden.device))
+        target.logps, target.means = score_rows(module, rows, target.labels.to(hidden.device), transform, chunk)
+        narrow = hidden[..., :1, :]
+        return ((narrow, *args[1:]), kwargs) if args else ((), {key: narrow for key in kwargs})
+
+    def put_logps(module: nn.Module, args: tuple, output: Any) -> Any:
+        output.logits = target.logps
+        return output
+
+    hooks = (
+        head.register_forward_pre_hook(take_hidden, with_kwargs=True),
+        model.register_forward_hook(put_logps, prepend=True),
+    )
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+def score_rows(
+    head: nn.Module, hidden: Tensor, labels: Tensor, transform: HeadTransform, chunk: int | None
+) -> tuple[Tensor, Tensor]:
+    """Log-probs and mean logits of label rows (N, H) under a head module of any kind.
+
+    A plain linear layer goes through `token_logps`. Anything else (LoRA on the head, modules_to_save, a quantised
+    head) is called as the module it is, chunk by chunk, so that all it does is kept.
+    """
+    if type(head) is nn.Linear:
+        return token_logps(hidden, head.weight, labels, head.bias, transform.softcap, transform.scale, chunk, True)  # type: ignore[return-value]
+
+    def logits(h: Tensor) -> Tensor:
+        # forward, not __call__: the hook that brought us here must not run again
+        z = head.forward(h).float() * transform.scale
+        return torch.tanh(z / transform.softcap) * transform.softcap if transform.softcap else z
+
+    return _recomputed(logits, hidden, labels, chunk or 256)
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, transform: HeadTransform, **inputs: Tensor) -> float:
+    """Largest difference between the model's own log-probs and `score_labels`', over one short sequence.
+
+    Families whose logits are not a linear head with a softcap or a scale show here, whatever their config says.
+    """
+    was_training = model.training
+    model.eval()
+    try:
+        expected = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+        rows = torch.arange(len(expected), device=expected.device)
+        target = LabelRows(rows, expected.argmin(-1))
+        with score_labels(model, target, transform, None):
+            model(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+    assert target.logps is not None
+    return (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
+
+
+def score_logits(logits: Tensor, target: LabelRows) -> tuple[Tensor, Tensor]:
+    """Log-probs and mean logits of the label rows of whole logits (batch, length, V)."""
+    flat = logits.flatten(0, -2)
+    parts = [
+        _score(flat.index_select(0, r).float(), y)
+        for r, y in zip(target.rows.split(256), target.labels.split(256), strict=True)
+    ]
+    logps, means = zip(*parts, strict=True)
+    return torch.cat(logps), torch.cat(means)

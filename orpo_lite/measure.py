@@ -1,0 +1,21 @@
+"""Memory of this process and its accelerator."""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """Peak memory so far: allocated by torch on a CUDA device, else the process's peak resident set."""
+    if torch.device(device).type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    import resource
+
+    # Linux counts in KiB, macOS in bytes
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)

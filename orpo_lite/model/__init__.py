@@ -1,0 +1,30 @@
+"""The model side of a run: tokenizer, precision, (quantised) base, adapter, optimizer."""
+
+from orpo_lite.model.adapter import attach_adapter, initialise_eva, load_adapter, save_adapter
+from orpo_lite.model.base import BaseFacts, load_base, read_config
+from orpo_lite.model.layers import base_name, base_revision, check_quantised_share, routers, trainable_share
+from orpo_lite.model.optimizer import optimizer_for
+from orpo_lite.model.precision import Precision, autocast, choose_precision
+from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
+
+__all__ = [
+    "BaseFacts",
+    "Precision",
+    "attach_adapter",
+    "autocast",
+    "base_name",
+    "base_revision",
+    "check_quantised_share",
+    "choose_precision",
+    "initialise_eva",
+    "load_adapter",
+    "load_base",
+    "load_tokenizer",
+    "optimizer_for",
+    "read_config",
+    "routers",
+    "save_adapter",
+    "stop_token_ids",
+    "tokenizer_notes",
+    "trainable_share",
+]

@@ -1,0 +1,226 @@
+"""The frozen base: loaded quantised or not, with the attention and precision that the device has."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    BitsAndBytesConfig,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+
+from orpo_lite.errors import RequestError
+from orpo_lite.model.hub import locate, readable
+from orpo_lite.model.layers import base_revision, check_quantised_share
+from orpo_lite.model.precision import Precision, choose_precision, default_device
+from orpo_lite.model.tokenizer import new_tokens
+from orpo_lite.recipe import ModelSection
+
+
+@dataclass(frozen=True)
+class BaseFacts:
+    """What load_base decided; `sentences` says it in words."""
+
+    name: str
+    revision: str | None
+    precision: Precision
+    attention: str
+    attention_why: str
+    quantization: str
+    """nf4, fp4, int8 or none; for a repository that came quantised, its own method."""
+    quantized_share: float | None
+    """Share of the weights of linear layers and experts in 4 or 8 bits; None where bitsandbytes is not involved."""
+    sentences: list[str]
+
+
+def load_base(
+    spec: ModelSection,
+    tokenizer: PreTrainedTokenizerBase | None = None,
+    *,
+    device: torch.device | str | None = None,
+) -> tuple[PreTrainedModel, BaseFacts]:
+    """Load the base as the recipe says, in evaluation mode, and grow its vocabulary by the recipe's new tokens.
+
+    Args:
+        tokenizer: from load_tokenizer; needed where the recipe has new tokens.
+        device: default: this process's GPU, else the CPU.
+
+    Raises:
+        RequestError: missing, gated, broken or unsupported model; quantisation or attention that cannot be had.
+    """
+    device = torch.device(device) if device is not None else local_device()
+    precision = choose_precision(spec.dtype, device)
+    config = read_config(spec)
+    shipped = shipped_quantization(config)
+    if shipped and shipped.get("quant_method") == "bitsandbytes":
+        # the repository's own compute dtype (bfloat16 as a rule) is wrong on a T4 and slow on a CPU
+        shipped["bnb_4bit_compute_dtype"] = str(precision.dtype).removeprefix("torch.")
+    asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision)
+    model = read_model(
+        spec,
+        config,
+        dtype=precision.dtype,
+        device_map={"": device},
+        quantization_config=asked,
+        attn_implementation=None if spec.attention == "auto" else spec.attention,
+    )
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is not None and not quantizer.is_trainable:
+        raise RequestError(
+            f"model.name_or_path: {spec.name_or_path} is quantised with {shipped and shipped.get('quant_method')}, which "
+            "adapters cannot be trained on: take the repository with the 16-bit weights"
+        )
+    method = method_name(shipped) if shipped else spec.quantization
+    by_bitsandbytes = asked is not None or (shipped or {}).get("quant_method") == "bitsandbytes"
+    share = check_quantised_share(model) if by_bitsandbytes else None
+    if tokenizer is not None:
+        grow_vocabulary(model, tokenizer)
+    attention = model.config._attn_implementation or "eager"
+    facts = BaseFacts(
+        name=f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path,
+        revision=base_revision(model),
+        precision=precision,
+        attention=attention,
+        attention_why=explain_attention(model, spec, attention),
+        quantization=method,
+        quantized_share=share,
+        sentences=[],
+    )
+    facts.sentences.extend(describe(facts, spec, bool(shipped)))
+    return model, facts
+
+
+def local_device() -> torch.device:
+    """This process's device: the one accelerate has chosen, else the GPU of the launcher's LOCAL_RANK."""
+    from accelerate import PartialState
+
+    # creating the state here would settle the backend and use_cpu before TrainingArguments can
+    if PartialState._shared_state:
+        return PartialState().device
+    device = default_device()
+    return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))) if device.type in ("cuda", "xpu") else device
+
+
+def read_config(spec: ModelSection) -> PreTrainedConfig:
+    """The base's configuration."""
+    name = locate(spec)
+    with readable(spec.name_or_path):
+        return AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+
+
+def shipped_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
+    """The quantisation that a repository ships with, as a dict that may be edited in place."""
+    shipped = getattr(config, "quantization_config", None)
+    if shipped is not None and not isinstance(shipped, dict):
+        shipped = config.quantization_config = shipped.to_dict()
+    return shipped
+
+
+def method_name(shipped: dict[str, Any]) -> str:
+    """A repository's quantisation by the recipe's names where it has one."""
+    if shipped.get("load_in_8bit"):
+        return "int8"
+    return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
+
+
+def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for the recipe; bnb_4bit_quant_storage stays as it is, which only FSDP needs otherwise."""
+    try:
+        import bitsandbytes  # noqa: F401  # is it there, and does its library load?
+        from transformers.integrations import validate_bnb_backend_availability
+
+        validate_bnb_backend_availability(raise_exception=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        raise RequestError(
+            f"model.quantization: {spec.quantization} needs bitsandbytes, which does not work here "
+            f"({' '.join(str(error).split()) or type(error).__name__}): set model.quantization=none (macOS has no "
+            "other way), or pip install -U bitsandbytes"
+        ) from error
+    if spec.quantization == "int8":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=precision.dtype,
+    )
+
+
+def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
+    """from_pretrained by the right Auto class, from safetensors only, with every weight of the model in the files."""
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    try:
+        with readable(spec.name_or_path):
+            model, info = auto.from_pretrained(
+                locate(spec),
+                config=config,
+                revision=spec.revision,
+                trust_remote_code=spec.trust_remote_code,
+                use_safetensors=True,
+                output_loading_info=True,
+                **options,
+            )
+    except RuntimeError as error:
+        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+            raise
+        raise RequestError(
+            f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}"
+        ) from error
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise RequestError(
+            f"model.name_or_path: {spec.name_or_path} lacks {len(missing)} weight(s) of {type(model).__name__}, which "
+            f"would start out random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: is this the whole "
+            "model, and a language model?"
+        )
+    return model
+
+
+def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Grow the embeddings by the recipe's new tokens, each starting as the mean of the others. Idempotent."""
+    rows = model.get_input_embeddings().weight.shape[0]
+    needed = max((tokenizer.convert_tokens_to_ids(t) for t in new_tokens(tokenizer)), default=-1) + 1
+    if needed <= rows:
+        return
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    # resize_token_embeddings draws them at random; the mean gives the same start wherever the adapter is loaded
+    with torch.no_grad():
+        for module in (model.get_input_embeddings(), model.get_output_embeddings()):
+            if module is not None:
+                module.weight[rows:] = module.weight[:rows].float().mean(0).to(module.weight.dtype)
+
+
+def explain_attention(model: PreTrainedModel, spec: ModelSection, attention: str) -> str:
+    if spec.attention != "auto":
+        return "as model.attention asks"
+    supports = "supports it" if attention == "sdpa" else "has no exact sdpa"
+    return f"{type(model).__name__} {supports}"
+
+
+def describe(facts: BaseFacts, spec: ModelSection, shipped: bool) -> list[str]:
+    """The facts in sentences for the screen."""
+    if shipped:
+        held = f"{facts.quantization}, as the repository ships it"
+        if spec.quantization != facts.quantization:
+            held += f" (model.quantization={spec.quantization} does not apply)"
+    elif facts.quantization == "none":
+        held = "not quantised"
+    else:
+        held = facts.quantization + (
+            " with double quantisation" if spec.double_quant and "4" in facts.quantization else ""
+        )
+    if facts.quantized_share is not None:
+        held += f"; {facts.quantized_share:.1%} of the weights of linear layers and experts"
+    return [
+        f"base: {facts.name}{f' at {facts.revision}' if facts.revision else ''}, {held}",
+        f"precision: {facts.precision.why}",
+        f"attention: {facts.attention} ({facts.attention_why})",
+    ]

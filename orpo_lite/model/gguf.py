@@ -1,0 +1,202 @@
+"""GGUF bases: dequantised once, tensor by tensor, into a plain safetensors folder that everything else loads.
+
+transformers can read a GGUF file, but then neither quantises nor saves the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import logging
+import os
+import shutil
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock
+from huggingface_hub import constants, hf_hub_download
+from safetensors.torch import save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+
+from orpo_lite.errors import RequestError
+from orpo_lite.model.hub import readable
+
+logger = logging.getLogger(__name__)
+
+SHARD_BYTES = 2 * 10**9
+FORMAT = 1  # of the cached folder: raise it when what is written below changes
+
+
+def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Path:
+    """Model folder with the dequantised weights, configuration and tokenizer of a GGUF file; made at first use.
+
+    It lies in the Hugging Face cache (HF_HOME/orpo_lite/gguf), under the file's SHA-256, and appears there whole or
+    not at all.
+
+    Args:
+        name: folder or hub id that holds the file.
+
+    Raises:
+        RequestError: no such file, not GGUF, one part of a split file, an architecture that transformers cannot read.
+    """
+    path = find(name, gguf_file, revision)
+    folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / f"{fingerprint(path, path.stat().st_mtime_ns)}-{FORMAT}"
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(f"{folder}.lock"):
+        if not folder.is_dir():
+            logger.info(f"GGUF: dequantising {path.name} once, into {folder}")
+            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+            try:
+                convert(path, aside)
+                aside.chmod(0o755)
+                os.rename(aside, folder)
+            finally:
+                shutil.rmtree(aside, ignore_errors=True)
+    return folder
+
+
+def find(name: str, gguf_file: str, revision: str | None) -> Path:
+    """The GGUF file on this disk, downloaded if `name` is a hub id."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        path = folder / gguf_file
+        if not path.is_file():
+            there = sorted(p.name for p in folder.glob("*.gguf"))
+            raise RequestError(
+                f"model.gguf_file: {path} does not exist; GGUF files there: {', '.join(there) or 'none'}"
+            )
+    else:
+        with readable(name):
+            path = Path(hf_hub_download(name, gguf_file, revision=revision))
+    with path.open("rb") as file:
+        if file.read(4) != b"GGUF":
+            raise RequestError(f"model.gguf_file: {path} is not a GGUF file")
+    return path
+
+
+@functools.cache
+def fingerprint(path: Path, mtime_ns: int) -> str:
+    """SHA-256 of the file; the modification time only keys the memory of this process."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def convert(path: Path, folder: Path) -> None:
+    """Write configuration, tokenizer and safetensors shards of a GGUF file; one shard is in memory at a time."""
+    try:
+        import gguf  # noqa: F401  # transformers reads GGUF through it
+    except ImportError as error:
+        raise RequestError(
+            "model.gguf_file: reading GGUF needs the gguf package: pip install 'orpo-lite[export]'"
+        ) from error
+    with readable(str(path)):
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with torch.device("meta"):
+            model = auto.from_config(config)
+        dtypes = write_shards(path, model, folder)
+    config.dtype = dtypes.most_common(1)[0][0]
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
+    config.architectures = [type(model).__name__]
+    config.save_pretrained(folder)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[torch.dtype]:
+    """Dequantise tensor by tensor and write shards; how many weights came out in which dtype.
+
+    Blocks are dequantised in float32 as scale times small integer (plus offset), with a float16 scale: float16 keeps
+    three bits more of that than bfloat16 does. What the file holds as float keeps its own type.
+    """
+    from gguf import GGMLQuantizationType, GGUFReader, dequantize
+    from transformers import modeling_gguf_pytorch_utils as reading
+
+    reader = GGUFReader(path)
+    split = reader.fields.get("split.count")
+    if split is not None and int(split.contents()) > 1:
+        raise RequestError(
+            f"model.gguf_file: {path.name} is one of {split.contents()} parts: join them first with llama.cpp's "
+            "llama-gguf-split --merge"
+        )
+    architecture = str(reader.fields["general.architecture"].contents())
+    processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=model.config.to_dict())
+    names = reading.get_gguf_hf_weights_map(model, processor)
+    kept = {GGMLQuantizationType.F32: torch.float32, GGMLQuantizationType.BF16: torch.bfloat16}
+    expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
+    # several tensors of the file may make one weight (an expert's gate and up projections)
+    parts = Counter(names[tensor.name] for tensor in reader.tensors if tensor.name in names)
+    writer = ShardWriter(folder)
+    done: Counter[torch.dtype] = Counter()
+    pending: dict[str, Any] = {"tensors": {}}
+    for tensor in reader.tensors:
+        weights = dequantize(tensor.data, tensor.tensor_type)
+        result = processor.process(
+            weights=weights, name=tensor.name, tensor_key_mapping=names, parsed_parameters=pending
+        )
+        if result.name in names:
+            pending["tensors"][names[result.name]] = torch.from_numpy(result.weights.copy())
+        key = names.get(tensor.name)
+        parts[key] -= 1
+        ready = list(pending["tensors"]) if key is None else [key] if parts[key] == 0 else []
+        for key in ready:
+            value = pending["tensors"].pop(key)
+            dtype = kept.get(tensor.tensor_type, torch.float16)
+            if dtype == torch.float16 and value.abs().max() > torch.finfo(dtype).max:
+                dtype = torch.float32
+            if key not in expected or value.shape != expected[key]:
+                found = tuple(value.shape)
+                raise RequestError(f"model.gguf_file: {path.name}: {key} is {found}, expected {expected.get(key)}")
+            writer.add(key, value.to(dtype).contiguous())
+            done[dtype] += value.numel()
+    writer.finish()
+    tied = set(model.all_tied_weights_keys)
+    buffers = {name for name, _ in model.named_buffers()}
+    lacking = sorted(set(expected) - writer.written - tied - buffers)
+    if lacking:
+        raise RequestError(
+            f"model.gguf_file: {path.name} ({architecture}) lacks {len(lacking)} weight(s) of {type(model).__name__}, "
+            f"first {lacking[0]}: transformers cannot read this architecture from GGUF; take its safetensors repository"
+        )
+    return done
+
+
+class ShardWriter:
+    """Collects tensors and writes a safetensors shard whenever enough have come together, and the index at the end."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.shards: list[dict[str, int]] = []
+        self.waiting: dict[str, torch.Tensor] = {}
+        self.written: set[str] = set()
+
+    def add(self, key: str, tensor: torch.Tensor) -> None:
+        self.waiting[key] = tensor
+        self.written.add(key)
+        if sum(t.nbytes for t in self.waiting.values()) >= SHARD_BYTES:
+            self.flush()
+
+    def flush(self) -> None:
+        if self.waiting:
+            save_file(self.waiting, self.folder / f"part-{len(self.shards)}.safetensors", metadata={"format": "pt"})
+            self.shards.append({key: tensor.nbytes for key, tensor in self.waiting.items()})
+            self.waiting = {}
+
+    def finish(self) -> None:
+        self.flush()
+        places: dict[str, str] = {}
+        for number, shard in enumerate(self.shards, 1):
+            name = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
+            (self.folder / f"part-{number - 1}.safetensors").rename(self.folder / name)
+            places |= dict.fromkeys(shard, name)
+        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": places}
+        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")

@@ -1,0 +1,153 @@
+"""Tokenizer of a run: padding token, chat template by name, new tokens."""
+
+from __future__ import annotations
+
+import functools
+import importlib.resources
+import logging
+import re
+from pathlib import Path
+
+import jinja2
+from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+
+from orpo_lite.errors import RequestError
+from orpo_lite.model.hub import locate, readable
+from orpo_lite.recipe import ModelSection, nearest, resolve_path
+
+logger = logging.getLogger(__name__)
+
+PAD_TOKENS = ["<|finetune_right_pad_id|>", "<pad>", "[PAD]", "<|pad|>", "<PAD>", "<|padding|>", "<|endoftext|>"]
+RESERVED_TOKEN = re.compile(r"<\|reserved_special_token_\d+\|>|<\|?(reserved|unused|extra|placeholder)[_a-z]*\d+\|?>")
+MARKER = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>")
+
+
+def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
+    """Tokenizer of the base, ready for training: padding token, chat template and new tokens set. A run folder works too.
+
+    What was decided is logged once and kept: `tokenizer_notes(tokenizer)` lists it.
+
+    Raises:
+        RequestError: no such model, template or EOS token.
+    """
+    folder = Path(resolve_path(spec.name_or_path)).expanduser()
+    if (folder / "adapter_config.json").is_file() and (folder / "tokenizer_config.json").is_file():
+        # a run folder's tokenizer is as it was trained with: template, padding and new tokens are in it
+        with readable(str(folder)):
+            tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
+        return remember(tokenizer, [], spec.new_tokens)
+    name = locate(spec)
+    with readable(spec.name_or_path):
+        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = AutoConfig.from_pretrained(name, **options).get_text_config()
+    if tokenizer.eos_token_id is None:
+        raise RequestError(
+            f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with"
+        )
+    notes = choose_pad_token(tokenizer, config.vocab_size)
+    if spec.chat_template:
+        notes += set_template(tokenizer, spec.chat_template)
+    if spec.new_tokens:
+        notes += add_tokens(tokenizer, spec.new_tokens)
+    for note in notes:
+        logger.info(note)
+    return remember(tokenizer, notes, spec.new_tokens)
+
+
+def remember(tokenizer: PreTrainedTokenizerBase, notes: list[str], added: list[str]) -> PreTrainedTokenizerBase:
+    tokenizer.orpo_lite_notes, tokenizer.orpo_lite_new_tokens = notes, list(added)
+    return tokenizer
+
+
+def tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
+    """Sentences on what load_tokenizer decided; none for a tokenizer from elsewhere."""
+    return list(getattr(tokenizer, "orpo_lite_notes", []))
+
+
+def new_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
+    """Tokens whose embeddings have to be trained; none for a tokenizer from elsewhere."""
+    return list(getattr(tokenizer, "orpo_lite_new_tokens", []))
+
+
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+    """Set a padding token that is not EOS and has one of the model's `rows` embeddings, if the vocabulary has any."""
+    vocabulary = tokenizer.get_vocab()
+    taken = {tokenizer.eos_token, tokenizer.bos_token}
+    current = tokenizer.pad_token
+    if current is not None and current not in taken and vocabulary.get(current, rows) < rows:
+        return []
+    reserved = sorted((t for t in vocabulary if RESERVED_TOKEN.fullmatch(t)), key=vocabulary.__getitem__)
+    candidates = [*PAD_TOKENS, tokenizer.unk_token, *reserved]
+    found = next((t for t in candidates if t and t not in taken and vocabulary.get(t, rows) < rows), None)
+    tokenizer.pad_token = found or tokenizer.eos_token
+    if found:
+        return [f"padding token: {found} (the tokenizer's own was {current or 'missing'})"]
+    return [f"padding token: EOS ({tokenizer.eos_token}), for want of another; masks go by length, so EOS is learned"]
+
+
+@functools.cache
+def templates() -> dict[str, Path]:
+    """Name -> Jinja file of every chat template known by name: our own, and those that trl ships."""
+    ours = Path(__file__).parent / "templates"
+    theirs = Path(str(importlib.resources.files("trl"))) / "chat_templates"
+    # trl's *_training variants only add marks for its SFT loss mask
+    found = {p.stem: p for p in sorted(theirs.glob("*.jinja")) if not p.stem.endswith("_training")}
+    return found | {p.stem: p for p in sorted(ours.glob("*.jinja"))}
+
+
+def plain(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name.lower())
+
+
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+    """Set a template by name or from a Jinja file, and say which of its markers the vocabulary lacks."""
+    known = {plain(stem): path for stem, path in templates().items()}
+    path = known.get(plain(name)) or Path(resolve_path(name)).expanduser()
+    if not path.is_file():
+        raise RequestError(
+            f"model.chat_template: no template {name!r}{nearest(name, templates())}; expected the path of a Jinja file "
+            f"or one of: {', '.join(sorted(templates()))}"
+        )
+    source = path.read_text("utf-8")
+    replaced = tokenizer.chat_template is not None and tokenizer.chat_template != source
+    tokenizer.chat_template = source
+    try:
+        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+    except jinja2.TemplateSyntaxError as error:
+        raise RequestError(f"model.chat_template: {path}, line {error.lineno}: {error.message}") from None
+    except jinja2.TemplateError:
+        pass  # a template may well refuse this conversation; the data report counts what it refuses
+    note = f"chat template: {name}" + (", in place of the model's own" if replaced else "")
+    vocabulary = tokenizer.get_vocab()
+    missing = sorted({m for m in MARKER.findall(source) if m not in vocabulary})
+    if missing:
+        note += (
+            f"; {', '.join(missing)}: not in the vocabulary, so written as ordinary text, and an answer ends with EOS "
+            f"({tokenizer.eos_token}); model.new_tokens would make them tokens"
+        )
+    return [note]
+
+
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:
+    """Add tokens. Those that the chat template writes are control tokens, which decoding can leave out."""
+    template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
+    known = [token for token in tokens if token in tokenizer.get_vocab()]
+    tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in template) for t in tokens if t not in known])
+    note = f"new tokens: {', '.join(tokens)}; their embeddings are trained"
+    return [note + (f" (in the vocabulary already: {', '.join(known)})" if known else "")]
+
+
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: EOS, and the special token that the chat template writes right after one."""
+    ids: list[int] = [tokenizer.eos_token_id]  # type: ignore[list-item]
+    if tokenizer.chat_template is None:
+        return ids
+    mark = "X9stop"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
+    try:
+        text = tokenizer.apply_chat_template(turns, tokenize=False)
+    except (jinja2.TemplateError, TypeError):
+        return ids
+    end = tokenizer(str(text).rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    return ids + [i for i in end if i in tokenizer.added_tokens_decoder and i not in ids]

@@ -1,0 +1,75 @@
+"""What TRL's constructor allows beside a loaded PeftModel: a model by name, a peft_config, no tokenizer."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+
+from orpo_lite.model.adapter import prepare_frozen
+
+if TYPE_CHECKING:
+    from orpo_lite.config import ORPOConfig
+
+
+def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
+    """from_pretrained with the config's model_init_kwargs; the dtype follows the device unless they name one.
+
+    float32 on the CPU; on a GPU the checkpoint's own, but on one without bfloat16 float16 under an adapter and float32
+    for full fine-tuning, whose float16 gradients could not be unscaled.
+    """
+    kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    dtype = kwargs.pop("dtype", None)
+    if dtype is None:
+        cpu = args.device.type == "cpu"
+        dtype = torch.float32 if cpu or (args.fp16 and not with_adapter) else torch.float16 if args.fp16 else "auto"
+    elif isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    found = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **found)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name, dtype=dtype, **kwargs)
+
+
+def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
+    """The tokenizer that lies beside the model's weights."""
+    revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    return AutoTokenizer.from_pretrained(
+        model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel:
+    """Put a new adapter on, quantised bases prepared for it.
+
+    Raises:
+        TypeError: not a PeftConfig.
+        ValueError: the model carries an adapter already.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"ORPOTrainer: peft_config is a {type(peft_config).__name__}, expected a peft.PeftConfig such as LoraConfig"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "ORPOTrainer: the model is a PeftModel already: leave peft_config out, or merge its adapter first"
+        )
+    adapted = get_peft_model(model, peft_config)
+    prepare_frozen(adapted)  # type: ignore[arg-type]
+    if checkpointing:
+        model.enable_input_require_grads()
+    return adapted  # type: ignore[return-value]
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the modules, and the probabilities that attention keeps as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)

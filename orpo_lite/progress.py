@@ -1,0 +1,83 @@
+"""What a run shows and writes while it trains: one progress bar, metrics.jsonl, and the layers that checkpoint."""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+logger = logging.getLogger(__name__)
+
+
+class Bar(ProgressCallback):
+    """transformers' bar with loss, margin, accuracy and tokens/s beside it, in place of a printed dict a log."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "eval_rewards/accuracies" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, margin "
+                f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
+            )
+        elif "rewards/margins" in logs:
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
+                f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one line a log step; evaluation lines carry eval_ names."""
+
+    def __init__(self, path: Path):
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On resume, lines past the checkpoint go: those steps are about to be repeated."""
+        if state.is_world_process_zero and self.path.is_file():
+            lines = self.path.read_text("utf-8").splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
+            self.path.write_text("".join(kept), "utf-8")
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        # the summary that ends a run is in run.json
+        if state.is_world_process_zero and logs and "train_runtime" not in logs:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+
+
+class StopOnNonFinite(TrainerCallback):
+    """A NaN in the loss ends the run before the next step, and is named: it would only train more NaN."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if logs and not math.isfinite(logs.get("loss", 0.0)):
+            raise FloatingPointError(
+                f"the loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate, or train in "
+                "another precision (model.dtype)"
+            )
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Recompute only the first `count` layers in the backward pass; the others keep their activations."""
+
+    def __init__(self, count: int):
+        self.count = count
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        layers = [
+            m
+            for m in model.modules()
+            if hasattr(m, "gradient_checkpointing") and hasattr(m, "_gradient_checkpointing_func")
+        ]
+        if self.count > len(layers):
+            logger.warning(
+                "memory.checkpointing: %d, but this model has %d layers: all checkpoint", self.count, len(layers)
+            )
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < self.count

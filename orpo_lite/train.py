@@ -1,0 +1,265 @@
+"""`python -m orpo_lite.train --recipe NAME [key=value ...]`: one recipe, one run folder."""
+
+from __future__ import annotations
+
+import contextlib
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from transformers import PrinterCallback
+from transformers.trainer_callback import ProgressCallback
+
+from orpo_lite import announce
+from orpo_lite.card import write_card
+from orpo_lite.cli import console, run_command
+from orpo_lite.config import ORPOConfig
+from orpo_lite.data import Pairs, load_pairs
+from orpo_lite.errors import RequestError
+from orpo_lite.evaluate import answer, base_only, evaluate, judge
+from orpo_lite.measure import peak_memory_bytes
+from orpo_lite.model import (
+    BaseFacts,
+    attach_adapter,
+    initialise_eva,
+    load_base,
+    load_config,
+    load_tokenizer,
+    save_adapter,
+)
+from orpo_lite.model.base import read_config
+from orpo_lite.progress import Bar, CheckpointedLayers, MetricsFile, StopOnNonFinite
+from orpo_lite.recipe import DataSource, Recipe
+from orpo_lite.report import write_report
+from orpo_lite.runfolder import RunFolder
+from orpo_lite.trainer import ORPOTrainer
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 42,
+}
+"""What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
+
+
+@dataclass
+class Run:
+    """A finished run: its folder and run.json's content."""
+
+    folder: Path
+    facts: dict[str, Any]
+
+
+def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run | None:
+    """Train what the recipe says and write the run folder; the whole story, in the order of the data flow.
+
+    Args:
+        dry_run: stop before the first optimizer step, and write nothing.
+        resume: go on from the folder's newest checkpoint.
+
+    Returns:
+        The finished run, or None after a dry run.
+
+    Raises:
+        RequestError: the recipe, its data or its model cannot be used as they are.
+    """
+    started = time.monotonic()
+    recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
+    tokenizer = load_tokenizer(recipe.model)
+    pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=read_config(recipe.model).is_encoder_decoder)
+    torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
+    base, facts = load_base(recipe.model, tokenizer)
+    checkpointing = checkpointed(recipe, base.device)
+    model = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
+
+    with contextlib.ExitStack() as stack:
+        folder = None if dry_run else RunFolder.create(recipe, resume)
+        output = folder.checkpoints if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        args = arguments(recipe, output, facts, has_eval=pairs.eval is not None, checkpointing=checkpointing)
+        trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
+        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(PrinterCallback)
+        trainer.add_callback(Bar())
+        trainer.add_callback(StopOnNonFinite())
+        if recipe.adapter and recipe.adapter.init_lora_weights == "eva" and not (folder and folder.checkpoint):
+            initialise_eva(model, eva_batches(trainer, recipe.adapter.eva_batches))
+        if checkpointing not in (None, 0):
+            trainer.add_callback(CheckpointedLayers(checkpointing))
+        announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
+        if folder is None:
+            announce.first_step(trainer)
+            return None
+        trainer.add_callback(MetricsFile(folder.metrics))
+
+        checkpoint = folder.checkpoint
+        before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
+        train_started = time.monotonic()
+        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        train_seconds = time.monotonic() - train_started
+        after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
+
+    save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder.path)
+    tokenizer.save_pretrained(folder.path)
+    record = announce.record(recipe, pairs, facts, trainer)
+    record |= {
+        "steps": outcome.global_step,
+        "train_seconds": round(train_seconds, 3),
+        "total_seconds": round(time.monotonic() - started, 3),
+        "pairs_per_second": round(outcome.metrics["train_samples_per_second"], 3),
+        "peak_memory_bytes": peak_memory_bytes(args.device),
+        "adapter": announce.which_adapter(trainer),
+        "eval": {"before": before, "after": after},
+        "samples": {"before": samples_before, "after": samples_after},
+        "rule": {
+            "before": judge(samples_before, recipe.evaluation.rule),
+            "after": judge(samples_after, recipe.evaluation.rule),
+        },
+    }
+    folder.write(record)
+    write_report(folder)
+    write_card(folder)
+    announce.finished(folder, record)
+    return Run(folder.path, record)
+
+
+def held_out(
+    recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any
+) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+    """Metrics and sample answers of the model as it stands."""
+    if pairs.eval is None:
+        return None, []
+    metrics = evaluate(trainer)
+    model = trainer.accelerator.unwrap_model(trainer.model)
+    with autocast(model):
+        samples = answer(model, tokenizer, pairs.eval, recipe.evaluation.samples, recipe.evaluation.max_new_tokens)
+    return metrics, samples
+
+
+def checkpointed(recipe: Recipe, device: torch.device) -> int | None:
+    """How many layers recompute their activations: None for all, 0 for none."""
+    wish = recipe.memory.checkpointing
+    if wish == "auto":
+        wish = "all" if device.type == "cuda" else "none"
+    return {"all": None, "none": 0}.get(wish, wish)  # type: ignore[arg-type]
+
+
+def arguments(
+    recipe: Recipe, output: Path, facts: BaseFacts, *, has_eval: bool, checkpointing: int | None
+) -> ORPOConfig:
+    """The recipe as an ORPOConfig whose checkpoints go to `output`."""
+    training = dict(recipe.training) | {"output_dir": str(output)}
+    if not has_eval:
+        training["eval_strategy"] = "no"
+    optim = str(training.get("optim", ""))
+    if "8bit" in optim and not torch.cuda.is_available():
+        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here")
+        training["optim"] = "adamw_torch"
+    return ORPOConfig(
+        **{
+            key: value
+            for key, value in training.items()
+            if key not in ("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing")
+        },
+        bf16=facts.precision.bf16,
+        fp16=facts.precision.fp16,
+        gradient_checkpointing=checkpointing != 0,
+        beta=recipe.orpo.beta,
+        nll_scope=recipe.orpo.nll_scope,
+        nll_mean=recipe.orpo.nll_mean,
+        layout=recipe.orpo.layout,
+        disable_dropout=recipe.orpo.disable_dropout,
+        loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
+    )
+
+
+def eva_batches(trainer: ORPOTrainer, count: int) -> list[dict[str, torch.Tensor]]:
+    """The first micro-batches of training data, as the model takes them."""
+    batches = []
+    for batch in trainer.get_train_dataloader():
+        batches.append({key: batch[key] for key in ("input_ids", "attention_mask")})
+        if len(batches) == count:
+            break
+    return batches
+
+
+@dataclass
+class OpenRun:
+    """A run folder brought back: model with adapter, tokenizer, pairs, and a trainer to evaluate with."""
+
+    folder: RunFolder
+    recipe: Recipe
+    model: Any
+    tokenizer: Any
+    pairs: Pairs
+    trainer: ORPOTrainer
+
+    def base(self) -> contextlib.AbstractContextManager[None]:
+        """The base alone, the adapter switched off."""
+        return base_only(self.model)
+
+
+def open_run(path: str, data: str | None = None) -> OpenRun:
+    """Load a run folder for evaluation; `data` replaces its held-out pairs.
+
+    Raises:
+        RequestError: not a run folder, full fine-tuning (there is no adapter to switch off), or unusable data.
+    """
+    folder = RunFolder.open(path)
+    recipe = folder.recipe()
+    if recipe.adapter is None:
+        raise RequestError(
+            f"{path}: a full fine-tuning has no adapter to switch off; evaluate the two models by their paths"
+        )
+    tokenizer = load_tokenizer(
+        recipe.model.model_copy(update={"name_or_path": path, "gguf_file": None, "revision": None})
+    )
+    if data is not None:
+        recipe.data.eval = [DataSource(path=data)]
+    if recipe.data.eval is not None:
+        # only the held-out side is looked at: reading the training pairs as well would be waste
+        section = recipe.data.model_copy(
+            update={
+                "train": recipe.data.eval,
+                "eval": None,
+                "eval_fraction": 0.0,
+                "max_rows": recipe.data.max_eval_rows,
+            }
+        )
+        pairs = load_pairs(section, tokenizer)
+        pairs.eval = pairs.train
+    else:
+        pairs = load_pairs(recipe.data, tokenizer)
+    base, facts = load_base(recipe.model, tokenizer)
+    adapter = recipe.adapter.model_copy(update={"init_from": path})
+    model = attach_adapter(base, adapter, tokenizer=tokenizer, checkpointing=False)
+    with tempfile.TemporaryDirectory() as scratch:
+        args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
+        trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
+    return OpenRun(folder, recipe, model, tokenizer, pairs, trainer)
+
+
+def command(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
+    ] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+) -> None:
+    """Train an adapter with ORPO as a recipe says."""
+    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume)
+
+
+if __name__ == "__main__":
+    run_command(command)

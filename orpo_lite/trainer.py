@@ -1,0 +1,387 @@
+"""ORPOTrainer: transformers.Trainer with the ORPO loss, TRL's constructor, and means over whole optimizer steps."""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from datasets import Dataset
+from peft import PeftConfig, PeftModel
+from torch import Tensor, nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers.trainer_utils import EvalLoopOutput
+
+from orpo_lite.config import ORPOConfig
+from orpo_lite.data.batching import PaddedCollator, from_trl
+from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
+from orpo_lite.head import HeadTransform, LabelRows, check_head, score_labels, score_logits
+from orpo_lite.loss import PairStatistics, log_odds_ratio, pair_statistics, window_loss
+from orpo_lite.measure import peak_memory_bytes
+from orpo_lite.model import optimizer_for
+from orpo_lite.prepare import adapt, disable_dropout, load_by_name, tokenizer_of
+
+logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
+LOW_LORA_LEARNING_RATE = 1e-5
+COLUMNS = ("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "nll_sum", "nll_count", "aux_loss")
+"""Columns of an evaluation's predictions, one row a pair; the first two are TRL's predictions."""
+
+
+class ORPOTrainer(Trainer):
+    """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
+
+    Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
+    Loss, gradients and metrics equal TRL's on the same batch in float32 (logits/* aside, which here average
+    completion rows only), and stay finite where TRL's do not. With `args.nll_mean == "window"`, the default, the NLL
+    is normalised by its labels and the odds-ratio term by its pairs over the whole optimizer step on all processes:
+    batch 8 x 1, 4 x 2 and 1 x 8 give the same gradients.
+
+    Args:
+        model: a model, a PeftModel, or the name or path of one.
+        args: an ORPOConfig.
+        data_collator: replaces our collator; it is given tokenised pairs, and may return batches of TRL's form.
+        train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenised already.
+        eval_dataset: the same, or a dict of several.
+        processing_class: the tokenizer; left out, the model's own.
+        peft_config: adapter to train; quantised models are prepared for it.
+        The rest as in transformers.Trainer.
+
+    Raises:
+        ValueError: no data set, an adapter both in `model` and in `peft_config`, or a kind of adapter that the
+            loss cannot be computed through.
+        RequestError: more than half of the rows cannot be used.
+    """
+
+    _tag_names = ["orpo", "orpo-lite"]
+
+    def __init__(
+        self,
+        model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
+        args: ORPOConfig | None = None,
+        data_collator: Any = None,
+        train_dataset: Dataset | None = None,
+        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        processing_class: Any = None,
+        model_init: Any = None,
+        callbacks: list | None = None,
+        optimizers: tuple = (None, None),
+        preprocess_logits_for_metrics: Any = None,
+        peft_config: PeftConfig | None = None,
+        compute_metrics: Any = None,
+    ):
+        if train_dataset is None and eval_dataset is None:
+            raise ValueError("ORPOTrainer: `train_dataset` is required")
+        args = args or ORPOConfig(output_dir="outputs")
+        if args.n_gpu > 1:
+            logger.warning("one of %d GPUs is used: start with `accelerate launch` to use all", args.n_gpu)
+            args._n_gpu = 1
+        args.remove_unused_columns = False  # our collator reads columns that no model's forward takes
+        torch.manual_seed(args.seed)  # a new adapter's weights are random
+        self._peft_config = peft_config
+        if isinstance(model, str):
+            model = load_by_name(model, args, peft_config is not None)
+        elif args.model_init_kwargs is not None:
+            raise ValueError(
+                "ORPOTrainer: `model_init_kwargs` are for a model given by name; this one is loaded already"
+            )
+        if model is not None:
+            encoder_decoder = bool(model.config.is_encoder_decoder)
+            model = self._ready(model, args)
+        elif args.is_encoder_decoder is None:
+            raise ValueError("ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder")
+        else:
+            encoder_decoder = args.is_encoder_decoder
+        if processing_class is None:
+            if model is None:
+                raise ValueError("ORPOTrainer: with model_init, give a processing_class")
+            processing_class = tokenizer_of(model, args)
+        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+
+        self.drop_reports: dict[str, DropReport] = {}
+        options = TokenizeOptions(
+            max_length=args.max_length or 512,
+            max_prompt_length=args.max_prompt_length,
+            max_completion_length=args.max_completion_length or (128 if encoder_decoder else None),
+            overlong=args.overlong,  # type: ignore[arg-type]
+            completion_end=args.completion_end,  # type: ignore[arg-type]
+            apply_template=False,
+            template_kwargs=args.template_kwargs or {},  # type: ignore[arg-type]
+            encoder_decoder=encoder_decoder,
+            num_proc=args.dataset_num_proc,
+        )
+        with args.main_process_first(desc="tokenising"):
+            if train_dataset is not None:
+                train_dataset = self._tokenised(train_dataset, tokenizer, options, "train")
+            if isinstance(eval_dataset, dict):
+                eval_dataset = {k: self._tokenised(d, tokenizer, options, k) for k, d in eval_dataset.items()}
+            elif eval_dataset is not None:
+                eval_dataset = self._tokenised(eval_dataset, tokenizer, options, "eval")
+
+        self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope)
+        super().__init__(
+            model=model,
+            args=args,
+            data_collator=data_collator or self.collator,
+            train_dataset=train_dataset,
+            eval_dataset=eval_dataset,
+            processing_class=processing_class,
+            model_init=model_init,
+            compute_metrics=compute_metrics,
+            callbacks=callbacks,
+            optimizers=optimizers,
+            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
+        )
+        config = self.model.config
+        if encoder_decoder:
+            self.collator.decoder_start_token_id = decoder_start(config)
+        # compute_loss normalises over the window itself; transformers must not divide once more
+        self.loss_is_scaled_for_ga = args.nll_mean == "window"
+        text = config.get_text_config(decoder=True)
+        self.aux_coefficient = getattr(text, "router_aux_loss_coef", 0.0) or 0.0
+        self.aux_enabled = bool(getattr(text, "output_router_logits", False))
+        self.head_transform = self._head_transform()
+        self._sums: dict[str, Tensor] = {}
+        self._clock = time.monotonic()
+        if (
+            isinstance(self.model, PeftModel)
+            and train_dataset is not None
+            and args.learning_rate < LOW_LORA_LEARNING_RATE
+        ):
+            logger.warning(
+                "learning_rate %g is low for LoRA, which usually wants 5e-5 to 5e-4: the adapter may hardly change",
+                args.learning_rate,
+            )
+        if hasattr(self.model, "add_model_tags"):
+            self.model.add_model_tags(self._tag_names)
+
+    def _ready(self, model: Any, args: ORPOConfig) -> Any:
+        """Adapter on, dropout off."""
+        if self._peft_config is not None:
+            model = adapt(model, self._peft_config, checkpointing=bool(args.gradient_checkpointing))
+        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
+            kind = model.active_peft_config.peft_type
+            raise ValueError(
+                f"ORPOTrainer: {kind} adapters put virtual tokens before the prompt, which ORPO's labels do not allow for; use LoRA"
+            )
+        if args.disable_dropout:
+            disable_dropout(model)
+        return model
+
+    def call_model_init(self, trial: Any = None) -> Any:
+        return self._ready(super().call_model_init(trial), self.args)
+
+    def _tokenised(self, rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, name: str) -> Dataset:
+        if "chosen_ids" in (rows.column_names or ()):
+            return rows
+        pairs, self.drop_reports[name] = tokenize_rows(rows, tokenizer, options, name)
+        if self.drop_reports[name].dropped or self.drop_reports[name].truncated:
+            logger.warning("%s: %s", name, self.drop_reports[name])
+        return pairs
+
+    def _head_transform(self) -> HeadTransform | None:
+        """How the model's head is scored without its logits; None where only the logits themselves will do."""
+        model = self.accelerator.unwrap_model(self.model)
+        if model.get_output_embeddings() is None:
+            return None
+        transform = HeadTransform.of(model.config)
+        ids = torch.arange(8, device=self.args.device)[None] % model.get_input_embeddings().weight.shape[0]
+        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        if self.collator.decoder_start_token_id is not None:
+            inputs["decoder_input_ids"] = ids
+        difference = check_head(model, transform, **inputs)
+        if difference <= (1e-3 if self.args.mixed_precision == "no" else 0.2):
+            return transform
+        logger.warning(
+            "%s does more to its logits than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
+            type(model).__name__,
+            difference,
+        )
+        return None
+
+    # ---- loss ----------------------------------------------------------------------------------------------------
+
+    def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
+        return batch if "label_rows" in batch else self._prepare_inputs(from_trl(batch, self.collator))
+
+    def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
+        """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
+        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        if self.aux_enabled:
+            inputs["output_router_logits"] = True
+        target = LabelRows(batch["label_rows"], batch["label_ids"])
+        if self.head_transform is None:
+            output = model(**inputs, use_cache=False)
+            logps, means = score_logits(output.logits, target)
+        else:
+            with score_labels(self.accelerator.unwrap_model(model), target, self.head_transform, self.args.head_chunk):
+                output = model(**inputs, use_cache=False)
+            logps, means = output.logits.float(), target.means
+        pairs = len(batch["pair_rows"])
+        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
+        return stats, output.aux_loss if self.aux_enabled else None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """ORPO loss of a batch of `get_train_dataloader()`, or of TRL's collator.
+
+        With `num_items_in_batch` (NLL labels and pairs of the whole optimizer step, as `get_batch_samples` counts
+        them) the batch's share of the step's loss; without, the loss of the batch on its own.
+        """
+        inputs = self._ours(inputs)
+        stats, aux = self.pair_statistics(model, inputs)
+        if num_items_in_batch is not None and self.args.nll_mean == "window":
+            labels, pairs = num_items_in_batch
+            # gradients are averaged over processes later, while these shares are to be summed: undone here, once
+            loss = window_loss(stats, self.args.beta, labels, pairs) * self.accelerator.num_processes
+            aux_share = 1 / self.current_gradient_accumulation_steps
+        else:
+            loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
+            aux_share = 1.0
+        if aux is not None:
+            loss = loss + self.aux_coefficient * aux.to(loss.device) * aux_share
+        sums = metric_sums(stats, aux, self.args.beta, inputs["attention_mask"])
+        if model.training:
+            self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
+        return (loss, finish_metrics(sums)) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """The micro-batches of one optimizer step, and how many NLL labels and pairs they hold on all processes."""
+        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._ours(batch) for batch in batches]
+        if not batches:
+            return batches, None
+        labels = sum((batch["nll_pair"] >= 0).sum() for batch in batches)
+        pairs = sum(len(batch["pair_rows"]) for batch in batches)
+        totals = torch.stack([labels.to(device), torch.tensor(pairs, device=device)])  # type: ignore[union-attr]
+        return batches, self.accelerator.reduce(totals, "sum")
+
+    def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
+        if self.optimizer is None and self.args.loraplus_lr_ratio:
+            self.optimizer = optimizer_for(self.model, self.args, self.args.loraplus_lr_ratio)
+            return self.optimizer
+        return super().create_optimizer(model)
+
+    # ---- metrics -------------------------------------------------------------------------------------------------
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Add the metrics since the last log: exact means over all pairs of all micro-batches and processes."""
+        if "loss" in logs and self._sums:
+            names = list(self._sums)
+            totals = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum").tolist()
+            sums, self._sums = dict(zip(names, totals, strict=True)), {}
+            seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
+            logs |= finish_metrics(sums)
+            logs["tokens_per_second"] = sums["tokens"] / seconds
+            logs["pairs_per_second"] = sums["pairs"] / seconds
+            logs["peak_memory_gb"] = peak_memory_bytes(self.args.device) / 1e9
+        super().log(logs, start_time)
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._clock = time.monotonic()
+        return super().train(*args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
+        started = time.monotonic()
+        metrics = super().evaluate(*args, **kwargs)
+        self._clock += time.monotonic() - started  # evaluation is no part of the training throughput
+        return metrics
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, one row a pair with the columns `COLUMNS`, and zeros for labels."""
+        inputs = self._prepare_inputs(self._ours(inputs))
+        with torch.no_grad():
+            stats, aux = self.pair_statistics(model, inputs)
+            loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
+        aux_column = (
+            stats.nll_sum.new_zeros(len(stats.nll_sum)) if aux is None else aux.float().expand(len(stats.nll_sum))
+        )
+        columns = (stats.chosen_logits, stats.rejected_logits, stats.chosen_logps, stats.rejected_logps,
+                   stats.nll_sum, stats.nll_count, aux_column)  # fmt: skip
+        return loss, torch.stack(columns, 1), torch.zeros(len(stats.nll_sum), device=loss.device)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Every held-out pair counts once, whatever the batches and processes."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
+        if self.aux_enabled:
+            metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]
+        else:
+            del metrics["aux_loss"]
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        return output
+
+
+def pad_token(args: ORPOConfig, tokenizer: PreTrainedTokenizerBase) -> int:
+    """Any id serves, since labels and masks come from lengths: the one asked for, the tokenizer's, EOS, or 0."""
+    choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(choice for choice in choices if choice is not None)
+
+
+def decoder_start(config: Any) -> int:
+    if config.decoder_start_token_id is None:
+        raise ValueError(
+            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
+        )
+    return config.decoder_start_token_id
+
+
+def metric_sums(stats: PairStatistics, aux: Tensor | None, beta: float, attention_mask: Tensor) -> dict[str, Tensor]:
+    """Sums over the pairs of a batch, from which `finish_metrics` makes means; all scalars."""
+    chosen, rejected = stats.chosen_logps.detach(), stats.rejected_logps.detach()
+    odds = log_odds_ratio(chosen, rejected)
+    sums = {
+        "rewards/chosen": beta * chosen,
+        "rewards/rejected": beta * rejected,
+        "rewards/accuracies": (chosen > rejected).float(),
+        "rewards/margins": beta * (chosen - rejected),
+        "logps/chosen": chosen,
+        "logps/rejected": rejected,
+        "logits/chosen": stats.chosen_logits,
+        "logits/rejected": stats.rejected_logits,
+        "log_odds_ratio": F.logsigmoid(odds),
+        "log_odds_chosen": odds,
+        "nll_sum": stats.nll_sum.detach(),
+        "nll_count": stats.nll_count,
+        "pairs": torch.ones_like(chosen),
+    }
+    if aux is not None:
+        sums["aux_loss"] = aux.detach().float().expand(len(chosen))
+    return {key: value.sum() for key, value in sums.items()} | {"tokens": attention_mask.sum()}
+
+
+def finish_metrics(sums: dict[str, Any]) -> dict[str, float]:
+    """TRL's metrics by TRL's names: means over pairs, nll_loss over labels."""
+    counts = {"nll_sum", "nll_count", "pairs", "tokens"}
+    metrics = {key: float(value / sums["pairs"]) for key, value in sums.items() if key not in counts}
+    return metrics | {"nll_loss": float(sums["nll_sum"] / sums["nll_count"])}
+
+
+def pair_metrics(predictions: Tensor, beta: float) -> dict[str, float]:
+    """Metrics and loss of an evaluation's predictions, (N, len(COLUMNS)): exact over all its pairs."""
+    column = {name: predictions[:, i].double() for i, name in enumerate(COLUMNS)}
+    stats = PairStatistics(column["logps/chosen"], column["logps/rejected"], column["nll_sum"], column["nll_count"],
+                           column["logits/chosen"], column["logits/rejected"])  # fmt: skip
+    sums = metric_sums(stats, None, beta, torch.zeros(1))
+    metrics = finish_metrics(sums) | {"aux_loss": column["aux_loss"].mean().item()}
+    return metrics | {"loss": metrics["nll_loss"] - beta * metrics["log_odds_ratio"]}

@@ -1,0 +1,29 @@
+"""Shared by all tests: no network, real data where it lies, and TRL's trainer for comparison."""
+
+import importlib
+import os
+import warnings
+from pathlib import Path
+
+import pytest
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+
+SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """Folder of real preference data; tests that want it are skipped where it is absent."""
+    if not SHARED.is_dir():
+        pytest.skip(f"no real preference data at {SHARED}")
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def trl_orpo():
+    """trl.experimental.orpo's trainer module, to compare with."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return importlib.import_module("trl.experimental.orpo.orpo_trainer")

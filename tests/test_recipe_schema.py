@@ -1,0 +1,284 @@
+"""The recipe schema: load, override, validate, save, and the JSON Schema for editors."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from orpo_lite.errors import RequestError
+from orpo_lite.recipe import Recipe, RecipeError, apply_override, find_recipe, json_schema, read_yaml, shipped_recipes
+
+SHIPPED = shipped_recipes()
+REQUIRED = {
+    "quickstart",
+    "smollm2-135m-qlora",
+    "qwen2-0.5b-ultrafeedback",
+    "qwen3-4b-qlora",
+    "llama-3.2-3b-qlora",
+    "mistral-qlora",
+    "mistral-qlora-t4",
+    "llama-3-8b-qlora",
+    "qwen2.5-7b-qlora",
+    "gemma-2-9b-qlora",
+    "phi-2-orpo",
+    "llama-2-7b-orpo",
+    "mixtral-8x7b",
+}
+
+
+def content(**sections):
+    """The shortest valid recipe, with sections replaced."""
+    return {"name": "short", "model": {"name_or_path": "org/model"}, "data": {"train": "pairs.jsonl"}} | sections
+
+
+def problems(*overrides, **sections):
+    """What is wrong with a recipe, as a list of lines."""
+    recipe = content(**sections)
+    for word in overrides:
+        apply_override(recipe, word)
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse(recipe)
+    return caught.value.problems
+
+
+@pytest.fixture
+def written(tmp_path):
+    """Writes a recipe and gives its path."""
+
+    def write(text, name="mine.yaml"):
+        path = tmp_path / name
+        path.write_text(text if isinstance(text, str) else yaml.safe_dump(text), "utf-8")
+        return path
+
+    return write
+
+
+def test_the_promised_recipes_are_shipped():
+    assert set(SHIPPED) >= REQUIRED
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_shipped_recipe_says_what_it_is(name):
+    recipe, text = Recipe.load(name), SHIPPED[name].read_text("utf-8")
+    header = text[: re.search(r"^[a-z]", text, re.MULTILINE).start()]
+    assert recipe.name == name
+    assert recipe.description and recipe.needs
+    assert f"--recipe {name}" in header, "the header shows the command"
+    assert str(recipe.folder).replace("\\", "/") == f"outputs/{name}"
+
+
+@pytest.mark.parametrize("name", sorted(set(SHIPPED) - {"quickstart"}))
+def test_shipped_recipe_states_card_provenance_and_result(name):
+    text = SHIPPED[name].read_text("utf-8")
+    for part in ("# Card", "# Where the numbers come from", "# Result: not measured"):
+        assert part in text
+    recipe = Recipe.load(name)
+    assert recipe.data.overlong == "drop" and recipe.training["report_to"] == "none"
+    # TRL's default of 1e-6 hardly moves a LoRA adapter
+    assert recipe.training["learning_rate"] >= 1e-5
+
+
+def test_the_papers_betas():
+    betas = {name: Recipe.load(name).orpo.beta for name in ("mistral-qlora", "phi-2-orpo", "llama-2-7b-orpo")}
+    assert betas == {"mistral-qlora": 0.1, "phi-2-orpo": 0.25, "llama-2-7b-orpo": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("word", "where", "value"),
+    [
+        ("training.learning_rate=5e-6", ("training", "learning_rate"), 5e-6),  # YAML 1.1 reads 5e-6 as text
+        ("training.learning_rate=0.00005", ("training", "learning_rate"), 5e-5),
+        ("training.max_steps=3", ("training", "max_steps"), 3),
+        ("training.eval_strategy=no", ("training", "eval_strategy"), "no"),  # and no as false
+        ("training.report_to=[wandb, tensorboard]", ("training", "report_to"), ["wandb", "tensorboard"]),
+        ("orpo.beta=1e-1", ("orpo", "beta"), 0.1),
+        ("adapter.target_modules=[q_proj, v_proj]", ("adapter", "target_modules"), ["q_proj", "v_proj"]),
+        ("adapter.loraplus_lr_ratio=16", ("adapter", "loraplus_lr_ratio"), 16.0),
+        ("data.max_length=null", ("data", "max_length"), None),
+        ("data.template_kwargs.enable_thinking=false", ("data", "template_kwargs"), {"enable_thinking": False}),
+        ("model.revision=", ("model", "revision"), None),
+        ("memory.checkpointing=12", ("memory", "checkpointing"), 12),
+        ("description=a = b", ("description",), "a = b"),
+    ],
+)
+def test_override(written, word, where, value):
+    found = Recipe.load(written(content()), [word])
+    for key in where:
+        found = found[key] if isinstance(found, dict) else getattr(found, key)
+    assert found == value and type(found) is type(value)
+
+
+def test_later_overrides_win_and_sections_come_back_from_null(written):
+    path = written(content(adapter=None, model={"name_or_path": "a/b", "quantization": "none"}))
+    assert Recipe.load(path).adapter is None
+    assert Recipe.load(path, ["adapter.r=4", "adapter.r=8"]).adapter.r == 8
+
+
+@pytest.mark.parametrize("word", ["training.learning_rate", "=3", "name.x=1", "data.train=[a"])
+def test_override_that_cannot_be_read(written, word):
+    with pytest.raises(RecipeError, match=re.escape(word)):
+        Recipe.load(written(content()), [word])
+
+
+@pytest.mark.parametrize(
+    ("given", "paths", "weights"),
+    [
+        ("a.jsonl", ["a.jsonl"], [1.0]),
+        ({"path": "a.jsonl", "weight": 2}, ["a.jsonl"], [2.0]),
+        (["a.jsonl", {"path": "org/set", "split": "test", "weight": 0.5}], ["a.jsonl", "org/set"], [1.0, 0.5]),
+    ],
+)
+def test_data_sources(given, paths, weights):
+    sources = Recipe.parse(content(data={"train": given})).data.train
+    assert [source.path for source in sources] == paths
+    assert [source.weight for source in sources] == weights
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("model.quantisation=nf4", "did you mean quantization?"),
+        ("orpo.betta=0.1", "did you mean beta?"),
+        ("data.train=[{pth: a.jsonl}]", "data.train.0.pth: unknown key (did you mean path?)"),
+        ("evaluation.rule={chosen: a, rejected: b, rejectd: c}", "did you mean rejected?"),
+        ("trainin.max_steps=1", "trainin: unknown key (did you mean training?)"),
+        ("training.learning_rat=1", "did you mean learning_rate?"),
+        ("training.warmup_ratio=0.1", "not a field of transformers.TrainingArguments"),
+    ],
+)
+def test_unknown_key_names_the_nearest(word, told):
+    assert any(told in line for line in problems(word))
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("model.quantization=nf5", ("model.quantization", "'nf5'", "'nf4'")),
+        ("model.dtype=bf16", ("model.dtype", "'bf16'", "'bfloat16'")),
+        ("adapter.r=0", ("adapter.r", "found 0")),
+        ("adapter.init_lora_weights=pisa", ("adapter.init_lora_weights", "'pisa'", "pissa")),
+        ("orpo.beta=.nan", ("orpo.beta", "finite")),
+        ("orpo.beta=-1", ("orpo.beta", "found -1")),
+        ("data.train=[]", ("data.train", "at least 1")),
+        ("data.train=[{path: a, weight: 0}]", ("data.train.0.weight", "found 0")),
+        ("data.columns={promt: x}", ("data.columns", "'promt'", "'prompt'")),
+        ("data.eval_fraction=1.5", ("data.eval_fraction", "1.5")),
+        ("memory.checkpointing=some", ("memory.checkpointing", "'some'", "'all'")),
+        ("name=../elsewhere", ("name", "'../elsewhere'")),
+        ("training.learning_rate=fast", ("training.learning_rate", "'fast'", "number")),
+        ("training.learning_rate=-1", ("training.learning_rate", "-1", "above 0")),
+        ("training.learning_rate=.inf", ("training.learning_rate", "finite")),
+        ("training.lr_scheduler_type=coosine", ("training.lr_scheduler_type", "did you mean cosine?")),
+        ("training.eval_strategy=step", ("training.eval_strategy", "did you mean steps?")),
+        ("training.optim=adam", ("training.optim", "'adam'", "adamw_torch")),
+        ("training.max_steps=1.5", ("training.max_steps", "1.5")),
+    ],
+)
+def test_wrong_value_says_field_found_and_expected(word, told):
+    lines = problems(word)
+    assert any(all(part in line for part in told) for line in lines), lines
+
+
+def test_missing_fields_are_named():
+    with pytest.raises(RecipeError) as caught:
+        Recipe.parse({"name": "x", "data": {}})
+    assert any(line.startswith("model: missing") for line in caught.value.problems)
+    assert any(line.startswith("data.train: missing") for line in caught.value.problems)
+
+
+def test_all_errors_at_once(written):
+    path = written(
+        content(
+            model={"name_or_path": "a/b", "quantisation": "nf4"},
+            orpo={"beta": "much"},
+            training={"learning_rate": "fast", "lerning_rate": 1, "optim": "adam"},
+        )
+    )
+    with pytest.raises(RequestError) as caught:
+        Recipe.load(path, ["adapter.r=0"])
+    message = str(caught.value)
+    assert str(path) in message and "6 problem(s)" in message
+    for field in ("model.quantisation", "orpo.beta", "learning_rate", "lerning_rate", "training.optim", "adapter.r"):
+        assert field in message
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["adapter=null"], "model.quantization is nf4"),
+        (["adapter.init_lora_weights=pissa"], "changes the base weights"),
+        (["adapter.init_lora_weights=olora", "model.quantization=int8"], "changes the base weights"),
+        (["data.max_prompt_length=1024", "data.max_length=1024"], "no room for an answer"),
+    ],
+)
+def test_sections_that_contradict_each_other(words, told):
+    assert any(told in line for line in problems(*words))
+
+
+@pytest.mark.parametrize("text", ["model: [", "- a\n- b\n", "just words", ""])
+def test_file_that_is_no_recipe(written, text):
+    path = written(text)
+    with pytest.raises(RecipeError, match=re.escape(str(path))):
+        Recipe.load(path)
+
+
+def test_yaml_cannot_run_code(written):
+    with pytest.raises(RecipeError, match="not readable as YAML"):
+        Recipe.load(written("model: !!python/object/apply:os.getcwd []\n"))
+
+
+def test_unknown_name_lists_and_guesses(tmp_path, monkeypatch):
+    with pytest.raises(RecipeError, match=r"did you mean mistral-qlora\?.*shipped: .*quickstart"):
+        Recipe.load("mistral-qlra")
+    with pytest.raises(RecipeError, match="no such file"):
+        Recipe.load(tmp_path / "absent.yaml")
+    with pytest.raises(RecipeError, match="is it a run folder"):
+        Recipe.load(tmp_path)
+    # a folder of the recipe's name, such as outputs/ holds, does not hide the shipped recipe
+    (tmp_path / "mistral-qlora").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert find_recipe("mistral-qlora") == SHIPPED["mistral-qlora"]
+
+
+def test_name_comes_from_the_file(written):
+    nameless = content()
+    del nameless["name"]
+    assert Recipe.load(written(nameless, "my-run.yaml")).name == "my-run"
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_saved_recipe_loads_back_from_its_run_folder(name, tmp_path):
+    recipe = Recipe.load(name, ["training.learning_rate=5e-6", "data.train=[a.jsonl, {path: b, weight: 0.5}]"])
+    recipe.save(tmp_path / "recipe.yaml")
+    assert Recipe.load(tmp_path) == recipe
+    saved = read_yaml(tmp_path / "recipe.yaml")
+    assert saved["training"]["learning_rate"] == 5e-6
+    # every field is written, so that new defaults in a later version do not change an old run
+    assert set(saved) == set(Recipe.model_fields) and saved["orpo"].keys() == type(recipe.orpo).model_fields.keys()
+
+
+def test_json_schema_accepts_the_shipped_and_refuses_the_wrong():
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads(json_schema())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    for path in SHIPPED.values():
+        given = {"name": path.stem} | read_yaml(path)
+        assert not list(validator.iter_errors(given)), path.stem
+    for wrong in (
+        content(modle={}),
+        content(model={"name_or_path": "a", "quantization": "nf5"}),
+        content(training={"learning_rat": 1}),
+        content(data={}),
+        content(orpo={"beta": -1}),
+    ):
+        assert list(validator.iter_errors(wrong)), wrong
+
+
+def test_listing_recipes_imports_no_torch():
+    script = "import sys, orpo_lite.recipe as r, orpo_lite.configs; r.shipped_recipes(); print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "False"

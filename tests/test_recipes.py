@@ -1,0 +1,149 @@
+"""Every shipped recipe trains: one optimizer step, offline, on a tiny random model of the recipe's architecture.
+
+The tiny model keeps the real config but for its sizes (tests/tiny.py), the tokenizer has the base's special tokens and
+chat template, the rows have the shape of the recipe's data set, and the step goes through `orpo_lite.train.run`.
+"""
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from orpo_lite.configs import FOLDER, base_config
+from orpo_lite.recipe import BUILTIN, Recipe, shipped_recipes
+from tests.tiny import base_tokenizer, tiny_config, tiny_model
+
+RECIPES = shipped_recipes()
+PARAMETERS = {
+    "HuggingFaceTB/SmolLM2-135M-Instruct": 134_515_008,
+    "Qwen/Qwen2-0.5B-Instruct": 494_032_768,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-4B": 4_022_468_096,
+    "google/gemma-2-9b-it": 9_241_705_984,
+    "meta-llama/Llama-2-7b-hf": 6_738_415_616,
+    "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
+    "microsoft/phi-2": 2_779_683_840,
+    "mistralai/Mistral-7B-v0.1": 7_241_732_096,
+    "mistralai/Mixtral-8x7B-v0.1": 46_702_792_704,
+}
+"""As published with the weights."""
+
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+LAYERS = {
+    "microsoft/phi-2": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
+    "mistralai/Mixtral-8x7B-v0.1": ATTENTION,  # not the router
+}
+"""Layers with LoRA, where they are not a Llama's seven."""
+
+IMPLICIT = {"trl-lib/ultrafeedback_binarized"}
+"""Data sets without a prompt column; the others have it as text beside whole conversations."""
+QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Write a short poem.", "Why is the sky blue?"]
+
+
+def rows(count: int, implicit: bool) -> list[dict]:
+    """Pairs in UltraFeedback's shape: both sides are whole conversations, with or without a prompt column."""
+    made = []
+    for number in range(count):
+        question = f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"
+        sides = {
+            side: [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+            for side, answer in (
+                ("chosen", f"Sure, here is the answer to number {number}: Paris, in eight minutes."),
+                ("rejected", f"I cannot help you with that, sorry ({number})."),
+            )
+        }
+        made.append(sides if implicit else {"prompt": question} | sides)
+    return made
+
+
+def write_rows(path, count, implicit):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count, implicit)), "utf-8")
+    return path
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_base_model_has_its_config_here(name):
+    recipe = Recipe.load(name)
+    assert base_config(recipe.model.name_or_path) is not None
+
+
+@pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in FOLDER.glob("*.json")))
+def test_config_has_the_published_number_of_parameters(name):
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(base_config(name))
+    assert sum(parameter.numel() for parameter in model.parameters()) == PARAMETERS[name]
+
+
+def test_no_config_for_a_model_that_is_not_here(tmp_path):
+    assert base_config("org/unknown") is None
+    assert base_config(str(tmp_path)) is None
+
+
+@pytest.mark.parametrize("name", PARAMETERS)
+def test_tiny_config_changes_sizes_only(name):
+    """What makes an architecture special, windows, caps, ties and biases, must be there in the tiny model too."""
+    real, tiny = base_config(name), tiny_config(base_config(name))
+    sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+             "head_dim", "num_local_experts", "vocab_size", "sliding_window", "max_window_layers", "initializer_range",
+             "layer_types", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
+    changed = {key for key, value in tiny.to_dict().items() if value != real.to_dict().get(key)}
+    assert changed <= sizes
+    assert bool(getattr(tiny, "sliding_window", None)) == bool(getattr(real, "sliding_window", None))
+    assert set(getattr(tiny, "layer_types", None) or []) == set(getattr(real, "layer_types", None) or [])
+    grouped, tiny_grouped = (c.num_key_value_heads < c.num_attention_heads for c in (real, tiny))
+    assert grouped == tiny_grouped
+    assert sum(parameter.numel() for parameter in tiny_model(tiny).parameters()) < 400_000
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_trains_one_step(name, tmp_path):
+    from orpo_lite.train import run
+
+    shipped = Recipe.load(name)
+    base = shipped.model.name_or_path
+    implicit = shipped.data.train[0].path in IMPLICIT
+    words = [
+        f"data.train={write_rows(tmp_path / 'pairs.jsonl', 12, implicit)}",
+        f"data.eval={write_rows(tmp_path / 'eval.jsonl', 4, implicit)}",
+        "training.max_steps=1",
+        f"training.output_dir={tmp_path / 'run'}",
+        # a warm-up of several steps starts at 0: the one step taken here has to move the adapter
+        "training.warmup_steps=0",
+        # evaluates and saves during training as well
+        "training.eval_steps=1",
+        "training.save_steps=1",
+        "evaluation.samples=1",
+        "evaluation.max_new_tokens=4",
+        "model.dtype=float32",
+    ]
+    if not base.startswith(BUILTIN):
+        tokenizer = base_tokenizer(base)
+        config = tiny_config(base_config(base), tokenizer)
+        tiny_model(config).save_pretrained(tmp_path / "base")
+        tokenizer.save_pretrained(tmp_path / "base")
+        words.append(f"model.name_or_path={tmp_path / 'base'}")
+
+    finished = run(Recipe.load(name, words))
+
+    record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
+    assert finished.facts["steps"] == 1 and record["steps"] == 1
+    adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
+    assert adapter and all(tensor.isfinite().all() for tensor in adapter.values())
+    # B starts at zero, so whatever is not zero was learned
+    untouched = [key for key, tensor in adapter.items() if "lora_B" in key and not tensor.any()]
+    assert not untouched, untouched
+    layers = {key.split(".")[-3] for key in adapter if "lora_B" in key}
+    assert layers == LAYERS.get(base, ATTENTION | {"gate_proj", "up_proj", "down_proj"})
+    template = (tmp_path / "run" / "chat_template.jinja").read_text("utf-8")
+    if not base.startswith(BUILTIN):
+        assert template == tokenizer.chat_template or (tokenizer.chat_template is None and "<|assistant|>" in template)
+    for side in ("before", "after"):
+        assert all(math.isfinite(value) for value in record["eval"][side].values() if isinstance(value, float))
+    logged = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text("utf-8").splitlines()]
+    step = next(line for line in logged if "loss" in line)
+    assert math.isfinite(step["loss"]) and step["loss"] > 0
+    assert Recipe.load(tmp_path / "run").orpo == shipped.orpo
