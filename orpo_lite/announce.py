@@ -50,15 +50,14 @@ def resolved(
         if folder is None
         else f"{folder.path}" + (" (going on from its newest checkpoint)" if folder.checkpoint else ""),
     )
-    row("base model", recipe.model.name_or_path + (f" at {recipe.model.revision}" if recipe.model.revision else ""))
-    for sentence in facts.sentences:
-        row("", sentence)
+    for i, sentence in enumerate(facts.sentences):
+        row("" if i else "base model", sentence.removeprefix("base: "))
     row("adapter", describe_adapter(recipe))
     row("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})")
     row("data", f"{len(pairs.train):,} training pairs, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
     for line in str(pairs.report).splitlines():
         row("", line)
-    row("layout", "padded: 2 right-padded rows a pair")
+    row("layout", f"{trainer.layout.name}: {trainer.layout.why}")
     row(
         "loss",
         f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over the {'optimizer step' if recipe.orpo.nll_mean == 'window' else 'micro-batch'}",
@@ -147,7 +146,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
         },
-        "layout": {"name": "padded", "why": "the reference layout"},
+        "layout": trainer.layout._asdict(),
         "parameters": {"trainable": trainable, "total": total},
         "effective_batch": effective_batch(trainer),
     }

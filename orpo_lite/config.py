@@ -57,7 +57,7 @@ class ORPOConfig(TrainingArguments):
     nll_mean: str = _help(
         "window: means over the optimizer step; micro: TRL's mean of micro-batch means.", default="window"
     )
-    layout: str = _help("auto or padded: how pairs become a batch.", default="auto")
+    layout: str = _help("auto, shared, packed or padded: how pairs become a batch.", default="auto")
     disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
     padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
     generate_during_eval: bool = _help(
@@ -81,7 +81,7 @@ class ORPOConfig(TrainingArguments):
             "completion_end": ("trl", "turn"),
             "nll_scope": ("prompt+chosen", "chosen"),
             "nll_mean": ("window", "micro"),
-            "layout": ("auto", "padded"),
+            "layout": ("auto", "shared", "packed", "padded"),
         }
         for name, choices in expected.items():
             if getattr(self, name) not in choices:

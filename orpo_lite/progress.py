@@ -17,6 +17,9 @@ logger = logging.getLogger(__name__)
 class Bar(ProgressCallback):
     """transformers' bar with loss, margin, accuracy and tokens/s beside it, in place of a printed dict a log."""
 
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No second bar: an evaluation ends in a line of its own."""
+
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
             return

@@ -178,8 +178,11 @@ class OrpoSection(Section):
     """Tokens in the NLL term: prompt and chosen answer as in the paper's code and TRL, or the answer only."""
     nll_mean: Literal["window", "micro"] = "window"
     """window: normalised over the whole optimizer step; micro: TRL's mean of micro-batch means."""
-    layout: Literal["auto", "padded"] = "auto"
-    """How pairs become a batch; auto takes the fastest layout that is exact for the model."""
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How pairs become a batch; auto takes the fastest layout that is exact for the model.
+
+    shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
+    padded: two right-padded rows a pair, as in TRL."""
     disable_dropout: bool = True
     """Set every dropout in the model to 0."""
 
@@ -189,6 +192,8 @@ class MemorySection(Section):
     """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card that is there."""
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Layers whose activations are recomputed in the backward pass; auto is all on a GPU and none on the CPU."""
+    head_chunk: Literal["auto"] | Positive = "auto"
+    """Rows of logits held at a time; auto keeps them near 64 MB."""
 
 
 class RuleSection(Section):

@@ -25,9 +25,9 @@ from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.model import (
     BaseFacts,
     attach_adapter,
+    autocast,
     initialise_eva,
     load_base,
-    load_config,
     load_tokenizer,
     save_adapter,
 )
@@ -176,6 +176,7 @@ def arguments(
         nll_scope=recipe.orpo.nll_scope,
         nll_mean=recipe.orpo.nll_mean,
         layout=recipe.orpo.layout,
+        head_chunk=None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
         disable_dropout=recipe.orpo.disable_dropout,
         loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
     )

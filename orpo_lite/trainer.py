@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
+from orpo_lite.attention import packed_attention, plain_attention
 from orpo_lite.config import ORPOConfig
-from orpo_lite.data.batching import PaddedCollator, from_trl
+from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.head import HeadTransform, LabelRows, check_head, score_labels, score_logits
+from orpo_lite.layout import Layout, choose_layout
 from orpo_lite.loss import PairStatistics, log_odds_ratio, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.model import optimizer_for
@@ -121,7 +124,12 @@ class ORPOTrainer(Trainer):
             elif eval_dataset is not None:
                 eval_dataset = self._tokenised(eval_dataset, tokenizer, options, "eval")
 
-        self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope)
+        self.layout = choose_layout(base_of(model), args.layout) if model is not None else Layout("padded", "model_init")
+        if self.layout.name == "padded":
+            start = decoder_start(model.config) if model is not None and encoder_decoder else None
+            self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
+        else:
+            self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
         super().__init__(
             model=model,
             args=args,
@@ -135,12 +143,11 @@ class ORPOTrainer(Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        config = self.model.config
-        if encoder_decoder:
-            self.collator.decoder_start_token_id = decoder_start(config)
+        if encoder_decoder and model is None:
+            self.collator.decoder_start_token_id = decoder_start(self.model.config)
         # compute_loss normalises over the window itself; transformers must not divide once more
         self.loss_is_scaled_for_ga = args.nll_mean == "window"
-        text = config.get_text_config(decoder=True)
+        text = self.model.config.get_text_config(decoder=True)
         self.aux_coefficient = getattr(text, "router_aux_loss_coef", 0.0) or 0.0
         self.aux_enabled = bool(getattr(text, "output_router_logits", False))
         self.head_transform = self._head_transform()
@@ -190,7 +197,7 @@ class ORPOTrainer(Trainer):
         transform = HeadTransform.of(model.config)
         ids = torch.arange(8, device=self.args.device)[None] % model.get_input_embeddings().weight.shape[0]
         inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if self.collator.decoder_start_token_id is not None:
+        if model.config.is_encoder_decoder:
             inputs["decoder_input_ids"] = ids
         difference = check_head(model, transform, **inputs)
         if difference <= (1e-3 if self.args.mixed_precision == "no" else 0.2):
@@ -213,12 +220,17 @@ class ORPOTrainer(Trainer):
         if self.aux_enabled:
             inputs["output_router_logits"] = True
         target = LabelRows(batch["label_rows"], batch["label_ids"])
-        if self.head_transform is None:
+        unwrapped = self.accelerator.unwrap_model(model)
+        with contextlib.ExitStack() as stack:
+            if "segments" in batch:
+                inputs["orpo_segments"] = batch["segments"]
+                stack.enter_context(packed_attention(base_of(unwrapped)))
+            if self.head_transform is not None:
+                stack.enter_context(score_labels(unwrapped, target, self.head_transform, self.args.head_chunk))
             output = model(**inputs, use_cache=False)
+        if self.head_transform is None:
             logps, means = score_logits(output.logits, target)
         else:
-            with score_labels(self.accelerator.unwrap_model(model), target, self.head_transform, self.args.head_chunk):
-                output = model(**inputs, use_cache=False)
             logps, means = output.logits.float(), target.means
         pairs = len(batch["pair_rows"])
         stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
@@ -289,11 +301,16 @@ class ORPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.monotonic()
-        return super().train(*args, **kwargs)
+        try:
+            return super().train(*args, **kwargs)
+        finally:
+            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.monotonic()
         metrics = super().evaluate(*args, **kwargs)
+        if not self.is_in_train:
+            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
         self._clock += time.monotonic() - started  # evaluation is no part of the training throughput
         return metrics
 
@@ -330,6 +347,11 @@ class ORPOTrainer(Trainer):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def pad_token(args: ORPOConfig, tokenizer: PreTrainedTokenizerBase) -> int:

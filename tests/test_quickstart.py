@@ -5,7 +5,6 @@ import os
 import re
 import subprocess
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -187,22 +186,16 @@ def run(command):
     return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
 
 
-needs_train = pytest.mark.skipif(find_spec("orpo_lite.train") is None, reason="orpo_lite.train is not there")
-
-
 @pytest.mark.slow
 def test_another_seed_behaves_as_what_is_shipped(tmp_path):
     folder = tmp_path / "built"
     done = run([sys.executable, "-m", "orpo_lite.quickstart.build", "--output", str(folder), "--seed", "7"])
     assert done.returncode == 0, done.stderr
     assert base_accuracy(folder) <= 0.6
-    if find_spec("orpo_lite.train") is None:
-        pytest.skip("built and measured; orpo_lite.train is not there to train on it")
     check_run(train(folder, tmp_path / "run"))
 
 
 @pytest.mark.slow
-@needs_train
 def test_shipped_model_learns_the_style(tmp_path):
     check_run(train(SHIPPED, tmp_path / "run"))
 
@@ -217,7 +210,6 @@ def check_run(record):
 
 
 @pytest.mark.slow
-@needs_train
 @pytest.mark.parametrize("seed", [0, 1])
 def test_shuffled_labels_teach_nothing(tmp_path, seed):
     """The control: chosen and rejected swapped in a random half of the training rows."""

@@ -44,10 +44,19 @@ IMPLICIT = {"trl-lib/ultrafeedback_binarized"}
 QUESTIONS = ["What is the capital of France?", "How do I boil an egg?", "Write a short poem.", "Why is the sky blue?"]
 
 
-def rows(count: int, implicit: bool) -> list[dict]:
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Matrices of 64 columns lose more by waiting for a second thread than it saves, much more on a busy machine."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def rows(numbers: range, implicit: bool) -> list[dict]:
     """Pairs in UltraFeedback's shape: both sides are whole conversations, with or without a prompt column."""
     made = []
-    for number in range(count):
+    for number in numbers:
         question = f"{QUESTIONS[number % len(QUESTIONS)]} ({number})"
         sides = {
             side: [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -60,8 +69,8 @@ def rows(count: int, implicit: bool) -> list[dict]:
     return made
 
 
-def write_rows(path, count, implicit):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows(count, implicit)), "utf-8")
+def write_rows(path, numbers, implicit):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows(numbers, implicit)), "utf-8")
     return path
 
 
@@ -107,13 +116,14 @@ def test_recipe_trains_one_step(name, tmp_path):
     base = shipped.model.name_or_path
     implicit = shipped.data.train[0].path in IMPLICIT
     words = [
-        f"data.train={write_rows(tmp_path / 'pairs.jsonl', 12, implicit)}",
-        f"data.eval={write_rows(tmp_path / 'eval.jsonl', 4, implicit)}",
+        f"data.train={write_rows(tmp_path / 'pairs.jsonl', range(12), implicit)}",
+        f"data.eval={write_rows(tmp_path / 'eval.jsonl', range(12, 16), implicit)}",
         "training.max_steps=1",
         f"training.output_dir={tmp_path / 'run'}",
         # a warm-up of several steps starts at 0: the one step taken here has to move the adapter
         "training.warmup_steps=0",
         # evaluates and saves during training as well
+        "training.logging_steps=1",
         "training.eval_steps=1",
         "training.save_steps=1",
         "evaluation.samples=1",

@@ -169,8 +169,9 @@ def pair_rows(pairs: list[Row]) -> Tensor:
     return torch.tensor([p.get("row", -1) for p in pairs], dtype=torch.int64)
 
 
-def from_trl(batch: dict[str, Any], collator: PaddedCollator) -> dict[str, Tensor]:
+def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
     """A batch of TRL's DPO collator (or a user's own of that form) as one of ours."""
+    encoder_decoder = "chosen_input_ids" not in batch
 
     def unpad(name: str, i: int, keep: Tensor) -> list[int]:
         return batch[name][i][keep[i].bool()].tolist()
@@ -180,13 +181,13 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator) -> dict[str, Tenso
         pair: Row = {}
         for side in ("chosen", "rejected"):
             labels = batch[f"{side}_labels"]
-            if collator.decoder_start_token_id is not None:
+            if encoder_decoder:
                 pair[f"{side}_ids"] = unpad(f"{side}_labels", i, labels != -100)
                 continue
             mask = batch[f"{side}_attention_mask"]
             pair[f"{side}_ids"] = unpad(f"{side}_input_ids", i, mask)
             pair[f"{side}_start"] = int((labels[i][mask[i].bool()] == -100).sum())
-        if collator.decoder_start_token_id is not None:
+        if encoder_decoder:
             pair["prompt_ids"] = unpad("prompt_input_ids", i, batch["prompt_attention_mask"])
         pairs.append(pair)
     return collator(pairs)

@@ -234,7 +234,7 @@ class PairTokenizer:
             len(content) - 1, lambda n: [*turns[:system], rest[0] | {"content": content[n + 1 :]}, *rest[1:]]
         )
         if not best:
-            raise too_long
+            raise Dropped(PROMPT_TOO_LONG, f"{too_long.detail}, and the template fills that without the last turn")
         return best
 
     def fit_completion(self, name: str, side: Side) -> Side:

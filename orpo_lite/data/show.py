@@ -21,7 +21,6 @@ if TYPE_CHECKING:
 
 # what could move the cursor, reorder or hide text in a terminal; line breaks and tabs are handled apart
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
-BARS = 24
 
 
 def command(
@@ -92,12 +91,28 @@ def print_report(
     cached = " (tokens from the cache)" if report.cached else ""
     console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
     console.print(lengths_table(lengths(pairs.train)))
+    if shown:
+        console.print(
+            Text.assemble(
+                "\n",
+                (". prompt, no label", "dim"),
+                "   ",
+                ("+ chosen label", "green"),
+                "   ",
+                ("- rejected label", "red"),
+                "   ⏎ line break",
+            )
+        )
     for number, pair in enumerate(shown or [], 1):
         console.print("", example_text(number, pair), soft_wrap=True)
 
 
 def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Table:
-    table = Table("source", "for", "shape of its rows", "rows", "kept", "dropped", box=None)
+    table = Table(box=None)
+    for name in ("source", "for", "shape of its rows"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "kept", "dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
     for label, about in shapes.items():
         counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
         table.add_row(Text(printable(label)), about["section"], about["shape"], *counts)
@@ -123,10 +138,11 @@ def lengths_table(counted: dict[str, np.ndarray]) -> Table:
     top = max(int(tokens.max()) for tokens in counted.values())
     # edges double: real lengths vary twentyfold
     edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
+    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
     table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
     histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
     for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        cells = [bar(h[place], h.max()) for h in histograms]
+        cells = [bar(h[place], h.max(), width) for h in histograms]
         if any(h[place] for h in histograms):
             table.add_row(f"{low:,} to {high - 1:,}", *cells)
     for name in ("median", "p95", "max"):
@@ -134,9 +150,9 @@ def lengths_table(counted: dict[str, np.ndarray]) -> Table:
     return table
 
 
-def bar(count: int, largest: int) -> str:
-    width = round(BARS * count / max(largest, 1))
-    return f"{'█' * width or '▏'} {count:,}" if count else ""
+def bar(count: int, largest: int, width: int) -> str:
+    """A bar of at most `width` blocks and the count behind it, held together by a space that does not break."""
+    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

@@ -23,7 +23,7 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lite.errors import RequestError
 from orpo_lite.model.base import grow_vocabulary
 from orpo_lite.model.hub import readable
-from orpo_lite.model.layers import base_name, base_revision, is_quantised, routers
+from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
 from orpo_lite.model.precision import autocast
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import AdapterSection, nearest, resolve_path
@@ -95,7 +95,7 @@ def new_adapter(
             f"adapter.init_lora_weights: {init} with use_rslora and a rank or alpha pattern cannot be saved as a plain "
             "adapter: leave one of the three out"
         )
-    avoid = {name for name in routers(model) if not is_named(adapter, name)}
+    avoid = {name for name in routers(model) if not is_named(adapter, name)} | outside_text(model)
     targets = adapter.target_modules
     if targets in ("all-linear", ["all-linear"]):
         targets = all_linear(model, avoid)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -168,12 +169,17 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
                 output_loading_info=True,
                 **options,
             )
+    except RequestError as error:
+        if options.get("attn_implementation") and re.search(r"attention|attn|flash", str(error), re.IGNORECASE):
+            raise RequestError(
+                f"model.attention: {options['attn_implementation']} cannot be had for {spec.name_or_path}: set "
+                f"model.attention=auto ({error.__cause__})"
+            ) from error
+        raise
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
-        raise RequestError(
-            f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}"
-        ) from error
+        raise RequestError(f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}") from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RequestError(

@@ -36,6 +36,16 @@ def routers(model: nn.Module) -> set[str]:
     return found
 
 
+def outside_text(model: PreTrainedModel) -> set[str]:
+    """Names of the modules of a multimodal model that text never passes through: vision and audio towers."""
+    if model.config.get_text_config(decoder=True) is model.config or model.config.is_encoder_decoder:
+        return set()
+    decoder, head = model.get_decoder(), model.get_output_embeddings()
+    text = {id(module) for module in decoder.modules()} | {id(head)}
+    above = {name for name, module in model.named_modules() if any(child is decoder for child in module.modules())}
+    return {name for name, module in model.named_modules() if id(module) not in text and name not in above}
+
+
 def weight_count(parameter: torch.Tensor) -> int:
     """Number of weights a parameter stands for: 4-bit ones are stored packed."""
     state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one

@@ -7,10 +7,12 @@ from typing import Any
 
 import datasets
 import pytest
+from accelerate import PartialState
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
+from orpo_lite.data import readers
 from orpo_lite.data.drops import (
     COMPLETION_TOO_LONG,
     EQUAL,
@@ -64,8 +66,8 @@ TOKENIZERS = {
     "gemma": lambda: base_tokenizer("google/gemma-2-9b-it"),
     "zephyr": lambda: tiny_tokenizer((), ZEPHYR, bos="<s>", eos="</s>", add_bos=True),
     "mistral": lambda: tiny_tokenizer(("[INST]", "[/INST]"), MISTRAL, bos="<s>", eos="</s>", add_bos=True),
-    "phi-3": lambda: tiny_tokenizer(("<|user|>", "<|assistant|>", "<|end|>"), template_text("phi3.jinja"), eos="<|endoftext|>"),
-    "deepseek-r1": lambda: tiny_tokenizer(("<think>",), template_text("deepseek_r1_distill.jinja"), bos="<bos>", eos="<eos>"),
+    "phi-3": lambda: tiny_tokenizer(("<|user|>", "<|assistant|>", "<|end|>"), template_text("phi3.jinja")),
+    "deepseek-r1": lambda: tiny_tokenizer(("<think>",), template_text("deepseek_r1_distill.jinja"), bos="<bos>"),
     "metaspace, zephyr": lambda: metaspace("first", ZEPHYR),
     "llama-2 legacy, mistral": lambda: metaspace(template=MISTRAL, legacy=True),
 }  # fmt: skip
@@ -73,6 +75,7 @@ TOKENIZERS = {
 
 def trl_row(trl_orpo: Any, row: dict[str, Any], tokenizer: Any, max_length: int) -> dict[str, Any] | Exception:
     """What TRL 1.16 makes of a row."""
+    PartialState()  # TRL's logger wants it
     trainer = types.SimpleNamespace(is_encoder_decoder=False, processing_class=tokenizer, max_length=max_length)
     trainer.build_tokenized_answer = types.MethodType(trl_orpo.ORPOTrainer.build_tokenized_answer, trainer)
     try:
@@ -111,7 +114,7 @@ def real_rows(shared_data: Path) -> list[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@pytest.mark.parametrize("max_length", [100_000, 300])
+@pytest.mark.parametrize("max_length", [100_000, 700])
 def test_tokens_and_labels_equal_trl(name: str, max_length: int, real_rows: list[Any], trl_orpo: Any) -> None:
     rows = real_rows[::30]  # with system turns and several turns among them
     equal, _ = compare(trl_orpo, rows, TOKENIZERS[name](), max_length)
@@ -192,7 +195,7 @@ def test_completion_end_turn_cuts_after_the_first_end_of_turn(name: str, end: st
     [pair], report = run([GOOD], tokenizer, completion_end="turn")
     labels = pair["chosen_ids"][pair["chosen_start"] :]
     assert tokenizer.decode(labels).strip() == f"Boil it for eight minutes.{end}"
-    assert not report.notes
+    assert not [note for note in report.notes if "end-of-turn" in note]
     [as_trl], _ = run([GOOD], tokenizer)
     assert as_trl["chosen_ids"][: len(pair["chosen_ids"])] == pair["chosen_ids"]
     assert as_trl["chosen_ids"][-1] == tokenizer.eos_token_id
@@ -246,7 +249,7 @@ def test_truncate_takes_the_oldest_turns_and_keeps_the_template(name: str) -> No
     assert len(pair["chosen_ids"]) <= limit + 12 and report.prompt_cut == 1
     assert not system or "helpful assistant" in text
     opening = pair["chosen_ids"][: pair["chosen_start"]]
-    assert opening[:3] == expected["chosen_ids"][:3]
+    assert opening[:2] == expected["chosen_ids"][:2]
     tail = expected["chosen_ids"][expected["chosen_start"] - 3 : expected["chosen_start"]]
     assert opening[-3:] == tail
 
@@ -266,9 +269,9 @@ def test_truncate_cuts_strings_by_tokens_and_keeps_bos() -> None:
 def test_max_prompt_length_is_honoured() -> None:
     tokenizer = TOKENIZERS["chatml"]()
     row = chat("Roses are red. " * 10 + "What?", "Boil it.", "No.")
-    [pair], _ = run([row], tokenizer, max_length=500, max_prompt_length=50)
-    assert 40 <= pair["chosen_start"] <= 50
-    _, report = run([GOOD, GOOD, row], tokenizer, max_length=500, max_prompt_length=60, overlong="drop")
+    [pair], _ = run([row], tokenizer, max_length=500, max_prompt_length=80)
+    assert 70 <= pair["chosen_start"] <= 80
+    _, report = run([GOOD, GOOD, row], tokenizer, max_length=500, max_prompt_length=90, overlong="drop")
     assert report.dropped == {PROMPT_TOO_LONG: 1}
 
 
@@ -372,8 +375,9 @@ def test_cache_is_by_content_tokenizer_and_options(token_cache: Path) -> None:
     assert list(token_cache.glob("orpo_lite/*/pairs.arrow")) and not list(token_cache.glob("orpo_lite/tmp*"))
 
 
-def test_num_proc_gives_the_same_rows(real_rows: list[Any]) -> None:
-    rows = real_rows[:1200] + [{"prompt": None, "chosen": None, "rejected": None}]
+def test_num_proc_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(readers, "BATCH_ROWS", 7)
+    rows = [chat(f"What is {n}?", f"It is {n}.", "No.") for n in range(60)] + [GOOD | {"chosen": None}]
     tokenizer = TOKENIZERS["chatml"]()
     (one, report), (two, other) = run(rows, tokenizer), run(rows, tokenizer, num_proc=2)
     assert other.cached  # the number of processes is no part of the key

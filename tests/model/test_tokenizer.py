@@ -155,25 +155,27 @@ def test_missing_markers_are_said(folder):
 
 
 NEW = ["<|im_start|>", "<|im_end|>", "Zebrafish"]
+MANY = [*NEW, *(f"<extra{i}>" for i in range(30))]  # more than the model has spare embeddings for
 
 
 @pytest.mark.parametrize("family", ["llama", "llama-tied"])
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_new_tokens_are_trained_saved_and_come_back(section, tmp_path, family, quantization):
-    spec = section(family, new_tokens=NEW, chat_template="chatml", quantization=quantization)
+    spec = section(family, new_tokens=MANY, chat_template="chatml", quantization=quantization)
     tokenizer = load_tokenizer(spec)
-    ids = tokenizer.convert_tokens_to_ids(NEW)
-    assert [len(tokenizer(t, add_special_tokens=False)["input_ids"]) for t in NEW] == [1, 1, 1]
-    assert tokenizer.decode(ids, skip_special_tokens=True).strip() == "Zebrafish"
+    ids = tokenizer.convert_tokens_to_ids(MANY)
+    assert all(len(tokenizer(t, add_special_tokens=False)["input_ids"]) == 1 for t in MANY)
+    assert tokenizer.decode(ids[:3], skip_special_tokens=True).strip() == "Zebrafish"
     model = attach_adapter(load_base(spec, tokenizer)[0], AdapterSection(r=4), tokenizer=tokenizer)
     tokens = torch.tensor([[5, *ids, 6]])
     model(input_ids=tokens, labels=tokens).loss.backward()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in trained.values())
     rows = {n: p.shape for n, p in trained.items()}
-    assert set(rows.values()) == {(3, 64)} and len(rows) == (1 if family == "llama-tied" else 2)
+    assert set(rows.values()) == {(len(MANY), 64)} and len(rows) == (1 if family == "llama-tied" else 2)
     disturb(model)
     before = logits_of(model, tokens)
+    assert before.shape[-1] == len(tokenizer) > CONFIGS[family]().vocab_size
     save_adapter(model, tmp_path)
     tokenizer.save_pretrained(tmp_path)
 
@@ -206,4 +208,4 @@ def test_whole_embeddings_take_new_tokens_in(section):
     adapter = AdapterSection(r=2, modules_to_save=["embed_tokens", "lm_head"])
     model = attach_adapter(load_base(spec, tokenizer)[0], adapter, tokenizer=tokenizer)
     assert model.peft_config["default"].trainable_token_indices is None
-    assert logits(model).shape[-1] == len(tokenizer) or logits(model).shape[-1] == CONFIGS["llama"]().vocab_size
+    assert logits(model).shape[-1] == CONFIGS["llama"]().vocab_size

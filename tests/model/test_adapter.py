@@ -1,0 +1,324 @@
+"""Adapters: where they land, what is trained, in which dtype, and that what is saved gives the training logits."""
+
+import json
+import logging
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, TrainingArguments
+
+from orpo_lite.errors import RequestError
+from orpo_lite.model import attach_adapter, initialise_eva, load_base, optimizer_for, save_adapter, trainable_share
+from orpo_lite.recipe import AdapterSection
+from tests.model.conftest import disturb, logits
+
+
+@pytest.fixture
+def attach(section):
+    """attach(family, quantization, **adapter fields) -> PeftModel."""
+
+    def make(family, quantization="none", checkpointing=False, **fields):
+        model, _ = load_base(section(family, quantization=quantization))
+        return attach_adapter(model, AdapterSection(**{"r": 4} | fields), checkpointing=checkpointing)
+
+    return make
+
+
+def adapted(model):
+    return {n.removeprefix("base_model.model.") for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+
+
+LLAMA = {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8", "none"])
+def test_all_linear_is_all_but_the_head(attach, quantization):
+    model = attach("llama", quantization)
+    assert {n.split(".", 3)[3] for n in adapted(model)} == LLAMA and len(adapted(model)) == 14
+    trained, total = trainable_share(model)
+    assert trained == 4 * 2 * (2 * 128 + 2 * 96 + 3 * 192)
+    assert {p.dtype for p in model.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe"])
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj", "o_proj"], ".*[qv]_proj"])
+def test_lora_never_lands_on_a_router_or_fused_experts_unasked(attach, family, targets, caplog):
+    model = attach(family, target_modules=targets)
+    touched = {n for n, p in model.named_parameters() if p.requires_grad}
+    assert touched and not any("router" in n or ".gate." in n or "expert_gate" in n for n in touched)
+    assert not any(".experts." in n for n in touched)
+    if targets == "all-linear":
+        assert "not the fused experts" in caplog.text
+        linear = {n.rpartition(".")[2] for n in adapted(model)}
+        shared = {"gate_proj", "up_proj", "down_proj"} if family == "qwen2_moe" else set()
+        assert linear == {"q_proj", "k_proj", "v_proj", "o_proj"} | shared
+
+
+def test_a_router_or_expert_that_is_named_is_adapted(attach):
+    names = adapted(attach("qwen2_moe", target_modules=["q_proj", "shared_expert_gate"]))
+    assert any(n.endswith("shared_expert_gate") for n in names)
+    model = attach("mixtral", target_modules=["q_proj"], target_parameters=["mlp.experts.down_proj"])
+    assert any("experts" in n for n, p in model.named_parameters() if p.requires_grad)
+    disturb(model)
+    assert logits(model).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"target_modules": ["q_proj", "vv_proj"]}, r"target_modules: .* no module called vv_proj \(did you mean v_proj"),
+        ({"target_modules": ".*nothing"}, "not found|no modules"),
+        ({"modules_to_save": ["embeddings"]}, "modules_to_save: .* no module called embeddings"),
+        ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches none"),
+        ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
+        ({"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 8}}, "leave one of the three out"),
+    ],
+)
+def test_what_matches_nothing_is_refused(attach, fields, words):
+    with pytest.raises(RequestError, match=words):
+        attach("llama", **fields)
+
+
+def test_patterns_and_variants_reach_peft(attach):
+    model = attach(
+        "llama",
+        alpha=8,
+        rank_pattern={"q_proj": 8, r"layers\.1\.mlp\.up_proj": 2},
+        alpha_pattern={"k_proj": 3},
+        use_rslora=True,
+        use_dora=True,
+        exclude_modules=["o_proj"],
+        bias="none",
+    )
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
+    layer = {n.split("model.model.")[1].split(".", 1)[1]: m for n, m in layers.items()}
+    assert layer["0.self_attn.q_proj"].r["default"] == 8 and layer["1.mlp.up_proj"].r["default"] == 2
+    assert layer["0.self_attn.k_proj"].scaling["default"] == 3 / 2
+    assert layer["0.self_attn.v_proj"].scaling["default"] == 8 / 2
+    assert layer["0.self_attn.v_proj"].use_dora["default"] and not any("o_proj" in n for n in layer)
+
+
+def test_quantised_norms_are_float32_and_embeddings_are_not(section):
+    """As on a 16-bit device: norms and what is trained in float32, embeddings and head as they were."""
+    model, _ = load_base(section("llama", quantization="nf4", dtype="bfloat16"))
+    assert model.model.norm.weight.dtype == torch.bfloat16
+    attached = attach_adapter(model, AdapterSection(r=4, modules_to_save=["lm_head"]))
+    kinds = {n: p.dtype for n, p in attached.named_parameters()}
+    assert {d for n, d in kinds.items() if "norm" in n or "lora_" in n or "modules_to_save" in n} == {torch.float32}
+    assert {d for n, d in kinds.items() if "embed_tokens" in n or "original_module" in n} == {torch.bfloat16}
+    plain, _ = load_base(section("llama", dtype="bfloat16"))
+    attached = attach_adapter(plain, AdapterSection(r=4))
+    assert plain.model.norm.weight.dtype == torch.bfloat16
+    assert {p.dtype for p in attached.parameters() if p.requires_grad} == {torch.float32}
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2", "t5", "gemma2", "qwen2_moe"])
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_every_adapter_gets_a_gradient(attach, family, checkpointing):
+    model = attach(family, "nf4" if family in ("llama", "gpt2", "gemma2") else "none", checkpointing)
+    disturb(model)
+    model.train()
+    if checkpointing:
+        model.get_base_model().gradient_checkpointing_enable({"use_reentrant": True})
+    tokens = torch.arange(5, 25)[None]
+    model(input_ids=tokens, labels=tokens).loss.backward()
+    grads = {n: p.grad for n, p in model.named_parameters() if p.requires_grad}
+    assert all(g is not None and g.abs().sum() > 0 for g in grads.values())
+    assert not any(p.grad is not None for p in model.parameters() if not p.requires_grad)
+
+
+def test_attaching_warns_of_nothing(section):
+    for family in ("llama", "gpt2", "mixtral"):
+        for fields in ({}, {"init_lora_weights": "eva"}):
+            model, _ = load_base(section(family))
+            with warnings.catch_warnings():
+                warnings.simplefilter("error")
+                attach_adapter(model, AdapterSection(**fields))
+
+
+def test_full_fine_tuning(section, tmp_path):
+    model, _ = load_base(section("llama", dtype="bfloat16"))
+    model = attach_adapter(model, None)
+    trained, total = trainable_share(model)
+    assert trained == total and {p.dtype for p in model.parameters()} == {torch.float32}
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(model))
+    for quantization in ("nf4", "int8"):
+        with pytest.raises(RequestError, match="full fine-tuning"):
+            attach_adapter(load_base(section("llama", quantization=quantization))[0], None)
+
+
+VARIANTS = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 3}},
+    "saved modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
+    "gaussian": {"init_lora_weights": "gaussian"},
+    "orthogonal": {"init_lora_weights": "orthogonal"},
+    "pissa": {"init_lora_weights": "pissa"},
+    "pissa, niter": {"init_lora_weights": "pissa_niter_4"},
+    "pissa, patterns": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 9}},
+    "pissa, rslora": {"init_lora_weights": "pissa", "use_rslora": True},
+    "olora": {"init_lora_weights": "olora"},
+    "bias": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_saved_adapter_on_the_original_base_gives_the_training_logits(attach, base_folder, tmp_path, variant):
+    model = attach("llama", **VARIANTS[variant])
+    before = logits(AutoModelForCausalLM.from_pretrained(base_folder("llama")))
+    torch.testing.assert_close(logits(model), before, atol=2e-4, rtol=1e-4)
+    disturb(model)
+    trained = logits(model)
+    assert (trained - before).abs().max() > 0.1
+    save_adapter(model, tmp_path)
+    torch.testing.assert_close(logits(model), trained)  # saving leaves the model as it was
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), trained, atol=2e-4, rtol=1e-4)
+    again = attach("llama", init_from=str(tmp_path))
+    torch.testing.assert_close(logits(again), trained, atol=2e-4, rtol=1e-4)
+    assert trainable_share(again)[0] >= trainable_share(model)[0]
+
+
+@pytest.mark.parametrize("init", ["pissa", "olora"])
+def test_inits_that_change_the_base_are_refused_on_quantised_ones(attach, tmp_path, init):
+    with pytest.raises(RequestError, match=f"{init} changes the base weights"):
+        attach("llama", "nf4", init_lora_weights=init)
+    model = attach("llama", init_lora_weights=init)
+    model.save_pretrained(tmp_path)  # PEFT's own way: needs the changed base
+    with pytest.raises(RequestError, match="changed its base"):
+        attach("llama", "nf4", init_from=str(tmp_path))
+
+
+def test_going_on_from_an_adapter(attach, tmp_path, caplog):
+    model = attach("llama", "nf4", r=8, alpha=4)
+    disturb(model)
+    save_adapter(model, tmp_path)
+    with caplog.at_level(logging.INFO):
+        again = attach("llama", "nf4", init_from=str(tmp_path))
+    assert "r=8 alpha=4" in caplog.text
+    torch.testing.assert_close(logits(again), logits(model))
+    assert trainable_share(again) == trainable_share(model)
+    caplog.clear()
+    attach("llama-tied", init_from=str(tmp_path))
+    assert "was trained on" in caplog.text
+
+
+def test_an_adapter_that_does_not_fit_is_refused(attach, tmp_path):
+    model = attach("llama")
+    save_adapter(model, tmp_path)
+    weights = load_file(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(RequestError, match=r"does not fit .*q_proj"):
+        attach("gemma2", init_from=str(changed(tmp_path, weights, wide=True)))
+    first = next(iter(weights))
+    fewer = {k: v for k, v in weights.items() if k != first}
+    with pytest.raises(RequestError, match=f"lacks {first.split('.lora')[0]}"):
+        attach("llama", init_from=str(changed(tmp_path, fewer)))
+    more = weights | {first.replace("layers.0", "layers.7"): weights[first].clone()}
+    with pytest.raises(RequestError, match="has no place for"):
+        attach("llama", init_from=str(changed(tmp_path, more)))
+    with pytest.raises(RequestError, match=r"no adapter_config\.json"):
+        attach("llama", init_from=str(tmp_path.parent))
+    (tmp_path / "adapter_model.safetensors").write_bytes(b"x" * 100)
+    with pytest.raises(RequestError):
+        attach("llama", init_from=str(tmp_path))
+    config = json.loads((tmp_path / "adapter_config.json").read_text()) | {"peft_type": "IA3"}
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"peft_type": config["peft_type"]}))
+    with pytest.raises(RequestError, match="expected LORA"):
+        attach("llama", init_from=str(tmp_path))
+
+
+def changed(folder, weights, wide=False):
+    """The folder with other weights; `wide` doubles every A's input width."""
+    if wide:
+        weights = {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in weights.items()}
+    save_file(weights, folder / "adapter_model.safetensors")
+    return folder
+
+
+def batches(count=4, width=40):
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(5, 400, (count, 2, width), generator=generator)
+    return [{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in tokens]
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4"])
+def test_eva_looks_at_data(attach, base_folder, tmp_path, quantization):
+    model = attach("llama", quantization, init_lora_weights="eva", use_rslora=True)
+    initialise_eva(model, batches())
+    base = logits(attach("llama", quantization))
+    torch.testing.assert_close(logits(model), base)  # B is zero
+    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    assert {p.dtype for p in parameters.values()} == {torch.float32}
+    assert not any(p.is_meta for p in model.parameters())
+    rows = next(p for n, p in parameters.items() if "lora_A" in n)
+    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-4, rtol=0)  # principal directions
+    ranks = {p.shape[0] for n, p in parameters.items() if "lora_A" in n}
+    assert len(ranks) > 1 and sum(p.shape[0] for n, p in parameters.items() if "lora_A" in n) == 14 * 4
+    disturb(model)
+    trained = logits(model)
+    save_adapter(model, tmp_path)
+    again = attach("llama", quantization, init_from=str(tmp_path))
+    torch.testing.assert_close(logits(again), trained)
+
+
+def test_eva_says_what_it_needs(attach):
+    with pytest.raises(RequestError, match="at least 8 tokens a batch, found 6"):
+        initialise_eva(attach("llama", init_lora_weights="eva"), batches(width=3))
+    with pytest.raises(RequestError, match="encoder-decoder"):
+        initialise_eva(attach("t5", init_lora_weights="eva"), batches())
+    batch = batches(1)[0]
+    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(40) < 38, -100)
+    with pytest.raises(RequestError, match="found 4"):
+        initialise_eva(attach("llama", init_lora_weights="eva"), [batch])
+
+
+@pytest.fixture
+def args(tmp_path):
+    def make(**fields):
+        return TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-3, weight_decay=0.1, **fields)
+
+    return make
+
+
+@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
+def test_loraplus_gives_b_its_own_rate(attach, args, optim):
+    model = attach("llama", "nf4")
+    optimizer = optimizer_for(model, args(optim=optim), 16)
+    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
+    names = {n: rates[id(p)] for n, p in model.named_parameters() if p.requires_grad}
+    assert {r for n, r in names.items() if "lora_A" in n} == {1e-3}
+    assert {r for n, r in names.items() if "lora_B" in n} == {16e-3}
+    assert all(g["params"] and g["weight_decay"] == 0.1 for g in optimizer.param_groups)
+    disturb(model)
+    tokens = torch.arange(5, 25)[None]
+    first = model(input_ids=tokens, labels=tokens).loss
+    first.backward()
+    optimizer.step()
+    assert model(input_ids=tokens, labels=tokens).loss != first
+
+
+def test_plain_optimizer_spares_norms_and_biases_the_decay(section, args):
+    model = attach_adapter(load_base(section("gpt2"))[0], None)
+    optimizer = optimizer_for(model, args(optim="adamw_torch", adam_beta2=0.9))
+    spared = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
+    assert spared == {id(p) for n, p in model.named_parameters() if "bias" in n or ".ln_" in n}
+    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
+    assert optimizer.defaults["betas"][1] == 0.9
+    with pytest.raises(RequestError, match="LoRA"):
+        optimizer_for(model, args(), 16)
+
+
+def test_a_foreign_peft_model_can_be_saved(base_folder, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"]))
+    disturb(model)
+    save_adapter(model, tmp_path)
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
