@@ -137,6 +137,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
             "name_or_path": recipe.model.name_or_path,
             "revision": recipe.model.revision,
             "commit": getattr(trainer.model.config, "_commit_hash", None),
+            "dtype": str(facts.precision.dtype).removeprefix("torch."),
             "facts": facts.sentences,
         },
         "data": {

@@ -37,7 +37,7 @@ class PairMask:
     window, chunked) holds over positions as it does over the indices of a sequence alone in its row.
     """
 
-    def __init__(self, rule: Callable[..., Tensor], local: int | None, device: torch.device, dtype: torch.dtype):
+    def __init__(self, rule: Callable[..., Any], local: int | None, device: torch.device, dtype: torch.dtype):
         self.rule, self.local, self.device, self.dtype = rule, local, device, dtype
         self.blocks: dict[tuple[int, int, bool], Any] = {}
 
@@ -68,7 +68,7 @@ class PairMask:
 
 def _build_mask(inner: str) -> Callable[..., Any]:
     def build(
-        *, mask_function: Callable[..., Tensor] = causal_mask_function, local_size: int | None = None, **kwargs: Any
+        *, mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
     ) -> Any:
         if _in_packed_forward.get():
             return PairMask(

@@ -51,15 +51,14 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None) -> dict[str, An
     Returns:
         TRL's metrics, loss, rewards/accuracies_interval (95%, Wilson), accuracies of the length baseline, pairs.
     """
-    pairs = trainer.eval_dataset if pairs is None else pairs
-    assert pairs is not None
-    metrics = trainer.evaluate(pairs)
-    count = len(pairs)  # type: ignore[arg-type]
+    held: Any = trainer.eval_dataset if pairs is None else pairs
+    metrics = trainer.evaluate(held)
+    count = len(held)
     named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
     skip = ("runtime", "samples_per_second", "steps_per_second", "model_preparation_time")
     result: dict[str, Any] = {key: value for key, value in named.items() if key not in skip}
     result["rewards/accuracies_interval"] = wilson_interval(result["rewards/accuracies"] * count, count)
-    result["length_baseline"] = length_baseline(pairs)  # type: ignore[arg-type]
+    result["length_baseline"] = length_baseline(held)
     result["pairs"] = count
     return result
 
@@ -70,7 +69,7 @@ def answer(
     """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ...}, ...]."""
     import torch
 
-    rows = pairs.with_format(None).select(range(min(count, len(pairs))))
+    rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
     prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     answers: list[dict[str, str]] = []

@@ -168,7 +168,7 @@ def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, 
     hook on the model puts the log-probs in the place of the logits, so that wrappers outside (DDP, FSDP, DeepSpeed)
     see them as the output that the loss hangs on. Both hooks are gone when the block ends.
     """
-    head = model.get_output_embeddings()
+    head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
     def take_hidden(module: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
         hidden = args[0] if args else next(iter(kwargs.values()))

@@ -116,7 +116,9 @@ def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout:
         if math.isnan(worst):  # models that compute softmax in float32 overflow on float64's mask value
             reason = "its small model's log-probs are not finite"
             continue
-        return None if worst <= tolerance else f"a small model of its kind differs by {worst:.1g} from the padded layout"
+        return (
+            None if worst <= tolerance else f"a small model of its kind differs by {worst:.1g} from the padded layout"
+        )
     return reason
 
 
@@ -165,13 +167,16 @@ def check_pairs(vocabulary: int) -> list[dict[str, Any]]:
     return pairs
 
 
-def small_model(kind: type[PreTrainedModel], config: PretrainedConfig, inner: str, dtype: torch.dtype) -> PreTrainedModel:
+def small_model(
+    kind: type[PreTrainedModel], config: PretrainedConfig, inner: str, dtype: torch.dtype
+) -> PreTrainedModel:
     """A random model of a class, its configuration kept but for the sizes; weights large enough to tell tokens apart."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         small = shrink(config)
         small._attn_implementation = inner
-        model = kind(small).to(dtype).train()
+        model: Any = kind(small).train()
+        model.to(dtype)
         for module in model.modules():
             if isinstance(module, nn.Dropout):
                 module.p = 0.0

@@ -14,7 +14,7 @@ import torch
 import typer
 from peft import PeftConfig, PeftModel
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.cli import console, run_command
@@ -100,7 +100,8 @@ def merge(
 def base_section(source: Path, base: str | None) -> ModelSection:
     """The model to merge into: --base, else the run's recipe, else what the adapter names."""
     if (source / "recipe.yaml").is_file():
-        spec = Recipe.load(source).model
+        # by its file: a folder may have the name of a shipped recipe
+        spec = Recipe.load(source / "recipe.yaml").model
         return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
     config = PeftConfig.from_pretrained(str(source))
     name = base or config.base_model_name_or_path
@@ -138,7 +139,7 @@ def quantised_weights(source: Path, spec: ModelSection, dtype: str | None) -> Pr
     if facts.quantization == "int8":
         console.print("int8 training also rounds activations, which no merged model repeats: expect a little drift")
     if hasattr(quantised.config, "quantization_config"):
-        del quantised.config.quantization_config
+        del quantised.config.quantization_config  # type: ignore[attr-defined]
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(quantised.config, trust_remote_code=spec.trust_remote_code)
@@ -146,7 +147,7 @@ def quantised_weights(source: Path, spec: ModelSection, dtype: str | None) -> Pr
     weights = dict(quantised.named_parameters(remove_duplicate=False))
     for name, module in quantised.named_modules():
         if type(module).__name__ in ("Linear4bit", "Linear8bitLt"):
-            weight = dequantize_bnb_weight(module.weight, getattr(module, "state", None))
+            weight: torch.Tensor = dequantize_bnb_weight(module.weight, getattr(module, "state", None))  # type: ignore[arg-type]
             turned = isinstance(model.get_submodule(name), Conv1D)
             weights[f"{name}.weight"] = nn.Parameter(weight.T.contiguous() if turned else weight, requires_grad=False)
     for name, weight in weights.items():
@@ -178,7 +179,7 @@ def merged_model(model: PeftModel) -> PreTrainedModel:
     Where embedding and output head are one tensor and only one of the two is adapted, they are parted first: PEFT
     would add the adapter to both.
     """
-    inner = model.get_base_model()
+    inner: Any = model.get_base_model()
     config = model.peft_config["default"]
     ends = [inner.get_input_embeddings(), inner.get_output_embeddings()]
     adapted = [hasattr(end, "base_layer") for end in ends]

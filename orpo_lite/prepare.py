@@ -7,7 +7,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
 
 from orpo_lite.model.adapter import prepare_frozen
 
@@ -73,3 +78,22 @@ def disable_dropout(model: nn.Module) -> None:
         for name, value in vars(module).items():
             if "dropout" in name and isinstance(value, float):
                 setattr(module, name, 0.0)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def pad_token(args: ORPOConfig, tokenizer: Any) -> int:
+    """Any id serves, since labels and masks come from lengths: the one asked for, the tokenizer's, EOS, or 0."""
+    choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(choice for choice in choices if choice is not None)
+
+
+def decoder_start(config: Any) -> int:
+    if config.decoder_start_token_id is None:
+        raise ValueError(
+            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
+        )
+    return config.decoder_start_token_id

@@ -10,7 +10,7 @@ import functools
 import json
 import math
 import typing
-from enum import EnumMeta
+from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -55,7 +55,8 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     gguf_file: str | None = None
-    """File name of a GGUF checkpoint inside name_or_path; dequantised once into a cached safetensors folder."""
+    """File name of a GGUF checkpoint inside name_or_path (a local folder or hub id); dequantised once into a cached
+    safetensors folder, which is then quantised and trained on as the recipe says."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
     """How the frozen base is held. A repository that is quantised already is used as it is."""
     double_quant: bool = True
@@ -107,6 +108,9 @@ class AdapterSection(Section):
     """LoRA+: learning rate of B over that of A; 16 is the paper's."""
 
 
+Columns = dict[Literal["prompt", "chosen", "rejected", "tools", "system"], str]
+
+
 class DataSource(Section):
     path: str
     """Local file (jsonl, json, csv, parquet, compressed too), glob, folder, builtin:... or hub id."""
@@ -118,7 +122,7 @@ class DataSource(Section):
     """Branch, tag or commit of a hub data set."""
     weight: Annotated[float, Field(gt=0)] = 1.0
     """Times the source is seen an epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
-    columns: dict[str, str] | None = None
+    columns: Columns | None = None
     """Column map of this source; the section's `columns` if null."""
 
 
@@ -145,7 +149,7 @@ class DataSection(Section):
     """Share of the training rows held out where `eval` is null, by prompt; 0 evaluates nothing."""
     split: str = "train"
     """Split of hub data sets."""
-    columns: dict[Literal["prompt", "chosen", "rejected", "tools", "system"], str] | None = None
+    columns: Columns | None = None
     """Names of the columns where they are not prompt, chosen, rejected, tools, system."""
     apply_template: bool = False
     """Wrap plain-string rows into the chat template as one user and one assistant turn."""
@@ -395,7 +399,10 @@ def check_training_field(key: str, value: Any) -> Any:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
     # their types are `Enum | str`: without this, a misspelt choice would pass here and fail once the model is loaded
     choices = [
-        choice.value for option in typing.get_args(fields[key]) if isinstance(option, EnumMeta) for choice in option
+        choice.value
+        for option in typing.get_args(fields[key])
+        if isinstance(option, type) and issubclass(option, Enum)
+        for choice in option
     ]
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
@@ -410,7 +417,7 @@ def check_training_field(key: str, value: Any) -> Any:
         raise ValueError(f"training.{key}: found {value!r}, expected a finite number")
     if key in POSITIVE and not clean > 0:
         raise ValueError(f"training.{key}: found {value!r}, expected a number above 0")
-    return clean.value if hasattr(clean, "value") else clean
+    return clean.value if isinstance(clean, Enum) else clean
 
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
@@ -431,7 +438,7 @@ def describe(error: ValidationError) -> list[str]:
         elif item["type"] == "missing":
             lines.append(f"{field}: missing, and it has no default")
         elif item["type"] == "value_error":
-            lines += str(item["ctx"]["error"]).split("\n")
+            lines += str(item.get("ctx", {})["error"]).split("\n")
         else:
             lines.append(f"{field}: found {item['input']!r}, expected: {item['msg'].removeprefix('Input should be ')}")
     return list(dict.fromkeys(lines))

@@ -87,7 +87,8 @@ class RunFolder:
         return folder
 
     def recipe(self) -> Recipe:
-        return Recipe.load(self.path)
+        # by its file: a folder may have the name of a shipped recipe
+        return Recipe.load(self.path / "recipe.yaml")
 
     def changes(self, recipe: Recipe) -> list[str]:
         """Fields in which the recipe differs from the one that this folder was started with."""

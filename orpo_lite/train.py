@@ -79,7 +79,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     base, facts = load_base(recipe.model, tokenizer)
     checkpointing = checkpointed(recipe, base.device)
-    model = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
+    model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
 
     with contextlib.ExitStack() as stack:
         folder = None if dry_run else RunFolder.create(recipe, resume)
@@ -156,19 +156,22 @@ def arguments(
     recipe: Recipe, output: Path, facts: BaseFacts, *, has_eval: bool, checkpointing: int | None
 ) -> ORPOConfig:
     """The recipe as an ORPOConfig whose checkpoints go to `output`."""
-    training = dict(recipe.training) | {"output_dir": str(output)}
+    training: dict[str, Any] = recipe.training | {"output_dir": str(output)}
     if not has_eval:
         training["eval_strategy"] = "no"
     optim = str(training.get("optim", ""))
     if "8bit" in optim and not torch.cuda.is_available():
         console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here")
         training["optim"] = "adamw_torch"
+    for name in (
+        "bf16",
+        "fp16",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+    ):  # model.dtype, memory: say these
+        training.pop(name, None)
     return ORPOConfig(
-        **{
-            key: value
-            for key, value in training.items()
-            if key not in ("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing")
-        },
+        **training,
         bf16=facts.precision.bf16,
         fp16=facts.precision.fp16,
         gradient_checkpointing=checkpointing != 0,

@@ -8,11 +8,10 @@ import time
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from transformers import PreTrainedModel, PreTrainedTokenizerBase, Trainer
+from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo_lite.attention import packed_attention, plain_attention
@@ -21,17 +20,24 @@ from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.head import HeadTransform, LabelRows, check_head, score_labels, score_logits
 from orpo_lite.layout import Layout, choose_layout
-from orpo_lite.loss import PairStatistics, log_odds_ratio, pair_statistics, window_loss
+from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
+from orpo_lite.metrics import finish_metrics, metric_sums, pair_metrics
 from orpo_lite.model import optimizer_for
-from orpo_lite.prepare import adapt, disable_dropout, load_by_name, tokenizer_of
+from orpo_lite.prepare import (
+    adapt,
+    base_of,
+    decoder_start,
+    disable_dropout,
+    load_by_name,
+    pad_token,
+    tokenizer_of,
+)
 
 logger = logging.getLogger(__name__)
 
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 LOW_LORA_LEARNING_RATE = 1e-5
-COLUMNS = ("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "nll_sum", "nll_count", "aux_loss")
-"""Columns of an evaluation's predictions, one row a pair; the first two are TRL's predictions."""
 
 
 class ORPOTrainer(Trainer):
@@ -60,14 +66,16 @@ class ORPOTrainer(Trainer):
     """
 
     _tag_names = ["orpo", "orpo-lite"]
+    args: ORPOConfig
+    model: Any
 
     def __init__(
         self,
-        model: PreTrainedModel | PeftModel | nn.Module | str | None = None,
+        model: Any = None,
         args: ORPOConfig | None = None,
         data_collator: Any = None,
         train_dataset: Dataset | None = None,
-        eval_dataset: Dataset | dict[str, Dataset] | None = None,
+        eval_dataset: Any = None,
         processing_class: Any = None,
         model_init: Any = None,
         callbacks: list | None = None,
@@ -124,7 +132,9 @@ class ORPOTrainer(Trainer):
             elif eval_dataset is not None:
                 eval_dataset = self._tokenised(eval_dataset, tokenizer, options, "eval")
 
-        self.layout = choose_layout(base_of(model), args.layout) if model is not None else Layout("padded", "model_init")
+        self.layout = (
+            choose_layout(base_of(model), args.layout) if model is not None else Layout("padded", "model_init")
+        )
         if self.layout.name == "padded":
             start = decoder_start(model.config) if model is not None and encoder_decoder else None
             self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
@@ -143,7 +153,7 @@ class ORPOTrainer(Trainer):
             optimizers=optimizers,
             preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if encoder_decoder and model is None:
+        if encoder_decoder and model is None and isinstance(self.collator, PaddedCollator):
             self.collator.decoder_start_token_id = decoder_start(self.model.config)
         # compute_loss normalises over the window itself; transformers must not divide once more
         self.loss_is_scaled_for_ga = args.nll_mean == "window"
@@ -182,11 +192,11 @@ class ORPOTrainer(Trainer):
         return self._ready(super().call_model_init(trial), self.args)
 
     def _tokenised(self, rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, name: str) -> Dataset:
-        if "chosen_ids" in (rows.column_names or ()):
+        if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
             return rows
-        pairs, self.drop_reports[name] = tokenize_rows(rows, tokenizer, options, name)
-        if self.drop_reports[name].dropped or self.drop_reports[name].truncated:
-            logger.warning("%s: %s", name, self.drop_reports[name])
+        pairs, report = tokenize_rows(rows, tokenizer, options, name)
+        self.drop_reports[name] = report
+        logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
         return pairs
 
     def _head_transform(self) -> HeadTransform | None:
@@ -232,6 +242,7 @@ class ORPOTrainer(Trainer):
             logps, means = score_logits(output.logits, target)
         else:
             logps, means = output.logits.float(), target.means
+            assert means is not None
         pairs = len(batch["pair_rows"])
         stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
         return stats, output.aux_loss if self.aux_enabled else None
@@ -276,7 +287,13 @@ class ORPOTrainer(Trainer):
         labels = sum((batch["nll_pair"] >= 0).sum() for batch in batches)
         pairs = sum(len(batch["pair_rows"]) for batch in batches)
         totals = torch.stack([labels.to(device), torch.tensor(pairs, device=device)])  # type: ignore[union-attr]
-        return batches, self.accelerator.reduce(totals, "sum")
+        return batches, self._total(totals)
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        total = self.accelerator.reduce(values, "sum")
+        assert isinstance(total, Tensor)
+        return total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.loraplus_lr_ratio:
@@ -290,7 +307,7 @@ class ORPOTrainer(Trainer):
         """Add the metrics since the last log: exact means over all pairs of all micro-batches and processes."""
         if "loss" in logs and self._sums:
             names = list(self._sums)
-            totals = self.accelerator.reduce(torch.stack([self._sums[name].double() for name in names]), "sum").tolist()
+            totals = self._total(torch.stack([self._sums[name].double() for name in names])).tolist()
             sums, self._sums = dict(zip(names, totals, strict=True)), {}
             seconds, self._clock = time.monotonic() - self._clock, time.monotonic()
             logs |= finish_metrics(sums)
@@ -347,63 +364,3 @@ class ORPOTrainer(Trainer):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PEFT one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
-
-
-def pad_token(args: ORPOConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """Any id serves, since labels and masks come from lengths: the one asked for, the tokenizer's, EOS, or 0."""
-    choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    return next(choice for choice in choices if choice is not None)
-
-
-def decoder_start(config: Any) -> int:
-    if config.decoder_start_token_id is None:
-        raise ValueError(
-            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
-        )
-    return config.decoder_start_token_id
-
-
-def metric_sums(stats: PairStatistics, aux: Tensor | None, beta: float, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Sums over the pairs of a batch, from which `finish_metrics` makes means; all scalars."""
-    chosen, rejected = stats.chosen_logps.detach(), stats.rejected_logps.detach()
-    odds = log_odds_ratio(chosen, rejected)
-    sums = {
-        "rewards/chosen": beta * chosen,
-        "rewards/rejected": beta * rejected,
-        "rewards/accuracies": (chosen > rejected).float(),
-        "rewards/margins": beta * (chosen - rejected),
-        "logps/chosen": chosen,
-        "logps/rejected": rejected,
-        "logits/chosen": stats.chosen_logits,
-        "logits/rejected": stats.rejected_logits,
-        "log_odds_ratio": F.logsigmoid(odds),
-        "log_odds_chosen": odds,
-        "nll_sum": stats.nll_sum.detach(),
-        "nll_count": stats.nll_count,
-        "pairs": torch.ones_like(chosen),
-    }
-    if aux is not None:
-        sums["aux_loss"] = aux.detach().float().expand(len(chosen))
-    return {key: value.sum() for key, value in sums.items()} | {"tokens": attention_mask.sum()}
-
-
-def finish_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    """TRL's metrics by TRL's names: means over pairs, nll_loss over labels."""
-    counts = {"nll_sum", "nll_count", "pairs", "tokens"}
-    metrics = {key: float(value / sums["pairs"]) for key, value in sums.items() if key not in counts}
-    return metrics | {"nll_loss": float(sums["nll_sum"] / sums["nll_count"])}
-
-
-def pair_metrics(predictions: Tensor, beta: float) -> dict[str, float]:
-    """Metrics and loss of an evaluation's predictions, (N, len(COLUMNS)): exact over all its pairs."""
-    column = {name: predictions[:, i].double() for i, name in enumerate(COLUMNS)}
-    stats = PairStatistics(column["logps/chosen"], column["logps/rejected"], column["nll_sum"], column["nll_count"],
-                           column["logits/chosen"], column["logits/rejected"])  # fmt: skip
-    sums = metric_sums(stats, None, beta, torch.zeros(1))
-    metrics = finish_metrics(sums) | {"aux_loss": column["aux_loss"].mean().item()}
-    return metrics | {"loss": metrics["nll_loss"] - beta * metrics["log_odds_ratio"]}

@@ -249,9 +249,9 @@ def test_prompts_that_fill_max_length_never_reach_the_loss(tmp_path, tokenizer):
     long = dict(data[0]) | {"prompt": [{"role": "user", "content": "stone " * 200}]}
     data = Dataset.from_list([*data, long, long])
     trainer = ORPOTrainer(
-        adapted("llama"), config(tmp_path, max_length=64, max_steps=3), None, data, processing_class=tokenizer
+        adapted("llama"), config(tmp_path, max_length=96, max_steps=3), None, data, processing_class=tokenizer
     )
-    assert len(trainer.train_dataset) == 6 and trainer.drop_reports["train"].dropped == 2
+    assert len(trainer.train_dataset) == 6 and len(trainer.drop_reports["train"].drops) == 2
     trainer.train()
     assert all(math.isfinite(log["loss"]) for log in trainer.state.log_history if "loss" in log)
     assert all(p.isfinite().all() for p in trainer.model.parameters())

@@ -90,14 +90,13 @@ def read_section(
     from orpo_lite.data.readers import open_source
     from orpo_lite.data.tokenize import tokenize_source
 
-    columns = {str(standard): actual for standard, actual in spec.columns.items()} if spec.columns else None
     done: list[Tokenized] = []
     for number, source in enumerate(sources):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:
             done[-1].report.notes.append(f"data.{section}: the row limit left {source.path} and what follows unread")
             break
-        opened: Source = open_source(source, spec.split, columns, left)
+        opened: Source = open_source(source, spec.split, spec.columns, left)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"
         one = tokenize_source(opened, tokenizer, options, number)

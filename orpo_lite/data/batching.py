@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -11,15 +11,9 @@ from torch import Tensor
 Row = dict[str, Any]
 
 
-class Segment(NamedTuple):
-    """Where a pair lies in the packed row, in tokens."""
-
-    start: int
-    prefix: int
-    chosen: int
-    """Tokens of the chosen sequence after the prefix."""
-    rejected: int
-    """Tokens of the rejected sequence after the prefix."""
+Segment = tuple[int, int, int, int]
+"""Where a pair lies in the packed row, in tokens: start, common prefix, rest of chosen, rest of rejected. A plain tuple,
+since what moves batches to a device rebuilds tuples from an iterator, which a NamedTuple does not take."""
 
 
 @dataclass
@@ -119,18 +113,17 @@ class PackedCollator:
         for pair, row in enumerate(pairs):
             chosen, rejected = list(row["chosen_ids"]), list(row["rejected_ids"])
             prefix = common_prefix(chosen, rejected) if self.share else 0
-            segment = Segment(len(ids), prefix, len(chosen) - prefix, len(rejected) - prefix)
-            self._label(labels, pair, row, segment)
-            segments.append(segment)
+            self._label(labels, pair, row, len(ids), prefix)
+            segments.append((len(ids), prefix, len(chosen) - prefix, len(rejected) - prefix))
             ids += chosen + rejected[prefix:]
             positions += [*range(len(chosen)), *range(prefix, len(rejected))]
-            weights += [2] * prefix + [1] * (segment.chosen + segment.rejected)
+            weights += [2] * prefix + [1] * (len(chosen) + len(rejected) - 2 * prefix)
         tensors = {"input_ids": ids, "position_ids": positions, "attention_mask": weights}
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in tensors.items()}
         return batch | labels.tensors() | {"pair_rows": pair_rows(pairs), "segments": segments}
 
-    def _label(self, labels: LabelList, pair: int, row: Row, segment: Segment) -> None:
-        start, prefix, chosen = segment.start, segment.prefix, row["chosen_ids"]
+    def _label(self, labels: LabelList, pair: int, row: Row, start: int, prefix: int) -> None:
+        chosen = row["chosen_ids"]
         first = 1 if self.nll_scope == "prompt+chosen" else max(row["chosen_start"], 1)
         # a label inside the prefix belongs to both sequences, and may start counting for either first
         for t in range(max(1, min(first, row["chosen_start"], row["rejected_start"])), len(chosen)):

@@ -135,7 +135,7 @@ class DropReport:
         """The counts as a rich table, with the first rows of each reason."""
         from rich.table import Table
 
-        table = Table("dropped", "rows", "share", "first of them (row in its source, from 0)", box=None)
+        table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
         for reason, count in self.dropped.items():
             rows = [f"{drop.row}" for drop in self.drops if drop.reason == reason][:8]
             places = ", ".join(rows) + (", ..." if count > len(rows) else "")

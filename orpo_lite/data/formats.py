@@ -266,7 +266,7 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
         raise Dropped(WRONG_TYPES, f"{place} is {kind(item)}, expected a message")
     fields = {key: value for key, value in item.items() if value is not None}
     if "role" not in fields and "from" in fields:
-        if fields["from"] not in KNOWN_ROLES:
+        if not isinstance(fields["from"], str) or fields["from"] not in KNOWN_ROLES:
             raise Dropped(
                 WRONG_TYPES, f"{place} is from {str(fields['from'])[:40]!r}, expected human, gpt, system, ..."
             )

@@ -24,9 +24,9 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
-from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.formats import COLUMNS, kind
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import DataSource, resolve_path
+from orpo_lite.recipe import Columns, DataSource, resolve_path
 
 if TYPE_CHECKING:
     import datasets
@@ -58,19 +58,19 @@ class Source:
     """Opens the source anew and yields lists of rows, columns renamed."""
 
 
-def open_source(source: DataSource, split: str, columns: dict[str, str] | None, limit: int | None = None) -> Source:
+def open_source(source: DataSource, split: str, default: Columns | None, limit: int | None = None) -> Source:
     """Find a source's files or its hub data set.
 
     Args:
         source: as in the recipe.
         split: split of a hub data set or folder, where the source names none.
-        columns: standard name -> name in the data.
+        default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
 
     Raises:
         RequestError: nothing there, or not readable as what it says it is.
     """
-    columns = source.columns or columns or {}
+    columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
     path = str(Path(resolve_path(source.path)).expanduser())
     if Path(path).is_dir() and (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
         files, rows = [path], load_saved(path, source.split or split)
@@ -230,9 +230,12 @@ def read_json_lines(file: str, lines: Iterable[bytes]) -> Batches:
 
 
 def read_json_document(file: str, text: bytes) -> Batches:
-    rows = parse_json(text, file, "expected a JSON array of rows, or one object a line")
+    remedy = "expected a JSON array of rows, or one object a line"
+    rows = parse_json(text, file, remedy) if text.strip() else []
     if isinstance(rows, dict):
         rows = rows_inside(rows) or [rows]
+    elif not isinstance(rows, list):
+        raise RequestError(f"{file}: found {kind(rows)}, {remedy}")
     for start in range(0, len(rows), BATCH_ROWS):
         yield rows[start : start + BATCH_ROWS]
 
@@ -266,7 +269,7 @@ def read_csv(file: str) -> Batches:
 
 def cell_value(cell: str | None) -> Any:
     """Messages that a table holds as JSON, or as Python writes them; any other cell stays the text that it is."""
-    if not cell or not cell.lstrip().startswith(("[", "{")):
+    if not cell or not cell.lstrip().startswith(("[", "{")) or not ("role" in cell or "from" in cell):
         return cell
     for parse in (json.loads, ast.literal_eval):
         try:

@@ -93,9 +93,9 @@ def tokenize_rows(
 
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(
-            f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: streaming data sets are not "
-            "supported yet; load it with streaming=False, or name its files in a recipe's data.train (tokens are "
-            "memory-mapped)"
+            f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
+            "load a streaming data set with streaming=False (tokens are memory-mapped), or make one of a list with "
+            "Dataset.from_list"
         )
     given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows))
     done = tokenize_source(given, tokenizer, options)

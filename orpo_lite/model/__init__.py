@@ -1,7 +1,8 @@
 """The model side of a run: tokenizer, precision, (quantised) base, adapter, optimizer."""
 
-from orpo_lite.model.adapter import attach_adapter, initialise_eva, load_adapter, save_adapter
+from orpo_lite.model.adapter import attach_adapter, load_adapter, save_adapter
 from orpo_lite.model.base import BaseFacts, load_base, read_config
+from orpo_lite.model.eva import initialise_eva
 from orpo_lite.model.layers import base_name, base_revision, check_quantised_share, routers, trainable_share
 from orpo_lite.model.optimizer import optimizer_for
 from orpo_lite.model.precision import Precision, autocast, choose_precision

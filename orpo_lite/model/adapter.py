@@ -1,4 +1,4 @@
-"""LoRA and its relatives on a base: attach, continue, initialise from data, save."""
+"""LoRA and its relatives on a base: attach, continue, save."""
 
 from __future__ import annotations
 
@@ -6,13 +6,11 @@ import logging
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
-from peft.tuners.lora import LoraLayer
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -21,12 +19,11 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.errors import RequestError
-from orpo_lite.model.base import grow_vocabulary
+from orpo_lite.model.base import grow_embeddings, grow_vocabulary
 from orpo_lite.model.hub import readable
 from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
-from orpo_lite.model.precision import autocast
-from orpo_lite.model.tokenizer import new_tokens
-from orpo_lite.recipe import AdapterSection, nearest, resolve_path
+from orpo_lite.model.targets import adapted, all_linear, check_named, check_patterns, excluded, is_named, token_rows
+from orpo_lite.recipe import AdapterSection, resolve_path
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +64,7 @@ def attach_adapter(
         return model.float().requires_grad_(True)
     if adapter.init_from:
         peft_model = load_adapter(model, adapter.init_from, trainable=True)
-        kept = peft_model.peft_config["default"]
+        kept: LoraConfig = peft_model.peft_config["default"]  # type: ignore[assignment]  # load_adapter takes no other
         logger.info(
             f"adapter: going on from {adapter.init_from} with its own shape, r={kept.r} alpha={kept.lora_alpha}"
         )
@@ -131,10 +128,11 @@ def new_adapter(
             "router in it if that is wanted"
         )
     if changes_base:
-        peft_model.orpo_lite_initial = {
+        initial = {
             key: tensor.detach().to("cpu", torch.float32, copy=True)
             for key, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
         }
+        peft_model.orpo_lite_initial = initial  # type: ignore[assignment]  # torch expects tensors and modules only
     return peft_model
 
 
@@ -147,105 +145,6 @@ def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftMode
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise RequestError(f"adapter: {' '.join(str(error).split())}") from error
-
-
-def is_named(adapter: AdapterSection, router: str) -> bool:
-    """True where the recipe's targets spell out this router."""
-    targets = adapter.target_modules
-    text = (
-        " ".join([targets] if isinstance(targets, str) else targets) + " " + " ".join(adapter.target_parameters or [])
-    )
-    return re.search(rf"\b{re.escape(router.rpartition('.')[2])}\b", text) is not None
-
-
-def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
-    """PEFT's all-linear, or for a mixture of experts the names that it stands for here.
-
-    There PEFT's own would take in router and fused experts, as in transformers 4, when those were linear modules.
-    """
-    if not routers(model):
-        return "all-linear"
-    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
-
-    head = model.get_output_embeddings()
-    names = sorted(
-        {
-            name.rpartition(".")[2]
-            for name, module in model.named_modules()
-            if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in avoid
-        }
-    )
-    trial = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
-    try:
-        convert_peft_config_for_transformers(trial, model, None)
-        kept = sorted(trial.target_modules or [])
-    except ValueError:  # only some of the linear modules that PEFT takes for a fused expert's parts
-        kept = [name for name in names if name not in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")]
-    left = [name for name in names if name not in kept]
-    logger.warning(
-        f"adapter: all-linear adapts {', '.join(kept)} here, not the fused experts"
-        + (f", nor {', '.join(left)}, by which PEFT would understand the experts" if left else "")
-        + "; adapter.target_parameters reaches experts"
-    )
-    return kept
-
-
-def adapted(model: PeftModel) -> list[str]:
-    """Names, within the base, of the modules that carry LoRA."""
-    prefix = "base_model.model."
-    return [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -> str | list[str] | None:
-    """exclude_modules with the linear routers that the recipe does not name."""
-    own = adapter.exclude_modules
-    aside = sorted(name for name, module in model.named_modules() if name in avoid and isinstance(module, nn.Linear))
-    if not aside:
-        return own
-    if isinstance(own, str):
-        return f"(?:{own})|" + "|".join(map(re.escape, aside))
-    return [*(own or []), *aside]
-
-
-def check_named(model: PreTrainedModel, field: str, names: str | list[str] | None) -> None:
-    """Every listed module must exist: PEFT leaves out silently those that do not."""
-    if not isinstance(names, list):
-        return
-    known = [name for name, _ in model.named_modules() if name]
-    unknown = [name for name in names if not any(k == name or k.endswith(f".{name}") for k in known)]
-    if unknown:
-        last = sorted({k.rpartition(".")[2] for k in known if not k.rpartition(".")[2].isdigit()})
-        raise RequestError(
-            f"adapter.{field}: {base_name(model) or type(model).__name__} has no module called "
-            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
-        )
-
-
-def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
-    """Every rank or alpha pattern must hit an adapted module, by PEFT's own rule."""
-    names = adapted(model)
-    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                raise RequestError(f"adapter.{field}: {pattern!r} matches none of the {len(names)} adapted modules")
-
-
-def token_rows(
-    model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
-) -> dict[str, list[int]] | None:
-    """Embedding rows (and, where it is not tied, output rows) of the new tokens, to be trained."""
-    tokens = new_tokens(tokenizer)
-    if not tokens or tokenizer is None:
-        return None
-    if model.config.is_encoder_decoder:
-        raise RequestError("model.new_tokens: not supported for encoder-decoder models, whose embeddings are shared")
-    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
-    ends = [model.get_input_embeddings()]
-    if not model.config.get_text_config().tie_word_embeddings:
-        ends.append(model.get_output_embeddings())
-    names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
-    rows = {name: ids for name in names if name not in (adapter.modules_to_save or [])}
-    return rows or None
 
 
 def prepare_frozen(model: PeftModel) -> None:
@@ -291,6 +190,10 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}, and goes on {base_name(model)} here")
     config.inference_mode = not trainable
+    rows = config.trainable_token_indices
+    grow_embeddings(
+        model, 1 + max([-1, *(i for ids in (rows.values() if isinstance(rows, dict) else [rows or []]) for i in ids)])
+    )
     try:
         with readable(source):
             peft_model = wrap(model, config)
@@ -311,45 +214,6 @@ def first_mismatch(error: Exception) -> str:
     """The first module of torch's or PEFT's list of shapes that differ, in one line."""
     found = re.search(r"size mismatch for (\S+):[^.]*\.?", " ".join(str(error).split()))
     return found.group(0) if found else " ".join(str(error).split())
-
-
-def initialise_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """EVA's data pass (arXiv 2410.07170): A from the principal directions of each layer's inputs, ranks shared out anew.
-
-    Args:
-        batches: input_ids, attention_mask and, optionally, labels (B, T); positions labelled -100 or masked out are
-            not looked at. They are gone through again and again until every layer's directions settle.
-
-    Raises:
-        RequestError: encoder-decoder base, no batches, or batches with too few tokens for the rank.
-    """
-    config: LoraConfig = model.peft_config["default"]  # type: ignore[assignment]
-    batches = [dict(batch) for batch in batches]
-    if model.config.is_encoder_decoder:
-        raise RequestError("adapter.init_lora_weights: eva is not supported for encoder-decoder models")
-    needed = round(max([config.r, *config.rank_pattern.values()]) * config.eva_config.rho)
-    fewest = min((batch_tokens(batch) for batch in batches), default=0)
-    if fewest < needed:
-        raise RequestError(
-            f"adapter.init_lora_weights: eva at rank {config.r} needs at least {needed} tokens a batch, found {fewest}: "
-            "raise training.per_device_train_batch_size or lower adapter.r"
-        )
-    passes = iter(range(100 * len(batches)))
-
-    def forward(peft_model: PeftModel, batch: dict[str, Any]) -> None:
-        if next(passes, None) is None:
-            raise RequestError("adapter.init_lora_weights: eva did not settle in 100 passes: raise adapter.eva_batches")
-        with autocast(peft_model):
-            peft_model(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
-
-    initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    prepare_frozen(model)
-
-
-def batch_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Positions of a batch that EVA looks at."""
-    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
-    return int((mask & (batch["labels"] != -100)).sum() if "labels" in batch else mask.sum())
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -84,6 +84,10 @@ def load_base(
     share = check_quantised_share(model) if by_bitsandbytes else None
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
+        # load_tokenizer chose it; transformers' Trainer would do the same with a warning
+        for holder in (model.config.get_text_config(), model.generation_config):
+            if holder is not None:
+                holder.pad_token_id = tokenizer.pad_token_id
     attention = model.config._attn_implementation or "eager"
     facts = BaseFacts(
         name=f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path,
@@ -105,7 +109,7 @@ def local_device() -> torch.device:
 
     # creating the state here would settle the backend and use_cpu before TrainingArguments can
     if PartialState._shared_state:
-        return PartialState().device
+        return torch.device(PartialState().device)  # type: ignore[arg-type]  # set once the state is there
     device = default_device()
     return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))) if device.type in ("cuda", "xpu") else device
 
@@ -136,7 +140,7 @@ def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndByte
     """bitsandbytes' settings for the recipe; bnb_4bit_quant_storage stays as it is, which only FSDP needs otherwise."""
     try:
         import bitsandbytes  # noqa: F401  # is it there, and does its library load?
-        from transformers.integrations import validate_bnb_backend_availability
+        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
 
         validate_bnb_backend_availability(raise_exception=True)
     except (ImportError, RuntimeError, OSError) as error:
@@ -157,7 +161,7 @@ def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndByte
 
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """from_pretrained by the right Auto class, from safetensors only, with every weight of the model in the files."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
         with readable(spec.name_or_path):
             model, info = auto.from_pretrained(
@@ -179,7 +183,9 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
     except RuntimeError as error:
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
-        raise RequestError(f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}") from error
+        raise RequestError(
+            f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}"
+        ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])
         raise RequestError(
@@ -192,16 +198,23 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
 
 def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings by the recipe's new tokens, each starting as the mean of the others. Idempotent."""
-    rows = model.get_input_embeddings().weight.shape[0]
-    needed = max((tokenizer.convert_tokens_to_ids(t) for t in new_tokens(tokenizer)), default=-1) + 1
+    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
+    grow_embeddings(model, 1 + max(ids, default=-1))
+
+
+def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
+    """Give embeddings and output head at least this many rows, each new one the mean of those that were there."""
+    inside: Any = model.get_input_embeddings()
+    rows: int = inside.weight.shape[0]
     if needed <= rows:
         return
     model.resize_token_embeddings(needed, mean_resizing=False)
     # resize_token_embeddings draws them at random; the mean gives the same start wherever the adapter is loaded
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
-            if module is not None:
-                module.weight[rows:] = module.weight[:rows].float().mean(0).to(module.weight.dtype)
+            weight: Any = None if module is None else module.weight
+            if weight is not None:
+                weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
 
 
 def explain_attention(model: PreTrainedModel, spec: ModelSection, attention: str) -> str:

@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from orpo_lite.errors import RequestError
-from orpo_lite.model.hub import readable
+from orpo_lite.model.hub import looks_local, readable
 
 logger = logging.getLogger(__name__)
 
@@ -63,14 +63,22 @@ def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Pat
 
 def find(name: str, gguf_file: str, revision: str | None) -> Path:
     """The GGUF file on this disk, downloaded if `name` is a hub id."""
-    folder = Path(name).expanduser()
+    folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
+    right = folder if folder.is_file() else file
+    if right.is_file() and not (folder / file).is_file():
+        raise RequestError(
+            f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
+            f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
+        )
     if folder.is_dir():
-        path = folder / gguf_file
+        path = folder / file
         if not path.is_file():
             there = sorted(p.name for p in folder.glob("*.gguf"))
             raise RequestError(
                 f"model.gguf_file: {path} does not exist; GGUF files there: {', '.join(there) or 'none'}"
             )
+    elif looks_local(name):
+        raise RequestError(f"model.name_or_path: there is no folder {name} (model.gguf_file names a file inside it)")
     else:
         with readable(name):
             path = Path(hf_hub_download(name, gguf_file, revision=revision))
@@ -104,7 +112,7 @@ def convert(path: Path, folder: Path) -> None:
         dtypes = write_shards(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
     if hasattr(config, "quantization_config"):
-        del config.quantization_config
+        del config.quantization_config  # type: ignore[attr-defined]
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.generation_config is not None:

@@ -55,7 +55,7 @@ def optimizer_for(
 def full_precision_embeddings(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
     """Keep 32-bit states for embeddings under an 8-bit optimizer, as transformers' Trainer does: 8 are unstable there."""
     if type(optimizer).__module__.startswith("bitsandbytes"):
-        from bitsandbytes.optim import GlobalOptimManager
+        from bitsandbytes.optim.optimizer import GlobalOptimManager
 
         manager = GlobalOptimManager.get_instance()
         for module in model.modules():

@@ -73,8 +73,8 @@ def new_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
 def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
     """Set a padding token that is not EOS and has one of the model's `rows` embeddings, if the vocabulary has any."""
     vocabulary = tokenizer.get_vocab()
-    taken = {tokenizer.eos_token, tokenizer.bos_token}
-    current = tokenizer.pad_token
+    taken = (tokenizer.eos_token, tokenizer.bos_token)
+    current: str | None = tokenizer.pad_token  # type: ignore[assignment]
     if current is not None and current not in taken and vocabulary.get(current, rows) < rows:
         return []
     reserved = sorted((t for t in vocabulary if RESERVED_TOKEN.fullmatch(t)), key=vocabulary.__getitem__)

@@ -46,7 +46,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         vocab_size=VOCABULARY, n_embd=64, n_layer=2, n_head=4, n_positions=64, bos_token_id=0, eos_token_id=0
     ),
     "t5": lambda: T5Config(
-        vocab_size=VOCABULARY, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, eos_token_id=0
+        vocab_size=VOCABULARY,
+        d_model=64,
+        d_kv=16,
+        d_ff=128,
+        num_layers=2,
+        num_heads=4,
+        eos_token_id=0,
+        pad_token_id=1,
+        decoder_start_token_id=1,
     ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),

@@ -70,12 +70,18 @@ def test_a_router_or_expert_that_is_named_is_adapted(attach):
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"target_modules": ["q_proj", "vv_proj"]}, r"target_modules: .* no module called vv_proj \(did you mean v_proj"),
+        (
+            {"target_modules": ["q_proj", "vv_proj"]},
+            r"target_modules: .* no module called vv_proj \(did you mean v_proj",
+        ),
         ({"target_modules": ".*nothing"}, "not found|no modules"),
         ({"modules_to_save": ["embeddings"]}, "modules_to_save: .* no module called embeddings"),
         ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches none"),
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
-        ({"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 8}}, "leave one of the three out"),
+        (
+            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 8}},
+            "leave one of the three out",
+        ),
     ],
 )
 def test_what_matches_nothing_is_refused(attach, fields, words):
@@ -95,7 +101,7 @@ def test_patterns_and_variants_reach_peft(attach):
         bias="none",
     )
     layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    layer = {n.split("model.model.")[1].split(".", 1)[1]: m for n, m in layers.items()}
+    layer = {n.split("layers.", 1)[1]: m for n, m in layers.items()}
     assert layer["0.self_attn.q_proj"].r["default"] == 8 and layer["1.mlp.up_proj"].r["default"] == 2
     assert layer["0.self_attn.k_proj"].scaling["default"] == 3 / 2
     assert layer["0.self_attn.v_proj"].scaling["default"] == 8 / 2
@@ -282,7 +288,9 @@ def test_eva_says_what_it_needs(attach):
 @pytest.fixture
 def args(tmp_path):
     def make(**fields):
-        return TrainingArguments(str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-3, weight_decay=0.1, **fields)
+        return TrainingArguments(
+            str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-3, weight_decay=0.1, **fields
+        )
 
     return make
 

@@ -64,7 +64,9 @@ def test_a_quantised_repository_is_used_as_it_is(section, tmp_path, method, name
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe"])
 @pytest.mark.parametrize("method", ["nf4", "int8"])
 def test_fused_experts_that_escape_quantisation_are_refused(section, family, method):
-    with pytest.raises(RequestError, match=r"(?s)only \d+\.\d% .*experts\.gate_up_proj: [\d,]+ weights.*quantization=none") as e:
+    with pytest.raises(
+        RequestError, match=r"(?s)only \d+\.\d% .*experts\.gate_up_proj: [\d,]+ weights.*quantization=none"
+    ) as e:
         load_base(section(family, quantization=method))
     assert "router" not in str(e.value) and ".gate:" not in str(e.value) and "embed" not in str(e.value)
     model, facts = load_base(section(family))

@@ -109,7 +109,9 @@ def rendered(tokenizer, chat=CHAT):
 )
 def test_templates_by_name(folder, name, text):
     loaded = load_tokenizer(folder(tiny_tokenizer(bos="<s>", pad="<pad>"), chat_template=name))
-    assert rendered(loaded) == (text or rendered(load_tokenizer(folder(tiny_tokenizer(bos="<s>"), chat_template="llama3"))))
+    assert rendered(loaded) == (
+        text or rendered(load_tokenizer(folder(tiny_tokenizer(bos="<s>"), chat_template="llama3")))
+    )
     assert rendered(loaded, CHAT[1:2]) != rendered(loaded, CHAT[1:])
 
 
