@@ -35,8 +35,8 @@ def card(recipe: Recipe, facts: dict[str, Any]) -> str:
     before, after = facts["eval"]["before"], facts["eval"]["after"]
     parts = [
         f"---\n{yaml.safe_dump(meta, sort_keys=False)}---\n\n# {name}\n\n{verdict(facts)}\n",
-        f"{inline(recipe.description) or 'An adapter'} trained with [ORPO](https://arxiv.org/abs/2403.07691) on {inline(base)} "
-        f"by orpo-lite {facts['versions']['orpo-lite']}: {facts['steps']} steps of {facts['effective_batch']} pairs, beta "
+        f"{inline(recipe.description)}\n\nTrained with [ORPO](https://arxiv.org/abs/2403.07691) on {inline(base)} by "
+        f"orpo-lite {facts['versions']['orpo-lite']}: {facts['steps']} steps of {facts['effective_batch']} pairs, beta "
         f"{recipe.orpo.beta:g}, learning rate {recipe.training.get('learning_rate')}, seed {facts['seed']}.\n",
     ]
     if before and after:

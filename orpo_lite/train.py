@@ -19,6 +19,7 @@ from orpo_lite.card import write_card
 from orpo_lite.cli import console, run_command
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data import Pairs, load_pairs
+from orpo_lite.data.batching import PaddedCollator
 from orpo_lite.errors import RequestError
 from orpo_lite.evaluate import answer, base_only, evaluate, judge
 from orpo_lite.measure import peak_memory_bytes
@@ -32,6 +33,7 @@ from orpo_lite.model import (
     save_adapter,
 )
 from orpo_lite.model.base import read_config
+from orpo_lite.prepare import pad_token
 from orpo_lite.progress import Bar, CheckpointedLayers, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
@@ -186,12 +188,14 @@ def arguments(
 
 
 def eva_batches(trainer: ORPOTrainer, count: int) -> list[dict[str, torch.Tensor]]:
-    """The first micro-batches of training data, as the model takes them."""
+    """The first micro-batches of training data as plain padded ones, since EVA runs the model on its own."""
+    collate = PaddedCollator(pad_token(trainer.args, trainer.processing_class))
+    rows: Any = trainer.train_dataset
+    size = trainer.args.per_device_train_batch_size
     batches = []
-    for batch in trainer.get_train_dataloader():
-        batches.append({key: batch[key] for key in ("input_ids", "attention_mask")})
-        if len(batches) == count:
-            break
+    for start in range(0, min(len(rows), count * size), size):
+        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
+        batches.append({key: batch[key].to(trainer.args.device) for key in ("input_ids", "attention_mask")})
     return batches
 
 
@@ -228,6 +232,7 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
     )
     if data is not None:
         recipe.data.eval = [DataSource(path=data)]
+    encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     if recipe.data.eval is not None:
         # only the held-out side is looked at: reading the training pairs as well would be waste
         section = recipe.data.model_copy(
@@ -238,10 +243,10 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
                 "max_rows": recipe.data.max_eval_rows,
             }
         )
-        pairs = load_pairs(section, tokenizer)
+        pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder)
         pairs.eval = pairs.train
     else:
-        pairs = load_pairs(recipe.data, tokenizer)
+        pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
     base, facts = load_base(recipe.model, tokenizer)
     adapter = recipe.adapter.model_copy(update={"init_from": path})
     model = attach_adapter(base, adapter, tokenizer=tokenizer, checkpointing=False)

@@ -64,8 +64,8 @@ def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Pat
 def find(name: str, gguf_file: str, revision: str | None) -> Path:
     """The GGUF file on this disk, downloaded if `name` is a hub id."""
     folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
-    right = folder if folder.is_file() else file
-    if right.is_file() and not (folder / file).is_file():
+    if folder.is_file() or file.is_absolute():
+        right = folder if folder.is_file() else file
         raise RequestError(
             f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
             f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"

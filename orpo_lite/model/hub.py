@@ -111,11 +111,13 @@ def explain(name: str, error: BaseException) -> str:
             f"model.name_or_path: {name} is neither a local folder nor in the download cache, and the hub cannot be "
             f"reached: get online (HF_HUB_OFFLINE unset) or download {page} beforehand and give its folder"
         )
-    if any(isinstance(c, hub.EntryNotFoundError) for c in chain) or "does not appear to have a file named" in text:
+    if text.startswith("Unrecognized model"):
         return (
-            f"model.name_or_path: {name} lacks a file: see what it holds on {page}/tree/main; if its weights are GGUF, set "
-            f"model.gguf_file to one of them ({text})"
+            f"model.name_or_path: {name} has no config.json that says what model it is: see {page}/tree/main; if its "
+            "weights are GGUF, set model.gguf_file to one of those files"
         )
+    if any(isinstance(c, hub.EntryNotFoundError) for c in chain):
+        return f"model.name_or_path: {name} lacks a file: see {page}/tree/main ({text})"
     if "trust_remote_code" in text:
         return (
             f"model.trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "

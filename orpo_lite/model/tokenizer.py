@@ -39,8 +39,8 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
     name = locate(spec)
     with readable(spec.name_or_path):
         options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
         config = AutoConfig.from_pretrained(name, **options).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(name, **options)
     if tokenizer.eos_token_id is None:
         raise RequestError(
             f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with"

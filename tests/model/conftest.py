@@ -21,7 +21,8 @@ from transformers import (
     T5Config,
 )
 
-from orpo_lite.recipe import ModelSection
+from orpo_lite.model import attach_adapter, load_base
+from orpo_lite.recipe import AdapterSection, ModelSection
 from tests.tiny import tiny_model, tiny_tokenizer
 
 VOCABULARY = 420
@@ -84,6 +85,17 @@ def section(base_folder) -> Callable[..., ModelSection]:
 
     def make(family: str, **fields: Any) -> ModelSection:
         return ModelSection(name_or_path=str(base_folder(family)), **{"quantization": "none"} | fields)
+
+    return make
+
+
+@pytest.fixture
+def attach(section):
+    """attach(family, quantization, **adapter fields) -> PeftModel."""
+
+    def make(family, quantization="none", checkpointing=False, **fields):
+        model, _ = load_base(section(family, quantization=quantization))
+        return attach_adapter(model, AdapterSection(**{"r": 4} | fields), checkpointing=checkpointing)
 
     return make
 

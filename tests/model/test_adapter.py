@@ -9,23 +9,12 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, TrainingArguments
+from transformers import AutoModelForCausalLM
 
 from orpo_lite.errors import RequestError
-from orpo_lite.model import attach_adapter, initialise_eva, load_base, optimizer_for, save_adapter, trainable_share
+from orpo_lite.model import attach_adapter, load_base, save_adapter, trainable_share
 from orpo_lite.recipe import AdapterSection
 from tests.model.conftest import disturb, logits
-
-
-@pytest.fixture
-def attach(section):
-    """attach(family, quantization, **adapter fields) -> PeftModel."""
-
-    def make(family, quantization="none", checkpointing=False, **fields):
-        model, _ = load_base(section(family, quantization=quantization))
-        return attach_adapter(model, AdapterSection(**{"r": 4} | fields), checkpointing=checkpointing)
-
-    return make
 
 
 def adapted(model):
@@ -246,81 +235,6 @@ def changed(folder, weights, wide=False):
         weights = {k: torch.cat([v, v], 1) if "lora_A" in k else v for k, v in weights.items()}
     save_file(weights, folder / "adapter_model.safetensors")
     return folder
-
-
-def batches(count=4, width=40):
-    generator = torch.Generator().manual_seed(0)
-    tokens = torch.randint(5, 400, (count, 2, width), generator=generator)
-    return [{"input_ids": t, "attention_mask": torch.ones_like(t)} for t in tokens]
-
-
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_eva_looks_at_data(attach, base_folder, tmp_path, quantization):
-    model = attach("llama", quantization, init_lora_weights="eva", use_rslora=True)
-    initialise_eva(model, batches())
-    base = logits(attach("llama", quantization))
-    torch.testing.assert_close(logits(model), base)  # B is zero
-    parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
-    assert {p.dtype for p in parameters.values()} == {torch.float32}
-    assert not any(p.is_meta for p in model.parameters())
-    rows = next(p for n, p in parameters.items() if "lora_A" in n)
-    torch.testing.assert_close(rows @ rows.T, torch.eye(len(rows)), atol=1e-4, rtol=0)  # principal directions
-    ranks = {p.shape[0] for n, p in parameters.items() if "lora_A" in n}
-    assert len(ranks) > 1 and sum(p.shape[0] for n, p in parameters.items() if "lora_A" in n) == 14 * 4
-    disturb(model)
-    trained = logits(model)
-    save_adapter(model, tmp_path)
-    again = attach("llama", quantization, init_from=str(tmp_path))
-    torch.testing.assert_close(logits(again), trained)
-
-
-def test_eva_says_what_it_needs(attach):
-    with pytest.raises(RequestError, match="at least 8 tokens a batch, found 6"):
-        initialise_eva(attach("llama", init_lora_weights="eva"), batches(width=3))
-    with pytest.raises(RequestError, match="encoder-decoder"):
-        initialise_eva(attach("t5", init_lora_weights="eva"), batches())
-    batch = batches(1)[0]
-    batch["labels"] = batch["input_ids"].masked_fill(torch.arange(40) < 38, -100)
-    with pytest.raises(RequestError, match="found 4"):
-        initialise_eva(attach("llama", init_lora_weights="eva"), [batch])
-
-
-@pytest.fixture
-def args(tmp_path):
-    def make(**fields):
-        return TrainingArguments(
-            str(tmp_path), use_cpu=True, report_to=[], learning_rate=1e-3, weight_decay=0.1, **fields
-        )
-
-    return make
-
-
-@pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
-def test_loraplus_gives_b_its_own_rate(attach, args, optim):
-    model = attach("llama", "nf4")
-    optimizer = optimizer_for(model, args(optim=optim), 16)
-    rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
-    names = {n: rates[id(p)] for n, p in model.named_parameters() if p.requires_grad}
-    assert {r for n, r in names.items() if "lora_A" in n} == {1e-3}
-    assert {r for n, r in names.items() if "lora_B" in n} == {16e-3}
-    assert all(g["params"] and g["weight_decay"] == 0.1 for g in optimizer.param_groups)
-    disturb(model)
-    tokens = torch.arange(5, 25)[None]
-    first = model(input_ids=tokens, labels=tokens).loss
-    first.backward()
-    optimizer.step()
-    assert model(input_ids=tokens, labels=tokens).loss != first
-
-
-def test_plain_optimizer_spares_norms_and_biases_the_decay(section, args):
-    model = attach_adapter(load_base(section("gpt2"))[0], None)
-    optimizer = optimizer_for(model, args(optim="adamw_torch", adam_beta2=0.9))
-    spared = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
-    assert spared == {id(p) for n, p in model.named_parameters() if "bias" in n or ".ln_" in n}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    assert optimizer.defaults["betas"][1] == 0.9
-    with pytest.raises(RequestError, match="LoRA"):
-        optimizer_for(model, args(), 16)
 
 
 def test_a_foreign_peft_model_can_be_saved(base_folder, tmp_path):

@@ -210,10 +210,11 @@ def test_without_bitsandbytes(section, monkeypatch):
 
 
 class Hub(BaseHTTPRequestHandler):
-    """A hub with a gated repository, one with a revision missing, and nothing else."""
+    """A hub with a gated repository, one with a revision missing, one without config.json, and nothing else."""
 
     def do_HEAD(self) -> None:
-        code = "GatedRepo" if "/gated/" in self.path else "RevisionNotFound" if "/old/" in self.path else "RepoNotFound"
+        codes = {"/gated/": "GatedRepo", "/old/": "RevisionNotFound", "/only-gguf/": "EntryNotFound"}
+        code = next((code for part, code in codes.items() if part in self.path), "RepoNotFound")
         self.send_response(403 if code == "GatedRepo" else 404)
         self.send_header("X-Error-Code", code)
         self.send_header("X-Error-Message", "no")
@@ -244,7 +245,7 @@ def test_what_the_hub_refuses_is_told_with_the_page(tmp_path):
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
     threading.Thread(target=server.serve_forever, daemon=True).start()
     here = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path), "HF_HUB_OFFLINE": "0"}
-    names = ["meta/gated", "meta/absent", "meta/old"]
+    names = ["meta/gated", "meta/absent", "meta/old", "meta/only-gguf"]
     try:
         done = subprocess.run(
             [sys.executable, "-c", ASK, *names], env=os.environ | here, capture_output=True, text=True, timeout=300
@@ -252,11 +253,12 @@ def test_what_the_hub_refuses_is_told_with_the_page(tmp_path):
     finally:
         server.shutdown()
     lines = done.stdout.splitlines()
-    assert len(lines) == 6, done.stderr
+    assert len(lines) == 8, done.stderr
     assert lines[0::2] == lines[1::2]
     assert "https://huggingface.co/meta/gated" in lines[0] and "gated" in lines[0] and "hf auth login" in lines[0]
     assert "neither a local folder nor a model" in lines[2] and "https://huggingface.co/meta/absent" in lines[2]
     assert lines[4].startswith("model.revision: meta/old")
+    assert "https://huggingface.co/meta/only-gguf/tree/main" in lines[6] and "model.gguf_file" in lines[6]
 
 
 def test_offline_and_not_in_the_cache():

@@ -1,0 +1,217 @@
+"""`orpo_lite.train` as a user has it: the run folder, what is printed, resuming, and the exit status."""
+
+import importlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+import torch
+import yaml
+from peft import AutoPeftModelForCausalLM, PeftModel
+from safetensors.torch import load_file
+from transformers import AutoTokenizer, T5Config
+
+from orpo_lite.cli import run_command
+from orpo_lite.errors import RequestError
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import run
+from tests.tiny import tiny_model, tiny_tokenizer
+
+SHORT = ["training.max_steps=4", "training.eval_steps=2", "training.logging_steps=1", "evaluation.samples=2",
+         "evaluation.max_new_tokens=8"]  # fmt: skip
+
+
+def recipe(output, *words):
+    return Recipe.load("quickstart", [*SHORT, f"training.output_dir={output}", *words])
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A short quickstart run and what it printed."""
+    output = tmp_path_factory.mktemp("runs") / "quick"
+    done = orpo_lite("train", "--recipe", "quickstart", *SHORT, f"training.output_dir={output}")
+    assert done.returncode == 0, done.stderr
+    return output, done
+
+
+def orpo_lite(command, *words, **environment):
+    return subprocess.run(
+        [sys.executable, "-m", f"orpo_lite.{command}", *map(str, words)],
+        capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"} | environment,
+    )  # fmt: skip
+
+
+def test_run_folder_holds_what_later_commands_take(finished):
+    folder, _ = finished
+    names = {path.name for path in folder.iterdir()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "chat_template.jinja", "recipe.yaml",
+            "run.json", "metrics.jsonl", "report.html", "README.md", "checkpoints"} <= names  # fmt: skip
+    facts = json.loads((folder / "run.json").read_text())
+    for key in ("versions", "device", "seed", "base_model", "data", "layout", "train_seconds", "pairs_per_second",
+                "peak_memory_bytes", "eval", "samples"):  # fmt: skip
+        assert facts[key], key
+    assert facts["data"]["fingerprint"] and facts["data"]["drops"]["kept"] == 600
+    assert facts["eval"]["before"]["pairs"] == facts["eval"]["after"]["pairs"] == 120
+    assert len(facts["samples"]["before"]) == len(facts["samples"]["after"]) == 2
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
+    assert {"eval_rewards/accuracies", "eval_loss", "eval_nll_loss"} <= set(next(x for x in lines if "eval_loss" in x))
+    page, card = (folder / "report.html").read_text(), (folder / "README.md").read_text()
+    assert "<svg" in page and "http" not in page.replace("http://www.w3.org/2000/svg", "")
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "peft" and "120 held-out pairs" in card
+
+
+def test_resolved_recipe_repeats_the_run(finished, tmp_path):
+    folder, _ = finished
+    again = Recipe.load(str(folder), [f"training.output_dir={tmp_path / 'again'}"])
+    result = run(again)
+    assert result.facts["data"]["fingerprint"] == json.loads((folder / "run.json").read_text())["data"]["fingerprint"]
+    first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_peft_and_transformers_load_the_folder(finished):
+    folder, _ = finished
+    model = AutoPeftModelForCausalLM.from_pretrained(folder)
+    assert isinstance(model, PeftModel)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert "<|im_start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
+
+
+def test_prints_what_it_resolved_and_what_to_do_next(finished):
+    folder, done = finished
+    out = " ".join(done.stdout.split())
+    for words in ("480 training pairs, 120 held out", "600 of 600 rows kept", "8 pairs x 1 accumulation x 1 processes",
+                  "steps 4", "153,600 of", "float32 computing on the CPU", "sdpa", "layout shared", "checkpointing off",
+                  f"python -m orpo_lite.evaluate {folder}", "last, step 4"):  # fmt: skip
+        assert words in out, words
+    for noise in ("Warning", "deprecated", "Traceback"):
+        assert noise not in done.stderr
+
+
+def test_evaluate_gives_what_the_run_measured(finished):
+    folder, _ = finished
+    done = orpo_lite("evaluate", folder, "--json")
+    assert done.returncode == 0, done.stderr
+    got, facts = json.loads(done.stdout), json.loads((folder / "run.json").read_text())
+    for side, when in (("base", "before"), ("adapter", "after")):
+        for key in ("rewards/accuracies", "rewards/margins", "nll_loss", "log_odds_chosen", "length_baseline"):
+            assert got[side][key] == pytest.approx(facts["eval"][when][key], abs=1e-5), key
+    low, high = got["adapter"]["rewards/accuracies_interval"]
+    assert 0 <= low < got["adapter"]["rewards/accuracies"] < high <= 1
+
+
+def test_report_is_written_again(finished):
+    folder, _ = finished
+    (folder / "report.html").unlink()
+    assert orpo_lite("report", folder).returncode == 0
+    assert (folder / "report.html").is_file()
+
+
+def test_dry_run_writes_nothing(tmp_path, capsys):
+    assert run(recipe(tmp_path / "dry"), dry_run=True) is None
+    assert not list(tmp_path.iterdir())
+    assert "first step's loss is" in capsys.readouterr().out
+
+
+def test_killed_run_goes_on_from_its_checkpoint(tmp_path):
+    """Stopped after the checkpoint of step 4, and ended as a run that was never stopped."""
+    words = ("training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "training.eval_steps=6",
+             "evaluation.samples=0")  # fmt: skip
+    run(recipe(tmp_path / "whole", *words))
+    shutil.copytree(tmp_path / "whole", tmp_path / "cut")
+    shutil.rmtree(tmp_path / "cut" / "checkpoints" / "checkpoint-6")
+    for name in ("run.json", "adapter_model.safetensors"):
+        (tmp_path / "cut" / name).unlink()
+    saved = yaml.safe_load((tmp_path / "cut" / "recipe.yaml").read_text())
+    saved["training"]["output_dir"] = str(tmp_path / "cut")
+    (tmp_path / "cut" / "recipe.yaml").write_text(yaml.safe_dump(saved))
+
+    result = run(recipe(tmp_path / "cut", *words), resume=True)
+
+    assert result.folder == tmp_path / "cut" and result.facts["steps"] == 6
+    first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+    steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
+             if "grad_norm" in line]  # fmt: skip
+    assert steps == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(RequestError, match="finished"):
+        run(recipe(tmp_path / "cut", *words), resume=True)
+
+
+def test_resume_with_another_recipe_is_refused(tmp_path):
+    words = ("training.save_strategy=steps", "training.save_steps=2", "evaluation.samples=0")
+    run(recipe(tmp_path / "run", *words))
+    (tmp_path / "run" / "run.json").unlink()
+    with pytest.raises(RequestError, match=r"orpo.beta: was 0.1, is 0.2"):
+        run(recipe(tmp_path / "run", *words, "orpo.beta=0.2"), resume=True)
+    with pytest.raises(RequestError, match="holds no checkpoint"):
+        run(recipe(tmp_path / "empty"), resume=True)
+
+
+def test_a_finished_run_is_never_written_over(finished):
+    folder, _ = finished
+    before = (folder / "run.json").read_bytes()
+    result = run(recipe(folder, "evaluation.samples=0"))
+    assert result.folder == folder.with_name("quick-2") and (folder / "run.json").read_bytes() == before
+
+
+def test_best_adapter_is_said_to_be_left(tmp_path):
+    words = ("training.save_strategy=steps", "training.save_steps=2", "training.load_best_model_at_end=true",
+             "training.metric_for_best_model=eval_loss", "evaluation.samples=0")  # fmt: skip
+    result = run(recipe(tmp_path / "best", *words))
+    assert result.facts["adapter"].startswith("best by eval_loss")
+
+
+def test_encoder_decoders_train_and_evaluate(tmp_path):
+    tokenizer = tiny_tokenizer(eos="</s>", pad="<pad>")
+    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                      decoder_start_token_id=0, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
+    tiny_model(config).save_pretrained(tmp_path / "t5")
+    tokenizer.save_pretrained(tmp_path / "t5")
+    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}, of course", "rejected": "no"} for i in range(8)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    result = run(recipe(tmp_path / "run", f"model.name_or_path={tmp_path / 't5'}", "model.quantization=none",
+                        f"data.train={tmp_path / 'rows.jsonl'}", f"data.eval={tmp_path / 'rows.jsonl'}"))  # fmt: skip
+    assert result.facts["layout"]["name"] == "padded"
+    done = orpo_lite("evaluate", tmp_path / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(result.facts["eval"]["after"]["loss"], abs=1e-5)
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    done = orpo_lite("train", "--recipe", "quickstart", *SHORT, f"training.output_dir={tmp_path / 'nan'}",
+                     "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=8")  # fmt: skip
+    assert done.returncode == 1 and "learning_rate" in done.stderr and "Traceback" not in done.stderr
+    assert not (tmp_path / "nan" / "adapter_model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["train", "--recipe", "quickstart", "training.learning_rat=1"], "did you mean learning_rate"),
+        (["train", "--recipe", "quickstrat"], "quickstart"),
+        (["train", "--recipe", "quickstart", "data.train=absent.jsonl"], "absent.jsonl"),
+        (["train", "--recipe", "quickstart", "model.name_or_path=/absent/model"], "/absent/model"),
+        (["evaluate", "/absent/run"], "/absent/run"),
+        (["merge", "/absent/run", "--output", "/tmp/out"], "/absent/run"),
+    ],
+)
+def test_wrong_requests_exit_2_and_say_what_to_do(words, said, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", words)
+    with pytest.raises(SystemExit) as stopped:
+        run_command(importlib.import_module(f"orpo_lite.{words[0]}").command)
+    out, err = capsys.readouterr()
+    assert stopped.value.code == 2
+    assert said in err and "Traceback" not in err and out == ""
+
+
+@pytest.mark.parametrize("arguments", [["-c", "import orpo_lite"], ["-m", "orpo_lite", "--help"]])
+def test_import_and_help_load_no_torch(arguments):
+    done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True)
+    assert done.returncode == 0
+    modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert not modules & {"torch", "transformers", "datasets", "numpy", "pydantic"}
