@@ -64,7 +64,9 @@ def resolved(
     )
     row(
         "batch",
-        f"{args.per_device_train_batch_size} pairs x {args.gradient_accumulation_steps} accumulation x {args.world_size} processes = {batch} pairs a step",
+        f"{batch} pairs a step, in micro-batches of at most {args.tokens_per_batch:,} tokens, on {args.world_size} processes"
+        if args.tokens_per_batch
+        else f"{args.per_device_train_batch_size} pairs x {args.gradient_accumulation_steps} accumulation x {args.world_size} processes = {batch} pairs a step",
     )
     row(
         "steps",

@@ -58,6 +58,10 @@ class ORPOConfig(TrainingArguments):
         "window: means over the optimizer step; micro: TRL's mean of micro-batch means.", default="window"
     )
     layout: str = _help("auto, shared, packed or padded: how pairs become a batch.", default="auto")
+    tokens_per_batch: int | None = _help(
+        "Tokens of a micro-batch, as the layout counts them; unset takes per_device_train_batch_size pairs each.",
+        default=None,
+    )
     disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
     padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
     generate_during_eval: bool = _help(
@@ -90,6 +94,15 @@ class ORPOConfig(TrainingArguments):
                 )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
+        if self.tokens_per_batch is not None and not self.tokens_per_batch > 0:
+            raise ValueError(
+                f"ORPOConfig.tokens_per_batch: found {self.tokens_per_batch!r}, expected a number above 0, or None"
+            )
+        if self.tokens_per_batch and self.nll_mean == "micro":
+            raise ValueError(
+                "ORPOConfig.nll_mean: micro weighs micro-batches alike, which tokens_per_batch makes of unequal numbers "
+                "of pairs; set nll_mean to window"
+            )
         self._choose_precision()
         self._choose_checkpointing()
         # pinning helps copies to a GPU, and without one torch warns at every loader

@@ -35,7 +35,7 @@ def metric_sums(stats: PairStatistics, aux: Tensor | None, beta: float, attentio
     }
     if aux is not None:
         sums["aux_loss"] = aux.detach().float().expand(len(chosen))
-    return {key: value.sum() for key, value in sums.items()} | {"tokens": attention_mask.sum()}
+    return {key: value.sum() for key, value in sums.items()} | {"tokens": attention_mask.sum() * bool(len(chosen))}
 
 
 def finish_metrics(sums: dict[str, Any]) -> dict[str, float]:

@@ -187,6 +187,11 @@ class OrpoSection(Section):
 
     shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
     padded: two right-padded rows a pair, as in TRL."""
+    tokens_per_batch: Positive | None = None
+    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs each.
+
+    An optimizer step keeps its pairs (per_device_train_batch_size x gradient_accumulation_steps x processes), dealt to
+    processes and micro-batches by cost."""
     disable_dropout: bool = True
     """Set every dropout in the model to 0."""
 

@@ -12,6 +12,7 @@ from typing import Annotated, Any
 import torch
 import typer
 from transformers import PrinterCallback
+from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite import announce
@@ -33,7 +34,6 @@ from orpo_lite.model import (
     save_adapter,
 )
 from orpo_lite.model.base import read_config
-from orpo_lite.prepare import pad_token
 from orpo_lite.progress import Bar, CheckpointedLayers, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
@@ -82,6 +82,8 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
     base, facts = load_base(recipe.model, tokenizer)
     checkpointing = checkpointed(recipe, base.device)
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
+    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
+        initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
 
     with contextlib.ExitStack() as stack:
         folder = None if dry_run else RunFolder.create(recipe, resume)
@@ -92,8 +94,6 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
         trainer.add_callback(StopOnNonFinite())
-        if recipe.adapter and recipe.adapter.init_lora_weights == "eva" and not (folder and folder.checkpoint):
-            initialise_eva(model, eva_batches(trainer, recipe.adapter.eva_batches))
         if checkpointing not in (None, 0):
             trainer.add_callback(CheckpointedLayers(checkpointing))
         announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
@@ -101,6 +101,10 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
             announce.first_step(trainer)
             return None
         trainer.add_callback(MetricsFile(folder.metrics))
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
+                # it takes the working directory for what is logged before training, such as the first evaluation
+                callback.logging_dir = str(folder.path / "tensorboard")
 
         checkpoint = folder.checkpoint
         before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
@@ -181,21 +185,22 @@ def arguments(
         nll_scope=recipe.orpo.nll_scope,
         nll_mean=recipe.orpo.nll_mean,
         layout=recipe.orpo.layout,
+        tokens_per_batch=recipe.orpo.tokens_per_batch,
         head_chunk=None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
         disable_dropout=recipe.orpo.disable_dropout,
         loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
     )
 
 
-def eva_batches(trainer: ORPOTrainer, count: int) -> list[dict[str, torch.Tensor]]:
-    """The first micro-batches of training data as plain padded ones, since EVA runs the model on its own."""
-    collate = PaddedCollator(pad_token(trainer.args, trainer.processing_class))
-    rows: Any = trainer.train_dataset
-    size = trainer.args.per_device_train_batch_size
+def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.device) -> list[dict[str, torch.Tensor]]:
+    """The first training pairs in micro-batches, padded, since EVA runs the model on its own."""
+    assert recipe.adapter is not None
+    collate = PaddedCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
+    size = recipe.training.get("per_device_train_batch_size", 8)
     batches = []
-    for start in range(0, min(len(rows), count * size), size):
-        batch = collate([rows[i] for i in range(start, min(start + size, len(rows)))])
-        batches.append({key: batch[key].to(trainer.args.device) for key in ("input_ids", "attention_mask")})
+    for start in range(0, min(len(pairs.train), recipe.adapter.eva_batches * size), size):
+        batch = collate([pairs.train[i] for i in range(start, min(start + size, len(pairs.train)))])
+        batches.append({key: batch[key].to(device) for key in ("input_ids", "attention_mask")})
     return batches
 
 

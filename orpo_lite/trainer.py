@@ -11,12 +11,14 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 from transformers import PreTrainedTokenizerBase, Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo_lite.attention import packed_attention, plain_attention
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
+from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan, pair_costs
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.head import HeadTransform, LabelRows, check_head, score_labels, score_logits
 from orpo_lite.layout import Layout, choose_layout
@@ -140,6 +142,10 @@ class ORPOTrainer(Trainer):
             self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
         else:
             self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
+        if args.tokens_per_batch:
+            # one item of the loader is an optimizer step: transformers must not count micro-batches itself
+            args.per_device_train_batch_size *= args.gradient_accumulation_steps
+            args.gradient_accumulation_steps = 1
         super().__init__(
             model=model,
             args=args,
@@ -219,10 +225,67 @@ class ORPOTrainer(Trainer):
         )
         return None
 
+    # ---- optimizer steps by token budget ---------------------------------------------------------------------------
+
+    def get_train_dataloader(self) -> DataLoader:
+        """Micro-batches; with `tokens_per_batch`, optimizer steps of as many micro-batches as their tokens need."""
+        args = self.args
+        if not args.tokens_per_batch:
+            return super().get_train_dataloader()
+        if args.train_sampling_strategy not in ("random", "sequential"):
+            raise ValueError(
+                f"ORPOConfig.train_sampling_strategy: found {args.train_sampling_strategy!r}, expected random or "
+                "sequential with tokens_per_batch, which groups pairs by length itself"
+            )
+        costs = pair_costs(self.train_dataset, self.layout.name)
+        alone = int((costs > args.tokens_per_batch).sum())
+        if alone:
+            logger.warning(
+                "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own",
+                alone,
+                len(costs),
+                args.tokens_per_batch,
+                costs.max(),
+            )
+        seed = args.data_seed if args.data_seed is not None else args.seed
+        plan = StepPlan(
+            costs,
+            pairs_per_step=args.train_batch_size * args.world_size,
+            tokens_per_batch=args.tokens_per_batch,
+            processes=args.world_size,
+            seed=seed if args.train_sampling_strategy == "random" else None,
+            padded=self.layout.name == "padded",
+            drop_last=args.dataloader_drop_last,
+        )
+        steps = StepDataset(self.train_dataset, plan, self.data_collator, args.process_index)  # type: ignore[arg-type]
+        return StepLoader(
+            steps,
+            num_workers=args.dataloader_num_workers,
+            pin_memory=args.dataloader_pin_memory,
+            prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+            persistent_workers=args.dataloader_persistent_workers,
+        )
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, or of all of a step's, gradients synchronised on the last only."""
+        if "micro_batches" not in inputs:
+            return super().training_step(model, inputs, num_items_in_batch)
+        loss = torch.zeros((), device=self.args.device)
+        *first, last = inputs["micro_batches"]
+        for batch in first:
+            with self.accelerator.no_sync(model):
+                loss += super().training_step(model, batch, num_items_in_batch)
+        return loss + super().training_step(model, last, num_items_in_batch)
+
+    def floating_point_ops(self, inputs: dict[str, Any]) -> int:
+        """transformers' estimate, over all micro-batches of a step."""
+        return sum(super(ORPOTrainer, self).floating_point_ops(batch) for batch in micro_batches(inputs))
+
     # ---- loss ----------------------------------------------------------------------------------------------------
 
     def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
-        return batch if "label_rows" in batch else self._prepare_inputs(from_trl(batch, self.collator))
+        ours = "label_rows" in batch or "micro_batches" in batch
+        return self._prepare_inputs(batch if ours else from_trl(batch, self.collator))
 
     def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
         """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
@@ -259,19 +322,20 @@ class ORPOTrainer(Trainer):
         With `num_items_in_batch` (NLL labels and pairs of the whole optimizer step, as `get_batch_samples` counts
         them) the batch's share of the step's loss; without, the loss of the batch on its own.
         """
-        inputs = self._ours(inputs)
-        stats, aux = self.pair_statistics(model, inputs)
-        if num_items_in_batch is not None and self.args.nll_mean == "window":
-            labels, pairs = num_items_in_batch
-            # gradients are averaged over processes later, while these shares are to be summed: undone here, once
-            loss = window_loss(stats, self.args.beta, labels, pairs) * self.accelerator.num_processes
-            aux_share = 1 / self.current_gradient_accumulation_steps
-        else:
-            loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
-            aux_share = 1.0
-        if aux is not None:
-            loss = loss + self.aux_coefficient * aux.to(loss.device) * aux_share
-        sums = metric_sums(stats, aux, self.args.beta, inputs["attention_mask"])
+        batches = micro_batches(self._ours(inputs))
+        whole = num_items_in_batch is None or self.args.nll_mean == "micro"
+        labels, pairs = count_labels(batches) if num_items_in_batch is None or whole else num_items_in_batch
+        # gradients are averaged over processes later, while the window's shares are to be summed: undone here, once
+        processes = 1 if whole else self.accelerator.num_processes
+        loss, sums = torch.zeros((), device=self.args.device), {}
+        for batch in batches:
+            stats, aux = self.pair_statistics(model, batch)
+            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * processes
+            if aux is not None:
+                share = len(batch["pair_rows"]) / pairs * processes
+                loss = loss + self.aux_coefficient * aux.to(loss.device) * share
+            part = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
+            sums = {key: sums.get(key, 0) + value for key, value in part.items()}
         if model.training:
             self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
         return (loss, finish_metrics(sums)) if return_outputs else loss
@@ -284,10 +348,8 @@ class ORPOTrainer(Trainer):
         batches = [self._ours(batch) for batch in batches]
         if not batches:
             return batches, None
-        labels = sum((batch["nll_pair"] >= 0).sum() for batch in batches)
-        pairs = sum(len(batch["pair_rows"]) for batch in batches)
-        totals = torch.stack([labels.to(device), torch.tensor(pairs, device=device)])  # type: ignore[union-attr]
-        return batches, self._total(totals)
+        totals = count_labels([micro for batch in batches for micro in micro_batches(batch)])
+        return batches, self._total(torch.stack(totals).to(device))
 
     def _total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -335,7 +397,7 @@ class ORPOTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Loss, one row a pair with the columns `COLUMNS`, and zeros for labels."""
-        inputs = self._prepare_inputs(self._ours(inputs))
+        inputs = self._ours(inputs)
         with torch.no_grad():
             stats, aux = self.pair_statistics(model, inputs)
             loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
@@ -364,3 +426,14 @@ class ORPOTrainer(Trainer):
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
+
+
+def micro_batches(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """An item of the training loader as micro-batches: a whole step's, or itself."""
+    return inputs.get("micro_batches", [inputs])
+
+
+def count_labels(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """NLL labels and pairs of some micro-batches."""
+    labels = torch.stack([(batch["nll_pair"] >= 0).sum() for batch in batches]).sum()
+    return labels, torch.tensor(sum(len(batch["pair_rows"]) for batch in batches), device=labels.device)

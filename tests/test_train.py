@@ -182,6 +182,30 @@ def test_encoder_decoders_train_and_evaluate(tmp_path):
     assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(result.facts["eval"]["after"]["loss"], abs=1e-5)
 
 
+VARIETIES = {
+    "tensorboard": ["training.report_to=tensorboard"],
+    "full fine-tuning": ["adapter=null", "model.quantization=none"],
+    "eva": ["adapter.init_lora_weights=eva", "model.quantization=none"],
+    "dora": ["adapter.use_dora=true"],
+    "lora+": ["adapter.loraplus_lr_ratio=16"],
+    "fp4": ["model.quantization=fp4"],
+    "checkpointing one layer": ["memory.checkpointing=1"],
+    "head chunk": ["memory.head_chunk=16"],
+    "nll over chosen": ["orpo.nll_scope=chosen", "orpo.nll_mean=micro"],
+    "token budget": ["orpo.tokens_per_batch=200", "training.gradient_accumulation_steps=2"],
+    "epochs": ["training.max_steps=-1", "training.num_train_epochs=0.1"],
+}
+
+
+@pytest.mark.parametrize("name", VARIETIES)
+def test_varieties_train(name, tmp_path):
+    result = run(recipe(tmp_path / "run", "training.learning_rate=1e-4", *VARIETIES[name]))
+    before, after = (result.facts["eval"][when]["loss"] for when in ("before", "after"))
+    assert after < before
+    if name == "tensorboard":
+        assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents*"))
+
+
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     done = orpo_lite("train", "--recipe", "quickstart", *SHORT, f"training.output_dir={tmp_path / 'nan'}",
                      "training.learning_rate=1e30", "training.max_grad_norm=0", "training.max_steps=8")  # fmt: skip

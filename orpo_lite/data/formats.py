@@ -358,7 +358,8 @@ def checked_text(value: Any, place: str) -> str:
 
 
 def kind(value: Any) -> str:
-    names = {dict: "a mapping", list: "a list", str: "text", type(None): "null", bool: "true/false"}
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "null", bool: "true/false",
+             int: "a number", float: "a number"}  # fmt: skip
     return names.get(type(value), f"a {type(value).__name__}")
 
 

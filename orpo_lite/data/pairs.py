@@ -85,11 +85,12 @@ class PairTokenizer:
         for number, row in rows:
             try:
                 pair = self.convert(row)
-            except Dropped as drop:
+                digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
+            except (Dropped, RecursionError) as error:
+                drop = error if isinstance(error, Dropped) else Dropped(WRONG_TYPES, "the row is nested too deeply")
                 chunk.drops.append((number, drop.reason, drop.detail))
                 digest.update(b"-")
                 continue
-            digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
             chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
             chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
             numbers.append(number)

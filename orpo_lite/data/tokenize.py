@@ -263,8 +263,8 @@ def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
     """Hash of whatever decides the tokens: vocabulary, rules, special tokens, template."""
     if tokenizer.is_fast:
         backend: Any = tokenizer.backend_tokenizer
-        rules = json.loads(backend.to_str())
-        rules |= {"truncation": None, "padding": None}  # left over from the last call
+        # truncation and padding stand before the rest and are left over from the last call
+        rules = backend.to_str().partition('"added_tokens":')[2]
     else:
         rules = {"vocab": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
     parts = [type(tokenizer).__name__, rules, tokenizer.special_tokens_map, tokenizer.chat_template,

@@ -190,15 +190,14 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}, and goes on {base_name(model)} here")
     config.inference_mode = not trainable
-    rows = config.trainable_token_indices
-    grow_embeddings(
-        model, 1 + max([-1, *(i for ids in (rows.values() if isinstance(rows, dict) else [rows or []]) for i in ids)])
-    )
+    rows = config.trainable_token_indices or []
+    added = [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
+    grow_embeddings(model, 1 + max(added, default=-1))  # where the tokenizer that says so is not at hand
     try:
         with readable(source):
             peft_model = wrap(model, config)
             result = peft_model.load_adapter(source, "default", is_trainable=trainable)
-    except (RuntimeError, SafetensorError) as error:
+    except (RequestError, RuntimeError, SafetensorError) as error:
         raise RequestError(f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}") from error
     wrong = [("lacks", k) for k in result.missing_keys] + [("has no place for", k) for k in result.unexpected_keys]
     if wrong:
@@ -212,8 +211,9 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
 
 def first_mismatch(error: Exception) -> str:
     """The first module of torch's or PEFT's list of shapes that differ, in one line."""
-    found = re.search(r"size mismatch for (\S+):[^.]*\.?", " ".join(str(error).split()))
-    return found.group(0) if found else " ".join(str(error).split())
+    text = " ".join(str(error).split()).removeprefix("adapter: ")
+    found = re.search(r"size mismatch for (\S+):[^.]*\.?", text)
+    return found.group(0) if found else text
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -1,6 +1,8 @@
 """Tokens, labels, truncation and drops; TRL's own tokenisation runs beside ours."""
 
+import functools
 import json
+import logging
 import types
 from pathlib import Path
 from typing import Any
@@ -26,6 +28,7 @@ from orpo_lite.data.encode import Encoder
 from orpo_lite.data.pairs import boundaries
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
 from orpo_lite.errors import RequestError
+from orpo_lite.trainer import ORPOTrainer
 from tests.tiny import CORPUS, base_tokenizer, chatml, template_text, tiny_tokenizer
 
 ZEPHYR = (
@@ -306,11 +309,32 @@ def test_more_than_half_dropped_is_an_error_with_counts() -> None:
 
 
 def test_streaming_and_other_tables_are_refused_by_name() -> None:
-    rows: Any = datasets.Dataset.from_list([GOOD]).to_iterable_dataset()
-    with pytest.raises(RequestError, match="IterableDataset"):
-        tokenize_rows(rows, TOKENIZERS["chatml"](), TokenizeOptions())
+    table = datasets.Dataset.from_list([GOOD])
+    given: list[Any] = [table.to_iterable_dataset(), datasets.DatasetDict({"train": table}), [GOOD]]
+    for rows, name in zip(given, ("IterableDataset", "DatasetDict", "list"), strict=True):
+        for tokenise in (tokenize_rows, functools.partial(ORPOTrainer._tokenised, types.SimpleNamespace())):
+            with pytest.raises(RequestError, match=f"mine: found a {name}, expected a datasets.Dataset"):
+                tokenise(rows, TOKENIZERS["chatml"](), TokenizeOptions(), "mine")
     with pytest.raises(RequestError, match=r"found columns text.*data\.columns"):
         run([{"text": "hello"}], TOKENIZERS["chatml"]())
+
+
+def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.LogCaptureFixture) -> None:
+    trainer: Any = types.SimpleNamespace(drop_reports={})
+
+    def warned(rows: list[Any], length: int) -> str:
+        caplog.clear()
+        table, options = datasets.Dataset.from_list(rows), TokenizeOptions(max_length=length)
+        ORPOTrainer._tokenised(trainer, table, TOKENIZERS["chatml"](), options, "train")
+        return "".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
+
+    long = chat("How?", "Boil it. " * 30, "No.")
+    assert not warned([GOOD, long], 1000) and trainer.drop_reports["train"].kept == 2
+    assert "train: 2 of 3 rows kept\n  dropped 1: empty or missing" in warned(
+        [GOOD, GOOD, GOOD | {"chosen": None}], 1000
+    )
+    assert "completion cut at the end in 1 pairs" in warned([GOOD, long], 120)
+    assert trainer.drop_reports["train"].truncated == 1
 
 
 def test_template_kwargs_and_tools_reach_the_template() -> None:

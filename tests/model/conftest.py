@@ -84,7 +84,7 @@ def section(base_folder) -> Callable[..., ModelSection]:
     """section(family, **fields): the recipe's model section for a tiny base, not quantised unless it says so."""
 
     def make(family: str, **fields: Any) -> ModelSection:
-        return ModelSection(name_or_path=str(base_folder(family)), **{"quantization": "none"} | fields)
+        return ModelSection(**{"name_or_path": str(base_folder(family)), "quantization": "none"} | fields)
 
     return make
 

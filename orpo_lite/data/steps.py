@@ -1,0 +1,230 @@
+"""Whole optimizer steps by token budget: which pairs each process computes, in which micro-batches.
+
+A step's pairs are the next of a seeded permutation, whatever the layout, the budget or the number of processes. They
+are dealt to the processes by cost, and each process's share is cut into micro-batches of nearly equal cost. Every
+process plans the same, so nothing is communicated; all have the same number of micro-batches, with a filler that
+weighs nothing where one has fewer.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from orpo_lite.data.batching import PackedCollator, PaddedCollator, common_prefix
+
+MicroBatches = list[list[int]]
+"""Pairs, by index, of each micro-batch."""
+
+
+def pair_costs(pairs: Any, layout: str) -> np.ndarray:
+    """Tokens that each pair costs in a layout, (N,) int64: padded counts the longer side twice, shared the prefix once."""
+    import pyarrow.compute as pc
+
+    table = pairs.with_format("arrow")[:]
+
+    def count(name: str) -> np.ndarray:
+        return pc.list_value_length(table[name]).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
+
+    lengths = count("chosen_ids"), count("rejected_ids")
+    if "prompt_ids" in pairs.column_names:  # encoder-decoder: the prompt is not part of the sequences
+        return 2 * (count("prompt_ids") + np.maximum(*lengths))
+    if layout == "padded":
+        return 2 * np.maximum(*lengths)
+    if layout == "packed":
+        return lengths[0] + lengths[1]
+    columns = pairs.with_format(None)
+    shared = [common_prefix(c, r) for c, r in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
+    return lengths[0] + lengths[1] - np.array(shared, dtype=np.int64)
+
+
+def deal(costs: np.ndarray, bins: int) -> list[list[int]]:
+    """Spread items over bins so that the costliest bin costs little more than the mean.
+
+    Longest first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum), then exchanges between
+    the costliest and the other bins for as long as they help.
+    """
+    order = np.argsort(-costs, kind="stable")
+    heap = [(0, b) for b in range(bins)]
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    for item in order.tolist():
+        load, b = heapq.heappop(heap)
+        dealt[b].append(item)
+        heapq.heappush(heap, (load + int(costs[item]), b))
+    _exchange(dealt, costs)
+    return dealt
+
+
+def _exchange(dealt: list[list[int]], costs: np.ndarray) -> None:
+    """Swap an item of the costliest bin for a cheaper one elsewhere where that lowers the larger of the two bins."""
+    loads = [int(costs[items].sum()) for items in dealt]
+    for _ in range(4 * len(dealt)):
+        top = int(np.argmax(loads))
+        best = (0, -1, -1, -1)
+        for b in range(len(dealt)):
+            gap = loads[top] - loads[b]
+            if b == top or gap <= 1:
+                continue
+            # moving d = cost(a) - cost(other) leaves the pair at max(top - d, b + d): best at half the gap
+            mine, theirs = costs[dealt[top]], np.append(costs[dealt[b]], 0)
+            difference = mine[:, None] - theirs[None]
+            gain = np.where((difference > 0) & (difference < gap), np.minimum(difference, gap - difference), 0)
+            i, j = divmod(int(gain.argmax()), len(theirs))
+            if gain[i, j] > best[0]:
+                best = (int(gain[i, j]), b, i, j)
+        gain, b, i, j = best
+        if gain == 0:
+            return
+        item = dealt[top].pop(i)
+        other = dealt[b].pop(j) if j < len(dealt[b]) else None
+        dealt[b].append(item)
+        if other is not None:
+            dealt[top].append(other)
+        moved = int(costs[item]) - (0 if other is None else int(costs[other]))
+        loads[top] -= moved
+        loads[b] += moved
+
+
+def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool = False) -> MicroBatches:
+    """Cut pairs into at least `count` micro-batches of nearly equal cost, as few as the budget allows.
+
+    A pair that costs more than the budget stands alone. Padded pairs are cut in the order of their length, so that those
+    of like length are padded to each other.
+    """
+    if padded:
+        count = max(count, len(_runs(costs, budget)))
+        limits = range(1, budget + 1)
+        limit = limits[bisect.bisect_left(limits, True, key=lambda limit: len(_runs(costs, limit)) <= count)]
+        parts = _runs(costs, limit)
+    else:
+        count = max(count, -(-int(costs.sum()) // budget))
+        parts = deal(costs, count)
+        while any(len(part) > 1 and costs[part].sum() > budget for part in parts):
+            count += 1
+            parts = deal(costs, count)
+    return [sorted(part) for part in parts] + [[]] * (count - len(parts))
+
+
+def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
+    """Runs of neighbours in length, longest first, each as long as padding it to its longest stays within the limit."""
+    runs: MicroBatches = []
+    longest = 0
+    for item in np.argsort(-costs, kind="stable").tolist():
+        if runs and (len(runs[-1]) + 1) * longest <= limit:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+            longest = int(costs[item])
+    return runs
+
+
+@dataclass
+class StepPlan:
+    """All steps of every epoch, worked out one at a time.
+
+    Args:
+        costs: tokens of each pair in the layout, (N,).
+        pairs_per_step: pairs of an optimizer step on all processes together.
+        tokens_per_batch: tokens of a micro-batch, at most, where it holds more than one pair.
+        processes: number of processes.
+        seed: of the permutation; None keeps the pairs in their order.
+        padded: whether the layout pads the pairs of a micro-batch to each other.
+        drop_last: leave out the pairs that do not fill a last step.
+    """
+
+    costs: np.ndarray
+    pairs_per_step: int
+    tokens_per_batch: int
+    processes: int = 1
+    seed: int | None = 0
+    padded: bool = False
+    drop_last: bool = False
+
+    def __len__(self) -> int:
+        """Optimizer steps of an epoch."""
+        whole, rest = divmod(len(self.costs), self.pairs_per_step)
+        return whole + bool(rest and (not self.drop_last or not whole))
+
+    def order(self, epoch: int) -> np.ndarray:
+        """The pairs of an epoch in the order of training."""
+        if self.seed is None:
+            return np.arange(len(self.costs))
+        return np.random.default_rng((self.seed, epoch)).permutation(len(self.costs))
+
+    def step(self, epoch: int, step: int) -> list[MicroBatches]:
+        """Micro-batches of each process in one optimizer step; the same number on all of them."""
+        mine = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        dealt = deal(self.costs[mine], self.processes)
+        cut = [micro_batches(self.costs[mine[d]], self.tokens_per_batch, 1, self.padded) for d in dealt]
+        count = max(map(len, cut))
+        cut = [
+            c if len(c) == count else micro_batches(self.costs[mine[d]], self.tokens_per_batch, count, self.padded)
+            for c, d in zip(cut, dealt, strict=True)
+        ]
+        count = max(map(len, cut))
+        return [
+            [mine[d][batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)
+        ]
+
+
+class StepDataset(Dataset):
+    """Optimizer steps of one process: (epoch, step) -> {"micro_batches": [batch, ...]}."""
+
+    def __init__(self, pairs: Any, plan: StepPlan, collator: PaddedCollator | PackedCollator, process: int):
+        self.pairs, self.plan, self.collator, self.process = pairs, plan, collator, process
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    def __getitem__(self, key: tuple[int, int]) -> dict[str, Any]:
+        batches = self.plan.step(*key)[self.process]
+        return {"micro_batches": [self._collate(batch) for batch in batches]}
+
+    def _collate(self, batch: list[int]) -> dict[str, Any]:
+        if batch:
+            return self.collator([self.pairs[i] for i in batch])
+        # a backward pass has to run on every process: one short pair, none of whose labels count
+        filler = self.collator([self.pairs[int(self.plan.costs.argmin())]])
+        for name in ("chosen_pair", "rejected_pair", "nll_pair"):
+            filler[name] = torch.full_like(filler[name], -1)
+        return filler | {"pair_rows": filler["pair_rows"][:0]}
+
+
+class StepSampler:
+    """Keys of an epoch's steps; each is a batch of one, so that accelerate's skip_first_batches skips whole steps."""
+
+    batch_size, drop_last = 1, False
+
+    def __init__(self, steps: int):
+        self.steps, self.epoch = steps, 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return self.steps
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(self.steps):
+            yield [(self.epoch, step)]
+
+
+class StepLoader(DataLoader):
+    """One item an optimizer step; the epoch travels in the keys, so that workers and resuming need no state."""
+
+    def __init__(self, dataset: StepDataset, **options: Any):
+        super().__init__(dataset, batch_sampler=StepSampler(len(dataset.plan)), collate_fn=_only, **options)  # type: ignore[arg-type]
+
+    def set_epoch(self, epoch: int) -> None:
+        self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
+
+
+def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
+    return items[0]

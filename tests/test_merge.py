@@ -1,0 +1,335 @@
+"""Merging: a plain transformers model with the adapter model's logits, whole or not at all."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
+
+from orpo_lite.cli import run_command
+from orpo_lite.errors import RequestError
+from orpo_lite.merge import command, merge
+from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
+from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
+from tests.model.conftest import base_folder, disturb, logits, section  # noqa: F401  # fixtures
+
+TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
+NEW = ["<|im_start|>", "<|im_end|>", *(f"<extra{i}>" for i in range(30))]
+
+
+@pytest.fixture
+def trained(section, tmp_path):  # noqa: F811
+    """trained(family, model fields, **adapter fields) -> (adapter model after some 'training', its run folder)."""
+
+    def make(family: str, model: dict[str, Any] | None = None, run: bool = True, **fields: Any):
+        spec = section(family, **model or {})
+        tokenizer = load_tokenizer(spec)
+        tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+        adapter = AdapterSection(**{"r": 4} | fields)
+        peft_model = attach_adapter(load_base(spec, tokenizer)[0], adapter, tokenizer=tokenizer)
+        disturb(peft_model)
+        folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
+        save_adapter(peft_model, folder)
+        tokenizer.save_pretrained(folder)
+        if run:
+            recipe = Recipe(name="t", model=spec, adapter=adapter, data={"train": "x.jsonl"})  # type: ignore[arg-type]
+            recipe.save(folder / "recipe.yaml")
+        return peft_model, folder
+
+    return make
+
+
+def same(found: torch.Tensor, expected: torch.Tensor) -> None:
+    """Equal to 1e-4, or 1e-4 of the logits' spread where that is more (T5's is 10 and more)."""
+    torch.testing.assert_close(found, expected, atol=1e-4 * max(1.0, expected.std().item()), rtol=1e-4)
+
+
+def plain(folder: Path, **options: Any) -> Any:
+    auto = AutoModelForSeq2SeqLM if "t5" in json.loads((folder / "config.json").read_text())["model_type"] else AutoModelForCausalLM  # fmt: skip
+    model, info = auto.from_pretrained(folder, output_loading_info=True, **options)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    return model
+
+
+VARIANTS: dict[str, dict[str, Any]] = {
+    "lora": {},
+    "rslora": {"use_rslora": True},
+    "dora": {"use_dora": True},
+    "patterns": {"rank_pattern": {".*0.*": 8}, "alpha_pattern": {".*1.*": 3}},
+    "bias": {"bias": "all"},
+}
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "t5"])
+def test_merged_is_the_adapter_model(trained, tmp_path, family, variant):
+    model, run = trained(family, **VARIANTS[variant])
+    expected = logits(model)
+    out = merge(run, tmp_path / "merged")
+    merged = plain(out)
+    same(logits(merged), expected)
+    assert not (out / "adapter_config.json").exists() and not any("lora" in n for n, _ in merged.named_parameters())
+    assert merged.config.tie_word_embeddings is model.config.tie_word_embeddings
+    before, after = (plain(Path(f)).state_dict() for f in (model.get_base_model().name_or_path, out))
+    assert {k: v.shape for k, v in before.items()} == {k: v.shape for k, v in after.items()}
+
+
+ENDS = {
+    "llama": ["embed_tokens", "lm_head"],
+    "llama-tied": ["embed_tokens"],
+    "qwen2": ["lm_head"],
+    "gemma2": ["embed_tokens", "norm"],
+    "gpt2": ["wte"],
+}
+
+
+@pytest.mark.parametrize("family", ENDS)
+def test_modules_trained_whole(trained, tmp_path, family):
+    model, run = trained(family, modules_to_save=ENDS[family])
+    same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama-tied", "qwen2", "gemma2"])
+@pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
+def test_lora_on_one_end_of_tied_embeddings(trained, tmp_path, family, end):
+    model, run = trained(family, target_modules=["q_proj", end])
+    same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
+
+
+@pytest.mark.parametrize("run", [True, False])
+@pytest.mark.parametrize("family", ["llama", "llama-tied"])
+@pytest.mark.parametrize("tokens", [NEW, ["<pad>"]])
+def test_new_tokens(trained, tmp_path, family, run, tokens):
+    """With the recipe, and from PEFT's files and the tokenizer alone."""
+    model, folder = trained(family, {"new_tokens": tokens}, run=run)
+    out = merge(folder, tmp_path / "merged")
+    merged, tokenizer = plain(out), AutoTokenizer.from_pretrained(out)
+    ids = torch.tensor([[5, *tokenizer.convert_tokens_to_ids(tokens), 6]])
+    assert ids.max() < merged.get_input_embeddings().weight.shape[0] == merged.config.vocab_size
+    with torch.no_grad():
+        same(merged(ids).logits, model.eval()(ids).logits)
+
+
+def test_new_tokens_in_embeddings_trained_whole(trained, tmp_path):
+    model, run = trained("llama", {"new_tokens": NEW}, modules_to_save=["embed_tokens", "lm_head"])
+    same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
+
+
+@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
+def test_onto_original_and_onto_quantized(trained, section, tmp_path, family, method):  # noqa: F811
+    model, run = trained(family, {"quantization": method})
+    expected = logits(model)
+    quantized = plain(merge(run, tmp_path / "quantized", onto="quantized"))
+    if method == "int8":  # training also rounds activations
+        assert (logits(quantized) - expected).abs().mean() < 0.05 * expected.std()
+    else:
+        same(logits(quantized), expected)
+    assert not hasattr(quantized.config, "quantization_config")
+    full, _ = load_base(section(family))
+    expected = logits(attach_adapter(full, AdapterSection(init_from=str(run))))
+    original = plain(merge(run, tmp_path / "original"))
+    same(logits(original), expected)
+    assert (logits(original) - logits(quantized)).abs().max() > 1e-3
+
+
+def test_onto_weights_that_a_bfloat16_run_quantised(trained, tmp_path):
+    """A float32 checkpoint that was read in bfloat16 and then quantised is not the float32 one quantised."""
+    model, run = trained("llama", {"quantization": "nf4", "dtype": "bfloat16"})
+    layer = model.get_base_model().model.layers[0].mlp.up_proj
+    from bitsandbytes.functional import dequantize_4bit
+
+    base = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).float()
+    expected = base + layer.get_delta_weight("default").float()
+    out = merge(run, tmp_path / "merged", onto="quantized", dtype="float32")
+    merged = plain(out).model.layers[0].mlp.up_proj.weight
+    torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-2)
+
+
+def test_a_quantised_repository(section, tmp_path):  # noqa: F811
+    """No original weights to merge into, unless --base names them; its own are there dequantised."""
+    quantised, _ = load_base(section("llama", quantization="nf4"))
+    quantised.save_pretrained(tmp_path / "model-bnb-4bit")
+    spec = ModelSection(name_or_path=str(tmp_path / "model-bnb-4bit"))
+    AutoTokenizer.from_pretrained(section("llama").name_or_path).save_pretrained(spec.name_or_path)
+    model = attach_adapter(load_base(spec)[0], AdapterSection(r=4))
+    disturb(model)
+    save_adapter(model, tmp_path / "adapter")
+    with pytest.raises(RequestError, match=r"ships quantised.*--base.*--onto quantized"):
+        merge(tmp_path / "adapter", tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+    out = merge(tmp_path / "adapter", tmp_path / "merged", onto="quantized")
+    same(logits(plain(out)), logits(model))
+    base = section("llama").name_or_path
+    out = merge(tmp_path / "adapter", tmp_path / "original", base=base)
+    full = attach_adapter(load_base(section("llama"))[0], AdapterSection(init_from=str(tmp_path / "adapter")))
+    same(logits(plain(out)), logits(full))
+
+
+def test_bare_adapter_of_peft_alone(base_folder, tmp_path):  # noqa: F811
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
+    disturb(model)
+    model.save_pretrained(tmp_path / "adapter")
+    out = merge(tmp_path / "adapter", tmp_path / "merged")
+    same(logits(plain(out)), logits(model))
+    assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
+    with pytest.raises(RequestError, match="no quantised base"):
+        merge(tmp_path / "adapter", tmp_path / "other", onto="quantized")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(None, torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_dtype(trained, tmp_path, dtype, kind):
+    _, run = trained("llama")
+    out = merge(run, tmp_path / "merged", dtype=dtype)
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {kind}
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(kind).removeprefix("torch.")
+
+
+def test_tied_weights_are_written_once(trained, tmp_path):
+    _, run = trained("qwen2")
+    out = merge(run, tmp_path / "merged")
+    assert "lm_head.weight" not in load_file(out / "model.safetensors")
+    merged = plain(out)
+    assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
+
+
+def test_tokenizer_template_and_generation_config(trained, base_folder, tmp_path):  # noqa: F811
+    folder = tmp_path / "base"
+    shutil.copytree(base_folder("llama"), folder)
+    # as some published models have it: sampling settings beside do_sample false, which transformers will not write
+    config = {"do_sample": False, "temperature": 0.6, "top_p": 0.9, "eos_token_id": [0, 7], "max_length": 99}
+    (folder / "generation_config.json").write_text(json.dumps(config))
+    model = {"name_or_path": str(folder), "chat_template": "chatml", "new_tokens": NEW[:2]}
+    _, run = trained("llama", model)
+    out = merge(run, tmp_path / "merged")
+    before, after = AutoTokenizer.from_pretrained(run), AutoTokenizer.from_pretrained(out)
+    chat = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
+    assert after.apply_chat_template(chat)["input_ids"] == before.apply_chat_template(chat)["input_ids"]
+    assert after.chat_template == before.chat_template and after.get_vocab() == before.get_vocab()
+    written = GenerationConfig.from_pretrained(out)
+    assert written.eos_token_id == sorted({0, 7, after.convert_tokens_to_ids("<|im_end|>")})
+    assert (written.pad_token_id, written.temperature, written.max_length) == (after.pad_token_id, 0.6, 99)
+    tokens = torch.arange(5, 10)[None]
+    assert plain(out).generate(tokens, do_sample=False, max_new_tokens=3).shape == (1, 8)
+
+
+def test_loads_where_peft_is_not_installed(trained, tmp_path):
+    model, run = trained("llama")
+    out = merge(run, tmp_path / "merged")
+    torch.save(logits(model), tmp_path / "expected.pt")
+    script = """
+import sys
+sys.modules["peft"] = sys.modules["bitsandbytes"] = sys.modules["orpo_lite"] = None
+import torch
+from transformers import AutoModelForCausalLM
+out, expected = sys.argv[1:]
+with torch.no_grad():
+    logits = AutoModelForCausalLM.from_pretrained(out)(torch.arange(5, 25)[None]).logits
+torch.testing.assert_close(logits, torch.load(expected), atol=1e-4, rtol=1e-4)
+"""
+    subprocess.run([sys.executable, "-c", script, out, tmp_path / "expected.pt"], check=True, cwd=tmp_path, timeout=120)
+
+
+def test_output_in_use_is_left_alone(trained, tmp_path):
+    _, run = trained("llama")
+    (tmp_path / "merged").mkdir()
+    (tmp_path / "merged" / "mine.txt").write_text("mine")
+    with pytest.raises(RequestError, match="--output: .*merged exists and is not empty"):
+        merge(run, tmp_path / "merged")
+    with pytest.raises(RequestError, match="--output"):
+        merge(run, tmp_path / "merged" / "mine.txt")
+    assert [p.name for p in (tmp_path / "merged").iterdir()] == ["mine.txt"]
+    (tmp_path / "empty").mkdir()
+    plain(merge(run, tmp_path / "empty"))
+    with pytest.raises(RequestError, match="--output"):
+        merge(run, run)
+
+
+def test_whole_or_not_at_all(trained, tmp_path, monkeypatch):
+    """A write that fails half way leaves neither the folder nor anything beside it."""
+    _, run = trained("llama")
+    there = sorted(os.listdir(tmp_path))
+    tokenizer_class = type(AutoTokenizer.from_pretrained(run))
+    with monkeypatch.context() as broken:
+        broken.setattr(tokenizer_class, "save_pretrained", lambda *_, **__: (_ for _ in ()).throw(OSError("disk full")))
+        with pytest.raises(OSError, match="disk full"):
+            merge(run, tmp_path / "merged")
+    assert sorted(os.listdir(tmp_path)) == there
+    with monkeypatch.context() as broken:
+        broken.setattr("orpo_lite.merge.compare", lambda *_: (_ for _ in ()).throw(RuntimeError("not the same")))
+        with pytest.raises(RuntimeError, match="not the same"):
+            merge(run, tmp_path / "merged")
+    assert sorted(os.listdir(tmp_path)) == there
+    plain(merge(run, tmp_path / "merged"))
+
+
+def test_a_merge_that_differs_is_refused(trained, tmp_path, monkeypatch):
+    _, run = trained("llama")
+
+    def spoiled(model):
+        inner = model.merge_and_unload()
+        with torch.no_grad():
+            inner.model.layers[0].mlp.up_proj.weight += 0.05
+        return inner
+
+    monkeypatch.setattr("orpo_lite.merge.merged_model", spoiled)
+    with pytest.raises(RuntimeError, match="not the adapter model"):
+        merge(run, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()
+
+
+def test_a_run_folder_called_as_a_recipe(trained, tmp_path, monkeypatch):
+    model, run = trained("llama")
+    run.rename(tmp_path / "quickstart")
+    monkeypatch.chdir(tmp_path)
+    same(logits(plain(merge("quickstart", "merged"))), logits(model))
+
+
+def test_what_cannot_be_merged_is_said(trained, section, tmp_path):  # noqa: F811
+    out = tmp_path / "merged"
+    with pytest.raises(RequestError, match=r"no adapter_config\.json.*expected a run or adapter folder"):
+        merge(tmp_path, out)
+    with pytest.raises(RequestError, match=r"no adapter_config\.json.*plain model already"):
+        merge(section("llama").name_or_path, out)
+    _, run = trained("llama", run=False)
+    config = json.loads((run / "adapter_config.json").read_text())
+    for change, words in [
+        ({"base_model_name_or_path": None}, "names no base model: give it with --base"),
+        ({"base_model_name_or_path": "./gone"}, "there is no folder ./gone"),
+        ({"base_model_name_or_path": "meta/absent"}, "the hub cannot be reached"),
+    ]:
+        (run / "adapter_config.json").write_text(json.dumps(config | change))
+        for name in ("tokenizer.json", "tokenizer_config.json"):
+            (run / name).unlink(missing_ok=True)
+        with pytest.raises(RequestError, match=words):
+            merge(run, out)
+    with pytest.raises(RequestError, match="does not fit"):
+        merge(run, out, base=section("gpt2").name_or_path)
+    assert not out.exists()
+
+
+def test_command(trained, tmp_path, monkeypatch, capsys):
+    _, run = trained("llama")
+    words = [str(run), "--output", str(tmp_path / "merged")]
+    done = subprocess.run(
+        [sys.executable, "-m", "orpo_lite.merge", *words, "--dtype", "float16"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0 and "logits differ by" in done.stdout and "Traceback" not in done.stderr
+    monkeypatch.setattr(sys, "argv", ["merge", *words])
+    with pytest.raises(SystemExit) as stopped:
+        run_command(command)
+    assert stopped.value.code == 2 and "--output" in capsys.readouterr().err
