@@ -81,7 +81,8 @@ def merge(
     model = quantised_weights(source, spec, dtype) if onto == Onto.quantized else original_weights(spec, dtype)
     grow_vocabulary(model, tokenizer)
     peft_model = load_adapter(model, source).eval()
-    console.print(f"base: {spec.name_or_path}, {onto} weights in {str(model.dtype).removeprefix('torch.')}")
+    named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
+    console.print(f"base: {named}, {onto} weights in {str(model.dtype).removeprefix('torch.')}")
     before = probe(peft_model)
     merged = merged_model(peft_model)
     drift = compare(before, probe(merged), merged.dtype)
@@ -233,7 +234,12 @@ def write_aside(output: Path, write: Any) -> None:
     aside = Path(tempfile.mkdtemp(dir=output.parent, prefix=f".{output.name}-"))
     try:
         write(aside)
-        aside.chmod(0o755)
+        # mkdtemp and safetensors write for the owner's eyes only
+        umask = os.umask(0)
+        os.umask(umask)
+        aside.chmod(0o777 & ~umask)
+        for file in aside.iterdir():
+            file.chmod(0o666 & ~umask)
         if output.exists():
             output.rmdir()
         os.rename(aside, output)
@@ -252,7 +258,9 @@ def command(
 ) -> None:
     """Merge an adapter into its base: a plain transformers model."""
     folder = merge(source, output, base=base, dtype=dtype, onto=onto)
-    console.print(f"next: transformers chat {folder}", soft_wrap=True)
+    console.print(
+        f"next: transformers loads it like any model, for example pipeline(model={str(folder)!r})", soft_wrap=True
+    )
 
 
 if __name__ == "__main__":

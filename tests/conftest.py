@@ -27,3 +27,12 @@ def trl_orpo():
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         return importlib.import_module("trl.experimental.orpo.orpo_trainer")
+
+
+@pytest.fixture(scope="session")
+def tokenizer():
+    """A byte-level tokenizer with a ChatML template."""
+    from tests.tiny import tiny_tokenizer
+    from tests.training import CHATML
+
+    return tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")

@@ -252,6 +252,8 @@ def test_output_in_use_is_left_alone(trained, tmp_path):
     assert [p.name for p in (tmp_path / "merged").iterdir()] == ["mine.txt"]
     (tmp_path / "empty").mkdir()
     plain(merge(run, tmp_path / "empty"))
+    (tmp_path / "plain.txt").touch()  # readable by whom the umask says, not by the owner alone
+    assert {p.stat().st_mode for p in (tmp_path / "empty").iterdir()} == {(tmp_path / "plain.txt").stat().st_mode}
     with pytest.raises(RequestError, match="--output"):
         merge(run, run)
 

@@ -17,16 +17,12 @@ from transformers import (
     MixtralConfig,
     Qwen2Config,
     T5Config,
-    TrainerCallback,
 )
 
 from orpo_lite import ORPOConfig, ORPOTrainer
-from tests.tiny import tiny_model, tiny_tokenizer
+from tests.tiny import tiny_model
+from tests.training import Catch, config, gradients, rows
 
-CHATML = (
-    "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
-)
 SIZES = dict(
     hidden_size=32,
     intermediate_size=48,
@@ -60,31 +56,6 @@ CONFIGS = {
 TARGETS = {"gpt2": ["c_attn", "c_proj"], "t5": ["q", "v"]}
 
 
-@pytest.fixture(scope="module")
-def tokenizer():
-    return tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
-
-
-def rows(count, seed=0):
-    g = torch.Generator().manual_seed(seed)
-    words = "sun moon river stone cloud bread lamp chair window garden".split()
-
-    def text(low, high):
-        n = int(torch.randint(low, high, (1,), generator=g))
-        return " ".join(words[int(i)] for i in torch.randint(len(words), (n,), generator=g))
-
-    return Dataset.from_list(
-        [
-            {
-                "prompt": [{"role": "user", "content": f"{i} {text(2, 15)}"}],
-                "chosen": [{"role": "assistant", "content": text(3, 12)}],
-                "rejected": [{"role": "assistant", "content": text(1, 20) + " no"}],
-            }
-            for i in range(count)
-        ]
-    )
-
-
 def adapted(name, seed=0):
     model = tiny_model(CONFIGS[name], seed)
     torch.manual_seed(1)
@@ -93,18 +64,6 @@ def adapted(name, seed=0):
         if "lora_B" in key:
             torch.nn.init.normal_(p, std=0.1)
     return model
-
-
-def config(tmp_path, **kw):
-    kw = {"per_device_train_batch_size": 4, "report_to": "none", "max_length": 128, "learning_rate": 1e-3, "disable_tqdm": True,
-          "train_sampling_strategy": "sequential", "save_strategy": "no", "logging_steps": 1} | kw  # fmt: skip
-    return ORPOConfig(output_dir=str(tmp_path / "out"), **kw)
-
-
-def gradients(model, loss):
-    model.zero_grad()
-    loss.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad])
 
 
 @pytest.mark.parametrize("name", CONFIGS)
@@ -142,15 +101,6 @@ def test_loss_metrics_and_gradients_equal_trl(name, tmp_path, tokenizer, trl_orp
 def flat(dataset):
     """Encoder-decoders have no chat template in TRL's example: plain strings."""
     return dataset.map(lambda r: {k: r[k][0]["content"] for k in ("prompt", "chosen", "rejected")})
-
-
-class Catch(TrainerCallback):
-    """Gradients just before the first optimizer step."""
-
-    gradient = None
-
-    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        self.gradient = torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]).clone()
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

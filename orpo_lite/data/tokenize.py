@@ -22,9 +22,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from orpo_lite.data.drops import Drop, DropReport, TooManyDropped
-from orpo_lite.data.formats import BARE_STRINGS, describe_columns, detect
+from orpo_lite.data.files import dataset_batches
+from orpo_lite.data.formats import BARE_STRINGS, detect
+from orpo_lite.data.messages import describe_columns
 from orpo_lite.data.pairs import Chunk, PairTokenizer
-from orpo_lite.data.readers import Source, dataset_batches
+from orpo_lite.data.readers import Source
 from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:

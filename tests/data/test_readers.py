@@ -14,7 +14,7 @@ import pyarrow
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from orpo_lite.data import TooManyDropped, load_pairs, readers
+from orpo_lite.data import TooManyDropped, files, load_pairs
 from orpo_lite.data.readers import open_source
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import DataSection, DataSource
@@ -56,9 +56,8 @@ def write_table(path: Path, given: list[dict[str, Any]], delimiter: str = ",") -
     return path
 
 
-@pytest.mark.parametrize("pack", [None, gzip, bz2, lzma])
-def test_json_lines_plain_and_compressed(pack: Any, tmp_path: Path) -> None:
-    suffix = {None: "", gzip: ".gz", bz2: ".bz2", lzma: ".xz"}[pack]
+@pytest.mark.parametrize(("pack", "suffix"), [(None, ""), (gzip, ".gz"), (gzip, ".GZ"), (bz2, ".bz2"), (lzma, ".xz")])
+def test_json_lines_plain_and_compressed(pack: Any, suffix: str, tmp_path: Path) -> None:
     path = tmp_path / f"pairs.jsonl{suffix}"
     path.write_bytes(pack.compress(lines(rows(5))) if pack else lines(rows(5)))
     assert read(path) == rows(5)
@@ -358,7 +357,7 @@ def test_second_run_tokenises_nothing_and_a_changed_file_is_seen(
 
 
 def test_files_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BATCH_ROWS", 7)
+    monkeypatch.setattr(files, "BATCH_ROWS", 7)
     write_jsonl(tmp_path / "pairs.jsonl", rows(20))
     opened = open_source(DataSource(path=str(tmp_path / "pairs.jsonl")), "train", None, 16)
     assert [len(batch) for batch in opened.batches()] == [7, 7, 2]

@@ -14,7 +14,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
-from orpo_lite.data import readers
+from orpo_lite.data import files
 from orpo_lite.data.drops import (
     COMPLETION_TOO_LONG,
     EQUAL,
@@ -400,7 +400,7 @@ def test_cache_is_by_content_tokenizer_and_options(token_cache: Path) -> None:
 
 
 def test_num_proc_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(readers, "BATCH_ROWS", 7)
+    monkeypatch.setattr(files, "BATCH_ROWS", 7)
     rows = [chat(f"What is {n}?", f"It is {n}.", "No.") for n in range(60)] + [GOOD | {"chosen": None}]
     tokenizer = TOKENIZERS["chatml"]()
     (one, report), (two, other) = run(rows, tokenizer), run(rows, tokenizer, num_proc=2)

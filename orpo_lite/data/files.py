@@ -1,0 +1,197 @@
+"""Rows of one file or table, in small batches, so that they never pile up.
+
+Every way in which a file can be broken is a RequestError that names the place.
+"""
+
+from __future__ import annotations
+
+import ast
+import bz2
+import csv
+import gzip
+import io
+import itertools
+import json
+import lzma
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from types import MappingProxyType
+from typing import IO, TYPE_CHECKING, Any
+
+from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.messages import kind
+from orpo_lite.errors import RequestError
+
+if TYPE_CHECKING:
+    import datasets
+
+COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
+BATCH_ROWS = 1000
+BATCH_BYTES = 4_000_000
+BOM = b"\xef\xbb\xbf"
+
+Batches = Iterator[list[Any]]
+
+
+def file_format(name: str) -> str | None:
+    """The format's suffix without compression, or None if the name is not that of a data file."""
+    name = name.lower()
+    for compression in COMPRESSIONS:
+        name = name.removesuffix(compression)
+    return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
+
+
+def open_bytes(file: str) -> IO[bytes]:
+    """The decompressed bytes of a file."""
+    name = file.lower()
+    if name.endswith(".gz"):
+        return gzip.open(file, "rb")  # pyright: ignore[reportReturnType] (GzipFile is a binary stream)
+    if name.endswith(".bz2"):
+        return bz2.open(file, "rb")
+    if name.endswith(".xz"):
+        return lzma.open(file, "rb")
+    if name.endswith(".zst"):
+        import pyarrow
+
+        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+    return open(file, "rb")
+
+
+def read_file(file: str) -> Batches:
+    """Batches of one file's rows; every way in which it can be broken is a RequestError that names the place."""
+    readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+    try:
+        yield from readers.get(str(file_format(file)), read_json)(file)
+    except RequestError:
+        raise
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{file}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
+        ) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, csv.Error) as error:
+        raise RequestError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+
+
+def read_json(file: str) -> Batches:
+    """JSON lines, or one JSON document; told by the content, whatever the suffix."""
+    with open_bytes(file) as stream:
+        head = [stream.readline().removeprefix(BOM)]
+        while head[-1] and not head[-1].strip():
+            head.append(stream.readline())
+        if head[-1].lstrip().startswith(b"[") or file_format(file) == ".json" and not is_json_line(head[-1]):
+            yield from read_json_document(file, b"".join([*head, stream.read()]))
+        else:
+            yield from read_json_lines(file, itertools.chain(head, stream))
+
+
+def is_json_line(line: bytes) -> bool:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(row, dict) and rows_inside(row) is None
+
+
+def rows_inside(document: dict[str, Any]) -> list[Any] | None:
+    """The rows of a document such as {"data": [...]}; None if it is a row itself."""
+    lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
+    return lists[0] if len(lists) == 1 and not {"chosen", "rejected", "conversations"} & document.keys() else None
+
+
+def read_json_lines(file: str, lines: Iterable[bytes]) -> Batches:
+    batch, size = [], 0
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        batch.append(parse_json(line, f"{file}:{number}", "each line must be one JSON object; mend or remove it"))
+        size += len(line)
+        if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def read_json_document(file: str, text: bytes) -> Batches:
+    remedy = "expected a JSON array of rows, or one object a line"
+    rows = parse_json(text, file, remedy) if text.strip() else []
+    if isinstance(rows, dict):
+        rows = rows_inside(rows) or [rows]
+    elif not isinstance(rows, list):
+        raise RequestError(f"{file}: found {kind(rows)}, {remedy}")
+    for start in range(0, len(rows), BATCH_ROWS):
+        yield rows[start : start + BATCH_ROWS]
+
+
+def parse_json(text: bytes, place: str, remedy: str) -> Any:
+    try:
+        return json.loads(text.decode("utf-8"))
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{place}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
+        ) from None
+    except json.JSONDecodeError as error:
+        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+        raise RequestError(f"{place}: broken JSON at {where} ({error.msg}); {remedy}") from None
+    except (RecursionError, ValueError) as error:
+        raise RequestError(f"{place}: JSON that is nested too deeply or too large ({error}); {remedy}") from None
+
+
+def read_csv(file: str) -> Batches:
+    csv.field_size_limit(2**31 - 1)
+    with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
+        reader = csv.DictReader(text, delimiter="\t" if file_format(file) == ".tsv" else ",")
+        while rows := list(itertools.islice(reader, BATCH_ROWS)):
+            for row in rows:
+                if None in row:
+                    raise RequestError(
+                        f"{file}: a row near line {reader.line_num} has more cells than there are columns"
+                    )
+            yield [{key: cell_value(cell) for key, cell in row.items()} for row in rows]
+
+
+def cell_value(cell: str | None) -> Any:
+    """Messages that a table holds as JSON, or as Python writes them; any other cell stays the text that it is."""
+    if not cell or not cell.lstrip().startswith(("[", "{")) or not ("role" in cell or "from" in cell):
+        return cell
+    for parse in (json.loads, ast.literal_eval):
+        try:
+            value = parse(cell)
+        except (ValueError, SyntaxError, RecursionError, MemoryError):
+            continue
+        first = value[0] if isinstance(value, list) and value else value
+        return value if isinstance(first, dict) and ("role" in first or "from" in first) else cell
+    return cell
+
+
+def read_parquet(file: str) -> Batches:
+    import pyarrow
+    from pyarrow import parquet
+
+    try:
+        with open_bytes(file) as stream:
+            # parquet is read from its end: a compressed one has to be whole in memory
+            whole = parquet.ParquetFile(stream if file.endswith(".parquet") else io.BytesIO(stream.read()))
+            columns = whole.schema_arrow.names
+            for batch in whole.iter_batches(batch_size=BATCH_ROWS, columns=columns):
+                yield [without_nulls(row) for row in batch.to_pylist()]
+    except pyarrow.ArrowException as error:
+        raise RequestError(f"{file}: not a whole parquet file ({' '.join(str(error).split())[:150]})") from None
+
+
+def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = MappingProxyType({})) -> Batches:
+    """Batches of a `datasets.Dataset`: the columns that matter, without what Arrow filled in."""
+    wanted = {*COLUMNS, *columns.values()}
+    used = [name for name in rows.column_names if name in wanted]
+    rows = (rows.select_columns(used) if used else rows).with_format(None)
+    for start in range(0, len(rows), BATCH_ROWS):
+        table = rows[start : start + BATCH_ROWS]
+        yield [without_nulls(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
+
+
+def without_nulls(value: Any) -> Any:
+    """Arrow gives every struct of a column the fields of all the others, as nulls: take those away again."""
+    if isinstance(value, dict):
+        return {key: without_nulls(item) for key, item in value.items() if item is not None}
+    return [without_nulls(item) for item in value] if isinstance(value, list) else value

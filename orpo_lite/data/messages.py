@@ -1,0 +1,113 @@
+"""Messages and tools as data sets write them -> role/content messages and function schemas; text that is checked."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from orpo_lite.data.drops import WRONG_TYPES, Dropped
+
+ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
+         "observation": "tool", "function_response": "tool"}  # fmt: skip
+KNOWN_ROLES = {"user", "assistant", "system", "tool", "function_call", *ROLES}
+HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
+
+Messages = list[dict[str, Any]]
+
+
+def text_turns(prompt: str) -> Messages:
+    """A prompt string as messages: the turns of an HH string, else one user turn."""
+    if not prompt.lstrip().startswith("Human:"):
+        return [{"role": "user", "content": prompt}]
+    parts = HH_TURN.split("\n\n" + prompt.lstrip())
+    turns = [
+        {"role": "user" if role == "Human" else "assistant", "content": content.strip()}
+        for role, content in zip(parts[1::2], parts[2::2], strict=True)
+    ]
+    return turns[:-1] if turns[-1] == {"role": "assistant", "content": ""} else turns
+
+
+def messages(value: Any, place: str, tool_calls: bool) -> Messages:
+    """Messages in role/content or from/value form -> role/content, without null fields."""
+    if isinstance(value, str):
+        value = [{"role": "assistant", "content": value}]
+    elif isinstance(value, dict):
+        value = [value]
+    if not isinstance(value, list | tuple):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(value)}, expected messages")
+    return [message(item, f"{place}[{number}]", tool_calls) for number, item in enumerate(value)]
+
+
+def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
+    if not isinstance(item, dict):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(item)}, expected a message")
+    fields = {key: value for key, value in item.items() if value is not None}
+    if "role" not in fields and "from" in fields:
+        if not isinstance(fields["from"], str) or fields["from"] not in KNOWN_ROLES:
+            raise Dropped(
+                WRONG_TYPES, f"{place} is from {str(fields['from'])[:40]!r}, expected human, gpt, system, ..."
+            )
+        fields = {"role": fields["from"], "content": fields.get("value")}
+    role, content = fields.get("role"), fields.get("content")
+    if not isinstance(role, str):
+        raise Dropped(WRONG_TYPES, f"{place} has no role (found {describe_columns(item)})")
+    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+        content = "".join(str(part.get("text", "")) for part in content)
+    if content is None and fields.get("tool_calls"):
+        return fields | {"role": ROLES.get(role, role)}
+    if not isinstance(content, str):
+        raise Dropped(WRONG_TYPES, f"{place} has {kind(content)} as content, expected text")
+    checked_text(content, place)
+    if role == "function_call":
+        calls = parse_calls(content) if tool_calls else None
+        return {"role": "assistant", "content": content} if calls is None else {
+            "role": "assistant", "content": "", "tool_calls": calls}  # fmt: skip
+    return fields | {"role": ROLES.get(role, role), "content": content}
+
+
+def parse_calls(content: str) -> list[dict[str, Any]] | None:
+    """ShareGPT's function_call text as OpenAI-style tool calls; None if it is something else."""
+    try:
+        calls = json.loads(content)
+    except (ValueError, RecursionError):
+        return None
+    calls = calls if isinstance(calls, list) else [calls]
+    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
+        return None
+    return [{"type": "function", "function": {"arguments": {}} | call} for call in calls]
+
+
+def read_tools(value: Any) -> list[dict[str, Any]] | None:
+    """The tools column: a list of schemas, of JSON strings, or one JSON string; None if empty."""
+    try:
+        value = json.loads(value) if isinstance(value, str) and value.strip() else value
+        value = [value] if isinstance(value, dict) else value or None
+        tools = [json.loads(tool) if isinstance(tool, str) else tool for tool in value] if value else None
+    except (ValueError, RecursionError, TypeError):
+        raise Dropped(WRONG_TYPES, "tools is not readable as JSON") from None
+    if tools and not all(isinstance(tool, dict) for tool in tools):
+        raise Dropped(WRONG_TYPES, "tools is not a list of function schemas")
+    return tools
+
+
+def checked_text(value: Any, place: str) -> str:
+    if not isinstance(value, str):
+        raise Dropped(WRONG_TYPES, f"{place} is {kind(value)}, expected text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise Dropped(
+            WRONG_TYPES, f"{place} holds half a character ({value[error.start]!a}), not valid Unicode"
+        ) from None
+    return value
+
+
+def kind(value: Any) -> str:
+    names = {dict: "a mapping", list: "a list", str: "text", type(None): "null", bool: "true/false",
+             int: "a number", float: "a number"}  # fmt: skip
+    return names.get(type(value), f"a {type(value).__name__}")
+
+
+def describe_columns(row: dict[Any, Any]) -> str:
+    return ", ".join(str(key)[:40] for key in list(row)[:12]) or "none"
