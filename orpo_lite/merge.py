@@ -95,6 +95,8 @@ def merge(
             generation.do_sample = True
     write_aside(output, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
     console.print(f"merged {source} into {output}: {drift}")
+    auto = "AutoModelForSeq2SeqLM" if merged.config.is_encoder_decoder else "AutoModelForCausalLM"
+    console.print(f"next: transformers.{auto}.from_pretrained({str(output)!r})", soft_wrap=True)
     return output
 
 
@@ -257,10 +259,7 @@ def command(
     ] = Onto.original,
 ) -> None:
     """Merge an adapter into its base: a plain transformers model."""
-    folder = merge(source, output, base=base, dtype=dtype, onto=onto)
-    console.print(
-        f"next: transformers loads it like any model, for example pipeline(model={str(folder)!r})", soft_wrap=True
-    )
+    merge(source, output, base=base, dtype=dtype, onto=onto)
 
 
 if __name__ == "__main__":

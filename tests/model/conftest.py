@@ -56,6 +56,7 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         eos_token_id=0,
         pad_token_id=1,
         decoder_start_token_id=1,
+        initializer_factor=0.3,  # at 1, attention is all but one-hot and blows rounding up a thousandfold
     ),
     "mixtral": lambda: MixtralConfig(**SIZES, num_local_experts=4),
     "qwen3_moe": lambda: Qwen3MoeConfig(**SIZES, **EXPERTS, head_dim=16),
