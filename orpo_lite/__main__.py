@@ -13,6 +13,7 @@ COMMANDS = {
     "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
     "train": "train an adapter with ORPO as a recipe says",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
+    "bench": "time our trainer against TRL's on your pairs and your card",
     "report": "write a run's report.html again",
     "merge": "merge an adapter into its base: a plain transformers model",
 }
