@@ -125,12 +125,12 @@ class Contest:
 
     def steps(self, name: str, batch_size: int) -> Callable[[], float]:
         """Forward and backward over all pairs, in batches, and one optimizer step: work to be timed."""
-        trainer = self.trainers[name]
+        trainer: Any = self.trainers[name]
         shape = trl_row if name == "trl" else dict
         rows = [shape(row) for row in self.rows]
         trainer.optimizer = None
-        trainer.create_optimizer()
-        for group in trainer.optimizer.param_groups:
+        optimizer = trainer.create_optimizer()
+        for group in optimizer.param_groups:
             group["lr"] = 0.0  # the same work, and every contestant goes on with the same weights
 
         def work() -> float:
@@ -141,7 +141,7 @@ class Contest:
                 batch = trainer.data_collator(rows[start : start + batch_size])
                 trainer.current_gradient_accumulation_steps = 1
                 loss += trainer.training_step(self.model, batch).item()
-            trainer.optimizer.step()
+            optimizer.step()
             self.model.zero_grad()
             return loss / -(-len(rows) // batch_size)
 
@@ -151,7 +151,7 @@ class Contest:
         """Every contestant's mean loss; they must agree before their times mean anything."""
         losses = {name: self.steps(name, batch_size)() for name in self.trainers}
         spread = max(losses.values()) - min(losses.values())
-        allowed = 1e-4 if self.facts.precision.compute is torch.float32 else 5e-2
+        allowed = 1e-4 if self.facts.precision.dtype is torch.float32 else 5e-2
         if not spread <= allowed:
             raise RuntimeError(f"the losses differ by {spread:.2g}, so the times cannot be compared: {losses}")
         return losses
@@ -191,7 +191,7 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str) -> Any:
         warnings.simplefilter("ignore")
         from trl.experimental.orpo import ORPOConfig as TRLConfig
         from trl.experimental.orpo import ORPOTrainer as TRLTrainer
-    checkpointing = {CHECKPOINTING if RENAMED else "gradient_checkpointing": False}  # the model has it on already
+    checkpointing: dict[str, Any] = {CHECKPOINTING if RENAMED else "gradient_checkpointing": False}  # the model has it on already
     config = TRLConfig(output_dir=scratch, beta=args.beta, max_length=args.max_length, report_to="none", disable_dropout=True,
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
                        dataloader_pin_memory=torch.cuda.is_available(), **checkpointing)  # fmt: skip

@@ -40,7 +40,7 @@ def race_heads(model: Any, repeats: int) -> dict[str, Any]:
     try:
         from trl.kernels import ChunkedLogProbFunction
 
-        chunk = 8192  # columns of the vocabulary, TRL's own setting
+        chunk = 32768  # columns of the vocabulary, as TRL sets it
         losses["trl"] = lambda h: loss_of(
             ChunkedLogProbFunction.apply(h, weight, None, labels, 1.0, chunk, transform.softcap, transform.scale, ())[0]
         )

@@ -29,23 +29,31 @@ class _FrozenHead(torch.autograd.Function):
         logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
         means = torch.empty_like(logps)
         slope = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        # one buffer for all chunks: on a CPU fresh memory costs more than the arithmetic done in it
+        buffer = torch.empty(min(chunk, len(hidden)), len(weight), dtype=weight.dtype, device=hidden.device)
         for start in range(0, len(hidden), chunk):
             rows = slice(start, start + chunk)
             y = labels[rows, None]
-            z = _logits(hidden[rows].to(weight.dtype), weight, bias, softcap, scale)
-            means[rows] = z.mean(-1)
-            total = torch.logsumexp(z, -1, keepdim=True)
-            logps[rows] = (z.gather(1, y) - total).squeeze(1)
-            if slope is None:
-                continue
-            inner = 1 - (z / softcap).square() if softcap else None  # d softcap(x) / d x, from its output
-            z.sub_(total).exp_().neg_()  # minus the softmax, in the logits' place
-            z.scatter_add_(1, y, torch.ones_like(y, dtype=z.dtype))
-            if inner is not None:
-                z.mul_(inner)
+            z = torch.mm(hidden[rows].to(weight.dtype), weight.t(), out=buffer[: len(y)])
+            z = (z if bias is None else z.add_(bias)).float()
             if scale != 1.0:
                 z.mul_(scale)
-            torch.mm(z.to(weight.dtype), weight, out=slope[rows])
+            inner = None
+            if softcap:
+                z.div_(softcap).tanh_()
+                inner = 1 - z.square() if slope is not None else None  # d softcap(x) / d x, from its output
+                z.mul_(softcap)
+            means[rows] = z.mean(-1)
+            # the softmax in the logits' place, with the log of its sum on the way
+            top, label = z.amax(-1, keepdim=True), z.gather(1, y)
+            total = z.sub_(top).exp_().sum(-1, keepdim=True)
+            logps[rows] = (label - top - total.log()).squeeze(1)
+            if slope is None:
+                continue
+            z.div_(total).scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype))
+            if inner is not None:
+                z.mul_(inner)
+            torch.mm(z.to(weight.dtype), weight, out=slope[rows]).mul_(-scale)
         ctx.save_for_backward(slope)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(means)
