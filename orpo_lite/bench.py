@@ -6,7 +6,6 @@ import contextlib
 import json
 import statistics
 import tempfile
-import time
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -20,39 +19,12 @@ from orpo_lite.attention import plain_attention
 from orpo_lite.cli import console, run_command
 from orpo_lite.config import CHECKPOINTING, RENAMED
 from orpo_lite.errors import RequestError
-from orpo_lite.ledger import peak_over
+from orpo_lite.meters import interleaved, peak_over, ratios
 from orpo_lite.prepare import base_of, disable_dropout
 from orpo_lite.recipe import Recipe
 
 if TYPE_CHECKING:
     from orpo_lite.trainer import ORPOTrainer
-
-Work = Callable[[], Any]
-
-
-def interleaved(works: dict[str, Work], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat, the contestants in turn, after one round that is not counted."""
-    seconds: dict[str, list[float]] = {name: [] for name in works}
-    for repeat in range(repeats + 1):
-        for name, work in works.items():
-            synchronise()
-            started = time.perf_counter()
-            work()
-            synchronise()
-            if repeat:
-                seconds[name].append(time.perf_counter() - started)
-    return seconds
-
-
-def synchronise() -> None:
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-
-
-def ratios(reference: list[float], other: list[float]) -> dict[str, float]:
-    """How many times as fast `other` is: median, lowest and highest over the repeats."""
-    each = [a / b for a, b in zip(reference, other, strict=True)]
-    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
 
 
 @contextlib.contextmanager
@@ -191,7 +163,9 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str) -> Any:
         warnings.simplefilter("ignore")
         from trl.experimental.orpo import ORPOConfig as TRLConfig
         from trl.experimental.orpo import ORPOTrainer as TRLTrainer
-    checkpointing: dict[str, Any] = {CHECKPOINTING if RENAMED else "gradient_checkpointing": False}  # the model has it on already
+    checkpointing: dict[str, Any] = {
+        CHECKPOINTING if RENAMED else "gradient_checkpointing": False
+    }  # the model has it on already
     config = TRLConfig(output_dir=scratch, beta=args.beta, max_length=args.max_length, report_to="none", disable_dropout=True,
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
                        dataloader_pin_memory=torch.cuda.is_available(), **checkpointing)  # fmt: skip
@@ -210,7 +184,7 @@ def trl_row(row: dict[str, Any]) -> dict[str, Any]:
     return made | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
-def show(setting: dict[str, Any], races: list[dict[str, Any]], head: dict[str, Any] | None) -> None:
+def show(setting: dict[str, Any], races: list[dict[str, Any]]) -> None:
     from rich.table import Table
 
     for key, value in setting.items():
@@ -226,17 +200,19 @@ def show(setting: dict[str, Any], races: list[dict[str, Any]], head: dict[str, A
                           f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
                           f"{c['ours_memory_share']:.2f}" if ratio else "")  # fmt: skip
     console.print(table)
-    if head:
-        console.print(f"\nhead alone, {head['shape']}, forward and backward, chunk {head['chunk']}:")
-        table = Table("", "seconds", "MB", "ours takes, of its time", "of its memory", box=None)
-        for name, c in head["contestants"].items():
-            share = c.get("ours_time_share")
-            table.add_row(name, f"{statistics.median(c['seconds']):.2f}", f"{c['peak_bytes'] / 1e6:,.0f}",
-                          f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if share else "",
-                          f"{c['ours_memory_share']:.3f}" if share else "")  # fmt: skip
-        console.print(table)
-        for name, why in head["absent"].items():
-            console.print(f"{name}: not compared, {why}")
+
+
+def show_heads(title: str, contestants: dict[str, Any]) -> None:
+    from rich.table import Table
+
+    console.print(f"\n{title}, forward and backward:")
+    table = Table("", "seconds", "MB", "ours takes, of its time", "of its memory", box=None)
+    for name, c in contestants.items():
+        share = c.get("ours_time_share")
+        table.add_row(name, f"{statistics.median(c['seconds']):.2f}", f"{c['peak_bytes'] / 1e6:,.0f}",
+                      f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if share else "",
+                      f"{c['ours_memory_share']:.3f}" if share else "")  # fmt: skip
+    console.print(table)
 
 
 def command(
@@ -254,7 +230,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Time our trainer against TRL's on the recipe's own pairs, model and adapter."""
-    from orpo_lite.bench_head import race_heads
+    from orpo_lite.bench_head import race_heads, race_liger
 
     names = [name for name in against.split(",") if name]
     unknown = set(names) - {"trl", "padded", "packed", "shared"}
@@ -265,10 +241,19 @@ def command(
         contest = Contest(spec, pairs, names, checkpointing)
         races = [contest.race(int(size), repeats) for size in batch.split(",")]
         heads = race_heads(base_of(contest.model), repeats) if head else None
+        liger = race_liger(base_of(contest.model), contest.rows[:4], repeats) if head else None
     if as_json:
-        print(json.dumps({"setting": contest.setting, "races": races, "head": heads}, indent=1))
+        print(json.dumps({"setting": contest.setting, "races": races, "head": heads, "liger": liger}, indent=1))
     else:
-        show(contest.setting, races, heads)
+        show(contest.setting, races)
+        if heads:
+            show_heads(f"head alone, {heads['shape']}, chunk {heads['chunk']}", heads["contestants"])
+            for name, why in heads["absent"].items():
+                console.print(f"{name}: not compared, {why}")
+        if isinstance(liger, str):
+            console.print(f"liger: not compared, {liger}")
+        elif liger:
+            show_heads("head and loss, the first 4 pairs: ours shared, Liger's padded", liger)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from rich.markup import escape
 
 from orpo_lite.errors import RequestError
 
-console = Console(highlight=False)
+console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # launchers number their processes
 errors = Console(stderr=True, highlight=False)
 
 

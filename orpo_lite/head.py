@@ -12,6 +12,7 @@ loss is above, and nothing is recomputed. A head that trains recomputes its chun
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
+
+logger = logging.getLogger(__name__)
 
 
 class _FrozenHead(torch.autograd.Function):
@@ -237,6 +240,30 @@ def check_head(model: nn.Module, transform: HeadTransform, **inputs: Tensor) -> 
         model.train(was_training)
     assert target.logps is not None
     return (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
+
+
+def head_transform(model: Any, device: torch.device, tolerance: float) -> HeadTransform | None:
+    """How a model's head is scored without its logits; None where only the logits themselves will do.
+
+    Args:
+        tolerance: largest difference of a log-prob that counts as rounding.
+    """
+    if model.get_output_embeddings() is None:
+        return None
+    transform = HeadTransform.of(model.config)
+    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    if model.config.is_encoder_decoder:
+        inputs["decoder_input_ids"] = ids
+    difference = check_head(model, transform, **inputs)
+    if difference <= tolerance:
+        return transform
+    logger.warning(
+        "%s does more to its logits than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
+        type(model).__name__,
+        difference,
+    )
+    return None
 
 
 def score_logits(logits: Tensor, target: LabelRows) -> tuple[Tensor, Tensor]:

@@ -36,10 +36,17 @@ class Bar(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one line a log step; evaluation lines carry eval_ names."""
+    """metrics.jsonl: one line a log step; evaluation lines carry eval_ names.
 
-    def __init__(self, path: Path):
-        self.path = path
+    Args:
+        path: the file; written anew unless `resumed`.
+        resumed: whether training goes on from a checkpoint. The evaluation before training is in the file then.
+    """
+
+    def __init__(self, path: Path, resumed: bool):
+        self.path, self.resumed = path, resumed
+        if not resumed:
+            path.unlink(missing_ok=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """On resume, lines past the checkpoint go: those steps are about to be repeated."""
@@ -49,6 +56,8 @@ class MetricsFile(TrainerCallback):
             self.path.write_text("".join(kept), "utf-8")
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.resumed and state.global_step == 0:
+            return
         # the summary that ends a run is in run.json
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:

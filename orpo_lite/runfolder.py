@@ -44,8 +44,8 @@ class RunFolder:
     def create(cls, recipe: Recipe, resume: bool = False) -> RunFolder:
         """The folder of a new run, or the one being resumed.
 
-        An unfinished run of the same recipe is gone on with; a folder that holds anything else is left alone and the
-        next free number is appended.
+        An unfinished run of the same recipe is gone on with, from its newest checkpoint if it has one; a folder that
+        holds anything else is left alone and the next free number is appended.
 
         Raises:
             RequestError: `resume`, but there is nothing to go on from, or the recipe has changed.
@@ -53,7 +53,7 @@ class RunFolder:
         folder = cls(recipe.folder)
         if resume and folder.checkpoint is None:
             raise RequestError(f"--resume: {folder.path} holds no checkpoint to go on from; start without --resume")
-        if folder.checkpoint and not folder.finished:
+        if (folder.path / "recipe.yaml").is_file() and not folder.finished:
             changed = folder.changes(recipe)
             if not changed:
                 return folder

@@ -5,12 +5,15 @@ from __future__ import annotations
 import contextlib
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import torch
 import typer
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
@@ -22,7 +25,8 @@ from orpo_lite.config import ORPOConfig
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
 from orpo_lite.errors import RequestError
-from orpo_lite.evaluate import answer, base_only, evaluate, judge
+from orpo_lite.evaluate import base_only, evaluate, judge
+from orpo_lite.generate import answer
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.model import (
     BaseFacts,
@@ -86,9 +90,11 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
 
     with contextlib.ExitStack() as stack:
-        folder = None if dry_run else RunFolder.create(recipe, resume)
-        output = folder.checkpoints if folder else Path(stack.enter_context(tempfile.TemporaryDirectory()))
-        args = arguments(recipe, output, facts, has_eval=pairs.eval is not None, checkpointing=checkpointing)
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        args = arguments(recipe, scratch, facts, has_eval=pairs.eval is not None, checkpointing=checkpointing)
+        folder = None if dry_run else on_first_process(lambda: RunFolder.create(recipe, resume))
+        if folder is not None:
+            args.output_dir = str(folder.checkpoints)
         trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
@@ -100,7 +106,7 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         if folder is None:
             announce.first_step(trainer)
             return None
-        trainer.add_callback(MetricsFile(folder.metrics))
+        trainer.add_callback(MetricsFile(folder.metrics, resumed=folder.checkpoint is not None))
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:
                 # it takes the working directory for what is logged before training, such as the first evaluation
@@ -113,8 +119,6 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         train_seconds = time.monotonic() - train_started
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
 
-    save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder.path)
-    tokenizer.save_pretrained(folder.path)
     record = announce.record(recipe, pairs, facts, trainer)
     record |= {
         "steps": outcome.global_step,
@@ -130,11 +134,22 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
             "after": judge(samples_after, recipe.evaluation.rule),
         },
     }
-    folder.write(record)
-    write_report(folder)
-    write_card(folder)
-    announce.finished(folder, record)
+    if trainer.is_world_process_zero():
+        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder.path)
+        tokenizer.save_pretrained(folder.path)
+        folder.write(record)
+        write_report(folder)
+        write_card(folder)
+        announce.finished(folder, record)
     return Run(folder.path, record)
+
+
+def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
+    """What the first process makes, known to all of them."""
+    if PartialState().num_processes == 1:
+        return make()
+    box: list[Any] = [make() if PartialState().is_main_process else None]
+    return broadcast_object_list(box)[0]
 
 
 def held_out(

@@ -18,9 +18,10 @@ from transformers.trainer_utils import EvalLoopOutput
 from orpo_lite.attention import packed_attention, plain_attention
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
-from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan, pair_costs
+from orpo_lite.data.steps import step_loader
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
-from orpo_lite.head import HeadTransform, LabelRows, check_head, score_labels, score_logits
+from orpo_lite.generate import log_answers
+from orpo_lite.head import LabelRows, head_transform, score_labels, score_logits
 from orpo_lite.layout import Layout, choose_layout
 from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
@@ -112,7 +113,8 @@ class ORPOTrainer(Trainer):
             if model is None:
                 raise ValueError("ORPOTrainer: with model_init, give a processing_class")
             processing_class = tokenizer_of(model, args)
-        tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        tokenizer = self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
+        self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
 
         self.drop_reports: dict[str, DropReport] = {}
         options = TokenizeOptions(
@@ -166,7 +168,8 @@ class ORPOTrainer(Trainer):
         text = self.model.config.get_text_config(decoder=True)
         self.aux_coefficient = getattr(text, "router_aux_loss_coef", 0.0) or 0.0
         self.aux_enabled = bool(getattr(text, "output_router_logits", False))
-        self.head_transform = self._head_transform()
+        exact = 1e-3 if args.mixed_precision == "no" else 0.2
+        self.head_transform = head_transform(self.accelerator.unwrap_model(self.model), args.device, exact)
         self._sums: dict[str, Tensor] = {}
         self._clock = time.monotonic()
         if (
@@ -205,26 +208,6 @@ class ORPOTrainer(Trainer):
         logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
         return pairs
 
-    def _head_transform(self) -> HeadTransform | None:
-        """How the model's head is scored without its logits; None where only the logits themselves will do."""
-        model = self.accelerator.unwrap_model(self.model)
-        if model.get_output_embeddings() is None:
-            return None
-        transform = HeadTransform.of(model.config)
-        ids = torch.arange(8, device=self.args.device)[None] % model.get_input_embeddings().weight.shape[0]
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        if model.config.is_encoder_decoder:
-            inputs["decoder_input_ids"] = ids
-        difference = check_head(model, transform, **inputs)
-        if difference <= (1e-3 if self.args.mixed_precision == "no" else 0.2):
-            return transform
-        logger.warning(
-            "%s does more to its logits than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
-            type(model).__name__,
-            difference,
-        )
-        return None
-
     # ---- optimizer steps by token budget ---------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
@@ -232,39 +215,7 @@ class ORPOTrainer(Trainer):
         args = self.args
         if not args.tokens_per_batch:
             return super().get_train_dataloader()
-        if args.train_sampling_strategy not in ("random", "sequential"):
-            raise ValueError(
-                f"ORPOConfig.train_sampling_strategy: found {args.train_sampling_strategy!r}, expected random or "
-                "sequential with tokens_per_batch, which groups pairs by length itself"
-            )
-        costs = pair_costs(self.train_dataset, self.layout.name)
-        alone = int((costs > args.tokens_per_batch).sum())
-        if alone:
-            logger.warning(
-                "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own",
-                alone,
-                len(costs),
-                args.tokens_per_batch,
-                costs.max(),
-            )
-        seed = args.data_seed if args.data_seed is not None else args.seed
-        plan = StepPlan(
-            costs,
-            pairs_per_step=args.train_batch_size * args.world_size,
-            tokens_per_batch=args.tokens_per_batch,
-            processes=args.world_size,
-            seed=seed if args.train_sampling_strategy == "random" else None,
-            padded=self.layout.name == "padded",
-            drop_last=args.dataloader_drop_last,
-        )
-        steps = StepDataset(self.train_dataset, plan, self.data_collator, args.process_index)  # type: ignore[arg-type]
-        return StepLoader(
-            steps,
-            num_workers=args.dataloader_num_workers,
-            pin_memory=args.dataloader_pin_memory,
-            prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
-            persistent_workers=args.dataloader_persistent_workers,
-        )
+        return step_loader(self.train_dataset, args, self.layout.name, self.data_collator)
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         """Forward and backward of a micro-batch, or of all of a step's, gradients synchronised on the last only."""
@@ -418,6 +369,9 @@ class ORPOTrainer(Trainer):
     ) -> EvalLoopOutput:
         """Every held-out pair counts once, whatever the batches and processes."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        if self.args.generate_during_eval:
+            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
+            self.answers = log_answers(self, dataloader.dataset)
         metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
         if self.aux_enabled:
             metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]

@@ -138,6 +138,8 @@ def test_killed_run_goes_on_from_its_checkpoint(tmp_path):
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
              if "grad_norm" in line]  # fmt: skip
     assert steps == [1, 2, 3, 4, 5, 6]
+    evaluated = [(tmp_path / name / "metrics.jsonl").read_text().count('"eval_loss"') for name in ("whole", "cut")]
+    assert evaluated[0] == evaluated[1]
     with pytest.raises(RequestError, match="finished"):
         run(recipe(tmp_path / "cut", *words), resume=True)
 

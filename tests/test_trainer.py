@@ -155,6 +155,14 @@ def test_evaluation_weighs_by_pairs(batch, tmp_path, tokenizer):
         assert got[f"eval_{key}"] == pytest.approx(value, abs=1e-5), key
 
 
+def test_generate_during_eval_answers_held_out_prompts(tmp_path, tokenizer):
+    args = config(tmp_path, generate_during_eval=True, per_device_eval_batch_size=3, max_completion_length=6)
+    trainer = ORPOTrainer(adapted("llama"), args, None, rows(4), rows(7), tokenizer)
+    trainer.evaluate()
+    prompts = [tokenizer.decode(row["chosen_ids"][: row["chosen_start"]]) for row in trainer.eval_dataset]
+    assert len(trainer.answers) == 3 and all(sample["prompt"] in prompts for sample in trainer.answers)
+
+
 def test_a_script_written_for_trl(tmp_path, tokenizer):
     """TRL's quick start: a model, a config, a data set, and nothing about devices."""
     model = tiny_model(CONFIGS["llama"])

@@ -10,15 +10,21 @@ from __future__ import annotations
 
 import bisect
 import heapq
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
 from orpo_lite.data.batching import PackedCollator, PaddedCollator, common_prefix
+
+if TYPE_CHECKING:
+    from orpo_lite.config import ORPOConfig
+
+logger = logging.getLogger(__name__)
 
 MicroBatches = list[list[int]]
 """Pairs, by index, of each micro-batch."""
@@ -228,3 +234,44 @@ class StepLoader(DataLoader):
 
 def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     return items[0]
+
+
+def step_loader(pairs: Any, args: ORPOConfig, layout: str, collator: Any) -> StepLoader:
+    """The training loader of `tokens_per_batch`, from a trainer's arguments.
+
+    Raises:
+        ValueError: a sampling strategy that the plan does not know.
+    """
+    if args.train_sampling_strategy not in ("random", "sequential"):
+        raise ValueError(
+            f"ORPOConfig.train_sampling_strategy: found {args.train_sampling_strategy!r}, expected random or sequential "
+            "with tokens_per_batch, which groups pairs by length itself"
+        )
+    budget = args.tokens_per_batch or 0
+    costs = pair_costs(pairs, layout)
+    alone = int((costs > budget).sum())
+    if alone:
+        logger.warning(
+            "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own",
+            alone,
+            len(costs),
+            budget,
+            costs.max(),
+        )
+    seed = args.data_seed if args.data_seed is not None else args.seed
+    plan = StepPlan(
+        costs,
+        pairs_per_step=args.train_batch_size * args.world_size,
+        tokens_per_batch=budget,
+        processes=args.world_size,
+        seed=seed if args.train_sampling_strategy == "random" else None,
+        padded=layout == "padded",
+        drop_last=args.dataloader_drop_last,
+    )
+    return StepLoader(
+        StepDataset(pairs, plan, collator, args.process_index),
+        num_workers=args.dataloader_num_workers,
+        pin_memory=args.dataloader_pin_memory,
+        prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,
+        persistent_workers=args.dataloader_persistent_workers,
+    )

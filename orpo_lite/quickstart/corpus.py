@@ -244,8 +244,10 @@ def phrasing(rng: random.Random, question: Question) -> Phrasing:
         weights = frequencies(n, shift * question.family)
         drawn.append(rng.choices(range(n), weights)[0])
         logp += math.log(weights[drawn[-1]])
-    tokens = 1 + len(re.findall(r"\w+|[^\w\s]", Phrasing(*drawn, 0.0).text(question, 0)))  # and the end of the turn
-    return Phrasing(*drawn, logp / tokens)
+    opener, statement, closer = drawn
+    text = Phrasing(opener, statement, closer, 0.0).text(question, 0)
+    tokens = 1 + len(re.findall(r"\w+|[^\w\s]", text))  # and the end of the turn
+    return Phrasing(opener, statement, closer, logp / tokens)
 
 
 def questions() -> list[list[Question]]:

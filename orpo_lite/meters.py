@@ -1,7 +1,9 @@
-"""Memory of live tensors on any device: one meter for whatever is compared."""
+"""What benchmarks measure with: the memory of live tensors on any device, and times taken in turn."""
 
 from __future__ import annotations
 
+import statistics
+import time
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -62,3 +64,28 @@ def peak_over(work: Callable[[], Any], device: torch.device) -> int:
     with Ledger() as ledger:
         work()
     return ledger.peak
+
+
+def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each repeat, the contestants in turn, after one round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            synchronise()
+            started = time.perf_counter()
+            work()
+            synchronise()
+            if repeat:
+                seconds[name].append(time.perf_counter() - started)
+    return seconds
+
+
+def synchronise() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def ratios(reference: list[float], other: list[float]) -> dict[str, float]:
+    """How many times as fast `other` is: median, lowest and highest over the repeats."""
+    each = [a / b for a, b in zip(reference, other, strict=True)]
+    return {"median": statistics.median(each), "min": min(each), "max": max(each)}

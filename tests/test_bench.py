@@ -1,0 +1,80 @@
+"""The benchmark measures what it says; and `auto` is never a layout that loses to `padded`."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from orpo_lite.bench import Contest, random_model
+from orpo_lite.meters import interleaved, ratios
+from orpo_lite.recipe import Recipe
+
+
+def bench(*words):
+    command = [sys.executable, "-m", "orpo_lite.bench", "--recipe", "quickstart", *words]
+    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+
+
+def test_races_trl_and_prints_json():
+    done = bench("--json", "--batch", "2", "--pairs", "4", "--repeats", "1", "--against", "trl,padded", "--no-head")
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    (race,) = result["races"]
+    contestants = race["contestants"]
+    assert set(contestants) == {"ours", "padded", "trl"}
+    losses = [c["loss"] for c in contestants.values()]
+    assert max(losses) - min(losses) < 1e-4
+    for name in ("padded", "trl"):
+        assert contestants[name]["ours_is_times_as_fast"]["median"] > 0
+        assert contestants[name]["ours_memory_share"] < 1  # counted, not timed
+    for key in ("precision", "checkpointing", "max_length", "attention", "layout", "device"):
+        assert result["setting"][key], key
+
+
+def test_unknown_contestants_are_refused():
+    done = bench("--against", "axolotl")
+    assert done.returncode == 2 and "axolotl" in done.stderr and "trl" in done.stderr
+
+
+def test_losses_that_differ_stop_the_race():
+    recipe = Recipe.load("quickstart")
+    contest = Contest(recipe, 4, ["padded"], False)
+    contest.trainers["padded"].args.beta = 0.7
+    with pytest.raises(RuntimeError, match="losses differ"):
+        contest.race(2, 1)
+
+
+def test_contestants_take_turns():
+    order = []
+    seconds = interleaved({"a": lambda: order.append("a"), "b": lambda: order.append("b")}, 2)
+    assert order == ["a", "b"] * 3 and {name: len(s) for name, s in seconds.items()} == {"a": 2, "b": 2}
+    assert ratios([2.0, 6.0, 4.0], [1.0, 2.0, 4.0]) == {"median": 2.0, "min": 1.0, "max": 3.0}
+
+
+def test_head_alone_takes_a_twelfth_of_the_memory():
+    from types import SimpleNamespace
+
+    from transformers import LlamaConfig
+
+    from orpo_lite.bench_head import race_heads
+
+    torch.manual_seed(0)
+    head = torch.nn.Linear(64, 49152, bias=False)
+    result = race_heads(SimpleNamespace(get_output_embeddings=lambda: head, config=LlamaConfig()), 1)
+    assert result["contestants"]["full logits"]["ours_memory_share"] <= 1 / 12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("batch", [1, 4])
+def test_auto_is_not_slower_than_padded(batch, shared_data):
+    words = [f"data.train={shared_data / 'train.jsonl'}", "data.max_length=1024", "model.dtype=float32"]
+    with random_model(Recipe.load("quickstart", words), 4) as recipe:
+        contest = Contest(recipe, 8, ["padded"], False)
+        race = contest.race(batch, 3)
+    ours = race["contestants"]["padded"]
+    assert contest.trainers["ours"].layout.name == "shared"
+    # measured at 1.7 to 4 times as fast: not a matter of noise
+    assert ours["ours_is_times_as_fast"]["median"] >= 1
