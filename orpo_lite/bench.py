@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
-from datasets import Dataset
+from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
 from orpo_lite.attention import plain_attention
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, errors, run_command
 from orpo_lite.config import CHECKPOINTING, RENAMED
 from orpo_lite.errors import RequestError
 from orpo_lite.meters import interleaved, peak_over, ratios
@@ -167,10 +167,15 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str) -> Any:
         CHECKPOINTING if RENAMED else "gradient_checkpointing": False
     }  # the model has it on already
     config = TRLConfig(output_dir=scratch, beta=args.beta, max_length=args.max_length, report_to="none", disable_dropout=True,
+                       remove_unused_columns=False,
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
                        dataloader_pin_memory=torch.cuda.is_available(), **checkpointing)  # fmt: skip
     row = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    return TRLTrainer(model, config, train_dataset=row, processing_class=tokenizer)
+    disable_progress_bars()  # of one row being tokenised
+    try:
+        return TRLTrainer(model, config, train_dataset=row, processing_class=tokenizer)
+    finally:
+        enable_progress_bars()
 
 
 def trl_row(row: dict[str, Any]) -> dict[str, Any]:
@@ -239,9 +244,12 @@ def command(
     chosen = Recipe.load(recipe, overrides or [])
     with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
         contest = Contest(spec, pairs, names, checkpointing)
-        races = [contest.race(int(size), repeats) for size in batch.split(",")]
         heads = race_heads(base_of(contest.model), repeats) if head else None
         liger = race_liger(base_of(contest.model), contest.rows[:4], repeats) if head else None
+        races = []
+        for size in batch.split(","):
+            errors.print(f"measuring batches of {size}")
+            races.append(contest.race(int(size), repeats))
     if as_json:
         print(json.dumps({"setting": contest.setting, "races": races, "head": heads, "liger": liger}, indent=1))
     else:

@@ -116,7 +116,7 @@ def race_liger(model: Any, pairs: list[dict[str, Any]], repeats: int) -> dict[st
 
     def liger(states: Tensor) -> Tensor:
         shape = (2 * count, length)
-        return fused(weight, states, target.view(shape), nll_target=nll_target.view(shape)[:count])[0]
+        return fused(weight, states, target.view(shape), nll_target=nll_target.view(shape))[0]
 
     shared = hidden.flatten(0, 1)[torch.tensor(place, device=device)]
     return race({"ours": (shared, ours), "liger": (hidden, liger)}, repeats)
