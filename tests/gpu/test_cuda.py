@@ -1,0 +1,71 @@
+"""What only a CUDA device can show: kernels, half precision, the quantised base, peak memory."""
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, MistralConfig
+
+from orpo_lite import ORPOTrainer
+from orpo_lite.head import token_logps
+from orpo_lite.meters import peak_over
+from tests.tiny import tiny_model
+from tests.training import config, gradients, rows
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+CUDA = torch.device("cuda")
+SIZES = dict(hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512)  # fmt: skip
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 5e-2), (torch.float16, 1e-2)])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_head_equals_full_logits(dtype, tolerance, softcap):
+    if dtype is torch.bfloat16 and torch.cuda.get_device_capability() < (8, 0):
+        pytest.skip("no bfloat16 on this device")
+    torch.manual_seed(0)
+    hidden = torch.randn(300, 64, device=CUDA, dtype=dtype, requires_grad=True)
+    weight = torch.randn(1000, 64, device=CUDA, dtype=dtype) * 0.1
+    labels = torch.randint(1000, (300,), device=CUDA)
+    got = token_logps(hidden, weight, labels, softcap=softcap, chunk=128)
+    got.mean().backward()
+    gradient, hidden.grad = hidden.grad.float(), None
+    z = hidden.float() @ weight.float().t()
+    z = torch.tanh(z / softcap) * softcap if softcap else z
+    expected = z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+    expected.mean().backward()
+    assert (got - expected).abs().max() < tolerance * 10
+    assert ((gradient - hidden.grad.float()).norm() / hidden.grad.float().norm()).item() < tolerance
+
+
+def test_head_never_holds_more_than_a_chunk_of_logits():
+    hidden = torch.randn(2048, 64, device=CUDA, requires_grad=True)
+    weight, labels = torch.randn(49152, 64, device=CUDA), torch.zeros(2048, dtype=torch.int64, device=CUDA)
+    peak = peak_over(lambda: token_logps(hidden, weight, labels, chunk=128).sum().backward(), CUDA)
+    assert peak < 3 * 128 * 49152 * 4
+
+
+@pytest.mark.parametrize("family", [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=8)])
+@pytest.mark.parametrize("layout", ["shared", "packed"])
+def test_layouts_agree(family, layout, tmp_path, tokenizer):
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model(family).to(CUDA), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    outcomes = []
+    for each in ("padded", layout):
+        args = config(tmp_path, layout=each, bf16=False, fp16=False)
+        trainer = ORPOTrainer(model, args, None, rows(4), processing_class=tokenizer)
+        loss = trainer.compute_loss(model, next(iter(trainer.get_train_dataloader())))
+        outcomes.append((loss.item(), gradients(model, loss)))
+    (expected, wanted), (got, gradient) = outcomes
+    assert got == pytest.approx(expected, abs=1e-4)
+    assert ((gradient - wanted).norm() / wanted.norm()).item() < 1e-3
+
+
+def test_quickstart_learns(tmp_path):
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.train import run
+
+    words = [f"training.output_dir={tmp_path / 'run'}", "evaluation.samples=0"]
+    result = run(Recipe.load("quickstart", words))
+    assert result.facts["eval"]["after"]["rewards/accuracies"] >= 0.95
