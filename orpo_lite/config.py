@@ -94,14 +94,21 @@ class ORPOConfig(TrainingArguments):
                 )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
-        if self.tokens_per_batch is not None and not self.tokens_per_batch > 0:
-            raise ValueError(
-                f"ORPOConfig.tokens_per_batch: found {self.tokens_per_batch!r}, expected a number above 0, or None"
-            )
+        for name in ("tokens_per_batch", "head_chunk", "max_length", "max_prompt_length", "max_completion_length"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"ORPOConfig.{name}: found {value!r}, expected a number above 0, or None")
+        if self.max_length is None:
+            logger.warning("ORPOConfig.max_length is None: 512 tokens, as in TRL")
         if self.tokens_per_batch and self.nll_mean == "micro":
             raise ValueError(
                 "ORPOConfig.nll_mean: micro weighs micro-batches alike, which tokens_per_batch makes of unequal numbers "
                 "of pairs; set nll_mean to window"
+            )
+        if self.train_sampling_strategy == "group_by_length":
+            raise ValueError(
+                "ORPOConfig.train_sampling_strategy: found 'group_by_length', expected random or sequential; set "
+                "tokens_per_batch instead, which puts pairs of like length together inside each optimizer step"
             )
         self._choose_precision()
         self._choose_checkpointing()

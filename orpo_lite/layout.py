@@ -67,7 +67,7 @@ def refusal(model: PreTrainedModel) -> str | None:
         return "encoder-decoder models take the prompt apart from the completion"
     other = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if other:
-        return f"its {', '.join(other)} layers carry a state from token to token, across packed pairs too"
+        return f"its {', '.join(other)} layers are not attention alone, and may reach across packed pairs"
     for module in model.modules():
         if isinstance(module, nn.Conv1d):
             return "its convolutions over the sequence reach across packed pairs"
@@ -198,7 +198,7 @@ SMALL = {
     "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
     "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 8,
     "attention_chunk_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "vocab_size": 199, "vocab_size_per_layer_input": 199,
-    "hidden_size_per_layer_input": 16, "hidden_size_per_block": 64,
+    "hidden_size_per_layer_input": 16, "hidden_size_per_block": 64, "floor_scale": 8,
 }  # fmt: skip
 """Sizes of the small model; a model that is smaller already keeps its own."""
 
@@ -222,11 +222,18 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     text.num_attention_heads = few
     if isinstance(grouped, int):
         text.num_key_value_heads = few if grouped == heads else 1 if grouped == 1 or few < 2 else few // 2
-    if head_dim is not None:
+    if head_dim is not None and not hasattr(text, "qk_rope_head_dim"):  # latent attention keeps the sizes of its parts
         text.head_dim = text.hidden_size // few if fits else min(head_dim, 24)
-    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-        setattr(text, name, None if name != "pad_token_id" else 0 if getattr(text, name, None) is not None else None)
+    for token, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        if getattr(text, name, None) is not None:  # as small as the vocabulary
+            setattr(text, name, token)
     _fewer_layers(text)
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict):
+        half = int(text.hidden_size // few * rope.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):  # longrope: a factor for each rotary frequency
+            if isinstance(rope.get(name), list):
+                rope[name] = rope[name][:half]
     return small
 
 
@@ -236,6 +243,8 @@ def _fewer_layers(text: Any) -> None:
     patterns = [k for k, v in vars(text).items() if isinstance(v, list) and len(v) == layers]
     kinds = list(zip(*(map(str, getattr(text, k)) for k in patterns), strict=True)) or [()] * layers
     keep = min(layers, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    if getattr(text, "num_kv_shared_layers", 0):  # the last layers take keys and values from the ones before
+        keep = layers
     for name in patterns:
         setattr(text, name, getattr(text, name)[:keep])
     text.num_hidden_layers = keep

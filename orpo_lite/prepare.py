@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from torch import nn
 from transformers import (
@@ -41,7 +43,13 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
 
 
 def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
-    """The tokenizer that lies beside the model's weights."""
+    """The tokenizer that lies beside the model's weights.
+
+    Raises:
+        ValueError: the model was not loaded from a folder or the hub.
+    """
+    if not model.config._name_or_path:
+        raise ValueError("ORPOTrainer: this model was not loaded from anywhere: give its tokenizer as processing_class")
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     return AutoTokenizer.from_pretrained(
         model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
@@ -68,6 +76,26 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
     if checkpointing:
         model.enable_input_require_grads()
     return adapted  # type: ignore[return-value]
+
+
+def check_tokenised(pairs: Dataset, name: str) -> None:
+    """Pairs that were tokenised elsewhere must have something to learn from: an answer on each side.
+
+    Raises:
+        ValueError: a side without a label; the message names the row.
+    """
+    columns = pairs.with_format(None)
+    for side in ("chosen", "rejected"):
+        length = np.array([len(ids) for ids in columns[f"{side}_ids"]], dtype=np.int64)
+        # a token is predicted from the one before it, so the first of a decoder-only sequence is nobody's label
+        alone = "prompt_ids" in pairs.column_names
+        first = np.zeros_like(length) if alone else np.maximum(np.array(columns[f"{side}_start"]), 1)
+        empty = np.flatnonzero(length <= first)
+        if len(empty):
+            raise ValueError(
+                f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
+                f"{len(empty) - 1} other rows: leave them out"
+            )
 
 
 def disable_dropout(model: nn.Module) -> None:

@@ -45,6 +45,7 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed: bool):
         self.path, self.resumed = path, resumed
+        self.evaluated: tuple[int, Any] | None = None
         if not resumed:
             path.unlink(missing_ok=True)
 
@@ -58,6 +59,12 @@ class MetricsFile(TrainerCallback):
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.resumed and state.global_step == 0:
             return
+        if logs and "eval_loss" in logs:
+            logs.pop("eval_model_preparation_time", None)
+            # the evaluation that ends a run often repeats the last one in training
+            if self.evaluated == (state.global_step, logs["eval_loss"]):
+                return
+            self.evaluated = state.global_step, logs["eval_loss"]
         # the summary that ends a run is in run.json
         if state.is_world_process_zero and logs and "train_runtime" not in logs:
             with self.path.open("a", encoding="utf-8") as file:

@@ -12,7 +12,7 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import PreTrainedTokenizerBase, Trainer
+from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo_lite.attention import packed_attention, plain_attention
@@ -22,7 +22,7 @@ from orpo_lite.data.steps import step_loader
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.generate import log_answers
 from orpo_lite.head import LabelRows, head_transform, score_labels, score_logits
-from orpo_lite.layout import Layout, choose_layout
+from orpo_lite.layout import choose_layout
 from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics, metric_sums, pair_metrics
@@ -30,6 +30,7 @@ from orpo_lite.model import optimizer_for
 from orpo_lite.prepare import (
     adapt,
     base_of,
+    check_tokenised,
     decoder_start,
     disable_dropout,
     load_by_name,
@@ -90,6 +91,14 @@ class ORPOTrainer(Trainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("ORPOTrainer: `train_dataset` is required")
         args = args or ORPOConfig(output_dir="outputs")
+        if preprocess_logits_for_metrics is not None or args.batch_eval_metrics:
+            raise ValueError(
+                "ORPOTrainer: preprocess_logits_for_metrics and batch_eval_metrics are not supported, since predictions "
+                "are one row a pair (orpo_lite.metrics.COLUMNS) and no logits; use compute_metrics"
+            )
+        if type(data_collator).__name__ == "DPODataCollatorWithPadding":
+            logger.warning("TRL's data collator is not needed: ours takes its place")
+            data_collator = None
         if args.n_gpu > 1:
             logger.warning("one of %d GPUs is used: start with `accelerate launch` to use all", args.n_gpu)
             args._n_gpu = 1
@@ -117,8 +126,8 @@ class ORPOTrainer(Trainer):
         self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
 
         self.drop_reports: dict[str, DropReport] = {}
-        options = TokenizeOptions(
-            max_length=args.max_length or 512,
+        self._tokenize_options = TokenizeOptions(
+            max_length=args.max_length if args.max_length is not None else 512,
             max_prompt_length=args.max_prompt_length,
             max_completion_length=args.max_completion_length or (128 if encoder_decoder else None),
             overlong=args.overlong,  # type: ignore[arg-type]
@@ -130,20 +139,12 @@ class ORPOTrainer(Trainer):
         )
         with args.main_process_first(desc="tokenising"):
             if train_dataset is not None:
-                train_dataset = self._tokenised(train_dataset, tokenizer, options, "train")
+                train_dataset = self._tokenised(train_dataset, "train")
             if isinstance(eval_dataset, dict):
-                eval_dataset = {k: self._tokenised(d, tokenizer, options, k) for k, d in eval_dataset.items()}
+                eval_dataset = {k: self._tokenised(d, k) for k, d in eval_dataset.items()}
             elif eval_dataset is not None:
-                eval_dataset = self._tokenised(eval_dataset, tokenizer, options, "eval")
+                eval_dataset = self._tokenised(eval_dataset, "eval")
 
-        self.layout = (
-            choose_layout(base_of(model), args.layout) if model is not None else Layout("padded", "model_init")
-        )
-        if self.layout.name == "padded":
-            start = decoder_start(model.config) if model is not None and encoder_decoder else None
-            self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
-        else:
-            self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
         if args.tokens_per_batch:
             # one item of the loader is an optimizer step: transformers must not count micro-batches itself
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
@@ -151,7 +152,7 @@ class ORPOTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or self.collator,
+            data_collator=data_collator or list,  # type: ignore[arg-type]  # ours needs the layout, and that the model
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -159,15 +160,27 @@ class ORPOTrainer(Trainer):
             compute_metrics=compute_metrics,
             callbacks=callbacks,
             optimizers=optimizers,
-            preprocess_logits_for_metrics=preprocess_logits_for_metrics,
         )
-        if encoder_decoder and model is None and isinstance(self.collator, PaddedCollator):
-            self.collator.decoder_start_token_id = decoder_start(self.model.config)
+        self.layout = choose_layout(base_of(self.model), args.layout)
+        self.collator: PaddedCollator | PackedCollator
+        if self.layout.name == "padded":
+            start = decoder_start(self.model.config) if encoder_decoder else None
+            self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
+        else:
+            self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
+        if data_collator is None:
+            self.data_collator = self.collator
         # compute_loss normalises over the window itself; transformers must not divide once more
         self.loss_is_scaled_for_ga = args.nll_mean == "window"
         text = self.model.config.get_text_config(decoder=True)
-        self.aux_coefficient = getattr(text, "router_aux_loss_coef", 0.0) or 0.0
+        self.aux_coefficient = (
+            getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
+        )
         self.aux_enabled = bool(getattr(text, "output_router_logits", False))
+        if self.aux_enabled and not self.aux_coefficient:
+            logger.warning(
+                "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
+            )
         exact = 1e-3 if args.mixed_precision == "no" else 0.2
         self.head_transform = head_transform(self.accelerator.unwrap_model(self.model), args.device, exact)
         self._sums: dict[str, Tensor] = {}
@@ -200,13 +213,26 @@ class ORPOTrainer(Trainer):
     def call_model_init(self, trial: Any = None) -> Any:
         return self._ready(super().call_model_init(trial), self.args)
 
-    def _tokenised(self, rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, name: str) -> Dataset:
+    def _tokenised(self, rows: Any, name: str) -> Dataset:
         if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
+            check_tokenised(rows, name)
             return rows
-        pairs, report = tokenize_rows(rows, tokenizer, options, name)
+        pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
         logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
         return pairs
+
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
+        """Batches of held-out pairs; rows that are not tokenised yet are tokenised as the others were."""
+        if isinstance(eval_dataset, Dataset) and "chosen_ids" not in eval_dataset.column_names:
+            eval_dataset = self._tokenised(eval_dataset, "eval")
+        return super().get_eval_dataloader(eval_dataset)  # type: ignore[arg-type]
+
+    def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
+        """As `get_eval_dataloader`, for `predict`."""
+        if isinstance(test_dataset, Dataset) and "chosen_ids" not in test_dataset.column_names:
+            test_dataset = self._tokenised(test_dataset, "test")
+        return super().get_test_dataloader(test_dataset)  # type: ignore[arg-type]
 
     # ---- optimizer steps by token budget ---------------------------------------------------------------------------
 
@@ -331,6 +357,9 @@ class ORPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.monotonic()
+        # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
+        # wraps already: the processes would train apart
+        self.model._is_accelerate_prepared = False
         try:
             return super().train(*args, **kwargs)
         finally:

@@ -55,10 +55,19 @@ SHARED = {
         **{**S, "num_key_value_heads": 4}, q_lora_rank=16, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=8,
         v_head_dim=8, n_routed_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, n_group=1, topk_group=1,
         first_k_dense_replace=1),
-    "llama4-chunks": tf.Llama4TextConfig(**S, intermediate_size_mlp=48, attention_chunk_size=8, num_local_experts=2,
-                                         num_experts_per_tok=1, head_dim=8),
+    "phi3-longrope": tf.Phi3Config(
+        **{**S, "hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 4},
+        original_max_position_embeddings=64,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 32, "long_factor": [2.0] * 32},
+    ),
+    "cwm": tf.CwmConfig(**S, head_dim=8, sliding_window=8, layer_types=["full_attention", "sliding_attention"]),
 }  # fmt: skip
 PADDED = {
+    "llama4": (  # scales queries by their place in the row
+        tf.Llama4TextConfig(**S, intermediate_size_mlp=48, attention_chunk_size=8, num_local_experts=2, num_experts_per_tok=1,
+                            head_dim=8),
+        "differs",
+    ),
     "falcon": (tf.FalconConfig(**HEADS, alibi=False), "does not go through|differs|checked"),
     "falcon-alibi": (tf.FalconConfig(**HEADS, alibi=True, new_decoder_architecture=False), "."),
     "bloom": (tf.BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=512), "AttentionInterface"),
@@ -68,7 +77,7 @@ PADDED = {
     "qwen3_next": (
         tf.Qwen3NextConfig(**S, **MOE, head_dim=8, linear_num_key_heads=2, linear_num_value_heads=2, linear_key_head_dim=8,
                            linear_value_head_dim=8, layer_types=["linear_attention", "full_attention"]),
-        "linear_attention layers carry a state",
+        "linear_attention layers are not attention alone",
     ),
     "lfm2": (tf.Lfm2Config(**S, layer_types=["conv", "full_attention"]), "conv"),
     "t5": (

@@ -215,6 +215,40 @@ def test_prompts_that_fill_max_length_never_reach_the_loss(tmp_path, tokenizer):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
+def test_evaluates_and_predicts_rows_that_are_not_tokenised(tmp_path, tokenizer):
+    trainer = ORPOTrainer(adapted("llama"), config(tmp_path), None, rows(4), rows(5), tokenizer)
+    assert trainer.evaluate(rows(5))["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
+    assert trainer.predict(rows(5)).predictions.shape[0] == 5
+
+
+def test_model_init_gets_the_layout_too(tmp_path, tokenizer):
+    def trainer(layout):
+        args = config(tmp_path, layout=layout, is_encoder_decoder=False, max_steps=1)
+        return ORPOTrainer(None, args, None, rows(4), None, tokenizer, model_init=lambda: adapted("llama"))
+
+    assert trainer("auto").layout.name == "shared"
+    trainer("shared").train()
+    with pytest.raises(ValueError, match="layout 'shared' is not exact"):
+        args = config(tmp_path, layout="shared", is_encoder_decoder=True)
+        ORPOTrainer(None, args, None, flat(rows(4)), None, tokenizer, model_init=lambda: adapted("t5"))
+
+
+def test_trls_collator_is_replaced(tmp_path, tokenizer, caplog):
+    from trl.experimental.utils import DPODataCollatorWithPadding
+
+    collator = DPODataCollatorWithPadding(pad_token_id=0)
+    trainer = ORPOTrainer(adapted("llama"), config(tmp_path), collator, rows(4), processing_class=tokenizer)
+    assert trainer.data_collator is trainer.collator and "ours takes its place" in caplog.text
+
+
+def test_tokenised_pairs_without_an_answer_are_refused(tmp_path, tokenizer):
+    good = {"chosen_ids": [5, 6, 7], "chosen_start": 1, "rejected_ids": [5, 8], "rejected_start": 1}
+    for bad in (good | {"chosen_start": 3}, good | {"rejected_ids": [5], "rejected_start": 0}):
+        with pytest.raises(ValueError, match="row 1 has no label in (chosen|rejected)_ids"):
+            data = Dataset.from_list([good, bad])
+            ORPOTrainer(adapted("llama"), config(tmp_path), None, data, processing_class=tokenizer)
+
+
 def test_nll_scope_chosen_leaves_the_prompt_out(tmp_path, tokenizer):
     whole = ORPOTrainer(adapted("llama"), config(tmp_path), None, rows(4), processing_class=tokenizer)
     answer = ORPOTrainer(
@@ -255,7 +289,15 @@ def test_virtual_tokens_are_refused_by_name(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("field", "value"), [("layout", "diagonal"), ("nll_mean", "mean"), ("beta", -1), ("overlong", "cut")]
+    ("field", "value"),
+    [
+        ("layout", "diagonal"),
+        ("nll_mean", "mean"),
+        ("beta", -1),
+        ("overlong", "cut"),
+        ("tokens_per_batch", 0),
+        ("train_sampling_strategy", "group_by_length"),
+    ],
 )
 def test_wrong_arguments_are_named(field, value, tmp_path):
     with pytest.raises(ValueError, match=rf"ORPOConfig.{field}: found {value!r}, expected"):

@@ -93,8 +93,8 @@ class DropReport:
             f"{what}: {len(self.drops)} of {self.rows} rows dropped ({counts}), which is "
             f"{'all of them' if not self.kept else 'more than half'}; the first: row {first.row} of {first.source}, "
             f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; mend the "
-            "data, map its columns (data.columns), or if length is the reason raise data.max_length or set "
-            "data.overlong=truncate",
+            "data, map its columns (data.columns), or if length is the reason raise max_length, or cut the prompts "
+            "(max_prompt_length, with overlong=truncate); in a recipe these are data.max_length and so on",
             self,
         )
 

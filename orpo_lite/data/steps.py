@@ -237,16 +237,7 @@ def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def step_loader(pairs: Any, args: ORPOConfig, layout: str, collator: Any) -> StepLoader:
-    """The training loader of `tokens_per_batch`, from a trainer's arguments.
-
-    Raises:
-        ValueError: a sampling strategy that the plan does not know.
-    """
-    if args.train_sampling_strategy not in ("random", "sequential"):
-        raise ValueError(
-            f"ORPOConfig.train_sampling_strategy: found {args.train_sampling_strategy!r}, expected random or sequential "
-            "with tokens_per_batch, which groups pairs by length itself"
-        )
+    """The training loader of `tokens_per_batch`, from a trainer's arguments."""
     budget = args.tokens_per_batch or 0
     costs = pair_costs(pairs, layout)
     alone = int((costs > budget).sum())
