@@ -241,15 +241,18 @@ def command(
     unknown = set(names) - {"trl", "padded", "packed", "shared"}
     if unknown:
         raise RequestError(f"--against: found {', '.join(sorted(unknown))}, expected trl, padded, packed or shared")
+    sizes = [int(size) if size.strip().isdigit() else 0 for size in batch.split(",")]
+    if not all(0 < size <= pairs for size in sizes):
+        raise RequestError(f"--batch: found {batch!r}, expected numbers from 1 to {pairs} (--pairs), such as 1,2,4")
     chosen = Recipe.load(recipe, overrides or [])
     with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
         contest = Contest(spec, pairs, names, checkpointing)
         heads = race_heads(base_of(contest.model), repeats) if head else None
         liger = race_liger(base_of(contest.model), contest.rows[:4], repeats) if head else None
         races = []
-        for size in batch.split(","):
+        for size in sizes:
             errors.print(f"measuring batches of {size}")
-            races.append(contest.race(int(size), repeats))
+            races.append(contest.race(size, repeats))
     if as_json:
         print(json.dumps({"setting": contest.setting, "races": races, "head": heads, "liger": liger}, indent=1))
     else:

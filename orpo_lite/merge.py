@@ -94,7 +94,7 @@ def merge(
             # some bases ship sampling settings with sampling off, which transformers refuses to write
             generation.do_sample = True
     write_aside(output, lambda folder: (merged.save_pretrained(folder), tokenizer.save_pretrained(folder)))
-    console.print(f"merged {source} into {output}: {drift}")
+    console.print(f"merged {source} into {output}; against base and adapter unmerged, on these weights: {drift}")
     auto = "AutoModelForSeq2SeqLM" if merged.config.is_encoder_decoder else "AutoModelForCausalLM"
     console.print(f"next: transformers.{auto}.from_pretrained({str(output)!r})", soft_wrap=True)
     return output

@@ -52,7 +52,9 @@ class RunFolder:
         """
         folder = cls(recipe.folder)
         if resume and folder.checkpoint is None:
-            raise RequestError(f"--resume: {folder.path} holds no checkpoint to go on from; start without --resume")
+            raise RequestError(
+                f"--resume: {folder.path} holds no checkpoint to go on from (training.save_strategy and save_steps say when one is written); start without --resume"
+            )
         if (folder.path / "recipe.yaml").is_file() and not folder.finished:
             changed = folder.changes(recipe)
             if not changed:
@@ -71,6 +73,8 @@ class RunFolder:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise RequestError(f"training.output_dir: {folder.path} cannot be written: {error.strerror}") from None
+        if folder.path != recipe.folder:  # its own recipe leads back to it, also to resume
+            recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(folder.path)}})
         recipe.save(folder.path / "recipe.yaml")
         return folder
 

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite import announce
 from orpo_lite.card import write_card
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, errors, run_command
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
@@ -115,7 +115,13 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         checkpoint = folder.checkpoint
         before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
         train_started = time.monotonic()
-        outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        try:
+            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except KeyboardInterrupt:
+            left = folder.checkpoint
+            say = f"go on with --recipe {folder.path} --resume" if left else "no checkpoint was written yet"
+            errors.print(f"\ninterrupted at step {trainer.state.global_step}: {say}")
+            raise
         train_seconds = time.monotonic() - train_started
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
 
@@ -242,6 +248,7 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
         RequestError: not a run folder, full fine-tuning (there is no adapter to switch off), or unusable data.
     """
     folder = RunFolder.open(path)
+    folder.read()  # an unfinished run holds no adapter
     recipe = folder.recipe()
     if recipe.adapter is None:
         raise RequestError(
@@ -287,6 +294,8 @@ def command(
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
 ) -> None:
     """Train an adapter with ORPO as a recipe says."""
+    if dry_run and resume:
+        raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
     run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume)
 
 

@@ -64,7 +64,7 @@ SHARED = {
 }  # fmt: skip
 PADDED = {
     "llama4": (  # scales queries by their place in the row
-        tf.Llama4TextConfig(**S, intermediate_size_mlp=48, attention_chunk_size=8, num_local_experts=2, num_experts_per_tok=1,
+        tf.Llama4TextConfig(**{**S, "num_hidden_layers": 4}, intermediate_size_mlp=48, attention_chunk_size=8, num_local_experts=2, num_experts_per_tok=1,
                             head_dim=8),
         "differs",
     ),

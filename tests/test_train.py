@@ -158,7 +158,23 @@ def test_a_finished_run_is_never_written_over(finished):
     folder, _ = finished
     before = (folder / "run.json").read_bytes()
     result = run(recipe(folder, "evaluation.samples=0"))
-    assert result.folder == folder.with_name("quick-2") and (folder / "run.json").read_bytes() == before
+    assert (
+        result.folder.parent == folder.parent
+        and result.folder != folder
+        and (folder / "run.json").read_bytes() == before
+    )
+
+
+def test_a_numbered_run_is_resumed_by_its_folder(finished):
+    """The second run of a name goes to NAME-2, whose recipe leads back there."""
+    folder, _ = finished
+    words = ("training.save_strategy=steps", "training.save_steps=2", "evaluation.samples=0")
+    second = run(recipe(folder, *words)).folder
+    assert second != folder
+    (second / "run.json").unlink()
+    shutil.rmtree(second / "checkpoints" / "checkpoint-4")
+    result = run(Recipe.load(str(second)), resume=True)
+    assert result.folder == second and result.facts["steps"] == 4
 
 
 def test_best_adapter_is_said_to_be_left(tmp_path):

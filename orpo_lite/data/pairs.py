@@ -298,9 +298,15 @@ class PairTokenizer:
             )
         if counts["tools unused"]:
             notes.append(f"{counts['tools unused']} rows have tools, which the chat template does not mention")
+        if not self.chat and self.shape != HH and options.strict and getattr(self.tokenizer, "chat_template", None):
+            notes.append(
+                "plain strings get no chat template, though the tokenizer has one: data.apply_template=true writes them as "
+                "a user's and an assistant's turn"
+            )
         if counts["system unused"]:
             notes.append(
-                f"{counts['system unused']} rows have a system text, which plain strings without template lack"
+                f"{counts['system unused']} rows have a system text, which is left out: plain strings have no place for it "
+                "without data.apply_template=true"
             )
         if "strftime_now" in self.template and not {"date_string"} & options.template_kwargs.keys():
             notes.append("the chat template may write today's date: fix it with data.template_kwargs.date_string")

@@ -1,6 +1,5 @@
 """Tokens, labels, truncation and drops; TRL's own tokenisation runs beside ours."""
 
-import functools
 import json
 import logging
 import types
@@ -312,20 +311,19 @@ def test_streaming_and_other_tables_are_refused_by_name() -> None:
     table = datasets.Dataset.from_list([GOOD])
     given: list[Any] = [table.to_iterable_dataset(), datasets.DatasetDict({"train": table}), [GOOD]]
     for rows, name in zip(given, ("IterableDataset", "DatasetDict", "list"), strict=True):
-        for tokenise in (tokenize_rows, functools.partial(ORPOTrainer._tokenised, types.SimpleNamespace())):
-            with pytest.raises(RequestError, match=f"mine: found a {name}, expected a datasets.Dataset"):
-                tokenise(rows, TOKENIZERS["chatml"](), TokenizeOptions(), "mine")
+        with pytest.raises(RequestError, match=f"mine: found a {name}, expected a datasets.Dataset"):
+            tokenize_rows(rows, TOKENIZERS["chatml"](), TokenizeOptions(), "mine")
     with pytest.raises(RequestError, match=r"found columns text.*data\.columns"):
         run([{"text": "hello"}], TOKENIZERS["chatml"]())
 
 
 def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.LogCaptureFixture) -> None:
-    trainer: Any = types.SimpleNamespace(drop_reports={})
+    trainer: Any = types.SimpleNamespace(drop_reports={}, tokenizer=TOKENIZERS["chatml"]())
 
     def warned(rows: list[Any], length: int) -> str:
         caplog.clear()
-        table, options = datasets.Dataset.from_list(rows), TokenizeOptions(max_length=length)
-        ORPOTrainer._tokenised(trainer, table, TOKENIZERS["chatml"](), options, "train")
+        trainer._tokenize_options = TokenizeOptions(max_length=length)
+        ORPOTrainer._tokenised(trainer, datasets.Dataset.from_list(rows), "train")
         return "".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
 
     long = chat("How?", "Boil it. " * 30, "No.")
