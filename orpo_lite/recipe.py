@@ -439,7 +439,9 @@ def describe(error: ValidationError) -> list[str]:
         place = [str(part) for part in item["loc"] if not str(part)[:1].isupper() and "[" not in str(part)]
         field = ".".join(part for part in place if not part.startswith(("literal", "constrained", "function")))
         if item["type"] == "extra_forbidden":
-            lines.append(f"{field}: unknown key{nearest(place[-1], known_keys(place[:-1]))}")
+            homes = [] if place[:-1] else sections_with(place[-1])
+            hint = f" (did you mean {' or '.join(homes)}?)" if homes else nearest(place[-1], known_keys(place[:-1]))
+            lines.append(f"{field}: unknown key{hint}")
         elif item["type"] == "missing":
             lines.append(f"{field}: missing, and it has no default")
         elif item["type"] == "value_error":
@@ -458,6 +460,17 @@ def known_keys(place: list[str]) -> list[str]:
         # a list index, or the list itself, leads to the one section that stands in lists
         section = next((t for t in options if isinstance(t, type) and issubclass(t, Section)), DataSource)
     return list(section.model_fields)
+
+
+def sections_with(key: str) -> list[str]:
+    """`section.key` for every section that has this key: what a field given without its section was meant to be."""
+    kinds = {name: (f.annotation, *typing.get_args(f.annotation)) for name, f in Recipe.model_fields.items()}
+    found = [
+        name
+        for name, options in kinds.items()
+        if any(isinstance(t, type) and issubclass(t, Section) and key in t.model_fields for t in options)
+    ]
+    return [f"{name}.{key}" for name in found + ["training"] * (key in training_fields())]
 
 
 def json_schema() -> str:

@@ -282,3 +282,14 @@ def test_listing_recipes_imports_no_torch():
     script = "import sys, orpo_lite.recipe as r, orpo_lite.configs; r.shipped_recipes(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("learning_rate=1e-4", "training.learning_rate"), ("beta=0.2", "orpo.beta"), ("r=8", "adapter.r")],
+)
+def test_a_field_without_its_section_is_given_one(word, meant):
+    with pytest.raises(RecipeError, match=rf"unknown key \(did you mean {meant}\?\)"):
+        Recipe.load("quickstart", [word])
+    with pytest.raises(RecipeError, match=r"weight: unknown key$"):
+        Recipe.load("quickstart", ["weight=1"])

@@ -126,7 +126,7 @@ def read_json_document(file: str, text: bytes) -> Batches:
 
 def parse_json(text: bytes, place: str, remedy: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8"))
+        return json.loads(text.decode("utf-8").rstrip())  # a line's own end would count as a second line
     except UnicodeDecodeError as error:
         raise RequestError(
             f"{place}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
