@@ -357,9 +357,10 @@ class ORPOTrainer(Trainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.monotonic()
-        # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
-        # wraps already: the processes would train apart
-        self.model._is_accelerate_prepared = False
+        if self.args.world_size > 1:
+            # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
+            # wraps already: the processes would train apart
+            self.model._is_accelerate_prepared = False
         try:
             return super().train(*args, **kwargs)
         finally:
