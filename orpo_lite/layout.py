@@ -19,6 +19,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from orpo_lite.attention import inner_attention, packed_attention, plain_attention
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
+from orpo_lite.prepare import disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -177,12 +178,7 @@ def small_model(
         small._attn_implementation = inner
         model: Any = kind(small).train()
         model.to(dtype)
-        for module in model.modules():
-            if isinstance(module, nn.Dropout):
-                module.p = 0.0
-            for name, value in vars(module).items():
-                if "dropout" in name and isinstance(value, float):
-                    setattr(module, name, 0.0)
+        disable_dropout(model)
         with torch.no_grad():
             for parameter in model.parameters():
                 if parameter.ndim >= 2:

@@ -13,19 +13,9 @@ from peft import LoraConfig, get_peft_model
 from orpo_lite import ORPOTrainer
 from orpo_lite.layout import choose_layout
 from tests.tiny import tiny_model
-from tests.training import Catch, config, gradients, rows
+from tests.training import SIZES, Catch, config, gradients, rows
 
-S = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-    bos_token_id=1,
-    eos_token_id=2,
-    pad_token_id=0,
-)
+S = SIZES | dict(bos_token_id=1, eos_token_id=2, pad_token_id=0)
 HEADS = {key: value for key, value in S.items() if key != "num_key_value_heads"}
 MOE = dict(num_local_experts=4, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=16, norm_topk_prob=True)
 EAGER = dict(attn_implementation="eager")

@@ -21,16 +21,8 @@ from transformers import (
 
 from orpo_lite import ORPOConfig, ORPOTrainer
 from tests.tiny import tiny_model
-from tests.training import Catch, config, gradients, rows
+from tests.training import SIZES, Catch, config, gradients, rows
 
-SIZES = dict(
-    hidden_size=32,
-    intermediate_size=48,
-    num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    vocab_size=512,
-)
 CONFIGS = {
     "llama": LlamaConfig(**SIZES),
     "qwen2-tied": Qwen2Config(**SIZES, tie_word_embeddings=True),
