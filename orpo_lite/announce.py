@@ -11,6 +11,7 @@ import torch
 from rich.markup import escape
 from rich.table import Table
 
+from orpo_lite.card import find_licence, hub_id
 from orpo_lite.cli import console
 from orpo_lite.evaluate import show
 from orpo_lite.measure import peak_memory_bytes
@@ -138,7 +139,10 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
         "base_model": {
             "name_or_path": recipe.model.name_or_path,
             "revision": recipe.model.revision,
-            "commit": getattr(trainer.model.config, "_commit_hash", None),
+            "commit": facts.revision,
+            "hub_id": hub_id(recipe.model.name_or_path),
+            "licence": find_licence(recipe.model.name_or_path, facts.revision or recipe.model.revision),
+            "quantization": facts.quantization,
             "dtype": str(facts.precision.dtype).removeprefix("torch."),
             "facts": facts.sentences,
         },

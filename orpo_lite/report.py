@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from html import escape
 from pathlib import Path
 from typing import Annotated, Any
@@ -69,6 +70,8 @@ def verdict(facts: dict[str, Any]) -> str:
     if not before or not after:
         return f"Trained for {facts['steps']} steps; no pairs were held out, so whether it helped is not known."
     old, new = before["rewards/accuracies"], after["rewards/accuracies"]
+    if not (math.isfinite(old) and math.isfinite(new)):
+        return f"Held-out reward accuracy on {after['pairs']} pairs is not a number: something went wrong in this run."
     (_, old_high), (new_low, _) = before["rewards/accuracies_interval"], after["rewards/accuracies_interval"]
     how = (
         "clearly more than chance would give"

@@ -172,27 +172,17 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
         RequestError: no such adapter, not LoRA, or shapes and names that do not fit this base.
     """
     source = resolve_path(str(source))
-    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
-        raise RequestError(f"adapter: {source} holds no adapter_config.json, so it is no adapter folder")
-    with readable(source):
-        config = PeftConfig.from_pretrained(source)
-    if not isinstance(config, LoraConfig):
-        raise RequestError(f"adapter: {source} is of type {config.peft_type}, expected LORA")
+    config = lora_config(source)
     init = str(config.init_lora_weights).lower()
     if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantised(model)):
-        raise RequestError(
-            f"adapter: {source} was initialised with {init}, which changed its base weights, and this base does not have "
-            "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
-        )
+        raise RequestError(changed_base(source, init))
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}, and goes on {base_name(model)} here")
     config.inference_mode = not trainable
-    rows = config.trainable_token_indices or []
-    added = [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
-    grow_embeddings(model, 1 + max(added, default=-1))  # where the tokenizer that says so is not at hand
+    grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
     try:
         with readable(source):
             peft_model = wrap(model, config)
@@ -207,6 +197,35 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
             f"{whose[wrong[0][0]]} {wrong[0][1]}"
         )
     return peft_model
+
+
+def lora_config(source: str) -> LoraConfig:
+    """Configuration of an existing adapter.
+
+    Raises:
+        RequestError: no adapter there, or not LoRA.
+    """
+    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
+        raise RequestError(f"adapter: {source} holds no adapter_config.json, so it is no adapter folder")
+    with readable(source):
+        config = PeftConfig.from_pretrained(source)
+    if not isinstance(config, LoraConfig):
+        raise RequestError(f"adapter: {source} is of type {config.peft_type}, expected LORA")
+    return config
+
+
+def changed_base(source: str, init: str) -> str:
+    """Why an adapter with such an initialisation cannot go on an unchanged base."""
+    return (
+        f"adapter: {source} was initialised with {init}, which changed its base weights, and this base does not have "
+        "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
+    )
+
+
+def trained_rows(config: LoraConfig) -> list[int]:
+    """Ids of the tokens whose embeddings the adapter holds itself."""
+    rows = config.trainable_token_indices or []
+    return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
 def first_mismatch(error: Exception) -> str:

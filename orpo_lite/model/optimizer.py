@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from transformers import Trainer, TrainingArguments
 
 from orpo_lite.errors import RequestError
+
+if TYPE_CHECKING:
+    from transformers import TrainingArguments
 
 
 def optimizer_for(
@@ -23,6 +25,8 @@ def optimizer_for(
     Raises:
         RequestError: a ratio without a LoRA adapter, or an optimizer that builds its own parameter groups.
     """
+    from transformers import Trainer  # brings datasets along, which commands that do not train can do without
+
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     if {"params", "model", "optimizer_dict"} & set(options):
         raise RequestError(

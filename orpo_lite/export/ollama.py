@@ -1,0 +1,229 @@
+"""Ollama's Modelfile: the chat template turned from Jinja into Go's language, stop tokens, parameters."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import jinja2
+from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+CONTEXT = 8192
+"""Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""
+SYSTEM, USER, ANSWER, AGAIN = "X1system", "X2user", "X3answer", "X4again"
+PARAMETERS = {
+    "temperature": "temperature",
+    "top_k": "top_k",
+    "top_p": "top_p",
+    "min_p": "min_p",
+    "repetition_penalty": "repeat_penalty",
+}
+"""transformers' name -> Ollama's."""
+
+Messages = list[dict[str, str]]
+
+
+@dataclass(frozen=True)
+class Turns:
+    """A chat template that writes each message between fixed texts, as most do."""
+
+    system: tuple[str, str] | None
+    """None: the template refuses or drops system messages."""
+    user: tuple[str, str]
+    assistant: tuple[str, str]
+    prompt: str
+    """What comes before the answer to be generated."""
+    inside: bool = False
+    """The system message stands inside the first user turn, as Llama 2 and Mistral have it."""
+    default: str | None = None
+    """System message where a conversation has none; may be empty."""
+    start: str = ""
+    """Text before everything, where llama.cpp does not add the BOS token itself."""
+
+    def render(self, messages: Messages) -> str:
+        """The text of a conversation, as Ollama would make it of `go()`."""
+        system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
+        out = self.start
+        if not system and self.system and self.default is not None:
+            out += self.system[0] + self.default + self.system[1]
+        for index, message in enumerate(messages):
+            text = message["content"]
+            if message["role"] == "user":
+                if self.inside and self.system and system and index <= 1:
+                    text = self.system[0] + system + self.system[1] + text
+                out += self.user[0] + text + self.user[1]
+            elif message["role"] == "assistant":
+                out += self.assistant[0] + text + self.assistant[1]
+            elif message["role"] == "system" and self.system and not self.inside:
+                out += self.system[0] + text + self.system[1]
+        return out + self.prompt
+
+    def go(self) -> str:
+        """The same as a Go template over Ollama's .Messages and .System."""
+        out = self.start
+        first = ""
+        if self.system:
+            before, after = self.system
+            if self.inside:
+                first = f"{{{{ if and $.System (le $i 1) }}}}{before}{{{{ $.System }}}}{after}{{{{ end }}}}"
+            elif self.default == "":
+                # a default that has text is the Modelfile's SYSTEM
+                out += f"{{{{ if not .System }}}}{before}{after}{{{{ end }}}}"
+        out += "{{ range $i, $m := .Messages }}"
+        turn, last = '{{{{ {} eq $m.Role "{}" }}}}{}{}{{{{ $m.Content }}}}{}', "{{ end }}{{ end }}"
+        out += turn.format("if", "user", self.user[0], first, self.user[1])
+        out += turn.format("else if", "assistant", self.assistant[0], "", self.assistant[1])
+        if self.system and not self.inside:
+            out += turn.format("else if", "system", self.system[0], "", self.system[1])
+        return out + last + self.prompt
+
+
+def chat(*texts: str, system: str | None = None) -> Messages:
+    """A conversation of user and assistant in turn."""
+    turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+    return [{"role": "system", "content": system}, *turns] if system is not None else turns
+
+
+def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | None:
+    """The fixed texts of a tokenizer's chat template; None where it is not made so.
+
+    They are read off a few conversations and then tried on others: what does not come out the same is not taken.
+    """
+
+    bos = str(tokenizer.bos_token or "")
+
+    def jinja(messages: Messages, prompt: bool = True) -> str:
+        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
+        return text.removeprefix(bos)
+
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    try:
+        whole, closed = jinja(chat(USER)), jinja(chat(USER), prompt=False)
+        head, tail = whole.split(USER)
+        after_user = closed.split(USER)[1]
+        once = jinja(chat(USER, ANSWER, AGAIN))
+        between = once.split(USER)[1].split(ANSWER)[0]
+        middle = once.split(ANSWER)[1].split(AGAIN)[0]
+        ended = jinja(chat(USER, ANSWER), prompt=False).split(ANSWER)[1]
+        opened = bool(bos) and str(tokenizer.apply_chat_template(chat(USER), tokenize=False)).startswith(bos)
+    except (jinja2.TemplateError, TypeError, ValueError, IndexError):
+        return None
+    # some templates close a conversation that nothing is to be generated for
+    closing = str(tokenizer.eos_token)
+    after_user = after_user if tail.startswith(after_user) else after_user.removesuffix(closing)
+    if head and middle.endswith(head):
+        # what stands between an answer and the next turn only, as Llama 2's BOS, counts as the answer's end
+        ended = middle.removesuffix(head)
+    elif not middle.startswith(ended):
+        ended = ended.removesuffix(closing)
+    before_user = middle[len(ended) :]
+    if not (tail.startswith(after_user) and between.startswith(after_user)):
+        return None
+    parts = {
+        "user": (before_user, after_user),
+        "assistant": (between[len(after_user) :], ended),
+        "prompt": tail[len(after_user) :],
+    }
+    candidates: list[Turns] = []
+    start = head.removesuffix(before_user)
+    try:
+        lead, rest = jinja(chat(USER, system=SYSTEM)).split(SYSTEM)
+        seam = rest.split(USER)[0]
+    except (jinja2.TemplateError, TypeError, ValueError):
+        candidates.append(Turns(None, start=start, **parts))
+    else:
+        if seam.endswith(before_user):
+            system = (lead, seam.removesuffix(before_user))
+            candidates.append(Turns(system, **parts))
+            if head.startswith(lead) and head.endswith(seam):
+                candidates.append(Turns(system, default=head[len(lead) : len(head) - len(seam)], **parts))
+        if lead.startswith(head):
+            candidates.append(Turns((lead[len(head) :], seam), inside=True, start=start, **parts))
+    found = next((turns for turns in candidates if agrees(turns, jinja)), None)
+    # Ollama's tokenizer adds the BOS token where the file says so
+    return replace(found, start=bos + found.start) if found and opened and not adds_bos else found
+
+
+def agrees(turns: Turns, jinja: Any) -> bool:
+    """Whether the texts come out the same on conversations with and without a system message."""
+    long = ("How are you?", "Fine.\n\nAnd you?", 'Good: 1 < 2 & "so" {on}', "Oh?", "Yes.", "Well.", "Bye")
+    conversations = [chat(*long[:n]) for n in (1, 3, 5, 7)]
+    if turns.system:
+        conversations += [chat(*long[:n], system="Be brief.\nBe kind.") for n in (1, 3, 5)]
+    try:
+        return all(turns.render(messages) == jinja(messages) for messages in conversations)
+    except (jinja2.TemplateError, TypeError):
+        return False
+
+
+def quoted(text: str) -> str | None:
+    """The text between three quotes; None where Ollama's parser would not give it back."""
+    plain = all(c.isprintable() or c == "\n" for c in text)
+    return f'"""{text}"""' if plain and '"""' not in text and not text.endswith('"') else None
+
+
+def modelfile(
+    model: str,
+    tokenizer: PreTrainedTokenizerBase,
+    stops: list[int],
+    generation: GenerationConfig | None,
+    context: int | None,
+    adds_bos: bool,
+    adapter: str | None = None,
+) -> tuple[str, list[str]]:
+    """The text of a Modelfile, and what was decided on the way.
+
+    Args:
+        model: what to take the weights from: a path relative to the Modelfile, or the name of a model in Ollama.
+        adapter: path of a GGUF LoRA file, relative to the Modelfile.
+        stops: ids of the tokens that end an answer.
+        context: the model's longest context, tokens.
+        adds_bos: the GGUF file says that a BOS token is to be added.
+    """
+    lines, notes = [f"FROM {model}"], []
+    if adapter:
+        lines.append(f"ADAPTER {adapter}")
+    turns = find_turns(tokenizer, adds_bos)
+    texts = [turns.start, *turns.user, *turns.assistant, turns.prompt, *(turns.system or ())] if turns else []
+    template = quoted(turns.go()) if turns and not any("{{" in text for text in texts) else None
+    if template and turns:
+        lines.append(f"TEMPLATE {template}")
+        notes.append(
+            "chat template: turned into Ollama's language; the same text as the tokenizer's on probe conversations"
+        )
+        if "strftime_now" in str(tokenizer.chat_template):
+            notes.append("the chat template writes today's date: the Modelfile keeps the date of this export")
+        if not turns.system:
+            notes.append("the chat template takes no system message: Ollama drops those it is given")
+        if turns.default:
+            default = quoted(turns.default)
+            if default:
+                lines.append(f"SYSTEM {default}")
+            else:
+                notes.append(f"the template's default system message could not be written: {turns.default!r}")
+    elif tokenizer.chat_template is None:
+        notes.append("no chat template: Ollama gives the model the bare text")
+    else:
+        notes.append(
+            "chat template: not one that Ollama's language is known to say the same in, so TEMPLATE is left out and "
+            "Ollama goes by the template inside the GGUF file, where it knows it; compare an answer before you rely on it"
+        )
+    for i in stops:
+        token = quoted(str(tokenizer.convert_ids_to_tokens(i)))
+        lines.append(f"PARAMETER stop {token}")
+    for theirs, ours in PARAMETERS.items():
+        value = getattr(generation, theirs, None)
+        if value is not None and getattr(generation, "do_sample", False) in (True, None):
+            lines.append(f"PARAMETER {ours} {value}")
+    if context:
+        lines.append(f"PARAMETER num_ctx {min(context, CONTEXT)}")
+    return "\n".join(lines) + "\n", notes
+
+
+def write_modelfile(path: Path, text: str) -> None:
+    """Write the Modelfile, whole or not at all."""
+    aside = path.with_name(f".{path.name}.part")
+    aside.write_text(text, "utf-8")
+    aside.replace(path)

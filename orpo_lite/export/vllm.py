@@ -1,0 +1,72 @@
+"""Whether vLLM's `--enable-lora` can serve an adapter folder as it is."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+
+RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+"""Values that vLLM takes for --max-lora-rank."""
+
+LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
+REFUSED = {"router": "MoE routers", "shared_expert_gate": "expert gates"}
+
+
+def vllm_rank(adapter_folder: str | Path) -> int:
+    """The smallest --max-lora-rank that serves this adapter."""
+    rank = json.loads((Path(adapter_folder) / "adapter_config.json").read_text("utf-8"))["r"]
+    return next(allowed for allowed in RANKS if allowed >= rank)
+
+
+def vllm_problems(adapter_folder: str | Path) -> list[str]:
+    """Reasons why vLLM would refuse the adapter, or serve something else than was trained; none: it can serve it.
+
+    The contract, from vllm-project/vllm: `vllm/lora/peft_helper.py` (PEFTHelper: no DoRA, modules_to_save or bias, rank
+    at most max_lora_rank, and one scale, lora_alpha / r or lora_alpha / sqrt(r), for all modules: rank_pattern and
+    alpha_pattern are not read), `vllm/config/lora.py` (MaxLoRARanks), `vllm/lora/lora_model.py` (adapter_model.safetensors
+    beside adapter_config.json; tensors named base_model.model.MODULE.lora_A.weight; modules must be ones that vLLM's
+    model gives LoRA to; weights of whole embeddings are skipped), and docs.vllm.ai/en/latest/features/lora.html.
+    """
+    folder, problems = Path(adapter_folder), []
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
+    except (OSError, ValueError) as error:
+        return [f"{folder}: no readable adapter_config.json ({error})"]
+    if config.get("peft_type") != "LORA":
+        return [f"peft_type is {config.get('peft_type')}: vLLM serves LORA only"]
+    if config.get("use_dora"):
+        problems.append("use_dora: vLLM does not support DoRA")
+    if config.get("bias", "none") != "none":
+        problems.append(f"bias={config['bias']}: vLLM takes no trained biases")
+    if config.get("modules_to_save"):
+        problems.append(f"modules_to_save={', '.join(config['modules_to_save'])}: vLLM takes LoRA matrices only")
+    if config.get("trainable_token_indices"):
+        problems.append("trainable_token_indices: vLLM takes LoRA matrices only, so the new tokens would be untrained")
+    if config.get("target_parameters"):
+        problems.append("target_parameters: vLLM expects one LoRA for each expert's module, not for a fused parameter")
+    if config.get("r", 0) > RANKS[-1]:
+        problems.append(f"r={config['r']}: vLLM's largest --max-lora-rank is {RANKS[-1]}")
+    for name in ("rank_pattern", "alpha_pattern"):
+        if config.get(name):
+            problems.append(f"{name}: vLLM scales all modules by lora_alpha and r alone, so these would be wrong")
+    path = folder / "adapter_model.safetensors"
+    try:
+        with safe_open(path, "pt") as file:
+            keys = list(file.keys())
+    except (OSError, SafetensorError) as error:
+        return [*problems, f"{path.name}: cannot be read ({error})"]
+    modules = sorted({match[1] for key in keys if (match := LORA_KEY.fullmatch(key))})
+    other = [key for key in keys if not LORA_KEY.fullmatch(key)]
+    if other:
+        problems.append(f"{len(other)} tensor(s) that are not LoRA matrices of a linear layer, first {other[0]}")
+    for leaf in sorted({module.rpartition(".")[2] for module in modules}):
+        if leaf in REFUSED:
+            problems.append(f"LoRA on {leaf}: vLLM gives none to {REFUSED[leaf]}")
+        elif leaf in ("embed_tokens", "lm_head", "wte"):
+            problems.append(f"LoRA on {leaf}: not every vLLM version and model takes one on embeddings or head")
+    if any(re.search(r"(^|\.)mlp\.gate$|block_sparse_moe\.gate$", module) for module in modules):
+        problems.append(f"LoRA on gate: vLLM gives none to {REFUSED['router']}")
+    return problems

@@ -1,0 +1,92 @@
+"""The check of a merged model before it gets its name: against the adapter model, and against the one that was trained."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+from orpo_lite.errors import RequestError
+from orpo_lite.merging import verify
+from orpo_lite.merging.base import Base
+from orpo_lite.merging.plan import Plan, make_plan
+from orpo_lite.recipe import ModelSection
+
+TOKENS = 32
+"""Of each probe: short, since they run on the CPU."""
+TEXTS = (
+    "The capital of France is Paris, and the largest city of Germany is Berlin. Both lie on rivers, and both were",
+    "To boil an egg, put it into boiling water for eight minutes, then cool it under cold water before you peel it.",
+    "def mean(numbers):\n    total = 0\n    for number in numbers:\n        total += number\n    return total / len(numbers)\n",
+)
+"""Where a run left no training rows to probe with."""
+ROOM = 256 << 20
+
+
+def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+    """Token ids (B, T) to compare models on, and where they are from: training rows that run.json kept, else plain text."""
+    rows: list[list[int]] = []
+    if (source / "run.json").is_file():
+        rows = json.loads((source / "run.json").read_text("utf-8")).get("probe", [])
+    origin = "training rows" if rows else "sentences"
+    rows = rows or [tokenizer(text)["input_ids"] for text in TEXTS]  # type: ignore[misc]
+    length = min(TOKENS, *(len(row) for row in rows))
+    return torch.tensor([row[:length] for row in rows]), f"{len(rows)} {origin} of {length} tokens"
+
+
+def check_merged(
+    plan: Plan,
+    folder: Path,
+    probe: tuple[Tensor, str],
+    trained: tuple[ModelSection, torch.dtype] | None,
+    source: Path,
+    quantised: bool,
+    asked: bool | None,
+) -> list[str]:
+    """Run merged and unmerged model layer by layer; the drift in sentences.
+
+    Args:
+        plan: what was merged.
+        folder: the merged model.
+        probe: from `probe_tokens`.
+        trained: base and dtype of training, where those are other weights than the ones merged into.
+        source: adapter folder.
+        quantised: the merged model is in 4 bits.
+        asked: None runs the check only where its largest layer fits into the merge's own memory.
+
+    Raises:
+        RuntimeError: the merged model is not the adapter model.
+    """
+    if asked is False:
+        return []
+    needed = verify.need(plan.adapter.model)
+    largest = max(job.slot.nbytes for job in plan.jobs)
+    if asked is None and needed > largest + ROOM:
+        return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
+    tokens, origin = probe
+    try:
+        expected = verify.run(plan.base, plan.adapter.model, tokens)
+        plan.adapter.file.release()
+        merged = Base(
+            ModelSection(name_or_path=str(folder), quantization="none"), "quantized" if quantised else "original"
+        )
+        found = verify.run(merged, merged.model, tokens)
+    except RuntimeError as error:
+        if asked:
+            raise
+        return [f"not verified: {error}"]
+    drift = verify.compare(expected, found, tokens)
+    notes = [f"against base and adapter unmerged, on {origin}: {drift}"]
+    if not quantised and not drift.spread < (1e-3 if plan.dtype == torch.float32 else 0.1):
+        raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
+    if trained is None:
+        return notes
+    try:
+        base = Base(trained[0], "quantized", trained[1])
+        as_trained = verify.run(base, make_plan(source, base).adapter.model, tokens)
+    except (RequestError, RuntimeError) as error:
+        return [*notes, f"not compared with the quantised base of training: {error}"]
+    return [*notes, f"against the quantised base and adapter of training: {verify.compare(as_trained, found, tokens)}"]

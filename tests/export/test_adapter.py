@@ -1,0 +1,78 @@
+"""Adapters alone as GGUF: base's GGUF weights plus alpha / rank * B A are the adapter model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import gguf
+import pytest
+import torch
+
+from orpo_lite.errors import RequestError
+from orpo_lite.export import export
+from tests.export.test_export import read_back
+from tests.model.conftest import logits
+
+
+def applied(base: Path, lora: Path, out: Path) -> None:
+    """Write the base's GGUF file with a LoRA file added as llama.cpp adds it."""
+    pairs = {t.name: torch.from_numpy(t.data.copy()) for t in gguf.GGUFReader(lora).tensors}
+    held = {key: field.contents() for key, field in gguf.GGUFReader(lora).fields.items()}
+    assert held["general.type"] == "adapter" and held["adapter.type"] == "lora"
+    reader = gguf.GGUFReader(base)
+    assert held["general.architecture"] == reader.fields["general.architecture"].contents()
+    writer = gguf.GGUFWriter(out, held["general.architecture"])
+    for key, field in reader.fields.items():
+        if not key.startswith("GGUF.") and key != "general.architecture":
+            inner = field.types[-1] if field.types[0] == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
+    used = set()
+    for tensor in reader.tensors:
+        value = torch.from_numpy(tensor.data.copy())
+        if f"{tensor.name}.lora_a" in pairs:
+            a, b = pairs[f"{tensor.name}.lora_a"], pairs[f"{tensor.name}.lora_b"]
+            value += held["adapter.lora.alpha"] / b.shape[1] * (b @ a)
+            used |= {f"{tensor.name}.lora_a", f"{tensor.name}.lora_b"}
+        writer.add_tensor(tensor.name, value.numpy())
+    assert used == set(pairs)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize(
+    "family",
+    [
+        "llama",
+        *(pytest.param(f, marks=pytest.mark.slow) for f in ("qwen2", "qwen3", "gemma2", "gpt2", "phi3", "mistral")),
+    ],
+)
+def test_adapter_alone(converter, model_folder, adapter_folder, tmp_path, family, capsys):
+    fields = {"use_rslora": True, "rank_pattern": {".*0.*": 8}, "alpha_pattern": {".*1.*": 3}}
+    model, folder = adapter_folder(family, **fields)
+    lora = export(folder, tmp_path / "lora.gguf", adapter=True, ollama=True)
+    said = " ".join(capsys.readouterr().out.split())
+    assert "as base.gguf" in said and "rank_pattern: vLLM" in said
+    assert (tmp_path / "Modelfile").read_text().startswith("FROM ./base.gguf\nADAPTER ./lora.gguf\nTEMPLATE")
+    base = export(model_folder(family), tmp_path / "base.gguf", quant="f32")
+    applied(base, lora, tmp_path / "both.gguf")
+    original, copy = read_back(tmp_path / "both.gguf", model_folder(family))
+    assert not torch.allclose(logits(original), logits(model), atol=1e-2)
+    torch.testing.assert_close(logits(copy), logits(model), atol=1e-3, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias=all"),
+        ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on embeddings"),
+    ],
+)
+def test_what_a_lora_file_cannot_hold(adapter_folder, tmp_path, fields, words):
+    _, folder = adapter_folder("qwen2", **fields)
+    with pytest.raises(RequestError, match=f"{words}.*export the merged model instead"):
+        export(folder, tmp_path / "lora.gguf", adapter=True)
+    assert not (tmp_path / "lora.gguf").exists()
