@@ -16,6 +16,9 @@ COMMANDS = {
     "bench": "time our trainer against TRL's on your pairs and your card",
     "report": "write a run's report.html again",
     "merge": "merge an adapter into its base: a plain transformers model",
+    "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
+    "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",
+    "bench_merge": "time our merge against PEFT's, with the memory of both",
 }
 
 

@@ -153,10 +153,18 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
         },
+        "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict(),
         "parameters": {"trainable": trainable, "total": total},
         "effective_batch": effective_batch(trainer),
     }
+
+
+def probe_rows(pairs: Pairs) -> list[list[int]]:
+    """First tokens of a few training rows, which a later merge compares models on. run.json is never published."""
+    column = "chosen_ids" if "prompt_ids" not in pairs.train.column_names else "prompt_ids"
+    rows = pairs.train.select(range(min(3, len(pairs.train))))[column]
+    return [list(row)[:32] for row in rows if len(row) >= 4]
 
 
 def version(package: str) -> str | None:

@@ -24,6 +24,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 PLAIN, PACKED = ("sdpa", "eager"), {"sdpa": "orpo_lite_sdpa", "eager": "orpo_lite_eager"}
 """Attention that computes the segments, and the name under which transformers knows it wrapped."""
 
+LOWER_RIGHT = {"cuda"}
+"""Devices whose flash kernels take causal from the bottom right without a mask."""
 
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
 """Whether masks are being built for a packed row. Only the model's own forward builds masks, never the recomputation
@@ -53,7 +55,7 @@ class PairMask:
         if causal and not additive:
             if first == 0:
                 return None
-            if self.device.type == "cuda":  # its flash kernels take this without a mask
+            if self.device.type in LOWER_RIGHT:
                 return causal_lower_right(length - first, length)
         # batch and head of a rule are indices that it may look things up with
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)

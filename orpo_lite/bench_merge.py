@@ -7,6 +7,7 @@ weights are compared with PEFT's and with W + scale * B A computed in float32 an
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import shutil
 import statistics
@@ -14,6 +15,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -133,6 +135,12 @@ def measure(words: list[str]) -> tuple[float, int]:
     return seconds, usage.ru_maxrss * 1024
 
 
+def apart(function: Any, *arguments: Any) -> Any:
+    """Call a function in a process of its own: a child's peak counts what its parent held when it was started."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 def differing(folder: Path, base: Path, adapter: Path, other: Path) -> tuple[int, int]:
     """Weights of a merged folder that are not W + scale * B A in float32 rounded once, and that are not the other's."""
     with safe_open(adapter / "adapter_model.safetensors", "pt") as factors:
@@ -161,8 +169,8 @@ def read(folder: Path, where: dict[str, str], key: str) -> Tensor:
 def bench(folder: Path, layers: int, hidden: int, repeats: int, verify: bool) -> dict[str, Any]:
     """Both merges in turn, after one round of each that is not counted."""
     base, adapter = folder / "base", folder / "adapter"
-    parameters = make_base(base, layers, hidden)
-    make_adapter(adapter, base)
+    parameters = apart(make_base, base, layers, hidden)
+    apart(make_adapter, adapter, base)
     ours = [sys.executable, "-m", "orpo_lite.merge", str(adapter), "--output"]
     commands = {
         "ours": [*ours, str(folder / "ours"), *([] if verify else ["--no-verify"])],
@@ -176,7 +184,7 @@ def bench(folder: Path, layers: int, hidden: int, repeats: int, verify: bool) ->
             taken[name].append(measure(words))
     seconds = {name: [t for t, _ in each[1:]] for name, each in taken.items()}
     memory = {name: statistics.median(m for _, m in each[1:]) for name, each in taken.items()}
-    wrong, unlike = differing(folder / "ours", base, adapter, folder / "peft")
+    wrong, unlike = apart(differing, folder / "ours", base, adapter, folder / "peft")
     return {
         "parameters": parameters,
         "seconds": seconds,

@@ -34,8 +34,9 @@ from orpo_lite.merging.check import check_merged, probe_tokens
 from orpo_lite.merging.fourbit import quantise_plan
 from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.merging.stream import write_shards
+from orpo_lite.merging.workers import one_thread_each
 from orpo_lite.model import load_tokenizer, stop_token_ids
-from orpo_lite.model.hub import readable
+from orpo_lite.model.hub import adapter_folder, readable
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection, Recipe
 
@@ -83,7 +84,7 @@ def merge(
     way). Memory stays below 1 GB plus twice the largest tensor of the checkpoint, whatever the size of the model.
 
     Args:
-        source: run folder or adapter folder.
+        source: run folder, adapter folder, or hub id of an adapter.
         output: folder to write; it must not exist or be empty. It appears whole or not at all.
         base: hub id or folder to merge into, where it is not the one that the run or adapter names.
         dtype: bfloat16, float16 or float32; default: as each weight of the base is stored.
@@ -99,14 +100,14 @@ def merge(
         RuntimeError: weights that are not finite, a change that 4 bits would round away, logits that are not the
             adapter model's.
     """
-    source, output = Path(source), Path(output)
+    source, output = adapter_folder(source), Path(output)
     check_request(source, output, onto, quantize)
     spec = base_section(source, base)
     tokenizer = tokenizer_of(source, spec)
     trained = torch.bfloat16 if trained_dtype(source, spec) == "bfloat16" else torch.float32
     origin = Base(spec, onto, trained)
-    needed = 1 + max((tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)), default=-1)
-    plan = make_plan(source, origin, dtype=getattr(torch, dtype) if dtype else None, rows=needed)
+    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
+    plan = make_plan(source, origin, dtype=getattr(torch, dtype) if dtype else None, rows=1 + max(ids, default=-1))
     kept = quantise_plan(plan, quantize) if quantize else None
     check_disk(output, plan.nbytes)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
@@ -117,7 +118,7 @@ def merge(
             f"{' and '.join(plan.untied)}: one tensor in the base, two here, for they are adapted differently"
         )
     start = time.monotonic()
-    with beside(output) as folder:
+    with beside(output) as folder, one_thread_each():
         with bar(plan.nbytes) as advance:
             write_shards(folder, plan.shards, advance, plan.adapter.file.release)
         seconds = time.monotonic() - start
@@ -141,8 +142,6 @@ def merge(
     console.print(f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)")
     for note in notes[1:]:
         console.print(f"  {escape(note)}", soft_wrap=True)
-    auto = "AutoModelForSeq2SeqLM" if plan.config.is_encoder_decoder else "AutoModelForCausalLM"
-    console.print(f"next: transformers.{auto}.from_pretrained({str(output)!r})", soft_wrap=True)
     return output
 
 
@@ -271,7 +270,9 @@ def as_list(value: int | list[int] | None) -> list[int]:
 
 
 def command(
-    source: Annotated[str, typer.Argument(metavar="RUN_OR_ADAPTER", help="run folder or adapter folder")],
+    source: Annotated[
+        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="run or adapter folder, or hub id of an adapter")
+    ],
     output: Annotated[str, typer.Option(help="folder to write; must not exist or be empty")],
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged weights; default: the base's own")] = None,
@@ -286,7 +287,10 @@ def command(
 ) -> None:
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify)
+    folder = merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify)
+    seq2seq = json.loads((folder / "config.json").read_text("utf-8")).get("is_encoder_decoder", False)
+    auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
+    console.print(f"next: transformers.{auto}.from_pretrained({output!r})", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from orpo_lite.layout import choose_layout
 from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics, metric_sums, pair_metrics
-from orpo_lite.model import optimizer_for
+from orpo_lite.model import autocast, optimizer_for
 from orpo_lite.prepare import (
     adapt,
     base_of,
@@ -182,7 +182,9 @@ class ORPOTrainer(Trainer):
                 "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
             )
         exact = 1e-3 if args.mixed_precision == "no" else 0.2
-        self.head_transform = head_transform(self.accelerator.unwrap_model(self.model), args.device, exact)
+        plain = self.accelerator.unwrap_model(self.model)
+        with autocast(plain):
+            self.head_transform = head_transform(plain, args.device, exact)
         self._sums: dict[str, Tensor] = {}
         self._clock = time.monotonic()
         if (

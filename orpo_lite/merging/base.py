@@ -59,10 +59,10 @@ class Base:
                 "model.quantization=none): take --onto original"
             )
         if shipped:
-            del self.config.quantization_config
+            del self.config.quantization_config  # type: ignore[attr-defined]
         stored = stored_tensors(weight_files(spec))
         self.files = {key: one.file for key, one in stored.items()}
-        self.dtype = self.config.dtype or most_common(stored)
+        self.dtype: torch.dtype = self.config.dtype or most_common(stored)  # type: ignore[assignment]  # never a name
         self.model = self.skeleton()
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self.sources: dict[str, Source] = dict(dequantised(stored, self.dtype) if shipped else stored)
@@ -92,6 +92,10 @@ class Base:
             held, expected = self.keys.held.get(name, 0), parameter.numel()
             if name in self.keys.unclear or held == expected or (held == 0 and name in together):
                 continue
+            if held == 0 and any(
+                re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_missing or ()
+            ):
+                continue  # positions that the model computes
             found = "lacks" if held < expected else "holds twice"
             raise RequestError(f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it whole?")
 
@@ -123,7 +127,8 @@ def weight_files(spec: ModelSection) -> list[Path]:
     with readable(spec.name_or_path):
         index = cached_file(name, "model.safetensors.index.json", **options)
         if index:
-            return [Path(p) for p in get_checkpoint_shard_files(name, index, revision=spec.revision)[0]]
+            shards, _ = get_checkpoint_shard_files(name, index, revision=spec.revision)
+            return [Path(shard) for shard in shards or []]
         single = cached_file(name, "model.safetensors", **options)
     if not single:
         raise RequestError(f"{spec.name_or_path} has no model.safetensors (pickled weights are never loaded)")

@@ -148,23 +148,29 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     if config.layer_replication:
         raise RequestError(f"adapter: {source} repeats layers of its base (layer_replication), which no merge can do")
     config.init_lora_weights = config.inference_mode = True
+    config.lora_dropout = 0.0  # PEFT refuses it on experts, and would apply it in a new model
     config.base_model_name_or_path = None
     weights = adapter_weights(source)
+    file = Mapped(weights)
+    odd = next((key for key, value in file.tensors.items() if not value.is_floating_point()), None)
+    if odd:
+        raise RequestError(f"adapter: {weights}: {odd} is {file.tensors[odd].dtype}, expected floating-point weights")
+    check_twice(source, file)
+    for key, tensor in list(file.tensors.items()):
+        # PEFT saves a resized embedding that was trained whole twice, under a key that it does not read back itself
+        twin = file.tensors.get(key.replace(".modules_to_save.weight", ".weight")) if "modules_to_save" in key else None
+        if twin is not None and torch.equal(tensor, twin):
+            del file.tensors[key]
+            file.release()
     try:
-        file = Mapped(weights)
-    except (ValueError, OSError) as error:  # empty, cut off, no safetensors
-        raise RequestError(f"adapter: {weights} is no whole safetensors file ({error}): copy it again") from error
-    check_twice(source, file.tensors)
-    peft_model = wrap(model, config, low_cpu_mem_usage=True)
-    try:
+        peft_model = wrap(model, config, low_cpu_mem_usage=True)
         with staying_on_cpu():
             result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
     except KeyError as error:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
-    except (RuntimeError, ValueError) as error:
-        raise RequestError(
-            f"adapter: {source} does not fit {type(model).__name__}: {' '.join(str(error).split())[:300]}"
-        ) from error
+    except (RuntimeError, ValueError) as error:  # also wrap's RequestError
+        words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
+        raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: {words}") from error
     if result.unexpected_keys:
         raise RequestError(
             f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
@@ -187,14 +193,26 @@ def adapter_weights(source: str | Path) -> Path:
     return weights
 
 
-def check_twice(source: str | Path, tensors: dict[str, Tensor]) -> None:
-    """No two keys that differ only in prefixes and would land on each other."""
+def check_twice(source: str | Path, file: Mapped) -> None:
+    """No two keys for one place. PEFT writes trained and resized embeddings under two, of which one is dropped."""
     seen: dict[str, str] = {}
-    for key in tensors:
-        bare = key.removeprefix("base_model.model.").replace(f".{NAME}", "")
-        if bare in seen:
-            raise RequestError(f"adapter: {source}: {seen[bare]} and {key} are for the same place")
-        seen[bare] = key
+    for key, value in sorted(file.tensors.items()):  # X.modules_to_save.weight comes before X.weight
+        place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
+        earlier = seen.get(place, key)
+        if earlier != key:
+            if ".modules_to_save." not in earlier or not same(file, file.tensors[earlier], value):
+                raise RequestError(f"adapter: {source}: {earlier} and {key} are for the same place")
+            del file.tensors[earlier]
+        seen[place] = key
+
+
+def same(file: Mapped, one: Tensor, other: Tensor) -> bool:
+    """Equal, looked at in pieces so that little of the file is in memory."""
+    for a, b in zip(one.split(4096), other.split(4096), strict=False):
+        if not torch.equal(a, b):
+            return False
+        file.release()
+    return one.shape == other.shape
 
 
 @contextlib.contextmanager
@@ -225,6 +243,9 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
             word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable")
         ):
             edits.setdefault(bare(path), []).insert(0, Replaced(parameter.data))
+    for found in edits.values():
+        # what is replaced again need not be read
+        del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
     return edits
 
 
@@ -241,9 +262,9 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         trained = dict(module.modules_to_save[NAME].named_parameters())
         return [(leaf, Replaced(loaded(source, f"{path}.{leaf}", value))) for leaf, value in trained.items()]
     if isinstance(module, TrainableTokensWrapper):
-        layer = module.token_adapter.tied_adapter or module.token_adapter
-        index = torch.tensor(layer.token_indices[NAME])
-        return [("weight", Rows(index, loaded(source, path, layer.trainable_tokens_delta[NAME])))]
+        tokens = module.token_adapter.tied_adapter or module.token_adapter
+        index = torch.tensor(tokens.token_indices[NAME])
+        return [("weight", Rows(index, loaded(source, path, tokens.trainable_tokens_delta[NAME])))]
     if type(module).__module__.startswith("peft.tuners.trainable_tokens"):
         return []  # inside the wrapper above
     variant = module.lora_variant.get(NAME) if isinstance(module, lora.LoraLayer) else None
@@ -254,29 +275,30 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
             f"adapter: {source} changes {bare(path)} by {kind}, which cannot be merged here; LoRA and DoRA on linear "
             "layers, Conv1D, embeddings and experts can"
         )
-    scale = module.scaling[NAME]
-    if type(module) is lora.Embedding:
-        a = loaded(source, path, module.lora_embedding_A[NAME])  # (rank, tokens)
-        b = loaded(source, path, module.lora_embedding_B[NAME])  # (width, rank)
+    layer: Any = module
+    scale = layer.scaling[NAME]
+    if type(layer) is lora.Embedding:
+        a = loaded(source, path, layer.lora_embedding_A[NAME])  # (rank, tokens)
+        b = loaded(source, path, layer.lora_embedding_B[NAME])  # (width, rank)
         left, right, turned = a.T, b.T, True
     else:
-        a = loaded(source, path, module.lora_A[NAME].weight)
-        b = loaded(source, path, module.lora_B[NAME].weight)
-        if type(module) is lora.ParamWrapper:
-            return [(module.parameter_name, experts(module, a, b, scale))]
-        turned = module.fan_in_fan_out
+        a = loaded(source, path, layer.lora_A[NAME].weight)
+        b = loaded(source, path, layer.lora_B[NAME].weight)
+        if type(layer) is lora.ParamWrapper:
+            return [(layer.parameter_name, experts(layer, a, b, scale))]
+        turned = layer.fan_in_fan_out
         left, right = (a.T, b.T) if turned else (b, a)
     if variant is None:
         found: list[tuple[str, Edit]] = [("weight", LowRank(left, right, scale))]
     else:
-        magnitude = loaded(source, path, module.lora_magnitude_vector[NAME].weight).flatten()
+        magnitude = loaded(source, path, layer.lora_magnitude_vector[NAME].weight).flatten()
         found = [("weight", Dora(left, right, scale, magnitude, along_rows=not turned))]
-    if module.lora_bias.get(NAME):
-        if getattr(module.get_base_layer(), "bias", None) is None:
+    if layer.lora_bias.get(NAME):
+        if getattr(layer.get_base_layer(), "bias", None) is None:
             raise RequestError(
                 f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
             )
-        found.append(("bias", Added(loaded(source, path, module.lora_B[NAME].bias), scale)))
+        found.append(("bias", Added(loaded(source, path, layer.lora_B[NAME].bias), scale)))
     return found
 
 
@@ -292,7 +314,7 @@ def experts(module: Any, a: Tensor, b: Tensor, scale: float) -> LowRank:
     return LowRank(a.transpose(1, 2), b.transpose(1, 2), scale)
 
 
-def loaded(source: str | Path, path: str, value: Tensor) -> Tensor:
+def loaded(source: str | Path, path: str, value: Any) -> Tensor:
     """The adapter's tensor.
 
     Raises:

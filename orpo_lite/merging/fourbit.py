@@ -15,8 +15,9 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.plan import Plan
 from orpo_lite.merging.quantised import BLOCKSIZE, quantise_4bit, quantised_modules
-from orpo_lite.merging.stream import Job, exact, first, part
-from orpo_lite.merging.tensors import Slot, blocks
+from orpo_lite.merging.stream import Job, exact, first
+from orpo_lite.merging.tensors import Block, Slot
+from orpo_lite.merging.workers import each_block
 
 NESTED = 256
 """Scales that share a scale of their own."""
@@ -93,23 +94,25 @@ class FourBitJob(Job):
     def parts(self) -> Iterator[Tensor]:
         from bitsandbytes import functional
 
-        read, scales = self.source.reader(), []
+        read, scales, state = self.source.reader(), [], None
         self.measure_norms(read)
-        state: Any = None
-        for block in blocks(self.source.shape):
+
+        def rounded(block: Block) -> tuple[Tensor, Any, tuple[Tensor, Tensor, Tensor] | None]:
             base = exact(read(block)).float()
-            weights, start = base.clone(), first(block, base.dim())
-            for link, edit in self.changes:
-                found = part(weights, start, link)
-                if found is not None:
-                    edit.apply(*found)
+            weights = base.clone()
+            self.change(weights, first(block, base.dim()))
             packed, state = quantise_4bit(weights, self.kind)
-            if self.changes:
-                before = functional.dequantize_4bit(*quantise_4bit(base, self.kind))
-                after = functional.dequantize_4bit(packed, state)
-                self.survival.add(before, after, weights - base)
+            if not self.changes:
+                return packed, state, None
+            before = functional.dequantize_4bit(*quantise_4bit(base, self.kind))
+            return packed, state, (before, functional.dequantize_4bit(packed, state), weights - base)
+
+        for _, (packed, state, change) in each_block(rounded, self.source.shape):
+            if change is not None:
+                self.survival.add(*change)
             scales.append(state.absmax)
             yield packed
+        assert state is not None
         absmax = torch.cat(scales)
         offset = absmax.mean()
         held, nested = functional.quantize_blockwise(absmax - offset, blocksize=NESTED)

@@ -126,7 +126,7 @@ class KeyMap:
         Raises:
             ValueError: no name that transformers would read back as this parameter.
         """
-        backward = [rule.reverse_transform() for rule in self.renamings[::-1]]
+        backward: list[Any] = [rule.reverse_transform() for rule in self.renamings[::-1]]
         for key in (name, apply_renamings(name, backward)):
             if self.name_of(key) == (name, None):
                 return key
@@ -138,14 +138,13 @@ class KeyMap:
         for key, pattern in members:
             parts[key] = torch.empty(shapes[key], device="meta")
             forward.add_tensor(name, key, pattern, parts[key])
-        with Views() as traced:
-            made = forward.convert(name, model=self.model, config=self.model.config)
+        made, only_views = self.traced(forward, name)
         made = {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
         odd = [t for t, value in made.items() if t not in self.meta or self.meta[t].shape != value.shape]
         if odd:
             self.unclear |= dict.fromkeys(made, f"{members[0][0]} makes {odd[0]}, which does not fit this model")
             return
-        if traced.only_views and len(parts) == 1:
+        if only_views and len(parts) == 1:
             (key,) = parts
             regions = {target: region(shapes[key], value) for target, value in made.items()}
             if all(found is not None for found in regions.values()):
@@ -168,9 +167,8 @@ class KeyMap:
         parameter = torch.empty(self.meta[name].shape, device="meta")
         first, pattern = backward.rename_source_key(name)
         backward.add_tensor(first, name, pattern, parameter)
-        with Views() as traced:
-            cut = backward.convert(first, model=self.model, config=self.model.config)
-        if not traced.only_views or len(cut) != len(members):
+        cut, only_views = self.traced(backward, first)
+        if not only_views or len(cut) != len(members):
             return False
         # the reverse conversion names things as they are after the renamings
         between = {apply_renamings(key, self.renamings): key for key, _ in members}
@@ -187,7 +185,7 @@ class KeyMap:
             held = {pair.dim for pair in shared}
             fixed = tuple(
                 (dim, index)
-                for dim, index in enumerate(offsets(tuple(parameter.shape), value.storage_offset()))
+                for dim, index in enumerate(offsets(tuple(parameter.shape), int(value.storage_offset())))
                 if dim not in held
             )
             found[key] = Link(name, shared, fixed)
@@ -196,6 +194,16 @@ class KeyMap:
         for key, link in found.items():
             self.links[key].append(link)
         return True
+
+    def traced(self, rule: Any, name: str) -> tuple[dict[str, Any], bool]:
+        """What a conversion makes of tensors without data, and whether it is all views of them."""
+        again = copy.deepcopy(rule)
+        with Views() as views:
+            try:
+                return rule.convert(name, model=self.model, config=self.model.config), views.only_views
+            except RuntimeError:  # it reshapes what is no view any more
+                pass
+        return again.convert(name, model=self.model, config=self.model.config), False
 
 
 class Views(TorchDispatchMode):
@@ -226,7 +234,7 @@ def region(shape: tuple[int, ...], view: torch.Tensor) -> list[tuple[int, int, i
     None where the view is no block with (perhaps) exchanged dimensions.
     """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    starts = offsets(shape, view.storage_offset())
+    starts = offsets(shape, int(view.storage_offset()))
     left = list(range(len(shape)))
     found: list[tuple[int, int, int]] = []
     for size, stride in zip(view.shape, view.stride(), strict=True):

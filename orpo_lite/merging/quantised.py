@@ -22,7 +22,7 @@ MARK = ".quant_state.bitsandbytes__"
 
 def quantised_modules(model: PreTrainedModel, settings: Any) -> set[str]:
     """Names of the linear layers that transformers would load in 4 or 8 bits. Consumes the skeleton it is given."""
-    from transformers.quantizers import AutoHfQuantizer
+    from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)

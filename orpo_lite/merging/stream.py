@@ -14,6 +14,7 @@ from torch import Tensor
 from orpo_lite.merging.edits import Dora, Edit
 from orpo_lite.merging.mapping import Link
 from orpo_lite.merging.tensors import NAMES, Block, ShardFile, Slot, Source, Stored, blocks
+from orpo_lite.merging.workers import each_block
 
 
 @dataclass(frozen=True)
@@ -53,14 +54,21 @@ class Job:
         """
         read = self.source.reader()
         self.measure_norms(read)
-        for block in blocks(self.source.shape):
+
+        def merged(block: Block) -> Tensor:
             weights = exact(read(block))
-            start = first(block, weights.dim())
-            for link, edit in self.changes:
-                found = part(weights, start, link)
-                if found is not None:
-                    edit.apply(*found)
-            yield self.cast(weights)
+            self.change(weights, first(block, weights.dim()))
+            return self.cast(weights)
+
+        for _, weights in each_block(merged, self.source.shape):
+            yield weights
+
+    def change(self, weights: Tensor, start: list[int]) -> None:
+        """Apply every change to a block in place."""
+        for link, edit in self.changes:
+            found = part(weights, start, link)
+            if found is not None:
+                edit.apply(*found)
 
     def measure_norms(self, read: Callable[[Block], Tensor]) -> None:
         """DoRA's norms over rows need all of them before the first one can be written."""
@@ -80,8 +88,10 @@ class Job:
             largest = max(-low.item(), high.item())
             if not largest <= torch.finfo(self.dtype).max:
                 raise RuntimeError(
-                    f"merging makes {'NaN or infinity' if not math.isfinite(largest) else largest} in {self.key}, which "
-                    f"{str(self.dtype).removeprefix('torch.')} cannot hold: is the adapter sound? try --dtype float32"
+                    f"merging makes NaN or infinity in {self.key}: are base and adapter sound?"
+                    if not math.isfinite(largest)
+                    else f"merging makes {largest:.3g} in {self.key}, more than {str(self.dtype).removeprefix('torch.')} "
+                    "can hold: try --dtype bfloat16"
                 )
         return weights.to(self.dtype)
 

@@ -17,6 +17,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from orpo_lite.errors import RequestError
+
 BLOCK_ELEMENTS = 1 << 20
 """Weights computed at once. 4 MB in float32 stay in the cache, and below the size from which the C library maps fresh
 pages for every block: four times as fast as blocks of 32 MB."""
@@ -108,7 +110,7 @@ class Stored:
         data = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(data.numpy()), 0
+            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]  # numpy's stubs do not say it is a buffer
             while done < len(view):
                 read = file.readinto(view[done : done + COPY_BYTES])
                 if not read:
@@ -179,14 +181,30 @@ class Cast:
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """A safetensors file's header, with "__start__": where its data begins."""
-    with file.open("rb") as handle:
-        (length,) = struct.unpack("<Q", handle.read(8))
-        return json.loads(handle.read(length)) | {"__start__": 8 + length}
+    """A safetensors file's header, with "__start__": where its data begins.
+
+    Raises:
+        RequestError: cut off, or no safetensors.
+    """
+    try:
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
+        end = max((facts["data_offsets"][1] for key, facts in header.items() if key != "__metadata__"), default=0)
+        found, expected = file.stat().st_size, 8 + length + end
+        if found != expected:
+            raise ValueError(f"{found} bytes, where its header says {expected}")
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error) as error:
+        raise RequestError(f"{file} is no whole safetensors file ({error}): copy or download it again") from error
+    return header | {"__start__": 8 + length}
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of these files, by key, in the order in which they lie."""
+    """Every tensor of these files, by key, in the order in which they lie.
+
+    Raises:
+        RequestError: a file that is not whole, or a key that lies in two of them.
+    """
     found: dict[str, Stored] = {}
     for file in files:
         header = read_header(file)
@@ -195,7 +213,7 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
         for key, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = facts["data_offsets"]
             if key in found:
-                raise ValueError(f"{key} lies in {found[key].file} and again in {file}")
+                raise RequestError(f"{key} lies in {found[key].file} and again in {file}: download the model again")
             found[key] = Stored(key, file, facts["dtype"], tuple(facts["shape"]), start + begin, end - begin)
     return found
 
@@ -204,10 +222,11 @@ class Mapped:
     """A safetensors file's tensors as views of its memory map: read when used, and dropped again by `release`."""
 
     def __init__(self, file: Path):
+        held = stored_tensors([file])
         with file.open("rb") as handle:
             self.map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self.tensors: dict[str, Tensor] = {}
-        for key, stored in stored_tensors([file]).items():
+        for key, stored in held.items():
             if math.prod(stored.shape) == 0 or stored.start % stored.dtype.itemsize:
                 self.tensors[key] = stored.read()  # torch wants its data aligned
                 continue
@@ -262,7 +281,7 @@ class ShardFile:
 
     def add(self, tensor: Tensor) -> None:
         """Append a block of the tensor whose turn it is."""
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self._write(data)
         self.advance(len(data))
 

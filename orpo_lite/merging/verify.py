@@ -6,17 +6,18 @@ Every linear layer multiplies while its weights are read, in blocks; everything 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.merging.base import Base
@@ -24,6 +25,9 @@ from orpo_lite.merging.edits import NAME, bare
 from orpo_lite.merging.mapping import Link
 from orpo_lite.merging.stream import first, part
 from orpo_lite.merging.tensors import Block, Source, blocks
+from orpo_lite.merging.workers import each_block
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -48,12 +52,16 @@ class Drift:
 
 def compare(reference: Tensor, other: Tensor, tokens: Tensor) -> Drift:
     """Compare logits (B, T, V) of two models on tokens (B, T)."""
-    a, b = (logits[:, :-1].log_softmax(-1) for logits in (reference, other))
-    target = tokens[:, 1:, None]
+    kl, before, after = 0.0, 0.0, 0.0
+    for one, two, row in zip(reference, other, tokens, strict=True):  # in float64, so a sequence at a time
+        a, b = one[:-1].double().log_softmax(-1), two[:-1].double().log_softmax(-1)
+        kl += (a.exp() * (a - b)).sum(-1).mean().item() / len(tokens)
+        before -= a.gather(-1, row[1:, None]).mean().item() / len(tokens)
+        after -= b.gather(-1, row[1:, None]).mean().item() / len(tokens)
     return Drift(
-        kl=max(0.0, (a.exp() * (a - b)).sum(-1).mean().item()),  # rounding makes it negative where they are the same
+        kl=kl,
         top1=(reference.argmax(-1) == other.argmax(-1)).float().mean().item(),
-        nll=(-a.gather(-1, target).mean().item(), -b.gather(-1, target).mean().item()),
+        nll=(before, after),
         spread=((other - reference).abs().mean() / reference.std()).item(),
     )
 
@@ -73,32 +81,115 @@ class Weights:
                 self.homes.setdefault(one, found)
                 self.homes.setdefault(other, found)
 
-    def whole(self, name: str, shape: torch.Size, ids: Tensor | None = None) -> Tensor:
-        """The parameter in float32; of an embedding only the rows of these tokens, if given."""
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        """The parameter in float32."""
         full = torch.zeros(shape)
+
+        def place(view: Tensor, start: list[int]) -> None:
+            full[tuple(slice(s, s + n) for s, n in zip(start, view.shape, strict=True))] = view.float()
+
+        for source, link in self.homes[name]:
+            for _ in views(source, link, place):
+                pass
+        return full
+
+    def rows(self, name: str, ids: Tensor, size: int) -> Tensor:
+        """Rows (..., size) of an embedding in float32; blocks without one of them are not read."""
+        wanted, where = ids.unique(return_inverse=True)
+        table = torch.zeros(len(wanted), size)
         for source, link in self.homes[name]:
             read = source.reader()
             for block in blocks(source.shape):
-                weights = read(block)
-                found = part(weights, first(block, weights.dim()), link)
+                shape = [p.stop - p.start for p in block] + list(source.shape[len(block) :])
+                found = part(torch.empty(shape, device="meta"), first(block, len(shape)), link)
                 if found is None:
                     continue
-                view, start = found
-                if ids is None:
-                    full[tuple(slice(s, s + n) for s, n in zip(start, view.shape, strict=True))] = view.float()
-                else:
-                    here = ids[(ids >= start[0]) & (ids < start[0] + view.shape[0])].unique()
-                    full[here] = view[here - start[0]].float()
-        return full
+                (begin, column), (length, width) = found[1], found[0].shape
+                here = (wanted >= begin) & (wanted < begin + length)
+                if here.any():
+                    view, _ = part(read(block), first(block, len(shape)), link)  # type: ignore[misc]  # as `found`
+                    table[here, column : column + width] = view[wanted[here] - begin].float()
+        return table[where]
 
-    def rows(self, name: str) -> tuple[tuple[int, ...], Callable[[Block], Tensor]]:
-        """Shape, and a reader of blocks, of a parameter that is one stored tensor."""
-        ((source, _),) = self.homes[name]
-        return source.shape, source.reader()
+    def product(self, name: str, x: Tensor, size: int, turned: bool = False) -> Tensor:
+        """x (..., in) times a parameter (size, in), or (in, size) if turned, block by block."""
+        out = x.new_zeros(*x.shape[:-1], size)
 
-    def is_one(self, name: str) -> bool:
-        homes = self.homes.get(name, [])
-        return len(homes) == 1 and not homes[0][1].fixed and len(homes[0][1].shared) == len(homes[0][0].shape)
+        def multiply(view: Tensor, start: list[int]) -> tuple[slice, Tensor]:
+            rows, columns = (slice(s, s + n) for s, n in zip(start, view.shape, strict=True))
+            if turned:
+                return columns, x[..., rows] @ view.float()
+            return rows, F.linear(x[..., columns], view.float())
+
+        for source, link in self.homes[name]:
+            for place, result in views(source, link, multiply):
+                out[..., place] += result
+        return out
+
+
+def views(source: Source, link: Link, function: Callable[[Tensor, list[int]], T]) -> Iterator[T]:
+    """Apply a function to the blocks of a stored tensor that are blocks of a parameter, and their first indices in it."""
+    read = source.reader()
+
+    def apply(block: Block) -> T | None:
+        weights = read(block)
+        found = part(weights, first(block, weights.dim()), link)
+        return None if found is None else function(*found)
+
+    for _, result in each_block(apply, source.shape):
+        if result is not None:
+            yield result
+
+
+PLAIN = {"shape", "layout", "requires_grad", "grad", "ndim", "is_sparse", "names", "is_cuda", "grad_fn"}
+"""Properties of a parameter that need none of its weights."""
+
+
+class Fed(TorchFunctionMode):
+    """Gives torch's functions a parameter's weights at the moment they are called with it.
+
+    Wherever a model uses it: many reach for the weights of a layer without calling the layer. To the model, parameters
+    look as if they were float32 on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, weights: Weights):
+        super().__init__()
+        self.weights = weights
+        self.names = {id(value): bare(name) for name, value in model.named_parameters(remove_duplicate=False)}
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":
+            asked = func.__self__.__name__
+            if asked in ("device", "dtype", "is_meta") and id(args[0]) in self.names:
+                return {"device": torch.device("cpu"), "dtype": torch.float32, "is_meta": False}[asked]
+            if asked in PLAIN:
+                return func(*args, **kwargs)
+        if func is F.linear and self.absent(args[1]):
+            bias = self.real(args[2] if len(args) > 2 else kwargs.get("bias"))
+            out = self.weights.product(self.name(args[1]), args[0], args[1].shape[0])
+            return out if bias is None else out + bias
+        if func is torch.addmm and len(args) == 3 and not kwargs and self.absent(args[2]):  # Conv1D
+            return self.weights.product(self.name(args[2]), args[1], args[2].shape[1], turned=True) + self.real(args[0])
+        if func is F.embedding and self.absent(args[1]):
+            return self.weights.rows(self.name(args[1]), args[0], args[1].shape[1])
+        return func(*tree_map(self.real, args), **tree_map(self.real, kwargs))
+
+    def absent(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_meta
+
+    def name(self, value: Tensor) -> str:
+        name = self.names.get(id(value))
+        if name not in self.weights.homes:
+            raise RuntimeError(f"{name or 'a tensor'} has no weights in the checkpoint: the model makes them itself")
+        return name
+
+    def real(self, value: Any) -> Any:
+        if self.absent(value):
+            return self.weights.whole(self.name(value), value.shape)
+        if id(value) in self.names and value.is_floating_point() and value.dtype != torch.float32:
+            return value.float()
+        return value
 
 
 @torch.no_grad()
@@ -118,86 +209,33 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
         for path, module in named.named_modules():
             undo += feed(path, module, weights)
         extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), Fed(named, weights):
             return model(input_ids=tokens, use_cache=False, **extra).logits.float()
-    except NotImplementedError as error:  # torch's word for an operation on the meta device
-        raise RuntimeError(f"{type(named).__name__} uses weights of a layer outside of it") from error
     finally:
         for step in undo:
             step()
 
 
 def feed(path: str, module: Any, weights: Weights) -> list[Callable[[], None]]:
-    """Make a module compute from files; what undoes it."""
-    name = bare(path)
+    """Make a module compute from files in its own way, if it has one; what undoes it."""
     if isinstance(module, TrainableTokensWrapper):
         module.forward = partial(trained_tokens, module.token_adapter)
         return [partial(module.__dict__.pop, "forward")]
-    if isinstance(module, lora.ParamWrapper) or (isinstance(module, lora.LoraLayer) and NAME in module.lora_variant):
-        # of nested wrappers the outermost sees to the parameters of all
-        return [] if path.endswith(".base_layer") else lend(module, module.get_base_layer(), name, weights)
-    if isinstance(module, BaseTunerLayer) or any(word in path for word in ("lora_", "modules_to_save.")):
-        return []
-    if type(module) in COMPUTE and weights.is_one(f"{name}.weight"):
-        module.forward = partial(COMPUTE[type(module)], module, name, weights)
-        return [partial(module.__dict__.pop, "forward")]
-    return lend(module, module, name, weights)
-
-
-def lend(at: nn.Module, owner: nn.Module, name: str, weights: Weights) -> list[Callable[[], None]]:
-    """Give `owner` its parameters while `at` runs."""
-    kept = {leaf: value for leaf, value in owner.named_parameters(recurse=False) if value.is_meta}
-    if not kept:
+    # experts are used one by one, and would be read as often
+    kept = {leaf: value for leaf, value in module.named_parameters(recurse=False) if value.is_meta and value.dim() > 2}
+    if not kept or path.endswith(".base_layer"):  # adapted ones are made once a call
         return []
 
-    def before(_: nn.Module, inputs: tuple[Any, ...]) -> None:
-        # an embedding needs the rows of its tokens only; memory that is never touched costs nothing
-        ids = inputs[0] if isinstance(owner, nn.Embedding) and inputs else None
+    def before(*_: object) -> None:
         for leaf, value in kept.items():
-            found = weights.whole(f"{name}.{leaf}", value.shape, ids)
-            owner._parameters[leaf] = nn.Parameter(found, requires_grad=False)
+            found = weights.whole(f"{bare(path)}.{leaf}", value.shape)
+            module._parameters[leaf] = nn.Parameter(found, requires_grad=False)
 
     def after(*_: object) -> None:
-        owner._parameters.update(kept)
+        module._parameters.update(kept)
 
-    handles = [at.register_forward_pre_hook(before), at.register_forward_hook(after, always_call=True)]
+    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
     return [handle.remove for handle in handles]
-
-
-def bias_of(module: Any, name: str, weights: Weights) -> Tensor | None:
-    bias = module.bias
-    return weights.whole(f"{name}.bias", bias.shape) if bias is not None and bias.is_meta else bias
-
-
-def linear(module: nn.Linear, name: str, weights: Weights, x: Tensor) -> Tensor:
-    shape, read = weights.rows(f"{name}.weight")
-    out = x.new_zeros(*x.shape[:-1], module.weight.shape[0])
-    for block in blocks(shape):
-        out[..., block[0]] = F.linear(x, read(block).float())
-    bias = bias_of(module, name, weights)
-    return out if bias is None else out + bias
-
-
-def conv1d(module: Conv1D, name: str, weights: Weights, x: Tensor) -> Tensor:
-    shape, read = weights.rows(f"{name}.weight")
-    out = x.new_zeros(*x.shape[:-1], shape[1])
-    for block in blocks(shape):
-        out += x[..., block[0]] @ read(block).float()
-    bias = bias_of(module, name, weights)
-    return out if bias is None else out + bias
-
-
-def embedding(module: nn.Embedding, name: str, weights: Weights, ids: Tensor) -> Tensor:
-    shape, read = weights.rows(f"{name}.weight")
-    out = torch.zeros(*ids.shape, shape[1])
-    for block in blocks(shape):
-        here = (ids >= block[0].start) & (ids < block[0].stop)
-        if here.any():
-            out[here] = read(block)[ids[here] - block[0].start].float()
-    return out
-
-
-COMPUTE = {nn.Linear: linear, Conv1D: conv1d, nn.Embedding: embedding}
 
 
 def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
@@ -215,14 +253,17 @@ def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
 
 
 def need(model: nn.Module) -> int:
-    """Bytes of float32 weights that `run` holds at once at most: the largest module that cannot be streamed."""
+    """Bytes of float32 weights that `run` holds at once at most, for the module of the model that takes most."""
     named: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     largest = 0
-    for module in named.modules():
-        streamed = type(module) in COMPUTE or isinstance(module, nn.Embedding)
+    for each in named.modules():
+        module: Any = each
         if isinstance(module, lora.LoraLayer) and NAME in module.lora_variant:
-            module, streamed = module.get_base_layer(), False
-        if not streamed:
-            held = [math.prod(p.shape) * 4 for p in module.parameters(recurse=False) if p.is_meta]
-            largest = max(largest, sum(held))
+            # PEFT's DoRA: weights, change, their sum, its square and a copy
+            held = 5 * sum(math.prod(p.shape) for p in module.get_base_layer().parameters(recurse=False))
+        elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            continue
+        else:
+            held = sum(math.prod(p.shape) for p in module.parameters(recurse=False) if p.is_meta)
+        largest = max(largest, 4 * held)
     return largest

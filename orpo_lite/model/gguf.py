@@ -27,7 +27,7 @@ from orpo_lite.model.hub import looks_local, readable
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 2 * 10**9
+SHARD_BYTES = 256 * 10**6  # a shard is in memory while it is written
 FORMAT = 1  # of the cached folder: raise it when what is written below changes
 
 

@@ -8,10 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import errors as hub
+from huggingface_hub import snapshot_download
 from safetensors import SafetensorError, safe_open
 
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import BUILTIN, ModelSection, resolve_path
+
+ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 
 
 def locate(spec: ModelSection) -> str:
@@ -39,6 +42,19 @@ def locate(spec: ModelSection) -> str:
     return name
 
 
+def adapter_folder(source: str | Path) -> Path:
+    """Folder of a run or an adapter; a hub id is downloaded, its adapter and tokenizer alone.
+
+    Raises:
+        RequestError: neither on this disk nor on the hub.
+    """
+    folder = Path(source).expanduser()
+    if folder.exists() or looks_local(str(source)) or str(source).count("/") != 1:
+        return folder
+    with readable(str(source)):
+        return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
+
+
 def looks_local(name: str) -> bool:
     """True for what can only be a path, never a hub id (user/name)."""
     return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
@@ -57,7 +73,10 @@ def check_folder(folder: Path) -> None:
         raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is no model folder{hint}")
     index = folder / "model.safetensors.index.json"
     if index.is_file():
-        shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        try:
+            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise RequestError(f"model.name_or_path: {index} is broken ({error}): copy or download it again") from None
     else:
         shards = [path.name for path in folder.glob("*.safetensors")]
         if not shards and list(folder.glob("*.bin")):

@@ -1,0 +1,204 @@
+"""The plan of a recipe: the peak of one optimizer step, by phase and by what it is for."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from orpo_lite.layout import choose_layout
+from orpo_lite.planning.build import build, compute_dtype, find_config, signatures
+from orpo_lite.planning.depth import extrapolated
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.ledger import BASE, CONSTANTS, ENDS, LOADING, OPTIMIZER, PARTS
+from orpo_lite.planning.step import Shape, Traced, micro_batch, scoring, trace
+from orpo_lite.prepare import base_of
+from orpo_lite.recipe import Recipe
+
+CONTEXT, MARGIN, LIBRARIES = "CUDA context", "fragmentation margin", "libraries' own memory"
+CONTEXT_BYTES = {"cuda": 500_000_000, "cpu": 0}
+"""ASSUMED. What the driver and CUDA's modules hold outside the allocator: 0.3 to 0.6 GB on cards of the last years."""
+LIBRARY_BYTES = {"cuda": 72_000_000, "cpu": 0}
+"""ASSUMED. cuBLAS's and cuBLASLt's workspaces; theirs is 32 MB a handle from Hopper on and 8 MB before, twice or more."""
+FRAGMENTATION = 0.05
+"""ASSUMED. Share of the activations and other short-lived memory that the allocator cannot use for lack of whole blocks."""
+HOST_BYTES = 3_500_000_000
+"""ASSUMED. Python, torch with CUDA, and the tokenised pairs in the host's memory."""
+LOADERS = {True: 1, False: 4}
+"""Matrices on their way through the host's memory at once: transformers reads in as many threads, but in one where it
+quantises (True)."""
+
+PHASES = ("load", "forward", "backward", "step")
+
+
+@dataclass
+class Plan:
+    """Predicted bytes of one optimizer step of a recipe."""
+
+    recipe: str
+    model: str
+    target: Target
+    dtype: str
+    layout: str
+    layout_why: str
+    shape: Shape
+    optimizer: str
+    phases: dict[str, Counter[str]]
+    """Bytes by part at the fullest moment of each phase."""
+    load_host: int
+    """Bytes of the host's memory while the base is loaded, assumptions included."""
+    facts: Counter[str]
+    recomputed: str
+    assumptions: list[str] = field(default_factory=list)
+
+    @property
+    def fullest(self) -> str:
+        """The phase with the peak."""
+        return max(self.phases, key=lambda phase: self.phases[phase].total())
+
+    @property
+    def peak(self) -> int:
+        """Bytes in tensors at the fullest moment: what torch.cuda.max_memory_allocated() would say."""
+        return self.phases[self.fullest].total()
+
+    @property
+    def needed(self) -> int:
+        """Bytes of the card, with all that is assumed."""
+        return self.peak + sum(self.assumed.values())
+
+    @property
+    def assumed(self) -> dict[str, int]:
+        """What is no tensor of the step, in bytes: assumptions, not predictions."""
+        if self.target.kind == "cpu":
+            return {}
+        moving = sum(
+            self.phases[self.fullest][part] for part in PARTS if part not in (BASE, CONSTANTS, ENDS, OPTIMIZER)
+        )
+        return {
+            LIBRARIES: LIBRARY_BYTES[self.target.kind],
+            MARGIN: math.ceil(FRAGMENTATION * moving),
+            CONTEXT: CONTEXT_BYTES[self.target.kind],
+        }
+
+    def as_dict(self) -> dict[str, Any]:
+        """The plan as plain numbers (bytes) and words."""
+        return {
+            "recipe": self.recipe,
+            "model": self.model,
+            "device": self.target.kind,
+            "compute_capability": list(self.target.capability) if self.target.kind == "cuda" else None,
+            "dtype": self.dtype,
+            "layout": self.layout,
+            "micro_batch": self.shape.why,
+            "checkpointing": self.recomputed,
+            "optimizer": self.optimizer,
+            "peak_bytes": self.peak,
+            "needed_bytes": self.needed,
+            "fullest_phase": self.fullest,
+            "phases": {
+                name: {"total": parts.total()} | {part: parts[part] for part in PARTS if parts[part]}
+                for name, parts in self.phases.items()
+            },
+            "assumed": self.assumed,
+            "host": {"load": self.load_host, "optimizer": self.facts["optimizer on the host"]},
+            "parameters": self.facts["parameters"],
+            "trained": self.facts["trained"],
+            "assumptions": self.assumptions,
+        }
+
+
+def plan(recipe: Recipe, target: Target | None = None, *, whole: bool = False, shape: Shape | None = None) -> Plan:
+    """Predict the peak memory of one optimizer step of a recipe as it stands.
+
+    Args:
+        target: the device; default, a CUDA card of compute capability 8.6.
+        whole: run every layer instead of working a deep model out from a few.
+        shape: the micro-batch; default, the largest that the recipe can meet.
+
+    Raises:
+        RequestError: the model's configuration is not here, or the recipe cannot be planned.
+    """
+    target = target or Target("cuda")
+    config = find_config(recipe.model)
+    dtype = compute_dtype(recipe.model, target)
+    recomputed = checkpointed_layers(recipe, target)
+    model = build(recipe, config, dtype, None, recomputed != 0) if whole else _skeleton(recipe, config, dtype)
+    layout = choose_layout(base_of(model), recipe.orpo.layout)
+    transform = scoring(model)
+    like = _with_checkpointing(signatures(base_of(model)), recomputed)
+    shape = shape or micro_batch(recipe, layout.name, bool(config.is_encoder_decoder))
+    run = functools.partial(trace, recipe, config, target, dtype, layout.name, shape, transform, recomputed)
+    traced = run(None) if whole else extrapolated(run, like)
+    largest = max(p.numel() for p in model.parameters() if p.ndim > 1)
+    phases = {"load": load_phase(traced, recipe, model, dtype)}
+    for phase in PHASES[1:]:
+        moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
+        phases[phase] = max(moments, key=Counter.total)
+    return Plan(
+        recipe=recipe.name,
+        model=recipe.model.name_or_path,
+        target=target,
+        dtype=str(dtype).removeprefix("torch."),
+        layout=layout.name,
+        layout_why=layout.why,
+        shape=shape,
+        optimizer=traced.optimizer,
+        phases=phases,
+        load_host=HOST_BYTES + LOADERS[recipe.model.quantization != "none"] * largest * dtype.itemsize,
+        facts=traced.facts,
+        recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
+        assumptions=assumptions(recipe, target),
+    )
+
+
+def _skeleton(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
+    """The whole base without quantisation and adapter: enough to see what its layers are."""
+    plain = recipe.model_copy(
+        update={"model": recipe.model.model_copy(update={"quantization": "none", "new_tokens": []}), "adapter": None}
+    )
+    return build(plain, config, dtype, None, False)
+
+
+def _with_checkpointing(like: list[str], recomputed: int | None) -> list[str]:
+    return like if recomputed in (None, 0) else [f"{i < recomputed} {text}" for i, text in enumerate(like)]
+
+
+def checkpointed_layers(recipe: Recipe, target: Target) -> int | None:
+    """How many layers recompute their activations: None for all, 0 for none."""
+    wish = recipe.memory.checkpointing
+    if wish == "auto":
+        wish = "all" if target.kind == "cuda" else "none"
+    return {"all": None, "none": 0}.get(wish, wish)  # type: ignore[arg-type]
+
+
+def load_phase(traced: Traced, recipe: Recipe, model: Any, dtype: torch.dtype) -> Counter[str]:
+    """The card while the base comes in: all of it, and beside it the one matrix that is being made something else.
+
+    transformers quantises one matrix at a time, so that no more than one is there in full; the fused experts of a layer
+    are stacked out of the checkpoint's single ones.
+    """
+    static = traced.peaks[("static", "")]
+    parts = Counter({part: static[part] for part in (BASE, CONSTANTS, ENDS)})
+    fused = [p.numel() for p in model.parameters() if p.ndim > 2]
+    if recipe.model.quantization != "none" or fused:
+        parts[LOADING] = dtype.itemsize * max(fused or [p.numel() for p in model.parameters() if p.ndim > 1])
+    return parts
+
+
+def assumptions(recipe: Recipe, target: Target) -> list[str]:
+    """What in the figures is assumed and was not worked out, in sentences."""
+    if target.kind == "cpu":
+        return ["what operations take for themselves while they run is left out"]
+    found = [
+        f"CUDA context {CONTEXT_BYTES['cuda'] / 1e9:.1f} GB, libraries' own memory {LIBRARY_BYTES['cuda'] / 1e9:.2f} GB",
+        f"fragmentation: {FRAGMENTATION:.0%} of all that comes and goes in a step",
+        "scratch memory of the attention kernels' backward passes, by the layout of their sources",
+        f"host: {HOST_BYTES / 1e9:.1f} GB of Python, CUDA and data; the checkpoint's pages can be given back at any time",
+    ]
+    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
+        found.append("ranks as the recipe names them: EVA deals them out anew")
+    return found

@@ -1,0 +1,125 @@
+"""Plans on the screen, as JSON and as the recipes' table."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from orpo_lite.planning.cards import CARDS, FITS, SHOWN, Card, verdict
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.ledger import PARTS
+from orpo_lite.planning.predict import PHASES, Plan
+from orpo_lite.planning.remedies import Planner, Verdict
+from orpo_lite.recipe import Recipe, shipped_recipes
+
+BEGIN, END = "<!-- plan: begin (python -m orpo_lite.plan --all-recipes) -->", "<!-- plan: end -->"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB, 10^9."""
+    return f"{size / 1e9:.2f}"
+
+
+def plan(console: Console, made: Plan) -> None:
+    """The plan by phase and part, with its assumptions named as such."""
+    facts = Table(box=None, show_header=False, pad_edge=False)
+    facts.add_column(style="bold")
+    trained, whole = made.facts["trained"], made.facts["parameters"]
+    device = (
+        "the CPU" if made.target.kind == "cpu" else "CUDA, compute capability {}.{}".format(*made.target.capability)
+    )
+    for name, text in (
+        ("recipe", made.recipe),
+        ("model", f"{made.model}, {whole:,} parameters, {trained:,} trained"),
+        ("on", f"{device}, {made.dtype}"),
+        ("micro-batch", made.shape.why),
+        ("layout", f"{made.layout} ({made.layout_why})"),
+        ("checkpointing", made.recomputed),
+        ("optimizer", made.optimizer),
+    ):
+        facts.add_row(name, escape(text))
+    console.print(facts)
+    table = Table("GB (10^9 bytes)", *PHASES, box=None)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    for part in PARTS:
+        cells = [made.phases[phase][part] for phase in PHASES]
+        if any(size >= 5e6 for size in cells):
+            table.add_row(part, *(gigabytes(size) if size >= 5e6 else "" for size in cells))
+    totals = [gigabytes(made.phases[phase].total()) for phase in PHASES]
+    table.add_row(
+        "[bold]in tensors[/]",
+        *(f"[bold]{t}[/]" if p == made.fullest else t for p, t in zip(PHASES, totals, strict=True)),
+    )
+    console.print(table)
+    for name, size in made.assumed.items():
+        console.print(f"{name}: {gigabytes(size)} GB (assumed)")
+    console.print(
+        f"[bold]peak {gigabytes(made.peak)} GB in tensors, in the {made.fullest} phase; {gigabytes(made.needed)} GB with what "
+        "is assumed[/]"
+    )
+    host = f"host: {gigabytes(made.load_host)} GB while loading"
+    paged = made.facts["optimizer on the host"]
+    console.print(host + (f", {gigabytes(paged)} GB of paged optimizer states" if paged else ""))
+    for sentence in made.assumptions:
+        console.print(f"assumed: {sentence}", style="dim")
+
+
+def cards(console: Console, verdicts: list[Verdict]) -> None:
+    """Which cards it fits, and what would make it fit the others."""
+    table = Table("card", "GB", "needs", "verdict", "fits with", box=None)
+    for one in verdicts:
+        style = {"fits": "green", "tight": "yellow"}.get(one.words, "red")
+        with_what = one.remedy if one.remedy or one.remedy is None else "nothing that was tried"
+        if one.remedied:
+            with_what = f"{with_what} ({gigabytes(one.remedied.needed)} GB)"
+        table.add_row(
+            one.card.name, f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), f"[{style}]{one.words}[/]", with_what
+        )
+    console.print(table)
+
+
+def as_dict(one: Verdict) -> dict[str, Any]:
+    """A verdict as plain numbers and words."""
+    return {
+        "card": one.card.name,
+        "total_bytes": int(one.card.gigabytes * 1e9),
+        "needed_bytes": one.plan.needed,
+        "verdict": one.words,
+        "fits_with": one.remedy,
+        "fits_with_bytes": one.remedied.needed if one.remedied else None,
+    }
+
+
+def all_recipes() -> str:
+    """The table of recipes/README.md, between its markers."""
+    planner = Planner()
+    lines = [
+        BEGIN,
+        "",
+        "| recipe | longest pair | pairs a micro-batch | peak in tensors, GB | with margins, GB | smallest card | T4 | host, loading, GB |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for name in shipped_recipes():
+        recipe = Recipe.load(name)
+        made = planner(recipe, Target("cuda"))
+        fitting = [card for card in SHOWN[:-1] if verdict(made, card) == FITS]
+        tight = [card for card in SHOWN[:-1] if verdict(made, card) != "does not fit"]
+        smallest = fitting[0].name if fitting else "none of 80 GB and less"
+        if tight and tight[0] != (fitting or [None])[0]:
+            smallest += f" ({tight[0].name}: tight)"
+        t4 = CARDS["t4"]
+        length = sum(made.shape.pairs[0])
+        lines.append(
+            f"| {name} | 2 x {length:,} | {len(made.shape.pairs)} | {made.peak / 1e9:.1f} | {made.needed / 1e9:.1f} | {smallest} | "
+            f"{_verdict_on(recipe, t4, planner)} | {made.load_host / 1e9:.1f} |"
+        )
+    return "\n".join([*lines, "", END])
+
+
+def _verdict_on(recipe: Recipe, card: Card, planner: Planner) -> str:
+    made = planner(recipe, card.target)
+    return f"{verdict(made, card)}, {made.needed / 1e9:.1f}"

@@ -1,0 +1,146 @@
+"""Whole or not at all: kills, full disks, other hands on the target."""
+
+import hashlib
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from orpo_lite.errors import RequestError
+from orpo_lite.merge import merge
+from tests.merging.conftest import weights
+
+
+def digest(folder: Path) -> str:
+    """Names and bytes of everything in a folder."""
+    total = hashlib.sha256()
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            total.update(f"{path.relative_to(folder)}\0".encode() + path.read_bytes())
+    return total.hexdigest()
+
+
+def test_too_small_a_disk_is_said_before_anything_is_written(adapted, tmp_path, monkeypatch):
+    _, _, adapter = adapted("llama", target_modules=["q_proj"])
+    there = sorted(os.listdir(tmp_path))
+    usage = type("Usage", (), {"free": 50 * 10**6})
+    monkeypatch.setattr("orpo_lite.merge.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("orpo_lite.merge.write_shards", lambda *_: pytest.fail("started to write"))
+    with pytest.raises(RequestError, match=r"takes 0\.1 GB, and .* has 0\.1 GB free: make room"):
+        merge(adapter, tmp_path / "merged")
+    assert sorted(os.listdir(tmp_path)) == there
+
+
+def test_a_write_that_fails_leaves_nothing(adapted, tmp_path):
+    """The system refuses to let the file grow beyond a limit, half way through the weights."""
+    _, _, adapter = adapted("llama", target_modules=["q_proj"])
+    there = sorted(os.listdir(tmp_path))
+    child = os.fork()
+    if child == 0:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))
+        try:
+            merge(adapter, tmp_path / "merged")
+        except OSError as error:
+            os._exit(7 if "large" in str(error) else 8)
+        os._exit(9)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+    assert sorted(os.listdir(tmp_path)) == there
+    merge(adapter, tmp_path / "merged")
+
+
+def test_what_a_killed_merge_left_is_cleared_away(adapted, tmp_path):
+    _, _, adapter = adapted("llama", target_modules=["q_proj"])
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    left, running = tmp_path / f".merged.partial-{gone.pid}", tmp_path / f".merged.partial-{os.getppid()}"
+    for folder in (left, running):
+        folder.mkdir()
+        (folder / "model.safetensors").write_bytes(b"half")
+    merge(adapter, tmp_path / "merged")
+    assert not left.exists() and running.exists()
+
+
+def test_a_file_or_link_in_the_way(adapted, tmp_path):
+    _, _, adapter = adapted("llama", target_modules=["q_proj"])
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(RequestError, match="--output"):
+        merge(adapter, tmp_path / "file")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_stopped_politely(adapted, tmp_path, number):
+    """The command clears up after itself."""
+    _, _, adapter = adapted("llama", target_modules="all-linear")
+    script = (
+        "import orpo_lite.merging.stream as s, time, sys, orpo_lite.merge as m\n"
+        "right = s.Job.parts\n"
+        "def slow(self):\n"
+        "    print('writing', flush=True); time.sleep(60)\n"
+        "    yield from right(self)\n"
+        "s.Job.parts = slow\n"
+        "sys.argv[1:] = sys.argv[1:]\n"
+        "m.run_command(m.command)\n"
+    )
+    words = [sys.executable, "-c", script, str(adapter), "--output", str(tmp_path / "merged")]
+    there = sorted(os.listdir(tmp_path))
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert process.stdout is not None
+    while "writing" not in (line := process.stdout.readline()):
+        assert line, "ended before it wrote"
+    process.send_signal(number)
+    process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and sorted(os.listdir(tmp_path)) == there
+
+
+@pytest.mark.slow
+def test_two_hundred_kills(adapted, tmp_path):
+    """SIGKILL at random moments: no half output, the input as it was, and the next run succeeds."""
+    _, base, adapter = adapted("llama", shard_size="100KB", target_modules="all-linear")
+    before = digest(base), digest(adapter)
+    merged = merge(adapter, tmp_path / "first")
+    whole = digest(merged)
+    assert len(weights(merged)) > 15
+    torch.set_num_threads(1)
+    started = time.monotonic()
+    run_apart(adapter, tmp_path / "timed")
+    length = time.monotonic() - started
+    chance = random.Random(0)
+    outcomes = {"killed": 0, "whole": 0}
+    for number in range(200):
+        place = tmp_path / "kills" / f"{number}"
+        place.mkdir(parents=True)
+        child = os.fork()
+        if child == 0:
+            merge(adapter, place / "merged")
+            os._exit(0)
+        time.sleep(chance.random() * length * 1.5)
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        outcomes["whole" if (place / "merged").exists() else "killed"] += 1
+        if (place / "merged").exists():
+            assert digest(place / "merged") == whole.replace("first", "merged") or len(weights(place / "merged")) > 15
+        else:
+            run_apart(adapter, place / "merged")
+        assert sorted(weights(place / "merged")) == sorted(weights(merged))
+        assert all(torch.equal(value, weights(merged)[key]) for key, value in weights(place / "merged").items())
+        assert os.listdir(place) == ["merged"], "something was left beside it"
+    assert (digest(base), digest(adapter)) == before
+    assert min(outcomes.values()) > 20, outcomes
+
+
+def run_apart(adapter: Path, output: Path) -> None:
+    """The merge in a process of its own, which has everything imported."""
+    child = os.fork()
+    if child == 0:
+        merge(adapter, output)
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
