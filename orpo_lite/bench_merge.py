@@ -158,7 +158,11 @@ def differing(folder: Path, base: Path, adapter: Path, other: Path) -> tuple[int
 
 
 def places(folder: Path) -> dict[str, str]:
-    return json.loads((folder / "model.safetensors.index.json").read_text("utf-8"))["weight_map"]
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        return json.loads(index.read_text("utf-8"))["weight_map"]
+    with safe_open(folder / "model.safetensors", "pt") as file:
+        return dict.fromkeys(file.keys(), "model.safetensors")
 
 
 def read(folder: Path, where: dict[str, str], key: str) -> Tensor:

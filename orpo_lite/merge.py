@@ -5,6 +5,7 @@ Tensor by tensor from the base's files to the output's: neither model is ever in
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import re
@@ -101,6 +102,8 @@ def merge(
             adapter model's.
     """
     source, output = adapter_folder(source), Path(output)
+    if output.is_symlink() or output.name in ("", ".."):  # what can be renamed is the folder itself
+        output = output.resolve()
     check_request(source, output, onto, quantize)
     spec = base_section(source, base)
     tokenizer = tokenizer_of(source, spec)
@@ -153,6 +156,9 @@ def check_request(source: Path, output: Path, onto: str, quantize: str | None) -
         raise RequestError(f"{source}: holds no adapter_config.json, so there is nothing to merge: {hint}")
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise RequestError(f"--output: {output} exists and is not empty: choose another folder, or remove it first")
+    place = next(p for p in output.absolute().parents if p.exists())
+    if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):
+        raise RequestError(f"--output: {place} is no folder that you can write to: choose another one")
     if quantize and onto == Onto.quantized:
         raise RequestError(
             "--quantize with --onto quantized would round nearly every weight back to what it was before training: take "
@@ -223,8 +229,10 @@ def beside(output: Path) -> Iterator[Path]:
             output.rmdir()
         os.rename(folder, output)
     except OSError as error:
-        if error.errno in (28, 122):  # no space left, quota exceeded
-            raise RuntimeError(f"the disk of {output.parent} filled up; nothing was left there") from error
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RuntimeError(
+                f"{output.parent} takes no more data ({error.strerror}); nothing was left there"
+            ) from error
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)

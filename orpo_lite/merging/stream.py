@@ -131,7 +131,7 @@ def part(weights: Tensor, start: list[int], link: Link) -> tuple[Tensor, list[in
 def write_shards(
     folder: Path, shards: dict[str, list[Job]], advance: Callable[[int], None], release: Callable[[], None]
 ) -> None:
-    """Write the shards, and their index where there are several.
+    """Write the shards, and their index where it is not the one file that needs none.
 
     Args:
         shards: file name -> tensors in the order in which they lie.
@@ -148,7 +148,7 @@ def write_shards(
                     for weights in job.parts():
                         file.add(weights)
                     release()
-    if len(shards) > 1:
+    if set(shards) != {"model.safetensors"}:
         places = {slot.key: name for name, jobs in shards.items() for job in jobs for slot in job.slots}
         sizes = {
             "total_parameters": sum(math.prod(job.source.shape) for jobs in shards.values() for job in jobs),

@@ -73,8 +73,11 @@ def blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[B
     # whole groups of 64 weights that share a 4-bit scale; and never one row, which matrix libraries sum otherwise
     whole = max(2, 64 // math.gcd(inner, 64))
     step = max(whole, elements // inner // whole * whole)
-    for start in range(0, shape[0], step):
-        yield (slice(start, min(start + step, shape[0])),)
+    start = 0
+    while start < shape[0]:
+        stop = start + step if shape[0] - start - step > 1 else shape[0]
+        yield (slice(start, stop),)
+        start = stop
 
 
 @dataclass(frozen=True)

@@ -101,10 +101,9 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
             "planned: take the repository with the 16-bit weights"
         )
     if shipped:
-        return BitsAndBytesConfig(
-            **{k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
-            | {"bnb_4bit_compute_dtype": dtype}
-        )
+        known: dict[str, Any] = {k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
+        known["bnb_4bit_compute_dtype"] = dtype
+        return BitsAndBytesConfig(**known)
     if spec.quantization == "none":
         return None
     if spec.quantization == "int8":
@@ -139,6 +138,7 @@ def quantise(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.
     quantizer = AutoHfQuantizer.from_config(settings)
     quantizer._process_model_before_weight_loading(model, device_map=None)
     model.hf_quantizer = quantizer  # type: ignore[attr-defined]  # as from_pretrained sets it
+    make: Any = Params4bit  # its arguments are those of __new__
     for module in model.modules():
         weight: Any = getattr(module, "weight", None)
         if isinstance(module, Linear4bit):
@@ -149,10 +149,10 @@ def quantise(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.
                 compress_statistics=weight.compress_statistics,
                 quant_type=weight.quant_type,
             )
-            module.weight = Params4bit(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
+            module.weight = make(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
                                               compress_statistics=weight.compress_statistics,
                                               quant_type=weight.quant_type, module=module)  # fmt: skip
-            module.quant_state = state
+            module.quant_state = state  # type: ignore[assignment]  # None in its class
         elif isinstance(module, Linear8bitLt):
             codes = torch.empty(module.out_features, module.in_features, dtype=torch.int8, device="meta")
             scales = torch.empty(module.out_features, dtype=torch.float32, device="meta")

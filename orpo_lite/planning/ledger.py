@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from orpo_lite.planning.quantised import AS_KERNEL
+
 aten = torch.ops.aten
 
 Segment = tuple[str, int | str]
@@ -30,8 +32,6 @@ INPLACE = {
     aten.index_add.default: aten.index_add_.default,
 }
 """What autograd does in place unless a dispatch mode looks on; see `Timeline._owned_by_engine`."""
-
-GEMM = ("bitsandbytes", "gemm_4bit")
 
 
 class Timeline(TorchDispatchMode):
@@ -90,12 +90,10 @@ class Timeline(TorchDispatchMode):
             if args[0].dtype != torch.bool:
                 raise NotImplementedError("the model reads a number out of its tensors, which a plan does not have")
             return True  # transformers asks whether a mask has no padding: the plan's has none
-        if (func.namespace, func._opname) == GEMM and args[0].is_meta:
-            # its kernel dequantises the whole matrix and multiplies; its meta kernel shows the product alone
-            from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
-
+        kernel = AS_KERNEL.get(func._schema.name)
+        if kernel is not None and args[0].is_meta:
             with self:
-                return _gemm_4bit_default_impl(*args, **kwargs)
+                return kernel(*args, **kwargs)
         if func in INPLACE and self.segment[0] == "backward" and self._owned_by_engine(func, args):
             func = INPLACE[func]
         output = func(*args, **kwargs)

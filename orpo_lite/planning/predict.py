@@ -199,6 +199,8 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
         "scratch memory of the attention kernels' backward passes, by the layout of their sources",
         f"host: {HOST_BYTES / 1e9:.1f} GB of Python, CUDA and data; the checkpoint's pages can be given back at any time",
     ]
+    if recipe.model.quantization == "int8":
+        found.append("int8: no outlier columns, which are kept in 16 bits")
     if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
         found.append("ranks as the recipe names them: EVA deals them out anew")
     return found

@@ -217,6 +217,18 @@ def test_what_the_model_does_not_use_is_kept(adapted, tmp_path):
     assert all(torch.equal(merged[key], value) for key, value in more.items())
 
 
+def test_one_shard_with_an_index(adapted, tmp_path):
+    """As some repositories have it: the only shard bears a number."""
+    _, base, adapter = adapted("llama", target_modules=["q_proj"])
+    name = "model-00001-of-00001.safetensors"
+    (base / "model.safetensors").rename(base / name)
+    index = {"metadata": {}, "weight_map": dict.fromkeys(weights(base), name)}
+    (base / "model.safetensors.index.json").write_text(json.dumps(index))
+    merged = merge(adapter, tmp_path / "merged")
+    _, info = AutoModelForCausalLM.from_pretrained(merged, output_loading_info=True)
+    assert not info["missing_keys"] and weights(merged).keys() == weights(base).keys()
+
+
 def test_untouched_input(adapted, tmp_path):
     """Neither base nor adapter is written to, and the base may be read-only."""
     _, base, adapter = adapted("llama", target_modules=["q_proj"])

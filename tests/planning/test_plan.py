@@ -1,0 +1,276 @@
+"""Plans: whole models from short ones, what a setting changes, optimizers, cards, remedies and the command."""
+
+import json
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import bitsandbytes as bnb
+import pytest
+import torch
+from transformers import Gemma2Config, LlamaConfig, Qwen2Config
+
+from orpo_lite.errors import RequestError
+from orpo_lite.planning import show
+from orpo_lite.planning.cards import CARDS, FITS, NOT, TIGHT, Card, find_cards, verdict
+from orpo_lite.planning.depth import period
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.ledger import CONSTANTS, GRADIENTS, KEPT, OPTIMIZER
+from orpo_lite.planning.predict import plan
+from orpo_lite.planning.remedies import Planner, changed, judge
+from orpo_lite.planning.states import states
+from orpo_lite.planning.step import longest_pair
+from orpo_lite.recipe import DataSection, Recipe, recipes_folder
+
+SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
+         "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
+DEEP = {
+    "llama": LlamaConfig(**SIZES, num_hidden_layers=12),
+    "qwen2 untied": Qwen2Config(**SIZES, num_hidden_layers=11, tie_word_embeddings=False),
+    "gemma2": Gemma2Config(**SIZES, num_hidden_layers=17, sliding_window=32),
+}
+
+
+def recipe(base, /, **sections) -> Recipe:
+    content = {
+        "name": "planned",
+        "model": {"name_or_path": str(base)},
+        "data": {"train": "x.jsonl", "max_length": 128},
+        "training": {"per_device_train_batch_size": 1, "optim": "adamw_torch"},
+    }
+    for section, fields in sections.items():
+        content[section] = content.get(section, {}) | fields
+    return Recipe.parse(content)
+
+
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory) -> dict[str, Path]:
+    folders = {}
+    for name, config in DEEP.items():
+        folders[name] = tmp_path_factory.mktemp(name.split()[0])
+        config.architectures = [type(config).__name__.replace("Config", "ForCausalLM")]
+        config.save_pretrained(folders[name])
+    return folders
+
+
+def near(a: Counter, b: Counter, slack: int) -> bool:
+    return all(abs(a[key] - b[key]) <= slack for key in a.keys() | b.keys())
+
+
+@pytest.mark.parametrize("checkpointing", ["all", "none", 4])
+@pytest.mark.parametrize("name", DEEP)
+def test_few_layers_say_what_all_of_them_would(name, checkpointing, bases):
+    asked = recipe(bases[name], memory={"checkpointing": checkpointing},
+                   model={"attention": "eager" if name == "gemma2" else "auto"})  # fmt: skip
+    for target in (Target("cuda"), Target("cpu")):
+        short, whole = plan(asked, target), plan(asked, target, whole=True)
+        assert short.facts == whole.facts
+        for phase in whole.phases:
+            # gradient clipping stacks as many norms as there are tensors, rounded up to a block
+            assert near(short.phases[phase], whole.phases[phase], 8192 if phase == "step" else 0), phase
+
+
+@pytest.mark.slow
+def test_few_layers_say_what_all_of_them_would_at_7b():
+    asked = Recipe.load("mistral-qlora")
+    short, whole = plan(asked), plan(asked, whole=True)
+    assert short.peak == whole.peak and short.facts == whole.facts
+    assert short.facts["trained"] == 41_943_040
+
+
+def test_layers_repeat():
+    assert period(list("aaaa")) == 1
+    assert period(list("ababa")) == 2
+    assert period(list("aabaabaa")) == 3
+    assert period(list("abbb")) == 4
+
+
+def test_settings_move_the_plan_as_they_move_memory(bases):
+    base = bases["llama"]
+    plain = plan(recipe(base))
+    assert plan(recipe(base, memory={"checkpointing": "none"})).peak > plain.peak
+    assert plan(recipe(base, data={"max_length": 256})).peak > plain.peak
+    assert plan(recipe(base, orpo={"layout": "padded"})).peak >= plain.peak
+    unquantised = plan(recipe(base, model={"quantization": "none"}))
+    assert unquantised.phases["step"].total() > plain.phases["step"].total()
+    assert unquantised.phases["step"][CONSTANTS] == 0
+    single = plan(recipe(base, model={"double_quant": False}))
+    assert single.phases["step"][CONSTANTS] > 2 * plain.phases["step"][CONSTANTS]
+    assert plain.phases["step"][GRADIENTS] == pytest.approx(4 * plain.facts["trained"], rel=0.05)
+    assert plain.phases["step"][OPTIMIZER] >= 8 * plain.facts["trained"]
+    # one micro-batch a step: no gradients yet when the forward pass runs
+    assert plain.phases["forward"][GRADIENTS] == 0
+    assert plan(recipe(base, training={"gradient_accumulation_steps": 2})).phases["forward"][GRADIENTS] > 0
+    paged = plan(recipe(base, training={"optim": "paged_adamw_32bit"}, adapter={"r": 512}))
+    assert paged.facts["optimizer on the host"] > 0
+    kept = plan(recipe(base, memory={"checkpointing": "none"})).phases["forward"][KEPT]
+    assert kept > 4 * plain.phases["forward"][KEPT]
+
+
+def test_a_token_budget_says_how_many_pairs_there_are(bases):
+    # 1 token in common and 127 a side are 255 tokens in the shared layout
+    assert len(plan(recipe(bases["llama"], orpo={"tokens_per_batch": 1100})).shape.pairs) == 4
+    assert len(plan(recipe(bases["llama"], orpo={"tokens_per_batch": 100})).shape.pairs) == 1
+
+
+def test_longest_pair_fills_both_sequences():
+    def pair(**limits):
+        return longest_pair(DataSection.model_validate({"train": "x.jsonl", "max_length": 100} | limits))
+
+    assert pair() == (1, 99)
+    assert pair(max_completion_length=30) == (70, 30)
+    assert pair(max_completion_length=30, max_prompt_length=50) == (50, 30)
+
+
+def test_planning_leaves_bitsandbytes_and_torch_as_they_were(bases):
+    plan(recipe(bases["llama"]))
+    weight = torch.randn(64, 64)
+    packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
+    assert (bnb.functional.dequantize_4bit(packed, state) - weight).abs().max() < 1
+    assert torch.autocast.__module__.startswith("torch") and not torch.is_autocast_enabled("cpu")
+
+
+# ---- optimizers ------------------------------------------------------------------------------------------------------
+
+
+def test_states_equal_those_of_the_real_optimizer():
+    parameters = [torch.nn.Parameter(torch.zeros(300, 400)), torch.nn.Parameter(torch.zeros(100))]
+    optimizer = torch.optim.AdamW(parameters)
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    real = sum(
+        value.numel() * value.element_size()
+        for state in optimizer.state.values()
+        for key, value in state.items()
+        if key != "step"
+    )
+    assert states("adamw_torch", parameters, cuda=False).device == real
+
+
+def test_states_by_hand():
+    big, small = torch.empty(1024, 1024, device="meta"), torch.empty(100, device="meta")
+    n = big.numel()
+    in_32 = states("adamw_torch_fused", [big, small], True)
+    assert (in_32.device, in_32.host, in_32.step) == (8 * (n + 100), 0, 0)
+    assert states("adamw_torch", [big, small], True).step == 4 * (n + 100)
+    in_8 = states("adamw_8bit", [big, small], True)
+    assert in_8.device == 2 * n + 2 * 4 * n // 256 + 800 + 2048 and in_8.host == 0
+    paged = states("paged_adamw_8bit", [big, small], True)
+    assert paged.host == 2 * n + 2 * 4 * n // 256 and paged.device == 800 + 2048
+    assert states("paged_lion_32bit", [big], True).host == 4 * n
+    assert states("paged_adamw_8bit", [big], False).device == 8 * n  # no bitsandbytes optimizers on the CPU
+    assert states("sgd", [big], True).device == 0
+    with pytest.raises(RequestError, match="galore_adamw"):
+        states("galore_adamw", [big], True)
+
+
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def test_cards_by_name_and_size():
+    assert find_cards("RTX 3060") == find_cards("rtx-3060") == find_cards("3060") == [CARDS["rtx-3060"]]
+    assert find_cards("NVIDIA GeForce RTX 4090")[0].gigabytes == 24
+    assert find_cards("12GB")[0].gigabytes == find_cards("12 gb")[0].gigabytes == 12
+    assert {8, 12, 16, 24, 32, 48, 80} <= {card.gigabytes for card in find_cards("all")}
+    assert find_cards("t4")[0].target == Target("cuda", (7, 5))
+    with pytest.raises(RequestError, match="rtx-3090"):
+        find_cards("rtx-3099")
+    with pytest.raises(RequestError):
+        find_cards("0GB")
+
+
+def test_verdicts_by_the_margins(bases):
+    made = plan(recipe(bases["llama"]))
+    assert made.needed == made.peak + sum(made.assumed.values())
+    needed, margin = made.needed / 1e9, made.assumed["fragmentation margin"] / 1e9
+    assert verdict(made, Card("x", needed)) == FITS
+    assert verdict(made, Card("x", needed - margin / 2)) == TIGHT
+    assert verdict(made, Card("x", needed - margin * 1.1)) == NOT
+
+
+def test_what_would_make_it_fit_is_planned_and_does(bases):
+    wide = recipe(
+        bases["llama"],
+        memory={"checkpointing": "none"},
+        training={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        data={"max_length": 512},
+    )
+    planner = Planner()
+    for change, words in (
+        (0.999, {"training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"}),
+        (None, {"memory.checkpointing=all"}),
+    ):
+        if change is None:
+            one = changed(wide, ["training.per_device_train_batch_size=1", "training.gradient_accumulation_steps=8"])
+            assert one is not None
+            room = planner(one, Target("cuda")).needed * 0.995
+        else:
+            room = (
+                planner(wide, Target("cuda")).needed * change
+                - planner(wide, Target("cuda")).assumed["fragmentation margin"]
+            )
+        found = judge(wide, Card("x", room / 1e9), planner)
+        assert found.words == NOT and found.remedy and words <= set(found.remedy.split())
+        with_it = changed(wide, found.remedy.split())
+        assert with_it is not None and planner(with_it, Target("cuda")).needed <= room
+        assert found.remedied is not None and found.remedied.needed <= room
+    hopeless = judge(wide, Card("x", 0.4), planner)
+    assert hopeless.words == NOT and hopeless.remedy == "" and hopeless.remedied is None
+
+
+# ---- command ---------------------------------------------------------------------------------------------------------
+
+
+def run(*words: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "orpo_lite.plan", *words], capture_output=True, text=True, timeout=300)
+
+
+def test_command_prints_json_and_the_card(bases):
+    done = run("--recipe", "smollm2-135m-qlora", "--gpu", "t4", "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["cards"][0]["card"] == "t4" and found["cards"][0]["verdict"] == "fits"
+    assert found["dtype"] == "float16"
+    assert found["parameters"] >= 134_515_008 + found["trained"]
+    assert found["peak_bytes"] == max(phase["total"] for phase in found["phases"].values())
+    for phase in found["phases"].values():
+        assert phase["total"] == sum(size for part, size in phase.items() if part != "total")
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        ((), "--recipe"),
+        (("--recipe", "mistral-qlora", "--all-recipes"), "--recipe"),
+        (("--recipe", "mistral-qlora", "model.name_or_path=org/unknown"), "config.json"),
+        (("--recipe", "mistral-qlora", "--gpu", "rtx-3061"), "rtx-3060"),
+    ],
+)
+def test_mistakes_are_told(words, said):
+    done = run(*words)
+    assert done.returncode == 2 and said in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.slow
+def test_a_7b_plan_is_quick_and_small():
+    code = (
+        "import resource, time\n"
+        "from orpo_lite.planning.predict import plan\n"
+        "from orpo_lite.recipe import Recipe\n"
+        "plan(Recipe.load('mistral-qlora'))\n"
+        "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    seconds, gigabytes = map(float, done.stdout.split()[-2:])
+    assert gigabytes < 1.0
+    assert seconds < 20
+
+
+@pytest.mark.slow
+def test_the_recipes_table_is_the_planner_s():
+    text = (recipes_folder() / "README.md").read_text("utf-8")
+    found = re.search(re.escape(show.BEGIN) + ".*" + re.escape(show.END), text, re.DOTALL)
+    assert found and found.group(0) == show.all_recipes()
