@@ -264,6 +264,6 @@ def need(model: nn.Module) -> int:
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue
         else:
-            held = sum(math.prod(p.shape) for p in module.parameters(recurse=False) if p.is_meta)
+            held = sum(math.prod(p.shape) for p in each.parameters(recurse=False) if p.is_meta)
         largest = max(largest, 4 * held)
     return largest

@@ -32,7 +32,7 @@ LOADERS = {True: 1, False: 4}
 """Matrices on their way through the host's memory at once: transformers reads in as many threads, but in one where it
 quantises (True)."""
 
-PHASES = ("load", "forward", "backward", "step")
+PHASES = ("load", "evaluation", "forward", "backward", "step")
 
 
 @dataclass
@@ -137,7 +137,8 @@ def plan(recipe: Recipe, target: Target | None = None, *, whole: bool = False, s
     phases = {"load": load_phase(traced, recipe, model, dtype)}
     for phase in PHASES[1:]:
         moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
-        phases[phase] = max(moments, key=Counter.total)
+        if moments:  # a recipe may hold nothing out
+            phases[phase] = max(moments, key=Counter.total)
     return Plan(
         recipe=recipe.name,
         model=recipe.model.name_or_path,

@@ -9,6 +9,7 @@ from orpo_lite.errors import RequestError
 from orpo_lite.planning.cards import FITS, NOT, Card, verdict
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.predict import Plan, checkpointed_layers, plan
+from orpo_lite.planning.step import evaluation_pairs
 from orpo_lite.recipe import Recipe
 
 EIGHTHS = (7, 6, 5, 4, 3, 2, 1)
@@ -95,14 +96,15 @@ def changed(recipe: Recipe, words: list[str]) -> Recipe | None:
 
 
 def one_pair(recipe: Recipe, target: Target) -> list[str]:
-    """One pair a micro-batch, and as many more micro-batches."""
+    """One pair a micro-batch, and as many more micro-batches; one pair a batch of the evaluation."""
+    held_out = ["training.per_device_eval_batch_size=1"] if evaluation_pairs(recipe) > 1 else []
     pairs = recipe.training.get("per_device_train_batch_size", 8)
     if recipe.orpo.tokens_per_batch:  # the longest pair alone stands in a micro-batch of its own
-        return ["orpo.tokens_per_batch=1"]
+        return ["orpo.tokens_per_batch=1", *held_out]
     if pairs == 1:
-        return []
+        return held_out
     steps = pairs * recipe.training.get("gradient_accumulation_steps", 1)
-    return ["training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={steps}"]
+    return ["training.per_device_train_batch_size=1", f"training.gradient_accumulation_steps={steps}", *held_out]
 
 
 def recompute_all(recipe: Recipe, target: Target) -> list[str]:

@@ -42,17 +42,18 @@ def plan(console: Console, made: Plan) -> None:
     ):
         facts.add_row(name, escape(text))
     console.print(facts)
-    table = Table("GB (10^9 bytes)", *PHASES, box=None)
+    phases = [phase for phase in PHASES if phase in made.phases]
+    table = Table("GB (10^9 bytes)", *phases, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
     for part in PARTS:
-        cells = [made.phases[phase][part] for phase in PHASES]
+        cells = [made.phases[phase][part] for phase in phases]
         if any(size >= 5e6 for size in cells):
             table.add_row(part, *(gigabytes(size) if size >= 5e6 else "" for size in cells))
-    totals = [gigabytes(made.phases[phase].total()) for phase in PHASES]
+    totals = [gigabytes(made.phases[phase].total()) for phase in phases]
     table.add_row(
         "[bold]in tensors[/]",
-        *(f"[bold]{t}[/]" if p == made.fullest else t for p, t in zip(PHASES, totals, strict=True)),
+        *(f"[bold]{t}[/]" if p == made.fullest else t for p, t in zip(phases, totals, strict=True)),
     )
     console.print(table)
     for name, size in made.assumed.items():

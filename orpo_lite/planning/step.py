@@ -72,6 +72,13 @@ def micro_batch(recipe: Recipe, layout: str, encoder_decoder: bool) -> Shape:
     return Shape((pair,) * count, f"{count} x the longest pair that data lets through ({words}); {why}")
 
 
+def evaluation_pairs(recipe: Recipe) -> int:
+    """Pairs of an evaluation's batch; 0 where nothing is held out."""
+    if recipe.data.eval is None and not recipe.data.eval_fraction:
+        return 0
+    return recipe.training.get("per_device_eval_batch_size", 8)
+
+
 def accumulates(recipe: Recipe) -> bool:
     """Whether gradients of earlier micro-batches are there when one begins."""
     return recipe.training.get("gradient_accumulation_steps", 1) > 1 or (
@@ -150,11 +157,29 @@ def trace(
     trainer = PlannedTrainer(model, recipe, transform)
     mark_layers(timeline, base_of(model))
     with timeline, kernels.standing_in():
-        run(timeline, trainer, trained, collator(shape.batch), dtype, accumulates(recipe), held)
+        if dtype != torch.float32:  # as accelerate wraps a prepared model
+            model.forward = torch.autocast("cpu", dtype=dtype)(model.forward)
+        held_out = evaluation_pairs(recipe)
+        if held_out:
+            evaluate(timeline, trainer, collator(shape.batch[:1] * held_out))
+        run(timeline, trainer, trained, collator(shape.batch), accumulates(recipe), held)
     weights = sum(unpacked(p) for p in model.parameters())
     facts = Counter({"parameters": weights, "trained": sum(p.numel() for p in trained),
                      "optimizer on the host": held.host, "optimizer on the device": held.device})  # fmt: skip
     return Traced(timeline.peaks(), facts, held.why)
+
+
+def moved(batch: dict[str, Any]) -> dict[str, Any]:
+    return {key: value.to(META) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def evaluate(timeline: Timeline, trainer: PlannedTrainer, batch: dict[str, Any]) -> None:
+    """A batch of an evaluation between two steps: no gradients, nothing kept for a backward pass."""
+    timeline.segment = ("evaluation", "start")
+    trainer.model.eval()
+    with torch.no_grad():
+        trainer.pair_statistics(trainer.model, moved(batch))
+    trainer.model.train()
 
 
 def run(
@@ -162,7 +187,6 @@ def run(
     trainer: PlannedTrainer,
     trained: list[Tensor],
     batch: dict[str, Any],
-    dtype: torch.dtype,
     accumulated: bool,
     held: States,
 ) -> None:
@@ -172,11 +196,8 @@ def run(
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
             timeline.hold(parameter.grad, GRADIENTS)
-    on_device = {key: value.to(META) if isinstance(value, Tensor) else value for key, value in batch.items()}
+    on_device, model = moved(batch), trainer.model
     window = torch.stack(count_labels([on_device]))
-    model = trainer.model
-    if dtype != torch.float32:  # as accelerate wraps a prepared model
-        model.forward = torch.autocast("cpu", dtype=dtype)(model.forward)
     loss = trainer.compute_loss(model, on_device, num_items_in_batch=window)
     timeline.segment = ("backward", "end" if decoder_layers(base_of(model)) is not None else "start")
     # loss.backward() would run outside of the function mode, and recompute layers without autocast
@@ -232,18 +253,20 @@ def mark_layers(timeline: Timeline, base: Any) -> None:
         return hook
 
     def before(number: int, module: nn.Module, args: tuple) -> None:
-        if timeline.segment[0] == "forward":
-            timeline.segment = ("forward", number)
+        phase = timeline.segment[0]
+        if phase in ("forward", "evaluation"):
+            timeline.segment = (phase, number)
             if number == 0 and args and args[0].requires_grad:
                 args[0].register_hook(enters(("backward", "start")))
 
     def after(number: int, module: nn.Module, args: tuple, output: Any) -> None:
-        if timeline.segment[0] == "forward":
+        phase = timeline.segment[0]
+        if phase in ("forward", "evaluation"):
             hidden = output if isinstance(output, Tensor) else output[0]
             if hidden.requires_grad:
                 hidden.register_hook(enters(("backward", number)))
             if number == len(layers) - 1:
-                timeline.segment = ("forward", "end")
+                timeline.segment = (phase, "end")
 
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(before, i))

@@ -72,7 +72,8 @@ class Case:
 
     family: str
     quantization: str = "none"
-    checkpointing: str = "all"
+    checkpointing: str | int = "all"
+    """all, none, or how many layers."""
     layout: str = "shared"
     pairs: int = 1
     dtype: str = "float32"
@@ -95,7 +96,12 @@ class Case:
                     "attention": "eager" if self.family == "gemma2" else "auto",
                 },
                 "adapter": {"r": 8},
-                "data": {"train": "unused.jsonl", "max_length": self.length, "max_prompt_length": self.length // 4},
+                "data": {
+                    "train": "unused.jsonl",
+                    "max_length": self.length,
+                    "max_prompt_length": self.length // 4,
+                    "eval_fraction": 0,
+                },
                 "orpo": {"layout": self.layout},
                 "memory": {"checkpointing": self.checkpointing},
                 "training": {
@@ -125,6 +131,8 @@ CASES = [
     # experts are fused parameters, which bitsandbytes leaves alone: no NF4
     Case("mixtral"),
     Case("mixtral", checkpointing="none", layout="padded", pairs=4),
+    Case("llama", "nf4", 2, pairs=4),
+    Case("gemma2", checkpointing=1, layout="padded"),
     Case("llama", "nf4", dtype="bfloat16", length=64),
     Case("llama", "none", "none", dtype="bfloat16", length=64),
 ]

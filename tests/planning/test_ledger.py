@@ -62,11 +62,11 @@ def test_gradients_that_meet_are_summed_in_place_as_they_are_when_nobody_looks()
     with log:
         log.segment = ("forward", 0)
         y = x * 1.0
-        loss = (y.sin() + y.cos()).sum()
+        loss = (y * 2.0 + y * 3.0).sum()
         log.segment = ("backward", 0)
         loss.backward()
-    # y and the gradients that come to it by two ways, the second made from its incoming one; no third for their sum
-    assert log.peaks()["backward", 0].total() <= 5 * 4000
+    # y, and the gradients that come to it by two ways; no third for their sum
+    assert 3 * 4000 <= log.peaks()["backward", 0].total() < 4 * 4000
 
 
 def kind_of(function, dtype=torch.bfloat16, target="cuda"):
