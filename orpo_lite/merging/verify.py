@@ -62,7 +62,7 @@ def compare(reference: Tensor, other: Tensor, tokens: Tensor) -> Drift:
         kl=kl,
         top1=(reference.argmax(-1) == other.argmax(-1)).float().mean().item(),
         nll=(before, after),
-        spread=((other - reference).abs().mean() / reference.std()).item(),
+        spread=((other - reference).abs().mean() / reference.std().clamp(min=1e-30)).item(),  # of a model of zeros too
     )
 
 

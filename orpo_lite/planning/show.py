@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.planning.cards import CARDS, FITS, SHOWN, Card, verdict
+from orpo_lite.planning.cards import CARDS, FITS, NOT, SHOWN, TIGHT, Card, verdict
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.ledger import PARTS
 from orpo_lite.planning.predict import PHASES, Plan
@@ -70,16 +70,18 @@ def plan(console: Console, made: Plan) -> None:
 
 
 def cards(console: Console, verdicts: list[Verdict]) -> None:
-    """Which cards it fits, and what would make it fit the others."""
-    table = Table("card", "GB", "needs", "verdict", "fits with", box=None)
+    """Which cards it fits, and what would make it fit the others; cards that come to the same stand together."""
+    table = Table("GB", "needs", "verdict", "cards", "fits with", box=None)
+    groups: dict[tuple[str, ...], list[str]] = {}
     for one in verdicts:
-        style = {"fits": "green", "tight": "yellow"}.get(one.words, "red")
         with_what = one.remedy if one.remedy or one.remedy is None else "nothing that was tried"
         if one.remedied:
             with_what = f"{with_what} ({gigabytes(one.remedied.needed)} GB)"
-        table.add_row(
-            one.card.name, f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), f"[{style}]{one.words}[/]", with_what
-        )
+        row = (f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), one.words, with_what or "")
+        groups.setdefault(row, []).append(one.card.name)
+    for (total, needs, words, with_what), names in groups.items():
+        style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
+        table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names), with_what)
     console.print(table)
 
 
@@ -108,7 +110,7 @@ def all_recipes() -> str:
         recipe = Recipe.load(name)
         made = planner(recipe, Target("cuda"))
         fitting = [card for card in SHOWN[:-1] if verdict(made, card) == FITS]
-        tight = [card for card in SHOWN[:-1] if verdict(made, card) != "does not fit"]
+        tight = [card for card in SHOWN[:-1] if verdict(made, card) != NOT]
         smallest = fitting[0].name if fitting else "none of 80 GB and less"
         if tight and tight[0] != (fitting or [None])[0]:
             smallest += f" ({tight[0].name}: tight)"

@@ -33,6 +33,9 @@ DEEP = {
 }
 
 
+planned = Planner()  # each plan once
+
+
 def recipe(base, /, **sections) -> Recipe:
     content = {
         "name": "planned",
@@ -102,39 +105,45 @@ def test_layers_repeat():
 
 def test_settings_move_the_plan_as_they_move_memory(bases):
     base = bases["llama"]
-    plain = plan(recipe(base))
-    assert plan(recipe(base, memory={"checkpointing": "none"})).peak > plain.peak
-    assert plan(recipe(base, data={"max_length": 256})).peak > plain.peak
+    plain = planned(recipe(base), Target("cuda"))
+    assert planned(recipe(base, memory={"checkpointing": "none"}), Target("cuda")).peak > plain.peak
+    assert planned(recipe(base, data={"max_length": 256}), Target("cuda")).peak > plain.peak
     prompts = {"max_completion_length": 48}
-    assert plan(recipe(base, data=prompts, orpo={"layout": "padded"})).peak > plan(recipe(base, data=prompts)).peak
-    unquantised = plan(recipe(base, model={"quantization": "none"}))
+    assert (
+        planned(recipe(base, data=prompts, orpo={"layout": "padded"}), Target("cuda")).peak
+        > planned(recipe(base, data=prompts), Target("cuda")).peak
+    )
+    unquantised = planned(recipe(base, model={"quantization": "none"}), Target("cuda"))
     assert unquantised.phases["step"].total() > plain.phases["step"].total()
     assert unquantised.phases["step"][CONSTANTS] == 0
     assert plain.phases["step"][GRADIENTS] == pytest.approx(4 * plain.facts["trained"], rel=0.05)
     assert plain.phases["step"][OPTIMIZER] >= 8 * plain.facts["trained"]
     # one micro-batch a step: no gradients yet when the forward pass runs
     assert plain.phases["forward"][GRADIENTS] == 0
-    assert plan(recipe(base, training={"gradient_accumulation_steps": 2})).phases["forward"][GRADIENTS] > 0
-    paged = plan(recipe(base, training={"optim": "paged_adamw_32bit"}, adapter={"r": 512}))
+    assert (
+        planned(recipe(base, training={"gradient_accumulation_steps": 2}), Target("cuda")).phases["forward"][GRADIENTS]
+        > 0
+    )
+    paged = planned(recipe(base, training={"optim": "paged_adamw_32bit"}, adapter={"r": 512}), Target("cuda"))
     assert paged.facts["optimizer on the host"] > 0
-    kept = plan(recipe(base, memory={"checkpointing": "none"})).phases["forward"][KEPT]
+    kept = planned(recipe(base, memory={"checkpointing": "none"}), Target("cuda")).phases["forward"][KEPT]
     assert kept > 4 * plain.phases["forward"][KEPT]
 
 
 def test_a_token_budget_says_how_many_pairs_there_are(bases):
     # 1 token in common and 127 a side are 255 tokens in the shared layout
-    assert len(plan(recipe(bases["llama"], orpo={"tokens_per_batch": 1100})).shape.pairs) == 4
-    assert len(plan(recipe(bases["llama"], orpo={"tokens_per_batch": 100})).shape.pairs) == 1
+    assert len(planned(recipe(bases["llama"], orpo={"tokens_per_batch": 1100}), Target("cuda")).shape.pairs) == 4
+    assert len(planned(recipe(bases["llama"], orpo={"tokens_per_batch": 100}), Target("cuda")).shape.pairs) == 1
 
 
 def test_an_evaluation_counts_with_its_own_batch(bases):
     base, many = bases["llama"], {"per_device_eval_batch_size": 64}
-    plain, wide = plan(recipe(base)), plan(recipe(base, training=many))
+    plain, wide = planned(recipe(base), Target("cuda")), planned(recipe(base, training=many), Target("cuda"))
     assert (
         plain.fullest != "evaluation" and plain.phases["evaluation"][KEPT] == plain.phases["evaluation"][GRADIENTS] == 0
     )
     assert wide.fullest == "evaluation" and wide.phases["backward"] == plain.phases["backward"]
-    assert "evaluation" not in plan(recipe(base, training=many, data={"eval_fraction": 0})).phases
+    assert "evaluation" not in planned(recipe(base, training=many, data={"eval_fraction": 0}), Target("cuda")).phases
 
 
 def test_longest_pair_fills_both_sequences():
@@ -205,7 +214,7 @@ def test_cards_by_name_and_size():
 
 
 def test_verdicts_by_the_margins(bases):
-    made = plan(recipe(bases["llama"]))
+    made = planned(recipe(bases["llama"]), Target("cuda"))
     assert made.needed == made.peak + sum(made.assumed.values())
     needed, margin = made.needed / 1e9, made.assumed["fragmentation margin"] / 1e9
     assert verdict(made, Card("x", needed)) == FITS
@@ -274,7 +283,7 @@ def test_a_model_that_is_not_here_is_told(tmp_path):
 
 def test_a_config_file_is_enough(bases):
     folder = bases["llama"]
-    assert plan(recipe(folder / "config.json")).peak == plan(recipe(folder)).peak
+    assert plan(recipe(folder / "config.json")).peak == planned(recipe(folder), Target("cuda")).peak
 
 
 @pytest.mark.slow
