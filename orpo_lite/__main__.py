@@ -11,6 +11,7 @@ import sys
 COMMANDS = {
     "recipes": "list the shipped recipes and what each needs",
     "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
+    "plan": "say what a recipe takes on a card, with neither GPU nor weights",
     "train": "train an adapter with ORPO as a recipe says",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
     "bench": "time our trainer against TRL's on your pairs and your card",

@@ -27,8 +27,8 @@ from orpo_lite.recipe import DataSection, Recipe, recipes_folder
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 DEEP = {
-    "llama": LlamaConfig(**SIZES, num_hidden_layers=12),
-    "qwen2 untied": Qwen2Config(**SIZES, num_hidden_layers=11, tie_word_embeddings=False),
+    "llama": LlamaConfig(**SIZES, num_hidden_layers=9),
+    "qwen2 untied": Qwen2Config(**SIZES, num_hidden_layers=8, tie_word_embeddings=False),
     "gemma2": Gemma2Config(**SIZES, num_hidden_layers=17, sliding_window=32),
 }
 
