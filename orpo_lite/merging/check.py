@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -13,6 +14,7 @@ from orpo_lite.errors import RequestError
 from orpo_lite.merging import verify
 from orpo_lite.merging.base import Base
 from orpo_lite.merging.plan import Plan, make_plan
+from orpo_lite.model.precision import default_device
 from orpo_lite.recipe import ModelSection
 
 TOKENS = 16
@@ -24,6 +26,8 @@ TEXTS = (
 )
 """Where a run left no training rows to probe with."""
 ROOM = 256 << 20
+MANY, SECONDS_A_WEIGHT = 3 * 10**9, 4e-8
+"""Weights from which the check does not quantise the base on a processor unasked, and what one of them takes there."""
 
 
 def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
@@ -86,6 +90,13 @@ def check_merged(
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is None:
         return notes
+    weights = sum(math.prod(job.source.shape) for job in plan.jobs)
+    if asked is None and weights > MANY and default_device().type == "cpu":
+        minutes = weights * SECONDS_A_WEIGHT / 60
+        return [
+            *notes,
+            f"not compared with the quantised base of training (some {minutes:.0f} minutes here): --verify does it",
+        ]
     try:
         base = Base(trained[0], "quantized", trained[1])
         as_trained = verify.run(base, make_plan(source, base).adapter.model, tokens)

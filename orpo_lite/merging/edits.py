@@ -156,12 +156,6 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     if odd:
         raise RequestError(f"adapter: {weights}: {odd} is {file.tensors[odd].dtype}, expected floating-point weights")
     check_twice(source, file)
-    for key, tensor in list(file.tensors.items()):
-        # PEFT saves a resized embedding that was trained whole twice, under a key that it does not read back itself
-        twin = file.tensors.get(key.replace(".modules_to_save.weight", ".weight")) if "modules_to_save" in key else None
-        if twin is not None and torch.equal(tensor, twin):
-            del file.tensors[key]
-            file.release()
     try:
         peft_model = wrap(model, config, low_cpu_mem_usage=True)
         with staying_on_cpu():

@@ -9,11 +9,12 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.tensors import Block, Source, Stored, blocks
+from orpo_lite.model.precision import default_device
 
 BLOCKSIZE = 64
 """Weights that share a scale in bitsandbytes' 4-bit formats, its default and transformers'."""
@@ -67,20 +68,24 @@ class RoundTrip:
         """The 4-bit blocks' scales after their own quantisation, which needs all of them; None where each stands alone."""
         if self.method == "int8" or not self.double_quant:
             return None
-        found = [quantise_4bit(part, self.method)[1].absmax for part in parts]
+        found = []
+        for part in parts:
+            flat = part.float().flatten()
+            found.append(nn.functional.pad(flat, (0, -len(flat) % BLOCKSIZE)).view(-1, BLOCKSIZE).abs().amax(1))
         return rounded_scales(torch.cat(found))
 
     def restore(self, weight: Tensor, scales: Tensor | None, block: Block | None = None) -> Tensor:
         from bitsandbytes import functional
 
+        weight = weight.to(default_device())  # a card does in seconds what takes a processor minutes
         if self.method == "int8":
             held, rows, _ = functional.int8_vectorwise_quant(weight.half())
-            return functional.int8_vectorwise_dequant(held, rows)
+            return functional.int8_vectorwise_dequant(held, rows).cpu()
         packed, state = quantise_4bit(weight, self.method)
         if scales is not None:
             first = block[0].start * math.prod(self.shape[1:]) // BLOCKSIZE if block else 0
-            state.absmax = scales[first : first + len(state.absmax)]
-        return functional.dequantize_4bit(packed, state)
+            state.absmax = scales[first : first + len(state.absmax)].to(weight.device)
+        return functional.dequantize_4bit(packed, state).cpu()
 
 
 def quantise_4bit(weight: Tensor, method: str) -> tuple[Tensor, Any]:
