@@ -161,10 +161,16 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
 
 
 def probe_rows(pairs: Pairs) -> list[list[int]]:
-    """First tokens of a few training rows, which a later merge compares models on. run.json is never published."""
-    column = "chosen_ids" if "prompt_ids" not in pairs.train.column_names else "prompt_ids"
-    rows = pairs.train.select(range(min(3, len(pairs.train))))[column]
-    return [list(row)[:32] for row in rows if len(row) >= 4]
+    """Where the chosen answers of a few training rows begin, for a later merge to compare models on.
+
+    A few tokens of the prompt and some of the answer; run.json is never published.
+    """
+    found, rows = [], pairs.train.select(range(min(3, len(pairs.train))))
+    row: Any
+    for row in rows:
+        ids, start = row["chosen_ids"], row.get("chosen_start", 0)
+        found.append(list(ids)[max(0, min(start - 4, len(ids) - 16)) :][:32])
+    return [row for row in found if len(row) >= 4]
 
 
 def version(package: str) -> str | None:

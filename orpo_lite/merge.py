@@ -115,10 +115,11 @@ def merge(
     check_disk(output, plan.nbytes)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
     written = quantize or str(plan.dtype).removeprefix("torch.")
-    console.print(f"base: {escape(named)}, {onto} weights; the merged ones in {written}")
+    console.print(f"base: {escape(named)}, {onto} weights; merged weights: {written}", soft_wrap=True)
     if plan.untied:
         console.print(
-            f"{' and '.join(plan.untied)}: one tensor in the base, two here, for they are adapted differently"
+            f"{' and '.join(plan.untied)}: one tensor in the base, two here, for they are adapted differently",
+            soft_wrap=True,
         )
     start = time.monotonic()
     with beside(output) as folder, one_thread_each():
@@ -127,6 +128,9 @@ def merge(
         seconds = time.monotonic() - start
         notes = [f"Merged onto the {onto} weights of the base, in {written}."]
         notes += kept.report() if kept else []
+        own = base_section(source, None).name_or_path if base else None
+        if own != base:
+            notes.append(f"The adapter was trained on {own}; --base says to merge it into {base}.")
         write_configuration(folder, plan, tokenizer)
         other = onto == Onto.original and as_trained(source)
         notes += check_merged(
@@ -142,19 +146,27 @@ def merge(
         if (source / "curves.png").is_file():
             shutil.copyfile(source / "curves.png", folder / "curves.png")
     size = plan.nbytes / 1e9
-    console.print(f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)")
+    console.print(
+        f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)", soft_wrap=True
+    )
     for note in notes[1:]:
         console.print(f"  {escape(note)}", soft_wrap=True)
     return output
 
 
 def check_request(source: Path, output: Path, onto: str, quantize: str | None) -> None:
+    if not source.exists():
+        raise RequestError(
+            f"{source}: there is no such folder: expected a run or adapter folder, or a hub id USER/NAME"
+        )
     if not (source / "adapter_config.json").is_file():
         hint = (
             "it is a plain model already" if (source / "config.json").is_file() else "expected a run or adapter folder"
         )
         raise RequestError(f"{source}: holds no adapter_config.json, so there is nothing to merge: {hint}")
-    if output.exists() and (not output.is_dir() or any(output.iterdir())):
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"--output: {output} is a file, expected a folder to write: choose another name")
+    if output.exists() and any(output.iterdir()):
         raise RequestError(f"--output: {output} exists and is not empty: choose another folder, or remove it first")
     place = next(p for p in output.absolute().parents if p.exists())
     if not (place.is_dir() and os.access(place, os.W_OK | os.X_OK)):

@@ -6,6 +6,7 @@ import contextlib
 import json
 import re
 import shutil
+import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -152,8 +153,15 @@ def gguf_parcel(file: Path, of_run: Parcel, token: str | None) -> Parcel:
     if not file.is_file():
         raise RequestError(f"--gguf: there is no file {file}; make one with python -m orpo_lite.export")
     with file.open("rb") as opened:
-        if opened.read(4) != b"GGUF":
-            raise RequestError(f"--gguf: {file} is not a GGUF file; make one with python -m orpo_lite.export")
+        head = opened.read(4096)
+    if head[:4] != b"GGUF":
+        raise RequestError(f"--gguf: {file} is not a GGUF file; make one with python -m orpo_lite.export")
+    # a string field of the header: name, kind of value (8), length, text
+    if struct.pack("<IQ", 8, 7).join((b"general.type", b"adapter")) in head:
+        raise RequestError(
+            f"--gguf: {file} is an adapter, whose card would be that of a whole model: push the run itself, or the GGUF "
+            "file of the merged model (export without --adapter)"
+        )
     parcel = Parcel("gguf", [Entry(file.name, file, "weights, tokenizer and template in one file")])
     modelfile = file.with_name("Modelfile")
     if modelfile.is_file():

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import gguf
 import huggingface_hub
 import pytest
 import torch
@@ -94,6 +95,18 @@ def files_of(hub, repo):
 
 
 # what arrives
+
+
+def test_an_adapter_as_gguf_is_refused(folder, tmp_path):
+    """Its card would call it a whole model."""
+    writer = gguf.GGUFWriter(tmp_path / "lora.gguf", "llama")
+    writer.add_type("adapter")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    with pytest.raises(RequestError, match="is an adapter"):
+        push(folder, "me/quick", gguf=tmp_path / "lora.gguf", dry_run=True)
 
 
 def test_adapter_arrives_with_what_a_reader_needs_and_nothing_else(hub, folder, capsys):

@@ -65,7 +65,7 @@ def check_merged(
         RuntimeError: the merged model is not the adapter model.
     """
     if asked is False:
-        return []
+        return ["outputs not compared with those of base and adapter (--no-verify)"]
     needed = verify.need(plan.adapter.model)
     largest = max(job.slot.nbytes for job in plan.jobs)
     if asked is None and needed > largest + ROOM:
