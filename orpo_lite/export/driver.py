@@ -78,7 +78,7 @@ def architectures():
         try:
             get_model_class(name)
             print(name)
-        except Exception:
+        except Exception:  # a converter module that cannot be imported here converts nothing: that is what is asked
             continue
 
 

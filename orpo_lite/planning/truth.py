@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from orpo_lite.cli import console, run_command
 from orpo_lite.config import ORPOConfig
+from orpo_lite.merging.workers import one_thread_each
 from orpo_lite.model import attach_adapter, load_base
 from orpo_lite.planning.build import hold_model
 from orpo_lite.planning.kernels import Target, no_workspace
@@ -165,7 +166,11 @@ class Held:
 
 def compare(case: Case) -> Held:
     """Plan a case and train it."""
-    with tempfile.TemporaryDirectory() as scratch, one_thread(), quiet():
+    with (
+        tempfile.TemporaryDirectory() as scratch,
+        one_thread_each(),
+        quiet(),
+    ):  # kernels' scratch memory grows with the threads, and plans leave it out
         folder = Path(scratch) / "base"
         with torch.random.fork_rng():
             torch.manual_seed(0)
@@ -221,17 +226,6 @@ class _Tokens:
     model_input_names = ("input_ids", "attention_mask")
 
     def save_pretrained(self, *_: Any, **__: Any) -> None: ...
-
-
-@contextlib.contextmanager
-def one_thread() -> Iterator[None]:
-    """One thread: kernels' scratch memory grows with their number, and plans leave it out."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
