@@ -289,11 +289,12 @@ def test_a_config_file_is_enough(bases):
 @pytest.mark.slow
 def test_a_7b_plan_is_quick_and_small():
     code = (
-        "import resource, time\n"
+        "import time\n"
+        "from orpo_lite.measure import peak_memory_bytes\n"
         "from orpo_lite.planning.predict import plan\n"
         "from orpo_lite.recipe import Recipe\n"
         "plan(Recipe.load('mistral-qlora'))\n"
-        "print(time.process_time(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6)"
+        "print(time.process_time(), peak_memory_bytes('cpu') / 1e9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     seconds, gigabytes = map(float, done.stdout.split()[-2:])
