@@ -19,6 +19,7 @@ from orpo_lite.model import BaseFacts, trainable_share
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
+    from orpo_lite.planning.predict import Plan
     from orpo_lite.recipe import Recipe
     from orpo_lite.runfolder import RunFolder
     from orpo_lite.trainer import ORPOTrainer
@@ -116,9 +117,7 @@ def first_step(trainer: ORPOTrainer) -> None:
     )
     loss = 0.0
     for batch in batches:
-        part = trainer.compute_loss(trainer.model, batch, num_items_in_batch=totals)
-        part.backward()
-        loss += part.item()
+        loss += trainer.training_step(trainer.model, batch, totals).item()
     trainer.model.zero_grad()
     peak = peak_memory_bytes(trainer.args.device) / 1e9
     console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak:.2f} GB; nothing was written")
@@ -186,6 +185,24 @@ def which_adapter(trainer: ORPOTrainer) -> str:
     if trainer.args.load_best_model_at_end and best:
         return f"best by {trainer.args.metric_for_best_model}: {trainer.state.best_metric:.4f} at step {trainer.state.best_global_step}"
     return f"last, step {trainer.state.global_step}"
+
+
+def memory(made: Plan | None, device: torch.device) -> dict[str, Any] | None:
+    """What run.json says of memory: the plan and, on CUDA, what torch measured; `error` is (planned - measured) / measured."""
+    record = made.as_dict() if made else {}
+    if device.type != "cuda":
+        return record or None
+    measured = {
+        "allocated_bytes": torch.cuda.max_memory_allocated(device),
+        "reserved_bytes": torch.cuda.max_memory_reserved(device),
+    }
+    allocated, error = measured["allocated_bytes"], None
+    line = f"memory: measured {allocated / 1e9:.2f} GB in tensors at most, {measured['reserved_bytes'] / 1e9:.2f} GB reserved"
+    if made and allocated:
+        error = made.peak / allocated - 1
+        line += f"; planned {made.peak / 1e9:.2f} GB, {error:+.1%}"
+    console.print(line)
+    return record | {"measured": measured, "error": error}
 
 
 def finished(folder: RunFolder, facts: dict[str, Any]) -> None:

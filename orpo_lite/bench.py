@@ -157,8 +157,8 @@ class Contest:
             self.rows = rows
 
 
-def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str) -> Any:
-    """TRL's ORPOTrainer around the same model, with the same precision."""
+def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings: Any) -> Any:
+    """TRL's ORPOTrainer around the same model, with the same precision, and further settings of its ORPOConfig."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.experimental.orpo import ORPOConfig as TRLConfig
@@ -169,7 +169,7 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str) -> Any:
     config = TRLConfig(output_dir=scratch, beta=args.beta, max_length=args.max_length, report_to="none", disable_dropout=True,
                        remove_unused_columns=False,
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
-                       dataloader_pin_memory=torch.cuda.is_available(), **checkpointing)  # fmt: skip
+                       dataloader_pin_memory=torch.cuda.is_available(), **checkpointing, **settings)  # fmt: skip
     row = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
     disable_progress_bars()  # of one row being tokenised
     try:

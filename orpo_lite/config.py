@@ -77,6 +77,9 @@ class ORPOConfig(TrainingArguments):
     checkpointed_layers: int | None = _help(
         "With checkpointing on, only the first so many layers; unset means all.", default=None
     )
+    offload_activations: bool = _help(
+        "With checkpointing on, keep what each layer saves in the host's memory until its backward pass.", default=False
+    )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __post_init__(self) -> None:

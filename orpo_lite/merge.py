@@ -37,9 +37,11 @@ from orpo_lite.merging.plan import Plan, make_plan
 from orpo_lite.merging.stream import write_shards
 from orpo_lite.merging.workers import one_thread_each
 from orpo_lite.model import load_tokenizer, stop_token_ids
-from orpo_lite.model.hub import adapter_folder, readable
+from orpo_lite.model.files import check_adapter
+from orpo_lite.model.hub import adapter_folder, called, readable
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection, Recipe
+from orpo_lite.runfolder import RunFolder
 
 SPARE_BYTES = 100 * 10**6
 """Room for tokenizer, configuration and card beside the weights."""
@@ -105,10 +107,14 @@ def merge(
     if output.is_symlink() or output.name in ("", ".."):  # what can be renamed is the folder itself
         output = output.resolve()
     check_request(source, output, onto, quantize)
+    check_adapter(source)
     spec = base_section(source, base)
-    tokenizer = tokenizer_of(source, spec)
     trained = torch.bfloat16 if trained_dtype(source, spec) == "bfloat16" else torch.float32
-    origin = Base(spec, onto, trained)
+    named = f"{source / 'adapter_config.json'}, base_model_name_or_path"
+    named = "--base" if base else "model.name_or_path" if (source / "recipe.yaml").is_file() else named
+    with called(named, "" if base else " (--base names another base)"):
+        tokenizer = tokenizer_of(source, spec)
+        origin = Base(spec, onto, trained)
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
     plan = make_plan(source, origin, dtype=getattr(torch, dtype) if dtype else None, rows=1 + max(ids, default=-1))
     kept = quantise_plan(plan, quantize) if quantize else None
@@ -184,7 +190,7 @@ def base_section(source: Path, base: str | None) -> ModelSection:
         # by its file: a folder may have the name of a shipped recipe
         spec = Recipe.load(source / "recipe.yaml").model
         return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
-    with readable(str(source)):
+    with called("adapter"), readable(str(source)):
         config = PeftConfig.from_pretrained(str(source))
     name = base or config.base_model_name_or_path
     if not name:
@@ -209,7 +215,7 @@ def trained_dtype(source: Path, spec: ModelSection) -> Any:
     """Compute dtype of the run, where run.json or the recipe says so, else float32."""
     known = spec.dtype
     if (source / "run.json").is_file():
-        known = json.loads((source / "run.json").read_text("utf-8"))["base_model"].get("dtype", known)
+        known = RunFolder(source).read().get("base_model", {}).get("dtype", known)
     # float16 cannot be asked for on the CPU; it rounds stored weights far less than 4 bits do
     return known if known == "bfloat16" else "float32"
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, errors, run_command
 from orpo_lite.errors import RequestError
+from orpo_lite.planning import drawing
 
 
 def command(
@@ -22,15 +25,35 @@ def command(
     all_recipes: Annotated[
         bool, typer.Option("--all-recipes", help="print the table of all shipped recipes as Markdown")
     ] = False,
+    beside_trl: Annotated[
+        bool,
+        typer.Option("--beside-trl", help="plan the training step of TRL's ORPOTrainer as well, on the same pairs"),
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables (bytes)")] = False,
+    fit: Annotated[
+        bool, typer.Option("--fit", help="search the fastest settings that fit the card, and write them as a recipe")
+    ] = False,
+    output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
+    picture: Annotated[Path | None, typer.Option(help="write the bars as FILE.png, .svg or .html")] = None,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
     if all_recipes == (recipe is not None):
         raise RequestError("give one of --recipe NAME and --all-recipes")
+    if beside_trl and all_recipes:
+        raise RequestError("--beside-trl plans one recipe: give --recipe NAME")
+    if output and not fit:
+        raise RequestError("--output says where --fit writes the recipe it finds: give --fit as well")
+    if fit and all_recipes:
+        raise RequestError("--fit fits one recipe: give --recipe NAME")
+    if picture:
+        if all_recipes:
+            raise RequestError("--picture shows the plan of one recipe: give --recipe NAME")
+        drawing.check(picture)
     from orpo_lite.recipe import Recipe
 
     # before the long imports, so that a mistake is told at once
     loaded = Recipe.load(recipe, overrides or []) if recipe is not None else None
+    from orpo_lite.planning import picture as pictures
     from orpo_lite.planning import show
     from orpo_lite.planning.cards import Card, find_cards
     from orpo_lite.planning.kernels import Target
@@ -40,20 +63,46 @@ def command(
     if loaded is None:
         print(show.all_recipes())
         return
-    if gpu == "cpu":
-        made, verdicts = plan(loaded, Target("cpu")), []
+    planner, found, verdicts = Planner(), None, []
+    if fit:
+        from orpo_lite.planning import fitted
+
+        fitted.check(output)
+        found = fitted.search(loaded, gpu)
+        made = found.choice.plan
+    elif gpu == "cpu":
+        made = plan(loaded, Target("cpu"))
     else:
-        planner, cards = Planner(), find_cards(gpu) if gpu else []
+        cards = find_cards(gpu) if gpu else []
         if not gpu and loaded.memory.gpu_gb:
             cards = [Card(f"{loaded.memory.gpu_gb:g} GB", loaded.memory.gpu_gb)]
         made = planner(loaded, cards[0].target if len(cards) == 1 else Target("cuda"))
         verdicts = [judge(loaded, card, planner) for card in cards]
+    drawn = pictures.picture(made.as_dict(), [show.as_dict(one) for one in verdicts])
+    theirs = None
+    if beside_trl:
+        from orpo_lite.planning import trl_step
+
+        theirs = trl_step.plan_trl(found.recipe if found else loaded, made)
     if as_json:
-        print(json.dumps(made.as_dict() | {"cards": [show.as_dict(one) for one in verdicts]}, indent=1))
-        return
-    show.plan(console, made)
-    if verdicts:
-        show.cards(console, verdicts)
+        told = made.as_dict() | {"cards": [show.as_dict(one) for one in verdicts]}
+        if theirs:
+            told["trl"] = trl_step.as_dict(made, theirs)
+        if found:
+            told["fit"] = fitted.as_dict(found, fitted.write(found, output))
+        print(json.dumps(told, indent=1))
+    else:
+        show.plan(console, made)
+        pictures.bars(console, drawn)
+        if verdicts:
+            show.cards(console, verdicts)
+        if theirs:
+            trl_step.show(console, made, theirs)
+        if found:
+            fitted.show(console, found, fitted.write(found, output))
+    if picture:
+        drawing.write(drawn, picture)
+        (errors if as_json else console).print(f"picture: {escape(str(picture))}", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,6 +11,8 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
+from orpo_lite.model.offload import HostMemory, checkpointing_layers, offload
+
 logger = logging.getLogger(__name__)
 
 
@@ -83,20 +85,24 @@ class StopOnNonFinite(TrainerCallback):
 
 
 class CheckpointedLayers(TrainerCallback):
-    """Recompute only the first `count` layers in the backward pass; the others keep their activations."""
+    """Recompute only the first layers in the backward pass, or keep what they save in the host's memory, or both.
 
-    def __init__(self, count: int):
-        self.count = count
+    Args:
+        count: layers that recompute their activations, the first ones; None for all. The others keep them.
+        offload: send what those layers keep to the host's memory until their backward pass.
+    """
+
+    def __init__(self, count: int | None, offload: bool = False):
+        self.count, self.offload = count, offload
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        layers = [
-            m
-            for m in model.modules()
-            if hasattr(m, "gradient_checkpointing") and hasattr(m, "_gradient_checkpointing_func")
-        ]
-        if self.count > len(layers):
-            logger.warning(
-                "memory.checkpointing: %d, but this model has %d layers: all checkpoint", self.count, len(layers)
-            )
+        layers = checkpointing_layers(model)
+        count = len(layers) if self.count is None else self.count
+        if count > len(layers):
+            logger.warning("memory.checkpointing: %d, but this model has %d layers: all checkpoint", count, len(layers))
         for i, layer in enumerate(layers):
-            layer.gradient_checkpointing = i < self.count
+            layer.gradient_checkpointing = i < count
+        if self.offload and args.device.type == "cuda":
+            offload(layers[:count], HostMemory())
+        elif self.offload:
+            logger.warning("memory.offload_activations: the CPU's own memory holds the activations: nothing to offload")

@@ -9,6 +9,8 @@ import difflib
 import functools
 import json
 import math
+import os
+import re
 import typing
 from enum import Enum
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Annotated, Any, Literal
 
 import yaml
 from pydantic import (
+    AfterValidator,
     BaseModel,
     BeforeValidator,
     ConfigDict,
@@ -26,6 +29,7 @@ from pydantic import (
     model_validator,
 )
 
+from orpo_lite import safe_yaml
 from orpo_lite.errors import RequestError
 
 PACKAGE = Path(__file__).parent
@@ -33,6 +37,20 @@ BUILTIN = "builtin:"  # a path inside the installed package, for example builtin
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+
+
+def checked_pattern(pattern: Any) -> Any:
+    """The value as it is, or ValueError if it is text but no regular expression."""
+    try:
+        if isinstance(pattern, str):
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"found {shown(pattern)}, which is no regular expression: {error}") from None
+    return pattern
+
+
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
+Modules = Annotated[str | list[str], AfterValidator(checked_pattern)]
 
 
 class RecipeError(RequestError):
@@ -82,17 +100,17 @@ class AdapterSection(Section):
     """LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
     dropout: Fraction = 0.0
     """Dropout on the adapter's input (active only with orpo.disable_dropout: false)."""
-    target_modules: str | list[str] = "all-linear"
+    target_modules: Modules = "all-linear"
     """Module names, a regular expression, or all-linear (which leaves output head and routers out)."""
-    exclude_modules: str | list[str] | None = None
+    exclude_modules: Modules | None = None
     """Module names or a regular expression never to adapt."""
     target_parameters: list[str] | None = None
     """Parameters (fused experts, for example mlp.experts.down_proj) to adapt."""
     modules_to_save: list[str] | None = None
     """Modules trained whole and saved with the adapter, for example [embed_tokens, lm_head]."""
-    rank_pattern: dict[str, int] = {}
+    rank_pattern: dict[Pattern, Positive] = {}
     """Rank by module name or regular expression, where it differs from r."""
-    alpha_pattern: dict[str, float] = {}
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
     """Alpha by module name or regular expression, where it differs from alpha."""
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
@@ -169,7 +187,7 @@ class DataSection(Section):
     """Use only the first rows of the training data (before anything is dropped)."""
     max_eval_rows: Positive | None = None
     """Use only the first rows of the held-out data."""
-    seed: int = 0
+    seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the held-out choice and of source sampling."""
     num_proc: Positive | None = None
     """Processes for tokenising."""
@@ -203,12 +221,23 @@ class MemorySection(Section):
     """Layers whose activations are recomputed in the backward pass; auto is all on a GPU and none on the CPU."""
     head_chunk: Literal["auto"] | Positive = "auto"
     """Rows of logits held at a time; auto keeps them near 64 MB."""
+    offload_activations: bool = False
+    """Keep what checkpointed layers save in the host's memory until their backward pass (CUDA only)."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> MemorySection:
+        if self.offload_activations and self.checkpointing in ("none", 0):
+            raise ValueError(
+                f"offload_activations is true, but checkpointing is {self.checkpointing}: only what checkpointed layers keep is "
+                "offloaded; set checkpointing to auto, all or a number of layers"
+            )
+        return self
 
 
 class RuleSection(Section):
-    chosen: str
+    chosen: Pattern
     """Regular expression that an answer in the chosen style matches (searched, case-insensitive)."""
-    rejected: str
+    rejected: Pattern
     """Regular expression that an answer in the rejected style matches."""
 
 
@@ -301,17 +330,28 @@ class Recipe(Section):
         path = find_recipe(source)
         content = read_yaml(path)
         content.setdefault("name", path.stem)
-        for word in overrides:
-            apply_override(content, word)
-        return cls.parse(content, str(path))
+        return cls.parse(content, str(path), [apply_override(content, word) for word in overrides])
 
     @classmethod
-    def parse(cls, content: dict[str, Any], source: str = "recipe") -> Recipe:
-        """Validate a plain dict; `source` names it in the error."""
+    def parse(cls, content: dict[str, Any], source: str = "recipe", overridden: typing.Sequence[str] = ()) -> Recipe:
+        """Validate a plain dict; `source` names it in the error, save for what stands in `overridden` fields."""
+        problems = [f"{place}: {wrong}" for place, value in leaves(content) if (wrong := unfit(value))]
+        recipe = None
         try:
-            return cls.model_validate(content)
+            recipe = cls.model_validate(content)
         except ValidationError as error:
-            raise RecipeError(source, describe(error)) from None
+            known = tuple(line.partition(" ")[0] for line in problems)
+            problems += [line for line in describe(error) if not line.startswith(known)] if known else describe(error)
+        except UnicodeEncodeError:  # half a character in a key: pydantic's own failure, and a problem already
+            assert problems
+        if recipe and not problems:
+            return recipe
+        mentions = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w])") for key in overridden]
+        own = [any(mention.search(line) for mention in mentions) for line in problems]
+        if all(own):
+            raise RecipeError("command line", problems)
+        lines = [f"command line, {line}" if mine else line for line, mine in zip(problems, own, strict=True)]
+        raise RecipeError(source, sorted(lines, key=lambda line: line.startswith("command line, ")))
 
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back to the same run."""
@@ -339,50 +379,59 @@ def find_recipe(source: str | Path) -> Path:
     path, shipped = Path(source), shipped_recipes()
     if str(source) in shipped:  # before the folders, so that a run folder called quickstart does not hide the recipe
         return shipped[str(source)]
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike Path.is_dir, false for what can be no path
         path = path / "recipe.yaml"
         if not path.is_file():
             raise RecipeError(str(source), ["this folder holds no recipe.yaml: is it a run folder?"])
         return path
     if path.suffix in (".yaml", ".yml"):
-        if not path.is_file():
-            raise RecipeError(str(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
+        if not os.path.isfile(path):
+            raise RecipeError(shown(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
         return path
     raise RecipeError(
-        str(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
+        shown(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
     )
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML mapping, read with the safe loader."""
+    """A recipe's YAML mapping.
+
+    Raises:
+        RecipeError: not readable, see `safe_yaml`, or something else than a mapping.
+    """
     try:
-        content = yaml.safe_load(path.read_text("utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
-        raise RecipeError(str(path), [f"not readable as YAML: {' '.join(str(error).split())}"]) from None
+        content = safe_yaml.read(path)
+    except safe_yaml.YamlError as error:
+        raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
     if not isinstance(content, dict):
-        raise RecipeError(
-            str(path), [f"found {type(content).__name__} at the top, expected sections such as model: and data:"]
-        )
+        found = "the file is empty" if content is None else f"found {shown(content)} at the top"
+        found = "found a list at the top" if isinstance(content, list) else found
+        raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
     return content
 
 
-def apply_override(content: dict[str, Any], word: str) -> None:
-    """Set one dotted key=value in place; the value is read as YAML (`null`, lists and numbers work)."""
+def apply_override(content: dict[str, Any], word: str) -> str:
+    """Set one dotted key=value in place; the value is read as YAML (`null`, lists and numbers work). Returns the key."""
     key, equals, value = word.partition("=")
     if not equals or not key:
-        raise RecipeError("override", [f"found {word!r}, expected key=value, for example training.learning_rate=5e-6"])
+        raise RecipeError(
+            "command line", [f"found {shown(word)}, expected key=value, for example training.learning_rate=5e-6"]
+        )
     *parents, leaf = key.split(".")
     place = content
     for parent in parents:
         if place.get(parent) is None:
             place[parent] = {}
         if not isinstance(place[parent], dict):
-            raise RecipeError("override", [f"{word}: {parent} is not a section, it is {place[parent]!r}"])
+            raise RecipeError(
+                "command line", [f"{shown(word)}: {parent} is not a section; {parent} is {shown(place[parent])}"]
+            )
         place = place[parent]
     try:
-        place[leaf] = yaml.safe_load(value) if value else None
-    except yaml.YAMLError as error:
-        raise RecipeError("override", [f"{word}: value not readable as YAML: {' '.join(str(error).split())}"]) from None
+        place[leaf] = safe_yaml.parse(value)
+    except safe_yaml.YamlError as error:
+        raise RecipeError("command line", [f"{word[:200]}: value {error}"]) from None
+    return key
 
 
 @functools.cache
@@ -393,6 +442,9 @@ def training_fields() -> dict[str, Any]:
     return {key: hint for key, hint in typing.get_type_hints(TrainingArguments).items() if not key.startswith("_")}
 
 
+UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"}
+SEEDS = {"seed", "data_seed"}
+BETAS = {"adam_beta1", "adam_beta2"}
 POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps"}  # fmt: skip
 
@@ -412,16 +464,24 @@ def check_training_field(key: str, value: Any) -> Any:
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
         raise ValueError(
-            f"training.{key}: found {value!r}{nearest(value, choices)}, expected one of {', '.join(choices)}"
+            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}"
         )
     try:
         clean = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"training.{key}: found {value!r}, {error.errors()[0]['msg'].lower()}") from None
+        raise ValueError(f"training.{key}: found {shown(value)}, expected: {wanted(error.errors()[0])}") from None
     if isinstance(clean, float) and not math.isfinite(clean):
-        raise ValueError(f"training.{key}: found {value!r}, expected a finite number")
-    if key in POSITIVE and not clean > 0:
-        raise ValueError(f"training.{key}: found {value!r}, expected a number above 0")
+        raise ValueError(f"training.{key}: found {shown(value)}, expected a finite number")
+    if isinstance(clean, int | float):
+        limits = {
+            "a number above 0": key in POSITIVE and not clean > 0,
+            "0 or more": key in UNSIGNED and clean < 0,
+            "a number from 0 to below 1": key in BETAS and not 0 <= clean < 1,
+            "a number from 0 to 4294967295": key in SEEDS and not 0 <= clean < 2**32,
+        }
+        for expected, broken in limits.items():
+            if broken:
+                raise ValueError(f"training.{key}: found {shown(value)}, expected {expected}")
     return clean.value if isinstance(clean, Enum) else clean
 
 
@@ -431,24 +491,83 @@ def nearest(word: str, known: typing.Iterable[str]) -> str:
     return f" (did you mean {close[0]}?)" if close else ""
 
 
+def shown(value: Any, width: int = 100) -> str:
+    """A value as Python writes it, cut: what a file holds can be of any size."""
+    text = repr(str(value) if isinstance(value, Path) else value)
+    return text if len(text) <= width else f"{text[:width]}..."
+
+
+def leaves(value: Any, place: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Every value that is neither mapping nor list, and every key that is text, with its dotted place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inside = f"{place}.{key}".removeprefix(".")
+            if isinstance(key, str) and unfit(key):
+                yield f"{place or 'recipe'}, key {shown(key)}", key
+            else:
+                yield from leaves(item, inside)
+    elif isinstance(value, list | tuple | set):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{place}.{number}")
+    else:
+        yield place, value
+
+
+def unfit(value: Any) -> str | None:
+    """What is wrong with a value wherever it stands, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {value}, expected a finite number"
+    if isinstance(value, str) and "\0" in value:
+        return f"found {shown(value)}, which holds a NUL character: leave it out"
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return f"found {shown(value)}, which holds half a character: write the character itself, not its escapes"
+    return None
+
+
+UNION_MEMBER = re.compile(
+    r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|[A-Z]\w*Section|DataSource",
+    re.DOTALL,
+)
+"""What pydantic puts into the place of an error beside the user's own keys."""
+
+
 def describe(error: ValidationError) -> list[str]:
     """Pydantic's errors in words: field, what was found, what was expected."""
-    lines = []
+    lines: list[str] = []
     for item in error.errors():
-        # union members' names and our own class names are pydantic's path, not the user's
-        place = [str(part) for part in item["loc"] if not str(part)[:1].isupper() and "[" not in str(part)]
-        field = ".".join(part for part in place if not part.startswith(("literal", "constrained", "function")))
+        # a key that is no field is the user's own word, whatever it looks like
+        last = [str(item["loc"][-1])] if item["type"] in ("extra_forbidden", "missing") else []
+        rest = item["loc"][:-1] if last else item["loc"]
+        place = [str(part) for part in rest if not UNION_MEMBER.fullmatch(str(part))] + last
+        field = ".".join(place)
         if item["type"] == "extra_forbidden":
-            homes = [] if place[:-1] else sections_with(place[-1])
+            homes = [] if place[:-1] else sections_with(place[-1].lower())
             hint = f" (did you mean {' or '.join(homes)}?)" if homes else nearest(place[-1], known_keys(place[:-1]))
             lines.append(f"{field}: unknown key{hint}")
+        elif item["type"] == "invalid_key":
+            lines.append(f"{field}: unknown key, expected one of {', '.join(known_keys(place[:-1]))}")
         elif item["type"] == "missing":
-            lines.append(f"{field}: missing, and it has no default")
+            inside = known_keys(place)
+            about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
+            lines.append(f"{field}: missing, and it has no default{about}")
         elif item["type"] == "value_error":
-            lines += str(item.get("ctx", {})["error"]).split("\n")
+            told = str(item.get("ctx", {})["error"]).split("\n")
+            lines += [line if line.startswith(field) else f"{field}: {line}" for line in told]
+        elif item["type"] in ("model_type", "model_attributes_type"):
+            keys = ", ".join(known_keys(place))
+            lines.append(f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}")
         else:
-            lines.append(f"{field}: found {item['input']!r}, expected: {item['msg'].removeprefix('Input should be ')}")
+            line = f"{field}: found {shown(item['input'])}, expected: "
+            if lines and lines[-1].startswith(line):  # the other members of a union
+                lines[-1] += f" or {wanted(item)}"
+            else:
+                lines.append(line + wanted(item))
     return list(dict.fromkeys(lines))
+
+
+def wanted(item: Any) -> str:
+    """Pydantic's words for what it expected."""
+    return item["msg"].removeprefix("Input should be ")
 
 
 def known_keys(place: list[str]) -> list[str]:

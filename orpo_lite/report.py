@@ -27,7 +27,7 @@ STYLE = """
 :root{--bg:#fff;--fg:#1c2024;--dim:#60646c;--line:#dfe2e6;--a:#0b68cb;--b:#8a8f98;--c:#c2410c}
 @media(prefers-color-scheme:dark){:root{--bg:#15181c;--fg:#e8eaed;--dim:#9aa0a8;--line:#333940;--a:#6cb4ff;--b:#7d848d;--c:#ff9d6b}}
 body{margin:0 auto;max-width:64rem;padding:1.5rem 1rem;background:var(--bg);color:var(--fg);font:16px/1.5 system-ui,sans-serif}
-h1{font-size:1.5rem}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
+h1{font-size:1.5rem;overflow-wrap:anywhere}h2{font-size:1.15rem;margin-top:2rem}table{border-collapse:collapse;width:100%}
 td,th{padding:.3rem .6rem .3rem 0;border-bottom:1px solid var(--line);text-align:left;vertical-align:top}
 figure{margin:0}figcaption{font-weight:600}.curves{display:grid;gap:1.5rem;grid-template-columns:repeat(auto-fit,minmax(18rem,1fr))}
 svg{width:100%;height:auto}text{fill:var(--dim);font-size:11px}.dim{color:var(--dim)}.verdict{font-size:1.1rem}
@@ -54,14 +54,35 @@ def page(facts: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
     parts.append("<h2>Training</h2><div class=curves>" + "".join(curves) + "</div>")
     if facts["samples"]["after"]:
         parts.append("<h2>Greedy answers to held-out prompts</h2>" + samples_table(facts["samples"]))
+    if facts.get("plan"):
+        parts.append(memory(facts["plan"]))
     parts.append("<h2>Data</h2>" + rows_table(data_rows(facts)))
     parts.append("<h2>Run</h2>" + rows_table(run_rows(facts)))
-    head = (
+    return document(f"ORPO run {facts['name']}", "".join(parts))
+
+
+def document(title: str, body: str) -> str:
+    """A whole page around a body that is HTML already."""
+    return (
         "<!doctype html><html lang=en><head><meta charset=utf-8>"
         "<meta name=viewport content='width=device-width,initial-scale=1'>"
-        f"<title>ORPO run {escape(facts['name'])}</title><style>{STYLE}</style></head><body>"
+        f"<title>{escape(title)}</title><style>{STYLE}</style></head><body>{body}</body></html>"
     )
-    return head + "".join(parts) + "</body></html>"
+
+
+def memory(plan: dict[str, Any]) -> str:
+    """The plan that training began with, and what it then took."""
+    from orpo_lite.planning.drawing import html
+    from orpo_lite.planning.picture import picture
+
+    took, planned = (plan.get("measured") or {}).get("allocated_bytes"), plan["peak_bytes"]
+    if not took:
+        return "<h2>Memory: the plan</h2>" + html(picture(plan))
+    return (
+        "<h2>Memory: plan against measured</h2>"
+        f"<p>{planned / 1e9:.2f} GB in tensors were planned, {took / 1e9:.2f} GB measured: the plan was "
+        f"{abs(planned / took - 1):.1%} {'over' if planned >= took else 'under'}.</p>" + html(picture(plan))
+    )
 
 
 def verdict(facts: dict[str, Any]) -> str:

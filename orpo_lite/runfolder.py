@@ -11,6 +11,9 @@ from typing import Any
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 
+SAME_RESULT = re.compile(r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.per_device_eval_batch_size: ")
+"""Changes that a run can go on with, since they change what it takes and not what it makes."""
+
 
 @dataclass
 class RunFolder:
@@ -44,8 +47,8 @@ class RunFolder:
     def create(cls, recipe: Recipe, resume: bool = False) -> RunFolder:
         """The folder of a new run, or the one being resumed.
 
-        An unfinished run of the same recipe is gone on with, from its newest checkpoint if it has one; a folder that
-        holds anything else is left alone and the next free number is appended.
+        An unfinished run of the same recipe, settings of memory aside, is gone on with, from its newest checkpoint if it
+        has one; a folder that holds anything else is left alone and the next free number is appended.
 
         Raises:
             RequestError: `resume`, but there is nothing to go on from, or the recipe has changed.
@@ -56,8 +59,11 @@ class RunFolder:
                 f"--resume: {folder.path} holds no checkpoint to go on from (training.save_strategy and save_steps say when one is written); start without --resume"
             )
         if (folder.path / "recipe.yaml").is_file() and not folder.finished:
-            changed = folder.changes(recipe)
+            changes = folder.changes(recipe)
+            changed = [line for line in changes if not SAME_RESULT.match(line)]
             if not changed:
+                if changes:
+                    recipe.save(folder.path / "recipe.yaml")
                 return folder
             if resume:
                 lines = "\n".join(f"  - {line}" for line in changed)
@@ -72,7 +78,9 @@ class RunFolder:
         try:
             folder.checkpoints.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise RequestError(f"training.output_dir: {folder.path} cannot be written: {error.strerror}") from None
+            raise RequestError(
+                f"training.output_dir: {folder.path} cannot be written ({error.strerror}): choose another place"
+            ) from None
         if folder.path != recipe.folder:  # its own recipe leads back to it, also to resume
             recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(folder.path)}})
         recipe.save(folder.path / "recipe.yaml")
@@ -105,6 +113,10 @@ class RunFolder:
         except FileNotFoundError:
             raise RequestError(
                 f"{self.path}: no run.json, so this run did not finish; train it with --resume first"
+            ) from None
+        except ValueError as error:
+            raise RequestError(
+                f"{self.path / 'run.json'} is broken JSON ({error}): copy the run again, or train it again"
             ) from None
 
     def write(self, facts: dict[str, Any]) -> None:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import torch
 import typer
@@ -37,12 +38,16 @@ from orpo_lite.model import (
     load_tokenizer,
     save_adapter,
 )
-from orpo_lite.model.base import read_config
-from orpo_lite.progress import Bar, CheckpointedLayers, MetricsFile, StopOnNonFinite
+from orpo_lite.model.base import local_device, read_config
+from orpo_lite.outofmemory import OutOfMemory, named
+from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
 from orpo_lite.runfolder import RunFolder
 from orpo_lite.trainer import ORPOTrainer
+
+if TYPE_CHECKING:
+    from orpo_lite.planning.predict import Plan
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -65,29 +70,39 @@ class Run:
     facts: dict[str, Any]
 
 
-def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run | None:
+def run(
+    recipe: Recipe,
+    *,
+    dry_run: bool = False,
+    resume: bool = False,
+    plan: bool = False,
+    force: bool = False,
+    again: str = "",
+) -> Run | None:
     """Train what the recipe says and write the run folder; the whole story, in the order of the data flow.
 
     Args:
         dry_run: stop before the first optimizer step, and write nothing.
         resume: go on from the folder's newest checkpoint.
+        plan: predict the memory on the CPU as well; on a GPU it always is.
+        force: start even what cannot fit the GPU.
+        again: the command-line that asked for this run, for what it says to type next.
 
     Returns:
         The finished run, or None after a dry run.
 
     Raises:
-        RequestError: the recipe, its data or its model cannot be used as they are.
+        RequestError: the recipe, its data or its model cannot be used as they are, or cannot fit the GPU.
+        OutOfMemory: memory ran out in a way that smaller micro-batches do not help.
     """
     started = time.monotonic()
     recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
-    pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=read_config(recipe.model).is_encoder_decoder)
+    encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
+    pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
+    planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
-    base, facts = load_base(recipe.model, tokenizer)
-    checkpointing = checkpointed(recipe, base.device)
-    model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
-    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
-        initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
+    model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -100,8 +115,6 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
         trainer.add_callback(StopOnNonFinite())
-        if checkpointing not in (None, 0):
-            trainer.add_callback(CheckpointedLayers(checkpointing))
         announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
         if folder is None:
             announce.first_step(trainer)
@@ -116,11 +129,14 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
         train_started = time.monotonic()
         try:
-            outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
-        except KeyboardInterrupt:
+            with named("training, outside of the passes over a micro-batch"):
+                outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+        except (KeyboardInterrupt, OutOfMemory) as stop:
             left = folder.checkpoint
             say = f"go on with --recipe {folder.path} --resume" if left else "no checkpoint was written yet"
-            errors.print(f"\ninterrupted at step {trainer.state.global_step}: {say}")
+            if left and isinstance(stop, OutOfMemory):
+                say += ", which takes other settings of memory (memory.*, orpo.tokens_per_batch) with it"
+            errors.print(f"\nstopped at step {trainer.state.global_step}: {say}", soft_wrap=True)
             raise
         train_seconds = time.monotonic() - train_started
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
@@ -132,6 +148,8 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
         "total_seconds": round(time.monotonic() - started, 3),
         "pairs_per_second": round(outcome.metrics["train_samples_per_second"], 3),
         "peak_memory_bytes": peak_memory_bytes(args.device),
+        "plan": announce.memory(planned, args.device),
+        "out_of_memory": {"training": trainer.micro_limit.met, "evaluation": trainer.eval_limit.met},
         "adapter": announce.which_adapter(trainer),
         "eval": {"before": before, "after": after},
         "samples": {"before": samples_before, "after": samples_after},
@@ -150,6 +168,31 @@ def run(recipe: Recipe, *, dry_run: bool = False, resume: bool = False) -> Run |
     return Run(folder.path, record)
 
 
+def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
+    """Base and adapter, what is known of the base, and how many layers checkpoint."""
+    with named("loading the base model"):
+        base, facts = load_base(recipe.model, tokenizer)
+    checkpointing = checkpointed(recipe, base.device)
+    model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
+    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
+        initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
+    return model, facts, checkpointing
+
+
+def plan_memory(
+    recipe: Recipe, pairs: Pairs, encoder_decoder: bool, asked: bool, force: bool, again: str
+) -> Plan | None:
+    """The plan of the run, said in a line: on a GPU always, on the CPU where asked."""
+    device = local_device()
+    if device.type != "cuda" and not asked:
+        return None
+    from orpo_lite.planning.lengths import Lengths
+    from orpo_lite.planning.start import before_loading
+
+    again = again or f"python -m orpo_lite.train --recipe {recipe.name}"
+    return before_loading(recipe, Lengths.of(pairs, encoder_decoder), device, force, again)
+
+
 def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
     """What the first process makes, known to all of them."""
     if PartialState().num_processes == 1:
@@ -164,9 +207,13 @@ def held_out(
     """Metrics and sample answers of the model as it stands."""
     if pairs.eval is None:
         return None, []
-    metrics = evaluate(trainer)
     model = trainer.accelerator.unwrap_model(trainer.model)
-    with autocast(model):
+    with named("evaluating"):
+        metrics = evaluate(trainer)
+    with (
+        named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
+        autocast(model),
+    ):
         samples = answer(model, tokenizer, pairs.eval, recipe.evaluation.samples, recipe.evaluation.max_new_tokens)
     return metrics, samples
 
@@ -208,6 +255,8 @@ def arguments(
         layout=recipe.orpo.layout,
         tokens_per_batch=recipe.orpo.tokens_per_batch,
         head_chunk=None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
+        checkpointed_layers=checkpointing or None,
+        offload_activations=recipe.memory.offload_activations,
         disable_dropout=recipe.orpo.disable_dropout,
         loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
     )
@@ -270,7 +319,8 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
                 "max_rows": recipe.data.max_eval_rows,
             }
         )
-        pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder)
+        field = "data.eval" if data is None else "--data"
+        pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder, field=field)
         pairs.eval = pairs.train
     else:
         pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
@@ -292,11 +342,16 @@ def command(
         bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
     ] = False,
     resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU that is there")] = False,
 ) -> None:
     """Train an adapter with ORPO as a recipe says."""
     if dry_run and resume:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
-    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume)
+    again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
+    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume, plan=plan, force=force, again=again)
 
 
 if __name__ == "__main__":

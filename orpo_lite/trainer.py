@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import time
 from typing import Any
@@ -12,21 +11,19 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from transformers import Trainer
-from transformers.trainer_utils import EvalLoopOutput
 
-from orpo_lite.attention import packed_attention, plain_attention
+from orpo_lite.attention import plain_attention
 from orpo_lite.config import ORPOConfig
-from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
+from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.steps import step_loader
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
-from orpo_lite.generate import log_answers
-from orpo_lite.head import LabelRows, head_transform, score_labels, score_logits
+from orpo_lite.head import head_transform
 from orpo_lite.layout import choose_layout
-from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.measure import peak_memory_bytes
-from orpo_lite.metrics import finish_metrics, metric_sums, pair_metrics
+from orpo_lite.metrics import finish_metrics
 from orpo_lite.model import autocast, optimizer_for
+from orpo_lite.objective import ObjectiveTrainer, micro_batches
+from orpo_lite.outofmemory import Limit
 from orpo_lite.prepare import (
     adapt,
     base_of,
@@ -37,14 +34,14 @@ from orpo_lite.prepare import (
     pad_token,
     tokenizer_of,
 )
+from orpo_lite.progress import CheckpointedLayers
 
 logger = logging.getLogger(__name__)
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 LOW_LORA_LEARNING_RATE = 1e-5
 
 
-class ORPOTrainer(Trainer):
+class ORPOTrainer(ObjectiveTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
@@ -70,8 +67,6 @@ class ORPOTrainer(Trainer):
     """
 
     _tag_names = ["orpo", "orpo-lite"]
-    args: ORPOConfig
-    model: Any
 
     def __init__(
         self,
@@ -185,7 +180,10 @@ class ORPOTrainer(Trainer):
         plain = self.accelerator.unwrap_model(self.model)
         with autocast(plain):
             self.head_transform = head_transform(plain, args.device, exact)
+        if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
+            self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self._sums: dict[str, Tensor] = {}
+        self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         self._clock = time.monotonic()
         if (
             isinstance(self.model, PeftModel)
@@ -245,96 +243,9 @@ class ORPOTrainer(Trainer):
             return super().get_train_dataloader()
         return step_loader(self.train_dataset, args, self.layout.name, self.data_collator)
 
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        """Forward and backward of a micro-batch, or of all of a step's, gradients synchronised on the last only."""
-        if "micro_batches" not in inputs:
-            return super().training_step(model, inputs, num_items_in_batch)
-        loss = torch.zeros((), device=self.args.device)
-        *first, last = inputs["micro_batches"]
-        for batch in first:
-            with self.accelerator.no_sync(model):
-                loss += super().training_step(model, batch, num_items_in_batch)
-        return loss + super().training_step(model, last, num_items_in_batch)
-
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate, over all micro-batches of a step."""
         return sum(super(ORPOTrainer, self).floating_point_ops(batch) for batch in micro_batches(inputs))
-
-    # ---- loss ----------------------------------------------------------------------------------------------------
-
-    def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
-        ours = "label_rows" in batch or "micro_batches" in batch
-        return self._prepare_inputs(batch if ours else from_trl(batch, self.collator))
-
-    def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
-        """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
-        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        if self.aux_enabled:
-            inputs["output_router_logits"] = True
-        target = LabelRows(batch["label_rows"], batch["label_ids"])
-        unwrapped = self.accelerator.unwrap_model(model)
-        with contextlib.ExitStack() as stack:
-            if "segments" in batch:
-                inputs["orpo_segments"] = batch["segments"]
-                stack.enter_context(packed_attention(base_of(unwrapped)))
-            if self.head_transform is not None:
-                stack.enter_context(score_labels(unwrapped, target, self.head_transform, self.args.head_chunk))
-            output = model(**inputs, use_cache=False)
-        if self.head_transform is None:
-            logps, means = score_logits(output.logits, target)
-        else:
-            logps, means = output.logits.float(), target.means
-            assert means is not None
-        pairs = len(batch["pair_rows"])
-        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
-        return stats, output.aux_loss if self.aux_enabled else None
-
-    def compute_loss(
-        self,
-        model: nn.Module,
-        inputs: dict[str, Any],
-        return_outputs: bool = False,
-        num_items_in_batch: Tensor | None = None,
-    ) -> Any:
-        """ORPO loss of a batch of `get_train_dataloader()`, or of TRL's collator.
-
-        With `num_items_in_batch` (NLL labels and pairs of the whole optimizer step, as `get_batch_samples` counts
-        them) the batch's share of the step's loss; without, the loss of the batch on its own.
-        """
-        batches = micro_batches(self._ours(inputs))
-        whole = num_items_in_batch is None or self.args.nll_mean == "micro"
-        labels, pairs = count_labels(batches) if num_items_in_batch is None or whole else num_items_in_batch
-        # gradients are averaged over processes later, while the window's shares are to be summed: undone here, once
-        processes = 1 if whole else self.accelerator.num_processes
-        loss, sums = torch.zeros((), device=self.args.device), {}
-        for batch in batches:
-            stats, aux = self.pair_statistics(model, batch)
-            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * processes
-            if aux is not None:
-                share = len(batch["pair_rows"]) / pairs * processes
-                loss = loss + self.aux_coefficient * aux.to(loss.device) * share
-            part = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
-            sums = {key: sums.get(key, 0) + value for key, value in part.items()}
-        if model.training:
-            self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
-        return (loss, finish_metrics(sums)) if return_outputs else loss
-
-    def get_batch_samples(
-        self, epoch_iterator: Any, num_batches: int, device: torch.device
-    ) -> tuple[list, Tensor | None]:
-        """The micro-batches of one optimizer step, and how many NLL labels and pairs they hold on all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._ours(batch) for batch in batches]
-        if not batches:
-            return batches, None
-        totals = count_labels([micro for batch in batches for micro in micro_batches(batch)])
-        return batches, self._total(torch.stack(totals).to(device))
-
-    def _total(self, values: Tensor) -> Tensor:
-        """Sum over the processes."""
-        total = self.accelerator.reduce(values, "sum")
-        assert isinstance(total, Tensor)
-        return total
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.loraplus_lr_ratio:
@@ -375,51 +286,3 @@ class ORPOTrainer(Trainer):
             plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
         self._clock += time.monotonic() - started  # evaluation is no part of the training throughput
         return metrics
-
-    def prediction_step(
-        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Loss, one row a pair with the columns `COLUMNS`, and zeros for labels."""
-        inputs = self._ours(inputs)
-        with torch.no_grad():
-            stats, aux = self.pair_statistics(model, inputs)
-            loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
-        aux_column = (
-            stats.nll_sum.new_zeros(len(stats.nll_sum)) if aux is None else aux.float().expand(len(stats.nll_sum))
-        )
-        columns = (stats.chosen_logits, stats.rejected_logits, stats.chosen_logps, stats.rejected_logps,
-                   stats.nll_sum, stats.nll_count, aux_column)  # fmt: skip
-        return loss, torch.stack(columns, 1), torch.zeros(len(stats.nll_sum), device=loss.device)
-
-    def evaluation_loop(
-        self,
-        dataloader: Any,
-        description: str,
-        prediction_loss_only: bool | None = None,
-        ignore_keys: list[str] | None = None,
-        metric_key_prefix: str = "eval",
-    ) -> EvalLoopOutput:
-        """Every held-out pair counts once, whatever the batches and processes."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
-        if self.args.generate_during_eval:
-            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
-            self.answers = log_answers(self, dataloader.dataset)
-        metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
-        if self.aux_enabled:
-            metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]
-        else:
-            del metrics["aux_loss"]
-        assert output.metrics is not None
-        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
-        return output
-
-
-def micro_batches(inputs: dict[str, Any]) -> list[dict[str, Any]]:
-    """An item of the training loader as micro-batches: a whole step's, or itself."""
-    return inputs.get("micro_batches", [inputs])
-
-
-def count_labels(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
-    """NLL labels and pairs of some micro-batches."""
-    labels = torch.stack([(batch["nll_pair"] >= 0).sum() for batch in batches]).sum()
-    return labels, torch.tensor(sum(len(batch["pair_rows"]) for batch in batches), device=labels.device)

@@ -40,8 +40,13 @@ class Pairs:
         return lengths(self.train)
 
 
-def load_pairs(spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False) -> Pairs:
+def load_pairs(
+    spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False, field: str = "data.train"
+) -> Pairs:
     """Read, convert, tokenise and split the data of a recipe.
+
+    Args:
+        field: what errors call the training pairs.
 
     Raises:
         RequestError: data that cannot be found, read or understood; no chat template where one is needed.
@@ -63,11 +68,13 @@ def load_pairs(spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder
         strict=True,
     )
     shapes: dict[str, dict[str, Any]] = {}
-    train = read_section(spec, spec.train, "train", spec.max_rows, tokenizer, options, shapes)
-    held = read_section(spec, spec.eval, "eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
+    train = read_section(spec, spec.train, field, spec.max_rows, tokenizer, options, shapes)
+    held = (
+        read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
+    )
     reports = [done.report for done in train], [done.report for done in held]
     report = DropReport.merge(reports[0] + reports[1])
-    for name, section in zip(("data.train", "data.eval"), reports, strict=True):
+    for name, section in zip((field, "data.eval"), reports, strict=True):
         if section:
             try:
                 DropReport.merge(section).check(name)
@@ -80,7 +87,7 @@ def load_pairs(spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder
 def read_section(
     spec: DataSection,
     sources: list[DataSource],
-    section: str,
+    field: str,
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
@@ -91,12 +98,13 @@ def read_section(
     from orpo_lite.data.tokenize import tokenize_source
 
     done: list[Tokenized] = []
+    section = field.removeprefix("data.")
     for number, source in enumerate(sources):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:
-            done[-1].report.notes.append(f"data.{section}: the row limit left {source.path} and what follows unread")
+            done[-1].report.notes.append(f"{field}: the row limit left {source.path} and what follows unread")
             break
-        opened: Source = open_source(source, spec.split, spec.columns, left)
+        opened: Source = open_source(source, spec.split, spec.columns, left, field)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"
         one = tokenize_source(opened, tokenizer, options, number)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ast
 import bz2
+import contextlib
 import csv
 import gzip
 import io
@@ -21,6 +22,7 @@ from typing import IO, TYPE_CHECKING, Any
 from orpo_lite.data.formats import COLUMNS
 from orpo_lite.data.messages import kind
 from orpo_lite.errors import RequestError
+from orpo_lite.safe_yaml import UTF_BOMS
 
 if TYPE_CHECKING:
     import datasets
@@ -30,6 +32,12 @@ FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 BATCH_ROWS = 1000
 BATCH_BYTES = 4_000_000
 BOM = b"\xef\xbb\xbf"
+OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz"),
+            b"BZh": ("compressed with bzip2", "name it .bz2"), b"\xfd7zXZ": ("compressed with xz", "name it .xz"),
+            b"\x28\xb5\x2f\xfd": ("compressed with zstd", "name it .zst")} | {
+            bom: (f"{name} text", "convert it to UTF-8") for bom, name in UTF_BOMS.items()}  # fmt: skip
+AGAIN = "copy or download it again, and name it by what it is"
+SEPARATORS = {",": ".csv", "\t": ".tsv"}
 
 Batches = Iterator[list[Any]]
 
@@ -62,15 +70,44 @@ def read_file(file: str) -> Batches:
     """Batches of one file's rows; every way in which it can be broken is a RequestError that names the place."""
     readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
     try:
+        if file_format(file) != ".parquet":
+            check_opening(file)
         yield from readers.get(str(file_format(file)), read_json)(file)
     except RequestError:
         raise
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{file}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
-        ) from None
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError, csv.Error) as error:
-        raise RequestError(f"{file}: cannot be read: {' '.join(str(error).split())[:200]}") from None
+        raise RequestError(not_utf8(f"{file}{line_of_bad_text(file)}", error)) from None
+    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+        raise RequestError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}): {AGAIN}") from None
+
+
+def check_opening(file: str) -> None:
+    """Raise RequestError for a file that is no UTF-8 text by its first bytes."""
+    with open_bytes(file) as stream:
+        head = stream.read(64)
+    found = next((words for opening, words in OPENINGS.items() if head.startswith(opening)), None)
+    if not found and any(head) and not (any(head[::2]) and any(head[1::2])) and len(head) > 1:
+        found = ("UTF-16 text", "convert it to UTF-8")
+    if found:
+        raise RequestError(f"{file}: found {found[0]}, expected text in UTF-8: {found[1]}")
+
+
+def not_utf8(place: str, error: UnicodeDecodeError) -> str:
+    return f"{place}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
+
+
+def line_of_bad_text(file: str) -> str:
+    """':3' where the third line of a text file is the first that is not UTF-8."""
+    if file_format(file) == ".parquet":
+        return ""
+    with contextlib.suppress(OSError, EOFError, zlib.error, lzma.LZMAError):  # torn as well
+        with open_bytes(file) as stream:
+            for number, line in enumerate(stream, 1):
+                try:
+                    line.decode()
+                except UnicodeDecodeError:
+                    return f":{number}"
+    return ""
 
 
 def read_json(file: str) -> Batches:
@@ -124,31 +161,90 @@ def read_json_document(file: str, text: bytes) -> Batches:
         yield rows[start : start + BATCH_ROWS]
 
 
+class RepeatedKey(ValueError):
+    """A key that stands twice in one JSON object."""
+
+
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return found
+
+
+DECODER = json.JSONDecoder(object_pairs_hook=unique)
+
+
 def parse_json(text: bytes, place: str, remedy: str) -> Any:
     try:
-        return json.loads(text.decode("utf-8").rstrip())  # a line's own end would count as a second line
+        return DECODER.decode(text.decode("utf-8").rstrip())  # a line's own end would count as a second line
     except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{place}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
-        ) from None
+        raise RequestError(not_utf8(place, error)) from None
     except json.JSONDecodeError as error:
+        if b"\0" in text:
+            raise RequestError(f"{place}: {torn()}") from None
         where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
         raise RequestError(f"{place}: broken JSON at {where} ({error.msg}); {remedy}") from None
+    except RepeatedKey as error:
+        raise RequestError(f"{place}: {str(error)[:80]!r} stands twice in one object; keep one") from None
     except (RecursionError, ValueError) as error:
         raise RequestError(f"{place}: JSON that is nested too deeply or too large ({error}); {remedy}") from None
 
 
+def torn() -> str:
+    return "holds NUL bytes, as where a file was not written to its end; mend or remove the line, or copy it again"
+
+
 def read_csv(file: str) -> Batches:
     csv.field_size_limit(2**31 - 1)
+    delimiter = "\t" if file_format(file) == ".tsv" else ","
     with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        reader = csv.DictReader(text, delimiter="\t" if file_format(file) == ".tsv" else ",")
-        while rows := list(itertools.islice(reader, BATCH_ROWS)):
-            for row in rows:
-                if None in row:
-                    raise RequestError(
-                        f"{file}: a row near line {reader.line_num} has more cells than there are columns"
-                    )
-            yield [{key: cell_value(cell) for key, cell in row.items()} for row in rows]
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        line = 1
+        try:
+            header = next((cells for cells in reader if cells), [])
+            check_header(file, reader.line_num, header, delimiter)
+            batch, size = [], 0
+            line = reader.line_num + 1
+            for cells in reader:
+                if cells:
+                    batch.append(csv_row(f"{file}:{line}", header, cells))
+                    size += sum(map(len, cells))
+                line = reader.line_num + 1
+                if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
+                    yield batch
+                    batch, size = [], 0
+        except csv.Error as error:
+            raise RequestError(
+                f'{file}:{line}: a quote is not closed, or text follows it ({error}): close it with ", and write a quote '
+                'inside of a cell as ""'
+            ) from None
+        if batch:
+            yield batch
+
+
+def check_header(file: str, line: int, header: list[str], delimiter: str) -> None:
+    """Raise RequestError for columns that are parted by something else, or have one name twice."""
+    other = next((mark for mark in (";", "\t", ",", "|") if len(header) == 1 and mark in header[0]), None)
+    if other:
+        name = SEPARATORS.get(other)
+        mend = f"name it {name}" if name else f"save it with {'tabs' if delimiter != ',' else 'commas'}"
+        shown = "a tab" if other == "\t" else repr(other)
+        raise RequestError(f"{file}:{line}: found {shown} between the columns, expected {delimiter!r}: {mend}")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise RequestError(f"{file}:{line}: the column {twice[:80]!r} stands twice; rename or remove one")
+
+
+def csv_row(place: str, header: list[str], cells: list[str]) -> dict[str, Any]:
+    if any("\0" in cell for cell in cells):
+        raise RequestError(f"{place}: {torn()}")
+    if len(cells) > len(header):
+        raise RequestError(
+            f"{place}: found {len(cells)} cells, expected {len(header)} columns: put cells with commas in quotes"
+        )
+    return dict.fromkeys(header) | {name: cell_value(cell) for name, cell in zip(header, cells, strict=False)}
 
 
 def cell_value(cell: str | None) -> Any:
@@ -176,8 +272,12 @@ def read_parquet(file: str) -> Batches:
             columns = whole.schema_arrow.names
             for batch in whole.iter_batches(batch_size=BATCH_ROWS, columns=columns):
                 yield [without_nulls(row) for row in batch.to_pylist()]
-    except pyarrow.ArrowException as error:
-        raise RequestError(f"{file}: not a whole parquet file ({' '.join(str(error).split())[:150]})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        if isinstance(error, OSError) and error.errno:  # not of the content
+            raise
+        raise RequestError(
+            f"{file}: not a whole parquet file ({' '.join(str(error).split())[:150]}): {AGAIN}"
+        ) from None
 
 
 def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = MappingProxyType({})) -> Batches:

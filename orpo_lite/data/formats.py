@@ -21,6 +21,7 @@ from orpo_lite.data.messages import (
     read_tools,
     text_turns,
 )
+from orpo_lite.recipe import leaves, unfit
 
 EXPLICIT = "conversations, explicit prompt"
 IMPLICIT = "conversations, implicit prompt"
@@ -126,7 +127,11 @@ def to_pair(row: Any, source_shape: str, *, strict: bool, apply_template: bool, 
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise Dropped(WRONG_TYPES, f"chat_template_kwargs is {kind(kwargs)}, expected a mapping")
-    pair = Pair(prompt, chosen, rejected, read_tools(row.get("tools")), kwargs)
+    tools = read_tools(row.get("tools"))
+    for place, value in leaves({"chat_template_kwargs": kwargs, "tools": tools}):
+        if wrong := unfit(value):
+            raise Dropped(WRONG_TYPES, f"{place}: {wrong}")
+    pair = Pair(prompt, chosen, rejected, tools, kwargs)
     check(pair, strict)
     return pair
 

@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from orpo_lite.data.tokenize import TokenizeOptions
 
 UNLIMITED = 2**31 - 1
+MOST_CHARACTERS = 1000
+"""Of a token: the longest in use are runs of some hundred spaces."""
 
 
 @dataclass
@@ -96,7 +98,7 @@ class PairTokenizer:
             numbers.append(number)
             pairs.append(pair)
         chunk.digest = digest.hexdigest()
-        texts = [readable(triple) for triple in self.render(pairs)]
+        texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
         tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
         for number, pair, triple in zip(numbers, pairs, texts, strict=True):
             try:
@@ -134,6 +136,18 @@ class PairTokenizer:
         parts = [part for prompt, *sides in texts for part in (prompt, *(side[len(prompt) :] for side in sides))]
         ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
         return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
+
+    def bounded(self, texts: Texts | Dropped) -> Texts | Dropped:
+        """The texts, or Dropped where they are so long that tokenising them, at a second a megabyte, is for nothing."""
+        limit = self.max_length * MOST_CHARACTERS
+        if isinstance(texts, Dropped) or self.options.overlong != "drop" or self.options.encoder_decoder:
+            return texts
+        for name, text in zip(("the prompt", "chosen", "rejected"), texts, strict=True):
+            if len(text) > limit:
+                reason = PROMPT_TOO_LONG if name == "the prompt" else COMPLETION_TOO_LONG
+                whole = f"{name} has" if name == "the prompt" else f"{name} and its prompt have"
+                return Dropped(reason, f"{whole} {len(text):,} characters, for {self.max_length} tokens")
+        return texts
 
     def finish(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Ids, Ids, int, int]:
         """Columns of one pair.

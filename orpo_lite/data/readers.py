@@ -9,6 +9,7 @@ import glob
 import hashlib
 import itertools
 import json
+import os
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -42,7 +43,13 @@ class Source:
     """Opens the source anew and yields lists of rows, columns renamed."""
 
 
-def open_source(source: DataSource, split: str, default: Columns | None, limit: int | None = None) -> Source:
+def open_source(
+    source: DataSource,
+    split: str,
+    default: Columns | None,
+    limit: int | None = None,
+    field: str = "data.train / data.eval",
+) -> Source:
     """Find a source's files or its hub data set.
 
     Args:
@@ -50,26 +57,26 @@ def open_source(source: DataSource, split: str, default: Columns | None, limit: 
         split: split of a hub data set or folder, where the source names none.
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
+        field: where the path was given, for the error.
 
     Raises:
         RequestError: nothing there, or not readable as what it says it is.
     """
     columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
-    path = str(Path(resolve_path(source.path)).expanduser())
-    if Path(path).is_dir() and (Path(path) / "state.json").is_file() or (Path(path) / "dataset_dict.json").is_file():
+    path = os.path.expanduser(resolve_path(source.path))
+    # unlike Path's, these are false for what can be no path
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         files, rows = [path], load_saved(path, source.split or split)
         content, batches = rows._fingerprint, lambda: dataset_batches(rows, columns)
     elif files := local_files(path, source.split or split):
-        if source.split and not Path(path).is_dir():
+        if source.split and not os.path.isdir(path):
             raise RequestError(
                 f"{source.path}: split is {source.split!r}, but a local file has no splits; leave it out"
             )
         content = hash_files(files)
         batches = lambda: itertools.chain.from_iterable(map(read_file, files))  # noqa: E731 (a closure over files)
     elif is_local(source.path):
-        raise RequestError(
-            f"{source.path}: no such file or folder (data.train / data.eval); expected {formats_in_words()}"
-        )
+        raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {formats_in_words()}")
     else:
         files, rows = [], load_hub(source, source.split or split)
         content, batches = rows._fingerprint, lambda: dataset_batches(rows, columns)
@@ -92,15 +99,15 @@ def formats_in_words() -> str:
 def local_files(path: str, split: str) -> list[str]:
     """The data files behind a path, glob or folder, sorted; empty if it is none of these."""
     place = Path(path)
-    if place.is_file():
+    if os.path.isfile(path):
         found = [path]
-    elif place.is_dir():
+    elif os.path.isdir(path):
         every = sorted(str(file) for file in place.rglob("*") if file.is_file() and file_format(file.name))
         found = of_split(place, every, split)
     elif glob.has_magic(path):
-        found = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
+        found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
-            raise RequestError(f"{path}: the pattern matches no file")
+            raise RequestError(f"{shorten(path)}: the pattern matches no file; expected {formats_in_words()}")
     else:
         return []
     for file in found:
@@ -141,8 +148,10 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
 
     try:
         saved = datasets.load_from_disk(path)
-    except (OSError, ValueError) as error:
-        raise RequestError(f"{path}: cannot be read as a saved data set: {error}") from None
+    except Exception as error:  # whatever datasets and pyarrow find wrong
+        raise RequestError(
+            f"{path}: cannot be read as a saved data set ({type(error).__name__}: {first_line(error)}): save it again"
+        ) from error
     if isinstance(saved, datasets.DatasetDict):
         if split not in saved:
             raise RequestError(f"{path}: no split {split!r}; there are {', '.join(map(str, saved))} (data.split)")
@@ -173,6 +182,10 @@ def load_hub(source: DataSource, split: str) -> datasets.Dataset:
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
+
+
+def shorten(path: str) -> str:
+    return path if len(path) <= 300 else f"{path[:300]}..."
 
 
 def first_line(error: Exception) -> str:

@@ -110,7 +110,7 @@ def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool =
         limit = limits[bisect.bisect_left(limits, True, key=lambda limit: len(_runs(costs, limit)) <= count)]
         parts = _runs(costs, limit)
     else:
-        count = max(count, -(-int(costs.sum()) // budget))
+        count = max(count, min(len(costs), -(-int(costs.sum()) // budget)))
         parts = deal(costs, count)
         while any(len(part) > 1 and costs[part].sum() > budget for part in parts):
             count += 1

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from orpo_lite.data.drops import Drop, DropReport, TooManyDropped
 from orpo_lite.data.files import dataset_batches
 from orpo_lite.data.formats import BARE_STRINGS, detect
-from orpo_lite.data.messages import describe_columns
+from orpo_lite.data.messages import describe_columns, kind
 from orpo_lite.data.pairs import Chunk, PairTokenizer
 from orpo_lite.data.readers import Source
 from orpo_lite.errors import RequestError
@@ -168,9 +168,10 @@ def write(
 
 def source_shape(rows: list[Any], label: str, options: TokenizeOptions) -> str:
     if not rows:
-        raise RequestError(f"{label}: holds no rows")
+        raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
     shape = detect(rows[:200]) or detect(rows)
     if shape is None:
+        check_kinds(rows[0], label)
         found = describe_columns(rows[0]) if isinstance(rows[0], dict) else f"rows that are {type(rows[0]).__name__}"
         raise RequestError(
             f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
@@ -182,6 +183,16 @@ def source_shape(rows: list[Any], label: str, options: TokenizeOptions) -> str:
             "where the answers start; name the prompt's column with data.columns.prompt or leave apply_template out"
         )
     return shape
+
+
+def check_kinds(row: Any, label: str) -> None:
+    """Raise RequestError for a row with the right columns and the wrong values in them."""
+    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
+        for side in ("chosen", "rejected", "prompt"):
+            if side in row and not isinstance(row[side], str | list | dict):
+                raise RequestError(
+                    f"{label}: row 0: {side} is {kind(row[side])}, expected text or messages: mend the data"
+                )
 
 
 def in_order(work: PairTokenizer, batches: Iterator[list[Any]], num_proc: int | None) -> Iterator[Chunk]:

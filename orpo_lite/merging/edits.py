@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.tensors import Mapped
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config, wrap
+from orpo_lite.model.files import ADAPTER_WEIGHTS
 
 NAME = "default"
 
@@ -150,7 +151,7 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     config.init_lora_weights = config.inference_mode = True
     config.lora_dropout = 0.0  # PEFT refuses it on experts, and would apply it in a new model
     config.base_model_name_or_path = None
-    weights = adapter_weights(source)
+    weights = Path(source) / ADAPTER_WEIGHTS
     file = Mapped(weights)
     odd = next((key for key, value in file.tensors.items() if not value.is_floating_point()), None)
     if odd:
@@ -164,27 +165,15 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
     except (RuntimeError, ValueError) as error:  # also wrap's RequestError
         words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
-        raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: {words}") from error
+        raise RequestError(
+            f"adapter: {source} does not fit {type(model).__name__}: {words}: is it of another base?"
+        ) from error
     if result.unexpected_keys:
         raise RequestError(
             f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
             f"tensor(s), first {result.unexpected_keys[0]}"
         )
     return Adapter(peft_model, config, collect(source, peft_model), file)
-
-
-def adapter_weights(source: str | Path) -> Path:
-    """The adapter's file.
-
-    Raises:
-        RequestError: none there.
-    """
-    weights = Path(source) / "adapter_model.safetensors"
-    if not weights.is_file():
-        raise RequestError(
-            f"adapter: {weights} does not exist (a pickled adapter_model.bin is never loaded: save it as safetensors)"
-        )
-    return weights
 
 
 def check_twice(source: str | Path, file: Mapped) -> None:

@@ -10,11 +10,12 @@ from transformers import PreTrainedConfig
 
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.base import Base
-from orpo_lite.merging.edits import Adapter, Dora, Edit, Replaced, Rows, adapter_weights, bare, read_adapter
+from orpo_lite.merging.edits import Adapter, Dora, Edit, Replaced, Rows, bare, read_adapter
 from orpo_lite.merging.mapping import Link, Shared
 from orpo_lite.merging.stream import Job
 from orpo_lite.merging.tensors import DTYPES, Cast, Resized, Source, Stored, stored_tensors
 from orpo_lite.model.adapter import lora_config, trained_rows
+from orpo_lite.model.files import ADAPTER_WEIGHTS
 
 
 @dataclass
@@ -99,7 +100,7 @@ def resize(base: Base, source: Path, rows: int) -> None:
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
     names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
     held: set[int] = set()
-    for key, stored in stored_tensors([adapter_weights(source)]).items():
+    for key, stored in stored_tensors([source / ADAPTER_WEIGHTS]).items():
         path, _, leaf = bare(key.removeprefix("base_model.model.")).replace(".modules_to_save", "").rpartition(".")
         if path in names and leaf == "weight" or path.removesuffix(".lora_B") in names and path.endswith(".lora_B"):
             held.add(stored.shape[0])

@@ -198,7 +198,7 @@ def read_header(file: Path) -> dict[str, Any]:
         if found != expected:
             raise ValueError(f"{found} bytes, where its header says {expected}")
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error) as error:
-        raise RequestError(f"{file} is no whole safetensors file ({error}): copy or download it again") from error
+        raise RequestError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
     return header | {"__start__": 8 + length}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import re
 import tempfile
 import warnings
@@ -20,7 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.errors import RequestError
 from orpo_lite.model.base import grow_embeddings, grow_vocabulary
-from orpo_lite.model.hub import readable
+from orpo_lite.model.files import check_adapter
+from orpo_lite.model.hub import adapter_folder, called, readable
 from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
 from orpo_lite.model.targets import adapted, all_linear, check_named, check_patterns, excluded, is_named, token_rows
 from orpo_lite.recipe import AdapterSection, resolve_path
@@ -171,7 +173,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     Raises:
         RequestError: no such adapter, not LoRA, or shapes and names that do not fit this base.
     """
-    source = resolve_path(str(source))
+    source = str(adapter_folder(resolve_path(str(source))))
     config = lora_config(source)
     init = str(config.init_lora_weights).lower()
     if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantised(model)):
@@ -184,17 +186,19 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     config.inference_mode = not trainable
     grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
     try:
-        with readable(source):
+        with called("adapter"), readable(source):
             peft_model = wrap(model, config)
             result = peft_model.load_adapter(source, "default", is_trainable=trainable)
     except (RequestError, RuntimeError, SafetensorError) as error:
-        raise RequestError(f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}") from error
+        raise RequestError(
+            f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}: is it of another base?"
+        ) from error
     wrong = [("lacks", k) for k in result.missing_keys] + [("has no place for", k) for k in result.unexpected_keys]
     if wrong:
         whose = {"lacks": f"{source} lacks", "has no place for": f"{base_name(model)} has no place for"}
         raise RequestError(
             f"adapter: {source} does not fit {base_name(model)}: {len(wrong)} tensor(s) differ, first: "
-            f"{whose[wrong[0][0]]} {wrong[0][1]}"
+            f"{whose[wrong[0][0]]} {wrong[0][1]}: is it of another base?"
         )
     return peft_model
 
@@ -205,9 +209,13 @@ def lora_config(source: str) -> LoraConfig:
     Raises:
         RequestError: no adapter there, or not LoRA.
     """
-    if Path(source).is_dir() and not (Path(source) / "adapter_config.json").is_file():
-        raise RequestError(f"adapter: {source} holds no adapter_config.json, so it is no adapter folder")
-    with readable(source):
+    folder = Path(source)
+    if not os.path.isdir(folder):
+        raise RequestError(
+            f"adapter: there is no folder {source}: give the folder of an adapter, or a hub id USER/NAME"
+        )
+    check_adapter(folder)
+    with called("adapter"), readable(source):
         config = PeftConfig.from_pretrained(source)
     if not isinstance(config, LoraConfig):
         raise RequestError(f"adapter: {source} is of type {config.peft_type}, expected LORA")

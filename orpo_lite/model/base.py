@@ -9,7 +9,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
     BitsAndBytesConfig,
@@ -19,7 +18,7 @@ from transformers import (
 )
 
 from orpo_lite.errors import RequestError
-from orpo_lite.model.hub import locate, readable
+from orpo_lite.model.hub import locate, read_config, readable
 from orpo_lite.model.layers import base_revision, check_quantised_share
 from orpo_lite.model.precision import Precision, choose_precision, default_device
 from orpo_lite.model.tokenizer import new_tokens
@@ -114,13 +113,6 @@ def local_device() -> torch.device:
     return torch.device(device.type, int(os.environ.get("LOCAL_RANK", 0))) if device.type in ("cuda", "xpu") else device
 
 
-def read_config(spec: ModelSection) -> PreTrainedConfig:
-    """The base's configuration."""
-    name = locate(spec)
-    with readable(spec.name_or_path):
-        return AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-
-
 def shipped_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
     """The quantisation that a repository ships with, as a dict that may be edited in place."""
     shipped = getattr(config, "quantization_config", None)
@@ -184,7 +176,7 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
         if "size mismatch" not in str(error) and "mismatched" not in str(error):
             raise
         raise RequestError(
-            f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json: {error}"
+            f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json ({error}): copy or download it again"
         ) from error
     if info["missing_keys"]:
         missing = sorted(info["missing_keys"])

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import errors as hub
 from huggingface_hub import snapshot_download
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from transformers import AutoConfig, PreTrainedConfig
 
 from orpo_lite.errors import RequestError
+from orpo_lite.model.files import check_model
 from orpo_lite.recipe import BUILTIN, ModelSection, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
@@ -28,17 +30,19 @@ def locate(spec: ModelSection) -> str:
         from orpo_lite.model.gguf import cached_folder
 
         return str(cached_folder(name, spec.gguf_file, spec.revision))
-    folder = Path(name).expanduser()
-    if folder.is_dir():
-        check_folder(folder)
+    folder = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
+    if os.path.isdir(folder):
+        check_model(folder)
         return str(folder)
-    if folder.is_file():
+    if os.path.isfile(folder):
         hint = f"set model.name_or_path={folder.parent} model.gguf_file={folder.name}" if folder.suffix == ".gguf" else (
             "give its folder, or a hub id"
         )  # fmt: skip
         raise RequestError(f"model.name_or_path: {name} is a file, expected a model folder: {hint}")
     if looks_local(spec.name_or_path):
-        raise RequestError(f"model.name_or_path: there is no folder {name}")
+        raise RequestError(
+            f"model.name_or_path: there is no folder {name}: give the path of a model folder, or a hub id USER/NAME"
+        )
     return name
 
 
@@ -48,11 +52,24 @@ def adapter_folder(source: str | Path) -> Path:
     Raises:
         RequestError: neither on this disk nor on the hub.
     """
-    folder = Path(source).expanduser()
-    if folder.exists() or looks_local(str(source)) or str(source).count("/") != 1:
+    folder = Path(os.path.expanduser(source))
+    if os.path.exists(folder) or looks_local(str(source)) or str(source).count("/") != 1:
         return folder
-    with readable(str(source)):
+    with called("adapter"), readable(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
+
+
+def read_config(spec: ModelSection) -> PreTrainedConfig:
+    """The base's configuration."""
+    name = locate(spec)
+    with readable(spec.name_or_path):
+        try:
+            return AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:  # sizes that no model has
+            raise RequestError(
+                f"model.name_or_path: config.json of {spec.name_or_path} describes no model ({type(error).__name__}: "
+                f"{error}): copy or download it again"
+            ) from error
 
 
 def looks_local(name: str) -> bool:
@@ -60,41 +77,13 @@ def looks_local(name: str) -> bool:
     return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
 
 
-def check_folder(folder: Path) -> None:
-    """Name what is missing or broken in a local model folder before transformers fails on it in its own words."""
-    if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise RequestError(
-                f"model.name_or_path: {folder} holds an adapter, not a model: put its base there, and set "
-                f"adapter.init_from={folder} to go on training it"
-            )
-        found = next(folder.glob("*.gguf"), None)
-        hint = f"; for its GGUF file set model.gguf_file={found.name}" if found else ""
-        raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is no model folder{hint}")
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
-            raise RequestError(f"model.name_or_path: {index} is broken ({error}): copy or download it again") from None
-    else:
-        shards = [path.name for path in folder.glob("*.safetensors")]
-        if not shards and list(folder.glob("*.bin")):
-            raise RequestError(
-                f"model.name_or_path: {folder} holds pickled weights only (*.bin), which are never loaded because a "
-                "pickle can run code: convert the folder to safetensors"
-            )
-        if not shards:
-            raise RequestError(f"model.name_or_path: {folder} has a config.json but no model.safetensors")
-    for shard in shards:
-        if not (folder / shard).is_file():
-            raise RequestError(f"model.name_or_path: {folder / shard} is missing, though {index.name} names it")
-        try:
-            safe_open(folder / shard, "pt").__enter__()
-        except SafetensorError as error:
-            raise RequestError(
-                f"model.name_or_path: {folder / shard} is not a whole safetensors file ({error}): copy or download it again"
-            ) from None
+@contextlib.contextmanager
+def called(field: str, hint: str = "") -> Iterator[None]:
+    """Errors about a base by the name of what the user gave, where that is not the recipe's model.name_or_path."""
+    try:
+        yield
+    except RequestError as error:
+        raise RequestError(str(error).replace("model.name_or_path", field) + hint) from error
 
 
 @contextlib.contextmanager
@@ -114,8 +103,9 @@ def explain(name: str, error: BaseException) -> str:
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
-    page = f"https://huggingface.co/{name}"
     text = " ".join(str(error).split())
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    page = f"https://huggingface.co/{name}"
     if any(isinstance(c, hub.GatedRepoError) for c in chain):
         return f"model.name_or_path: {name} is gated: accept its terms on {page}, then run `hf auth login`"
     if any(isinstance(c, hub.RevisionNotFoundError) for c in chain):
@@ -135,6 +125,14 @@ def explain(name: str, error: BaseException) -> str:
             f"model.name_or_path: {name} has no config.json that says what model it is: see {page}/tree/main; if its "
             "weights are GGUF, set model.gguf_file to one of those files"
         )
+    if text.startswith("Unrecognized configuration class"):
+        kind = text.partition("configuration class <class '")[2].partition("'")[0].rpartition(".")[2]
+        return f"model.name_or_path: {name} is described by a {kind}: take a model that writes text"
+    if text.startswith("Couldn't instantiate the backend tokenizer"):
+        return (
+            f"model.name_or_path: {name} has no tokenizer that can be read: copy the tokenizer's files (tokenizer.json and "
+            "tokenizer_config.json, or tokenizer.model) there; for the latter pip install sentencepiece"
+        )
     if any(isinstance(c, hub.EntryNotFoundError) for c in chain):
         return f"model.name_or_path: {name} lacks a file: see {page}/tree/main ({text})"
     if "trust_remote_code" in text:
@@ -142,4 +140,4 @@ def explain(name: str, error: BaseException) -> str:
             f"model.trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
             "model.trust_remote_code=true if you trust it"
         )
-    return f"{name} cannot be loaded: {text}"
+    return f"model.name_or_path: {name} cannot be loaded: {text[:400]}"

@@ -5,14 +5,15 @@ from __future__ import annotations
 import functools
 import importlib.resources
 import logging
+import os
 import re
 from pathlib import Path
 
 import jinja2
-from transformers import AddedToken, AutoConfig, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.errors import RequestError
-from orpo_lite.model.hub import locate, readable
+from orpo_lite.model.hub import locate, read_config, readable
 from orpo_lite.recipe import ModelSection, nearest, resolve_path
 
 logger = logging.getLogger(__name__)
@@ -30,20 +31,22 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
     Raises:
         RequestError: no such model, template or EOS token.
     """
-    folder = Path(resolve_path(spec.name_or_path)).expanduser()
-    if (folder / "adapter_config.json").is_file() and (folder / "tokenizer_config.json").is_file():
+    folder = Path(os.path.expanduser(resolve_path(spec.name_or_path)))
+    if all(os.path.isfile(folder / name) for name in ("adapter_config.json", "tokenizer_config.json")):
         # a run folder's tokenizer is as it was trained with: template, padding and new tokens are in it
         with readable(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         return remember(tokenizer, [], spec.new_tokens)
     name = locate(spec)
     with readable(spec.name_or_path):
-        options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
-        config = AutoConfig.from_pretrained(name, **options).get_text_config()
-        tokenizer = AutoTokenizer.from_pretrained(name, **options)
+        config = read_config(spec).get_text_config()
+        tokenizer = AutoTokenizer.from_pretrained(
+            name, revision=spec.revision, trust_remote_code=spec.trust_remote_code
+        )
     if tokenizer.eos_token_id is None:
         raise RequestError(
-            f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with"
+            f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with: "
+            "name one as eos_token in its tokenizer_config.json"
         )
     notes = choose_pad_token(tokenizer, config.vocab_size)
     if spec.chat_template:
@@ -103,8 +106,8 @@ def plain(name: str) -> str:
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     """Set a template by name or from a Jinja file, and say which of its markers the vocabulary lacks."""
     known = {plain(stem): path for stem, path in templates().items()}
-    path = known.get(plain(name)) or Path(resolve_path(name)).expanduser()
-    if not path.is_file():
+    path = known.get(plain(name)) or Path(os.path.expanduser(resolve_path(name)))
+    if not os.path.isfile(path):
         raise RequestError(
             f"model.chat_template: no template {name!r}{nearest(name, templates())}; expected the path of a Jinja file "
             f"or one of: {', '.join(sorted(templates()))}"

@@ -177,22 +177,23 @@ def attend(
 class GroupedProduct(torch.autograd.Function):
     """Fused experts' product, each token's row by its expert's matrix: its own meta kernel takes bfloat16 alone.
 
-    However the rows are dealt to experts, input, output and gradients have these sizes.
+    However the rows are dealt to experts, input, output and gradients have these sizes, and take these products.
     """
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, experts: Tensor) -> Tensor:
         ctx.save_for_backward(rows if experts.requires_grad else None, experts)
-        return rows.new_empty(len(rows), experts.shape[-1])
+        return rows.mm(experts[0])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, Tensor | None]:
         rows, experts = ctx.saved_tensors
         of_rows, of_experts = ctx.needs_input_grad
-        return (
-            gradients[0].new_empty(len(gradients[0]), experts.shape[1]) if of_rows else None,
-            torch.empty_like(experts) if of_experts and rows is not None else None,
-        )
+        of_each = None
+        if of_experts:
+            of_each = torch.empty_like(experts)
+            torch.mm(rows.t(), gradients[0], out=of_each[0])
+        return gradients[0].mm(experts[0].t()) if of_rows else None, of_each
 
 
 def cpu_flash(query: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> bool:

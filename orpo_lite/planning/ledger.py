@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.planning.quantised import AS_KERNEL
+from orpo_lite.planning.quantised import AS_KERNEL, DEQUANTISE, PRODUCTS
 
 aten = torch.ops.aten
 
@@ -25,6 +26,12 @@ LAYER, HEAD, WORKSPACE = "layer recompute", "head chunk", "kernel workspace"
 LOADING = "matrix being loaded"
 PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING)
 """What memory is held for, in the order in which it is shown."""
+
+FLOPS, UNPACKED, MOVED = "FLOPs", "weights unpacked", "activations on the host"
+"""What a step takes beside memory: floating point operations of products and attention, quantised weights turned into 16
+bits for a product, bytes that wait in the host's memory."""
+
+COMPOSED = (aten.linear.default, aten.matmul.default)
 
 INPLACE = {
     aten.add.Tensor: aten.add_.Tensor,
@@ -49,6 +56,8 @@ class Timeline(TorchDispatchMode):
         self.events: list[tuple[int, int, Segment]] = []
         """(allocation, bytes gained or lost, when)."""
         self.labels: dict[int, str] = {}
+        self.work: Counter[str] = Counter()
+        """What the training step computes: FLOPs of its products, and how many quantised weights it unpacks."""
         self._known: dict[int, int] = {}
 
     # ---- what is there ---------------------------------------------------------------------------------------------
@@ -90,22 +99,36 @@ class Timeline(TorchDispatchMode):
             if args[0].dtype != torch.bool:
                 raise NotImplementedError("the model reads a number out of its tensors, which a plan does not have")
             return True  # transformers asks whether a mask has no padding: the plan's has none
-        kernel = AS_KERNEL.get(func._schema.name)
+        name = func._schema.name
+        kernel = AS_KERNEL.get(name)
         if kernel is not None and args[0].is_meta:
+            if name in PRODUCTS:
+                self._worked(FLOPS, PRODUCTS[name](*args))
             with self:
                 return kernel(*args, **kwargs)
+        if func in COMPOSED:  # where autograd is off they come whole
+            with self:
+                return func.decompose(*args, **kwargs)
         if func in INPLACE and self.segment[0] == "backward" and self._owned_by_engine(func, args):
             func = INPLACE[func]
         output = func(*args, **kwargs)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
+        if func._overloadpacket in flop_registry:
+            self._worked(FLOPS, flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
+        elif name == DEQUANTISE:
+            self._worked(UNPACKED, output.numel())
         extra = self.workspace(func, args, output)
         if extra:
             number = self._add(extra)
             self.labels[number] = WORKSPACE
             self.events.append((number, -extra, self.segment))
         return output
+
+    def _worked(self, what: str, amount: int) -> None:
+        if self.segment[0] in ("forward", "backward"):
+            self.work[what] += amount
 
     @staticmethod
     def _owned_by_engine(func: Any, args: tuple) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +13,10 @@ import torch
 
 from orpo_lite.layout import choose_layout
 from orpo_lite.planning.build import build, compute_dtype, find_config, signatures
-from orpo_lite.planning.depth import extrapolated
+from orpo_lite.planning.depth import Stacks, period
 from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import BASE, CONSTANTS, ENDS, LOADING, OPTIMIZER, PARTS
-from orpo_lite.planning.step import Shape, Traced, micro_batch, scoring, trace
+from orpo_lite.planning.ledger import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS
+from orpo_lite.planning.step import COPYING, PlannedTrainer, Shape, Traced, micro_batch, scoring, trace
 from orpo_lite.prepare import base_of
 from orpo_lite.recipe import Recipe
 
@@ -104,56 +105,111 @@ class Plan:
                 for name, parts in self.phases.items()
             },
             "assumed": self.assumed,
-            "host": {"load": self.load_host, "optimizer": self.facts["optimizer on the host"]},
+            "host": {
+                "load": self.load_host,
+                "optimizer": self.facts["optimizer on the host"],
+                "activations": self.facts[MOVED],
+            },
+            "micro_batch_flops": self.facts[FLOPS],
             "parameters": self.facts["parameters"],
             "trained": self.facts["trained"],
             "assumptions": self.assumptions,
         }
 
 
-def plan(recipe: Recipe, target: Target | None = None, *, whole: bool = False, shape: Shape | None = None) -> Plan:
+def plan(
+    recipe: Recipe,
+    target: Target | None = None,
+    *,
+    whole: bool = False,
+    shape: Shape | Callable[[str], Shape] | None = None,
+) -> Plan:
     """Predict the peak memory of one optimizer step of a recipe as it stands.
 
     Args:
         target: the device; default, a CUDA card of compute capability 8.6.
         whole: run every layer instead of working a deep model out from a few.
-        shape: the micro-batch; default, the largest that the recipe can meet.
+        shape: the micro-batch, or what makes it of the layout's name; default, the largest that the recipe can meet.
 
     Raises:
         RequestError: the model's configuration is not here, or the recipe cannot be planned.
     """
     target = target or Target("cuda")
-    config = find_config(recipe.model)
-    dtype = compute_dtype(recipe.model, target)
-    recomputed = checkpointed_layers(recipe, target)
-    model = build(recipe, config, dtype, None, recomputed != 0) if whole else _skeleton(recipe, config, dtype)
-    layout = choose_layout(base_of(model), recipe.orpo.layout)
-    transform = scoring(model)
-    like = _with_checkpointing(signatures(base_of(model)), recomputed)
-    shape = shape or micro_batch(recipe, layout.name, bool(config.is_encoder_decoder))
-    run = functools.partial(trace, recipe, config, target, dtype, layout.name, shape, transform, recomputed)
-    traced = run(None) if whole else extrapolated(run, like)
-    largest = max(p.numel() for p in model.parameters() if p.ndim > 1)
-    phases = {"load": load_phase(traced, recipe, model, dtype)}
-    for phase in PHASES[1:]:
-        moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
-        if moments:  # a recipe may hold nothing out
-            phases[phase] = max(moments, key=Counter.total)
-    return Plan(
-        recipe=recipe.name,
-        model=recipe.model.name_or_path,
-        target=target,
-        dtype=str(dtype).removeprefix("torch."),
-        layout=layout.name,
-        layout_why=layout.why,
-        shape=shape,
-        optimizer=traced.optimizer,
-        phases=phases,
-        load_host=HOST_BYTES + LOADERS[recipe.model.quantization != "none"] * largest * dtype.itemsize,
-        facts=traced.facts,
-        recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
-        assumptions=assumptions(recipe, target),
-    )
+    return Study(recipe, target, whole, shape).plan(checkpointed_layers(recipe, target))
+
+
+class Study:
+    """A recipe on a device, planned with any number of its layers checkpointed; arguments as `plan`'s.
+
+    `kind` is the trainer, as `step.trace` takes it.
+
+    Raises:
+        RequestError: as `plan`.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        target: Target,
+        whole: bool = False,
+        shape: Shape | Callable[[str], Shape] | None = None,
+        kind: Callable[..., Any] = PlannedTrainer,
+    ) -> None:
+        self.recipe, self.target = recipe, target
+        self.config = find_config(recipe.model)
+        self.dtype = compute_dtype(recipe.model, target)
+        self.model = _skeleton(recipe, self.config, self.dtype)
+        base = base_of(self.model)
+        self.layout = choose_layout(base, recipe.orpo.layout)
+        if callable(shape):
+            shape = shape(self.layout.name)
+        self.shape = shape or micro_batch(recipe, self.layout.name, bool(self.config.is_encoder_decoder))
+        self.layers = signatures(base)
+        """What each of the decoder's layers is like; empty where they cannot be told apart from the rest."""
+        self._trace = functools.partial(
+            trace, recipe, self.config, target, self.dtype, self.layout.name, self.shape, scoring(self.model), kind=kind
+        )
+        self._stacks = None
+        if self.layers and not whole:
+            lag = COPYING if recipe.memory.offload_activations else 0
+            self._stacks = Stacks(self._trace, len(self.layers), period(self.layers), lag)
+
+    @property
+    def counts(self) -> list[int]:
+        """Numbers of checkpointed layers that are quickly planned, beside none and all of them."""
+        if not self._stacks:
+            return []
+        return list(range(self._stacks.edge, len(self.layers) - self._stacks.edge + 1, self._stacks.each))
+
+    def plan(self, recomputed: int | None) -> Plan:
+        """The plan with the first so many layers checkpointed; None for all."""
+        recipe, target = self.recipe, self.target
+        if self._stacks:
+            traced = self._stacks(len(self.layers) if recomputed is None else min(recomputed, len(self.layers)))
+        else:
+            traced = self._trace(None, recomputed)
+        largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)
+        phases = {"load": load_phase(traced, recipe, self.model, self.dtype)}
+        for phase in PHASES[1:]:
+            moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
+            if moments:  # a recipe may hold nothing out
+                phases[phase] = max(moments, key=Counter.total)
+        host = HOST_BYTES + LOADERS[recipe.model.quantization != "none"] * largest * self.dtype.itemsize
+        return Plan(
+            recipe=recipe.name,
+            model=recipe.model.name_or_path,
+            target=target,
+            dtype=str(self.dtype).removeprefix("torch."),
+            layout=self.layout.name,
+            layout_why=self.layout.why,
+            shape=self.shape,
+            optimizer=traced.optimizer,
+            phases=phases,
+            load_host=host,
+            facts=traced.facts,
+            recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
+            assumptions=assumptions(recipe, target),
+        )
 
 
 def _skeleton(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
@@ -162,10 +218,6 @@ def _skeleton(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
         update={"model": recipe.model.model_copy(update={"quantization": "none", "new_tokens": []}), "adapter": None}
     )
     return build(plain, config, dtype, None, False)
-
-
-def _with_checkpointing(like: list[str], recomputed: int | None) -> list[str]:
-    return like if recomputed in (None, 0) else [f"{i < recomputed} {text}" for i, text in enumerate(like)]
 
 
 def checkpointed_layers(recipe: Recipe, target: Target) -> int | None:
@@ -202,6 +254,8 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
     ]
     if recipe.model.quantization == "int8":
         found.append("int8: no outlier columns, which are kept in 16 bits")
+    if recipe.memory.offload_activations:
+        found.append("offloading: two layers' copies are under way at a time, at most")
     if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
         found.append("ranks as the recipe names them: EVA deals them out anew")
     return found

@@ -37,3 +37,9 @@ AS_KERNEL = {
     "bitsandbytes::int8_mixed_scaled_mm": int8_mixed_scaled_mm,
 }
 """Operations by name, and what runs in their place on meta tensors."""
+
+DEQUANTISE = "bitsandbytes::dequantize_4bit"
+PRODUCTS = {
+    "bitsandbytes::int8_mixed_scaled_mm": lambda rows, codes, weight, *_: 2 * codes.numel() * weight.shape[0],
+}
+"""FLOPs of the operations among these that are not made of torch's own products."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from orpo_lite.errors import RequestError
@@ -51,13 +52,13 @@ def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
     return Verdict(card, made, words, remedy, remedied)
 
 
-def find_remedy(recipe: Recipe, card: Card, planner: Planner) -> tuple[str, Plan | None]:
+def find_remedy(recipe: Recipe, card: Card, planner: Callable[[Recipe, Target], Plan]) -> tuple[str, Plan | None]:
     """The first changes, mildest first and each on top of the others, with which the recipe fits.
 
     All of them keep the pairs of an optimizer step. A shorter max_length alone changes what is trained on, so it comes last.
     """
     words: list[str] = []
-    for change in (one_pair, recompute_all, four_bits):
+    for change in (one_pair, recompute_all, to_host, four_bits):
         more = change(recipe, card.target)
         if not more:
             continue
@@ -109,6 +110,10 @@ def one_pair(recipe: Recipe, target: Target) -> list[str]:
 
 def recompute_all(recipe: Recipe, target: Target) -> list[str]:
     return [] if checkpointed_layers(recipe, target) is None else ["memory.checkpointing=all"]
+
+
+def to_host(recipe: Recipe, target: Target) -> list[str]:
+    return [] if recipe.memory.offload_activations else ["memory.offload_activations=true"]
 
 
 def four_bits(recipe: Recipe, target: Target) -> list[str]:

@@ -8,19 +8,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from orpo_lite.card.markdown import visible
 from orpo_lite.planning.cards import CARDS, FITS, NOT, SHOWN, TIGHT, Card, verdict
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.ledger import PARTS
+from orpo_lite.planning.picture import gigabytes
 from orpo_lite.planning.predict import PHASES, Plan
 from orpo_lite.planning.remedies import Planner, Verdict
 from orpo_lite.recipe import Recipe, shipped_recipes
 
 BEGIN, END = "<!-- plan: begin (python -m orpo_lite.plan --all-recipes) -->", "<!-- plan: end -->"
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as GB, 10^9."""
-    return f"{size / 1e9:.2f}"
 
 
 def plan(console: Console, made: Plan) -> None:
@@ -40,7 +37,7 @@ def plan(console: Console, made: Plan) -> None:
         ("checkpointing", made.recomputed),
         ("optimizer", made.optimizer),
     ):
-        facts.add_row(name, escape(text))
+        facts.add_row(name, escape(visible(text)))
     console.print(facts)
     phases = [phase for phase in PHASES if phase in made.phases]
     table = Table("GB (10^9 bytes)", *phases, box=None)

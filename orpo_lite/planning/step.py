@@ -3,48 +3,57 @@
 from __future__ import annotations
 
 import functools
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.head import HeadTransform, head_transform
 from orpo_lite.layout import small_model
+from orpo_lite.model.offload import SMALLEST, checkpointing_layers, offload
+from orpo_lite.objective import count_labels
 from orpo_lite.planning.build import build, decoder_layers, hold_model
 from orpo_lite.planning.kernels import Kernels, Target, cuda_workspace, no_workspace
-from orpo_lite.planning.ledger import GRADIENTS, OPTIMIZER, Segment, Timeline
+from orpo_lite.planning.ledger import GRADIENTS, MOVED, OPTIMIZER, Segment, Timeline
 from orpo_lite.planning.states import States, states
 from orpo_lite.prepare import base_of, disable_dropout
 from orpo_lite.recipe import DataSection, Recipe
-from orpo_lite.trainer import ORPOTrainer, count_labels
+from orpo_lite.trainer import ORPOTrainer
 
 META = torch.device("meta")
+COPYING = 2
+"""ASSUMED. Tensors still on the card while they are copied to the host, beside the work of their layer and the next."""
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Pairs of a micro-batch, each by its tokens: prompt in common, then an answer a side."""
+    """Pairs of a micro-batch, each by its tokens: prompt in common, then the chosen and the rejected answer (one number
+    where they are of one length)."""
 
-    pairs: tuple[tuple[int, int], ...]
+    pairs: tuple[tuple[int, ...], ...]
     why: str
+    held_out: tuple[tuple[int, ...], ...] = ()
+    """Pairs of an evaluation's batch; left out, as many of the first as the recipe says."""
 
     @property
     def batch(self) -> list[dict[str, Any]]:
         """Pairs as the collators take them; the answers differ from their first token on."""
         return [
             {
-                "chosen_ids": [1] * prompt + [2] * answer,
-                "rejected_ids": [1] * prompt + [3] * answer,
+                "chosen_ids": [1] * prompt + [2] * answers[0],
+                "rejected_ids": [1] * prompt + [3] * answers[-1],
                 "chosen_start": prompt,
                 "rejected_start": prompt,
                 "prompt_ids": [1] * prompt,
             }
-            for prompt, answer in self.pairs
+            for prompt, *answers in self.pairs
         ]
 
 
@@ -60,14 +69,21 @@ def longest_pair(data: DataSection, encoder_decoder: bool = False) -> tuple[int,
     return min(length - answer, data.max_prompt_length or length), answer
 
 
+def pair_tokens(pair: tuple[int, ...], layout: str) -> int:
+    """Tokens of a pair of a Shape, as a layout counts them."""
+    prompt, *answers = pair
+    if layout == "padded":
+        return 2 * (prompt + max(answers))
+    return (1 if layout == "shared" else 2) * prompt + answers[0] + answers[-1]
+
+
 def micro_batch(recipe: Recipe, layout: str, encoder_decoder: bool) -> Shape:
     """The largest micro-batch that the recipe can meet: all its pairs are the longest one."""
     prompt, answer = pair = longest_pair(recipe.data, encoder_decoder)
     count, why = recipe.training.get("per_device_train_batch_size", 8), "training.per_device_train_batch_size"
     budget = recipe.orpo.tokens_per_batch
     if budget:
-        each = 2 * (prompt + answer) - (prompt if layout == "shared" else 0)
-        count, why = max(1, budget // each), f"orpo.tokens_per_batch of {budget:,}"
+        count, why = max(1, budget // pair_tokens(pair, layout)), f"orpo.tokens_per_batch of {budget:,}"
     words = f"{prompt:,} token(s) of prompt and {answer:,} of answer a side"
     return Shape((pair,) * count, f"{count} x the longest pair that data lets through ({words}); {why}")
 
@@ -116,6 +132,25 @@ class PlannedTrainer(ORPOTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         return inputs
 
+    def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
+        """The shape's pairs as the collator makes them a batch."""
+        collator: Any = PaddedCollator(0, recipe.orpo.nll_scope, 0 if self.model.config.is_encoder_decoder else None)
+        if layout != "padded":
+            collator = PackedCollator(recipe.orpo.nll_scope, share=layout == "shared")
+        pairs = shape.batch
+        if self.model.config.is_encoder_decoder:  # the prompt is the encoder's alone
+            for pair in pairs:
+                pair |= {side: pair[side][pair["chosen_start"] :] for side in ("chosen_ids", "rejected_ids")}
+        return collator(pairs)
+
+    def micro_batch_loss(self, batch: dict[str, Any]) -> Tensor:
+        """Loss of a micro-batch, the only one of its optimizer step."""
+        return self.compute_loss(self.model, batch, num_items_in_batch=torch.stack(count_labels([batch])))
+
+    def score(self, batch: dict[str, Any]) -> None:
+        """What an evaluation makes of a batch."""
+        self.pair_statistics(self.model, batch)
+
 
 @dataclass
 class Traced:
@@ -124,7 +159,8 @@ class Traced:
     peaks: dict[Segment, Counter[str]]
     """Bytes by part at the fullest moment of each segment."""
     facts: Counter[str]
-    """Numbers that grow with the layers: parameters, trained ones, bytes of the optimizer by place."""
+    """Numbers that grow with the layers: parameters, trained ones, bytes of the optimizer by place, and the work of the
+    micro-batch's forward and backward pass."""
     optimizer: str
 
 
@@ -136,17 +172,19 @@ def trace(
     layout: str,
     shape: Shape,
     transform: HeadTransform | None,
-    recomputed: int | None,
     layers: int | None = None,
+    recomputed: int | None = None,
+    kind: Callable[..., Any] = PlannedTrainer,
 ) -> Traced:
-    """Run one step with `layers` of the decoder's layers (None: all), `recomputed` of them checkpointed (None: all)."""
+    """Run one step with `layers` of the decoder's layers (None: all), `recomputed` of them checkpointed (None: all).
+
+    `kind` makes the trainer of model, recipe and transform; it has what PlannedTrainer adds to the real one.
+    """
     model = build(recipe, config, dtype, layers, recomputed != 0)
     if recipe.orpo.disable_dropout:
         disable_dropout(model)
-    checkpoint(model, recomputed)
-    collator: Any = PaddedCollator(0, recipe.orpo.nll_scope, 0 if config.is_encoder_decoder else None)
-    if layout != "padded":
-        collator = PackedCollator(recipe.orpo.nll_scope, share=layout == "shared")
+    host = HostOfPlan() if recipe.memory.offload_activations and target.kind == "cuda" else None
+    checkpoint(model, recomputed, host)
     cuda = target.kind == "cuda"
     timeline = Timeline(target.block, cuda_workspace if cuda else no_workspace)
     hold_model(timeline, model)
@@ -154,18 +192,20 @@ def trace(
     held = states(optimizer_name(recipe), trained, cuda)
     timeline.take(held.device, OPTIMIZER)
     kernels = Kernels(target)
-    trainer = PlannedTrainer(model, recipe, transform)
+    trainer = kind(model, recipe, transform)
     mark_layers(timeline, base_of(model))
     with timeline, kernels.standing_in():
         if dtype != torch.float32:  # as accelerate wraps a prepared model
-            model.forward = torch.autocast("cpu", dtype=dtype)(model.forward)
+            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(model.forward))
         held_out = evaluation_pairs(recipe)
         if held_out:
-            evaluate(timeline, trainer, collator(shape.batch[:1] * held_out))
-        run(timeline, trainer, trained, collator(shape.batch), accumulates(recipe), held)
+            longest = Shape(shape.held_out or shape.pairs[:1] * held_out, shape.why)
+            evaluate(timeline, trainer, trainer.batch(longest, recipe, layout))
+        run(timeline, trainer, trained, trainer.batch(shape, recipe, layout), accumulates(recipe), held)
     weights = sum(unpacked(p) for p in model.parameters())
     facts = Counter({"parameters": weights, "trained": sum(p.numel() for p in trained),
                      "optimizer on the host": held.host, "optimizer on the device": held.device})  # fmt: skip
+    facts |= timeline.work | Counter({MOVED: host.bytes if host else 0})
     return Traced(timeline.peaks(), facts, held.why)
 
 
@@ -178,7 +218,7 @@ def evaluate(timeline: Timeline, trainer: PlannedTrainer, batch: dict[str, Any])
     timeline.segment = ("evaluation", "start")
     trainer.model.eval()
     with torch.no_grad():
-        trainer.pair_statistics(trainer.model, moved(batch))
+        trainer.score(moved(batch))
     trainer.model.train()
 
 
@@ -197,8 +237,7 @@ def run(
             parameter.grad = torch.zeros_like(parameter)
             timeline.hold(parameter.grad, GRADIENTS)
     on_device, model = moved(batch), trainer.model
-    window = torch.stack(count_labels([on_device]))
-    loss = trainer.compute_loss(model, on_device, num_items_in_batch=window)
+    loss = trainer.micro_batch_loss(on_device)
     timeline.segment = ("backward", "end" if decoder_layers(base_of(model)) is not None else "start")
     # loss.backward() would run outside of the function mode, and recompute layers without autocast
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
@@ -224,8 +263,27 @@ def unpacked(parameter: Tensor) -> int:
     return state.shape.numel() if state is not None else parameter.numel()
 
 
-def checkpoint(model: Any, recomputed: int | None) -> None:
-    """Recompute activations of the first so many layers, as the trainer switches it on."""
+class HostOfPlan:
+    """The host's memory, as a plan sees it: tensors are gone until they come back, but for the last that were sent."""
+
+    def __init__(self) -> None:
+        self.bytes = 0
+        self._copying: deque[Tensor] = deque(maxlen=COPYING)
+
+    def pack(self, tensor: Tensor) -> Any:
+        if tensor.nbytes < SMALLEST or isinstance(tensor, nn.Parameter):
+            return tensor
+        self.bytes += tensor.nbytes
+        self._copying.append(tensor)
+        return tensor.shape, tensor.dtype
+
+    def unpack(self, kept: Any) -> Tensor:
+        self._copying.clear()
+        return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1], device=META)
+
+
+def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> None:
+    """Recompute activations of the first so many layers, and offload what they keep, as the trainer does."""
     if recomputed == 0:
         return
     base = base_of(model)
@@ -234,10 +292,14 @@ def checkpoint(model: Any, recomputed: int | None) -> None:
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if recomputed is not None:
-        layers = [m for m in base.modules() if hasattr(m, "_gradient_checkpointing_func")]
-        for i, layer in enumerate(m for m in layers if hasattr(m, "gradient_checkpointing")):
-            layer.gradient_checkpointing = i < recomputed
+    if recomputed is None and host is None:
+        return
+    layers = checkpointing_layers(base)
+    count = len(layers) if recomputed is None else recomputed
+    for i, layer in enumerate(layers):
+        layer.gradient_checkpointing = i < count  # type: ignore[assignment]
+    if host:
+        offload(layers[:count], host)
 
 
 def mark_layers(timeline: Timeline, base: Any) -> None:

@@ -23,6 +23,7 @@ from datasets import Dataset
 from torch.profiler import ProfilerActivity, profile
 from transformers import (
     AutoModelForCausalLM,
+    AutoTokenizer,
     Gemma2Config,
     LlamaConfig,
     MixtralConfig,
@@ -33,6 +34,7 @@ from transformers import (
 from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
+from orpo_lite.bench import trl_row, trl_trainer
 from orpo_lite.cli import console, run_command
 from orpo_lite.config import ORPOConfig
 from orpo_lite.merging.workers import one_thread_each
@@ -42,8 +44,7 @@ from orpo_lite.planning.kernels import Target, no_workspace
 from orpo_lite.planning.ledger import Timeline
 from orpo_lite.planning.predict import checkpointed_layers, plan
 from orpo_lite.planning.step import longest_pair
-from orpo_lite.progress import CheckpointedLayers
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import Recipe, resolve_path
 from orpo_lite.train import arguments
 from orpo_lite.trainer import ORPOTrainer
 
@@ -79,10 +80,18 @@ class Case:
     pairs: int = 1
     dtype: str = "float32"
     length: int = 192
+    trl: bool = False
+    """TRL's step instead of ours."""
 
     @property
     def name(self) -> str:
-        words = (self.family, self.quantization, self.dtype, f"checkpointing {self.checkpointing}", self.layout)
+        words = ("trl",) * self.trl + (
+            self.family,
+            self.quantization,
+            self.dtype,
+            f"checkpointing {self.checkpointing}",
+            self.layout,
+        )
         return ", ".join(words) + f", {self.pairs} pair(s)"
 
     def recipe(self, folder: Path) -> Recipe:
@@ -136,6 +145,13 @@ CASES = [
     Case("gemma2", checkpointing=1, layout="padded"),
     Case("llama", "nf4", dtype="bfloat16", length=64),
     Case("llama", "none", "none", dtype="bfloat16", length=64),
+    *(
+        Case(family, checkpointing=checkpointing, pairs=pairs, trl=True)
+        for family in ("llama", "qwen2")
+        for checkpointing in ("all", "none")
+        for pairs in (1, 4)
+    ),
+    Case("llama", "nf4", dtype="bfloat16", length=64, trl=True),
 ]
 
 
@@ -176,13 +192,17 @@ def compare(case: Case) -> Held:
             torch.manual_seed(0)
             AutoModelForCausalLM.from_config(FAMILIES[case.family]).save_pretrained(folder)
         recipe = case.recipe(folder)
-        predicted = plan(recipe, Target("cpu")).peak
-        before, measured = train(recipe, Path(scratch))
-    return Held(case.name, predicted, measured, before)
+        predicted = plan(recipe, Target("cpu"))
+        if case.trl:
+            from orpo_lite.planning.trl_step import plan_trl
+
+            predicted = plan_trl(recipe, predicted)
+        before, measured = train(recipe, Path(scratch), case.trl)
+    return Held(case.name, predicted.peak, measured, before)
 
 
-def train(recipe: Recipe, scratch: Path) -> tuple[int, int]:
-    """Bytes of the loaded model, and at the fullest moment of two real optimizer steps on the CPU."""
+def train(recipe: Recipe, scratch: Path, trl: bool = False) -> tuple[int, int]:
+    """Bytes of the loaded model, and at the fullest moment of two real optimizer steps on the CPU, ours or TRL's."""
     base, facts = load_base(recipe.model, device="cpu")
     recomputed = checkpointed_layers(recipe, Target("cpu"))
     model = attach_adapter(base, recipe.adapter, checkpointing=recomputed != 0)
@@ -193,11 +213,21 @@ def train(recipe: Recipe, scratch: Path) -> tuple[int, int]:
     row = {"chosen_ids": [1] * prompt + [2] * answer, "rejected_ids": [1] * prompt + [3] * answer}
     row |= {"chosen_start": prompt, "rejected_start": prompt}  # type: ignore[dict-item]
     rows = 2 * args.per_device_train_batch_size * args.gradient_accumulation_steps
-    trainer = ORPOTrainer(model, args, None, Dataset.from_list([row] * rows), None, processing_class=_Tokens())
+    if trl:
+        tokenizer = AutoTokenizer.from_pretrained(
+            resolve_path("builtin:quickstart/model")
+        )  # of TRL's first, unused row
+        same = ("per_device_train_batch_size", "gradient_accumulation_steps", "max_steps", "logging_steps", "use_cpu")
+        trainer: Any = trl_trainer(
+            model, args, tokenizer, str(scratch), save_strategy="no", **{name: getattr(args, name) for name in same}
+        )
+        trainer.train_dataset = Dataset.from_list([trl_row(row)] * rows)
+        if recomputed != 0:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+    else:
+        trainer = ORPOTrainer(model, args, None, Dataset.from_list([row] * rows), None, processing_class=_Tokens())
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    if recomputed not in (None, 0):
-        trainer.add_callback(CheckpointedLayers(recomputed))
     timeline = Timeline(1, no_workspace)
     hold_model(timeline, model)
     held = sum(size for _, size, _ in timeline.events)

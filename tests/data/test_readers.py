@@ -232,7 +232,7 @@ BROKEN: list[tuple[str, bytes, tuple[str, ...]]] = [
     ("text.json", b'"rows"', ("text.json", "found text", "array of rows")),
     ("latin.jsonl", '{"prompt": "café"}\n'.encode("latin-1"), ("latin.jsonl:1", "not UTF-8", "convert")),
     ("latin.csv", "prompt,chosen\ncafé,b\n".encode("latin-1"), ("latin.csv", "not UTF-8", "convert")),
-    ("cells.csv", b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", ("cells.csv", "line 3", "more cells")),
+    ("cells.csv", b"prompt,chosen,rejected\na,b,c\na,b,c,d\n", ("cells.csv:3", "found 4 cells", "3 columns")),
     ("names.jsonl", lines([{"question": "a", "good": "b", "bad": "c"}]),
      ("names.jsonl", "question, good, bad", "data.columns")),
     ("numbers.jsonl", b"1\n2\n", ("numbers.jsonl", "rows that are int")),

@@ -62,8 +62,8 @@ def near(a: Counter, b: Counter, slack: int) -> bool:
     return all(abs(a[key] - b[key]) <= slack for key in a.keys() | b.keys())
 
 
-def same(base: Path, checkpointing: str, target: Target, attention: str = "auto") -> None:
-    asked = recipe(base, memory={"checkpointing": checkpointing}, model={"attention": attention})
+def same(base: Path, checkpointing: str | int, target: Target, attention: str = "auto", **memory) -> None:
+    asked = recipe(base, memory={"checkpointing": checkpointing} | memory, model={"attention": attention})
     short, whole = plan(asked, target), plan(asked, target, whole=True)
     assert short.facts == whole.facts
     for phase in whole.phases:
@@ -74,6 +74,7 @@ def same(base: Path, checkpointing: str, target: Target, attention: str = "auto"
 def test_few_layers_say_what_all_of_them_would(bases):
     same(bases["llama"], "all", Target("cuda"))
     same(bases["qwen2 untied"], "none", Target("cpu"))
+    same(bases["llama"], 4, Target("cuda"))
 
 
 def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
@@ -81,8 +82,16 @@ def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("checkpointing", ["all", 5, 8, 10])
+@pytest.mark.parametrize("name", ["llama", "gemma2"])
+def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, bases, monkeypatch):
+    monkeypatch.setattr("orpo_lite.planning.step.SMALLEST", 1)
+    same(bases[name], checkpointing, Target("cuda"), "eager" if name == "gemma2" else "auto", offload_activations=True)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("checkpointing", ["all", "none", 4])
+@pytest.mark.parametrize("checkpointing", ["all", "none", 1, 3, 4, 6])
 @pytest.mark.parametrize("name", DEEP)
 def test_few_layers_say_what_all_of_them_would_everywhere(name, checkpointing, kind, bases):
     same(bases[name], checkpointing, Target(kind), "eager" if name == "gemma2" else "auto")

@@ -1,0 +1,1 @@
+"""What `python -m orpo_lite.doctor` looks at: the machine, the device, the hub, and a short run of the real thing."""

@@ -1,0 +1,140 @@
+"""Files of a model or an adapter on this disk, looked at before a library fails on them in its own words."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftType
+from safetensors import SafetensorError, safe_open
+from transformers import __version__ as transformers_version
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+from orpo_lite.errors import RequestError
+
+ADAPTER_WEIGHTS = "adapter_model.safetensors"
+AGAIN = "copy or download it again"
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        RequestError: not readable, no JSON, or another kind of value.
+    """
+    try:
+        content = json.loads(path.read_text("utf-8"))
+    except OSError as error:
+        raise RequestError(f"{path} cannot be read: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path} is broken JSON ({error or 'nested too deeply'}): {AGAIN}") from None
+    if not isinstance(content, dict):
+        raise RequestError(f"{path} holds a {type(content).__name__}, expected a JSON object: {AGAIN}")
+    return content
+
+
+def check_safetensors(path: Path) -> None:
+    """Raise RequestError for a file that is not whole."""
+    try:
+        safe_open(path, "pt").__enter__()
+    except (SafetensorError, OSError) as error:
+        with path.open("rb") as stream:
+            pointer = stream.read(40).startswith(b"version https://git-lfs")
+        if pointer:
+            raise RequestError(
+                f"{path} is a Git LFS pointer instead of the weights: run `git lfs pull` there"
+            ) from None
+        raise RequestError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
+
+
+def check_model(folder: Path) -> None:
+    """Raise RequestError for what is missing or broken in a local model folder."""
+    if not (folder / "config.json").is_file():
+        if (folder / "adapter_config.json").is_file():
+            raise RequestError(
+                f"model.name_or_path: {folder} holds an adapter, not a model: put its base there, and set "
+                f"adapter.init_from={folder} to go on training it"
+            )
+        found = next(folder.glob("*.gguf"), None)
+        hint = f"for its GGUF file set model.gguf_file={found.name}" if found else AGAIN
+        raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is no model folder: {hint}")
+    kind = read_object(folder / "config.json")
+    name = kind.get("model_type")
+    if "auto_map" not in kind and (not isinstance(name, str) or name not in CONFIG_MAPPING):
+        found = f"model_type is {name!r}, which transformers {transformers_version} does not know" if name else (
+            "model_type is missing")  # fmt: skip
+        raise RequestError(
+            f"model.name_or_path: {folder / 'config.json'}: {found}: {AGAIN}, or pip install -U transformers"
+        )
+    if (folder / "tokenizer.json").is_file():
+        read_object(folder / "tokenizer.json")
+    for shard in shards(folder):
+        check_safetensors(folder / shard)
+
+
+def shards(folder: Path) -> list[str]:
+    """Names of a local model's weight files; RequestError where one is missing, pickled or outside of the folder."""
+    index = folder / "model.safetensors.index.json"
+    if not index.is_file():
+        found = [path.name for path in folder.glob("*.safetensors")]
+        if not found and list(folder.glob("*.bin")):
+            raise RequestError(
+                f"model.name_or_path: {folder} holds pickled weights only (*.bin), which are never loaded because a "
+                "pickle can run code: where you trust it, convert it with transformers' "
+                f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
+            )
+        if not found:
+            raise RequestError(
+                f"model.name_or_path: {folder} has a config.json but no model.safetensors: copy or download it"
+            )
+        return found
+    try:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise RequestError(f"model.name_or_path: {index} is broken ({error}): copy or download it again") from None
+    for name in names:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+            raise RequestError(
+                f"model.name_or_path: {index} names {name!r}, expected files inside of the folder: mend the index"
+            )
+        if not (folder / name).is_file():
+            raise RequestError(
+                f"model.name_or_path: {folder / name} is missing, though {index.name} names it: copy or download it"
+            )
+    return names
+
+
+def check_adapter(folder: Path) -> None:
+    """Raise RequestError for an adapter folder whose files are missing, broken, pickled or not finite."""
+    path, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
+    if not path.is_file():
+        raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is no adapter folder")
+    config = read_object(path)
+    kind, rank = config.get("peft_type"), config.get("r")
+    if kind != PeftType.LORA:
+        raise RequestError(f"adapter: {folder} is of type {kind}, expected LORA: train one, or take another adapter")
+    if rank is not None and (not isinstance(rank, int) or rank < 1):
+        raise RequestError(f"adapter: {path}: r is {rank!r}, expected a whole number above 0: {AGAIN}")
+    if not weights.is_file():
+        old = folder / "adapter_model.bin"
+        if old.is_file():
+            raise RequestError(
+                f"adapter: {old} is a pickle, which is never loaded because it can run code: write {ADAPTER_WEIGHTS} "
+                "beside it with safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+            )
+        raise RequestError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}: {AGAIN}")
+    check_safetensors(weights)
+    with safe_open(weights, "pt") as file:
+        names = list(file.keys())
+        bad = [name for name in names if not finite(file.get_tensor(name))]
+    if bad:
+        raise RequestError(
+            f"adapter: {weights}: {len(bad)} of {len(names)} tensors are not finite (NaN or infinity), first {bad[0]}: "
+            "its training failed; take an earlier checkpoint, or train again with a lower training.learning_rate"
+        )
+
+
+def finite(tensor: torch.Tensor) -> bool:
+    return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())

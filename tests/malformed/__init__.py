@@ -1,0 +1,1 @@
+"""Malformed recipes, data, models and adapters, and what each must be told."""

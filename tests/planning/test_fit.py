@@ -1,0 +1,218 @@
+"""Fits: what is counted, what is kept, what is chosen, and the recipe that comes out."""
+
+import json
+from pathlib import Path
+from unittest import mock
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import LlamaConfig
+
+from orpo_lite.cli import run_command
+from orpo_lite.config import ORPOConfig
+from orpo_lite.errors import RequestError
+from orpo_lite.plan import command
+from orpo_lite.planning import fitted, truth
+from orpo_lite.planning.cards import CARDS, FITS, Card, verdict
+from orpo_lite.planning.fit import Search, fit
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.ledger import FLOPS, KEPT, MOVED, UNPACKED
+from orpo_lite.planning.predict import Study, plan
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import arguments
+
+CONFIG = LlamaConfig(vocab_size=3000, hidden_size=256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2,
+                     num_hidden_layers=12)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("base")
+    CONFIG.architectures = ["LlamaForCausalLM"]
+    CONFIG.save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, **sections) -> Recipe:
+    content = {
+        "name": "small",
+        "model": {"name_or_path": str(base)},
+        "data": {"train": "x.jsonl", "max_length": 1024},
+        "training": {
+            "per_device_train_batch_size": 1,
+            "gradient_accumulation_steps": 2,
+            "per_device_eval_batch_size": 1,
+            "optim": "adamw_torch",
+        },
+    }
+    for section, fields in sections.items():
+        content[section] = content.get(section, {}) | fields
+    return Recipe.parse(content)
+
+
+def needs(base: Path, **sections) -> float:
+    """GB that a plan asks for."""
+    return plan(recipe(base, **sections)).needed / 1e9
+
+
+ONE = {"per_device_train_batch_size": 1, "per_device_eval_batch_size": 1, "gradient_accumulation_steps": 2}
+
+
+@pytest.mark.parametrize("checkpointing", ["all", "none", 2])
+def test_flops_are_those_of_real_steps(checkpointing):
+    case = truth.Case("gemma2", "none", checkpointing, "padded", length=48)
+    # gemma2's attention is made of plain products: the counter does not know the CPU's own kernel
+    with (
+        mock.patch.object(truth, "profile", lambda **_: FlopCounterMode(display=False)),
+        mock.patch.object(truth, "fullest", lambda counter: counter.get_total_flops()),
+        mock.patch.object(truth, "plan", lambda asked, target: mock.Mock(peak=plan(asked, target).facts[FLOPS])),
+    ):
+        held = truth.compare(case)
+    micro_batches = 4
+    assert held.measured - held.before == pytest.approx(micro_batches * held.planned, rel=1e-3)
+
+
+def test_quantised_weights_are_unpacked_and_multiplied_as_others(base):
+    plain, packed = (plan(recipe(base, model={"quantization": name})).facts for name in ("none", "nf4"))
+    assert plain[FLOPS] == packed[FLOPS]
+    layers = 12 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 640)
+    assert plain[UNPACKED] == 0 and packed[UNPACKED] == 3 * layers  # forward, recomputed forward, backward
+
+
+def test_checkpointing_and_offloading_move_the_plan(base):
+    study = Study(recipe(base), Target("cuda"))
+    plans = [study.plan(count) for count in (None, 8, 4, 0)]
+    assert [p.peak for p in plans] == sorted(p.peak for p in plans)
+    flops = [p.facts[FLOPS] for p in plans]
+    assert flops == sorted(flops, reverse=True)
+    # the forward pass is repeated, which is a third of all with a frozen base
+    assert 0.6 < flops[-1] / flops[0] < 0.8
+    away = plan(recipe(base, memory={"offload_activations": True}))
+    assert away.phases["forward"][KEPT] < plans[0].phases["forward"][KEPT] / 2
+    # the first layer's input, in 16 bits as the embeddings are, is smaller than what is worth a copy
+    assert away.facts[MOVED] == 11 * sum(2 * a + p for p, a in away.shape.pairs) * 256 * 4
+    assert away.facts[FLOPS] == flops[0]
+
+
+def test_a_roomy_card_does_without_recomputation(base):
+    found = fit(recipe(base), Card("roomy", 80))
+    assert found.choice.checkpointing == "none" and found.choice.pairs == 2
+    assert found.choice.cost < 0.8 * found.before.cost
+
+
+def test_the_fit_fits_and_keeps_the_optimizer_batch(base, tmp_path):
+    asked = recipe(base)
+    low = needs(base, training=ONE, memory={"checkpointing": "all"})
+    high = needs(base, training=ONE, memory={"checkpointing": "none"})
+    costs = []
+    for share in (0.35, 0.6, 0.9):
+        card = Card("some card", low + share * (high - low))
+        found = fit(asked, card)
+        again = plan(found.recipe)
+        assert verdict(again, card) == FITS and again.peak == found.choice.plan.peak
+        assert found.choice.checkpointing not in ("all", "none")
+        costs.append(found.choice.cost)
+        assert found.choice.cost == min(choice.cost for choice in found.weighed if choice.fits)
+        facts = mock.Mock(precision=mock.Mock(bf16=False, fp16=False))
+        args: ORPOConfig = arguments(found.recipe, tmp_path, facts, has_eval=False, checkpointing=None)
+        assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 2
+        unchanged = found.recipe.model_dump(exclude={"name", "needs", "memory", "orpo", "training"})
+        assert unchanged == asked.model_dump(exclude={"name", "needs", "memory", "orpo", "training"})
+    assert costs == sorted(costs, reverse=True)
+
+
+@pytest.mark.slow
+def test_offloading_comes_before_a_shorter_length(base):
+    least = needs(base, training=ONE, memory={"checkpointing": "all"})
+    away = needs(base, training=ONE, memory={"checkpointing": "all", "offload_activations": True})
+    assert away < least
+    found = fit(recipe(base), Card("small", (least + away) / 2))
+    assert found.recipe.memory.offload_activations and found.recipe.data.max_length == 1024
+    shorter = fit(recipe(base), Card("smaller", away - 0.002))
+    assert shorter.recipe.data.max_length < 1024
+    with pytest.raises(
+        RequestError, match=r"does not fit tiny with 0.58 GB: 0\.\d GB are needed for one pair of 2 x 128"
+    ):
+        fit(recipe(base), Card("tiny", 0.58))
+
+
+def test_a_mean_over_micro_batches_keeps_them(base):
+    found = fit(recipe(base, orpo={"nll_mean": "micro"}), Card("roomy", 80))
+    assert found.recipe.orpo.tokens_per_batch is None
+    assert found.recipe.training["per_device_train_batch_size"] == 1
+    assert {choice.pairs for choice in found.weighed} == {1}
+
+
+def test_a_smaller_head_chunk_where_that_is_what_it_takes(base):
+    wide = {"model": {"quantization": "none"}, "data": {"max_length": 64}}
+    search = Search(recipe(base, **wide), Card("none", 80))
+    chunk = search._finer_head()
+    plain = needs(base, training=ONE, memory={"checkpointing": "all"}, **wide)
+    finer = needs(base, training=ONE, memory={"checkpointing": "all", "head_chunk": int(chunk.split("=")[1])}, **wide)
+    if finer == plain:
+        pytest.skip("the head is not where this model's memory peaks")
+    found = fit(recipe(base, **wide), Card("between", (plain + finer) / 2))
+    assert chunk in found.choice.words
+
+
+def run(*words: str) -> int:
+    """The command's exit status."""
+    with mock.patch("sys.argv", ["plan", *words]), pytest.raises(SystemExit) as left:
+        run_command(command)
+    return left.value.code or 0
+
+
+@pytest.fixture
+def written(base, tmp_path) -> Path:
+    path = tmp_path / "small.yaml"
+    recipe(base).save(path)
+    return path
+
+
+@pytest.mark.parametrize("json_", [False, True])
+def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys):
+    output = tmp_path / "fitted.yaml"
+    words = ["--recipe", str(written), "--fit", "--gpu", "24GB", "--output", str(output)]
+    assert run(*words, *["--json"] * json_) == 0
+    printed = capsys.readouterr().out
+    if json_:
+        told = json.loads(printed)["fit"]
+        assert told["chosen"]["fits"] and told["recipe"] == str(output) and told["chosen"]["relative_time"] < 1
+        assert told["chosen"] in told["weighed"]
+    else:
+        assert "chosen" in printed and "as it stands" in printed and str(output) in printed.replace("\n", "")
+    loaded = Recipe.load(output)
+    assert loaded.name == "small-24gb" and loaded.memory.checkpointing == "none"
+    assert loaded.data == recipe(written.parent).data and loaded.orpo.tokens_per_batch == 2 * 2047
+    assert "24 GB" in loaded.needs and output.read_text("utf-8").startswith("# small, fitted to 24 GB")
+    assert plan(loaded).needed < 24e9
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--fit", "--gpu", "all"], "--fit fits one card"),
+        (["--fit", "--gpu", "cpu"], "--fit fits one card"),
+        (["--fit"], "there is no GPU here"),
+        (["--output", "x.yaml"], "give --fit as well"),
+        (["--fit", "--gpu", "12GB", "--output", "x.json"], "ending in .yaml"),
+    ],
+)
+def test_mistakes(words, message, written, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert run("--recipe", str(written), *words) == 2
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_an_existing_file_stays(written, capsys):
+    before = written.read_bytes()
+    assert run("--recipe", str(written), "--fit", "--gpu", "12GB", "--output", str(written)) == 2
+    assert "there already" in capsys.readouterr().err
+    assert written.read_bytes() == before
+
+
+def test_gpu_gb_says_which_card(written, monkeypatch):
+    monkeypatch.setattr(fitted, "fit", lambda recipe, card: card)
+    assert fitted.search(Recipe.load(written, ["memory.gpu_gb=24"]), None) == Card("24 GB", 24)
+    assert fitted.search(Recipe.load(written, ["memory.gpu_gb=24"]), "rtx-3060") == CARDS["rtx-3060"]

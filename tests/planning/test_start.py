@@ -1,0 +1,222 @@
+"""The plan before a run starts: over the data's own pairs, from the cache, and against the card that is there."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig
+
+from orpo_lite import announce
+from orpo_lite.errors import RequestError
+from orpo_lite.planning import cache, start
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.lengths import Lengths, worst
+from orpo_lite.planning.predict import CONTEXT_BYTES, plan
+from orpo_lite.planning.step import Shape
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import run
+
+PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch):
+    """A small llama's recipe, with a cache of its own."""
+    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "cache"))
+    config = LlamaConfig(vocab_size=3000, hidden_size=128, intermediate_size=320, num_attention_heads=4,
+                         num_key_value_heads=2, num_hidden_layers=2, architectures=["LlamaForCausalLM"])  # fmt: skip
+    config.save_pretrained(tmp_path / "base")
+
+    def make(*words):
+        content = {
+            "name": "small",
+            "model": {"name_or_path": str(tmp_path / "base"), "quantization": "none"},
+            "data": {"train": "x.jsonl", "max_length": 128},
+            "training": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
+        }
+        from orpo_lite.planning.remedies import changed
+
+        made = changed(Recipe.parse(content), list(words))
+        assert made is not None
+        return made
+
+    return make
+
+
+@pytest.fixture
+def lengths():
+    return Lengths(PAIRS, PAIRS[:2])
+
+
+@pytest.fixture
+def card(monkeypatch):
+    """A CUDA card by mocked calls: total and free bytes, and what torch holds of it."""
+
+    def make(total, others=0, reserved=0, allocated=0, name="Test Card"):
+        free = total - others - reserved - CONTEXT_BYTES["cuda"]
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(free), int(total)))
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
+        for kind, size in (("memory", reserved), ("max_memory", reserved)):
+            monkeypatch.setattr(torch.cuda, f"{kind}_reserved", lambda device=None, size=size: size)
+        monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: allocated)
+        monkeypatch.setattr(start, "holders", lambda: "python, 4242, 800 MiB")
+        return torch.device("cuda", 0)
+
+    return make
+
+
+def test_the_costliest_pairs_of_each_layout():
+    # shared: 60 50 63 24 96; packed: 70 90 68 32 116; padded: 80 90 110 32 120
+    assert worst(PAIRS, "shared", 2, None) == ((20, 40, 36), (5, 50, 8))
+    assert worst(PAIRS, "packed", 2, None) == ((20, 40, 36), (40, 5, 5))
+    assert worst(PAIRS, "padded", 9, None)[:3] == ((20, 40, 36), (5, 50, 8), (40, 5, 5))
+    assert worst(PAIRS, "shared", 9, 160) == ((20, 40, 36), (5, 50, 8))
+    assert worst(PAIRS, "shared", 9, 150) == ((20, 40, 36), (40, 5, 5))
+    assert worst(PAIRS, "padded", 9, 359) == ((20, 40, 36), (5, 50, 8))  # a third would be padded to 120
+    assert worst(PAIRS, "shared", 9, 1) == ((20, 40, 36),)  # alone, though it is over the budget
+
+
+def test_shape_is_of_the_data_and_of_tighter_limits(recipe, lengths):
+    shape = lengths.shape(recipe("data.eval=y.jsonl", "training.per_device_eval_batch_size=1"), "shared")
+    assert shape.pairs == ((20, 40, 36), (5, 50, 8), (10, 20, 30), (40, 5, 5))
+    assert shape.held_out == ((10, 20, 30),)
+    assert lengths.shape(recipe("orpo.tokens_per_batch=400"), "shared").pairs[-1] == (8, 8, 8)
+    dropped = lengths.shape(recipe("data.max_length=50", "data.overlong=drop"), "shared")
+    assert dropped.pairs == ((10, 20, 30), (40, 5, 5), (8, 8, 8))
+    cut = lengths.shape(recipe("data.max_length=50", "data.overlong=truncate"), "shared")
+    assert cut.pairs[0] == (20, 30, 30)
+    nothing = lengths.shape(recipe("data.max_length=8", "data.overlong=drop"), "shared")
+    assert "that data lets through" in nothing.why
+
+
+def test_a_plan_of_unequal_answers_and_held_out_pairs_moves_with_both(recipe):
+    made = {
+        name: plan(recipe("data.eval=y.jsonl"), shape=Shape(pairs, "", held_out))
+        for name, pairs, held_out in (
+            ("even", ((8, 40, 40),), ((8, 40),)),
+            ("chosen shorter", ((8, 20, 40),), ((8, 40),)),
+            ("long held out", ((8, 40, 40),), ((8, 400),)),
+        )
+    }
+    same = plan(recipe("data.eval=y.jsonl"), shape=Shape(((8, 40),), "", ((8, 40),)))
+    assert made["even"].phases == same.phases
+    assert made["chosen shorter"].phases["backward"].total() < made["even"].phases["backward"].total()
+    assert made["long held out"].phases["evaluation"].total() > made["even"].phases["evaluation"].total()
+    assert made["long held out"].phases["backward"] == made["even"].phases["backward"]
+
+
+def test_cache_gives_the_plan_back_and_knows_what_it_depends_on(recipe, lengths, monkeypatch):
+    made = cache.cached_plan(recipe(), Target("cuda"), lengths)
+    (file,) = cache.folder().iterdir()
+
+    def unasked(*args, **kwargs):
+        raise AssertionError("planned anew")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cache, "plan", unasked)
+        again = cache.cached_plan(recipe("training.learning_rate=1", "data.seed=3"), Target("cuda"), lengths)
+        assert again == made and again.as_dict() == made.as_dict() and again.needed == made.needed
+        longer = Lengths(PAIRS + 1, PAIRS[:2])
+        for changed, target, pairs in (
+            (recipe("adapter.r=4"), Target("cuda"), lengths),
+            (recipe("training.optim=sgd"), Target("cuda"), lengths),
+            (recipe("memory.checkpointing=none"), Target("cuda"), lengths),
+            (recipe("data.eval_fraction=0"), Target("cuda"), lengths),
+            (recipe(), Target("cuda", (7, 5)), lengths),
+            (recipe(), Target("cuda"), longer),
+        ):
+            with pytest.raises(AssertionError, match="planned anew"):
+                cache.cached_plan(changed, target, pairs)
+        patch.setattr(cache, "version", lambda name: "another")
+        with pytest.raises(AssertionError, match="planned anew"):
+            cache.cached_plan(recipe(), Target("cuda"), lengths)
+    whole = file.read_text()
+    for damaged in (
+        "",
+        whole[: len(whole) // 2],
+        "[]",
+        json.dumps({"recipe": "small"}),
+        whole.replace('"backward"', '"back"'),
+    ):
+        file.write_text(damaged)
+        assert cache.cached_plan(recipe(), Target("cuda"), lengths).needed == made.needed
+        assert file.read_text() == whole
+    assert [path.name for path in cache.folder().iterdir()] == [file.name]
+
+
+def test_cache_that_cannot_be_written_is_done_without(recipe, lengths, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "file"))
+    assert cache.cached_plan(recipe(), Target("cuda"), lengths).needed
+    monkeypatch.delenv("ORPO_LITE_CACHE")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert cache.folder() == tmp_path / "orpo_lite" / "plans"
+
+
+def test_a_card_with_room_gets_a_line(recipe, lengths, card, capsys):
+    made = start.before_loading(recipe(), lengths, card(12e9), False, "again")
+    assert made is not None
+    line = capsys.readouterr().out.strip()
+    assert (
+        line.startswith("memory: planned ")
+        and f"of 12.0 GB (tensors {made.peak / 1e9:.3f}" in line
+        and ", fits; 4 of" in line
+    )
+
+
+def test_what_cannot_fit_is_refused_with_a_remedy_that_works(recipe, lengths, card, capsys, caplog):
+    needs = plan(recipe(), shape=lambda layout: lengths.shape(recipe(), layout))
+    device = card(int(needs.needed - needs.assumed["fragmentation margin"] - 1e6))
+    command = "python -m orpo_lite.train --recipe small"
+    with pytest.raises(RequestError, match="small needs") as caught:
+        start.before_loading(recipe(), lengths, device, False, command)
+    message = str(caught.value)
+    assert "Test Card has" in message and "--force" in message and "held by" not in message
+    words = message.split(command)[1].split("\n")[0].split()
+    assert words and "=" in words[0]
+    start.before_loading(recipe(*words), lengths, device, False, command)  # it does fit
+    assert start.before_loading(recipe(), lengths, device, True, command) is not None
+    assert "going on, since --force says so" in caplog.text
+
+
+def test_who_else_is_on_the_card_is_said(recipe, lengths, card):
+    device = card(12e9, others=11.6e9)
+    with pytest.raises(RequestError) as caught:
+        start.before_loading(recipe(), lengths, device, False, "again")
+    message = str(caught.value)
+    assert "0.4 GB left of 12.0 GB, since 11.6 GB are held by python, 4242, 800 MiB" in message
+    assert "It fits once those have ended" in message and "Nothing that was tried makes it fit" in message
+
+
+def test_a_plan_that_fails_stops_nothing(recipe, lengths, card, capsys, tmp_path):
+    gone = recipe(f"model.name_or_path={tmp_path / 'nothing'}")
+    assert start.before_loading(gone, lengths, card(12e9), False, "again") is None
+    out = capsys.readouterr().out
+    assert "memory: no plan, since model.name_or_path" in out and "training goes on without" in out
+
+
+def test_measured_beside_planned(recipe, lengths, card, capsys):
+    made = cache.cached_plan(recipe(), Target("cuda"), lengths)
+    device = card(12e9, allocated=made.peak * 2, reserved=made.peak * 3)
+    record = announce.memory(made, device)
+    assert record == made.as_dict() | {
+        "measured": {"allocated_bytes": made.peak * 2, "reserved_bytes": made.peak * 3}, "error": -0.5}  # fmt: skip
+    assert "-50.0%" in capsys.readouterr().out
+    assert announce.memory(None, device)["measured"]["allocated_bytes"] == made.peak * 2
+    assert announce.memory(None, torch.device("cpu")) is None
+
+
+def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "cache"))
+    quick = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4"]
+    for asked in (False, True):
+        recipe = Recipe.load("quickstart", [*quick, f"training.output_dir={tmp_path / str(asked)}"])
+        facts = run(recipe, plan=asked).facts
+        assert ("memory: planned" in capsys.readouterr().out) == asked
+        assert bool(facts["plan"]) == asked
+        assert facts["out_of_memory"] == {"training": [], "evaluation": []}
+    written = json.loads((Path(recipe.folder) / "run.json").read_text())
+    assert written["plan"]["device"] == "cpu" and written["plan"]["peak_bytes"] > 0

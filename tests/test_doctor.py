@@ -1,0 +1,590 @@
+"""The doctor: every probe survives what it probes, says what to do, and nothing private leaves the machine."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import warnings
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from types import SimpleNamespace
+
+import bitsandbytes
+import pytest
+import torch
+import typer
+from huggingface_hub import constants
+
+from orpo_lite import doctor
+from orpo_lite.doctoring import device, kernels, machine, private, selftest
+from orpo_lite.doctoring.findings import NOTE, OK, PROBLEM, Finding, Probe, examine
+from orpo_lite.trainer import ORPOTrainer
+
+CANARY = "hf_" + "CanaryThatMustNotLeak" * 2
+
+
+# ---- probes that go wrong ------------------------------------------------------------------------------------------
+
+
+def good():
+    print("library chatter")
+    yield Finding("good", OK, "well")
+
+
+def raises():
+    yield Finding("raises", OK, "half of it")
+    raise RuntimeError("no\nsuch   thing")
+
+
+def leaves():
+    sys.exit(3)
+    yield
+
+
+def crashes():
+    os.kill(os.getpid(), signal.SIGKILL)
+    yield
+
+
+def hangs():
+    time.sleep(60)
+    yield
+
+
+def finds_a_problem():
+    yield Finding("driver", PROBLEM, "too old", "update it")
+
+
+def test_probes_that_raise_leave_crash_or_hang_are_findings_and_the_rest_goes_on(capfd):
+    probes = [Probe(f.__name__, f, limit=1 if f is hangs else 60) for f in (raises, leaves, crashes, hangs, good)]
+    found = list(examine(probes))
+    assert [(f.name, f.verdict) for f in found] == [
+        ("raises", OK), ("raises", PROBLEM), ("leaves", PROBLEM), ("crashes", PROBLEM), ("hangs", PROBLEM), ("good", OK)
+    ]  # fmt: skip
+    assert "RuntimeError: no such thing" in found[1].text and "in raises" in found[1].facts["traceback"][-1]
+    assert "SystemExit" in found[2].text and "SIGKILL" in found[3].text and "within 1 s" in found[4].text
+    assert all("--json" in finding.remedy for finding in found[1:5])
+    assert capfd.readouterr() == ("", "")
+
+
+def test_what_needs_a_broken_thing_is_not_looked_at_and_says_so():
+    probes = [
+        Probe("driver", finds_a_problem),
+        Probe("second", crashes, needs=("good", "driver")),
+        Probe("third", crashes, needs=("second",)),
+        Probe("good", good),
+    ]
+    found = list(examine(probes))
+    assert [finding.verdict for finding in found] == [PROBLEM, NOTE, NOTE, OK]
+    assert "problem with driver" in found[1].text and "problem with second" in found[2].text
+
+
+# ---- the command ---------------------------------------------------------------------------------------------------
+
+
+def test_one_line_a_finding_and_the_exit_status(monkeypatch, capsys):
+    monkeypatch.setattr(doctor, "PROBES", [Probe("good", good)])
+    monkeypatch.setattr(doctor, "SELF_TEST", [Probe("driver", finds_a_problem)])
+    doctor.command(no_self_test=True)
+    out = capsys.readouterr().out
+    assert "ok       good: well\n" in out and "No problem, 0 note(s): nothing speaks against training here" in out
+    with pytest.raises(typer.Exit) as left:
+        doctor.command()
+    assert left.value.exit_code == 1
+    out = capsys.readouterr().out
+    assert "problem  driver: too old -> update it\n" in out and "1 problem(s)" in out
+
+
+def tells_secrets():
+    home, host = Path.home(), os.uname().nodename
+    text = f"{home}/x, /data/{os.environ['USER']}/y, {host}, {CANARY}, https://me:word@hub.example/z, {os.environ['MY_API_KEY']}"
+    yield Finding(f"secrets {CANARY}", NOTE, text, remedy=text, facts={"where": [text, {text: 1}]})
+
+
+@pytest.mark.parametrize("as_json", [True, False])
+def test_nothing_private_is_printed(as_json, monkeypatch, capsys, tmp_path):
+    home = tmp_path / "grandma"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    (home / ".cache" / "huggingface" / "stored_tokens").write_text("[mine]\nhf_token = savedsecretvalue\n")
+    for name, value in {"HOME": str(home), "USER": "grandma", "LOGNAME": "grandma", "HF_TOKEN": CANARY,
+                        "MY_API_KEY": "sesame-open-sesame", "HF_ENDPOINT": "https://hub.example"}.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("HF_HOME", raising=False)
+    monkeypatch.setattr(doctor, "PROBES", [Probe("secrets", tells_secrets)])
+    doctor.command(as_json=as_json, no_self_test=True)
+    out = capsys.readouterr().out
+    hidden = [CANARY, "grandma", "sesame", "me:word", *(["hub.example"] if as_json else [])]
+    host = os.uname().nodename.partition(".")[0]
+    hidden += [host] if len(host) > 2 and host != "localhost" else []
+    assert not [word for word in hidden if word in out], out
+    assert "~/x" in out and "/data/<user>/y" in out
+    assert "savedsecretvalue" in private.Scrubber().secrets
+    if as_json:
+        assert json.loads(out)["verdict"] == NOTE
+
+
+class Hub(BaseHTTPRequestHandler):
+    status, kind = 200, "application/json"
+
+    def do_GET(self):
+        self.server.seen.append(str(self.headers))
+        self.send_response(self.status)
+        self.send_header("Content-Type", self.kind)
+        self.end_headers()
+        self.wfile.write(b"[]")
+
+    def log_message(self, *args): ...
+
+
+@contextmanager
+def server(**fields):
+    with ThreadingHTTPServer(("127.0.0.1", 0), type("Answers", (Hub,), fields)) as http:
+        http.seen = []
+        threading.Thread(target=http.serve_forever, daemon=True).start()
+        yield http, f"http://127.0.0.1:{http.server_port}"
+        http.shutdown()
+
+
+def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp_path):
+    """The real thing in its own process: the self-test, a hub that answers, a token in the environment and in a file."""
+    home = tmp_path / "home"
+    (home / ".cache" / "huggingface").mkdir(parents=True)
+    (home / ".cache" / "huggingface" / "token").write_text(CANARY + "InTheFile")
+    with server() as (http, url):
+        own = {"HOME": str(home), "HF_ENDPOINT": url, "HF_HUB_OFFLINE": "0", "HF_TOKEN": CANARY, "OMP_NUM_THREADS": "1",
+               "PYTHONPATH": str(Path(__file__).parents[1])}  # fmt: skip
+        environment = {key: value for key, value in os.environ.items() if not key.startswith(("HF_", "XDG_"))} | own
+        done = subprocess.run(
+            [sys.executable, "-m", "orpo_lite.doctor", "--json"], cwd=tmp_path, env=environment, capture_output=True
+        )
+    assert done.returncode == 0, (done.stdout, done.stderr)
+    report = json.loads(done.stdout)
+    checks = {check["name"]: check for check in report["checks"]}
+    assert {"python", "packages", "memory", "hub", "token", "torch", "bf16", "attention"} <= checks.keys()
+    assert [checks[name]["verdict"] for name in ("training", "layouts", "plan", "hub", "token")] == [OK] * 5, checks
+    assert checks["plan"]["facts"]["planned"] > 10e6 and "HF_TOKEN" in checks["token"]["text"]
+    assert all("authorization" not in headers.lower() for headers in http.seen) and http.seen
+    everything = done.stdout + done.stderr + b"".join(p.read_bytes() for p in home.rglob("*") if p.name != "token" and p.is_file())  # fmt: skip
+    for secret in (CANARY, CANARY[3:24], str(home), str(http.server_port) + "/api"):
+        assert secret.encode() not in everything
+    left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "token"]
+    assert not left, left
+
+
+# ---- packages, memory, disk, hub ----------------------------------------------------------------------------------
+
+
+def test_packages_missing_outside_their_range_or_not_as_tested(monkeypatch):
+    monkeypatch.setattr(machine, "requirements", lambda: ["torch>=2.8", "peft>=0.19", "gguf>=1; extra == 'export'"])
+    monkeypatch.setattr(machine, "tested", lambda: {"torch": "2.13.0", "peft": "0.21.2"})
+    versions = {"torch": "2.13.0+cu126", "peft": "0.21.2"}
+    monkeypatch.setattr(machine, "installed", versions.get)
+    assert next(machine.packages()).verdict == OK
+    versions["peft"] = "0.20.0"
+    found = next(machine.packages())
+    assert found.verdict == NOTE and "peft 0.20.0 (tested: 0.21.2)" in found.text and "torch" not in found.text
+    versions["peft"] = "0.18.1"
+    found = next(machine.packages())
+    assert found.verdict == PROBLEM and "peft is 0.18.1" in found.text and "'peft>=0.19'" in found.remedy
+    del versions["torch"]
+    assert "torch is missing" in next(machine.packages()).text
+
+
+def test_the_tested_versions_are_known():
+    assert machine.tested()["torch"] and any(line.startswith("torch") for line in machine.requirements())
+
+
+def test_a_library_that_does_not_import_is_named_with_the_package_behind_it(monkeypatch):
+    def broken(name):
+        if name == "transformers":
+            raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(machine.importlib, "import_module", broken)
+    found = list(machine.libraries())
+    assert len(found) == 1 and found[0].verdict == PROBLEM
+    assert "transformers cannot be imported" in found[0].text and "pip uninstall torchvision" in found[0].remedy
+
+
+def container(root, lines, **files):
+    (root / "proc/self").mkdir(parents=True)
+    (root / "proc/self/cgroup").write_text(lines)
+    for path, text in files.items():
+        place = root / "sys/fs/cgroup" / path.replace("__", "/")
+        place.parent.mkdir(parents=True, exist_ok=True)
+        place.write_text(text)
+
+
+def test_the_tightest_control_group_is_the_limit(tmp_path):
+    stat = "anon 5\ninactive_file 1000\n"
+    outer = {"a__memory.max": "9000\n", "a__memory.current": "4000\n", "a__memory.stat": stat}
+    inner = {"a__b__memory.max": "max\n", "a__b__memory.current": "1\n", "a__b__memory.stat": stat}
+    container(tmp_path / "v2", "0::/a/b\n", **outer, **inner)
+    assert machine.container_limit(tmp_path / "v2") == (9000, 3000)
+    # the host's path, which a container does not see
+    top = {"memory.max": "7000\n", "memory.current": "7000\n", "memory.stat": stat}
+    container(tmp_path / "docker", "0::/../host/xyz\n", **top)
+    assert machine.container_limit(tmp_path / "docker") == (7000, 6000)
+    old = {"memory__memory.limit_in_bytes": "5000", "memory__memory.usage_in_bytes": "2000"}
+    container(tmp_path / "v1", "4:cpu:/x\n3:memory:/x\n", **old, memory__memory_stat="", **{"memory__memory.stat": "total_inactive_file 500\n"})  # fmt: skip
+    assert machine.container_limit(tmp_path / "v1") == (5000, 1500)
+    container(tmp_path / "free", "0::/\n", **{"memory.max": "max"})
+    assert machine.container_limit(tmp_path / "free") is None
+    assert machine.container_limit(tmp_path / "no linux") is None
+
+
+@pytest.mark.parametrize(("used", "verdict"), [(1e9, OK), (8e9, NOTE), (11e9, PROBLEM)])
+def test_memory_goes_by_the_container(used, verdict, monkeypatch):
+    import psutil
+
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(total=64e9, available=60e9))
+    monkeypatch.setattr(machine, "container_limit", lambda: (int(12.7e9), int(used)))
+    found = next(machine.memory())
+    assert found.verdict == verdict and "of 12.7 GB" in found.text and "the machine has 64.0 GB" in found.text
+
+
+@pytest.mark.parametrize(("free", "verdicts"), [(50e9, [OK, OK]), (8e9, [OK, NOTE]), (0.4e9, [PROBLEM, PROBLEM])])
+def test_low_disk(free, verdicts, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
+    found = list(machine.disk())
+    assert [f.verdict for f in found] == verdicts
+    assert all(bool(f.remedy) == (f.verdict != OK) and f"{free / 1e9:.1f} GB" in f.text for f in found)
+
+
+def test_a_folder_that_cannot_be_written_to(monkeypatch):
+    def refuse(**kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    found = list(machine.disk())
+    assert [f.verdict for f in found] == [NOTE, NOTE] and "Read-only" in found[0].text
+    assert "training.output_dir" in found[0].remedy and "HF_HOME" in found[1].remedy
+
+
+@pytest.mark.parametrize(
+    ("fields", "verdict", "words"),
+    [
+        ({}, OK, "answers in"),
+        ({"status": 404}, OK, "answers in"),  # a mirror need not list models
+        ({"status": 503}, NOTE, "status 503"),
+        ({"status": 403}, NOTE, "status 403"),
+        ({"kind": "text/html; charset=utf-8"}, NOTE, "web page"),
+    ],
+)
+def test_a_hub_that_answers(fields, verdict, words, monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    with server(**fields) as (http, url):
+        monkeypatch.setattr(constants, "ENDPOINT", url)
+        found = next(machine.hub())
+    assert (found.verdict, words in found.text) == (verdict, True), found
+    assert url in found.text and http.seen and CANARY not in "".join(http.seen)
+
+
+def test_a_hub_that_does_not_answer(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
+    with server() as (_, url):
+        pass
+    monkeypatch.setattr(constants, "ENDPOINT", url)
+    found = next(machine.hub())
+    assert found.verdict == NOTE and "cannot be reached" in found.text and "network" in found.remedy
+
+
+def test_a_hub_that_is_not_asked(monkeypatch):
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    found = next(machine.hub())
+    assert found.verdict == NOTE and "HF_HUB_OFFLINE" in found.text
+
+
+def test_tokens_are_seen_and_not_shown(monkeypatch, tmp_path):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    assert next(machine.token()).verdict == NOTE
+    (tmp_path / "token").write_text(CANARY)
+    found = [next(machine.token())]
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    found.append(next(machine.token()))
+    assert [f.facts["from"] for f in found] == ["file", "HF_TOKEN"]
+    assert all(f.verdict == OK and CANARY[3:12] not in repr(f) and str(len(CANARY)) not in repr(f) for f in found)
+
+
+# ---- cards ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def smi(monkeypatch, tmp_path):
+    """smi(text, status): a driver whose nvidia-smi says that."""
+
+    def install(text, status=0):
+        script = tmp_path / "nvidia-smi"
+        script.write_text(f"#!/bin/sh\necho '{text}'\nexit {status}\n")
+        script.chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    return install
+
+
+@pytest.fixture
+def t4(monkeypatch, smi):
+    """A machine with a T4, as far as torch's questions about it go."""
+    smi("Tesla T4, 580.82.07")
+    facts = {"is_available": lambda: True, "device_count": lambda: 1, "get_device_capability": lambda *_: (7, 5),
+             "get_device_name": lambda *_: "Tesla T4", "mem_get_info": lambda *_: (15_500_000_000, 15_800_000_000),
+             "memory_reserved": lambda *_: 0, "get_arch_list": lambda: ["sm_75", "sm_86"],
+             "is_bf16_supported": lambda including_emulation=True: including_emulation}  # fmt: skip
+    for name, value in facts.items():
+        monkeypatch.setattr(torch.cuda, name, value)
+    monkeypatch.setattr(device, "computes", lambda _: None)
+
+
+def test_a_t4(t4):
+    found = next(device.driver())
+    assert found.verdict == OK and "580.82.07" in found.text
+    found = next(device.cards())
+    assert found.verdict == OK and "Tesla T4, compute capability 7.5, 15.5 GB free of 15.8 GB" in found.text
+    found = next(device.sixteen_bits())
+    assert (
+        found.verdict == OK
+        and "by emulation" in found.text
+        and "training takes float16 with loss scaling" in found.text
+    )
+    assert found.facts == {"bf16": False, "emulated": True, "training_dtype": "float16"}
+
+
+def test_a_card_that_others_use(t4, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (9_000_000_000, 15_800_000_000))
+    found = next(device.cards())
+    assert found.verdict == NOTE and "6.8 GB are taken" in found.text and "nvidia-smi" in found.remedy
+
+
+def test_a_card_that_this_torch_has_no_code_for(t4, monkeypatch):
+    monkeypatch.setattr(device, "computes", lambda _: "RuntimeError: CUDA error: no kernel image is available")
+    found = next(device.cards())
+    assert found.verdict == PROBLEM and "no kernel image" in found.text and "sm_75, sm_86" in found.remedy
+
+
+def test_a_product_that_fails_or_is_wrong(monkeypatch):
+    assert device.computes(torch.device("cpu")) is None
+    assert "no data" in device.computes(torch.device("meta"))
+    monkeypatch.setattr(torch.Tensor, "cpu", lambda self: self + 1000)
+    assert device.computes(torch.device("cpu")) == "its result is wrong"
+
+
+TOO_OLD = "The NVIDIA driver on your system is too old (found version 11040). Please update your GPU driver"
+
+
+@pytest.mark.parametrize("told_by", ["warning", "init"])
+def test_a_driver_that_is_too_old(told_by, smi, monkeypatch):
+    smi("NVIDIA GeForce RTX 3060, 470.256.02")
+
+    def unavailable():
+        if told_by == "warning":
+            warnings.warn(f"CUDA initialization: {TOO_OLD}", stacklevel=2)
+        return False
+
+    def init():
+        raise RuntimeError(TOO_OLD)
+
+    monkeypatch.setattr(torch.cuda, "is_available", unavailable)
+    monkeypatch.setattr(torch.cuda, "init", init)
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    found = next(device.driver())
+    assert found.verdict == PROBLEM and "version 11040" in found.text and "update the NVIDIA driver" in found.remedy
+    assert found.facts["driver"] == "470.256.02"
+
+
+def test_a_card_that_torch_was_not_built_for(smi, monkeypatch):
+    smi("NVIDIA GeForce RTX 3060, 580.1")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = next(device.driver())
+    assert found.verdict == PROBLEM and "RTX 3060" in found.text and "CPU alone" in found.text
+
+
+def test_a_driver_that_does_not_fit_its_kernel_module(smi, monkeypatch):
+    smi("Failed to initialize NVML: Driver/library version mismatch", 18)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    found = next(device.driver())
+    assert found.verdict == PROBLEM and "version mismatch" in found.text and "restart" in found.remedy
+
+
+def test_no_card_is_a_note(monkeypatch):
+    monkeypatch.setattr(device, "nvidia_smi", lambda: ([], ""))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    monkeypatch.setenv("COLAB_RELEASE_TAG", "x")
+    found = next(device.driver())
+    assert found.verdict == NOTE and "on the CPU" in found.text and "Change runtime type" in found.remedy
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "")
+    monkeypatch.setattr(torch.version, "cuda", "12.6")
+    assert "CUDA_VISIBLE_DEVICES hides" in next(device.driver()).text
+    assert list(device.cards()) == []
+
+
+# ---- bitsandbytes and attention -----------------------------------------------------------------------------------
+
+
+def test_bitsandbytes_that_works():
+    assert list(kernels.bitsandbytes()) == []
+    found = list(kernels.quantising())
+    assert [f.verdict for f in found] == [OK], found
+    assert found[0].facts["error"] == pytest.approx(0.09, abs=0.02) and found[0].facts["bytes_per_weight"] == 0.5
+
+
+def test_nearest_nf4_is_nf4():
+    weight = torch.randn(4, 128) * 0.1
+    packed, state = bitsandbytes.functional.quantize_4bit(weight, quant_type="nf4", blocksize=64)
+    torch.testing.assert_close(kernels.nearest_nf4(weight), bitsandbytes.functional.dequantize_4bit(packed, state))
+
+
+def test_bitsandbytes_that_cannot_be_imported(monkeypatch):
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    found = next(kernels.bitsandbytes())
+    assert found.verdict == PROBLEM and "cannot be imported" in found.text and "pip install" in found.remedy
+    assert list(kernels.quantising()) == []
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert next(kernels.bitsandbytes()).verdict == NOTE
+
+
+def scales(result):
+    return result * 1.1
+
+
+def zeros(result):
+    return torch.zeros_like(result)
+
+
+def nonsense(result):
+    return result * torch.nan
+
+
+@pytest.mark.parametrize("spoil", [scales, zeros, nonsense])
+def test_bitsandbytes_that_quantises_wrongly(spoil, monkeypatch):
+    real = bitsandbytes.functional.dequantize_4bit
+    monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *a, **k: spoil(real(*a, **k)))
+    found = next(kernels.quantising())
+    assert found.verdict == PROBLEM and "wrong" in found.text and "quantization=none" in found.remedy
+
+
+def test_bitsandbytes_whose_layer_is_wrong_or_fails(monkeypatch):
+    real = bitsandbytes.nn.Linear4bit.forward
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", lambda self, x: scales(real(self, x)))
+    found = next(kernels.quantising())
+    assert found.verdict == PROBLEM and "forward by 10" in found.text
+
+    def fails(self, x):
+        raise RuntimeError("Error invalid configuration argument at line 380 in file ops.cu")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", fails)
+    found = next(kernels.quantising())
+    assert found.verdict == PROBLEM and "ops.cu" in found.text
+
+
+def test_attention_that_works():
+    found = next(kernels.attention())
+    assert found.verdict == OK and "math" in found.text
+    assert set(found.facts) == {"plain", "packed", "grouped"} and found.facts["packed"]["MATH"] == "works"
+
+
+def test_attention_that_is_wrong_or_not_there(monkeypatch):
+    real = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", lambda *a, **k: scales(real(*a, **k)))
+    found = next(kernels.attention())
+    assert found.verdict == PROBLEM and "packed pairs: wrong by" in found.text and "eager" in found.remedy
+
+    def only_masks(*args, **kwargs):
+        if "attn_mask" not in kwargs:
+            raise RuntimeError("No available kernel. Aborting execution.")
+        return real(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", only_masks)
+    found = next(kernels.attention())
+    assert found.verdict == PROBLEM and "causal: not to be had" in found.text and "packed" not in found.text
+
+    def sticky(*args, **kwargs):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", sticky)
+    with pytest.raises(RuntimeError, match="illegal memory"):  # examine then takes a new process
+        next(kernels.attention())
+
+
+# ---- the self-test -------------------------------------------------------------------------------------------------
+
+
+def first(monkeypatch, method, spoilt, steps=3):
+    """The self-test's findings on a trainer with a method that goes wrong."""
+    monkeypatch.setattr(selftest, "STEPS", steps)
+    real = getattr(ORPOTrainer, method)
+    monkeypatch.setattr(ORPOTrainer, method, lambda self, *a, **k: spoilt(self, real, *a, **k))
+    return {finding.name: finding for finding in selftest.learning()}
+
+
+def test_self_test_finds_a_loss_that_is_not_finite(monkeypatch):
+    found = first(monkeypatch, "compute_loss", lambda self, real, *a, **k: nonsense(real(self, *a, **k)))
+    assert found["training"].verdict == PROBLEM and "not finite" in found["training"].text
+    assert found["layouts"].verdict == PROBLEM  # nothing agrees with NaN
+
+
+def test_self_test_finds_an_adapter_that_stays_and_layouts_that_differ(monkeypatch):
+    def spoilt(self, real, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return loss * 1.05 if self.layout.name == "packed" else loss * (not self.is_in_train)
+
+    found = first(monkeypatch, "compute_loss", spoilt)
+    assert found["training"].verdict == PROBLEM and "did not change" in found["training"].text
+    assert found["layouts"].verdict == PROBLEM and "do not agree" in found["layouts"].text
+    assert "layout=padded" in found["layouts"].remedy
+
+
+def test_self_test_finds_a_base_that_changes_and_a_loss_that_does_not_fall(monkeypatch):
+    def spoilt(self, real):
+        real(self)
+        norm = next(p for name, p in self.model.named_parameters() if "norm" in name)
+        norm.data += 1
+
+    found = first(monkeypatch, "train", spoilt, steps=2)
+    assert found["training"].verdict == PROBLEM and "1 frozen tensor(s) changed" in found["training"].text
+    monkeypatch.undo()
+
+    def climbs(self, real, *args, **kwargs):
+        loss = real(self, *args, **kwargs)
+        return 2 * loss.detach() - loss
+
+    found = first(monkeypatch, "compute_loss", climbs)
+    assert found["training"].verdict == PROBLEM and "should have fallen" in found["training"].text
+
+
+def test_a_plan_that_is_off_is_a_note():
+    assert selftest.judged(100, 102, 0.03, 0.05).verdict == OK
+    assert selftest.judged(110, 100, 0.03, 0.05).verdict == NOTE
+    found = selftest.judged(95, 100, 0.03, 0.05)
+    assert found.verdict == NOTE and "-5.0%" in found.text and "--json" in found.remedy
+
+
+@pytest.mark.parametrize(
+    ("outside", "verdict"), [(450_000_000, OK), pytest.param(900_000_000, NOTE, marks=pytest.mark.slow)]
+)
+def test_a_card_is_held_against_the_plan_and_its_margins(outside, verdict, t4, monkeypatch):
+    """The run is on this CPU; what the allocator and the driver say of it is made up."""
+    small = {"vocab_size": 500, "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "head_dim": 16}
+    monkeypatch.setattr(selftest, "CARD_MODEL", selftest.CARD_MODEL | small)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    total = 15_800_000_000
+    for name, value in {"memory_allocated": 3_000_000, "memory_reserved": 8_000_000, "max_memory_allocated": 83_000_000,
+                        "max_memory_reserved": 89_000_000, "current_device": 0, "empty_cache": None, "synchronize": None,
+                        "reset_peak_memory_stats": None, "mem_get_info": (total - outside - 8_000_000, total)}.items():  # fmt: skip
+        monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
+    plan, margins = selftest.on_card()
+    assert plan.name == "plan" and plan.facts["measured"] == 80_000_000 and "80.0 MB taken" in plan.text
+    assert plan.facts["planned"] > 1e6 and plan.verdict == NOTE
+    assert margins.facts["reserved"] == 81_000_000 and margins.facts["outside_allocator"] == outside
+    assert "reserves 1 MB more" in margins.text and f"{outside / 1e6:.0f} MB are taken outside" in margins.text
+    assert margins.verdict == verdict, margins

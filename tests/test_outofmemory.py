@@ -1,0 +1,303 @@
+"""Memory that runs out while training: the same run in smaller micro-batches, no pair lost, and errors that help.
+
+The card is played by hooks that raise torch's own error once a forward or a backward pass holds too many tokens.
+"""
+
+import json
+import logging
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from transformers import LlamaConfig, MixtralConfig, T5Config, TrainerCallback
+
+from orpo_lite import ORPOTrainer
+from orpo_lite.data.batching import PackedCollator, PaddedCollator
+from orpo_lite.data.split import pair_tokens, select_pairs
+from orpo_lite.data.steps import pair_costs
+from orpo_lite.errors import RequestError
+from orpo_lite.outofmemory import OutOfMemory, named, ran_out
+from orpo_lite.progress import MetricsFile
+from orpo_lite.recipe import Recipe
+from orpo_lite.runfolder import RunFolder
+from tests.tiny import tiny_model
+from tests.training import SIZES, config, rows
+
+FAILURE = (
+    "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 11.76 GiB. Of the allocated ..."
+)
+
+
+class Card:
+    """Hooks on a model that raise where a pass holds more than `tokens`: entering the second layer, or leaving it on the
+    way back. The first `spared` such passes go through."""
+
+    def __init__(self, model, tokens, phase, spared=0, error=None):
+        self.tokens, self.phase, self.spared, self.failed = tokens, phase, spared, 0
+        self.error = error or torch.OutOfMemoryError(FAILURE)
+        layers = next(module for module in model.modules() if isinstance(module, torch.nn.ModuleList))
+        layers[1].register_forward_pre_hook(self.enter)
+        layers[0].register_forward_hook(self.leave)
+
+    def too_much(self, hidden):
+        return hidden.shape[0] * hidden.shape[1] > self.tokens
+
+    def run_out(self, *_):
+        if self.spared:
+            self.spared -= 1
+            return
+        self.failed += 1
+        raise self.error
+
+    def enter(self, module, args):
+        if self.phase == "forward" and self.too_much(args[0]):
+            self.run_out()
+
+    def leave(self, module, args, output):
+        hidden = output if isinstance(output, torch.Tensor) else output[0]
+        if self.phase == "backward" and hidden.requires_grad and self.too_much(hidden):
+            hidden.register_hook(self.run_out)  # layer 1's gradients are there then, layer 0's are not
+
+
+class Seen(TrainerCallback):
+    """Pairs whose backward pass went into each optimizer step."""
+
+    def __init__(self, trainer):
+        self.steps, self.step = [], []
+        plain, self.plain_zero = trainer.accelerator.backward, trainer.model.zero_grad
+        statistics = trainer.pair_statistics
+        batch_rows = []
+
+        def score(model, batch):
+            if model.training:
+                batch_rows[:] = batch["pair_rows"].tolist()
+            return statistics(model, batch)
+
+        def backward(loss, **kwargs):
+            plain(loss, **kwargs)
+            self.step += batch_rows
+
+        def zero_grad(*args, **kwargs):
+            self.step = []
+            self.plain_zero(*args, **kwargs)
+
+        trainer.pair_statistics, trainer.accelerator.backward, trainer.model.zero_grad = score, backward, zero_grad
+
+    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+        self.steps.append(sorted(self.step))
+
+
+def trained(tmp_path, tokenizer, name, kind=None, dropout=0.0, card=None, held_out=None, **kw):
+    """A short run: adapter, metrics without clocks and memory, pairs of each step, trainer."""
+    torch.manual_seed(0)
+    model = tiny_model(kind or LlamaConfig(**SIZES), 0)
+    torch.manual_seed(1)
+    model = get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj", "v_proj"], lora_dropout=dropout))
+    for key, p in model.named_parameters():
+        if "lora_B" in key:
+            torch.nn.init.normal_(p, std=0.1)
+    args = config(tmp_path / name, max_steps=3, disable_dropout=not dropout, optim="sgd", learning_rate=0.1,
+                  train_sampling_strategy="random", **kw)  # fmt: skip
+    trainer = ORPOTrainer(model, args, None, rows(32), held_out, tokenizer)
+    trainer.add_callback(seen := Seen(trainer))
+    metrics = tmp_path / f"{name}.jsonl"
+    trainer.add_callback(MetricsFile(metrics, resumed=False))
+    played = Card(model, *card) if card else None
+    trainer.train()
+    if card:
+        assert played.failed
+    lines = [json.loads(line) for line in metrics.read_text().splitlines()]
+    clocks = ("tokens_per_second", "pairs_per_second", "peak_memory_gb", "eval_runtime", "eval_samples_per_second",
+              "eval_steps_per_second")  # fmt: skip
+    kept = [{key: value for key, value in line.items() if key not in clocks} for line in lines]
+    weights = torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+    return weights, kept, seen.steps, trainer
+
+
+def same(one, other, tolerance=1e-6):
+    assert (one[0] - other[0]).norm() <= tolerance * other[0].norm()
+    assert len(one[1]) == len(other[1]) > 0
+    for line, expected in zip(one[1], other[1], strict=True):
+        assert line == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert one[2] == other[2] and len(one[2]) == 3
+    assert all(len(step) == len(set(step)) for step in one[2])
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_token_budget_goes_on_with_half_the_tokens(tmp_path, tokenizer, layout, phase, caplog):
+    budget = {"layout": layout, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1}
+    plain = trained(tmp_path, tokenizer, "plain", tokens_per_batch=600, **budget)
+    with caplog.at_level(logging.WARNING):
+        short = trained(tmp_path, tokenizer, "short", tokens_per_batch=600, card=(260, phase, 1), **budget)
+    same(short, plain)
+    met = short[3].micro_limit.met
+    assert met and all(event["most"] == event["tokens"] // 2 for event in met)
+    assert all(f"{event['tokens']:,} tokens in {event['pairs']} pairs" in caplog.text for event in met)
+    assert "11.76 GiB" in caplog.text and len([r for r in caplog.records if "out of memory" in r.message]) == len(met)
+    # once is enough: the smaller size stays
+    assert len({event["step"] for event in met}) < 3
+
+
+@pytest.mark.parametrize("phase", ["forward", "backward"])
+@pytest.mark.parametrize("nll_mean", ["window", "micro"])
+def test_pair_batches_are_halved_and_the_means_stay(tmp_path, tokenizer, nll_mean, phase):
+    size = {
+        "layout": "padded",
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 2,
+        "nll_mean": nll_mean,
+    }
+    plain = trained(tmp_path, tokenizer, "plain", **size)
+    short = trained(tmp_path, tokenizer, "short", card=(260, phase, 1), **size)
+    same(short, plain)
+    assert short[3].micro_limit.most in (1, 2)
+
+
+def test_a_step_done_again_draws_the_dropout_of_a_run_that_began_smaller(tmp_path, tokenizer):
+    common = {"layout": "padded", "dropout": 0.3}
+    size = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
+    small = trained(tmp_path, tokenizer, "small", **size, **common)
+    # the second micro-batch is the first to fail: the first one is done again too
+    size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
+    short = trained(tmp_path, tokenizer, "short", card=(258, "backward", 1), **size, **common)
+    assert [event["step"] for event in short[3].micro_limit.met][0] == 1 and short[3].micro_limit.most == 1
+    same(short, small)
+    plain = trained(tmp_path, tokenizer, "plain", **size, **common)
+    assert (plain[0] - short[0]).norm() > 1e-4 * plain[0].norm()  # the draws do depend on the micro-batches
+
+
+def test_a_single_pair_that_does_not_fit_is_named_and_the_checkpoint_stays(tmp_path, tokenizer):
+    model = get_peft_model(tiny_model(LlamaConfig(**SIZES), 0), LoraConfig(r=4, target_modules=["q_proj"]))
+    args = config(tmp_path, layout="shared", tokens_per_batch=400, max_steps=4, save_strategy="steps", save_steps=1)
+    data = rows(16)
+    trainer = ORPOTrainer(model, args, None, data, processing_class=tokenizer)
+    costs = pair_costs(trainer.train_dataset, "shared")
+    longest = int(costs[4:].argmax()) + 4  # steps take 4 pairs in their order: it is not in the first
+    assert (costs[:4] < costs[longest]).all()
+    Card(model, int(costs[longest]) - 1, "backward")
+    with pytest.raises(OutOfMemory, match="checkpointing") as caught:
+        trainer.train()
+    message = str(caught.value)
+    assert f"single pair of {costs[longest]:,} tokens, number {longest} of the tokenised pairs" in message
+    for word in ("data.max_length", "model.quantization", "memory.offload_activations", "11.76 GiB"):
+        assert word in message
+    step = trainer.state.global_step
+    assert step >= 1 and (tmp_path / "out" / f"checkpoint-{step}" / "adapter_model.safetensors").is_file()
+
+
+def test_evaluation_goes_on_with_half_the_pairs(tmp_path, tokenizer, caplog):
+    size = {"layout": "padded", "eval_strategy": "steps", "eval_steps": 2, "per_device_eval_batch_size": 8}
+    held_out = rows(11, seed=3)
+    plain = trained(tmp_path, tokenizer, "plain", held_out=held_out, **size)
+    short = trained(tmp_path, tokenizer, "short", held_out=held_out, card=(1200, "forward"), **size)
+    same(short, plain)
+    assert any("eval_loss" in line for line in short[1])
+    assert short[3].eval_limit.met and not short[3].micro_limit.met
+    assert "out of memory in the evaluation at step 2" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "change", [{"optim": "lomo"}, {"distributed_type": "MULTI_GPU"}], ids=["optimizer in the backward", "processes"]
+)
+def test_a_step_that_cannot_begin_again_says_so(tmp_path, tokenizer, change):
+    trainer = ORPOTrainer(
+        tiny_model(LlamaConfig(**SIZES), 0), config(tmp_path), None, rows(8), processing_class=tokenizer
+    )
+    Card(trainer.model, 10, "forward")
+    batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    if "optim" in change:
+        trainer.args.optim = change["optim"]
+    else:
+        trainer.accelerator.state.__dict__["distributed_type"] = change["distributed_type"]
+    try:
+        with pytest.raises(OutOfMemory, match="not done again in smaller micro-batches.*tokens_per_batch"):
+            trainer.training_step(trainer.model, batches[0], totals)
+    finally:
+        trainer.accelerator.state.__dict__["distributed_type"] = "NO"
+    assert not trainer.micro_limit.met
+
+
+def test_other_errors_pass_through(tmp_path, tokenizer):
+    trainer = ORPOTrainer(
+        tiny_model(LlamaConfig(**SIZES), 0), config(tmp_path), None, rows(8), processing_class=tokenizer
+    )
+    Card(trainer.model, 10, "forward", error=RuntimeError("shapes differ"))
+    with pytest.raises(RuntimeError, match="^shapes differ$"):
+        trainer.train()
+
+
+def test_what_a_run_was_doing_is_named():
+    with pytest.raises(OutOfMemory, match=r"while loading the base model: .*\(CUDA out of memory.*11.76 GiB\)$"):
+        with named("loading the base model"):
+            raise torch.OutOfMemoryError(FAILURE)
+    with pytest.raises(RuntimeError, match="^another$"), named("loading the base model"):
+        raise RuntimeError("another")
+    assert ran_out(RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"))
+
+
+@pytest.mark.parametrize("scope", ["prompt+chosen", "chosen"])
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded", "encoder-decoder"])
+def test_a_part_of_a_batch_is_what_its_collator_makes_of_those_pairs(layout, scope):
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(low, high):
+        count = int(torch.randint(low, high, (1,), generator=generator))
+        return torch.randint(3, 9, (count,), generator=generator).tolist()
+
+    pairs = []
+    for row in range(6):
+        prompt, opening = ids(2, 9), ids(0, 3)
+        pair = {"chosen_ids": opening + ids(1, 12), "rejected_ids": opening + ids(1, 12), "row": 10 + row}
+        if layout == "encoder-decoder":
+            pairs.append(pair | {"prompt_ids": prompt})
+            continue
+        sides = {side: prompt + pair[side] for side in ("chosen_ids", "rejected_ids")}
+        pairs.append(pair | sides | {"chosen_start": len(prompt), "rejected_start": len(prompt)})
+    collator = PackedCollator(scope, layout == "shared") if layout in ("shared", "packed") else PaddedCollator(
+        0, scope, 1 if layout == "encoder-decoder" else None)  # fmt: skip
+    batch = collator(pairs)
+    assert (
+        pair_tokens(batch) == pair_costs(Dataset.from_list(pairs), layout.replace("encoder-decoder", "padded")).tolist()
+    )
+    for chosen in ([0], [5], [1, 4], [0, 2, 3, 5], list(range(6))):
+        part, expected = select_pairs(batch, chosen), collator([pairs[i] for i in chosen])
+        assert part.keys() == expected.keys()
+        for name, value in expected.items():
+            assert torch.equal(part[name], value) if isinstance(value, torch.Tensor) else part[name] == value, name
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "t5"])
+def test_parts_of_other_kinds_of_model_add_up(tmp_path, tokenizer, kind):
+    if kind == "t5":
+        model = tiny_model(T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
+                                    decoder_start_token_id=0, pad_token_id=0, dropout_rate=0.0), 0)  # fmt: skip
+        data = rows(8).map(lambda row: {side: row[side][0]["content"] for side in ("prompt", "chosen", "rejected")})
+    else:
+        model, data = tiny_model(MixtralConfig(**SIZES, num_local_experts=4), 0), rows(8)
+    args = config(tmp_path, per_device_train_batch_size=8, max_completion_length=32)
+    trainer = ORPOTrainer(model, args, None, data, processing_class=tokenizer)
+    batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
+    found = []
+    for most in (None, 3):
+        trainer.micro_limit.most = most
+        model.zero_grad()
+        loss = trainer.training_step(model, batches[0], totals)
+        grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+        found.append((loss, grads))
+    assert torch.allclose(found[0][0], found[1][0])
+    assert (found[0][1] - found[1][1]).norm() <= 1e-6 * found[0][1].norm()
+
+
+def test_a_run_that_ran_out_goes_on_with_other_settings_of_memory(tmp_path):
+    def recipe(*words):
+        return Recipe.load("quickstart", [f"training.output_dir={tmp_path}", "orpo.tokens_per_batch=4000", *words])
+
+    (RunFolder.create(recipe()).checkpoints / "checkpoint-2").mkdir()
+    smaller = ["orpo.tokens_per_batch=2000", "memory.checkpointing=all", "training.per_device_eval_batch_size=1"]
+    assert RunFolder.create(recipe(*smaller), resume=True).path == tmp_path
+    assert RunFolder.open(tmp_path).recipe().orpo.tokens_per_batch == 2000
+    for word in ("orpo.tokens_per_batch=null", "data.max_length=64", "training.per_device_train_batch_size=1"):
+        with pytest.raises(RequestError, match="another recipe"):  # other pairs, or in another order
+            RunFolder.create(recipe(*smaller, word), resume=True)
