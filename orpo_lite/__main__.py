@@ -9,6 +9,7 @@ import importlib
 import sys
 
 COMMANDS = {
+    "doctor": "check this machine: packages, card, kernels, hub, and a short training run",
     "recipes": "list the shipped recipes and what each needs",
     "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
     "plan": "say what a recipe takes on a card, with neither GPU nor weights",

@@ -100,7 +100,7 @@ def run(
     tokenizer = load_tokenizer(recipe.model)
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
-    planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
+    recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
 
@@ -181,16 +181,20 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
 
 def plan_memory(
     recipe: Recipe, pairs: Pairs, encoder_decoder: bool, asked: bool, force: bool, again: str
-) -> Plan | None:
-    """The plan of the run, said in a line: on a GPU always, on the CPU where asked."""
+) -> tuple[Recipe, Plan | None]:
+    """The recipe, fitted where it says to which card, and its plan, said in a line: on a GPU always, else where asked."""
     device = local_device()
-    if device.type != "cuda" and not asked:
-        return None
+    if device.type != "cuda" and not asked and not recipe.memory.gpu_gb:
+        return recipe, None
     from orpo_lite.planning.lengths import Lengths
-    from orpo_lite.planning.start import before_loading
+    from orpo_lite.planning.start import before_loading, fitted
 
     again = again or f"python -m orpo_lite.train --recipe {recipe.name}"
-    return before_loading(recipe, Lengths.of(pairs, encoder_decoder), device, force, again)
+    lengths = Lengths.of(pairs, encoder_decoder)
+    recipe = fitted(recipe, lengths, device)
+    if device.type != "cuda" and not asked:
+        return recipe, None
+    return recipe, before_loading(recipe, lengths, device, force, again)
 
 
 def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:

@@ -72,24 +72,36 @@ def version(name: str) -> str | None:
 
 def read(path: Path) -> Plan | None:
     """A plan that was written before; None where there is none, or it is damaged."""
+    content = load(path)
+    if content is None:
+        return None
     try:
-        digest, _, text = path.read_text("utf-8").partition("\n")
-        if digest != hashlib.sha256(text.encode()).hexdigest():
-            return None
-        content: dict[str, Any] = json.loads(text)
         content["target"] = Target(content["target"]["kind"], tuple(content["target"]["capability"]))
         shape = content["shape"]
         content["shape"] = Shape(tuple(map(tuple, shape["pairs"])), shape["why"], tuple(map(tuple, shape["held_out"])))
         content["phases"] = {name: Counter(parts) for name, parts in content["phases"].items()}
         content["facts"] = Counter(content["facts"])
         return Plan(**content)
-    except (OSError, ValueError):
+    except (KeyError, TypeError, ValueError):
         return None
 
 
 def write(path: Path, made: Plan) -> None:
+    """Store a plan."""
+    store(path, vars(made) | {"target": vars(made.target), "shape": vars(made.shape)})
+
+
+def load(path: Path) -> Any:
+    """What was stored under a path; None where there is nothing, or it is damaged."""
+    try:
+        digest, _, text = path.read_text("utf-8").partition("\n")
+        return json.loads(text) if digest == hashlib.sha256(text.encode()).hexdigest() else None
+    except (OSError, ValueError):
+        return None
+
+
+def store(path: Path, content: Any) -> None:
     """Whole or not at all; a cache that cannot be written is done without."""
-    content = vars(made) | {"target": vars(made.target), "shape": vars(made.shape)}
     text = json.dumps(content)  # on one line
     with contextlib.suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -7,7 +7,7 @@ pairs of an optimizer step stay. What a step costs is counted on the meta run: F
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from orpo_lite.errors import RequestError
@@ -16,7 +16,7 @@ from orpo_lite.planning.cards import FITS, Card, verdict
 from orpo_lite.planning.ledger import FLOPS, HEAD, MOVED, UNPACKED
 from orpo_lite.planning.predict import Plan, Study, checkpointed_layers
 from orpo_lite.planning.remedies import EIGHTHS, changed, shorter
-from orpo_lite.planning.step import evaluation_pairs, pair_tokens
+from orpo_lite.planning.step import Shape, evaluation_pairs, pair_tokens
 from orpo_lite.recipe import Recipe
 
 UNPACKING = 450.0
@@ -24,6 +24,7 @@ UNPACKING = 450.0
 which is what cards of the last years make of 16-bit products in practice."""
 COMING_BACK = 1000.0
 """ASSUMED. FLOPs in whose time a byte comes back from the host, at 25 TFLOP/s and 25 GB/s; the way there costs nothing."""
+Shaped = Callable[[Recipe, str], Shape]
 OFFLOAD = "memory.offload_activations=true"
 
 
@@ -62,8 +63,11 @@ class Fit:
     """The recipe as it stands."""
 
 
-def fit(recipe: Recipe, card: Card) -> Fit:
+def fit(recipe: Recipe, card: Card, shape: Shaped | None = None) -> Fit:
     """Find the fastest settings with which a recipe fits a card, margins included.
+
+    Args:
+        shape: the costliest micro-batch of a recipe in a layout; default, the largest that the recipe lets through.
 
     Tried in this order, each only where nothing before it fits: micro-batch, checkpointed layers and head chunk;
     activations offloaded to the host; a shorter data.max_length, the only one that changes what is trained on.
@@ -71,7 +75,7 @@ def fit(recipe: Recipe, card: Card) -> Fit:
     Raises:
         RequestError: nothing that was tried fits.
     """
-    search = Search(recipe, card)
+    search = Search(recipe, card, shape)
     before = search.as_it_stands()
     for words in search.stages():
         found = search.fastest(words)
@@ -100,9 +104,9 @@ class Search:
         RequestError: the recipe cannot be planned.
     """
 
-    def __init__(self, recipe: Recipe, card: Card) -> None:
-        self.recipe, self.card = recipe, card
-        self.start = Study(recipe, card.target)
+    def __init__(self, recipe: Recipe, card: Card, shape: Shaped | None = None) -> None:
+        self.recipe, self.card, self.shape = recipe, card, shape
+        self.start = self._planned(recipe)
         training = recipe.training
         self.step_pairs = training.get("per_device_train_batch_size", 8) * training.get(
             "gradient_accumulation_steps", 1
@@ -132,7 +136,8 @@ class Search:
             if choice is None:  # more pairs take more memory
                 break
             found.append(choice)
-        return min(found, key=lambda choice: (choice.cost, choice.plan.needed), default=None)
+        # costs as good as equal: fewer micro-batches, each of which starts as many kernels
+        return min(found, key=lambda choice: (float(f"{choice.cost:.3g}"), -choice.pairs), default=None)
 
     def fewest_layers(self, pairs: int, words: tuple[str, ...]) -> tuple[Choice | None, Choice | None]:
         """A micro-batch of so many pairs with as few checkpointed layers as fit, and the next that no longer does."""
@@ -182,13 +187,17 @@ class Search:
             trial = changed(self.recipe, ["memory.checkpointing=all", *words])
             if trial is None:
                 raise RequestError(f"--fit: {' '.join(words)} does not go together with the rest of {self.recipe.name}")
-            self._studies[words] = Study(trial, self.card.target)
+            self._studies[words] = self._planned(trial)
         return self._studies[words]
+
+    def _planned(self, recipe: Recipe) -> Study:
+        shape = self.shape
+        return Study(recipe, self.card.target, shape=shape and (lambda layout: shape(recipe, layout)))
 
     def _choice(self, words: tuple[str, ...], study: Study, recomputed: int | None) -> Choice:
         made = study.plan(recomputed)
-        facts, pairs = made.facts, len(made.shape.pairs)
-        share = self.step_pairs / pairs
+        facts, tokens = made.facts, [pair_tokens(pair, made.layout) for pair in made.shape.pairs]
+        share = self.step_pairs * tokens[0] / sum(tokens)
         cost = share * (facts[FLOPS] + COMING_BACK * facts[MOVED]) + math.ceil(share) * UNPACKING * facts[UNPACKED]
         word = {None: "all", 0: "none"}.get(recomputed, str(recomputed))
         words = (f"memory.checkpointing={word}", *words) if words else ()

@@ -9,18 +9,43 @@ import torch
 
 from orpo_lite.cli import console
 from orpo_lite.errors import RequestError
-from orpo_lite.planning.cache import cached_plan
+from orpo_lite.planning.cache import cached_plan, folder, key, load, store
 from orpo_lite.planning.cards import FITS, NOT, Card, verdict
+from orpo_lite.planning.fit import fit
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.lengths import Lengths
 from orpo_lite.planning.predict import CONTEXT_BYTES, Plan
-from orpo_lite.planning.remedies import find_remedy
+from orpo_lite.planning.remedies import changed, find_remedy
 from orpo_lite.recipe import Recipe
 
 logger = logging.getLogger(__name__)
 
 OTHERS = 300_000_000
 """Bytes that others hold on a card before it is worth a word: less is the error in our own context's size."""
+
+
+def fitted(recipe: Recipe, lengths: Lengths, device: torch.device) -> Recipe:
+    """A recipe that names its card by memory.gpu_gb, with the fastest settings that fit it; others as they are.
+
+    Raises:
+        RequestError: nothing that was tried fits.
+    """
+    size = recipe.memory.gpu_gb
+    if not size:
+        return recipe
+    if device.type != "cuda":
+        console.print("memory.gpu_gb: there is no GPU here to fit the recipe to: trained as it stands", soft_wrap=True)
+        return recipe
+    card = Card(f"memory.gpu_gb={size:g}", size, torch.cuda.get_device_capability(device))
+    path = folder() / f"fit-{key(recipe, card.target, lengths)}.json"
+    words = load(path)
+    if words is None:
+        words = fit(recipe, card, lengths.shape).choice.words
+        store(path, words)
+    console.print(f"memory.gpu_gb={size:g}: fitted with {' '.join(words)}", markup=False, soft_wrap=True)
+    found = changed(recipe, list(words))
+    assert found is not None  # plans were made of it
+    return found
 
 
 def before_loading(recipe: Recipe, lengths: Lengths, device: torch.device, force: bool, again: str) -> Plan | None:

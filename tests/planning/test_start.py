@@ -220,3 +220,22 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
         assert facts["out_of_memory"] == {"training": [], "evaluation": []}
     written = json.loads((Path(recipe.folder) / "run.json").read_text())
     assert written["plan"]["device"] == "cpu" and written["plan"]["peak_bytes"] > 0
+
+
+def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, monkeypatch):
+    lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
+    asked = recipe("memory.gpu_gb=12", "memory.checkpointing=all")
+    found = start.fitted(asked, lengths, card(24e9))
+    assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
+    # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
+    assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
+    assert "memory.gpu_gb=12: fitted with memory.checkpointing=none" in capsys.readouterr().out
+    monkeypatch.setattr(start, "fit", None)
+    assert start.fitted(asked, lengths, card(24e9)) == found
+    assert start.fitted(recipe(), lengths, card(24e9)) == recipe()
+
+
+def test_gpu_gb_without_a_gpu_leaves_the_recipe(recipe, lengths, capsys):
+    asked = recipe("memory.gpu_gb=12")
+    assert start.fitted(asked, lengths, torch.device("cpu")) == asked
+    assert "there is no GPU here" in capsys.readouterr().out
