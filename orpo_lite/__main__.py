@@ -41,7 +41,7 @@ def main() -> None:
         print("usage: orpo-lite COMMAND [ARGUMENTS]    (orpo-lite COMMAND --help for its arguments)\n")
         print("\n".join(f"  {command:<{width}}  {purpose}" for command, purpose in COMMANDS.items()))
     else:
-        from orpo_lite.recipe import nearest
+        from orpo_lite.recipe.checks import nearest
 
         print(f"error: no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them", file=sys.stderr)
         sys.exit(2)

@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from orpo_lite.publish import Entry, Parcel, read_json
-from orpo_lite.recipe import BUILTIN
+from orpo_lite.recipe.source import BUILTIN
 
 LOCAL = "local:"
 """Stands before the name of a base that only this machine has, so that no loader mistakes it for a hub id."""

@@ -19,7 +19,7 @@ from orpo_lite.cli import console, run_command
 from orpo_lite.errors import RequestError
 from orpo_lite.publish import COMMON, Entry, Parcel, find_secrets, pack, read_json, refuse
 from orpo_lite.publish_paths import LOCAL, base_names, recipe_of, take_out_paths
-from orpo_lite.recipe import BUILTIN
+from orpo_lite.recipe.source import BUILTIN
 
 NOTES = re.compile(r"(?m)^## Notes\n\n(?:- .*\n)+")
 

@@ -9,7 +9,8 @@ import typer
 from rich.table import Table
 
 from orpo_lite.cli import console, run_command
-from orpo_lite.recipe import json_schema, read_yaml, shipped_recipes
+from orpo_lite.recipe import json_schema
+from orpo_lite.recipe.source import read_yaml, shipped_recipes
 
 
 def command(

@@ -334,6 +334,7 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
     with tempfile.TemporaryDirectory() as scratch:
         args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
         trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
+    trainer.remove_callback(PrinterCallback)  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
     return OpenRun(folder, recipe, model, tokenizer, pairs, trainer)
 
 

@@ -24,7 +24,8 @@ from orpo_lite.card import find_licence, hub_id, model_card, shareable, write_ca
 from orpo_lite.card.curves import BLUE, GREEN, HEIGHT, ORANGE, RED, WIDTH, draw_curves
 from orpo_lite.card.markdown import fence, inline
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import PACKAGE, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import PACKAGE
 from orpo_lite.runfolder import RunFolder
 from orpo_lite.train import run
 

@@ -25,7 +25,8 @@ from orpo_lite.errors import RequestError
 from orpo_lite.merge import merge
 from orpo_lite.publish import find_secrets
 from orpo_lite.push import offline, push
-from orpo_lite.recipe import Recipe, resolve_path
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import resolve_path
 from orpo_lite.train import run
 from tests.hub_server import Fault, HubServer
 

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from orpo_lite.quickstart.corpus import CLOSERS, FAMILIES, OPENERS, preference_rows
-from orpo_lite.recipe import PACKAGE, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import PACKAGE
 
 SHIPPED = PACKAGE / "quickstart"
 SPLITS = ("train", "heldout")

@@ -13,7 +13,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from orpo_lite.configs import FOLDER, base_config
-from orpo_lite.recipe import BUILTIN, Recipe, shipped_recipes
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import BUILTIN, shipped_recipes
 from tests.tiny import base_tokenizer, tiny_config, tiny_model
 
 RECIPES = shipped_recipes()

@@ -11,7 +11,7 @@ from huggingface_hub import hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError
 
 from orpo_lite.card.shareable import hub_id
-from orpo_lite.recipe import BUILTIN
+from orpo_lite.recipe.source import BUILTIN
 
 logger = logging.getLogger(__name__)
 

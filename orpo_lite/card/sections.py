@@ -9,7 +9,8 @@ import yaml
 from orpo_lite.card.markdown import fence, inline, number, table
 from orpo_lite.card.shareable import base_name, shareable, without_places
 from orpo_lite.evaluate import ROWS
-from orpo_lite.recipe import BUILTIN, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import BUILTIN
 
 CITATION = """@article{hong2024orpo,
   title   = {{ORPO: Monolithic Preference Optimization without Reference Model}},

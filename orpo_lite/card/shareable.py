@@ -10,7 +10,8 @@ from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
 from orpo_lite.model.hub import looks_local
-from orpo_lite.recipe import BUILTIN, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import BUILTIN
 
 
 def hub_id(name: str) -> str | None:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.card.markdown import fence, inline
-from orpo_lite.recipe import BUILTIN
+from orpo_lite.recipe.source import BUILTIN
 
 
 @dataclass(frozen=True)

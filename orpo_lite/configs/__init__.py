@@ -9,7 +9,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from orpo_lite.recipe import resolve_path
+from orpo_lite.recipe.source import resolve_path
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from orpo_lite.data.files import COMPRESSIONS, FORMATS, Batches, dataset_batches, file_format, read_file
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import Columns, DataSource, resolve_path
+from orpo_lite.recipe import Columns, DataSource
+from orpo_lite.recipe.source import resolve_path
 
 if TYPE_CHECKING:
     import datasets

@@ -36,7 +36,8 @@ def learning() -> Iterator[Finding]:
     import torch
 
     from orpo_lite.model import attach_adapter, load_base, load_tokenizer
-    from orpo_lite.recipe import Recipe, resolve_path
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.recipe.source import resolve_path
     from orpo_lite.train import DEFAULTS, arguments, checkpointed
 
     started = time.monotonic()

@@ -25,7 +25,8 @@ from orpo_lite.model.files import check_adapter
 from orpo_lite.model.hub import adapter_folder, called, readable
 from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
 from orpo_lite.model.targets import adapted, all_linear, check_named, check_patterns, excluded, is_named, token_rows
-from orpo_lite.recipe import AdapterSection, resolve_path
+from orpo_lite.recipe import AdapterSection
+from orpo_lite.recipe.source import resolve_path
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,8 @@ from transformers import AutoConfig, PreTrainedConfig
 
 from orpo_lite.errors import RequestError
 from orpo_lite.model.files import check_model
-from orpo_lite.recipe import BUILTIN, ModelSection, resolve_path
+from orpo_lite.recipe import ModelSection
+from orpo_lite.recipe.source import BUILTIN, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 

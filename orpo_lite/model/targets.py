@@ -14,7 +14,8 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lite.errors import RequestError
 from orpo_lite.model.layers import base_name, routers
 from orpo_lite.model.tokenizer import new_tokens
-from orpo_lite.recipe import AdapterSection, nearest
+from orpo_lite.recipe import AdapterSection
+from orpo_lite.recipe.checks import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -14,7 +14,9 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.errors import RequestError
 from orpo_lite.model.hub import locate, read_config, readable
-from orpo_lite.recipe import ModelSection, nearest, resolve_path
+from orpo_lite.recipe import ModelSection
+from orpo_lite.recipe.checks import nearest
+from orpo_lite.recipe.source import resolve_path
 
 logger = logging.getLogger(__name__)
 

@@ -26,7 +26,8 @@ from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen,
 from orpo_lite.model.base import shipped_quantization
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.ledger import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
-from orpo_lite.recipe import AdapterSection, ModelSection, Recipe, resolve_path
+from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
+from orpo_lite.recipe.source import resolve_path
 
 
 def find_config(spec: ModelSection) -> PretrainedConfig:

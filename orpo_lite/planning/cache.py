@@ -18,7 +18,8 @@ from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.lengths import Lengths
 from orpo_lite.planning.predict import Plan, plan
 from orpo_lite.planning.step import Shape, evaluation_pairs
-from orpo_lite.recipe import PACKAGE, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import PACKAGE
 
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 UNPLANNED = {"adam_beta1", "adam_beta2", "adam_epsilon", "data_seed", "eval_steps", "eval_strategy", "hub_model_id",

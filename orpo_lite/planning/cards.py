@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from orpo_lite.errors import RequestError
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.predict import MARGIN, Plan
-from orpo_lite.recipe import nearest
+from orpo_lite.recipe.checks import nearest
 
 
 @dataclass(frozen=True)

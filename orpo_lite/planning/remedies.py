@@ -85,7 +85,7 @@ def find_remedy(recipe: Recipe, card: Card, planner: Callable[[Recipe, Target], 
 
 def changed(recipe: Recipe, words: list[str]) -> Recipe | None:
     """The recipe with overrides; None where they do not go together with the rest of it."""
-    from orpo_lite.recipe import apply_override
+    from orpo_lite.recipe.source import apply_override
 
     content = recipe.model_dump(mode="json")
     for word in words:

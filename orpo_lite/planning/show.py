@@ -15,7 +15,8 @@ from orpo_lite.planning.ledger import PARTS
 from orpo_lite.planning.picture import gigabytes
 from orpo_lite.planning.predict import PHASES, Plan
 from orpo_lite.planning.remedies import Planner, Verdict
-from orpo_lite.recipe import Recipe, shipped_recipes
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import shipped_recipes
 
 BEGIN, END = "<!-- plan: begin (python -m orpo_lite.plan --all-recipes) -->", "<!-- plan: end -->"
 

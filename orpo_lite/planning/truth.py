@@ -44,7 +44,8 @@ from orpo_lite.planning.kernels import Target, no_workspace
 from orpo_lite.planning.ledger import Timeline
 from orpo_lite.planning.predict import checkpointed_layers, plan
 from orpo_lite.planning.step import longest_pair
-from orpo_lite.recipe import Recipe, resolve_path
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import resolve_path
 from orpo_lite.train import arguments
 from orpo_lite.trainer import ORPOTrainer
 

@@ -29,7 +29,8 @@ from typing import Any
 import yaml
 
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import DataSource, ModelSection, Recipe, shipped_recipes
+from orpo_lite.recipe import DataSource, ModelSection, Recipe
+from orpo_lite.recipe.source import shipped_recipes
 from tests.malformed.data import rows, table, talk
 
 SECONDS = 5.0

@@ -13,7 +13,8 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.recipe import PACKAGE, Recipe
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.source import PACKAGE
 from tests.malformed.case import Case
 
 MODEL = PACKAGE / "quickstart" / "model"

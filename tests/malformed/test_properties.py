@@ -18,7 +18,9 @@ from orpo_lite.data.formats import detect
 from orpo_lite.data.pairs import PairTokenizer, boundaries
 from orpo_lite.data.tokenize import TokenizeOptions
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import Recipe, apply_override, leaves, read_yaml, shipped_recipes
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.checks import leaves
+from orpo_lite.recipe.source import apply_override, read_yaml, shipped_recipes
 from orpo_lite.trainer import ORPOTrainer
 from tests.malformed.fuzz import tokenizer
 from tests.tiny import tiny_model

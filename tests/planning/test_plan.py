@@ -22,7 +22,8 @@ from orpo_lite.planning.predict import plan
 from orpo_lite.planning.remedies import Planner, changed, judge
 from orpo_lite.planning.states import states
 from orpo_lite.planning.step import longest_pair
-from orpo_lite.recipe import DataSection, Recipe, recipes_folder
+from orpo_lite.recipe import DataSection, Recipe
+from orpo_lite.recipe.source import recipes_folder
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip

@@ -1,18 +1,13 @@
-"""Recipe: the one YAML that describes a complete run. Schema, load, override, validate, save.
+"""Recipe: the one YAML that describes a complete run. Schema, loading, saving.
 
 Nothing here imports torch at module level, so that listing or checking a recipe is quick.
 """
 
 from __future__ import annotations
 
-import difflib
-import functools
 import json
-import math
-import os
 import re
 import typing
-from enum import Enum
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -23,42 +18,21 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
-    TypeAdapter,
     ValidationError,
     field_validator,
     model_validator,
 )
 
-from orpo_lite import safe_yaml
-from orpo_lite.errors import RequestError
-
-PACKAGE = Path(__file__).parent
-BUILTIN = "builtin:"  # a path inside the installed package, for example builtin:quickstart/model
+from orpo_lite.recipe.checks import check_training_field, checked_pattern, leaves, training_fields, unfit
+from orpo_lite.recipe.explain import describe
+from orpo_lite.recipe.source import RecipeError, apply_override, find_recipe, read_yaml
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 
 
-def checked_pattern(pattern: Any) -> Any:
-    """The value as it is, or ValueError if it is text but no regular expression."""
-    try:
-        if isinstance(pattern, str):
-            re.compile(pattern)
-    except (re.error, RecursionError, OverflowError) as error:
-        raise ValueError(f"found {shown(pattern)}, which is no regular expression: {error}") from None
-    return pattern
-
-
 Pattern = Annotated[str, AfterValidator(checked_pattern)]
 Modules = Annotated[str | list[str], AfterValidator(checked_pattern)]
-
-
-class RecipeError(RequestError):
-    """A recipe that cannot be run. The message lists every problem found, one a line."""
-
-    def __init__(self, source: str, problems: list[str]):
-        self.problems = problems
-        super().__init__(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
 
 
 class Section(BaseModel):
@@ -356,240 +330,6 @@ class Recipe(Section):
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back to the same run."""
         path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
-
-
-def resolve_path(value: str) -> str:
-    """Turn builtin:quickstart/model into its place in the installed package; anything else is returned as it is."""
-    return str(PACKAGE / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
-
-
-def recipes_folder() -> Path:
-    """The shipped recipes: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "recipes"
-    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
-
-
-def shipped_recipes() -> dict[str, Path]:
-    """Name -> path of every shipped recipe, sorted."""
-    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
-
-
-def find_recipe(source: str | Path) -> Path:
-    """The YAML file behind a shipped name, a path or a run folder."""
-    path, shipped = Path(source), shipped_recipes()
-    if str(source) in shipped:  # before the folders, so that a run folder called quickstart does not hide the recipe
-        return shipped[str(source)]
-    if os.path.isdir(path):  # unlike Path.is_dir, false for what can be no path
-        path = path / "recipe.yaml"
-        if not path.is_file():
-            raise RecipeError(str(source), ["this folder holds no recipe.yaml: is it a run folder?"])
-        return path
-    if path.suffix in (".yaml", ".yml"):
-        if not os.path.isfile(path):
-            raise RecipeError(shown(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
-        return path
-    raise RecipeError(
-        shown(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
-    )
-
-
-def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's YAML mapping.
-
-    Raises:
-        RecipeError: not readable, see `safe_yaml`, or something else than a mapping.
-    """
-    try:
-        content = safe_yaml.read(path)
-    except safe_yaml.YamlError as error:
-        raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
-    if not isinstance(content, dict):
-        found = "the file is empty" if content is None else f"found {shown(content)} at the top"
-        found = "found a list at the top" if isinstance(content, list) else found
-        raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
-    return content
-
-
-def apply_override(content: dict[str, Any], word: str) -> str:
-    """Set one dotted key=value in place; the value is read as YAML (`null`, lists and numbers work). Returns the key."""
-    key, equals, value = word.partition("=")
-    if not equals or not key:
-        raise RecipeError(
-            "command line", [f"found {shown(word)}, expected key=value, for example training.learning_rate=5e-6"]
-        )
-    *parents, leaf = key.split(".")
-    place = content
-    for parent in parents:
-        if place.get(parent) is None:
-            place[parent] = {}
-        if not isinstance(place[parent], dict):
-            raise RecipeError(
-                "command line", [f"{shown(word)}: {parent} is not a section; {parent} is {shown(place[parent])}"]
-            )
-        place = place[parent]
-    try:
-        place[leaf] = safe_yaml.parse(value)
-    except safe_yaml.YamlError as error:
-        raise RecipeError("command line", [f"{word[:200]}: value {error}"]) from None
-    return key
-
-
-@functools.cache
-def training_fields() -> dict[str, Any]:
-    """Name -> type of every transformers.TrainingArguments field (imports transformers)."""
-    from transformers import TrainingArguments
-
-    return {key: hint for key, hint in typing.get_type_hints(TrainingArguments).items() if not key.startswith("_")}
-
-
-UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"}
-SEEDS = {"seed", "data_seed"}
-BETAS = {"adam_beta1", "adam_beta2"}
-POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps"}  # fmt: skip
-
-
-def check_training_field(key: str, value: Any) -> Any:
-    """The value in its field's type, or ValueError in words: 5e-6, which YAML reads as text, becomes a number."""
-    fields = training_fields()
-    if key not in fields:
-        raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
-    # their types are `Enum | str`: without this, a misspelt choice would pass here and fail once the model is loaded
-    choices = [
-        choice.value
-        for option in typing.get_args(fields[key])
-        if isinstance(option, type) and issubclass(option, Enum)
-        for choice in option
-    ]
-    value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
-    if choices and isinstance(value, str) and value not in choices:
-        raise ValueError(
-            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}"
-        )
-    try:
-        clean = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
-    except ValidationError as error:
-        raise ValueError(f"training.{key}: found {shown(value)}, expected: {wanted(error.errors()[0])}") from None
-    if isinstance(clean, float) and not math.isfinite(clean):
-        raise ValueError(f"training.{key}: found {shown(value)}, expected a finite number")
-    if isinstance(clean, int | float):
-        limits = {
-            "a number above 0": key in POSITIVE and not clean > 0,
-            "0 or more": key in UNSIGNED and clean < 0,
-            "a number from 0 to below 1": key in BETAS and not 0 <= clean < 1,
-            "a number from 0 to 4294967295": key in SEEDS and not 0 <= clean < 2**32,
-        }
-        for expected, broken in limits.items():
-            if broken:
-                raise ValueError(f"training.{key}: found {shown(value)}, expected {expected}")
-    return clean.value if isinstance(clean, Enum) else clean
-
-
-def nearest(word: str, known: typing.Iterable[str]) -> str:
-    """', did you mean X?' where a known name is close, else nothing."""
-    close = difflib.get_close_matches(word, list(known), n=1)
-    return f" (did you mean {close[0]}?)" if close else ""
-
-
-def shown(value: Any, width: int = 100) -> str:
-    """A value as Python writes it, cut: what a file holds can be of any size."""
-    text = repr(str(value) if isinstance(value, Path) else value)
-    return text if len(text) <= width else f"{text[:width]}..."
-
-
-def leaves(value: Any, place: str = "") -> typing.Iterator[tuple[str, Any]]:
-    """Every value that is neither mapping nor list, and every key that is text, with its dotted place."""
-    if isinstance(value, dict):
-        for key, item in value.items():
-            inside = f"{place}.{key}".removeprefix(".")
-            if isinstance(key, str) and unfit(key):
-                yield f"{place or 'recipe'}, key {shown(key)}", key
-            else:
-                yield from leaves(item, inside)
-    elif isinstance(value, list | tuple | set):
-        for number, item in enumerate(value):
-            yield from leaves(item, f"{place}.{number}")
-    else:
-        yield place, value
-
-
-def unfit(value: Any) -> str | None:
-    """What is wrong with a value wherever it stands, or None."""
-    if isinstance(value, float) and not math.isfinite(value):
-        return f"found {value}, expected a finite number"
-    if isinstance(value, str) and "\0" in value:
-        return f"found {shown(value)}, which holds a NUL character: leave it out"
-    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
-        return f"found {shown(value)}, which holds half a character: write the character itself, not its escapes"
-    return None
-
-
-UNION_MEMBER = re.compile(
-    r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|[A-Z]\w*Section|DataSource",
-    re.DOTALL,
-)
-"""What pydantic puts into the place of an error beside the user's own keys."""
-
-
-def describe(error: ValidationError) -> list[str]:
-    """Pydantic's errors in words: field, what was found, what was expected."""
-    lines: list[str] = []
-    for item in error.errors():
-        # a key that is no field is the user's own word, whatever it looks like
-        last = [str(item["loc"][-1])] if item["type"] in ("extra_forbidden", "missing") else []
-        rest = item["loc"][:-1] if last else item["loc"]
-        place = [str(part) for part in rest if not UNION_MEMBER.fullmatch(str(part))] + last
-        field = ".".join(place)
-        if item["type"] == "extra_forbidden":
-            homes = [] if place[:-1] else sections_with(place[-1].lower())
-            hint = f" (did you mean {' or '.join(homes)}?)" if homes else nearest(place[-1], known_keys(place[:-1]))
-            lines.append(f"{field}: unknown key{hint}")
-        elif item["type"] == "invalid_key":
-            lines.append(f"{field}: unknown key, expected one of {', '.join(known_keys(place[:-1]))}")
-        elif item["type"] == "missing":
-            inside = known_keys(place)
-            about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
-            lines.append(f"{field}: missing, and it has no default{about}")
-        elif item["type"] == "value_error":
-            told = str(item.get("ctx", {})["error"]).split("\n")
-            lines += [line if line.startswith(field) else f"{field}: {line}" for line in told]
-        elif item["type"] in ("model_type", "model_attributes_type"):
-            keys = ", ".join(known_keys(place))
-            lines.append(f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}")
-        else:
-            line = f"{field}: found {shown(item['input'])}, expected: "
-            if lines and lines[-1].startswith(line):  # the other members of a union
-                lines[-1] += f" or {wanted(item)}"
-            else:
-                lines.append(line + wanted(item))
-    return list(dict.fromkeys(lines))
-
-
-def wanted(item: Any) -> str:
-    """Pydantic's words for what it expected."""
-    return item["msg"].removeprefix("Input should be ")
-
-
-def known_keys(place: list[str]) -> list[str]:
-    """Keys of the section at this path, for the nearest-key hint."""
-    section: Any = Recipe
-    for part in place:
-        field = section.model_fields.get(part)
-        options = (field.annotation, *typing.get_args(field.annotation)) if field else ()
-        # a list index, or the list itself, leads to the one section that stands in lists
-        section = next((t for t in options if isinstance(t, type) and issubclass(t, Section)), DataSource)
-    return list(section.model_fields)
-
-
-def sections_with(key: str) -> list[str]:
-    """`section.key` for every section that has this key: what a field given without its section was meant to be."""
-    kinds = {name: (f.annotation, *typing.get_args(f.annotation)) for name, f in Recipe.model_fields.items()}
-    found = [
-        name
-        for name, options in kinds.items()
-        if any(isinstance(t, type) and issubclass(t, Section) and key in t.model_fields for t in options)
-    ]
-    return [f"{name}.{key}" for name in found + ["training"] * (key in training_fields())]
 
 
 def json_schema() -> str:
