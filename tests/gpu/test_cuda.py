@@ -8,6 +8,7 @@ from transformers import LlamaConfig, MistralConfig
 from orpo_lite import ORPOTrainer
 from orpo_lite.head import token_logps
 from orpo_lite.meters import peak_over
+from orpo_lite.model.offload import HostMemory, checkpointing_layers, offload
 from tests.tiny import tiny_model
 from tests.training import config, gradients, rows
 
@@ -69,3 +70,58 @@ def test_quickstart_learns(tmp_path):
     words = [f"training.output_dir={tmp_path / 'run'}", "evaluation.samples=0"]
     result = run(Recipe.load("quickstart", words))
     assert result.facts["eval"]["after"]["rewards/accuracies"] >= 0.95
+
+
+def test_offloading_frees_the_card_and_changes_no_gradient():
+    def held(away: bool) -> tuple[int, torch.Tensor]:
+        torch.manual_seed(0)
+        model = tiny_model(LlamaConfig(**SIZES | {"hidden_size": 512, "num_hidden_layers": 8})).to(CUDA).train()
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        if away:
+            offload(checkpointing_layers(model), HostMemory())
+        ids = torch.randint(512, (4, 2048), generator=torch.Generator().manual_seed(0)).to(CUDA)
+        before = torch.cuda.memory_allocated()
+        loss = model(input_ids=ids).logits[..., 0].sum()
+        torch.cuda.synchronize()
+        kept = torch.cuda.memory_allocated() - before
+        loss.backward()
+        return kept, torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+
+    (plain, expected), (away, got) = held(False), held(True)
+    assert plain - away > 6 * 4 * 2048 * 512 * 4, "the inputs of all layers but the last ones are on the host"
+    assert torch.equal(got, expected)
+
+
+def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(tmp_path, tokenizer):
+    def trained(limited: bool) -> tuple[ORPOTrainer, torch.Tensor]:
+        torch.manual_seed(0)
+        sizes = SIZES | {"hidden_size": 256, "num_hidden_layers": 4}
+        model = get_peft_model(tiny_model(LlamaConfig(**sizes)).to(CUDA), LoraConfig(r=4, target_modules="all-linear"))
+        args = config(tmp_path / str(limited), bf16=False, fp16=False, per_device_train_batch_size=64, max_steps=2)
+        trainer = ORPOTrainer(model, args, None, rows(64), processing_class=tokenizer)
+        if limited:  # room for the model and for a part of the step's activations
+            torch.cuda.empty_cache()
+            total = torch.cuda.get_device_properties(CUDA).total_memory
+            torch.cuda.set_per_process_memory_fraction((torch.cuda.memory_reserved() + peak // 2) / total)
+        try:
+            torch.cuda.reset_peak_memory_stats()
+            start = torch.cuda.memory_allocated()
+            trainer.train()
+            peaks.append(torch.cuda.max_memory_allocated() - start)
+        finally:
+            torch.cuda.set_per_process_memory_fraction(1.0)
+        return trainer, torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+    peaks: list[int] = []
+    _, expected = trained(False)
+    peak = peaks[0]
+    trainer, got = trained(True)
+    assert trainer.micro_limit.met, "it was meant to run out"
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-4
+
+
+def test_the_plan_is_what_the_card_takes():
+    from orpo_lite.doctoring.selftest import on_card
+
+    found = {finding.name: finding for finding in on_card()}
+    assert found["plan"].verdict == "ok", found["plan"].text
