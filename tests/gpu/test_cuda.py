@@ -89,7 +89,7 @@ def test_offloading_frees_the_card_and_changes_no_gradient():
 
     (plain, expected), (away, got) = held(False), held(True)
     assert plain - away > 6 * 4 * 2048 * 512 * 4, "the inputs of all layers but the last ones are on the host"
-    assert torch.equal(got, expected)
+    assert ((got - expected).norm() / expected.norm()).item() < 1e-6  # attention adds up in any order
 
 
 def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(tmp_path, tokenizer):
