@@ -14,7 +14,7 @@ from rich.table import Table
 from orpo_lite.card import find_licence, hub_id
 from orpo_lite.cli import console
 from orpo_lite.evaluate import show
-from orpo_lite.measure import peak_memory_bytes
+from orpo_lite.measure import held_by, peak_memory_bytes
 from orpo_lite.model import BaseFacts, trainable_share
 
 if TYPE_CHECKING:
@@ -223,7 +223,7 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         console.print(f"  [bold]after [/] {escape(printable(last['answer'][:300]))}")
     console.print(
         f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
-        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"
+        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"
     )
     merged = folder.path.with_name(f"{folder.path.name}-merged")
     console.print(

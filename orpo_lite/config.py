@@ -97,7 +97,14 @@ class ORPOConfig(TrainingArguments):
                 )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
-        for name in ("tokens_per_batch", "head_chunk", "max_length", "max_prompt_length", "max_completion_length"):
+        for name in (
+            "tokens_per_batch",
+            "head_chunk",
+            "checkpointed_layers",
+            "max_length",
+            "max_prompt_length",
+            "max_completion_length",
+        ):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"ORPOConfig.{name}: found {value!r}, expected a number above 0, or None")

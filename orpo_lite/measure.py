@@ -22,3 +22,8 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     import resource
 
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def held_by(facts: dict) -> str:
+    """What a run's `peak_memory_bytes` counts, from run.json: on the CPU much more than tensors."""
+    return "in the whole process, libraries included" if facts["device"].startswith("cpu") else "in tensors on the GPU"

@@ -138,6 +138,8 @@ class ObjectiveTrainer(Trainer):
         """
         window = self._window
         place = window.place(inputs) if window else None
+        if window:
+            window.begin()
         items, told = [inputs], torch.zeros((), device=self.args.device)
         while True:
             try:

@@ -28,8 +28,13 @@ class OutOfMemory(torch.OutOfMemoryError):
 
 def ran_out(error: BaseException) -> bool:
     """Whether an exception says that memory ran out, on whatever device."""
+    words = str(error).lower()
     return isinstance(error, torch.OutOfMemoryError) or (
-        isinstance(error, RuntimeError) and should_reduce_batch_size(error)
+        isinstance(error, RuntimeError)
+        # page-locked memory of the host, and what CUDA's libraries take for themselves
+        and (
+            should_reduce_batch_size(error) or "error: out of memory" in words or "cublas_status_alloc_failed" in words
+        )
     )
 
 
@@ -109,8 +114,15 @@ class Window:
         self.sums = dict(self.sums)
         self.told = torch.zeros((), device=self.device)
         """Loss of the passes that are done, as transformers was told it."""
-        self.random = torch.get_rng_state()
-        self.device_random = None if self.device.type == "cpu" else torch.get_device_module(self.device).get_rng_state()
+        self.random: Tensor | None = None
+        self.device_random: Tensor | None = None
+
+    def begin(self) -> None:
+        """Remember the random state at the step's first pass: a resumed run loads its own only after the step's batches."""
+        if self.random is None:
+            self.random = torch.get_rng_state()
+            if self.device.type != "cpu":
+                self.device_random = torch.get_device_module(self.device).get_rng_state()
 
     def place(self, item: dict[str, Any]) -> int | None:
         """Which of the items this is."""
@@ -118,6 +130,7 @@ class Window:
 
     def rewind_random(self) -> None:
         """Dropout draws in the step done again what it would have drawn."""
+        assert self.random is not None
         torch.set_rng_state(self.random)
         if self.device_random is not None:
             torch.get_device_module(self.device).set_rng_state(self.device_random)

@@ -49,13 +49,20 @@ def command(
         if all_recipes:
             raise RequestError("--picture shows the plan of one recipe: give --recipe NAME")
         drawing.check(picture)
+    from orpo_lite.planning import fitted
+    from orpo_lite.planning.cards import Card, find_cards
     from orpo_lite.recipe import Recipe
 
     # before the long imports, so that a mistake is told at once
     loaded = Recipe.load(recipe, overrides or []) if recipe is not None else None
+    cards = find_cards(gpu) if gpu and gpu != "cpu" else []
+    fitting = None
+    if loaded and fit:
+        card = fitted.which_card(loaded, gpu)
+        fitting = card, fitted.output_path(loaded, card, output)
     from orpo_lite.planning import picture as pictures
     from orpo_lite.planning import show
-    from orpo_lite.planning.cards import Card, find_cards
+    from orpo_lite.planning.fit import fit as search
     from orpo_lite.planning.kernels import Target
     from orpo_lite.planning.predict import plan
     from orpo_lite.planning.remedies import Planner, judge
@@ -64,16 +71,12 @@ def command(
         print(show.all_recipes())
         return
     planner, found, verdicts = Planner(), None, []
-    if fit:
-        from orpo_lite.planning import fitted
-
-        fitted.check(output)
-        found = fitted.search(loaded, gpu)
+    if fitting:
+        found = search(loaded, fitting[0])
         made = found.choice.plan
     elif gpu == "cpu":
         made = plan(loaded, Target("cpu"))
     else:
-        cards = find_cards(gpu) if gpu else []
         if not gpu and loaded.memory.gpu_gb:
             cards = [Card(f"{loaded.memory.gpu_gb:g} GB", loaded.memory.gpu_gb)]
         made = planner(loaded, cards[0].target if len(cards) == 1 else Target("cuda"))
@@ -88,8 +91,9 @@ def command(
         told = made.as_dict() | {"cards": [show.as_dict(one) for one in verdicts]}
         if theirs:
             told["trl"] = trl_step.as_dict(made, theirs)
-        if found:
-            told["fit"] = fitted.as_dict(found, fitted.write(found, output))
+        if found and fitting:
+            fitted.write(found, fitting[1])
+            told["fit"] = fitted.as_dict(found, fitting[1])
         print(json.dumps(told, indent=1))
     else:
         show.plan(console, made)
@@ -98,8 +102,9 @@ def command(
             show.cards(console, verdicts)
         if theirs:
             trl_step.show(console, made, theirs)
-        if found:
-            fitted.show(console, found, fitted.write(found, output))
+        if found and fitting:
+            fitted.write(found, fitting[1])
+            fitted.show(console, found, fitting[1])
     if picture:
         drawing.write(drawn, picture)
         (errors if as_json else console).print(f"picture: {escape(str(picture))}", soft_wrap=True)

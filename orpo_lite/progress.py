@@ -11,7 +11,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from orpo_lite.model.offload import HostMemory, checkpointing_layers, offload
+from orpo_lite.model.offload import HostMemory, check_count, checkpointing_layers, offload
 
 logger = logging.getLogger(__name__)
 
@@ -97,9 +97,8 @@ class CheckpointedLayers(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
         layers = checkpointing_layers(model)
+        check_count(self.count, len(layers))
         count = len(layers) if self.count is None else self.count
-        if count > len(layers):
-            logger.warning("memory.checkpointing: %d, but this model has %d layers: all checkpoint", count, len(layers))
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = i < count
         if self.offload and args.device.type == "cuda":

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from orpo_lite.cli import console, run_command
+from orpo_lite.measure import held_by
 from orpo_lite.runfolder import RunFolder
 
 CURVES = (
@@ -196,7 +197,7 @@ def run_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
         ("pairs a step", facts["effective_batch"]),
         ("adapter kept", facts["adapter"]),
         ("training time", f"{facts['train_seconds']:.0f} s, {facts['pairs_per_second']:.1f} pairs a second"),
-        ("peak memory", f"{facts['peak_memory_bytes'] / 1e9:.2f} GB"),
+        ("peak memory", f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}"),
         ("device", facts["device"]),
         ("versions", ", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version)),
     ]

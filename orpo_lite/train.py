@@ -39,6 +39,7 @@ from orpo_lite.model import (
     save_adapter,
 )
 from orpo_lite.model.base import local_device, read_config
+from orpo_lite.model.offload import check_count, checkpointing_layers
 from orpo_lite.outofmemory import OutOfMemory, named
 from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
@@ -173,6 +174,8 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
     with named("loading the base model"):
         base, facts = load_base(recipe.model, tokenizer)
     checkpointing = checkpointed(recipe, base.device)
+    if checkpointing:
+        check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
     if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
         initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))

@@ -151,7 +151,7 @@ SHOWN = [
     ("eval.after.length_baseline", 0.6789, "| always preferring the longer answer | 67.9% |"),
     ("eval.after.pairs", 4321, "On 4,321 held-out pairs"),
     ("rule.after.chosen", 0.875, "| 87.5% |"),
-    ("plan", {"peak_gb": 11.25}, "| plan: peak\\_gb | 11.25 |"),
+    ("plan", {"peak_bytes": 11.25e9, "needed_bytes": 12e9}, "| peak memory, planned | 11.25 GB in tensors |"),
 ]  # fmt: skip
 
 

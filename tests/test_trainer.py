@@ -20,6 +20,7 @@ from transformers import (
 )
 
 from orpo_lite import ORPOConfig, ORPOTrainer
+from orpo_lite.objective import micro_batches
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, config, gradients, rows
 
@@ -294,3 +295,28 @@ def test_virtual_tokens_are_refused_by_name(tmp_path, tokenizer):
 def test_wrong_arguments_are_named(field, value, tmp_path):
     with pytest.raises(ValueError, match=rf"ORPOConfig.{field}: found {value!r}, expected"):
         ORPOConfig(output_dir=str(tmp_path), **{field: value})
+
+
+@pytest.mark.parametrize("data_seed", [None, 7])
+def test_a_token_budget_keeps_the_pairs_of_each_step(data_seed, tmp_path, tokenizer):
+    def steps(**settings) -> list[list[int]]:
+        seen: list[list[int]] = []
+
+        class Watched(ORPOTrainer):
+            def get_batch_samples(self, *words):
+                batches, counts = super().get_batch_samples(*words)
+                found = [
+                    row for batch in batches for micro in micro_batches(batch) for row in micro["pair_rows"].tolist()
+                ]
+                seen.append(sorted(found))
+                return batches, counts
+
+        args = config(tmp_path, max_steps=-1, num_train_epochs=2, per_device_train_batch_size=2, data_seed=data_seed, train_sampling_strategy="random",
+                      gradient_accumulation_steps=2, **settings)  # fmt: skip
+        model = get_peft_model(tiny_model(CONFIGS["llama"]), LoraConfig(r=2, target_modules="all-linear"))
+        Watched(model, args, None, rows(14), processing_class=tokenizer).train()
+        return seen
+
+    plain = steps()
+    assert [len(step) for step in plain] == [4, 4, 4, 2] * 2 and plain[:4] != plain[4:]
+    assert steps(tokens_per_batch=60) == plain

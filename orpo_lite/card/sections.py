@@ -9,6 +9,7 @@ import yaml
 from orpo_lite.card.markdown import fence, inline, number, table
 from orpo_lite.card.shareable import base_name, shareable, without_places
 from orpo_lite.evaluate import ROWS
+from orpo_lite.measure import held_by
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import BUILTIN
 
@@ -149,12 +150,8 @@ def run_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
             f"{number(facts['train_seconds'], ',.1f')} s, {number(facts['pairs_per_second'], ',.1f')} pairs/s",
         ),
         ("whole run", f"{number(facts['total_seconds'], ',.1f')} s"),
-        ("peak memory, measured", f"{number(facts['peak_memory_bytes'] / 1e9, '.2f')} GB"),
-        *(
-            (f"plan: {inline(key)}", number(value, ","))
-            for key, value in plan.items()
-            if not isinstance(value, dict | list)
-        ),
+        ("peak memory, measured", f"{number(facts['peak_memory_bytes'] / 1e9, '.2f')} GB {inline(held_by(facts))}"),
+        *([("peak memory, planned", f"{number(plan['peak_bytes'] / 1e9, '.2f')} GB in tensors")] if plan else []),
         ("trainable parameters", f"{facts['parameters']['trainable']:,} of {facts['parameters']['total']:,}"),
         ("weights kept", inline(facts["adapter"])),
         ("versions", inline(", ".join(f"{name} {version}" for name, version in facts["versions"].items() if version))),

@@ -137,7 +137,7 @@ def peft_snippet(it: Artefact) -> str:
     lines = [
         "from peft import PeftModel",
         f"from transformers import {', '.join(imports)}",
-        *(["", "from orpo_lite.recipe import resolve_path"] if builtin else []),
+        *(["", "from orpo_lite.recipe.source import resolve_path"] if builtin else []),
         "",
         f"adapter = {quoted(it.where)}",
         "tokenizer = AutoTokenizer.from_pretrained(adapter)",

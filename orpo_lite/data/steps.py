@@ -159,10 +159,11 @@ class StepPlan:
         return whole + bool(rest and (not self.drop_last or not whole))
 
     def order(self, epoch: int) -> np.ndarray:
-        """The pairs of an epoch in the order of training."""
+        """The pairs of an epoch in the order of training, that of transformers' Trainer: the same with and without budget."""
         if self.seed is None:
             return np.arange(len(self.costs))
-        return np.random.default_rng((self.seed, epoch)).permutation(len(self.costs))
+        # as accelerate's SeedableRandomSampler draws it
+        return torch.randperm(len(self.costs), generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
 
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Micro-batches of each process in one optimizer step; the same number on all of them."""

@@ -14,9 +14,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.errors import RequestError
+from orpo_lite.model.layers import outside_text, unwrap
 
 SMALLEST = 1 << 20
 """Bytes below which a tensor stays where it is: a copy would cost more than the room it frees."""
@@ -85,13 +87,24 @@ def offload(layers: Sequence[nn.Module], place: Any) -> None:
         layer._gradient_checkpointing_func = away  # type: ignore[assignment]
 
 
+def check_count(count: int | None, layers: int) -> None:
+    """Raise RequestError where more layers are to checkpoint than there are."""
+    if count is not None and count > layers:
+        raise RequestError(
+            f"memory.checkpointing: found {count}, but the model has {layers} layers: set all, or a number up to {layers}"
+        )
+
+
 def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Layers that can recompute their activations, in the order of the forward pass.
+    """Layers that text passes through and that can recompute their activations, in the order of the forward pass.
 
     Raises:
         RequestError: there are none, as in models whose own code, not transformers', checkpoints them all or none.
     """
-    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
+    base = unwrap(model)
+    other = outside_text(base) if isinstance(base, PreTrainedModel) else set()
+    named = [(name, module) for name, module in base.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for name, module in named if name not in other]
     if not layers:
         raise RequestError(
             f"memory: {type(model).__name__} does not let its layers checkpoint one by one: set memory.checkpointing to all or none, "

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from orpo_lite.errors import RequestError
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.predict import MARGIN, Plan
 from orpo_lite.recipe.checks import nearest
+
+if TYPE_CHECKING:
+    from orpo_lite.planning.kernels import Target
+    from orpo_lite.planning.predict import Plan
 
 
 @dataclass(frozen=True)
@@ -21,8 +24,16 @@ class Card:
     capability: tuple[int, int] = (8, 6)
 
     @property
+    def title(self) -> str:
+        """Name and size."""
+        size = f"{self.gigabytes:g} GB"
+        return self.name if size in self.name else f"{self.name} ({size})"
+
+    @property
     def target(self) -> Target:
         """What the step would run on. Cards of a generation take the same kernels, and so the same memory."""
+        from orpo_lite.planning.kernels import Target
+
         return Target("cuda", (8, 6) if self.capability >= (8, 0) else (7, 5))
 
 
@@ -90,9 +101,10 @@ def find_cards(wish: str) -> list[Card]:
     word = re.sub(r"[\s_]+", "-", wish.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
     if word == "all":
         return sorted([*SHOWN[:-1], *CARDS.values()], key=lambda card: card.gigabytes)
-    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?gb?", word)
-    if size and float(size[1]) > 0:
-        return [Card(f"{size[1]} GB", float(size[1]))]
+    size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gi?b?)?", word)
+    if size and 0 < float(size[1]) <= 1000:
+        gigabytes = round(float(size[1]) * (2**30 / 1e9 if "i" in (size[2] or "") else 1), 2)
+        return [Card(f"{gigabytes:g} GB", gigabytes)]
     spelt = {re.sub(r"\W", "", name): card for name, card in CARDS.items()}
     found = spelt.get(re.sub(r"\W", "", word)) or spelt.get("rtx" + re.sub(r"\W", "", word))
     if found is None:
@@ -104,6 +116,8 @@ def find_cards(wish: str) -> list[Card]:
 
 def verdict(plan: Plan, card: Card) -> str:
     """fits: with every margin; tight: only if the allocator wastes next to nothing; else it does not."""
+    from orpo_lite.planning.predict import MARGIN
+
     room = card.gigabytes * 1e9
     if plan.needed <= room:
         return FITS

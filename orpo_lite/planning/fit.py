@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from orpo_lite.errors import RequestError
 from orpo_lite.head import auto_chunk
 from orpo_lite.planning.cards import FITS, Card, verdict
+from orpo_lite.planning.fitted import fitted_name
 from orpo_lite.planning.ledger import FLOPS, HEAD, MOVED, UNPACKED
 from orpo_lite.planning.predict import Plan, Study, checkpointed_layers
 from orpo_lite.planning.remedies import EIGHTHS, changed, shorter
@@ -25,6 +26,8 @@ which is what cards of the last years make of 16-bit products in practice."""
 COMING_BACK = 1000.0
 """ASSUMED. FLOPs in whose time a byte comes back from the host, at 25 TFLOP/s and 25 GB/s; the way there costs nothing."""
 Shaped = Callable[[Recipe, str], Shape]
+WORTH = 1.02
+"""Time by which a setting has to be the faster one to be taken before one that needs less memory."""
 OFFLOAD = "memory.offload_activations=true"
 
 
@@ -63,11 +66,12 @@ class Fit:
     """The recipe as it stands."""
 
 
-def fit(recipe: Recipe, card: Card, shape: Shaped | None = None) -> Fit:
+def fit(recipe: Recipe, card: Card, shape: Shaped | None = None, *, shorten: bool = True) -> Fit:
     """Find the fastest settings with which a recipe fits a card, margins included.
 
     Args:
         shape: the costliest micro-batch of a recipe in a layout; default, the largest that the recipe lets through.
+        shorten: whether data.max_length may be cut.
 
     Tried in this order, each only where nothing before it fits: micro-batch, checkpointed layers and head chunk;
     activations offloaded to the host; a shorter data.max_length, the only one that changes what is trained on.
@@ -77,24 +81,26 @@ def fit(recipe: Recipe, card: Card, shape: Shaped | None = None) -> Fit:
     """
     search = Search(recipe, card, shape)
     before = search.as_it_stands()
-    for words in search.stages():
+    for words in search.stages(shorten):
         found = search.fastest(words)
         if found is not None:
             break
     else:
         least = min((choice.plan for choice in search.weighed), key=lambda made: made.needed)
-        more = "" if recipe.model.quantization in ("nf4", "fp4") else ", or model.quantization=nf4"
+        more = "" if shorten else ", or a shorter data.max_length"
+        more += "" if recipe.model.quantization in ("nf4", "fp4") else ", or model.quantization=nf4"
         raise RequestError(
-            f"--fit: {recipe.name} does not fit {card.name} with {card.gigabytes:g} GB: {least.needed / 1e9:.1f} GB are needed for "
+            f"--fit: {recipe.name} does not fit {card.title}: {least.needed / 1e9:.1f} GB are needed for "
             f"one pair of 2 x {sum(least.shape.pairs[0]):,} tokens, all layers checkpointed and offloaded; take a larger card or a "
             f"smaller model{more}"
         )
     fitted = changed(recipe, list(found.words))
     assert fitted is not None  # plans were made of it
     weighed = sorted(search.weighed, key=lambda choice: (not choice.fits, choice.cost))
-    name = f"{recipe.name}-{card.name.replace(' ', '').lower()}"
-    needs = f"{found.plan.needed / 1e9:.1f} of {card.gigabytes:g} GB on {card.name}, as planned"
-    return Fit(card, fitted.model_copy(update={"name": name, "needs": needs}), found, weighed, before)
+    needs = f"{found.plan.needed / 1e9:.1f} GB of {card.title}, as planned"
+    return Fit(
+        card, fitted.model_copy(update={"name": fitted_name(recipe, card), "needs": needs}), found, weighed, before
+    )
 
 
 class Search:
@@ -113,16 +119,18 @@ class Search:
         )
         self.weighed: list[Choice] = []
         self._studies: dict[tuple[str, ...], Study] = {}
+        # a mean over a micro-batch, or what does not fill one left out: another micro-batch would be another training
+        self._fixed = recipe.orpo.nll_mean == "micro" or bool(training.get("dataloader_drop_last"))
 
     def as_it_stands(self) -> Choice:
         """The recipe without a change."""
         return self._choice((), self.start, checkpointed_layers(self.recipe, self.card.target))
 
-    def stages(self) -> Iterator[tuple[str, ...]]:
+    def stages(self, shorten: bool) -> Iterator[tuple[str, ...]]:
         """Overrides to search the rest with, mildest first."""
         yield ()
         yield (OFFLOAD,)
-        for eighths in EIGHTHS:
+        for eighths in EIGHTHS if shorten else ():
             yield (OFFLOAD, *shorter(self.recipe, eighths))
 
     def fastest(self, words: tuple[str, ...]) -> Choice | None:
@@ -155,6 +163,8 @@ class Search:
                     best, high = choice, middle
                 else:
                     missed, low = choice, middle + 1
+            if most.cost <= WORTH * best.cost:  # the room is worth more
+                best = most
         self.weighed.append(best or most)
         return best, missed
 
@@ -165,7 +175,7 @@ class Search:
 
     def _sizes(self) -> list[int]:
         """Pairs of a micro-batch that are tried."""
-        if self.recipe.orpo.nll_mean == "micro":  # a mean over a micro-batch: another one is another loss
+        if self._fixed:
             return [len(self.start.shape.pairs)]
         return sorted({math.ceil(self.step_pairs / 2**i) for i in range(self.step_pairs.bit_length() + 1)})
 
@@ -173,7 +183,7 @@ class Search:
         """Overrides for a micro-batch of so many of the longest pairs."""
         held_out = evaluation_pairs(self.recipe)
         cut = (f"training.per_device_eval_batch_size={pairs}",) if held_out > pairs else ()
-        if self.recipe.orpo.nll_mean == "micro":
+        if self._fixed:
             return cut
         tokens = pair_tokens(self._study(words).shape.pairs[0], self.start.layout.name)
         return (f"orpo.tokens_per_batch={pairs * tokens}", *cut)

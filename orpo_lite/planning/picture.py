@@ -49,9 +49,10 @@ LOOKS = {
     CONTEXT: ("c", "#8C959F"),
     MEASURED: ("M", "#0E7C86"),
     RESERVED: ("r", "#9FD3D6"),
-    FITS: ("#", "#009E73"),
-    TIGHT: ("+", "#F5CB4B"),
-    NOT: ("x", "#D55E00"),
+    # verdicts: greys, as the parts' colours are taken; the words stand beside them
+    FITS: ("#", "#57606A"),
+    TIGHT: ("+", "#AFB8C1"),
+    NOT: ("x", "#0B0E12"),
 }
 UNKNOWN = ("?", "#8A8F98")
 """A part in the plan of a run that another version of the kit has made."""
@@ -225,6 +226,10 @@ def bars(console: Console, drawn: Picture) -> None:
             ]
             items += [Text(f"| {drawn.edge}")] if drawn.edge else []
             console.print(Columns(items, padding=(0, 2)))
+        elif group:
+            console.print(
+                "# fits, + tight, x does not fit, | the card's edge, . room left, > edge further out", style="dim"
+            )
 
 
 def cells(bar: Bar, scale: float, width: int) -> Text:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orpo_lite.layout import choose_layout
+from orpo_lite.model.offload import check_count
 from orpo_lite.planning.build import build, compute_dtype, find_config, signatures
 from orpo_lite.planning.depth import Stacks, period
 from orpo_lite.planning.kernels import Target
@@ -185,7 +186,8 @@ class Study:
         """The plan with the first so many layers checkpointed; None for all."""
         recipe, target = self.recipe, self.target
         if self._stacks:
-            traced = self._stacks(len(self.layers) if recomputed is None else min(recomputed, len(self.layers)))
+            check_count(recomputed, len(self.layers))
+            traced = self._stacks(len(self.layers) if recomputed is None else recomputed)
         else:
             traced = self._trace(None, recomputed)
         largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)

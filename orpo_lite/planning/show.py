@@ -27,7 +27,11 @@ def plan(console: Console, made: Plan) -> None:
     facts.add_column(style="bold")
     trained, whole = made.facts["trained"], made.facts["parameters"]
     device = (
-        "the CPU" if made.target.kind == "cpu" else "CUDA, compute capability {}.{}".format(*made.target.capability)
+        "the CPU"
+        if made.target.kind == "cpu"
+        else "CUDA, kernels of compute capability {}.{} {}".format(
+            *made.target.capability, "and later" if made.target.capability >= (8, 0) else "and before"
+        )
     )
     for name, text in (
         ("recipe", made.recipe),
@@ -54,6 +58,7 @@ def plan(console: Console, made: Plan) -> None:
         *(f"[bold]{t}[/]" if p == made.fullest else t for p, t in zip(phases, totals, strict=True)),
     )
     console.print(table)
+    console.print("layer recompute: what one layer holds while it is computed, the first time or again", style="dim")
     for name, size in made.assumed.items():
         console.print(f"{name}: {gigabytes(size)} GB (assumed)")
     console.print(
@@ -64,12 +69,16 @@ def plan(console: Console, made: Plan) -> None:
     paged = made.facts["optimizer on the host"]
     console.print(host + (f", {gigabytes(paged)} GB of paged optimizer states" if paged else ""))
     for sentence in made.assumptions:
+        if sentence.startswith("CUDA context"):  # the lines above
+            continue
         console.print(f"assumed: {sentence}", style="dim")
 
 
 def cards(console: Console, verdicts: list[Verdict]) -> None:
     """Which cards it fits, and what would make it fit the others; cards that come to the same stand together."""
-    table = Table("GB", "needs", "verdict", "cards", "fits with", box=None)
+    table = Table("GB", "needs", "verdict", box=None)
+    table.add_column("cards", overflow="fold", max_width=24)
+    table.add_column("fits with", overflow="fold")
     groups: dict[tuple[str, ...], list[str]] = {}
     for one in verdicts:
         with_what = one.remedy if one.remedy or one.remedy is None else "nothing that was tried"
@@ -81,6 +90,12 @@ def cards(console: Console, verdicts: list[Verdict]) -> None:
         style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
         table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names), with_what)
     console.print(table)
+    if len({one.plan.target for one in verdicts}) > 1:
+        console.print(
+            "Cards of before compute capability 8.0 compute in float16 and by other kernels, so that the same recipe takes another "
+            "amount on them.",
+            style="dim",
+        )
 
 
 def as_dict(one: Verdict) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import subprocess
 
@@ -37,10 +38,14 @@ def fitted(recipe: Recipe, lengths: Lengths, device: torch.device) -> Recipe:
         console.print("memory.gpu_gb: there is no GPU here to fit the recipe to: trained as it stands", soft_wrap=True)
         return recipe
     card = Card(f"memory.gpu_gb={size:g}", size, torch.cuda.get_device_capability(device))
-    path = folder() / f"fit-{key(recipe, card.target, lengths)}.json"
+    # a fit tries other micro-batches and limits than the recipe's, so that every length counts
+    digest = hashlib.sha256(
+        lengths.train.tobytes() + lengths.held_out.tobytes() + recipe.data.model_dump_json().encode()
+    )
+    path = folder() / f"fit-{key(recipe, card.target, lengths)}-{digest.hexdigest()[:20]}.json"
     words = load(path)
     if words is None:
-        words = fit(recipe, card, lengths.shape).choice.words
+        words = fit(recipe, card, lengths.shape, shorten=False).choice.words
         store(path, words)
     console.print(f"memory.gpu_gb={size:g}: fitted with {' '.join(words)}", markup=False, soft_wrap=True)
     found = changed(recipe, list(words))
@@ -63,6 +68,8 @@ def before_loading(recipe: Recipe, lengths: Lengths, device: torch.device, force
         RequestError: it does not fit; the message says by how much, what else is on the card, and what would make it.
     """
     card, others = card_here(device) if device.type == "cuda" else (None, 0)
+    if card and recipe.memory.gpu_gb and recipe.memory.gpu_gb < card.gigabytes:
+        card = Card(f"memory.gpu_gb={recipe.memory.gpu_gb:g}", recipe.memory.gpu_gb, card.capability)
     target = card.target if card else Target("cpu")
     try:
         made = cached_plan(recipe, target, lengths)

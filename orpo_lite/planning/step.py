@@ -17,7 +17,7 @@ from torch.autograd.graph import _engine_run_backward
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.head import HeadTransform, head_transform
 from orpo_lite.layout import small_model
-from orpo_lite.model.offload import SMALLEST, checkpointing_layers, offload
+from orpo_lite.model.offload import SMALLEST, check_count, checkpointing_layers, offload
 from orpo_lite.objective import count_labels
 from orpo_lite.planning.build import build, decoder_layers, hold_model
 from orpo_lite.planning.kernels import Kernels, Target, cuda_workspace, no_workspace
@@ -84,7 +84,7 @@ def micro_batch(recipe: Recipe, layout: str, encoder_decoder: bool) -> Shape:
     budget = recipe.orpo.tokens_per_batch
     if budget:
         count, why = max(1, budget // pair_tokens(pair, layout)), f"orpo.tokens_per_batch of {budget:,}"
-    words = f"{prompt:,} token(s) of prompt and {answer:,} of answer a side"
+    words = f"{answer:,} tokens of answer a side after {prompt:,} of prompt, the split that takes the most"
     return Shape((pair,) * count, f"{count} x the longest pair that data lets through ({words}); {why}")
 
 
@@ -295,6 +295,7 @@ def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> N
     if recomputed is None and host is None:
         return
     layers = checkpointing_layers(base)
+    check_count(recomputed, len(layers))
     count = len(layers) if recomputed is None else recomputed
     for i, layer in enumerate(layers):
         layer.gradient_checkpointing = i < count  # type: ignore[assignment]
