@@ -227,9 +227,7 @@ def bars(console: Console, drawn: Picture) -> None:
             items += [Text(f"| {drawn.edge}")] if drawn.edge else []
             console.print(Columns(items, padding=(0, 2)))
         elif group:
-            console.print(
-                "# fits, + tight, x does not fit, | the card's edge, . room left, > edge further out", style="dim"
-            )
+            console.print("# fits, + tight, x does not, | the card's edge, . room left, > beyond", style="dim")
 
 
 def cells(bar: Bar, scale: float, width: int) -> Text:

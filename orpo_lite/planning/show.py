@@ -77,19 +77,23 @@ def plan(console: Console, made: Plan) -> None:
 def cards(console: Console, verdicts: list[Verdict]) -> None:
     """Which cards it fits, and what would make it fit the others; cards that come to the same stand together."""
     table = Table("GB", "needs", "verdict", box=None)
-    table.add_column("cards", overflow="fold", max_width=24)
-    table.add_column("fits with", overflow="fold")
-    groups: dict[tuple[str, ...], list[str]] = {}
+    table.add_column("cards", overflow="fold")
+    groups: dict[tuple[str, str, str], list[str]] = {}
+    remedies: dict[str, list[str]] = {}
     for one in verdicts:
-        with_what = one.remedy if one.remedy or one.remedy is None else "nothing that was tried"
-        if one.remedied:
-            with_what = f"{with_what} ({gigabytes(one.remedied.needed)} GB)"
-        row = (f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), one.words, with_what or "")
+        row = (f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), one.words)
         groups.setdefault(row, []).append(one.card.name)
-    for (total, needs, words, with_what), names in groups.items():
+        if one.remedy is not None:
+            need = (
+                f"it takes {gigabytes(one.remedied.needed)} GB with" if one.remedied else "nothing that was tried fits"
+            )
+            remedies.setdefault(f"{need} {one.remedy}".rstrip(), []).append(one.card.name)
+    for (total, needs, words), names in groups.items():
         style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
-        table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names), with_what)
+        table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names))
     console.print(table)
+    for words, names in remedies.items():  # not in the table, where lines too long to copy would break
+        console.print(f"on {', '.join(names)} {words}", soft_wrap=True, markup=False)
     if len({one.plan.target for one in verdicts}) > 1:
         console.print(
             "Cards of before compute capability 8.0 compute in float16 and by other kernels, so that the same recipe takes another "
