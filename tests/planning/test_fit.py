@@ -140,7 +140,7 @@ def test_offloading_comes_before_a_shorter_length(base):
     shorter = fit(recipe(base), Card("smaller", away - 0.002))
     assert shorter.recipe.data.max_length < 1024
     with pytest.raises(
-        RequestError, match=r"does not fit tiny with 0.58 GB: 0\.\d GB are needed for one pair of 2 x 128"
+        RequestError, match=r"does not fit tiny \(0.58 GB\): 0\.\d GB are needed for one pair of 2 x 128"
     ):
         fit(recipe(base), Card("tiny", 0.58))
 
