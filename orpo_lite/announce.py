@@ -12,10 +12,12 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite.card import find_licence, hub_id
-from orpo_lite.cli import console
+from orpo_lite.checkpoints import newest_good
+from orpo_lite.cli import console, errors
 from orpo_lite.evaluate import show
 from orpo_lite.measure import held_by, peak_memory_bytes
 from orpo_lite.model import BaseFacts, trainable_share
+from orpo_lite.outofmemory import OutOfMemory
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
@@ -50,8 +52,10 @@ def resolved(
         "run folder",
         "none: dry run"
         if folder is None
-        else f"{folder.path}" + (" (going on from its newest checkpoint)" if folder.checkpoint else ""),
+        else f"{folder.path}" + (f" (going on from {folder.checkpoint.name})" if folder.checkpoint else ""),
     )
+    for note in folder.notes if folder else ():
+        row("", note)
     for i, sentence in enumerate(facts.sentences):
         row("" if i else "base model", sentence.removeprefix("base: "))
     row("adapter", describe_adapter(recipe))
@@ -203,6 +207,17 @@ def memory(made: Plan | None, device: torch.device) -> dict[str, Any] | None:
         line += f"; planned {made.peak / 1e9:.2f} GB, {error:+.1%}"
     console.print(line)
     return record | {"measured": measured, "error": error}
+
+
+def stopped(folder: RunFolder, why: BaseException, step: int) -> None:
+    """Where an unfinished run stands, and how to go on with it."""
+    left, _ = newest_good(folder.checkpoints)
+    say = "no checkpoint was written yet"
+    if left is not None:
+        say = f"{left.name} is kept; go on with the same command, or with --recipe {folder.path} --resume"
+        if isinstance(why, OutOfMemory):
+            say += ", which takes other settings of memory (memory.*, orpo.tokens_per_batch) with it"
+    errors.print(f"\nstopped at step {step}: {escape(say)}", soft_wrap=True)
 
 
 def finished(folder: RunFolder, facts: dict[str, Any]) -> None:

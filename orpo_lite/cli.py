@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.markup import escape
 
 from orpo_lite.errors import RequestError
+from orpo_lite.signals import Stopped
 
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # launchers number their processes
 errors = Console(stderr=True, highlight=False)
@@ -27,7 +28,8 @@ def run_command(function: Callable[..., Any]) -> None:
 
 def guard(app: Callable[..., Any]) -> None:
     """Call a typer app; 0 done, 1 the run failed, 2 the request was wrong. `--debug` anywhere shows the traceback."""
-    arguments = sys.argv[1:]
+    # click has no option that may go with a value or without
+    arguments = ["--resume-force" if word == "--resume=force" else word for word in sys.argv[1:]]
     debug = "--debug" in arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     try:
@@ -37,6 +39,9 @@ def guard(app: Callable[..., Any]) -> None:
             traceback.print_exc()
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
+    except Stopped as stop:
+        errors.print(f"[bold red]{escape(str(stop))}[/]")
+        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)

@@ -80,6 +80,13 @@ class ORPOConfig(TrainingArguments):
     offload_activations: bool = _help(
         "With checkpointing on, keep what each layer saves in the host's memory until its backward pass.", default=False
     )
+    save_minutes: float | None = _help(
+        "Write a checkpoint at the end of the step that is so many minutes past the last one, besides save_strategy's.",
+        default=None,
+    )
+    early_stopping_patience: int | None = _help(
+        "Stop after so many evaluations without a better metric_for_best_model (loss, unless set).", default=None
+    )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __post_init__(self) -> None:
@@ -104,6 +111,8 @@ class ORPOConfig(TrainingArguments):
             "max_length",
             "max_prompt_length",
             "max_completion_length",
+            "save_minutes",
+            "early_stopping_patience",
         ):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -120,6 +129,15 @@ class ORPOConfig(TrainingArguments):
                 "ORPOConfig.train_sampling_strategy: found 'group_by_length', expected random or sequential; set "
                 "tokens_per_batch instead, which puts pairs of like length together inside each optimizer step"
             )
+        if self.early_stopping_patience:
+            if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
+                raise ValueError(
+                    f"ORPOConfig.early_stopping_patience: found {self.early_stopping_patience}, but eval_strategy is no, so "
+                    "that there is no evaluation to stop after; set eval_strategy to epoch or steps, and give held-out pairs"
+                )
+            self.metric_for_best_model = self.metric_for_best_model or "loss"
+            if self.greater_is_better is None:
+                self.greater_is_better = not self.metric_for_best_model.endswith("loss")
         self._choose_precision()
         self._choose_checkpointing()
         # pinning helps copies to a GPU, and without one torch warns at every loader

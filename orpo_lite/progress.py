@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite.model.offload import HostMemory, check_count, checkpointing_layers, offload
+from orpo_lite.writing import write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -47,30 +50,64 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed: bool):
         self.path, self.resumed = path, resumed
-        self.evaluated: tuple[int, Any] | None = None
+        self.evaluated: tuple[Any, Any] | None = None
+        self.waiting: list[str] = []
         if not resumed:
             path.unlink(missing_ok=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On resume, lines past the checkpoint go: those steps are about to be repeated."""
-        if state.is_world_process_zero and self.path.is_file():
-            lines = self.path.read_text("utf-8").splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= state.global_step]
-            self.path.write_text("".join(kept), "utf-8")
+        """On resume, the lines up to the checkpoint, by its own history: steps past it are about to be repeated."""
+        if not state.is_world_process_zero or not self.resumed:
+            return
+        lines = [json.dumps({"step": 0} | logs) for logs in self._before_training()]
+        for logs in state.log_history:
+            if self._counts(logs):
+                lines.append(json.dumps({"step": logs["step"]} | {k: v for k, v in logs.items() if k != "step"}))
+        write_whole(self.path, "".join(f"{line}\n" for line in lines))
+
+    def _before_training(self) -> list[dict[str, Any]]:
+        """What the file has of step 0, which no checkpoint knows of."""
+        found = []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
+                logs = json.loads(line)
+                found += [logs] if logs.get("step") == 0 else []
+        return found
+
+    def _counts(self, logs: dict[str, Any]) -> bool:
+        """Not the summary that ends a run, which is in run.json, nor the evaluation that only repeats the last one."""
+        if "train_runtime" in logs:
+            return False
+        if "eval_loss" in logs:
+            logs.pop("eval_model_preparation_time", None)
+            last, self.evaluated = self.evaluated, (logs.get("step"), logs["eval_loss"])
+            return last != self.evaluated
+        return True
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if self.resumed and state.global_step == 0:
             return
-        if logs and "eval_loss" in logs:
+        if state.is_world_process_zero and logs and self._counts({"step": state.global_step} | logs):
             logs.pop("eval_model_preparation_time", None)
-            # the evaluation that ends a run often repeats the last one in training
-            if self.evaluated == (state.global_step, logs["eval_loss"]):
-                return
-            self.evaluated = state.global_step, logs["eval_loss"]
-        # the summary that ends a run is in run.json
-        if state.is_world_process_zero and logs and "train_runtime" not in logs:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step} | logs) + "\n")
+            self.waiting.append(json.dumps({"step": state.global_step} | logs) + "\n")
+            self._write()
+
+    def _write(self) -> None:
+        """Append what waits; on a full disk or a drive that is gone it waits on, and training with it goes on."""
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                start, rest = file.seek(0, os.SEEK_END), "".join(self.waiting).encode("utf-8")
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(start)  # no half a line
+                    raise
+        except OSError as error:
+            if len(self.waiting) == 1:
+                logger.warning("%s cannot be written (%s): its lines wait until it can", self.path, error.strerror)
+            return
+        self.waiting.clear()
 
 
 class StopOnNonFinite(TrainerCallback):

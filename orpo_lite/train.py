@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import shlex
 import tempfile
 import time
@@ -15,13 +16,14 @@ import torch
 import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from safetensors import SafetensorError
 from transformers import PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite import announce
 from orpo_lite.card import write_card
-from orpo_lite.cli import console, errors, run_command
+from orpo_lite.cli import console, run_command
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
@@ -44,8 +46,9 @@ from orpo_lite.outofmemory import OutOfMemory, named
 from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
-from orpo_lite.runfolder import RunFolder
+from orpo_lite.runfolder import Resume, RunFolder
 from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.writing import write_whole
 
 if TYPE_CHECKING:
     from orpo_lite.planning.predict import Plan
@@ -75,7 +78,7 @@ def run(
     recipe: Recipe,
     *,
     dry_run: bool = False,
-    resume: bool = False,
+    resume: Resume = False,
     plan: bool = False,
     force: bool = False,
     again: str = "",
@@ -84,7 +87,7 @@ def run(
 
     Args:
         dry_run: stop before the first optimizer step, and write nothing.
-        resume: go on from the folder's newest checkpoint.
+        resume: go on from the folder's newest good checkpoint, and never start anew; "force": in spite of changes.
         plan: predict the memory on the CPU as well; on a GPU it always is.
         force: start even what cannot fit the GPU.
         again: the command-line that asked for this run, for what it says to type next.
@@ -95,6 +98,7 @@ def run(
     Raises:
         RequestError: the recipe, its data or its model cannot be used as they are, or cannot fit the GPU.
         OutOfMemory: memory ran out in a way that smaller micro-batches do not help.
+        Stopped: a signal asked for the end; the run can be gone on with.
     """
     started = time.monotonic()
     recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
@@ -108,8 +112,10 @@ def run(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = arguments(recipe, scratch, facts, has_eval=pairs.eval is not None, checkpointing=checkpointing)
-        folder = None if dry_run else on_first_process(lambda: RunFolder.create(recipe, resume))
+        processes = args.world_size
+        folder = None if dry_run else on_first_process(lambda: RunFolder.create(recipe, resume, processes))
         if folder is not None:
+            stack.callback(folder.unlock)
             args.output_dir = str(folder.checkpoints)
         trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         trainer.remove_callback(ProgressCallback)
@@ -126,26 +132,19 @@ def run(
                 # it takes the working directory for what is logged before training, such as the first evaluation
                 callback.logging_dir = str(folder.path / "tensorboard")
 
-        checkpoint = folder.checkpoint
-        before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
-        train_started = time.monotonic()
+        before, samples_before = before_training(folder, recipe, trainer, pairs, tokenizer)
         try:
             with named("training, outside of the passes over a micro-batch"):
-                outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
+                outcome = trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
         except (KeyboardInterrupt, OutOfMemory) as stop:
-            left = folder.checkpoint
-            say = f"go on with --recipe {folder.path} --resume" if left else "no checkpoint was written yet"
-            if left and isinstance(stop, OutOfMemory):
-                say += ", which takes other settings of memory (memory.*, orpo.tokens_per_batch) with it"
-            errors.print(f"\nstopped at step {trainer.state.global_step}: {say}", soft_wrap=True)
+            announce.stopped(folder, stop, trainer.state.global_step)
             raise
-        train_seconds = time.monotonic() - train_started
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
 
     record = announce.record(recipe, pairs, facts, trainer)
     record |= {
         "steps": outcome.global_step,
-        "train_seconds": round(train_seconds, 3),
+        "train_seconds": round(trainer.train_seconds, 3),
         "total_seconds": round(time.monotonic() - started, 3),
         "pairs_per_second": round(outcome.metrics["train_samples_per_second"], 3),
         "peak_memory_bytes": peak_memory_bytes(args.device),
@@ -160,13 +159,50 @@ def run(
         },
     }
     if trainer.is_world_process_zero():
-        save_adapter(trainer.accelerator.unwrap_model(trainer.model), folder.path)
-        tokenizer.save_pretrained(folder.path)
-        folder.write(record)
+        finish(folder, record, trainer, tokenizer)
+    return Run(folder.path, record)
+
+
+def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any) -> None:
+    """Write what a finished run consists of; where its folder cannot be written, the adapter to a temporary one.
+
+    Raises:
+        OSError: the folder cannot be written; the message says where the adapter is.
+    """
+    model = trainer.accelerator.unwrap_model(trainer.model)
+
+    def weights(path: Path) -> None:
+        save_adapter(model, path)
+        tokenizer.save_pretrained(path)
+
+    try:
+        weights(folder.path)
+        folder.write(record | {"finished": False})
         write_report(folder)
         write_card(folder)
-        announce.finished(folder, record)
-    return Run(folder.path, record)
+        folder.write(record)
+    except (OSError, SafetensorError) as error:
+        rescue = Path(tempfile.mkdtemp(prefix="orpo_lite-"))
+        weights(rescue)
+        raise OSError(
+            f"{folder.path} cannot be written ({error}): training is done, and the adapter is in {rescue}; copy it, or make "
+            f"room and run again with --recipe {folder.path} --resume"
+        ) from None
+    announce.finished(folder, record)
+
+
+def before_training(
+    folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any
+) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+    """`held_out` of the base, kept in the run folder for a run that goes on."""
+    asked = recipe.evaluation.model_dump(mode="json")
+    if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
+        return kept["eval"], kept["samples"]
+    before, samples = held_out(recipe, trainer, pairs, tokenizer)
+    if trainer.is_world_process_zero():
+        with contextlib.suppress(OSError):  # it can be made again
+            write_whole(folder.before, json.dumps({"asked": asked, "eval": before, "samples": samples}))
+    return before, samples
 
 
 def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
@@ -349,17 +385,26 @@ def command(
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
     ] = False,
-    resume: Annotated[bool, typer.Option("--resume", help="go on from the newest checkpoint")] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="go on from the newest good checkpoint, as the same command does by itself, and never start anew; "
+            "--resume=force goes on in spite of changes",
+        ),
+    ] = False,
+    resume_force: Annotated[bool, typer.Option("--resume-force", hidden=True)] = False,
     plan: Annotated[
         bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU that is there")] = False,
 ) -> None:
     """Train an adapter with ORPO as a recipe says."""
-    if dry_run and resume:
+    resume_mode: Resume = "force" if resume_force else resume
+    if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
     again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
-    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume, plan=plan, force=force, again=again)
+    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume_mode, plan=plan, force=force, again=again)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics
 from orpo_lite.model import autocast, optimizer_for
-from orpo_lite.objective import ObjectiveTrainer, micro_batches
+from orpo_lite.objective import micro_batches
 from orpo_lite.outofmemory import Limit
 from orpo_lite.prepare import (
     adapt,
@@ -35,13 +35,14 @@ from orpo_lite.prepare import (
     tokenizer_of,
 )
 from orpo_lite.progress import CheckpointedLayers
+from orpo_lite.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
 LOW_LORA_LEARNING_RATE = 1e-5
 
 
-class ORPOTrainer(ObjectiveTrainer):
+class ORPOTrainer(SavingTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.

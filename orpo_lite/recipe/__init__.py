@@ -26,6 +26,7 @@ from pydantic import (
 from orpo_lite.recipe.checks import check_training_field, checked_pattern, leaves, training_fields, unfit
 from orpo_lite.recipe.explain import describe
 from orpo_lite.recipe.source import RecipeError, apply_override, find_recipe, read_yaml
+from orpo_lite.writing import write_whole
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -329,7 +330,7 @@ class Recipe(Section):
 
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back to the same run."""
-        path.write_text(yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True), "utf-8")
+        write_whole(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def json_schema() -> str:

@@ -65,10 +65,15 @@ def checked_pattern(pattern: Any) -> Any:
 
 @functools.cache
 def training_fields() -> dict[str, Any]:
-    """Name -> type of every transformers.TrainingArguments field (imports transformers)."""
+    """Name -> type of every transformers.TrainingArguments field, and of ours (imports transformers)."""
     from transformers import TrainingArguments
 
-    return {key: hint for key, hint in typing.get_type_hints(TrainingArguments).items() if not key.startswith("_")}
+    theirs = typing.get_type_hints(TrainingArguments)
+    return {key: hint for key, hint in theirs.items() if not key.startswith("_")} | OURS
+
+
+OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
+"""Fields of a recipe's training section that transformers does not have; ORPOConfig documents them."""
 
 
 UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"}
@@ -78,7 +83,7 @@ SEEDS = {"seed", "data_seed"}
 BETAS = {"adam_beta1", "adam_beta2"}
 
 POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps"}  # fmt: skip
+            "gradient_accumulation_steps", "save_minutes", "early_stopping_patience"}  # fmt: skip
 
 
 def check_training_field(key: str, value: Any) -> Any:

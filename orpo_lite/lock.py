@@ -1,0 +1,54 @@
+"""One process at a time in a run folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import IO
+
+from orpo_lite.errors import RequestError
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+LOCK = ".lock"
+_HELD: dict[Path, IO[str]] = {}
+
+
+def lock(folder: Path) -> None:
+    """Keep other processes out of a run folder until `unlock`, or until this process ends, however it ends.
+
+    Where the file system knows no locks (some network drives, Windows) nothing is kept out.
+
+    Raises:
+        RequestError: another process is in it.
+        OSError: the folder cannot be written.
+    """
+    path = folder / LOCK
+    file = path.open("a+", encoding="ascii")
+    try:
+        if fcntl is not None:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        file.seek(0)
+        holder = file.read(20).strip()
+        file.close()
+        raise RequestError(
+            f"{folder}: another process{f' ({holder})' if holder.isdigit() else ''} is training in this folder; wait for it or "
+            "stop it, or choose another training.output_dir"
+        ) from None
+    except OSError:
+        pass
+    file.truncate(0)
+    file.write(str(os.getpid()))
+    file.flush()
+    _HELD[folder.resolve()] = file
+
+
+def unlock(folder: Path) -> None:
+    """Let others in."""
+    if file := _HELD.pop(folder.resolve(), None):
+        (folder / LOCK).unlink(missing_ok=True)
+        file.close()

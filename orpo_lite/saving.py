@@ -1,0 +1,349 @@
+"""Checkpoints inside transformers' Trainer: whole or not at all, checked, and enough to go on bit for bit."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers.trainer_callback import ExportableState
+
+from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
+from orpo_lite.errors import RequestError
+from orpo_lite.objective import ObjectiveTrainer
+from orpo_lite.signals import Stopped, StopRequest
+
+logger = logging.getLogger(__name__)
+
+RUNNING = "running.json"
+"""Of a checkpoint: what has been summed since the last log, which transformers' own checkpoints lose."""
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+VERSIONS = ("torch", "transformers", "peft", "accelerate", "orpo-lite")
+
+
+class SavingTrainer(ObjectiveTrainer):
+    """An ObjectiveTrainer whose checkpoints are written aside, synced, sealed by a manifest and renamed.
+
+    A resumed run ends with the same weights, bit for bit on the same machine and versions, as one that never stopped,
+    and has logged the same lines. A signal stops it at the end of a step, with a checkpoint. A checkpoint that cannot
+    be written, as on a full disk, is said and training goes on; those before it stay.
+    """
+
+    stopping: StopRequest
+    _aside: Path | None = None
+    _resumed: Path | None = None
+    _ended = False
+    """The checkpoint gone on from is that of a run's last step."""
+    _clock: float
+    _trained_before = 0.0
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.stopping = StopRequest()
+        self._train_started = time.monotonic()
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self.add_callback(Checkpointing(self))
+
+    @property
+    def checkpoint_folder(self) -> Path:
+        return Path(super()._get_output_dir(None))
+
+    # ---- writing ---------------------------------------------------------------------------------------------------
+
+    def _get_output_dir(self, trial: Any) -> str:
+        # transformers asks here where a checkpoint goes
+        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        folder, state = Path(super()._get_output_dir(trial)), self.state
+        final = folder / f"checkpoint-{state.global_step}"
+        aside = folder / f".{final.name}{ASIDE}"
+        before, running = state.best_model_checkpoint, self._running_sums()
+        parts = (
+            lambda: self._make(aside / final.name),
+            lambda: self._write(model, trial, aside, final, running),
+            lambda: self._seal(aside / final.name, final),
+        )
+        if wrong := next(filter(None, map(self._together, parts)), None):
+            shutil.rmtree(aside, ignore_errors=True)
+            state.best_model_checkpoint = before
+            left = [path.name for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file()]
+            logger.warning(
+                "%s could not be written (%s): training goes on; %s. Make room in %s, or mount it again, before the next one",
+                final.name,
+                wrong,
+                f"{', '.join(sorted(left))} stays" if left else "there is no other checkpoint",
+                folder,
+            )
+            return
+        if self.args.should_save:
+            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
+            prune(folder, self.args.save_total_limit, best)
+        if self.args.push_to_hub:
+            super()._push_from_checkpoint(str(final))
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Not from the folder aside: `_save_checkpoint` pushes what is whole."""
+
+    def _make(self, folder: Path) -> None:
+        if self.args.should_save:
+            shutil.rmtree(folder.parent, ignore_errors=True)
+            folder.mkdir(parents=True)
+
+    def _write(self, model: Any, trial: Any, aside: Path, final: Path, running: dict[str, Any]) -> None:
+        state, best = self.state, self.state.best_global_step
+        if best == state.global_step:
+            state.best_model_checkpoint = str(final)
+        # without one, transformers does not look for the best checkpoint in the folder aside
+        self._aside, state.best_global_step = aside, None
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            self._aside, state.best_global_step = None, best
+        if self.args.should_save:
+            checkpoint = aside / final.name
+            state.save_to_json(str(checkpoint / "trainer_state.json"))
+            (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+
+    def _seal(self, written: Path, final: Path) -> None:
+        if self.args.should_save:
+            seal(written, {"format": 1, "step": self.state.global_step, **self._circumstances()})
+            place(written, final)
+            written.parent.rmdir()
+
+    def _together(self, work: Any) -> str | None:
+        """Do a part of saving on all processes; what went wrong with the disk, on any of them."""
+        wrong = None
+        try:
+            work()
+        except (OSError, SafetensorError) as error:
+            wrong = getattr(error, "strerror", None) or str(error)
+        except RuntimeError as error:
+            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+                raise
+            wrong = str(error).partition("\n")[0]
+        if self.args.world_size == 1:
+            return wrong
+        failed = int(self._total(torch.tensor(int(wrong is not None), device=self.args.device)))
+        return wrong or ("another process failed" if failed else None)
+
+    def _circumstances(self) -> dict[str, Any]:
+        """What a checkpoint can only be gone on with."""
+        args = self.args
+        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
+        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
+        return {"processes": args.world_size, "pairs_per_step": pairs, "versions": versions}
+
+    def _running_sums(self) -> dict[str, Any]:
+        """What is summed since the last log: the mean over processes of the loss, sums of the metrics."""
+        names, processes = list(self._sums), self.args.world_size
+        loss = self._tr_loss
+        assert isinstance(loss, torch.Tensor)
+        loss = float(self._total(loss.double()) / processes if processes > 1 else loss)
+        sums = {}
+        if names:
+            values = self._total(torch.stack([self._sums[name].double() for name in names])).tolist()
+            sums = dict(zip(names, values, strict=True))
+        now = time.monotonic()
+        return {
+            "loss": loss,
+            "sums": sums,
+            "logged_at_step": self._globalstep_last_logged,
+            "seconds_since_log": now - self._clock,
+            "seconds": self.train_seconds,
+            "ended": self.control.should_training_stop and self.stopping.number is None,
+        }
+
+    @property
+    def train_seconds(self) -> float:
+        """Seconds of training so far, those before a resume among them."""
+        return self._trained_before + time.monotonic() - self._train_started
+
+    # ---- going on --------------------------------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """transformers' train, from a checked checkpoint, stopped by signals at a step's end.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest good one in `args.output_dir`.
+
+        Raises:
+            RequestError: the checkpoint is damaged, or belongs to steps of another number of pairs.
+            Stopped: a signal stopped the training.
+        """
+        if self.args.should_save:
+            clean(self.checkpoint_folder)
+        self._resumed = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.stopping, self._ended, self._trained_before = StopRequest(), False, 0.0
+        self._train_started = time.monotonic()
+        with self.stopping.listen():
+            outcome = super().train(str(self._resumed) if self._resumed else None, *args, **kwargs)
+        if self.stopping.number is not None:
+            raise Stopped(self.stopping.number, f"stopped at step {self.state.global_step}")
+        return outcome
+
+    def _checked(self, asked: str | bool) -> Path:
+        if asked is True:
+            found, lines = newest_good(self.checkpoint_folder)
+            for line in lines:
+                logger.warning("damaged, so not gone on with: %s", line)
+            if found is None:
+                raise RequestError(
+                    f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint; start without it"
+                )
+        else:
+            found = Path(str(asked))
+            if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():
+                return self._foreign(found)
+            if wrong := damage(found):
+                raise RequestError(f"{found}: {wrong}; go on from another checkpoint")
+        facts, here = manifest(found), self._circumstances()
+        if not any((found / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and not self._sharded:
+            raise RequestError(
+                f"{found}: holds no optimizer state (training.save_only_model), so training cannot go on from it"
+            )
+        if facts["pairs_per_step"] != here["pairs_per_step"]:
+            raise RequestError(
+                f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
+                f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+            )
+        if facts["processes"] != here["processes"]:
+            logger.warning(
+                "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
+                found.name, facts["processes"], here["processes"],
+            )  # fmt: skip
+        for name, version in here["versions"].items():
+            if facts["versions"].get(name) != version:
+                logger.warning(
+                    "%s was written with %s %s, here is %s: the result may differ in the last bits",
+                    found.name, name, facts["versions"].get(name), version,
+                )  # fmt: skip
+        return found
+
+    @property
+    def _sharded(self) -> bool:
+        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+
+    def _foreign(self, checkpoint: Path) -> Path:
+        """A checkpoint that plain transformers or TRL has written: nothing says whether it is whole."""
+        missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+        if missing and self.args.world_size == 1:
+            raise RequestError(
+                f"{checkpoint}: {', '.join(missing)} missing, so training cannot go on exactly; take another checkpoint"
+            )
+        logger.warning("%s has no %s: it cannot be checked for damage", checkpoint, MANIFEST)
+        return checkpoint
+
+    def _load_callback_state(self) -> None:
+        """Counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""
+        kept: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                stored = kept.setdefault(type(callback).__name__, callback.state())
+                stored = stored[-1] if isinstance(stored, list) else stored
+                for key, value in stored.get("attributes", {}).items():
+                    setattr(callback, key, value)
+        kept.setdefault(type(self.control).__name__, self.control.state())
+
+    def _go_on(self) -> None:
+        """After transformers has set everything to nought: what was running when the checkpoint was written."""
+        assert self._resumed is not None
+        best = self.checkpoint_folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # the run folder may have been moved
+            self.state.best_model_checkpoint = str(best)
+        if not (self._resumed / RUNNING).is_file():
+            return
+        running = json.loads((self._resumed / RUNNING).read_text("utf-8"))
+        first = self.args.process_index == 0
+        self._tr_loss += running["loss"]
+        # the summary that ends a run counts this session's steps only
+        self._total_loss_scalar -= running["loss"]
+        self._globalstep_last_logged = running["logged_at_step"]
+        if first:  # sums of all processes, which the next log adds up again
+            self._sums = {
+                key: torch.tensor(value, dtype=torch.float64, device=self.args.device)
+                for key, value in running["sums"].items()
+            }
+        self._clock = time.monotonic() - running["seconds_since_log"]
+        self._trained_before = running["seconds"]
+        self._ended = running["ended"]
+
+    def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
+        if self._ended or self.state.global_step >= self.state.max_steps:
+            # transformers would take another step: it looks for the end only after one
+            self.control.should_training_stop = True
+            return None
+        return super()._run_epoch(*args, **kwargs)
+
+    def _finalize_training(self, *args: Any, **kwargs: Any) -> Any:
+        # with a limit of 1, transformers deletes the newest checkpoint here, which a stopped run goes on from
+        limit, load = self.args.save_total_limit, self.args.load_best_model_at_end
+        best = self.state.best_model_checkpoint
+        self.args.save_total_limit = None
+        if load and best is not None and (Path(best) / MANIFEST).is_file() and (wrong := damage(Path(best))):
+            logger.warning("the best checkpoint is damaged (%s: %s): the adapter is that of the last step", best, wrong)
+            self.args.load_best_model_at_end, self.state.best_model_checkpoint = False, None
+        if self.stopping.number is not None:
+            self.args.load_best_model_at_end = False
+        try:
+            return super()._finalize_training(*args, **kwargs)
+        finally:
+            self.args.save_total_limit, self.args.load_best_model_at_end = limit, load
+
+
+class Checkpointing(TrainerCallback):
+    """When to save: also by the clock, and when a signal has asked to stop; after the evaluation that is due."""
+
+    def __init__(self, trainer: SavingTrainer):
+        self.trainer = trainer
+        self.saved_at, self.saved_step, self.deferred, self.stops = 0.0, -1, False, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at, self.saved_step, self.deferred, self.stops = time.monotonic(), -1, False, False
+        if self.trainer._resumed is not None:
+            self.trainer._go_on()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = float(state.epoch).is_integer() or control.should_training_stop
+        asked, due = self._agreed(args)
+        control.should_save |= asked or due
+        control.should_training_stop |= asked
+        self.stops = asked and not ends_epoch
+        if control.should_save and ends_epoch:
+            # the epoch's own evaluation and logs come first: a run gone on with would never make them
+            control.should_save, self.deferred = False, True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.is_in_train and self._agreed(args)[0]:
+            control.should_save = control.should_training_stop = True
+            self.stops = not float(state.epoch or 0).is_integer()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.stops:
+            control.should_log = control.should_evaluate = False
+            control.should_save = self.saved_step != state.global_step
+        elif self.deferred:
+            control.should_save, self.deferred = True, False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at, self.saved_step = time.monotonic(), state.global_step
+
+    def _agreed(self, args: Any) -> tuple[bool, bool]:
+        """Whether to stop, and whether the clock says to save, alike on all processes."""
+        asked = self.trainer.stopping.number is not None
+        minutes = args.save_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        if args.world_size > 1:
+            asked, due = (self.trainer._total(torch.tensor([asked, due], device=args.device).int()) > 0).tolist()
+            if asked and self.trainer.stopping.number is None:
+                self.trainer.stopping.number = 15
+        return asked, due
