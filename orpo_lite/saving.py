@@ -125,12 +125,10 @@ class SavingTrainer(ObjectiveTrainer):
         wrong = None
         try:
             work()
-        except (OSError, SafetensorError) as error:
-            wrong = getattr(error, "strerror", None) or str(error)
-        except RuntimeError as error:
-            if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+        except Exception as error:
+            wrong = disk_trouble(error)
+            if wrong is None:
                 raise
-            wrong = str(error).partition("\n")[0]
         if self.args.world_size == 1:
             return wrong
         failed = int(self._total(torch.tensor(int(wrong is not None), device=self.args.device)))
@@ -152,7 +150,9 @@ class SavingTrainer(ObjectiveTrainer):
         sums = {}
         if names:
             values = self._total(torch.stack([self._sums[name].double() for name in names])).tolist()
-            sums = dict(zip(names, values, strict=True))
+            # by their types, since float32 sums go on in float32 or end in other bits
+            types = [str(self._sums[name].dtype).removeprefix("torch.") for name in names]
+            sums = {name: [value, kind] for name, value, kind in zip(names, values, types, strict=True)}
         now = time.monotonic()
         return {
             "loss": loss,
@@ -270,8 +270,8 @@ class SavingTrainer(ObjectiveTrainer):
         self._globalstep_last_logged = running["logged_at_step"]
         if first:  # sums of all processes, which the next log adds up again
             self._sums = {
-                key: torch.tensor(value, dtype=torch.float64, device=self.args.device)
-                for key, value in running["sums"].items()
+                key: torch.tensor(value, dtype=getattr(torch, kind), device=self.args.device)
+                for key, (value, kind) in running["sums"].items()
             }
         self._clock = time.monotonic() - running["seconds_since_log"]
         self._trained_before = running["seconds"]
@@ -298,6 +298,16 @@ class SavingTrainer(ObjectiveTrainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit, self.args.load_best_model_at_end = limit, load
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """What went wrong with a disk, by what Python, torch, safetensors and tokenizers raise for it; None if nothing did."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error).partition("\n")[0]
+    # Rust's libraries put the system's error into an exception of their own, tokenizers into a bare Exception
+    rust = isinstance(error, SafetensorError) or "(os error " in text
+    return text if rust or "PytorchStreamWriter" in text or "inline_container" in text else None
 
 
 class Checkpointing(TrainerCallback):
