@@ -13,7 +13,6 @@ from rich.console import Console
 from rich.markup import escape
 
 from orpo_lite.errors import RequestError
-from orpo_lite.signals import Stopped
 
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # launchers number their processes
 errors = Console(stderr=True, highlight=False)
@@ -39,9 +38,6 @@ def guard(app: Callable[..., Any]) -> None:
             traceback.print_exc()
         errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         sys.exit(2)
-    except Stopped as stop:
-        errors.print(f"[bold red]{escape(str(stop))}[/]")
-        sys.exit(128 + stop.number)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -75,10 +76,12 @@ class RunFolder:
         folder = cls(recipe.folder)
         try:
             if (folder.path / "recipe.yaml").is_file() and not folder.finished:
-                lock(folder.path)
-                if folder._goes_on(recipe, resume, processes):
-                    return folder
-                unlock(folder.path)
+                with contextlib.ExitStack() as stack:
+                    lock(folder.path)
+                    stack.callback(unlock, folder.path)
+                    if folder._goes_on(recipe, resume, processes):
+                        stack.pop_all()
+                        return folder
             elif resume and (folder.path / "run.json").is_file():
                 raise RequestError(
                     f"--resume: the run in {folder.path} is finished; start without --resume for a new one"

@@ -47,6 +47,7 @@ from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
 from orpo_lite.runfolder import Resume, RunFolder
+from orpo_lite.signals import Stopped
 from orpo_lite.trainer import ORPOTrainer
 from orpo_lite.writing import write_whole
 
@@ -404,7 +405,17 @@ def command(
     if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
     again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
-    run(Recipe.load(recipe, overrides or []), dry_run=dry_run, resume=resume_mode, plan=plan, force=force, again=again)
+    try:
+        run(
+            Recipe.load(recipe, overrides or []),
+            dry_run=dry_run,
+            resume=resume_mode,
+            plan=plan,
+            force=force,
+            again=again,
+        )
+    except Stopped as stop:
+        raise typer.Exit(128 + stop.number) from None  # as a shell has it for a process that a signal ended
 
 
 if __name__ == "__main__":

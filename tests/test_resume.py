@@ -23,7 +23,6 @@ TIMES = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "eval_runtim
          "eval_steps_per_second"}  # fmt: skip
 
 
-
 def llama(tmp_path, kind):
     torch.manual_seed(0)
     wider = {"hidden_size": 64, "intermediate_size": 128} if kind == "nf4" else {}  # blocks of 64 weights
@@ -287,7 +286,9 @@ def test_a_full_disk_while_saving_is_survived(tmp_path, tokenizer, small_disk, c
     full = trainer(small_disk, tokenizer, callbacks=[Fill()])
     full.train()
     equal(weights(whole), weights(full))
-    assert "checkpoint-4 could not be written (" in caplog.text and "training goes on; checkpoint-2 stays" in caplog.text
+    assert (
+        "checkpoint-4 could not be written (" in caplog.text and "training goes on; checkpoint-2 stays" in caplog.text
+    )
     assert [p.name for p in (small_disk / "out").iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
     fill.unlink()
     again = trainer(small_disk, tokenizer, resumed=True)
