@@ -21,7 +21,7 @@ from orpo_lite.head import head_transform
 from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics
-from orpo_lite.model import autocast, optimizer_for
+from orpo_lite.model import autocast, keep_4bit_differentiable, optimizer_for
 from orpo_lite.objective import micro_batches
 from orpo_lite.outofmemory import Limit
 from orpo_lite.prepare import (
@@ -199,7 +199,8 @@ class ORPOTrainer(SavingTrainer):
             self.model.add_model_tags(self._tag_names)
 
     def _ready(self, model: Any, args: ORPOConfig) -> Any:
-        """Adapter on, dropout off."""
+        """Adapter on, dropout off, 4-bit layers such that gradients pass."""
+        keep_4bit_differentiable(model)
         if self._peft_config is not None:
             model = adapt(model, self._peft_config, checkpointing=bool(args.gradient_checkpointing))
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:

@@ -9,6 +9,8 @@ import torch
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, PrefixTuningConfig, get_peft_model
 from transformers import (
+    AutoModelForCausalLM,
+    BitsAndBytesConfig,
     CohereConfig,
     Gemma2Config,
     GPT2Config,
@@ -320,3 +322,32 @@ def test_a_token_budget_keeps_the_pairs_of_each_step(data_seed, tmp_path, tokeni
     plain = steps()
     assert [len(step) for step in plain] == [4, 4, 4, 2] * 2 and plain[:4] != plain[4:]
     assert steps(tokens_per_batch=60) == plain
+
+
+def test_an_evaluation_before_training_leaves_nf4_gradients_as_they_were(tmp_path, tokenizer):
+    """On CPUs with AVX512-BF16 bitsandbytes packs the weights in an evaluation and trains without gradients then."""
+    torch.manual_seed(0)
+    # weights large enough that the gradient passes through the layers and not only beside them
+    wide = LlamaConfig(**SIZES | {"hidden_size": 64, "intermediate_size": 128}, initializer_range=0.3)
+    AutoModelForCausalLM.from_config(wide).save_pretrained(tmp_path / "b")
+    found = []
+    for passes in ("none", "evaluate", "before the trainer"):
+        four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.float32)
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "b", quantization_config=four)
+        if passes == "before the trainer":
+            with torch.no_grad():
+                model(torch.tensor([[1, 2, 3]]))
+        torch.manual_seed(1)
+        catch = Catch()
+        trainer = ORPOTrainer(model, config(tmp_path, max_steps=1), None, rows(4), rows(2, 1), tokenizer, callbacks=[catch],
+                              peft_config=LoraConfig(r=4, target_modules="all-linear", task_type="CAUSAL_LM"))  # fmt: skip
+        if passes == "evaluate":
+            trainer.evaluate()
+        trainer.train()
+        found.append(catch.gradient)
+        # the constructor's own checks run passes without gradients as well
+        states = [m.weight.quant_state for m in trainer.model.modules() if type(m).__name__ == "Linear4bit"]
+        assert states and not any(getattr(state, "packing_format_for_cpu", False) for state in states)
+    assert torch.equal(found[0], found[1])
+    # bitsandbytes rounds the scales when it packs
+    assert (found[2] - found[0]).norm() / found[0].norm() < 0.2

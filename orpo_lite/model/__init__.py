@@ -3,7 +3,14 @@
 from orpo_lite.model.adapter import attach_adapter, load_adapter, save_adapter
 from orpo_lite.model.base import BaseFacts, load_base, read_config
 from orpo_lite.model.eva import initialise_eva
-from orpo_lite.model.layers import base_name, base_revision, check_quantised_share, routers, trainable_share
+from orpo_lite.model.layers import (
+    base_name,
+    base_revision,
+    check_quantised_share,
+    keep_4bit_differentiable,
+    routers,
+    trainable_share,
+)
 from orpo_lite.model.optimizer import optimizer_for
 from orpo_lite.model.precision import Precision, autocast, choose_precision
 from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
@@ -18,6 +25,7 @@ __all__ = [
     "check_quantised_share",
     "choose_precision",
     "initialise_eva",
+    "keep_4bit_differentiable",
     "load_adapter",
     "load_base",
     "load_tokenizer",

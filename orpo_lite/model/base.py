@@ -19,7 +19,7 @@ from transformers import (
 
 from orpo_lite.errors import RequestError
 from orpo_lite.model.hub import locate, read_config, readable
-from orpo_lite.model.layers import base_revision, check_quantised_share
+from orpo_lite.model.layers import base_revision, check_quantised_share, keep_4bit_differentiable
 from orpo_lite.model.precision import Precision, choose_precision, default_device
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection
@@ -185,6 +185,7 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
             f"would start out random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: is this the whole "
             "model, and a language model?"
         )
+    keep_4bit_differentiable(model)
     return model
 
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections import Counter
+from typing import Any
 
 import torch
 from torch import nn
@@ -11,9 +13,13 @@ from transformers import PreTrainedModel
 
 from orpo_lite.errors import RequestError
 
+logger = logging.getLogger(__name__)
+
 ROUTER_NAME = re.compile(r"router|gate|gating|.*_gate")
 ROUTER_CLASS = re.compile(r"Router|TopK")
 MIN_QUANTISED = 0.95
+PACKS = "support_avx512bf16_for_cpu"
+"""What bitsandbytes' Linear4bit calls its leave to repack weights on the CPU."""
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -44,6 +50,32 @@ def outside_text(model: PreTrainedModel) -> set[str]:
     text = {id(module) for module in decoder.modules()} | {id(head)}
     above = {name for name, module in model.named_modules() if any(child is decoder for child in module.modules())}
     return {name for name, module in model.named_modules() if id(module) not in text and name not in above}
+
+
+def keep_4bit_differentiable(model: nn.Module) -> None:
+    """Keep bitsandbytes from repacking 4-bit weights, which it does on CPUs with AVX512-BF16.
+
+    At the first pass without gradients its Linear4bit (0.50) packs the weight, rounds its scales to bfloat16, and from
+    then on computes it by a kernel without a backward pass, in training too: the gradients of all layers below are lost
+    without an error.
+    """
+    packed = 0
+    for module in model.modules():
+        if getattr(module, PACKS, False):
+            weight: Any = module.weight
+            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+                module.state_dict()  # bitsandbytes unpacks what it writes down
+                state = weight.quant_state
+                if not state.nested:  # its inverse leaves these scales in the packed order
+                    state.absmax = state.absmax.T.reshape(-1).float()
+                packed += 1
+            setattr(module, PACKS, False)
+    if packed:
+        logger.warning(
+            "%d 4-bit weights were packed for AVX512-BF16 by an earlier pass; they are unpacked, with rounded scales: load "
+            "the model anew for the weights as they were",
+            packed,
+        )
 
 
 def weight_count(parameter: torch.Tensor) -> int:
