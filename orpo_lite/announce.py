@@ -118,6 +118,7 @@ def first_step(trainer: ORPOTrainer) -> None:
     loss = 0.0
     for batch in batches:
         loss += trainer.training_step(trainer.model, batch, totals).item()
+    trainer.look()
     trainer.model.zero_grad()
     peak = peak_memory_bytes(trainer.args.device) / 1e9
     console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak:.2f} GB; nothing was written")

@@ -80,6 +80,10 @@ class ORPOConfig(TrainingArguments):
     offload_activations: bool = _help(
         "With checkpointing on, keep what each layer saves in the host's memory until its backward pass.", default=False
     )
+    on_nonfinite: str = _help(
+        "stop, or skip: what becomes of a step whose loss or gradients are not finite; the adapter never sees it.",
+        default="stop",
+    )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __post_init__(self) -> None:
@@ -89,6 +93,7 @@ class ORPOConfig(TrainingArguments):
             "nll_scope": ("prompt+chosen", "chosen"),
             "nll_mean": ("window", "micro"),
             "layout": ("auto", "shared", "packed", "padded"),
+            "on_nonfinite": ("stop", "skip"),
         }
         for name, choices in expected.items():
             if getattr(self, name) not in choices:

@@ -11,8 +11,10 @@ from typing import Any
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 
-SAME_RESULT = re.compile(r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.per_device_eval_batch_size: ")
-"""Changes that a run can go on with, since they change what it takes and not what it makes."""
+SAME_RESULT = re.compile(
+    r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
+)
+"""Changes that a run can go on with: of what it takes and not what it makes, and of what becomes of steps that fail."""
 
 
 @dataclass

@@ -22,7 +22,7 @@ from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics
 from orpo_lite.model import autocast, optimizer_for
-from orpo_lite.objective import ObjectiveTrainer, micro_batches
+from orpo_lite.objective import micro_batches
 from orpo_lite.outofmemory import Limit
 from orpo_lite.prepare import (
     adapt,
@@ -35,13 +35,12 @@ from orpo_lite.prepare import (
     tokenizer_of,
 )
 from orpo_lite.progress import CheckpointedLayers
+from orpo_lite.watching.trainer import WatchingTrainer
 
 logger = logging.getLogger(__name__)
 
-LOW_LORA_LEARNING_RATE = 1e-5
 
-
-class ORPOTrainer(ObjectiveTrainer):
+class ORPOTrainer(WatchingTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
@@ -185,15 +184,6 @@ class ORPOTrainer(ObjectiveTrainer):
         self._sums: dict[str, Tensor] = {}
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         self._clock = time.monotonic()
-        if (
-            isinstance(self.model, PeftModel)
-            and train_dataset is not None
-            and args.learning_rate < LOW_LORA_LEARNING_RATE
-        ):
-            logger.warning(
-                "learning_rate %g is low for LoRA, which usually wants 5e-5 to 5e-4: the adapter may hardly change",
-                args.learning_rate,
-            )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 

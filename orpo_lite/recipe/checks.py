@@ -65,10 +65,11 @@ def checked_pattern(pattern: Any) -> Any:
 
 @functools.cache
 def training_fields() -> dict[str, Any]:
-    """Name -> type of every transformers.TrainingArguments field (imports transformers)."""
+    """Name -> type of every transformers.TrainingArguments field (imports transformers), and of ours beside them."""
     from transformers import TrainingArguments
 
-    return {key: hint for key, hint in typing.get_type_hints(TrainingArguments).items() if not key.startswith("_")}
+    theirs = {key: hint for key, hint in typing.get_type_hints(TrainingArguments).items() if not key.startswith("_")}
+    return theirs | {"on_nonfinite": typing.Literal["stop", "skip"]}
 
 
 UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"}
@@ -78,7 +79,7 @@ SEEDS = {"seed", "data_seed"}
 BETAS = {"adam_beta1", "adam_beta2"}
 
 POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps"}  # fmt: skip
+            "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps"}  # fmt: skip
 
 
 def check_training_field(key: str, value: Any) -> Any:
