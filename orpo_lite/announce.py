@@ -222,6 +222,11 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         console.print(f"\n[dim]{escape(printable(first['prompt'][-300:]))}[/]")
         console.print(f"  [bold]before[/] {escape(printable(first['answer'][:300]))}")
         console.print(f"  [bold]after [/] {escape(printable(last['answer'][:300]))}")
+    said = [f"{one['kind']} (step {one['step']})" for one in facts["warnings"]]
+    counts = {"steps left out, not finite": len(facts["skipped_steps"]), "fp16 overflows": facts["overflow_steps"]}
+    said += [f"{count} {what}" for what, count in counts.items() if count]
+    if said:
+        console.print(f"\n[bold]looked ill on the way:[/] {', '.join(said)}; run.json has the words")
     console.print(
         f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
         f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"

@@ -17,7 +17,7 @@ from orpo_lite.data.split import pair_tokens, select_pairs
 
 IN_A_ROW, IN_ALL = 5, 20
 """Steps that on_nonfinite=skip leaves out before it gives up: one after another, and in a run."""
-SHOWN = 5
+SHOWN = 4
 """Rows and tensors that a message lists."""
 LARGE_WEIGHT = 1e3
 """Of a trained weight: beyond it a step has thrown the adapter out."""
@@ -109,16 +109,17 @@ class Finding:
         for what, found in (("gradients", self.gradients), ("trained weights", self.weights)):
             if found:
                 values, whole = (sum(counts[i] for counts in found.values()) for i in (0, 1))
-                first = ", ".join(f"{name} ({n:,} of {of:,})" for name, (n, of) in list(found.items())[:SHOWN])
+                first = ", ".join(f"{plain(name)} ({n:,} of {of:,})" for name, (n, of) in list(found.items())[:SHOWN])
                 more = f" and {len(found) - SHOWN} more" if len(found) > SHOWN else ""
                 lines.append(
                     f"{what}: {values:,} of {whole:,} values not finite in {len(found)} tensors: {first}{more}"
                 )
-        lines.append(f"pairs of the step: {listed(self.pairs)}")
         culprits = self.culprits
-        if culprits:
+        all_of_them = len(culprits) == len(self.pairs)
+        lines.append(f"pairs of the step{', each not finite when computed alone' * all_of_them}: {listed(self.pairs)}")
+        if culprits and not all_of_them:
             lines.append(f"not finite when computed alone: {listed(culprits)}")
-        elif self.alone:
+        elif self.alone and not culprits:
             lines.append("each pair computed alone is finite: no single one is to blame, or it does not happen twice")
         return "\n  ".join(lines)
 
@@ -132,6 +133,11 @@ class Finding:
         if self.culprits and len(self.culprits) < len(self.pairs):
             return f"look at the rows named; without them training may go on as it is. Else try {precise}{slower}"
         return f"try {precise}{slower}; if the very first step fails, look at the base model's weights"
+
+
+def plain(name: str) -> str:
+    """A parameter's name without what PEFT puts around it."""
+    return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def listed(pairs: list[dict[str, Any]]) -> str:

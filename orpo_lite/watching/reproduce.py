@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import set_peft_model_state_dict
 from rich.markup import escape
+from safetensors.torch import load_file, save_file
 
 from orpo_lite.cli import console
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import apply_override
-from orpo_lite.watching.nonfinite import not_finite, trained
+from orpo_lite.watching.nonfinite import LARGE_WEIGHT, not_finite, trained
 from orpo_lite.watching.reproducer import Reproducer
 
 FINITE, SAME, OTHER = 0, 1, 3
@@ -84,6 +86,7 @@ def replay(saved: Reproducer, recipe: Recipe) -> int:
     tokenizer = load_tokenizer(recipe.model if recipe.adapter is not None else original)
     base, known = load_base(recipe.model, tokenizer)
     checkpointing = checkpointed(recipe, base.device)
+    broken = set_aside(saved.weights / "adapter_model.safetensors") if recipe.adapter is not None else {}
     model = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
     row = {"chosen_ids": [0, 1], "rejected_ids": [0, 1], "chosen_start": 1, "rejected_start": 1}
     if model.config.is_encoder_decoder:
@@ -95,6 +98,8 @@ def replay(saved: Reproducer, recipe: Recipe) -> int:
         args.layout, args.report_to = "padded", []
         args.learning_rate = 1e-4  # no step is taken: nothing to warn of
         trainer = ORPOTrainer(model, args, None, Dataset.from_list([row]), None, tokenizer)
+    if broken:
+        set_peft_model_state_dict(model, broken)
     trainer.model.train()
     trainer.current_gradient_accumulation_steps = facts["accumulation"]
     if trainer.accelerator.scaler is not None and facts["scale"] is not None:
@@ -107,6 +112,20 @@ def replay(saved: Reproducer, recipe: Recipe) -> int:
         if p.grad is not None and (count := not_finite(p.grad))
     }
     return tell(facts, losses, bad)
+
+
+def set_aside(path: Path) -> dict[str, torch.Tensor]:
+    """Weights that steps before have thrown out, if so: zeros stand for them in the file while the model is set up.
+
+    No adapter that is not finite is loaded, and how the output head works would be measured wrong with such weights.
+    """
+    if not path.is_file():
+        return {}
+    tensors = load_file(path)
+    if all(float(tensor.abs().max()) <= LARGE_WEIGHT for tensor in tensors.values() if tensor.numel()):
+        return {}
+    save_file({n: torch.zeros_like(t) for n, t in tensors.items()}, path)
+    return tensors
 
 
 def passes(trainer: Any, saved: Reproducer, rank: int, totals: Any) -> list[float]:

@@ -31,6 +31,7 @@ from orpo_lite.watching.nonfinite import (
     not_finite,
     one_by_one,
     pair_places,
+    plain,
     trained,
 )
 from orpo_lite.watching.reproducer import Reproducer
@@ -171,14 +172,14 @@ class WatchingTrainer(ObjectiveTrainer):
         """All that can be said of the step at hand, on all processes together."""
         names, device = trained(self.model), self.args.device
         losses = [float(loss) for loss in self._passes]
-        schedule = self.lr_scheduler.get_last_lr() if self.lr_scheduler is not None else [self.args.learning_rate]
+        schedule = self.args.learning_rate if self.lr_scheduler is None else self._get_learning_rate()
         mine = Finding(
             self.state.global_step + 1,
             losses,
             {n: [bad, p.numel()] for n, p in names.items() if p.grad is not None and (bad := not_finite(p.grad))},
             {n: [bad, p.numel()] for n, p in names.items() if (bad := not_finite(p))},
             float(largest([p.detach() for p in names.values()], device).nan_to_num(0.0)),
-            learning_rate=float(schedule[0]),
+            learning_rate=float(schedule),
             precision=self.args.mixed_precision if self.args.mixed_precision != "no" else "float32",
         )
         # sharded weights take all processes for a forward pass
@@ -338,19 +339,25 @@ class Eyes(TrainerCallback):
         if trainer.accelerator.optimizer_step_was_skipped:
             trainer.overflows += 1
             return
-        rates = trainer.lr_scheduler.get_last_lr() if trainer.lr_scheduler is not None else [0.0]
-        self.unchanged.stepped(state.global_step + 1, trainer.alarms, max(map(float, rates)))
+        self.unchanged.stepped(state.global_step + 1, trainer.alarms, float(trainer._get_learning_rate()))
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if control.should_save:
+            self.check_weights()
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The last step may have been the one that threw the weights out, and nobody looks after it."""
-        trainer = self.trainer
         if self.hook is not None:
             self.hook.remove()
-        self.unchanged.stepped(state.global_step, trainer.alarms, 0.0, last=True)
+        self.unchanged.stepped(state.global_step, self.trainer.alarms, 0.0, last=True)
+        self.check_weights()
+
+    def check_weights(self) -> None:
+        """Before weights are written: an update of finite gradients may have thrown them out, and no step looks at it yet."""
+        trainer = self.trainer
         wrong = [name for name, p in trained(trainer.model).items() if not torch.isfinite(local(p)).all()]
-        if trainer._total(torch.tensor(float(len(wrong)), device=args.device)).item():
+        if trainer._total(torch.tensor(float(len(wrong)), device=trainer.args.device)).item():
             raise NonFinite(
-                f"step {state.global_step}, the last: trained weights are not finite after it ({', '.join(wrong[:5])}), though "
-                "loss and gradients were: the update itself overflowed. Nothing of it is kept as a result; try a lower "
-                f"training.learning_rate ({args.learning_rate:g})"
+                f"step {trainer.state.global_step}: trained weights are not finite after it ({', '.join(map(plain, wrong[:4]))}), "
+                "though loss and gradients were: the update itself overflowed. These weights are not written; try a lower "
+                f"training.learning_rate (it is {trainer.args.learning_rate:g})"
             )
