@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from transformers import TrainerCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 
 from orpo_lite.loss import window_loss
 from orpo_lite.objective import ObjectiveTrainer, micro_batches
@@ -71,7 +72,7 @@ class WatchingTrainer(ObjectiveTrainer):
         self._in_a_row = self._logged_at = self._began_at = 0
         self.reproducer_folder = Path(self.args.output_dir or "outputs")
         self.alarms = Alarms(self.is_world_process_zero())
-        optim = str(self.args.optim)
+        optim = OptimizerNames(self.args.optim).value
         self._inside = (
             self.accelerator.distributed_type == DistributedType.DEEPSPEED or "lomo" in optim or "layerwise" in optim
         )
@@ -89,7 +90,7 @@ class WatchingTrainer(ObjectiveTrainer):
     def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: Any) -> tuple[list, Tensor | None]:
         batches, totals = super().get_batch_samples(epoch_iterator, num_batches, device)
         self._passes: list[Tensor] = []
-        self._totals, self._left_out, self._looked = totals, False, False
+        self._totals, self._left_out, self._looked, self._overflowed = totals, False, False, False
         told = getattr(self, "_tr_loss", None)  # a dry run has no sum of losses
         self._told_before = None if told is None else told.clone()
         return batches, totals
@@ -146,6 +147,9 @@ class WatchingTrainer(ObjectiveTrainer):
             self._leave_out(finding, unscaled=again)
         elif not again:
             self._in_a_row = 0
+            # counted here: accelerate does not hear of it from fused optimizers, which leave the step out themselves
+            self._overflowed = bool(bad_gradient)
+            self.overflows += self._overflowed
             if pairs and not bad_gradient:
                 self.alarms.step(
                     self.state.global_step + 1,
@@ -334,10 +338,7 @@ class Eyes(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         trainer = self.trainer
-        if trainer._left_out:
-            return
-        if trainer.accelerator.optimizer_step_was_skipped:
-            trainer.overflows += 1
+        if trainer._left_out or trainer._overflowed:
             return
         self.unchanged.stepped(state.global_step + 1, trainer.alarms, float(trainer._get_learning_rate()))
 
