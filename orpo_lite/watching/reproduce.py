@@ -82,6 +82,8 @@ def replay(saved: Reproducer, recipe: Recipe) -> int:
     from orpo_lite.trainer import ORPOTrainer
 
     facts = saved.facts
+    if not facts["processes"] or not all(one["items"] for one in facts["processes"]):
+        raise KeyError("items")
     original = recipe.model.model_copy(update={"name_or_path": facts["recipe"]["model"]["name_or_path"]})
     tokenizer = load_tokenizer(recipe.model if recipe.adapter is not None else original)
     base, known = load_base(recipe.model, tokenizer)
@@ -148,10 +150,10 @@ def tell(facts: dict[str, Any], losses: list[float], bad: dict[str, list[int]]) 
     # several processes averaged gradients of shares that were as many times too large
     several = processes > 1 and facts["recipe"]["orpo"]["nll_mean"] == "window"
     recorded = [loss / (processes if several else 1) for loss in found["losses"]]
-    # where clipping or sharding came before the count, and across devices, figures differ in the last bits
-    same_losses = len(losses) == len(recorded) and all(
+    # a pass that failed before its backward pass was the last recorded, and left no gradients
+    same_losses = len(losses) >= len(recorded) > 0 and all(
         a == b or (math.isnan(a) and math.isnan(b)) or (several and math.isclose(a, b, rel_tol=1e-6))
-        for a, b in zip(losses, recorded, strict=True)
+        for a, b in zip(losses, recorded, strict=False)
     )
     finite = all(map(math.isfinite, losses)) and not bad
     console.print(f"step {facts['step']}, {len(losses)} passes over {sum(map(len, facts['texts']))} pairs")
@@ -163,7 +165,7 @@ def tell(facts: dict[str, Any], losses: list[float], bad: dict[str, list[int]]) 
     if finite:
         console.print("every number is finite: the step does not fail here")
         return FINITE
-    if same_losses and found["gradients"] == bad:
+    if same_losses and found["gradients"] in (bad, {}):
         console.print("not finite, and the same numbers as recorded")
         return SAME
     console.print("not finite, but other numbers than recorded: another device, version or setting")
