@@ -81,6 +81,7 @@ def load_base(
     method = method_name(shipped) if shipped else spec.quantization
     by_bitsandbytes = asked is not None or (shipped or {}).get("quant_method") == "bitsandbytes"
     share = check_quantised_share(model) if by_bitsandbytes else None
+    keep_packing(model)
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
         # load_tokenizer chose it; transformers' Trainer would do the same with a warning
@@ -100,6 +101,17 @@ def load_base(
     )
     facts.sentences.extend(describe(facts, spec, bool(shipped)))
     return model, facts
+
+
+def keep_packing(model: PreTrainedModel) -> None:
+    """Keep 4-bit weights in the layout that gradients pass through.
+
+    On a CPU with AVX512_BF16, bitsandbytes 0.50 repacks them for good in the first forward pass of an evaluation, for a
+    kernel without a gradient: training after it would learn from the residual stream alone, without an error.
+    """
+    for module in model.modules():
+        if type(module).__name__ == "Linear4bit":
+            module.support_avx512bf16_for_cpu = False
 
 
 def local_device() -> torch.device:
