@@ -14,7 +14,7 @@ CASES = [
     (
         ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.save_strategy=steps",
          "training.eval_steps=3", "training.save_steps=4"],
-        ["training.save_steps (found 4)", "training.eval_steps (found 3)", "training.load_best_model_at_end"],
+        ["training.save_steps (found 4", "training.eval_steps (found 3", "training.load_best_model_at_end"],
     ),
     (
         ["training.load_best_model_at_end=true", "training.eval_strategy=no", "training.save_strategy=steps"],

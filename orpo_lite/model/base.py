@@ -111,7 +111,7 @@ def keep_packing(model: PreTrainedModel) -> None:
     """
     for module in model.modules():
         if type(module).__name__ == "Linear4bit":
-            module.support_avx512bf16_for_cpu = False
+            module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]  # no tensor, which torch's stubs expect
 
 
 def local_device() -> torch.device:

@@ -83,7 +83,7 @@ class Alarms:
             *past, third, second = self.losses
             middle = statistics.median(past)
             spread = max(1.4826 * statistics.median(abs(x - middle) for x in past), 0.02 * abs(middle))
-            far, running = middle + max(15 * spread, abs(middle)), middle + max(6 * spread, 0.3 * abs(middle))
+            far, running = middle + max(25 * spread, 1.5 * abs(middle)), middle + max(6 * spread, 0.3 * abs(middle))
             if loss > far or min(loss, second, third) > running:
                 self.say(
                     "loss spike",

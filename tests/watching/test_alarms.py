@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from orpo_lite import ORPOTrainer, train
+from orpo_lite.metrics import metric_sums
+from orpo_lite.objective import ObjectiveTrainer
 from orpo_lite.recipe import Recipe
 from orpo_lite.watching.alarms import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, Alarms
 from tests.training import config, rows
@@ -72,19 +74,22 @@ def test_other_courses_are_no_collapse(chosen, margin, seed):
     assert feed(Alarms(), [1.0] * steps, *trend(steps, chosen, margin, seed)) == []
 
 
-def test_a_real_run_whose_chosen_answers_fall(tmp_path, tokenizer):
-    """A loss turned into one that pushes both answers down and the rejected one further."""
+def test_a_real_run_whose_chosen_answers_fall(tmp_path, monkeypatch):
+    """Quickstart with a loss that only unlearns the rejected answers, which begin as the chosen ones do."""
 
-    class Falling(ORPOTrainer):
-        def compute_loss(self, model, inputs, return_outputs=False, **kwargs):
-            stats, _ = self.pair_statistics(model, self._ours(inputs))
-            loss = super().compute_loss(model, inputs, return_outputs, **kwargs)
-            return loss * 0 + (stats.chosen_logps + 2 * stats.rejected_logps).mean()
+    def unlearn(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        batch = self._ours(inputs)
+        stats, aux = self.pair_statistics(model, batch)
+        sums = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
+        self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
+        return stats.rejected_logps.mean()
 
-    trainer, _ = build(tmp_path, tokenizer, Falling, train=rows(400), per_device_train_batch_size=4,
-                       gradient_accumulation_steps=1, learning_rate=2e-2)  # fmt: skip
-    trainer.train()
-    assert "rewards collapsing" in [one["kind"] for one in trainer.watched()["warnings"]]
+    monkeypatch.setattr(ObjectiveTrainer, "compute_loss", unlearn)
+    words = ["evaluation.samples=0", f"training.output_dir={tmp_path / 'run'}", "training.learning_rate=1e-3", "training.eval_strategy=no", "training.max_steps=80",
+             "data.eval=null", "data.eval_fraction=0"]  # fmt: skip
+    done = train.run(Recipe.load("quickstart", words))
+    (said,) = done.facts["warnings"]
+    assert said["kind"] == "rewards collapsing" and "orpo.beta" in said["message"]
 
 
 def test_gradients_of_zero(tmp_path, tokenizer, caplog):
