@@ -18,6 +18,7 @@ from orpo_lite.evaluate import show
 from orpo_lite.measure import held_by, peak_memory_bytes
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.outofmemory import OutOfMemory
+from orpo_lite.watching.nonfinite import NonFinite
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
@@ -122,6 +123,7 @@ def first_step(trainer: ORPOTrainer) -> None:
     loss = 0.0
     for batch in batches:
         loss += trainer.training_step(trainer.model, batch, totals).item()
+    trainer.look()
     trainer.model.zero_grad()
     peak = peak_memory_bytes(trainer.args.device) / 1e9
     console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak:.2f} GB; nothing was written")
@@ -217,6 +219,8 @@ def stopped(folder: RunFolder, why: BaseException, step: int) -> None:
         say = f"{left.name} is kept; go on with the same command, or with --recipe {folder.path} --resume"
         if isinstance(why, OutOfMemory):
             say += ", which takes other settings of memory (memory.*, orpo.tokens_per_batch) with it"
+        if isinstance(why, NonFinite):
+            say += ", which meets the same step again unless something is changed: training.on_nonfinite=skip leaves it out"
     errors.print(f"\nstopped at step {step}: {escape(say)}", soft_wrap=True)
 
 
@@ -236,6 +240,11 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         console.print(f"\n[dim]{escape(printable(first['prompt'][-300:]))}[/]")
         console.print(f"  [bold]before[/] {escape(printable(first['answer'][:300]))}")
         console.print(f"  [bold]after [/] {escape(printable(last['answer'][:300]))}")
+    said = [f"{one['kind']} (step {one['step']})" for one in facts["warnings"]]
+    counts = {"steps left out, not finite": len(facts["skipped_steps"]), "fp16 overflows": facts["overflow_steps"]}
+    said += [f"{count} {what}" for what, count in counts.items() if count]
+    if said:
+        console.print(f"\n[bold]looked ill on the way:[/] {', '.join(said)}; run.json has the words")
     console.print(
         f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
         f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"

@@ -87,6 +87,10 @@ class ORPOConfig(TrainingArguments):
     early_stopping_patience: int | None = _help(
         "Stop after so many evaluations without a better metric_for_best_model (loss, unless set).", default=None
     )
+    on_nonfinite: str = _help(
+        "stop, or skip: what becomes of a step whose loss or gradients are not finite; the adapter never sees it.",
+        default="stop",
+    )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __post_init__(self) -> None:
@@ -96,6 +100,7 @@ class ORPOConfig(TrainingArguments):
             "nll_scope": ("prompt+chosen", "chosen"),
             "nll_mean": ("window", "micro"),
             "layout": ("auto", "shared", "packed", "padded"),
+            "on_nonfinite": ("stop", "skip"),
         }
         for name, choices in expected.items():
             if getattr(self, name) not in choices:

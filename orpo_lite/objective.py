@@ -12,6 +12,7 @@ from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 
 from orpo_lite.attention import packed_attention, plain_attention
 from orpo_lite.config import ORPOConfig
@@ -170,7 +171,10 @@ class ObjectiveTrainer(Trainer):
     def _take_less(self, limit: Limit, passes: str, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
         batch, step = self._running, self.state.global_step + (passes == "step")
-        what, optim = f"the {passes} at step {step}" if passes != "step" else f"step {step}", str(self.args.optim)
+        what, optim = (
+            f"the {passes} at step {step}" if passes != "step" else f"step {step}",
+            OptimizerNames(self.args.optim).value,
+        )
         if self.accelerator.distributed_type != DistributedType.NO:
             raise stuck(what, batch, "in distributed training, where the processes wait for one another", why)
         if passes == "step" and ("lomo" in optim or "layerwise" in optim):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import json
 import logging
-import math
 import os
 from pathlib import Path
 from typing import Any
@@ -34,9 +33,11 @@ class Bar(ProgressCallback):
                 f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
             )
         elif "rewards/margins" in logs:
+            counts = {"left out": logs.get("skipped_steps"), "overflows": logs.get("overflow_steps")}
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
                 f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
+                + "".join(f", {count} {what}" for what, count in counts.items() if count)
             )
 
 
@@ -108,17 +109,6 @@ class MetricsFile(TrainerCallback):
                 logger.warning("%s cannot be written (%s): its lines wait until it can", self.path, error.strerror)
             return
         self.waiting.clear()
-
-
-class StopOnNonFinite(TrainerCallback):
-    """A NaN in the loss ends the run before the next step, and is named: it would only train more NaN."""
-
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if logs and not math.isfinite(logs.get("loss", 0.0)):
-            raise FloatingPointError(
-                f"the loss is {logs['loss']} at step {state.global_step}: lower training.learning_rate, or train in "
-                "another precision (model.dtype)"
-            )
 
 
 class CheckpointedLayers(TrainerCallback):

@@ -16,8 +16,10 @@ from orpo_lite.lock import LOCK, lock, unlock
 from orpo_lite.recipe import Recipe
 from orpo_lite.writing import write_whole
 
-SAME_RESULT = re.compile(r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.per_device_eval_batch_size: ")
-"""Changes that a run can go on with, since they change what it takes and not what it makes."""
+SAME_RESULT = re.compile(
+    r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
+)
+"""Changes that a run can go on with: of what it takes and not what it makes, and of what becomes of steps that fail."""
 OTHER_RUN = re.compile(
     r"model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"

@@ -17,8 +17,8 @@ from transformers.trainer_callback import ExportableState
 
 from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
 from orpo_lite.errors import RequestError
-from orpo_lite.objective import ObjectiveTrainer
 from orpo_lite.signals import Stopped, StopRequest
+from orpo_lite.watching.trainer import WatchingTrainer
 
 logger = logging.getLogger(__name__)
 
@@ -28,8 +28,8 @@ NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 VERSIONS = ("torch", "transformers", "peft", "accelerate", "orpo-lite")
 
 
-class SavingTrainer(ObjectiveTrainer):
-    """An ObjectiveTrainer whose checkpoints are written aside, synced, sealed by a manifest and renamed.
+class SavingTrainer(WatchingTrainer):
+    """A WatchingTrainer whose checkpoints are written aside, synced, sealed by a manifest and renamed.
 
     A resumed run ends with the same weights, bit for bit on the same machine and versions, as one that never stopped,
     and has logged the same lines. A signal stops it at the end of a step, with a checkpoint. A checkpoint that cannot
@@ -63,6 +63,7 @@ class SavingTrainer(ObjectiveTrainer):
         return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        self.check_weights()
         folder, state = Path(super()._get_output_dir(trial)), self.state
         final = folder / f"checkpoint-{state.global_step}"
         aside = folder / f".{final.name}{ASIDE}"
@@ -160,6 +161,7 @@ class SavingTrainer(ObjectiveTrainer):
             "logged_at_step": self._globalstep_last_logged,
             "seconds_since_log": now - self._clock,
             "seconds": self.train_seconds,
+            "watched": [self.skipped, self.overflows, self._in_a_row, self.alarms.said],
             "ended": self.control.should_training_stop and self.stopping.number is None,
         }
 
@@ -273,6 +275,8 @@ class SavingTrainer(ObjectiveTrainer):
                 key: torch.tensor(value, dtype=getattr(torch, kind), device=self.args.device)
                 for key, (value, kind) in running["sums"].items()
             }
+        self._logged_at = running["logged_at_step"]
+        self.skipped, self.overflows, self._in_a_row, self.alarms.said = running["watched"]
         self._clock = time.monotonic() - running["seconds_since_log"]
         self._trained_before = running["seconds"]
         self._ended = running["ended"]

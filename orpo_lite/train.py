@@ -43,12 +43,14 @@ from orpo_lite.model import (
 from orpo_lite.model.base import local_device, read_config
 from orpo_lite.model.offload import check_count, checkpointing_layers
 from orpo_lite.outofmemory import OutOfMemory, named
-from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
+from orpo_lite.progress import Bar, MetricsFile
 from orpo_lite.recipe import DataSource, Recipe
 from orpo_lite.report import write_report
 from orpo_lite.runfolder import Resume, RunFolder
+from orpo_lite.settings import checked_config
 from orpo_lite.signals import Stopped
 from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.watching.nonfinite import NonFinite
 from orpo_lite.writing import write_whole
 
 if TYPE_CHECKING:
@@ -122,7 +124,8 @@ def run(
         trainer.remove_callback(ProgressCallback)
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
-        trainer.add_callback(StopOnNonFinite())
+        trainer.recipe, trainer.reproducer_folder = recipe, folder.path if folder else None
+        trainer.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
         announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
         if folder is None:
             announce.first_step(trainer)
@@ -137,7 +140,7 @@ def run(
         try:
             with named("training, outside of the passes over a micro-batch"):
                 outcome = trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
-        except (KeyboardInterrupt, OutOfMemory) as stop:
+        except (KeyboardInterrupt, OutOfMemory, NonFinite) as stop:
             announce.stopped(folder, stop, trainer.state.global_step)
             raise
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
@@ -151,6 +154,7 @@ def run(
         "peak_memory_bytes": peak_memory_bytes(args.device),
         "plan": announce.memory(planned, args.device),
         "out_of_memory": {"training": trainer.micro_limit.met, "evaluation": trainer.eval_limit.met},
+        **trainer.watched(),
         "adapter": announce.which_adapter(trainer),
         "eval": {"before": before, "after": after},
         "samples": {"before": samples_before, "after": samples_after},
@@ -288,22 +292,22 @@ def arguments(
         "activation_checkpointing",
     ):  # model.dtype, memory: say these
         training.pop(name, None)
-    return ORPOConfig(
-        **training,
-        bf16=facts.precision.bf16,
-        fp16=facts.precision.fp16,
-        gradient_checkpointing=checkpointing != 0,
-        beta=recipe.orpo.beta,
-        nll_scope=recipe.orpo.nll_scope,
-        nll_mean=recipe.orpo.nll_mean,
-        layout=recipe.orpo.layout,
-        tokens_per_batch=recipe.orpo.tokens_per_batch,
-        head_chunk=None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
-        checkpointed_layers=checkpointing or None,
-        offload_activations=recipe.memory.offload_activations,
-        disable_dropout=recipe.orpo.disable_dropout,
-        loraplus_lr_ratio=recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
-    )
+    ours: dict[str, Any] = {
+        "bf16": facts.precision.bf16,
+        "fp16": facts.precision.fp16,
+        "gradient_checkpointing": checkpointing != 0,
+        "beta": recipe.orpo.beta,
+        "nll_scope": recipe.orpo.nll_scope,
+        "nll_mean": recipe.orpo.nll_mean,
+        "layout": recipe.orpo.layout,
+        "tokens_per_batch": recipe.orpo.tokens_per_batch,
+        "head_chunk": None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
+        "checkpointed_layers": checkpointing or None,
+        "offload_activations": recipe.memory.offload_activations,
+        "disable_dropout": recipe.orpo.disable_dropout,
+        "loraplus_lr_ratio": recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
+    }
+    return checked_config(training, ours)
 
 
 def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -379,7 +383,9 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
 
 
 def command(
-    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    recipe: Annotated[
+        str | None, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
     ] = None,
@@ -395,12 +401,30 @@ def command(
         ),
     ] = False,
     resume_force: Annotated[bool, typer.Option("--resume-force", hidden=True)] = False,
+    reproduce: Annotated[
+        Path | None,
+        typer.Option(
+            "--reproduce", metavar="FILE", help="do a step again that was not finite, from a run's reproduce-step-N.zip"
+        ),
+    ] = None,
     plan: Annotated[
         bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU that is there")] = False,
 ) -> None:
     """Train an adapter with ORPO as a recipe says."""
+    if reproduce is not None:
+        if recipe is not None or dry_run or resume or resume_force or plan:
+            raise RequestError(
+                "--reproduce takes its recipe from the file: leave --recipe, --dry-run, --resume and --plan out"
+            )
+        from orpo_lite.watching.reproduce import reproduce as again_from
+
+        raise typer.Exit(again_from(reproduce, overrides or []))
+    if recipe is None:
+        raise RequestError(
+            "found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), a YAML file or a run folder"
+        )
     resume_mode: Resume = "force" if resume_force else resume
     if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")

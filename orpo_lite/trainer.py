@@ -39,8 +39,6 @@ from orpo_lite.saving import SavingTrainer
 
 logger = logging.getLogger(__name__)
 
-LOW_LORA_LEARNING_RATE = 1e-5
-
 
 class ORPOTrainer(SavingTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
@@ -186,15 +184,6 @@ class ORPOTrainer(SavingTrainer):
         self._sums: dict[str, Tensor] = {}
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         self._clock = time.monotonic()
-        if (
-            isinstance(self.model, PeftModel)
-            and train_dataset is not None
-            and args.learning_rate < LOW_LORA_LEARNING_RATE
-        ):
-            logger.warning(
-                "learning_rate %g is low for LoRA, which usually wants 5e-5 to 5e-4: the adapter may hardly change",
-                args.learning_rate,
-            )
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 

@@ -240,7 +240,10 @@ class Recipe(Section):
     data: DataSection
     orpo: OrpoSection = OrpoSection()
     training: dict[str, Any] = {}
-    """Any field of transformers.TrainingArguments, by its own name."""
+    """Any field of transformers.TrainingArguments, by its own name, and on_nonfinite.
+
+    on_nonfinite: what becomes of a step whose loss or gradients are not finite: stop (the default), or skip, which leaves it
+    out and gives up after 5 one after another or 20 in all."""
     memory: MemorySection = MemorySection()
     evaluation: EvaluationSection = EvaluationSection()
 

@@ -72,7 +72,8 @@ def training_fields() -> dict[str, Any]:
     return {key: hint for key, hint in theirs.items() if not key.startswith("_")} | OURS
 
 
-OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
+OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None,
+                        "on_nonfinite": typing.Literal["stop", "skip"]}  # fmt: skip
 """Fields of a recipe's training section that transformers does not have; ORPOConfig documents them."""
 
 
@@ -83,7 +84,8 @@ SEEDS = {"seed", "data_seed"}
 BETAS = {"adam_beta1", "adam_beta2"}
 
 POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps", "save_minutes", "early_stopping_patience"}  # fmt: skip
+            "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
+            "early_stopping_patience"}  # fmt: skip
 
 
 def check_training_field(key: str, value: Any) -> Any:

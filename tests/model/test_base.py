@@ -44,6 +44,25 @@ def test_double_quantisation_and_compute_dtype(section):
         assert (layer.weight.quant_state.quant_type, layer.compute_dtype) == ("nf4", torch.float32)
 
 
+def test_gradients_after_an_evaluation_are_those_before(section):
+    """bitsandbytes repacks 4-bit weights on some CPUs in evaluation, for a kernel that has no gradient."""
+    base, _ = load_base(section("llama", quantization="nf4"))
+    model = attach_adapter(base, AdapterSection(r=4))
+    ids = torch.arange(5, 45).view(4, 10)
+
+    def gradients():
+        model.train()
+        model.zero_grad()
+        model(input_ids=ids, labels=ids).loss.backward()
+        return [p.grad.clone() for p in model.parameters() if p.requires_grad]
+
+    before = gradients()
+    with torch.no_grad():
+        model.eval()(input_ids=ids)
+    for one, other in zip(before, gradients(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0)
+
+
 @pytest.mark.parametrize(("method", "name"), [("nf4", "nf4"), ("int8", "int8")])
 def test_a_quantised_repository_is_used_as_it_is(section, tmp_path, method, name):
     """Another compute dtype in its config is replaced by this device's; the recipe's method does not apply."""

@@ -1,0 +1,39 @@
+"""Run by test_processes under torchrun: a step that is not finite on one of two processes."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from orpo_lite.watching.nonfinite import NonFinite
+from tests.tiny import tiny_tokenizer
+from tests.training import CHATML
+from tests.watching.poison import build, poison_gradient, poison_token, state_of
+
+folder, spoil, way = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+rank = int(os.environ["RANK"])
+tokenizer = tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
+trainer, keep = build(folder, tokenizer, on_nonfinite=way, use_cpu=True, gradient_accumulation_steps=2)
+if spoil == "loss":
+    poison_token(trainer, float("nan"))
+elif rank == 1:
+    poison_gradient(trainer, 3, float("inf"))
+said = ""
+try:
+    trainer.train()
+except NonFinite as error:
+    said = str(error)
+Path(folder, f"rank{rank}.json").write_text(
+    json.dumps(
+        {
+            "said": said,
+            "skipped": trainer.skipped,
+            "step": trainer.state.global_step,
+            "kept": keep.states[1] == (state_of(trainer) if said else keep.states[2]),
+            "adapter": [p.double().sum().item() for p in trainer.model.parameters() if p.requires_grad],
+            "finite": all(torch.isfinite(p).all().item() for p in trainer.model.parameters() if p.requires_grad),
+        }
+    )
+)

@@ -1,0 +1,312 @@
+"""A loss or gradient that is not finite never reaches adapter or optimizer, whatever it came from."""
+
+import json
+import logging
+import math
+import zipfile
+
+import pytest
+import torch
+from transformers import TrainerCallback
+
+from orpo_lite.errors import RequestError
+from orpo_lite.watching.nonfinite import IN_A_ROW, IN_ALL, NonFinite
+from tests.watching.poison import (
+    ODD,
+    LatePoison,
+    PoisonedLoss,
+    PoisonedStep,
+    build,
+    poison_gradient,
+    poison_token,
+    state_of,
+)
+
+NAN, INF = float("nan"), float("inf")
+STEPS = [{}, {"tokens_per_batch": 64}, {"max_grad_norm": 0.0}, {"logging_nan_inf_filter": True}, {"nll_mean": "micro"}]
+
+
+def stopped(trainer, keep, step):
+    """The error of a run that stops in a step with the state after the one before."""
+    with pytest.raises(NonFinite) as caught:
+        trainer.train()
+    assert trainer.state.global_step == step - 1 and f"step {step}: " in str(caught.value)
+    assert state_of(trainer) == keep.states[step - 1]
+    assert all(torch.isfinite(p).all() for p in trainer.model.parameters() if p.requires_grad)
+    return str(caught.value)
+
+
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize("options", STEPS, ids=str)
+def test_a_poisoned_row_stops_the_run_before_the_optimizer(options, value, tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer, **options)
+    poison_token(trainer, value)
+    trainer.sources = ["pairs.jsonl"]
+    said = stopped(trainer, keep, 2)  # row 5 is the last of the second step's three
+    assert (
+        f"row {ODD} of pairs.jsonl (number {ODD} of" in said.split("not finite when computed alone")[1].split("\n")[0]
+    )
+    assert "the loss is nan" in said and "lora_A.weight" in said and "learning_rate" in said
+
+
+@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize("value", [NAN, INF])
+def test_one_micro_batch_of_three(value, options, tmp_path, tokenizer):
+    """A loss that nothing but the trainer's own arithmetic spoils, in a pass that is not the last."""
+    trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, **options)
+    trainer.value = value
+    stopped(trainer, keep, 2)
+
+
+@pytest.mark.parametrize("clip", [0.0, 1.0])
+@pytest.mark.parametrize("value", [NAN, INF, -INF])
+def test_a_single_value_of_a_gradient(value, clip, tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer, max_grad_norm=clip)
+    name = poison_gradient(trainer, 5, value)
+    said = stopped(trainer, keep, 2)
+    assert "gradients: 1 of " in said and name.removeprefix("base_model.model.").replace(".default", "") in said
+    assert "but gradients are not finite" in said and "each pair computed alone is finite" in said
+
+
+def test_a_subclass_that_spoils_the_loss_after_us(tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer, PoisonedStep)
+    stopped(trainer, keep, 2)
+
+
+@pytest.mark.parametrize("late", ["before us", "after us"])
+def test_gradients_that_a_callback_spoils_are_looked_at_again(late, tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer)
+    if late == "before us":
+        trainer.callback_handler.callbacks.insert(0, LatePoison())
+    else:
+        trainer.add_callback(LatePoison())
+    stopped(trainer, keep, 2)
+
+
+def test_a_gradient_whose_norm_overflows_is_finite(tmp_path, tokenizer):
+    """Its square is not, in float32: the step is no error, whatever clipping makes of it."""
+    trainer, _ = build(tmp_path, tokenizer, max_steps=2)
+    poison_gradient(trainer, 5, 1e30)
+    trainer.train()
+    assert trainer.state.global_step == 2 and not trainer.skipped
+
+
+def test_nf4_base(tmp_path, tokenizer):
+    from orpo_lite.model import attach_adapter, load_base, load_tokenizer
+    from orpo_lite.recipe import AdapterSection, ModelSection
+
+    section = ModelSection(name_or_path="builtin:quickstart/model", quantization="nf4")
+    own = load_tokenizer(section)
+    base, _ = load_base(section, own)
+    trainer, keep = build(tmp_path, own, model=attach_adapter(base, AdapterSection(r=4), tokenizer=own))
+    poison_gradient(trainer, 5, NAN)
+    stopped(trainer, keep, 2)
+
+
+class TestSkip:
+    def test_the_step_is_left_out_and_the_rest_is_as_it_was(self, tmp_path, tokenizer, caplog):
+        trainer, keep = build(tmp_path, tokenizer, on_nonfinite="skip")
+        healthy, healthy_keep = build(tmp_path / "healthy", tokenizer)
+        poison_token(trainer, NAN)
+        with caplog.at_level(logging.WARNING):
+            trainer.train()
+        healthy.train()
+        assert trainer.skipped == [2] and trainer.state.global_step == 8 == healthy.state.global_step
+        assert keep.states[2] == keep.states[1] and keep.states[3] != keep.states[2]
+        assert keep.rates == healthy_keep.rates
+        assert "left out (1 so far): step 2" in caplog.text and f"row {ODD}" in caplog.text
+        logs = {log["step"]: log for log in trainer.state.log_history if "learning_rate" in log}
+        assert "loss" not in logs[2] and "rewards/margins" not in logs[2] and "grad_norm" not in logs[2]
+        assert logs[2]["skipped_steps"] == 1 == logs[8]["skipped_steps"] and "skipped_steps" not in logs[1]
+        assert all(math.isfinite(value) for log in logs.values() for value in log.values())
+        assert trainer.watched()["skipped_steps"] == [2]
+        assert [f.name for f in (tmp_path / "out").glob("*.zip")] == ["reproduce-step-2.zip"]
+
+    def test_logged_means_are_over_the_steps_taken(self, tmp_path, tokenizer):
+        every, _ = build(tmp_path / "one", tokenizer, on_nonfinite="skip", logging_steps=1)
+        four, _ = build(tmp_path / "four", tokenizer, on_nonfinite="skip", logging_steps=4)
+        for trainer in (every, four):
+            poison_token(trainer, NAN)
+            outcome = trainer.train()
+        losses = [log["loss"] for log in every.state.log_history if "loss" in log]
+        means = [log["loss"] for log in four.state.log_history if "loss" in log]
+        assert len(losses) == 7 and means[0] == pytest.approx(sum(losses[:3]) / 3, rel=1e-5)
+        assert means[1] == pytest.approx(sum(losses[3:]) / 4, rel=1e-5)
+        assert outcome.metrics["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
+
+    @pytest.mark.parametrize("options", [*STEPS, {"optim": "adafactor"}, {"weight_decay": 0.1}], ids=str)
+    @pytest.mark.parametrize("spoil", ["loss", "gradient", "late"])
+    def test_state_is_kept(self, spoil, options, tmp_path, tokenizer):
+        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite="skip", max_steps=3, **options)
+        trainer.call = 5 if spoil == "loss" else 0
+        if spoil == "gradient":
+            poison_gradient(trainer, 5, INF)
+        elif spoil == "late":
+            trainer.add_callback(LatePoison())
+        trainer.train()
+        assert trainer.skipped == [2] and keep.states[2] == keep.states[1] != keep.states[3]
+
+    def test_gives_up_after_a_few_in_a_row(self, tmp_path, tokenizer):
+        trainer, keep = build(tmp_path, tokenizer, on_nonfinite="skip")
+        trainer.model.get_input_embeddings().register_forward_hook(lambda m, a, out: out * NAN)
+        with pytest.raises(NonFinite, match=f"gives up after {IN_A_ROW} steps one after another"):
+            trainer.train()
+        assert trainer.skipped == list(range(1, IN_A_ROW + 1)) and state_of(trainer) == keep.states[0]
+
+    def test_gives_up_after_some_in_all(self, tmp_path, tokenizer):
+        trainer, _ = build(tmp_path, tokenizer, on_nonfinite="skip", num_train_epochs=3, gradient_accumulation_steps=1)
+
+        def every_second(gradient):
+            return gradient * (1.0 if trainer.state.global_step % 2 else NAN)
+
+        next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(every_second)
+        with pytest.raises(NonFinite, match=f"gives up after {IN_ALL} steps that"):
+            trainer.train()
+        assert trainer.skipped == list(range(1, 2 * IN_ALL, 2))
+
+    def test_the_first_step(self, tmp_path, tokenizer):
+        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite="skip", max_steps=2)
+        trainer.call = 1
+        trainer.train()
+        assert trainer.skipped == [1] and keep.states[1] == keep.states[0] != keep.states[2]
+
+
+class Fp16(TrainerCallback):
+    """fp16's loss scaling on the CPU, where accelerate offers none."""
+
+    def __init__(self, trainer, scale):
+        self.trainer, self.scale = trainer, scale
+
+    def on_train_begin(self, args, state, control, optimizer=None, **kwargs):
+        accelerator = self.trainer.accelerator
+        accelerator.scaler = optimizer.scaler = torch.amp.GradScaler("cpu", init_scale=self.scale)
+        accelerator.native_amp = True
+        accelerator.state._mixed_precision = "fp16"
+        optimizer._accelerate_step_called = False
+        optimizer._optimizer_original_step_method = optimizer.optimizer.step
+        from accelerate.optimizer import patch_optimizer_step
+
+        optimizer._optimizer_patched_step_method = patch_optimizer_step(optimizer, optimizer.optimizer.step)
+
+
+@pytest.fixture
+def unscaled():
+    """accelerate keeps its precision for the whole process."""
+    from accelerate.state import AcceleratorState
+
+    yield
+    AcceleratorState._shared_state["_mixed_precision"] = "no"
+
+
+class TestFp16:
+    @pytest.mark.parametrize("clip", [0.0, 1.0])
+    def test_an_overflow_is_counted_and_no_error(self, clip, tmp_path, tokenizer, unscaled):
+        trainer, keep = build(tmp_path, tokenizer, max_grad_norm=clip)
+        trainer.add_callback(Fp16(trainer, 1024.0))
+        poison_gradient(trainer, 5, INF)
+        trainer.train()
+        assert trainer.overflows == 1 and not trainer.skipped and trainer.accelerator.scaler.get_scale() == 512.0
+        assert keep.states[2] == keep.states[1] != keep.states[3]
+        assert trainer.watched()["overflow_steps"] == 1
+        assert [log["overflow_steps"] for log in trainer.state.log_history if "overflow_steps" in log] == [1] * 7
+
+    @pytest.mark.parametrize("clip", [0.0, 1.0])
+    @pytest.mark.parametrize("way", ["stop", "skip"])
+    def test_a_loss_that_is_not_finite_is_an_error(self, way, clip, tmp_path, tokenizer, unscaled):
+        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite=way, max_grad_norm=clip, max_steps=4)
+        trainer.add_callback(Fp16(trainer, 1024.0))
+        if way == "stop":
+            stopped(trainer, keep, 2)
+        else:
+            trainer.train()
+            assert (
+                trainer.skipped == [2] and not trainer.overflows and keep.states[2] == keep.states[1] != keep.states[3]
+            )
+            assert trainer.accelerator.scaler.get_scale() == 1024.0
+
+    def test_gradients_that_no_scale_mends_are_an_error(self, tmp_path, tokenizer, unscaled):
+        trainer, keep = build(tmp_path, tokenizer)
+        trainer.add_callback(Fp16(trainer, 2.0))
+        next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda g: g * NAN)
+        with pytest.raises(NonFinite, match="gradients are not finite"):
+            trainer.train()
+        assert trainer.overflows == 2 and state_of(trainer)[0] == keep.states[0][0]
+
+
+def test_an_update_that_overflows_is_not_written(tmp_path, tokenizer):
+    """Gradients are fine, and the learning rate makes them infinite."""
+    trainer, _ = build(tmp_path, tokenizer, learning_rate=3e38, max_steps=1, warmup_steps=0, lr_scheduler_type="constant",
+                       weight_decay=10.0, save_strategy="steps")  # fmt: skip
+    with pytest.raises(NonFinite, match="the update itself overflowed"):
+        trainer.train()
+    assert not list((tmp_path / "out").glob("checkpoint-*"))
+
+
+def test_held_out_pairs_are_named_and_training_goes_on(tmp_path, tokenizer, caplog):
+    trainer, _ = build(tmp_path, tokenizer, max_steps=1)  # the odd row comes in the second step
+    poison_token(trainer, NAN)
+    trainer.eval_dataset = trainer.train_dataset
+    with caplog.at_level(logging.WARNING):
+        metrics = trainer.evaluate()
+        trainer.train()
+    assert math.isnan(metrics["eval_loss"]) and trainer.state.global_step == 1
+    assert "1 of 24 are not finite" in caplog.text and f"row {ODD} (number {ODD}" in caplog.text
+    assert [one["kind"] for one in trainer.watched()["warnings"]] == ["held-out loss"]
+
+
+def test_watching_changes_no_number(tmp_path, tokenizer):
+    """Steps with and without a second look, and those of a loop that never looks."""
+    trainer, keep = build(tmp_path / "a", tokenizer)
+    trainer.train()
+    blind, blind_keep = build(tmp_path / "b", tokenizer)
+    blind.look = lambda again=False: False
+    blind.train()
+    assert keep.states == blind_keep.states
+
+
+def test_deepspeed_and_layerwise_optimizers_cannot_skip(tmp_path, tokenizer):
+    with pytest.raises(ValueError, match="on_nonfinite: found skip, expected stop"):
+        build(tmp_path, tokenizer, on_nonfinite="skip", optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
+
+
+def test_where_the_optimizer_steps_inside_of_the_backward_pass_the_loss_is_looked_at_before(tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer, gradient_accumulation_steps=1)
+    trainer._inside = True
+    poison_token(trainer, NAN)
+    passes = []
+    trainer.accelerator.backward = lambda loss, **kw: (passes.append(float(loss.detach())), loss.backward())
+    stopped(trainer, keep, ODD + 1)
+    assert len(passes) == ODD and all(map(math.isfinite, passes))
+
+
+def test_the_reproducer_holds_no_pickle_and_no_token(tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer)
+    poison_token(trainer, NAN)
+    said = stopped(trainer, keep, 2)
+    path = tmp_path / "out" / "reproduce-step-2.zip"
+    assert str(path) in said and "texts of 3 pairs" in said
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        facts = json.loads(archive.read("step.json"))
+    assert {name.rsplit(".", 1)[1] for name in names} == {"json", "safetensors"}
+    assert [pair["row"] for parts in facts["texts"] for pair in parts] == [3, 4, 5]
+    assert "@" in facts["texts"][2][0]["chosen"]["text"] and facts["recipe"] is None
+
+
+def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch):
+    trainer, keep = build(tmp_path, tokenizer)
+    poison_token(trainer, NAN)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("orpo_lite.watching.reproducer.Reproducer.write", full)
+    assert "could not be saved for a bug report" in stopped(trainer, keep, 2)
+
+
+@pytest.mark.parametrize("wrong", ["maybe", 3])
+def test_on_nonfinite_is_checked(wrong, tmp_path):
+    from orpo_lite.recipe import Recipe
+
+    with pytest.raises(RequestError, match=r"training\.on_nonfinite: found .*'stop' or 'skip'"):
+        Recipe.load("quickstart", [f"training.on_nonfinite={wrong}"])

@@ -1,0 +1,37 @@
+"""Two processes decide alike, whichever of them meets the number, and the first one's file holds the rows of both."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("way", ["stop", "skip"])
+@pytest.mark.parametrize("spoil", ["loss", "gradient"])
+def test_all_processes_decide_alike(spoil, way, tmp_path):
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    script = str(ROOT / "tests" / "watching" / "ddp_poison.py")
+    done = subprocess.run([*command, script, str(tmp_path), spoil, way], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
+    assert first["adapter"] == second["adapter"]
+    for one in (first, second):
+        assert one["kept"] and one["finite"]
+        assert one["skipped"] == ([2] if way == "skip" else []) and one["step"] == (6 if way == "skip" else 1)
+        assert one["said"].startswith("step 2: ") == (way == "stop")
+    (file,) = (tmp_path / "out").glob("*.zip")
+    with zipfile.ZipFile(file) as archive:
+        facts = json.loads(archive.read("step.json"))
+    # processes take pairs in turn: the second step of two micro-batches each has rows 4 to 7
+    assert sorted(pair["row"] for pair in facts["found"]["pairs"]) == [4, 5, 6, 7] and len(facts["processes"]) == 2
+    if spoil == "loss":
+        (culprit,) = [pair["row"] for pair in facts["found"]["pairs"] if not math.isfinite(pair.get("loss", 0.0))]
+        assert culprit == 5
