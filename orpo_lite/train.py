@@ -39,6 +39,7 @@ from orpo_lite.model import (
     save_adapter,
 )
 from orpo_lite.model.base import local_device, read_config
+from orpo_lite.model.files import check_torch_files
 from orpo_lite.model.offload import check_count, checkpointing_layers
 from orpo_lite.outofmemory import OutOfMemory, named
 from orpo_lite.progress import Bar, MetricsFile, StopOnNonFinite
@@ -129,6 +130,8 @@ def run(
         checkpoint = folder.checkpoint
         before, samples_before = held_out(recipe, trainer, pairs, tokenizer)
         train_started = time.monotonic()
+        if checkpoint:
+            check_torch_files(checkpoint)
         try:
             with named("training, outside of the passes over a micro-batch"):
                 outcome = trainer.train(resume_from_checkpoint=str(checkpoint) if checkpoint else None)
@@ -137,7 +140,7 @@ def run(
             say = f"go on with --recipe {folder.path} --resume" if left else "no checkpoint was written yet"
             if left and isinstance(stop, OutOfMemory):
                 say += ", which takes other settings of memory (memory.*, orpo.tokens_per_batch) with it"
-            errors.print(f"\nstopped at step {trainer.state.global_step}: {say}", soft_wrap=True)
+            errors.print(f"\nstopped at step {trainer.state.global_step}: {say}", soft_wrap=True, markup=False)
             raise
         train_seconds = time.monotonic() - train_started
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
@@ -242,7 +245,7 @@ def arguments(
         training["eval_strategy"] = "no"
     optim = str(training.get("optim", ""))
     if "8bit" in optim and not torch.cuda.is_available():
-        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here")
+        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
         training["optim"] = "adamw_torch"
     for name in (
         "bf16",
@@ -297,8 +300,10 @@ class OpenRun:
         return base_only(self.model)
 
 
-def open_run(path: str, data: str | None = None) -> OpenRun:
+def open_run(path: str, data: str | None = None, trust_remote_code: bool = False) -> OpenRun:
     """Load a run folder for evaluation; `data` replaces its held-out pairs.
+
+    Code of the base's repository is run only where the caller says so: the folder may be anybody's.
 
     Raises:
         RequestError: not a run folder, full fine-tuning (there is no adapter to switch off), or unusable data.
@@ -306,6 +311,7 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
     folder = RunFolder.open(path)
     folder.read()  # an unfinished run holds no adapter
     recipe = folder.recipe()
+    recipe.model.trust_remote_code = trust_remote_code
     if recipe.adapter is None:
         raise RequestError(
             f"{path}: a full fine-tuning has no adapter to switch off; evaluate the two models by their paths"
