@@ -29,6 +29,9 @@ ATTACKS = [
     "[bold red]markup[/] [link=http://127.0.0.1:9/]x[/link] [/]",
 ]
 
+NAME = "<b onclick=alert(1)>[red]x[link](javascript:1) \x1b[31m\u202e.jsonl"
+"""Of a data file."""
+
 
 def command(*words: Any, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m orpo_lite.NAME ...` as a user would."""
@@ -62,9 +65,9 @@ def write_rows(path: Path, texts: list[str]) -> None:
 def attacked(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     """A finished run on hostile rows, and what the command printed."""
     place = tmp_path_factory.mktemp("attacked")
-    name = "rows <b onclick=alert(1)>[red]x[link](javascript:1) \x1b[31m\u202e.jsonl"
-    write_rows(place / name, ATTACKS)
-    done = command(*quick(Path("run"), name), cwd=place)
+    (place / "rows").mkdir()
+    write_rows(place / "rows" / NAME, [f"{attack} \x1b[31mred" for attack in ATTACKS])
+    done = command(*quick(Path("run"), "rows"), cwd=place)
     assert done.returncode == 0, done.stderr
     return place / "run", done
 
