@@ -232,4 +232,3 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         soft_wrap=True,
         markup=False,
     )
-
