@@ -237,9 +237,9 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
             f"greedy answers in the chosen style: {old['chosen']:.0%} before, {new['chosen']:.0%} after ({count} held-out prompts)"
         )
     for first, last in list(zip(facts["samples"]["before"], facts["samples"]["after"], strict=True))[:3]:
-        console.print(f"\n[dim]{escape(printable(first['prompt'][-300:]))}[/]")
-        console.print(f"  [bold]before[/] {escape(printable(first['answer'][:300]))}")
-        console.print(f"  [bold]after [/] {escape(printable(last['answer'][:300]))}")
+        console.print(f"\n[dim]{escape(first['prompt'][-300:])}[/]")
+        console.print(f"  [bold]before[/] {escape(first['answer'][:300])}")
+        console.print(f"  [bold]after [/] {escape(last['answer'][:300])}")
     said = [f"{one['kind']} (step {one['step']})" for one in facts["warnings"]]
     counts = {"steps left out, not finite": len(facts["skipped_steps"]), "fp16 overflows": facts["overflow_steps"]}
     said += [f"{count} {what}" for what, count in counts.items() if count]
@@ -247,15 +247,12 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         console.print(f"\n[bold]looked ill on the way:[/] {', '.join(said)}; run.json has the words")
     console.print(
         f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
-        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:"
+        f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:",
+        markup=False,
     )
     merged = folder.path.with_name(f"{folder.path.name}-merged")
     console.print(
         f"  python -m orpo_lite.evaluate {folder.path}\n  python -m orpo_lite.merge {folder.path} --output {merged}",
         soft_wrap=True,
+        markup=False,
     )
-
-
-def printable(text: str) -> str:
-    """Model output without control characters, which a terminal would obey."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "\ufffd" for c in text)

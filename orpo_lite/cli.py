@@ -1,21 +1,56 @@
-"""What every command shares: exit status, where errors go, and the console."""
+"""What every command shares: exit status, where errors go, and consoles that no text from data or models acts on."""
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import typer
-from rich.console import Console
+from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.markup import escape
+from rich.measure import Measurement
+from rich.segment import Segment
 
 from orpo_lite.errors import RequestError
 
+# what could move the cursor, set a title, colour, reorder or hide text; line breaks and tabs stay
+ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
+
+
+def printable(text: str) -> str:
+    """The text with control and direction characters written out, so that it cannot act on a terminal."""
+    return ACTS.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+
+
+class Harmless:
+    """A renderable whose text has gone through `printable`; colours are rich's own, added later."""
+
+    def __init__(self, inner: Any):
+        self.inner = inner
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
+        for text, style, control in console.render(self.inner, options):
+            yield Segment(text if control else printable(text), style, control)
+
+    def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
+        return Measurement.get(console, options, self.inner)
+
+
+class Screen(RenderHook):
+    """Rich strips some control characters from text and lets the escape character through."""
+
+    def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
+        return [Harmless(item) for item in renderables]
+
+
 console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # launchers number their processes
 errors = Console(stderr=True, highlight=False)
+for each in (console, errors):
+    each.push_render_hook(Screen())
 
 
 def run_command(function: Callable[..., Any]) -> None:
@@ -26,25 +61,32 @@ def run_command(function: Callable[..., Any]) -> None:
 
 
 def guard(app: Callable[..., Any]) -> None:
-    """Call a typer app; 0 done, 1 the run failed, 2 the request was wrong. `--debug` anywhere shows the traceback."""
+    """Call a typer app; 0 done, 1 the run failed, 2 the request was wrong. `--debug` anywhere shows the traceback.
+
+    Neither it nor an error shows a token.
+    """
+    from orpo_lite.doctoring.private import without_secrets
+
     # click has no option that may go with a value or without
     arguments = ["--resume-force" if word == "--resume=force" else word for word in sys.argv[1:]]
     debug = "--debug" in arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+
+    def tell(title: str, text: str) -> None:
+        if debug:
+            sys.stderr.write(printable(without_secrets(traceback.format_exc())))
+        errors.print(f"[bold red]{title}:[/] {escape(without_secrets(text))}", soft_wrap=True)
+
     try:
         app(args=[word for word in arguments if word != "--debug"], standalone_mode=True)
     except RequestError as error:
-        if debug:
-            traceback.print_exc()
-        errors.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
+        tell("error", str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)
     except Exception as error:
-        if debug:
-            traceback.print_exc()
-        errors.print(f"[bold red]failed:[/] {escape(f'{type(error).__name__}: {error}')}", soft_wrap=True)
+        tell("failed", f"{type(error).__name__}: {error}")
         if not debug:
             errors.print("run the same command with --debug for the traceback")
         sys.exit(1)

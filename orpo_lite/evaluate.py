@@ -113,11 +113,14 @@ def command(
         str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
+    ] = False,
 ) -> None:
     """Compare base and adapter of a run on the held-out pairs."""
     from orpo_lite.train import open_run
 
-    opened = open_run(run, data)
+    opened = open_run(run, data, trust_remote_code)
     if opened.trainer.eval_dataset is None:
         raise RequestError(
             f"{run}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
@@ -129,7 +132,7 @@ def command(
         print(json.dumps({"base": before, "adapter": after, "drops": opened.pairs.report.as_dict()}, indent=1))
         return
     if opened.pairs.report.dropped:
-        console.print(str(opened.pairs.report))
+        console.print(str(opened.pairs.report), markup=False)
     show(before, after, ("base", "adapter"))
 
 

@@ -80,6 +80,7 @@ def merge(
     onto: str = "original",
     quantize: str | None = None,
     verify: bool | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Merge an adapter into its base and write a folder that transformers loads without peft.
 
@@ -96,6 +97,8 @@ def merge(
         quantize: nf4 or fp4 to write linear layers in bitsandbytes' 4 bits; only with onto original.
         verify: run the merged model and base with adapter, layer by layer, and compare their logits. Default: yes,
             unless a single layer needs more memory than the merge.
+        trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it, for
+            an adapter may come from anybody.
 
     Raises:
         RequestError: no adapter, no base in the dtype asked for, an adapter that cannot be merged, an output folder in
@@ -108,7 +111,7 @@ def merge(
         output = output.resolve()
     check_request(source, output, onto, quantize)
     check_adapter(source)
-    spec = base_section(source, base)
+    spec = base_section(source, base, trust_remote_code)
     trained = torch.bfloat16 if trained_dtype(source, spec) == "bfloat16" else torch.float32
     named = f"{source / 'adapter_config.json'}, base_model_name_or_path"
     named = "--base" if base else "model.name_or_path" if (source / "recipe.yaml").is_file() else named
@@ -138,7 +141,7 @@ def merge(
         if own != base:
             notes.append(f"The adapter was trained on {own}; --base says to merge it into {base}.")
         write_configuration(folder, plan, tokenizer)
-        other = onto == Onto.original and as_trained(source)
+        other = onto == Onto.original and as_trained(source, trust_remote_code)
         notes += check_merged(
             plan,
             folder,
@@ -153,7 +156,9 @@ def merge(
             shutil.copyfile(source / "curves.png", folder / "curves.png")
     size = plan.nbytes / 1e9
     console.print(
-        f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)", soft_wrap=True
+        f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)",
+        soft_wrap=True,
+        markup=False,
     )
     for note in notes[1:]:
         console.print(f"  {escape(note)}", soft_wrap=True)
@@ -184,23 +189,27 @@ def check_request(source: Path, output: Path, onto: str, quantize: str | None) -
         )
 
 
-def base_section(source: Path, base: str | None) -> ModelSection:
-    """The model to merge into: --base, else the run's recipe, else what the adapter names."""
+def base_section(source: Path, base: str | None, trust_remote_code: bool = False) -> ModelSection:
+    """The model to merge into: --base, else the run's recipe, else what the adapter names.
+
+    Code of its repository is run only where the caller says so, whatever the folder's recipe does.
+    """
     if (source / "recipe.yaml").is_file():
         # by its file: a folder may have the name of a shipped recipe
-        spec = Recipe.load(source / "recipe.yaml").model
+        spec = Recipe.load(source / "recipe.yaml").model.model_copy(update={"trust_remote_code": trust_remote_code})
         return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
     with called("adapter"), readable(str(source)):
         config = PeftConfig.from_pretrained(str(source))
     name = base or config.base_model_name_or_path
     if not name:
         raise RequestError(f"{source}: adapter_config.json names no base model: give it with --base")
-    return ModelSection(name_or_path=name, revision=None if base else config.revision, quantization="none")
+    return ModelSection(name_or_path=name, revision=None if base else config.revision, quantization="none",
+                        trust_remote_code=trust_remote_code)  # fmt: skip
 
 
-def as_trained(source: Path) -> ModelSection | None:
+def as_trained(source: Path, trust_remote_code: bool = False) -> ModelSection | None:
     """The base of training where it was quantised, else None."""
-    spec = base_section(source, None)
+    spec = base_section(source, None, trust_remote_code)
     return spec if spec.quantization != "none" else None
 
 
@@ -310,13 +319,17 @@ def command(
         bool | None,
         typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: if it fits"),
     ] = None,
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
+    ] = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    folder = merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify)
+    folder = merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify,
+                   trust_remote_code=trust_remote_code)  # fmt: skip
     seq2seq = json.loads((folder / "config.json").read_text("utf-8")).get("is_encoder_decoder", False)
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
-    console.print(f"next: transformers.{auto}.from_pretrained({output!r})", soft_wrap=True)
+    console.print(f"next: transformers.{auto}.from_pretrained({output!r})", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -8,8 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePath, PureWindowsPath
 from typing import Any
 
-import yaml
-
+from orpo_lite import safe_yaml
 from orpo_lite.publish import Entry, Parcel, read_json
 from orpo_lite.recipe.source import BUILTIN
 
@@ -79,7 +78,7 @@ def base_names(run: Path, recipe: dict[str, Any], base_repo: str | None = None) 
 
 def recipe_of(run: Path) -> dict[str, Any]:
     file = run / "recipe.yaml"
-    return yaml.safe_load(file.read_text("utf-8")) if file.is_file() else {}
+    return safe_yaml.read(file) or {} if file.is_file() else {}
 
 
 def cached_id(path: str) -> str | None:

@@ -205,7 +205,7 @@ def run_rows(facts: dict[str, Any]) -> list[tuple[str, Any]]:
 
 def command(run: Annotated[str, typer.Argument(help="run folder")]) -> None:
     """Write a run's report.html again."""
-    console.print(str(write_report(RunFolder.open(run))), soft_wrap=True)
+    console.print(str(write_report(RunFolder.open(run))), soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from transformers.trainer_callback import ExportableState
 
 from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
 from orpo_lite.errors import RequestError
+from orpo_lite.model.files import check_torch_files
 from orpo_lite.signals import Stopped, StopRequest
 from orpo_lite.watching.trainer import WatchingTrainer
 
@@ -208,6 +209,7 @@ class SavingTrainer(WatchingTrainer):
                 return self._foreign(found)
             if wrong := damage(found):
                 raise RequestError(f"{found}: {wrong}; go on from another checkpoint")
+        check_torch_files(found)
         facts, here = manifest(found), self._circumstances()
         if not any((found / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and not self._sharded:
             raise RequestError(
@@ -242,6 +244,7 @@ class SavingTrainer(WatchingTrainer):
             raise RequestError(
                 f"{checkpoint}: {', '.join(missing)} missing, so training cannot go on exactly; take another checkpoint"
             )
+        check_torch_files(checkpoint)
         logger.warning("%s has no %s: it cannot be checked for damage", checkpoint, MANIFEST)
         return checkpoint
 

@@ -283,7 +283,7 @@ def arguments(
         training["eval_strategy"] = "no"
     optim = str(training.get("optim", ""))
     if "8bit" in optim and not torch.cuda.is_available():
-        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here")
+        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
         training["optim"] = "adamw_torch"
     for name in (
         "bf16",
@@ -338,8 +338,10 @@ class OpenRun:
         return base_only(self.model)
 
 
-def open_run(path: str, data: str | None = None) -> OpenRun:
+def open_run(path: str, data: str | None = None, trust_remote_code: bool = False) -> OpenRun:
     """Load a run folder for evaluation; `data` replaces its held-out pairs.
+
+    Code of the base's repository is run only where the caller says so: the folder may be anybody's.
 
     Raises:
         RequestError: not a run folder, full fine-tuning (there is no adapter to switch off), or unusable data.
@@ -347,6 +349,7 @@ def open_run(path: str, data: str | None = None) -> OpenRun:
     folder = RunFolder.open(path)
     folder.read()  # an unfinished run holds no adapter
     recipe = folder.recipe()
+    recipe.model.trust_remote_code = trust_remote_code
     if recipe.adapter is None:
         raise RequestError(
             f"{path}: a full fine-tuning has no adapter to switch off; evaluate the two models by their paths"

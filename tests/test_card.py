@@ -91,7 +91,7 @@ def on_hub(facts, recipe, adapter):
     source = recipe["data"]["train"][0]
     recipe["data"]["train"] = [source | {"path": "org/pairs"}, source | {"path": "/home/me/private/mine.jsonl"}]
     recipe["data"]["eval"] = [source | {"path": "org/held"}]
-    recipe["training"] |= {"hub_token": "hf_secret", "deepspeed": "/home/me/private/zero2.json"}
+    recipe["training"] |= {"deepspeed": "/home/me/private/zero2.json"}
     facts["data"]["drops"]["notes"] = ["data.train: the row limit left /home/me/private/mine.jsonl unread"]
 
 
@@ -269,7 +269,7 @@ def test_merged_and_gguf_cards(changed):
 def test_nothing_of_this_machine_is_in_the_card(finished, whole, changed):
     for folder in (finished, whole, changed(on_hub)):
         card = model_card(folder)
-        for words in (str(folder.parent), str(PACKAGE), "/home/", "secret-place", "hf_secret", str(Path.home())):
+        for words in (str(folder.parent), str(PACKAGE), "/home/", "secret-place", str(Path.home())):
             assert words not in card, words
     assert "mine.jsonl" in card and "zero2.json" in card and "left mine.jsonl unread" in card
     card = model_card(whole)

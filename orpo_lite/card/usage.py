@@ -72,7 +72,8 @@ def adapter_usage(it: Artefact) -> str:
     else:
         base = it.base if it.on_hub else f"PATH/TO/{it.base.rpartition('/')[2]}"
         options = [
-            f"vllm serve {shlex.quote(base)}" + (f" --revision {it.revision}" if it.on_hub and it.revision else ""),
+            f"vllm serve {shlex.quote(base)}"
+            + (f" --revision {shlex.quote(it.revision)}" if it.on_hub and it.revision else ""),
             f"--tokenizer {shlex.quote(it.where)}" + (" --trust-remote-code" if it.trust_remote_code else ""),
             f"--enable-lora --max-lora-rank {it.vllm_rank}",
             f"--lora-modules {shlex.quote(f'{it.name}={it.where}')}",

@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data.drops import REFUSED, Dropped
 from orpo_lite.errors import RequestError
+from orpo_lite.rendering import Job, Rendering, TemplateRefused, TemplateUnbounded, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.formats import Messages, Pair
+    from orpo_lite.data.formats import Pair
 
 Ids = list[int]
 Texts = tuple[str, str, str]
@@ -102,55 +103,39 @@ class Renderer:
                 "the rows are conversations, but the tokenizer has no chat template: name one with model.chat_template "
                 "(chatml, zephyr, llama-3, or the path of a Jinja file), or set tokenizer.chat_template in Python"
             )
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
-
-    def _render(self, conversations: Any, **options: Any) -> Any:
-        return self.tokenizer.apply_chat_template(conversations, tokenize=False, **self.template_kwargs | options)
-
-    def one(self, turns: Messages, pair: Pair, **options: bool) -> str:
-        """One conversation with its row's tools and variables; Dropped with the template's words if it refuses."""
-        try:
-            return self._render(turns, tools=pair.tools, **pair.template_kwargs | options)
-        except Exception as error:  # a template may raise anything, its own refusals included
-            raise Dropped(REFUSED, f"{' '.join(str(error).split())[:200] or type(error).__name__}") from None
+        self.template_kwargs, self.rendering = template_kwargs, Rendering(tokenizer)
 
     def triples(self, pairs: Sequence[Pair]) -> list[Texts | Dropped]:
-        """Prompt, prompt + chosen and prompt + rejected of each pair as TRL renders them, or why it cannot be."""
-        result: list[Texts | Dropped] = []
-        for texts, pair in zip(self._together(pairs), pairs, strict=True):
-            try:
-                result.append(common(*(texts or self._alone(pair))))
-            except Dropped as drop:
-                result.append(drop)
-        return result
+        """Prompt, prompt + chosen and prompt + rejected of each pair as TRL renders them, or why it cannot be.
 
-    def _alone(self, pair: Pair) -> Texts:
-        assert isinstance(pair.prompt, list)
-        prompt = self.one(pair.prompt, pair, **generation(pair))
-        chosen: Any = pair.chosen
-        rejected: Any = pair.rejected
-        return prompt, self.one(pair.prompt + chosen, pair), self.one(pair.prompt + rejected, pair)
-
-    def _together(self, pairs: Sequence[Pair]) -> list[Texts | None]:
-        """Triples of all pairs that can be rendered in one call; None where that fails or needs its own variables."""
-        plain = [
-            n
-            for n, pair in enumerate(pairs)
-            if not pair.tools and not pair.template_kwargs and generation(pair)["add_generation_prompt"]
-        ]
-        result: list[Texts | None] = [None] * len(pairs)
-        chats = [pairs[n] for n in plain]
-        if not chats:
-            return result
+        Raises:
+            TemplateUnbounded: a limit stopped the template; its `job` is the index of the pair.
+        """
+        plain = self.template_kwargs | {"tools": None}
+        asked, wholes = [], []
+        for pair in pairs:
+            own = bool(pair.tools or pair.template_kwargs)
+            options = self.template_kwargs | {"tools": pair.tools} | pair.template_kwargs if own else plain
+            asked.append((pair.prompt, options | generation(pair)))
+            prompt: Any = pair.prompt
+            wholes += [(prompt + side, options) for side in (pair.chosen, pair.rejected)]
+        jobs: list[Job] = asked + wholes
         try:
-            prompts = self._render([pair.prompt for pair in chats], **generation(chats[0]))
-            chosen = self._render([pair.prompt + pair.chosen for pair in chats])  # pyright: ignore[reportOperatorIssue]
-            rejected = self._render([pair.prompt + pair.rejected for pair in chats])  # pyright: ignore[reportOperatorIssue]
-        except Exception:  # one row that the template refuses: each is rendered alone
-            return result
-        for n, texts in zip(plain, zip(prompts, chosen, rejected, strict=True), strict=True):
-            result[n] = texts
-        return result
+            texts = self.rendering.render(jobs)
+        except TemplateUnbounded as error:
+            number = error.job if error.job < len(pairs) else (error.job - len(pairs)) // 2
+            raise TemplateUnbounded(str(error), number) from None
+        prompts, sides = texts[: len(pairs)], texts[len(pairs) :]
+        return [agreed(triple) for triple in zip(prompts, sides[::2], sides[1::2], strict=True)]
+
+
+def agreed(texts: Sequence[str | TemplateRefused]) -> Texts | Dropped:
+    """The three texts of a pair, or the template's words where it refused one of them."""
+    for text in texts:
+        if isinstance(text, TemplateRefused):
+            return Dropped(REFUSED, str(text)[:200])
+    prompt, chosen, rejected = texts
+    return common(prompt, chosen, rejected)  # type: ignore[arg-type]  # refusals are gone
 
 
 def generation(pair: Pair) -> dict[str, bool]:
@@ -184,8 +169,8 @@ def turn_end(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]
     mark = "the answer"
     try:
         turns = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": mark}]
-        text = str(tokenizer.apply_chat_template(turns, tokenize=False, **template_kwargs))
-    except Exception:  # a template that wants other conversations than this one
+        text = render_chat(tokenizer, turns, **template_kwargs)
+    except TemplateRefused:  # a template that wants other conversations than this one
         return None
     if mark not in text:
         return None

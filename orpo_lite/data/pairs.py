@@ -19,6 +19,7 @@ from orpo_lite.data.drops import (
 )
 from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, common_prefix, template_text, turn_end
 from orpo_lite.data.formats import BARE_STRINGS, FAMILY, HH, Pair, to_pair
+from orpo_lite.rendering import TemplateUnbounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -98,7 +99,10 @@ class PairTokenizer:
             numbers.append(number)
             pairs.append(pair)
         chunk.digest = digest.hexdigest()
-        texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
+        try:
+            texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
+        except TemplateUnbounded as error:
+            raise TemplateUnbounded(f"row {numbers[error.job]}: {error}") from None
         tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
         for number, pair, triple in zip(numbers, pairs, texts, strict=True):
             try:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -11,6 +10,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
+from orpo_lite import cli
 from orpo_lite.cli import console
 from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs
 from orpo_lite.recipe import Recipe
@@ -18,9 +18,6 @@ from orpo_lite.recipe import Recipe
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
-
-# what could move the cursor, reorder or hide text in a terminal; line breaks and tabs are handled apart
-CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
 
 def command(
@@ -206,4 +203,4 @@ def marked(mark: str, text: str, style: str) -> Text:
 
 def printable(text: str) -> str:
     """The text with control and direction characters written out, so that it cannot act on a terminal."""
-    return CONTROL.sub(lambda match: match.group().encode("unicode_escape").decode(), text).replace("\t", "\\t")
+    return cli.printable(text).replace("\t", "\\t")

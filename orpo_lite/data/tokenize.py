@@ -21,6 +21,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from orpo_lite.cli import printable
 from orpo_lite.data.drops import Drop, DropReport, TooManyDropped
 from orpo_lite.data.files import dataset_batches
 from orpo_lite.data.formats import BARE_STRINGS, detect
@@ -149,7 +150,7 @@ def write(
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
     numbered, seen = itertools.chain([first], batches), 0
     with pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as arrow, tqdm(
-        desc=f"tokenising {source.label}", unit=" rows", leave=False, disable=not sys.stderr.isatty()
+        desc=printable(f"tokenising {source.label}"), unit=" rows", leave=False, disable=not sys.stderr.isatty()
     ) as bar:  # fmt: skip
         for chunk in in_order(work, numbered, options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}

@@ -59,6 +59,13 @@ class Scrubber:
         return text
 
 
+def without_secrets(text: str) -> str:
+    """The text without this machine's tokens, anything shaped like one, or passwords in addresses."""
+    for secret in sorted(set(_secrets()), key=len, reverse=True):
+        text = text.replace(secret, "<secret>")
+    return CREDENTIALS.sub("<secret>@", TOKEN.sub("<secret>", text))
+
+
 def _secrets() -> Iterator[str]:
     for name, value in os.environ.items():
         if SECRET_NAME.search(name) and not name.endswith(("PATH", "FILE")) and len(value.strip()) >= SHORTEST:

@@ -28,6 +28,7 @@ def export(
     llama_quantize: str | None = None,
     base: str | None = None,
     onto: str = "original",
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write a run, adapter or plain model folder as one GGUF file, read it back and compare it with its source.
 
@@ -38,7 +39,7 @@ def export(
         adapter: write the adapter alone, as a LoRA file to be used with a GGUF file of its base.
         ollama: write a Modelfile beside it.
         llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m.
-        base, onto: as in `merge`.
+        base, onto, trust_remote_code: as in `merge`.
 
     Raises:
         RequestError: nothing to export, an architecture, tokenizer or type that cannot be written, output in use.
@@ -51,16 +52,20 @@ def export(
             f"GGUF is read back through the gguf package ({error}): pip install 'orpo-lite[export]'"
         ) from error
 
+    from orpo_lite.model.files import check_adapter, check_links
+
     source, output = Path(source).expanduser(), Path(output).expanduser()
     trained = check_request(source, output, adapter, ollama, quant)
+    check_adapter(source) if trained else check_links(source)
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         work = Path(folder)
         if adapter:
-            lines = adapter_alone(source, output, work, ollama, base)
+            lines = adapter_alone(source, output, work, ollama, base, trust_remote_code)
         else:
-            lines = whole_model(source, output, work, trained, kind, ollama, llama_quantize, base, onto)
+            lines = whole_model(source, output, work, trained, kind, ollama, llama_quantize, base, onto,
+                                trust_remote_code)  # fmt: skip
     for line in lines:
         console.print(line, soft_wrap=True, markup=False)
     if trained:
@@ -97,6 +102,7 @@ def whole_model(
     llama_quantize: str | None,
     base: str | None,
     onto: str,
+    trust_remote_code: bool,
 ) -> list[str]:
     """Merge where need be, convert, quantise, check; then give the file its name. Lines for the screen."""
     from transformers import AutoConfig, GenerationConfig
@@ -106,7 +112,7 @@ def whole_model(
     from orpo_lite.export.verify import check_fields, compare
     from orpo_lite.export.vocabulary import stop_ids, token_fields, write_vocabulary
 
-    config, tokenizer = read_source(source, trained, base)
+    config, tokenizer = read_source(source, trained, base, trust_remote_code)
     kind = kind or CONVERTER["bf16" if config.dtype == torch.bfloat16 else "f16"]
     exact = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16"}.get(config.dtype, "ALL_F32")  # type: ignore[arg-type]
     direct = {"f32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name.upper()}")
@@ -128,8 +134,8 @@ def whole_model(
     if trained:
         from orpo_lite.merge import merge
 
-        folder = merge(source, work / "merged", base=base, onto=onto)
-        config = AutoConfig.from_pretrained(folder)
+        folder = merge(source, work / "merged", base=base, onto=onto, trust_remote_code=trust_remote_code)
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=trust_remote_code)
         write_vocabulary(tokenizer, config, work / "vocabulary")
         if (source / "README.md").is_file() and not (folder / "README.md").exists():
             shutil.copy(source / "README.md", folder)  # the converter takes licence and base from the model card
@@ -166,11 +172,13 @@ def whole_model(
     return lines
 
 
-def adapter_alone(source: Path, output: Path, work: Path, ollama: bool, base: str | None) -> list[str]:
+def adapter_alone(
+    source: Path, output: Path, work: Path, ollama: bool, base: str | None, trust_remote_code: bool
+) -> list[str]:
     """Write the adapter as a LoRA file. Lines for the screen."""
     from orpo_lite.export.adapter import trained_base, write_adapter
 
-    config, tokenizer = read_source(source, True, base)
+    config, tokenizer = read_source(source, True, base, trust_remote_code)
     said = write_adapter(source, config, tokenizer, work / "adapter.gguf", work, source.resolve().name)
     named = base or trained_base(source)
     lines = [f"wrote {output} ({said}); it goes with a GGUF file of {named}"]
@@ -195,7 +203,7 @@ def adapter_alone(source: Path, output: Path, work: Path, ollama: bool, base: st
     return lines
 
 
-def read_source(source: Path, trained: bool, base: str | None) -> tuple[Any, Any]:
+def read_source(source: Path, trained: bool, base: str | None, trust_remote_code: bool) -> tuple[Any, Any]:
     """Configuration (of the base, for an adapter) and tokenizer, as trained with."""
     from transformers import AutoModelForCausalLM
 
@@ -205,9 +213,9 @@ def read_source(source: Path, trained: bool, base: str | None) -> tuple[Any, Any
     if trained:
         from orpo_lite.merge import base_section
 
-        spec = base_section(source, base)
+        spec = base_section(source, base, trust_remote_code)
     else:
-        spec = ModelSection(name_or_path=str(source), quantization="none")
+        spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
     config = read_config(spec)
     if config.is_encoder_decoder:
         raise RequestError(f"{spec.name_or_path}: encoder-decoder models are not exported to GGUF")
@@ -295,6 +303,9 @@ def command(
     llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="llama.cpp's llama-quantize")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     onto: Annotated[str, typer.Option(help="original or quantized, as in orpo_lite.merge")] = "original",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
+    ] = False,
     architectures: Annotated[
         bool,
         typer.Option("--architectures", is_eager=True, callback=show_architectures, help="list what can be converted"),
@@ -312,4 +323,5 @@ def command(
         llama_quantize=llama_quantize,
         base=base,
         onto=onto,
+        trust_remote_code=trust_remote_code,
     )

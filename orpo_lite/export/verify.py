@@ -85,7 +85,9 @@ def compare(path: Path, source: Path, limit: float, exact: bool) -> list[str]:
             f"logits not compared: that needs {needed / 1e9:.0f} GB of memory ({size / 1e9:.1f} GB of weights)",
         ]
     with quietly():
-        original = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+        original = AutoModelForCausalLM.from_pretrained(
+            source, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
+        ).eval()
         copied = load(path, original)
     if copied is None:
         name = type(original).__name__

@@ -181,6 +181,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
         raise RequestError(changed_base(source, init))
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
+    config.auto_mapping = None  # names a library to import; a run's own adapter is not to pass it on
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}, and goes on {base_name(model)} here")

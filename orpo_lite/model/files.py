@@ -9,12 +9,14 @@ from typing import Any
 import torch
 from peft import PeftType
 from safetensors import SafetensorError, safe_open
+from torch.serialization import get_unsafe_globals_in_checkpoint
 from transformers import __version__ as transformers_version
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from orpo_lite.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 AGAIN = "copy or download it again"
 
 
@@ -49,8 +51,46 @@ def check_safetensors(path: Path) -> None:
         raise RequestError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
 
+def check_links(folder: Path) -> None:
+    """Raise RequestError for a file that leads out of the folder: somebody else's folder could name any file of this
+    machine, which a run would copy and a push would publish. Those of the hub's cache lead to its own blobs."""
+    home = folder.resolve()
+    home = home.parents[1] if home.parent.name == "snapshots" else home
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.resolve().is_relative_to(home):
+            raise RequestError(
+                f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there if it is meant"
+            )
+
+
+def check_torch_files(folder: Path) -> None:
+    """Raise RequestError for a file of torch.save in a checkpoint that would run code, or that is none at all.
+
+    Nothing is loaded: the names that the pickle asks for are read off its instructions. Beside numbers, tensors and
+    containers there are none in what a trainer saves.
+    """
+    numbers = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray",
+               "numpy.dtype", "_codecs.encode"}  # fmt: skip
+    for path in sorted(path for path in folder.rglob("*") if path.suffix in PICKLES and path.is_file()):
+        remedy = "remove this checkpoint to go on from the one before, or start anew"
+        try:
+            names = set(get_unsafe_globals_in_checkpoint(str(path))) - numbers
+        except Exception as error:  # whatever pickletools and torch find wrong
+            raise RequestError(
+                f"{path} is no file that torch.save has written ({' '.join(str(error).split())[:200]}); another pickle "
+                f"could run code and is never loaded: {remedy}, or write its tensors with safetensors.torch.save_file"
+            ) from None
+        names = {name for name in names if not name.startswith(("numpy.dtypes.", "torch."))}
+        if names and path.name != "training_args.bin":  # which nothing loads
+            raise RequestError(
+                f"{path} is a pickle that would run {', '.join(sorted(names))[:200]}, expected numbers and tensors; it is "
+                f"never loaded: {remedy}, or write its tensors with safetensors.torch.save_file"
+            )
+
+
 def check_model(folder: Path) -> None:
-    """Raise RequestError for what is missing or broken in a local model folder."""
+    """Raise RequestError for what is missing, broken or leads elsewhere in a local model folder."""
+    check_links(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise RequestError(
@@ -95,7 +135,7 @@ def shards(folder: Path) -> list[str]:
     except (ValueError, KeyError, AttributeError, TypeError) as error:
         raise RequestError(f"model.name_or_path: {index} is broken ({error}): copy or download it again") from None
     for name in names:
-        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts:
+        if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise RequestError(
                 f"model.name_or_path: {index} names {name!r}, expected files inside of the folder: mend the index"
             )
@@ -107,7 +147,9 @@ def shards(folder: Path) -> list[str]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise RequestError for an adapter folder whose files are missing, broken, pickled or not finite."""
+    """Raise RequestError for an adapter folder whose files are missing, broken, pickled, not finite, or name code."""
+    if folder.is_dir():
+        check_links(folder)
     path, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not path.is_file():
         raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is no adapter folder")
@@ -117,6 +159,11 @@ def check_adapter(folder: Path) -> None:
         raise RequestError(f"adapter: {folder} is of type {kind}, expected LORA: train one, or take another adapter")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise RequestError(f"adapter: {path}: r is {rank!r}, expected a whole number above 0: {AGAIN}")
+    if config.get("megatron_config") or config.get("megatron_core", "megatron.core") != "megatron.core":
+        raise RequestError(
+            f"adapter: {path}: megatron_config and megatron_core name Python code to import, and no adapter's own say is "
+            "taken for that: remove both if this is a plain LoRA adapter"
+        )
     if not weights.is_file():
         old = folder / "adapter_model.bin"
         if old.is_file():

@@ -23,6 +23,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from orpo_lite.errors import RequestError
+from orpo_lite.model.files import check_links
 from orpo_lite.model.hub import looks_local, readable
 
 logger = logging.getLogger(__name__)
@@ -64,13 +65,14 @@ def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Pat
 def find(name: str, gguf_file: str, revision: str | None) -> Path:
     """The GGUF file on this disk, downloaded if `name` is a hub id."""
     folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
-    if folder.is_file() or file.is_absolute():
+    if folder.is_file() or file.is_absolute() or ".." in file.parts:
         right = folder if folder.is_file() else file
         raise RequestError(
             f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
             f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
         )
     if folder.is_dir():
+        check_links(folder)
         path = folder / file
         if not path.is_file():
             there = sorted(p.name for p in folder.glob("*.gguf"))
@@ -104,11 +106,11 @@ def convert(path: Path, folder: Path) -> None:
             "model.gguf_file: reading GGUF needs the gguf package: pip install 'orpo-lite[export]'"
         ) from error
     with readable(str(path)):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name)
+        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with torch.device("meta"):
-            model = auto.from_config(config)
+            model = auto.from_config(config, trust_remote_code=False)
         dtypes = write_shards(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
     if hasattr(config, "quantization_config"):

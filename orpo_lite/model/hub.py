@@ -139,6 +139,6 @@ def explain(name: str, error: BaseException) -> str:
     if "trust_remote_code" in text:
         return (
             f"model.trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
-            "model.trust_remote_code=true if you trust it"
+            "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code, where a command takes a folder)"
         )
     return f"model.name_or_path: {name} cannot be loaded: {text[:400]}"

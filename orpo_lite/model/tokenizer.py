@@ -9,7 +9,6 @@ import os
 import re
 from pathlib import Path
 
-import jinja2
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.errors import RequestError
@@ -17,6 +16,7 @@ from orpo_lite.model.hub import locate, read_config, readable
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.checks import nearest
 from orpo_lite.recipe.source import resolve_path
+from orpo_lite.rendering import TemplateRefused, render_chat
 
 logger = logging.getLogger(__name__)
 
@@ -116,13 +116,13 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
         )
     source = path.read_text("utf-8")
     replaced = tokenizer.chat_template is not None and tokenizer.chat_template != source
-    tokenizer.chat_template = source
+    tokenizer.chat_template, tokenizer.orpo_lite_template = source, str(path)
     try:
-        tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
-    except jinja2.TemplateSyntaxError as error:
-        raise RequestError(f"model.chat_template: {path}, line {error.lineno}: {error.message}") from None
-    except jinja2.TemplateError:
-        pass  # a template may well refuse this conversation; the data report counts what it refuses
+        render_chat(tokenizer, [{"role": "user", "content": "Hi"}])
+    except TemplateRefused as error:
+        if error.lineno:
+            raise RequestError(f"model.chat_template: {path}, line {error.lineno}: {error}") from None
+        # any other may well refuse this conversation; the data report counts what it refuses
     note = f"chat template: {name}" + (", in place of the model's own" if replaced else "")
     vocabulary = tokenizer.get_vocab()
     missing = sorted({m for m in MARKER.findall(source) if m not in vocabulary})
@@ -151,8 +151,8 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     mark = "X9stop"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
     try:
-        text = tokenizer.apply_chat_template(turns, tokenize=False)
-    except (jinja2.TemplateError, TypeError):
+        text = render_chat(tokenizer, turns)
+    except TemplateRefused:
         return ids
-    end = tokenizer(str(text).rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
+    end = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
     return ids + [i for i in end if i in tokenizer.added_tokens_decoder and i not in ids]

@@ -40,9 +40,9 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
     path = Path(name).expanduser()
     try:
         if spec.gguf_file and path.is_dir():
-            return AutoConfig.from_pretrained(path, gguf_file=spec.gguf_file)
+            return AutoConfig.from_pretrained(path, gguf_file=spec.gguf_file, trust_remote_code=False)
         if path.suffix == ".json" and path.is_file():
-            return AutoConfig.from_pretrained(path)
+            return AutoConfig.from_pretrained(path, trust_remote_code=False)
         found = base_config(name)
         return found or AutoConfig.from_pretrained(
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, local_files_only=True

@@ -13,6 +13,12 @@ from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
+SECRET = re.compile(
+    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/@]+@|\bgh[pousr]_[A-Za-z0-9]{20,}"
+    r"|(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}"
+)
+"""Shapes of credentials that a field may hold by mistake; `publish.SECRETS` has more, for whole files."""
+
 
 def nearest(word: str, known: typing.Iterable[str]) -> str:
     """', did you mean X?' where a known name is close, else nothing."""
@@ -50,6 +56,11 @@ def unfit(value: Any) -> str | None:
         return f"found {shown(value)}, which holds a NUL character: leave it out"
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         return f"found {shown(value)}, which holds half a character: write the character itself, not its escapes"
+    if isinstance(value, str) and SECRET.search(value):
+        return (
+            "holds what looks like a token or password, and recipes are kept, shown and published: leave it out, and log in "
+            "with `hf auth login` or set HF_TOKEN (WANDB_API_KEY) instead"
+        )
     return None
 
 
@@ -90,6 +101,11 @@ POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", 
 
 def check_training_field(key: str, value: Any) -> Any:
     """The value in its field's type, or ValueError in words: 5e-6, which YAML reads as text, becomes a number."""
+    if key == "hub_token" and value is not None:
+        raise ValueError(
+            "training.hub_token: a token in a recipe would be written to the run folder: leave it out, and log in with "
+            "`hf auth login` or set HF_TOKEN"
+        )
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
