@@ -219,7 +219,7 @@ class ORPOTrainer(ObjectiveTrainer):
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
-        logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
+        logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", name, report)
         return pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -167,19 +167,15 @@ def lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     total counts the prompt once. Arrays of int64, one entry a pair.
     """
     import numpy as np
-    import pyarrow.compute as pc
 
-    table = pairs.with_format("arrow")[:]
+    from orpo_lite.data.columns import list_lengths, numbers
 
-    def count(name: str) -> np.ndarray:
-        return pc.list_value_length(table[name]).to_numpy().astype(np.int64)  # pyright: ignore
-
+    chosen, rejected = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
     if "prompt_ids" in pairs.column_names:
-        prompt, chosen, rejected = count("prompt_ids"), count("chosen_ids"), count("rejected_ids")
+        prompt = list_lengths(pairs, "prompt_ids")
     else:
-        starts = [table[name].to_numpy().astype(np.int64) for name in ("chosen_start", "rejected_start")]
-        prompt = np.maximum(*starts)
-        chosen, rejected = count("chosen_ids") - starts[0], count("rejected_ids") - starts[1]
+        starts = numbers(pairs, "chosen_start"), numbers(pairs, "rejected_start")
+        prompt, chosen, rejected = np.maximum(*starts), chosen - starts[0], rejected - starts[1]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "total": prompt + chosen + rejected}
 
 

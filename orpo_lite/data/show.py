@@ -72,7 +72,7 @@ def print_report(
         print(json.dumps(content, indent=1))
         return
     console.print(sources_table(report, shapes), "")
-    if report.drops:
+    if report.counts:
         console.print(report.table(), "")
     if list_drops:
         for drop in report.drops:
@@ -117,7 +117,7 @@ def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Tabl
         counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
         table.add_row(Text(printable(label)), about["section"], about["shape"], *counts)
     if len(shapes) > 1:
-        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, len(report.drops))))
+        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, report.rows - report.kept)))
     return table
 
 

@@ -21,12 +21,13 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from orpo_lite.data.drops import Drop, DropReport, TooManyDropped
+from orpo_lite.data.drops import DropList, DropReport, TooManyDropped
 from orpo_lite.data.files import dataset_batches
 from orpo_lite.data.formats import BARE_STRINGS, detect
 from orpo_lite.data.messages import describe_columns, kind
 from orpo_lite.data.pairs import Chunk, PairTokenizer
 from orpo_lite.data.readers import Source
+from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:
@@ -99,7 +100,7 @@ def tokenize_rows(
             "load a streaming data set with streaming=False (tokens are memory-mapped), or make one of a list with "
             "Dataset.from_list"
         )
-    given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows))
+    given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows), len(rows))
     done = tokenize_source(given, tokenizer, options)
     done.report.check(source)
     return done.rows.remove_columns("key"), done.report
@@ -129,7 +130,8 @@ def tokenize_source(
         finally:
             shutil.rmtree(made, ignore_errors=True)
     about = json.loads((folder / "report.json").read_text("utf-8"))
-    report = DropReport.from_dict(about["report"])
+    drops = DropList([(folder / "drops.jsonl", about["label"], about["report"]["rows"] - about["report"]["kept"])])
+    report = DropReport.from_dict(about["report"], drops)
     report.cached = cached
     return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
 
@@ -137,9 +139,8 @@ def tokenize_source(
 def write(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
 ) -> None:
-    """Tokenise a source into `folder`: pairs.arrow and report.json."""
+    """Tokenise a source into `folder`: pairs.arrow, drops.jsonl and report.json."""
     import pyarrow as pa
-    from datasets.utils import tqdm
 
     batches = source.batches()
     first = next(batches, [])
@@ -147,22 +148,25 @@ def write(
     work = PairTokenizer(tokenizer, options, shape)
     schema = pa.schema([(name, arrow_type(name)) for name in [*work.names, "row", "key", "source"]])
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
-    numbered, seen = itertools.chain([first], batches), 0
-    with pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as arrow, tqdm(
-        desc=f"tokenising {source.label}", unit=" rows", leave=False, disable=not sys.stderr.isatty()
-    ) as bar:  # fmt: skip
+    numbered = itertools.chain([first], batches)
+    with (
+        pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as arrow,
+        (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
+        Throughput(f"tokenising {source.label}", "rows", source.rows) as shown,
+    ):
         for chunk in in_order(work, numbered, options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
             arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
             report.kept += len(columns["row"])
-            report.drops += [Drop(source.label, *drop) for drop in chunk.drops]
+            drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
+            report.counts.update(reason for _, reason, _ in chunk.drops)
             counts.update(chunk.counts)
             digest.update(chunk.digest.encode())
-            bar.update(report.rows - seen)
-            seen = report.rows
+            shown.add(len(columns["row"]) + len(chunk.drops), chunk.counts["tokens"])
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = work.notes(counts)
-    about = {"report": report.as_dict(rows=True), "shape": shape, "digest": digest.hexdigest()}
+    about = {"report": report.as_dict(), "label": source.label, "shape": shape, "digest": digest.hexdigest()}
     (folder / "report.json").write_text(json.dumps(about), "utf-8")
 
 
