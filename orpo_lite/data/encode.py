@@ -121,7 +121,7 @@ class Renderer:
             try:
                 result.append(common(*(texts or self._alone(pair))))
             except Dropped as drop:
-                result.append(drop)
+                result.append(Dropped(drop.reason, drop.detail))  # without the traceback, which holds this frame
         return result
 
     def _alone(self, pair: Pair) -> Texts:
