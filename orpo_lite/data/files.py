@@ -317,6 +317,14 @@ def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = Mapping
         yield [without_nulls(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
 
 
+def essential(row: Any, names: frozenset[str] = frozenset(COLUMNS)) -> Any:
+    """A row of a stream as `dataset_batches` gives it: the columns that matter, without what Arrow filled in."""
+    if not isinstance(row, Mapping) or "chosen_ids" in row:
+        return row
+    used = {key: value for key, value in row.items() if key in names}
+    return without_nulls(used or dict(row))
+
+
 def without_nulls(value: Any) -> Any:
     """Arrow gives every struct of a column the fields of all the others, as nulls: take those away again."""
     if isinstance(value, dict):

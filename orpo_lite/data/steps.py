@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from orpo_lite.data.batching import PackedCollator, PaddedCollator
+from orpo_lite.data.batching import PackedCollator, PaddedCollator, common_prefix
 from orpo_lite.data.columns import common_prefixes, list_lengths
 
 if TYPE_CHECKING:
@@ -41,6 +41,16 @@ def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     if layout == "packed":
         return lengths[0] + lengths[1]
     return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
+
+
+def pair_cost(pair: dict[str, Any], layout: str) -> int:
+    """`pair_costs` of one pair."""
+    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+    if "prompt_ids" in pair:
+        return 2 * (len(pair["prompt_ids"]) + max(len(chosen), len(rejected)))
+    if layout == "padded":
+        return 2 * max(len(chosen), len(rejected))
+    return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
 
 
 def deal(costs: np.ndarray, bins: int) -> list[list[int]]:
@@ -123,6 +133,19 @@ def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
     return runs
 
 
+def cut_step(costs: np.ndarray, processes: int, budget: int, padded: bool = False) -> list[MicroBatches]:
+    """The pairs of one optimizer step, by index, as micro-batches of each process: as many on all, some of them empty."""
+    dealt = [np.array(d, dtype=np.int64) for d in deal(costs, processes)]
+    cut = [micro_batches(costs[d], budget, 1, padded) for d in dealt]
+    count = max(map(len, cut))
+    cut = [
+        c if len(c) == count else micro_batches(costs[d], budget, count, padded)
+        for c, d in zip(cut, dealt, strict=True)
+    ]
+    count = max(map(len, cut))
+    return [[d[batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)]
+
+
 @dataclass
 class StepPlan:
     """All steps of every epoch, worked out one at a time.
@@ -166,17 +189,8 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Micro-batches of each process in one optimizer step; the same number on all of them."""
         mine = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        dealt = deal(self.costs[mine], self.processes)
-        cut = [micro_batches(self.costs[mine[d]], self.tokens_per_batch, 1, self.padded) for d in dealt]
-        count = max(map(len, cut))
-        cut = [
-            c if len(c) == count else micro_batches(self.costs[mine[d]], self.tokens_per_batch, count, self.padded)
-            for c, d in zip(cut, dealt, strict=True)
-        ]
-        count = max(map(len, cut))
-        return [
-            [mine[d][batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)
-        ]
+        cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded)
+        return [[mine[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
 class StepDataset(Dataset):

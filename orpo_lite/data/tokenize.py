@@ -76,12 +76,13 @@ class Tokenized(NamedTuple):
 
 
 def tokenize_rows(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
+    rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
 ) -> tuple[datasets.Dataset, DropReport]:
     """Tokenise preference rows of any shape.
 
     Args:
-        rows: raw rows; columns that are not part of a preference row are left out.
+        rows: raw rows; columns that are not part of a preference row are left out. A stream (of `datasets` or torch)
+            is read once, to disk.
         source: names the rows in the report and in errors.
 
     Returns:
@@ -93,14 +94,19 @@ def tokenize_rows(
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
     """
     import datasets
+    from torch.utils.data import IterableDataset
 
-    if not isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.IterableDataset | IterableDataset):
+        from orpo_lite.data.streaming import rows_of
+
+        given, _ = rows_of(rows, source)
+    elif isinstance(rows, datasets.Dataset):
+        given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows), len(rows))
+    else:
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
-            "load a streaming data set with streaming=False (tokens are memory-mapped), or make one of a list with "
-            "Dataset.from_list"
+            "or make one of a list with Dataset.from_list"
         )
-    given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows), len(rows))
     done = tokenize_source(given, tokenizer, options)
     done.report.check(source)
     return done.rows.remove_columns("key"), done.report
@@ -117,8 +123,9 @@ def tokenize_source(
     import datasets
 
     caching = datasets.is_caching_enabled()
-    key = cache_key(source.content, tokenizer, options, number) if caching else uuid.uuid4().hex
-    root = cache_root()
+    lasting = caching and bool(source.content)  # what a stream will give is not known before it is read
+    key = cache_key(source.content, tokenizer, options, number) if lasting else uuid.uuid4().hex
+    root = cache_root() if lasting else Path(temporary_root())
     folder = root / key
     cached = folder.is_dir()
     if not cached:
