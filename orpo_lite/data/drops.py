@@ -113,11 +113,13 @@ class DropReport:
         counts: Counter[str] = Counter()
         for report in reports:
             counts.update(report.counts)
-        files = [file for report in reports if isinstance(report.drops, DropList) for file in report.drops.files]
+        lists = [report.drops for report in reports]
+        on_disk = [drops for drops in lists if isinstance(drops, DropList)]
+        files = [file for drops in on_disk for file in drops.files]
         return cls(
             kept=sum(report.kept for report in reports),
             counts=counts,
-            drops=DropList(files),
+            drops=DropList(files) if len(on_disk) == len(lists) else [drop for drops in lists for drop in drops],
             prompt_cut=sum(report.prompt_cut for report in reports),
             completion_cut=sum(report.completion_cut for report in reports),
             notes=list(dict.fromkeys(note for report in reports for note in report.notes)),

@@ -11,12 +11,22 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.files import COMPRESSIONS, FORMATS, Batches, dataset_batches, file_format, read_file
+from orpo_lite.data.files import (
+    BATCH_ROWS,
+    COMPRESSIONS,
+    FORMATS,
+    Batches,
+    dataset_batches,
+    essential,
+    file_format,
+    read_file,
+)
+from orpo_lite.data.formats import COLUMNS
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Columns, DataSource
@@ -54,6 +64,7 @@ def open_source(
     default: Columns | None,
     limit: int | None = None,
     field: str = "data.train / data.eval",
+    streaming: bool = False,
 ) -> Source:
     """Find a source's files or its hub data set.
 
@@ -63,6 +74,7 @@ def open_source(
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
         field: where the path was given, for the error.
+        streaming: look at no more than the names: no hash of the content, no download of a hub data set.
 
     Raises:
         RequestError: nothing there, or not readable as what it says it is.
@@ -78,14 +90,19 @@ def open_source(
             raise RequestError(
                 f"{source.path}: split is {source.split!r}, but a local file has no splits; leave it out"
             )
-        content, count = hash_files(files)
+        content, count = ("", None) if streaming else hash_files(files)
         batches = lambda: itertools.chain.from_iterable(map(read_file, files))  # noqa: E731 (a closure over files)
     elif is_local(source.path):
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {formats_in_words()}")
+    elif streaming:
+        files, content, count = [], "", None
+        stream = load_hub(source, source.split or split, streaming=True)
+        names = frozenset((*COLUMNS, *columns.values()))
+        batches = lambda: batched(essential(row, names) for row in stream)  # noqa: E731 (as above)
     else:
         files, rows = [], load_hub(source, source.split or split)
         content, count, batches = rows._fingerprint, len(rows), lambda: dataset_batches(rows, columns)
-    key = hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
+    key = content and hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
     count = limit if limit is not None and (count or limit) >= limit else count
     return Source(source.path, files, key, lambda: shaped(batches(), columns, limit, source.path), count)
 
@@ -174,13 +191,15 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
     return saved
 
 
-def load_hub(source: DataSource, split: str) -> datasets.Dataset:
+def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     """A hub data set; never runs code that it ships."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
+        rows = datasets.load_dataset(
+            source.path, source.name, split=split, revision=source.revision, streaming=streaming
+        )
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "
@@ -194,9 +213,15 @@ def load_hub(source: DataSource, split: str) -> datasets.Dataset:
         ) from None
     except Exception as error:  # whatever else datasets finds wrong: split, configuration, files
         raise RequestError(f"{source.path}: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(rows, datasets.Dataset):
+    if not isinstance(rows, datasets.IterableDataset if streaming else datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
+
+
+def batched(rows: Iterable[Any]) -> Batches:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield batch
 
 
 def shorten(path: str) -> str:

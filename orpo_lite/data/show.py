@@ -12,13 +12,15 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_lite.cli import console
-from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs
+from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs, looked_at
 from orpo_lite.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
+STREAMED = 1000
+"""Rows of a stream that are shown for all of it."""
 # what could move the cursor, reorder or hide text in a terminal; line breaks and tabs are handled apart
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
 
@@ -39,6 +41,7 @@ def command(
         # what there is to see is shown all the same; the error comes after it and sets the exit status
         print_report(error.report, error.shapes, None, list_drops, as_json)
         raise
+    pairs = looked_at(pairs, STREAMED)
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
     print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
 

@@ -166,8 +166,8 @@ class PairStream(IterableDataset):
         return pairs, report.report
 
 
-def batched(rows: Iterator[Any], size: int = CHUNK) -> Iterator[list[Any]]:
-    while batch := list(itertools.islice(rows, size)):
+def batched(rows: Iterator[Any]) -> Iterator[list[Any]]:
+    while batch := list(itertools.islice(rows, CHUNK)):
         yield batch
 
 
