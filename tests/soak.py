@@ -13,7 +13,6 @@ import json
 import os
 import re
 import tempfile
-import threading
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -45,7 +44,7 @@ class Sample:
         status = dict(re.findall(r"(\w+):\s+(\d+)", Path("/proc/self/status").read_text()))
         children = Path(f"/proc/self/task/{os.getpid()}/children").read_text().split()
         return cls(step, int(status["VmRSS"]) / 1024, int(status["RssAnon"]) / 1024, len(os.listdir("/proc/self/fd")),
-                   threading.active_count(), len(children))  # fmt: skip
+                   int(status["Threads"]), len(children))  # fmt: skip
 
 
 class Soak(TrainerCallback):
