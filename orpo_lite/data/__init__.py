@@ -104,7 +104,9 @@ def stream_pairs(
         _, report = looked_at.first(LOOKED_AT)
         about = {"section": "train", "path": one.path, "files": source.files, "shape": looked_at.shapes[0]}
         shapes[source.label] = about | {"rows": report.rows, "kept": report.kept, "weight": 1.0, "cached": False}
-    held = read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
+    held = (
+        read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
+    )
     report = DropReport.merge([done.report for done in held])
     if held:
         report.check("data.eval")

@@ -91,8 +91,10 @@ class PairTokenizer:
             except (Dropped, RecursionError) as error:
                 # no name may keep the error: its traceback holds this frame, and that all of the chunk
                 nested = isinstance(error, RecursionError)
-                said = (WRONG_TYPES, "the row is nested too deeply") if nested else (error.reason, error.detail)
-                chunk.drops.append((number, *said))
+                reason, detail = (
+                    (WRONG_TYPES, "the row is nested too deeply") if nested else (error.reason, error.detail)
+                )
+                chunk.drops.append((number, reason, detail))
                 digest.update(b"-")
                 continue
             chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template

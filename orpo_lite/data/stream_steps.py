@@ -102,7 +102,9 @@ class StepStream(IterableDataset):
             return []
         cut = self.cut(window)[self.process]
         cheapest = min(window, key=lambda pair: len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
-        return [self.collator([window[i] for i in batch]) if batch else filler(self.collator, cheapest) for batch in cut]
+        return [
+            self.collator([window[i] for i in batch]) if batch else filler(self.collator, cheapest) for batch in cut
+        ]
 
     def cut(self, window: list[Row]) -> list[MicroBatches]:
         if self.budget:
@@ -126,7 +128,9 @@ def stream_loader(stream: PairStream, args: ORPOConfig, layout: str, collator: A
     )  # fmt: skip
     workers = min(1, args.dataloader_num_workers)  # each would read all of the stream
     if workers and multiprocessing.get_start_method() != "fork":
-        logger.warning("dataloader_num_workers: a stream is read in the training process, since this system cannot fork")
+        logger.warning(
+            "dataloader_num_workers: a stream is read in the training process, since this system cannot fork"
+        )
         workers = 0
     return DataLoader(
         dataset, batch_size=None, num_workers=workers, pin_memory=args.dataloader_pin_memory,
@@ -198,7 +202,9 @@ class StreamWatch(TrainerCallback, ExportableState):
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         report = self.watched.report
         if self.shown:
-            logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", self.name, report)
+            logger.log(
+                logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", self.name, report
+            )
 
     def state(self) -> dict[str, Any]:
         """For trainer_state.json."""

@@ -45,6 +45,9 @@ class Place(NamedTuple):
     row: int = 0
 
 
+BEGINNING = Place()
+
+
 class Event(NamedTuple):
     """A row that was read: a pair, or why there is none."""
 
@@ -108,7 +111,7 @@ class PairStream(IterableDataset):
         """The pairs of one pass."""
         return (event.pair for event in self.events() if event.pair is not None)
 
-    def events(self, start: Place = Place()) -> Iterator[Event]:
+    def events(self, start: Place = BEGINNING) -> Iterator[Event]:
         """What became of the rows of a pass, from a place in it on, which costs the reading of what lies before it."""
         if self.set_epoch:
             self.set_epoch(start.passes)
@@ -206,7 +209,12 @@ class StreamReport:
     def state(self) -> dict[str, Any]:
         """Plain values, for a checkpoint."""
         report = self.report
-        return {"kept": report.kept, "counts": dict(report.counts), "cuts": dict(self.cuts), "drops": list(report.drops)}
+        return {
+            "kept": report.kept,
+            "counts": dict(report.counts),
+            "cuts": dict(self.cuts),
+            "drops": list(report.drops),
+        }
 
     def restore(self, state: dict[str, Any]) -> None:
         drops = [Drop(*drop) for drop in state["drops"]]

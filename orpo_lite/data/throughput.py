@@ -55,4 +55,6 @@ class Throughput:
         scale, unit = (1e6, "MB") if self.unit == "bytes" else (1, self.unit)
         share = f" of about {self.total / scale:,.0f}" if self.total and self.total >= self.done else ""
         tokens = f", {self.tokens / seconds:,.0f} tokens/s" if self.tokens else ""
-        return f"{self.what}: {self.done / scale:,.0f}{share} {unit}, {self.done / scale / seconds:,.0f} {unit}/s{tokens}"
+        return (
+            f"{self.what}: {self.done / scale:,.0f}{share} {unit}, {self.done / scale / seconds:,.0f} {unit}/s{tokens}"
+        )

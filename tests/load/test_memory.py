@@ -36,7 +36,7 @@ def test_reading_holds_a_batch_at_a_time(kind, tmp_path):
         return held
 
     small, large = peak(4000), peak(16_000)
-    # a row group of parquet, 50,000 rows here, is read whole: what is read of it is compressed
+    # of parquet, a page of each column of the row group is open, whose size follows that of the group
     assert large < (4 if kind == "parquet" else 1.3) * small and large < 30e6
 
 
@@ -75,7 +75,9 @@ def test_throughput_is_shown_where_there_is_no_terminal(capsys, monkeypatch):
     monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
     with Throughput("tokenising x", "rows", 4000) as shown:
         shown.add(1000, 50_000)
-    assert re.search(r"tokenising x: 1,000 of about 4,000 rows, [\d,]+ rows/s, [\d,]+ tokens/s", capsys.readouterr().err)
+    assert re.search(
+        r"tokenising x: 1,000 of about 4,000 rows, [\d,]+ rows/s, [\d,]+ tokens/s", capsys.readouterr().err
+    )
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

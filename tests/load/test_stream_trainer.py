@@ -73,7 +73,11 @@ def test_a_stream_trains_as_its_rows_in_order(kind, options, tmp_path, tokenizer
     report = streamed.drop_reports["train"]
     assert report.dropped.keys() == plain.drop_reports["train"].dropped.keys()
     # 8 steps over 21 good rows of 26 are one pass and a part of the next
-    assert [drop.row for drop in report.drops][:5] == [drop.row for drop in plain.drop_reports["train"].drops] == [3, 8, 13, 18, 23]
+    assert (
+        [drop.row for drop in report.drops][:5]
+        == [drop.row for drop in plain.drop_reports["train"].drops]
+        == [3, 8, 13, 18, 23]
+    )
 
 
 @pytest.mark.parametrize("workers", [0, 2])
@@ -100,7 +104,9 @@ def test_resuming_tokenises_nothing_that_is_behind(tmp_path, tokenizer, monkeypa
     options = {"per_device_train_batch_size": 5, "save_steps": 16, "save_strategy": "steps", "max_steps": 17}
     train(Plain(given), tmp_path, tokenizer, **options)
     seen, call = [], PairTokenizer.__call__
-    monkeypatch.setattr(PairTokenizer, "__call__", lambda self, rows: seen.extend(n for n, _ in rows) or call(self, rows))
+    monkeypatch.setattr(
+        PairTokenizer, "__call__", lambda self, rows: seen.extend(n for n, _ in rows) or call(self, rows)
+    )
     train(Plain(given), tmp_path / "b", tokenizer, resume=str(tmp_path / "out" / "checkpoint-16"), **options)
     assert seen and min(seen) == 80
 
