@@ -73,7 +73,7 @@ class JsonArray:
         while True:
             try:
                 value, end = self.decoder.raw_decode(self.text, place)
-                if end < len(self.text) or not self._more():  # a number may go on
+                if end < len(self.text) - 2 or not self._more():  # a number may go on, 1e+ and then 16
                     return value, end
             except json.JSONDecodeError as error:
                 cut = error.msg.startswith("Unterminated string") or error.pos > len(self.text) - NEAR

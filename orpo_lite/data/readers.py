@@ -197,9 +197,8 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(
-            source.path, source.name, split=split, revision=source.revision, streaming=streaming
-        )
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
+        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision, **options)
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "

@@ -63,7 +63,7 @@ def test_rows_and_errors_are_those_of_the_whole_document(rows, block, indent, rn
 
 
 @pytest.mark.parametrize("text", [b"[", b"[1,]", b"[1 2]", b'[{"a": 1, "a": 2}]', b"[" * 100_000, b'["\0"]', b"[1]\0", b'[{"a": tru',
-    b'["abc', b"[]", b"[ ]  ", b"[]]", b'[\n{"a": 1},\n\n  {"b" 2}]', b"[" + b"9" * 5000 + b"]", b'["\xff"]', b'["a",\n "\xe9"]'])  # fmt: skip
+    b'["abc', b"[1e+16, -2.5E-3]", b"[1e+]", b"[]", b"[ ]  ", b"[]]", b'[\n{"a": 1},\n\n  {"b" 2}]', b"[" + b"9" * 5000 + b"]", b'["\xff"]', b'["a",\n "\xe9"]'])  # fmt: skip
 @pytest.mark.parametrize("block", [1, 7, 1_000_000])
 def test_damage_is_named_by_the_same_words(text, block, monkeypatch):
     monkeypatch.setattr(json_array, "BLOCK", block)
