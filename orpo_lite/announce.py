@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import math
 import platform
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,7 @@ from rich.table import Table
 from orpo_lite.card import find_licence, hub_id
 from orpo_lite.checkpoints import newest_good
 from orpo_lite.cli import console, errors
+from orpo_lite.data.streaming import PairStream
 from orpo_lite.evaluate import show
 from orpo_lite.measure import held_by, peak_memory_bytes
 from orpo_lite.model import BaseFacts, trainable_share
@@ -61,7 +63,9 @@ def resolved(
         row("" if i else "base model", sentence.removeprefix("base: "))
     row("adapter", describe_adapter(recipe))
     row("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    row("data", f"{len(pairs.train):,} training pairs, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
+    known = None if isinstance(pairs.train, PairStream) else len(pairs.train)
+    training = "a stream of training pairs" if known is None else f"{known:,} training pairs"
+    row("data", f"{training}, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
     for line in str(pairs.report).splitlines():
         row("", line)
     row("layout", f"{trainer.layout.name}: {trainer.layout.why}")
@@ -77,7 +81,7 @@ def resolved(
     )
     row(
         "steps",
-        f"{steps:,} ({steps * batch / max(1, len(pairs.train)):.2f} epochs), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
+        f"{steps:,} ({f'{steps * batch:,} pairs' if known is None else f'{steps * batch / max(1, known):.2f} epochs'}), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
     )
     row("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers"))
     console.print(table)
@@ -154,7 +158,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
         "data": {
             "fingerprint": pairs.fingerprint,
             "sources": pairs.shapes,
-            "train_pairs": len(pairs.train),
+            "train_pairs": trained_pairs(pairs, trainer),
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
         },
@@ -165,14 +169,20 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
     }
 
 
+def trained_pairs(pairs: Pairs, trainer: ORPOTrainer) -> int:
+    """Training pairs; of a stream, those that were read."""
+    watch = trainer.stream_watch
+    return watch.watched.report.kept if watch is not None else len(pairs.train)
+
+
 def probe_rows(pairs: Pairs) -> list[list[int]]:
     """Where the chosen answers of a few training rows begin, for a later merge to compare models on.
 
     A few tokens of the prompt and some of the answer; run.json is never published.
     """
-    found, rows = [], pairs.train.select(range(min(3, len(pairs.train))))
+    found: list[list[int]] = []
     row: Any
-    for row in rows:
+    for row in itertools.islice(pairs.train, 3):
         ids, start = row["chosen_ids"], row.get("chosen_start", 0)
         found.append(list(ids)[max(0, min(start - 4, len(ids) - 16)) :][:32])
     return [row for row in found if len(row) >= 4]

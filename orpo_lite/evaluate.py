@@ -32,14 +32,11 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 def length_baseline(pairs: Dataset) -> float:
     """Accuracy of always preferring the longer answer, in tokens; a tie counts half."""
-    columns = pairs.with_format(None)
-    starts = [
-        columns[f"{side}_start"] if f"{side}_start" in pairs.column_names else [0] * len(pairs)
-        for side in ("chosen", "rejected")
-    ]
-    lengths = [[len(ids) - start for ids, start in zip(columns[f"{side}_ids"], first, strict=True)]
-               for side, first in zip(("chosen", "rejected"), starts, strict=True)]  # fmt: skip
-    return sum(1.0 if c > r else 0.5 if c == r else 0.0 for c, r in zip(*lengths, strict=True)) / max(1, len(pairs))
+    from orpo_lite.data import lengths
+
+    counted = lengths(pairs)
+    chosen, rejected = counted["chosen"], counted["rejected"]
+    return float((chosen > rejected).sum() + (chosen == rejected).sum() / 2) / max(1, len(pairs))
 
 
 def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None) -> dict[str, Any]:

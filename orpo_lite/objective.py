@@ -112,13 +112,16 @@ class ObjectiveTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
         """The micro-batches of one optimizer step, and how many NLL labels and pairs they hold on all processes."""
-        batches, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
-        batches = [self._ours(batch) for batch in batches]
+        batches = [self._ours(batch) for batch in self._next_items(epoch_iterator, num_batches, device)]
         if not batches:
             return batches, None
         self._window = Window(batches, self._sums, self.args.device)
         totals = count_labels([micro for batch in batches for micro in micro_batches(batch)])
         return batches, self._total(torch.stack(totals).to(device))
+
+    def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
+        """What the loader gives for an optimizer step; nothing at its end."""
+        return super().get_batch_samples(iterator, count, device)[0]
 
     def _total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""

@@ -12,8 +12,10 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
+from orpo_lite.data.columns import numbers
 from orpo_lite.data.split import pair_tokens, select_pairs
 from orpo_lite.data.steps import micro_batches
+from orpo_lite.data.streaming import PairStream
 
 SAVERS = (
     "let more layers checkpoint (memory.checkpointing=all), keep what they save in the host's memory "
@@ -167,8 +169,10 @@ def stuck(what: str, batch: dict[str, Any], cause: str, why: str) -> OutOfMemory
 def where(batch: dict[str, Any], pairs: Any) -> str:
     """The only pair of a batch, by its place in a tokenised data set and its row in the source."""
     row = int(batch["pair_rows"][0])
-    if pairs is None or row < 0 or "row" not in pairs.column_names:
+    if isinstance(pairs, PairStream) and row >= 0:
+        return f"row {row} of its source"
+    if pairs is None or row < 0 or "row" not in getattr(pairs, "column_names", ()):
         return "whose place in the data is not known"
-    found = np.flatnonzero(np.asarray(pairs.with_format(None)["row"]) == row)
+    found = np.flatnonzero(numbers(pairs, "row") == row)
     places = " or ".join(str(place) for place in found[:3])
     return f"number {places} of the tokenised pairs (row {row} of its source)"

@@ -16,6 +16,7 @@ from transformers import (
     AutoTokenizer,
 )
 
+from orpo_lite.data.columns import list_lengths, numbers
 from orpo_lite.model.adapter import prepare_frozen
 
 if TYPE_CHECKING:
@@ -84,12 +85,11 @@ def check_tokenised(pairs: Dataset, name: str) -> None:
     Raises:
         ValueError: a side without a label; the message names the row.
     """
-    columns = pairs.with_format(None)
     for side in ("chosen", "rejected"):
-        length = np.array([len(ids) for ids in columns[f"{side}_ids"]], dtype=np.int64)
+        length = list_lengths(pairs, f"{side}_ids")
         # a token is predicted from the one before it, so the first of a decoder-only sequence is nobody's label
         alone = "prompt_ids" in pairs.column_names
-        first = np.zeros_like(length) if alone else np.maximum(np.array(columns[f"{side}_start"]), 1)
+        first = np.zeros_like(length) if alone else np.maximum(numbers(pairs, f"{side}_start"), 1)
         empty = np.flatnonzero(length <= first)
         if len(empty):
             raise ValueError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import shlex
 import tempfile
@@ -25,7 +26,7 @@ from orpo_lite import announce
 from orpo_lite.card import write_card
 from orpo_lite.cli import console, run_command
 from orpo_lite.config import ORPOConfig
-from orpo_lite.data import Pairs, load_pairs
+from orpo_lite.data import DropReport, Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
 from orpo_lite.errors import RequestError
 from orpo_lite.evaluate import base_only, evaluate, judge
@@ -67,6 +68,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 42,
 }
 """What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
+STREAMED = DEFAULTS | {"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.1}
+"""The same for a stream, of which nobody knows when an epoch ends: every tenth of max_steps."""
 
 
 @dataclass
@@ -104,7 +107,8 @@ def run(
         Stopped: a signal asked for the end; the run can be gone on with.
     """
     started = time.monotonic()
-    recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
+    defaults = STREAMED if recipe.data.streaming else DEFAULTS
+    recipe = recipe.model_copy(update={"training": defaults | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
@@ -145,6 +149,8 @@ def run(
             raise
         after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
 
+    if trainer.stream_watch is not None:
+        pairs.report = DropReport.merge([trainer.stream_watch.watched.report, pairs.report])
     record = announce.record(recipe, pairs, facts, trainer)
     record |= {
         "steps": outcome.global_step,
@@ -315,9 +321,10 @@ def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.devi
     assert recipe.adapter is not None
     collate = PaddedCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     size = recipe.training.get("per_device_train_batch_size", 8)
+    first = list(itertools.islice(pairs.train, recipe.adapter.eva_batches * size))
     batches = []
-    for start in range(0, min(len(pairs.train), recipe.adapter.eva_batches * size), size):
-        batch = collate([pairs.train[i] for i in range(start, min(start + size, len(pairs.train)))])
+    for start in range(0, len(first), size):
+        batch = collate(first[start : start + size])
         batches.append({key: batch[key].to(device) for key in ("input_ids", "attention_mask")})
     return batches
 

@@ -10,13 +10,16 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from orpo_lite.attention import plain_attention
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.steps import step_loader
+from orpo_lite.data.stream_steps import StreamWatch, stream_loader
+from orpo_lite.data.streaming import News, PairStream, rows_of
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
+from orpo_lite.errors import RequestError
 from orpo_lite.head import head_transform
 from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
@@ -40,6 +43,11 @@ from orpo_lite.saving import SavingTrainer
 logger = logging.getLogger(__name__)
 
 
+def untokenised(rows: Any) -> bool:
+    """Whether rows are still to be tokenised."""
+    return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
+
+
 class ORPOTrainer(SavingTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
@@ -53,8 +61,10 @@ class ORPOTrainer(SavingTrainer):
         model: a model, a PeftModel, or the name or path of one.
         args: an ORPOConfig.
         data_collator: replaces our collator; it is given tokenised pairs, and may return batches of TRL's form.
-        train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenised already.
-        eval_dataset: the same, or a dict of several.
+        train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenised already. A
+            streaming one (of `datasets` or torch) is read in its order while training, as often as `args.max_steps`,
+            which it needs, asks for.
+        eval_dataset: the same, or a dict of several. A streaming one is read once, to disk.
         processing_class: the tokenizer; left out, the model's own.
         peft_config: adapter to train; quantised models are prepared for it.
         The rest as in transformers.Trainer.
@@ -62,7 +72,7 @@ class ORPOTrainer(SavingTrainer):
     Raises:
         ValueError: no data set, an adapter both in `model` and in `peft_config`, or a kind of adapter that the
             loss cannot be computed through.
-        RequestError: more than half of the rows cannot be used.
+        RequestError: more than half of the rows cannot be used; a stream without `max_steps`.
     """
 
     _tag_names = ["orpo", "orpo-lite"]
@@ -72,7 +82,7 @@ class ORPOTrainer(SavingTrainer):
         model: Any = None,
         args: ORPOConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Dataset | None = None,
+        train_dataset: Dataset | IterableDataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         model_init: Any = None,
@@ -132,14 +142,17 @@ class ORPOTrainer(SavingTrainer):
             num_proc=args.dataset_num_proc,
         )
         with args.main_process_first(desc="tokenising"):
-            if train_dataset is not None:
+            if isinstance(train_dataset, IterableDataset):
+                train_dataset = self._streamed(train_dataset, args)
+            elif train_dataset is not None:
                 train_dataset = self._tokenised(train_dataset, "train")
             if isinstance(eval_dataset, dict):
                 eval_dataset = {k: self._tokenised(d, k) for k, d in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = self._tokenised(eval_dataset, "eval")
 
-        if args.tokens_per_batch:
+        self._accumulation = args.gradient_accumulation_steps
+        if args.tokens_per_batch or isinstance(train_dataset, PairStream):
             # one item of the loader is an optimizer step: transformers must not count micro-batches itself
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
             args.gradient_accumulation_steps = 1
@@ -179,6 +192,10 @@ class ORPOTrainer(SavingTrainer):
         plain = self.accelerator.unwrap_model(self.model)
         with autocast(plain):
             self.head_transform = head_transform(plain, args.device, exact)
+        self.stream_watch: StreamWatch | None = None
+        if isinstance(self.train_dataset, PairStream):
+            self.stream_watch = StreamWatch(self.train_dataset, "train", self.is_world_process_zero())
+            self.add_callback(self.stream_watch)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self._sums: dict[str, Tensor] = {}
@@ -204,24 +221,40 @@ class ORPOTrainer(SavingTrainer):
     def call_model_init(self, trial: Any = None) -> Any:
         return self._ready(super().call_model_init(trial), self.args)
 
+    def _streamed(self, rows: IterableDataset, args: ORPOConfig) -> PairStream:
+        if args.max_steps <= 0:
+            raise RequestError(
+                f"ORPOConfig.max_steps: found {args.max_steps}, expected a number above 0: a streaming train_dataset does not "
+                "say how many rows it has, so max_steps says where training ends and the learning rate reaches its end"
+            )
+        if args.nll_mean == "micro" and args.gradient_accumulation_steps > 1:
+            raise RequestError(
+                "ORPOConfig.nll_mean: micro is not there for a streaming train_dataset with gradient_accumulation_steps: "
+                "set nll_mean to window, or gradient_accumulation_steps to 1"
+            )
+        if isinstance(rows, PairStream):
+            return rows
+        source, set_epoch = rows_of(rows, "train")
+        return PairStream([source], self.tokenizer, self._tokenize_options, set_epoch=set_epoch)
+
     def _tokenised(self, rows: Any, name: str) -> Dataset:
         if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
             check_tokenised(rows, name)
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
-        logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
+        logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", name, report)
         return pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Batches of held-out pairs; rows that are not tokenised yet are tokenised as the others were."""
-        if isinstance(eval_dataset, Dataset) and "chosen_ids" not in eval_dataset.column_names:
+        if untokenised(eval_dataset):
             eval_dataset = self._tokenised(eval_dataset, "eval")
         return super().get_eval_dataloader(eval_dataset)  # type: ignore[arg-type]
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """As `get_eval_dataloader`, for `predict`."""
-        if isinstance(test_dataset, Dataset) and "chosen_ids" not in test_dataset.column_names:
+        if untokenised(test_dataset):
             test_dataset = self._tokenised(test_dataset, "test")
         return super().get_test_dataloader(test_dataset)  # type: ignore[arg-type]
 
@@ -230,9 +263,32 @@ class ORPOTrainer(SavingTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches; with `tokens_per_batch`, optimizer steps of as many micro-batches as their tokens need."""
         args = self.args
+        if isinstance(self.train_dataset, PairStream):
+            return stream_loader(self.train_dataset, args, self.layout.name, self.data_collator, self._accumulation)
         if not args.tokens_per_batch:
             return super().get_train_dataloader()
         return step_loader(self.train_dataset, args, self.layout.name, self.data_collator)
+
+    def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
+        items = super()._next_items(iterator, count, device)
+        if self.stream_watch is None:
+            return items
+        # an item without a step only tells what was dropped
+        while items and not self.stream_watch.take(items[0]):
+            items = super()._next_items(iterator, count, device)
+        self.drop_reports["train"] = self.stream_watch.watched.report
+        if items and self.state.global_step == self._initial_global_step:
+            self._read_alike(items[0]["news"])
+        return [{"micro_batches": item["micro_batches"]} for item in items]
+
+    def _read_alike(self, news: News) -> None:
+        """Raise RequestError where the processes read different rows, of which each would then train on a share only."""
+        seen = self.accelerator.gather(torch.tensor([news.fingerprint], device=self.args.device))
+        if len(seen.unique()) > 1:  # type: ignore[union-attr]
+            raise RequestError(
+                "train: the processes read different rows of the stream: it must give every row on every process, which "
+                "take their own share of each step (leave out what splits it by rank or shuffles without a seed)"
+            )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate, over all micro-batches of a step."""

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
+import json
 from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo_lite.errors import RequestError
@@ -39,13 +43,47 @@ class Drop(NamedTuple):
     detail: str
 
 
+class DropList(Sequence[Drop]):
+    """Dropped rows in their order, read from files as they are looked at: there may be as many as there are rows.
+
+    Args:
+        files: (path, source, drops in it) of each; a line is the JSON list [row, reason, detail].
+    """
+
+    def __init__(self, files: Iterable[tuple[Path, str, int]] = ()):
+        self.files = list(files)
+
+    def __len__(self) -> int:
+        return sum(count for _, _, count in self.files)
+
+    def __iter__(self) -> Iterator[Drop]:
+        for path, source, count in self.files:
+            if count:
+                with path.open(encoding="utf-8") as lines:
+                    yield from (Drop(source, *json.loads(line)) for line in lines)
+
+    def __getitem__(self, index: Any) -> Any:
+        if isinstance(index, slice):
+            return list(self)[index]
+        place = range(len(self))[index]  # IndexError outside of it
+        return next(itertools.islice(self, place, None))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))  # fmt: skip
+
+    def __repr__(self) -> str:
+        return f"<{len(self)} dropped rows>"
+
+
 @dataclass
 class DropReport:
     """Rows kept, cut and dropped, over one source or several."""
 
     kept: int = 0
-    drops: list[Drop] = field(default_factory=list)
-    """Every dropped row."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Reason -> dropped rows."""
+    drops: Sequence[Drop] = field(default_factory=DropList)
+    """Every dropped row; of a stream the first ones."""
     prompt_cut: int = 0
     """Pairs whose prompt lost its oldest content."""
     completion_cut: int = 0
@@ -57,7 +95,7 @@ class DropReport:
 
     @property
     def rows(self) -> int:
-        return self.kept + len(self.drops)
+        return self.kept + self.counts.total()
 
     @property
     def truncated(self) -> int:
@@ -67,14 +105,21 @@ class DropReport:
     @property
     def dropped(self) -> dict[str, int]:
         """Reason -> dropped rows, most frequent first."""
-        return dict(Counter(drop.reason for drop in self.drops).most_common())
+        return dict(self.counts.most_common())
 
     @classmethod
     def merge(cls, reports: list[DropReport]) -> DropReport:
         """Sum of several reports; cached only if all of them were."""
+        counts: Counter[str] = Counter()
+        for report in reports:
+            counts.update(report.counts)
+        lists = [report.drops for report in reports]
+        on_disk = [drops for drops in lists if isinstance(drops, DropList)]
+        files = [file for drops in on_disk for file in drops.files]
         return cls(
             kept=sum(report.kept for report in reports),
-            drops=[drop for report in reports for drop in report.drops],
+            counts=counts,
+            drops=DropList(files) if len(on_disk) == len(lists) else [drop for drops in lists for drop in drops],
             prompt_cut=sum(report.prompt_cut for report in reports),
             completion_cut=sum(report.completion_cut for report in reports),
             notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
@@ -83,14 +128,14 @@ class DropReport:
 
     def check(self, what: str) -> None:
         """Raise TooManyDropped if nothing or less than half is left; `what` names the data in the message."""
-        if self.kept and len(self.drops) <= self.rows / 2:
+        if self.kept and self.counts.total() <= self.rows / 2:
             return
         if not self.rows:
             raise TooManyDropped(f"{what}: no rows at all", self)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         first = self.drops[0]
         raise TooManyDropped(
-            f"{what}: {len(self.drops)} of {self.rows} rows dropped ({counts}), which is "
+            f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}), which is "
             f"{'all of them' if not self.kept else 'more than half'}; the first: row {first.row} of {first.source}, "
             f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; mend the "
             "data, map its columns (data.columns), or if length is the reason raise max_length, or cut the prompts "
@@ -111,11 +156,12 @@ class DropReport:
         return content | {"drops": [drop._asdict() for drop in self.drops]} if rows else content
 
     @classmethod
-    def from_dict(cls, content: dict[str, Any]) -> DropReport:
-        """The inverse of `as_dict(rows=True)`."""
+    def from_dict(cls, content: dict[str, Any], drops: Sequence[Drop] = ()) -> DropReport:
+        """The inverse of `as_dict`; the rows are given apart."""
         return cls(
             kept=content["kept"],
-            drops=[Drop(**drop) for drop in content["drops"]],
+            counts=Counter(content["dropped"]),
+            drops=drops,
             prompt_cut=content["truncated"]["prompt"],
             completion_cut=content["truncated"]["completion"],
             notes=content["notes"],
@@ -136,8 +182,16 @@ class DropReport:
         from rich.table import Table
 
         table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
+        first: dict[str, list[str]] = {reason: [] for reason in self.counts}
+        wanted = {reason: min(8, count) for reason, count in self.counts.items()}
+        for drop in self.drops:
+            if wanted.get(drop.reason):
+                first[drop.reason].append(str(drop.row))
+                wanted[drop.reason] -= 1
+            if not any(wanted.values()):
+                break
         for reason, count in self.dropped.items():
-            rows = [f"{drop.row}" for drop in self.drops if drop.reason == reason][:8]
+            rows = first[reason]
             places = ", ".join(rows) + (", ..." if count > len(rows) else "")
             table.add_row(reason, f"{count:,}", f"{count / self.rows:.1%}", places)
         return table

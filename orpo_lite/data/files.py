@@ -20,6 +20,7 @@ from types import MappingProxyType
 from typing import IO, TYPE_CHECKING, Any
 
 from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.json_array import JsonArray
 from orpo_lite.data.messages import kind
 from orpo_lite.errors import RequestError
 from orpo_lite.safe_yaml import UTF_BOMS
@@ -116,7 +117,9 @@ def read_json(file: str) -> Batches:
         head = [stream.readline().removeprefix(BOM)]
         while head[-1] and not head[-1].strip():
             head.append(stream.readline())
-        if head[-1].lstrip().startswith(b"[") or file_format(file) == ".json" and not is_json_line(head[-1]):
+        if head[-1].lstrip().startswith(b"["):
+            yield from read_json_array(file, b"".join(head), stream)
+        elif file_format(file) == ".json" and not is_json_line(head[-1]):
             yield from read_json_document(file, b"".join([*head, stream.read()]))
         else:
             yield from read_json_lines(file, itertools.chain(head, stream))
@@ -150,8 +153,27 @@ def read_json_lines(file: str, lines: Iterable[bytes]) -> Batches:
         yield batch
 
 
+DOCUMENT = "expected a JSON array of rows, or one object a line"
+
+
+def read_json_array(file: str, head: bytes, stream: IO[bytes]) -> Batches:
+    array = None
+    try:
+        array = JsonArray(head, stream, DECODER)
+        rows = iter(array)
+        while batch := list(itertools.islice(rows, BATCH_ROWS)):
+            yield batch
+    except (UnicodeDecodeError, ValueError, RecursionError) as error:
+        nul = isinstance(error, json.JSONDecodeError) and array is not None and (array.nul or has_nul(stream))
+        raise broken_json(error, file, DOCUMENT, nul) from None
+
+
+def has_nul(stream: IO[bytes]) -> bool:
+    return any(b"\0" in block for block in iter(lambda: stream.read(BATCH_BYTES), b""))
+
+
 def read_json_document(file: str, text: bytes) -> Batches:
-    remedy = "expected a JSON array of rows, or one object a line"
+    remedy = DOCUMENT
     rows = parse_json(text, file, remedy) if text.strip() else []
     if isinstance(rows, dict):
         rows = rows_inside(rows) or [rows]
@@ -179,17 +201,22 @@ DECODER = json.JSONDecoder(object_pairs_hook=unique)
 def parse_json(text: bytes, place: str, remedy: str) -> Any:
     try:
         return DECODER.decode(text.decode("utf-8").rstrip())  # a line's own end would count as a second line
-    except UnicodeDecodeError as error:
-        raise RequestError(not_utf8(place, error)) from None
-    except json.JSONDecodeError as error:
-        if b"\0" in text:
-            raise RequestError(f"{place}: {torn()}") from None
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise RequestError(f"{place}: broken JSON at {where} ({error.msg}); {remedy}") from None
-    except RepeatedKey as error:
-        raise RequestError(f"{place}: {str(error)[:80]!r} stands twice in one object; keep one") from None
-    except (RecursionError, ValueError) as error:
-        raise RequestError(f"{place}: JSON that is nested too deeply or too large ({error}); {remedy}") from None
+    except (UnicodeDecodeError, RecursionError, ValueError) as error:
+        raise broken_json(error, place, remedy, b"\0" in text) from None
+
+
+def broken_json(error: Exception, place: str, remedy: str, nul: bool) -> RequestError:
+    """What is wrong with JSON text, in words; `nul`: whether it holds NUL bytes."""
+    if isinstance(error, UnicodeDecodeError):
+        return RequestError(not_utf8(place, error))
+    if isinstance(error, RepeatedKey):
+        return RequestError(f"{place}: {str(error)[:80]!r} stands twice in one object; keep one")
+    if not isinstance(error, json.JSONDecodeError):
+        return RequestError(f"{place}: JSON that is nested too deeply or too large ({error}); {remedy}")
+    if nul:
+        return RequestError(f"{place}: {torn()}")
+    where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
+    return RequestError(f"{place}: broken JSON at {where} ({error.msg}); {remedy}")
 
 
 def torn() -> str:
@@ -288,6 +315,14 @@ def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = Mapping
     for start in range(0, len(rows), BATCH_ROWS):
         table = rows[start : start + BATCH_ROWS]
         yield [without_nulls(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
+
+
+def essential(row: Any, names: frozenset[str] = frozenset(COLUMNS)) -> Any:
+    """A row of a stream as `dataset_batches` gives it: the columns that matter, without what Arrow filled in."""
+    if not isinstance(row, Mapping) or "chosen_ids" in row:
+        return row
+    used = {key: value for key, value in row.items() if key in names}
+    return without_nulls(used or dict(row))
 
 
 def without_nulls(value: Any) -> Any:

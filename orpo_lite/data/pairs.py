@@ -90,8 +90,12 @@ class PairTokenizer:
                 pair = self.convert(row)
                 digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
             except (Dropped, RecursionError) as error:
-                drop = error if isinstance(error, Dropped) else Dropped(WRONG_TYPES, "the row is nested too deeply")
-                chunk.drops.append((number, drop.reason, drop.detail))
+                # no name may keep the error: its traceback holds this frame, and that all of the chunk
+                nested = isinstance(error, RecursionError)
+                reason, detail = (
+                    (WRONG_TYPES, "the row is nested too deeply") if nested else (error.reason, error.detail)
+                )
+                chunk.drops.append((number, reason, detail))
                 digest.update(b"-")
                 continue
             chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
@@ -105,9 +109,10 @@ class PairTokenizer:
             raise TemplateUnbounded(f"row {numbers[error.job]}: {error}") from None
         tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
         for number, pair, triple in zip(numbers, pairs, texts, strict=True):
+            if isinstance(triple, Dropped):
+                chunk.drops.append((number, triple.reason, triple.detail))
+                continue
             try:
-                if isinstance(triple, Dropped):
-                    raise triple
                 ids = next(tokens)
                 if self.options.strict and pair.chat and triple[0] in triple[1:]:
                     raise Dropped(REFUSED, "the template writes nothing for the answer")

@@ -11,12 +11,23 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.files import COMPRESSIONS, FORMATS, Batches, dataset_batches, file_format, read_file
+from orpo_lite.data.files import (
+    BATCH_ROWS,
+    COMPRESSIONS,
+    FORMATS,
+    Batches,
+    dataset_batches,
+    essential,
+    file_format,
+    read_file,
+)
+from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Columns, DataSource
 from orpo_lite.recipe.source import resolve_path
@@ -24,6 +35,7 @@ from orpo_lite.recipe.source import resolve_path
 if TYPE_CHECKING:
     import datasets
 
+BLOCK = 4_000_000
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -42,6 +54,8 @@ class Source:
     """Hash of the content, the column map included."""
     batches: Callable[[], Batches]
     """Opens the source anew and yields lists of rows, columns renamed."""
+    rows: int | None = None
+    """How many there are, for a progress bar: about, or unknown."""
 
 
 def open_source(
@@ -50,6 +64,7 @@ def open_source(
     default: Columns | None,
     limit: int | None = None,
     field: str = "data.train / data.eval",
+    streaming: bool = False,
 ) -> Source:
     """Find a source's files or its hub data set.
 
@@ -59,6 +74,7 @@ def open_source(
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
         field: where the path was given, for the error.
+        streaming: look at no more than the names: no hash of the content, no download of a hub data set.
 
     Raises:
         RequestError: nothing there, or not readable as what it says it is.
@@ -68,21 +84,27 @@ def open_source(
     # unlike Path's, these are false for what can be no path
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         files, rows = [path], load_saved(path, source.split or split)
-        content, batches = rows._fingerprint, lambda: dataset_batches(rows, columns)
+        content, count, batches = rows._fingerprint, len(rows), lambda: dataset_batches(rows, columns)
     elif files := local_files(path, source.split or split):
         if source.split and not os.path.isdir(path):
             raise RequestError(
                 f"{source.path}: split is {source.split!r}, but a local file has no splits; leave it out"
             )
-        content = hash_files(files)
+        content, count = ("", None) if streaming else hash_files(files)
         batches = lambda: itertools.chain.from_iterable(map(read_file, files))  # noqa: E731 (a closure over files)
     elif is_local(source.path):
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {formats_in_words()}")
+    elif streaming:
+        files, content, count = [], "", None
+        stream = load_hub(source, source.split or split, streaming=True)
+        names = frozenset((*COLUMNS, *columns.values()))
+        batches = lambda: batched(essential(row, names) for row in stream)  # noqa: E731 (as above)
     else:
         files, rows = [], load_hub(source, source.split or split)
-        content, batches = rows._fingerprint, lambda: dataset_batches(rows, columns)
-    key = hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
-    return Source(source.path, files, key, lambda: shaped(batches(), columns, limit, source.path))
+        content, count, batches = rows._fingerprint, len(rows), lambda: dataset_batches(rows, columns)
+    key = content and hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
+    count = limit if limit is not None and (count or limit) >= limit else count
+    return Source(source.path, files, key, lambda: shaped(batches(), columns, limit, source.path), count)
 
 
 def is_local(path: str) -> bool:
@@ -132,15 +154,24 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
     return found
 
 
-def hash_files(files: list[str]) -> str:
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with open(file, "rb") as stream:
-                digest.update(f"{file_format(file)}{hashlib.file_digest(stream, 'sha256').hexdigest()}".encode())
-        except OSError as error:
-            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
-    return digest.hexdigest()
+def hash_files(files: list[str]) -> tuple[str, int | None]:
+    """Hash of some files' bytes, and about how many rows they hold where a line is a row."""
+    digest, lines = hashlib.sha256(), 0
+    counted = all(file.lower().endswith((".jsonl", ".ndjson", ".csv", ".tsv")) for file in files)
+    total = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
+    with Throughput("checking " + (shorten(files[0]) if len(files) == 1 else f"{len(files)} files"), "bytes", total) as shown:  # fmt: skip
+        for file in files:
+            own = hashlib.sha256()
+            try:
+                with open(file, "rb") as stream:
+                    while block := stream.read(BLOCK):
+                        own.update(block)
+                        lines += block.count(b"\n") if counted else 0
+                        shown.add(len(block))
+            except OSError as error:
+                raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+            digest.update(f"{file_format(file)}{own.hexdigest()}".encode())
+    return digest.hexdigest(), lines if counted else None
 
 
 def load_saved(path: str, split: str) -> datasets.Dataset:
@@ -174,13 +205,14 @@ def check_names(folder: Path) -> None:
                 raise RequestError(f"{state} names {name!r}, outside of its folder: save the data set again")
 
 
-def load_hub(source: DataSource, split: str) -> datasets.Dataset:
+def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     """A hub data set; never runs code that it ships."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
+        options: dict[str, Any] = {"streaming": True} if streaming else {}
+        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision, **options)
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "
@@ -194,9 +226,15 @@ def load_hub(source: DataSource, split: str) -> datasets.Dataset:
         ) from None
     except Exception as error:  # whatever else datasets finds wrong: split, configuration, files
         raise RequestError(f"{source.path}: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(rows, datasets.Dataset):
+    if not isinstance(rows, datasets.IterableDataset if streaming else datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
+
+
+def batched(rows: Iterable[Any]) -> Batches:
+    rows = iter(rows)
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield batch
 
 
 def shorten(path: str) -> str:

@@ -12,12 +12,15 @@ from rich.text import Text
 
 from orpo_lite import cli
 from orpo_lite.cli import console
-from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs
+from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs, looked_at
 from orpo_lite.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
+
+STREAMED = 1000
+"""Rows of a stream that are shown for all of it."""
 
 
 def command(
@@ -36,6 +39,7 @@ def command(
         # what there is to see is shown all the same; the error comes after it and sets the exit status
         print_report(error.report, error.shapes, None, list_drops, as_json)
         raise
+    pairs = looked_at(pairs, STREAMED)
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
     print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
 
@@ -69,7 +73,7 @@ def print_report(
         print(json.dumps(content, indent=1))
         return
     console.print(sources_table(report, shapes), "")
-    if report.drops:
+    if report.counts:
         console.print(report.table(), "")
     if list_drops:
         for drop in report.drops:
@@ -114,7 +118,7 @@ def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Tabl
         counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
         table.add_row(Text(printable(label)), about["section"], about["shape"], *counts)
     if len(shapes) > 1:
-        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, len(report.drops))))
+        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, report.rows - report.kept)))
     return table
 
 

@@ -12,7 +12,7 @@ import bisect
 import heapq
 import logging
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -20,6 +20,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from orpo_lite.data.batching import PackedCollator, PaddedCollator, common_prefix
+from orpo_lite.data.columns import common_prefixes, list_lengths
 
 if TYPE_CHECKING:
     from orpo_lite.config import ORPOConfig
@@ -32,23 +33,24 @@ MicroBatches = list[list[int]]
 
 def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     """Tokens that each pair costs in a layout, (N,) int64: padded counts the longer side twice, shared the prefix once."""
-    import pyarrow.compute as pc
-
-    table = pairs.with_format("arrow")[:]
-
-    def count(name: str) -> np.ndarray:
-        return pc.list_value_length(table[name]).to_numpy().astype(np.int64)  # pyright: ignore[reportAttributeAccessIssue]
-
-    lengths = count("chosen_ids"), count("rejected_ids")
+    lengths = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
     if "prompt_ids" in pairs.column_names:  # encoder-decoder: the prompt is not part of the sequences
-        return 2 * (count("prompt_ids") + np.maximum(*lengths))
+        return 2 * (list_lengths(pairs, "prompt_ids") + np.maximum(*lengths))
     if layout == "padded":
         return 2 * np.maximum(*lengths)
     if layout == "packed":
         return lengths[0] + lengths[1]
-    columns = pairs.with_format(None)
-    shared = [common_prefix(c, r) for c, r in zip(columns["chosen_ids"], columns["rejected_ids"], strict=True)]
-    return lengths[0] + lengths[1] - np.array(shared, dtype=np.int64)
+    return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
+
+
+def pair_cost(pair: dict[str, Any], layout: str) -> int:
+    """`pair_costs` of one pair."""
+    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+    if "prompt_ids" in pair:
+        return 2 * (len(pair["prompt_ids"]) + max(len(chosen), len(rejected)))
+    if layout == "padded":
+        return 2 * max(len(chosen), len(rejected))
+    return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
 
 
 def deal(costs: np.ndarray, bins: int) -> list[list[int]]:
@@ -131,6 +133,19 @@ def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
     return runs
 
 
+def cut_step(costs: np.ndarray, processes: int, budget: int, padded: bool = False) -> list[MicroBatches]:
+    """The pairs of one optimizer step, by index, as micro-batches of each process: as many on all, some of them empty."""
+    dealt = [np.array(d, dtype=np.int64) for d in deal(costs, processes)]
+    cut = [micro_batches(costs[d], budget, 1, padded) for d in dealt]
+    count = max(map(len, cut))
+    cut = [
+        c if len(c) == count else micro_batches(costs[d], budget, count, padded)
+        for c, d in zip(cut, dealt, strict=True)
+    ]
+    count = max(map(len, cut))
+    return [[d[batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)]
+
+
 @dataclass
 class StepPlan:
     """All steps of every epoch, worked out one at a time.
@@ -152,6 +167,7 @@ class StepPlan:
     seed: int | None = 0
     padded: bool = False
     drop_last: bool = False
+    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Optimizer steps of an epoch."""
@@ -160,6 +176,11 @@ class StepPlan:
 
     def order(self, epoch: int) -> np.ndarray:
         """The pairs of an epoch in the order of training, that of transformers' Trainer: the same with and without budget."""
+        if self._order is None or self._order[0] != epoch:  # drawn once an epoch, not once a step
+            self._order = epoch, self._draw(epoch)
+        return self._order[1]
+
+    def _draw(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(len(self.costs))
         # as accelerate's SeedableRandomSampler draws it
@@ -168,17 +189,8 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Micro-batches of each process in one optimizer step; the same number on all of them."""
         mine = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        dealt = deal(self.costs[mine], self.processes)
-        cut = [micro_batches(self.costs[mine[d]], self.tokens_per_batch, 1, self.padded) for d in dealt]
-        count = max(map(len, cut))
-        cut = [
-            c if len(c) == count else micro_batches(self.costs[mine[d]], self.tokens_per_batch, count, self.padded)
-            for c, d in zip(cut, dealt, strict=True)
-        ]
-        count = max(map(len, cut))
-        return [
-            [mine[d][batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)
-        ]
+        cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded)
+        return [[mine[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
 class StepDataset(Dataset):
@@ -197,11 +209,16 @@ class StepDataset(Dataset):
     def _collate(self, batch: list[int]) -> dict[str, Any]:
         if batch:
             return self.collator([self.pairs[i] for i in batch])
-        # a backward pass has to run on every process: one short pair, none of whose labels count
-        filler = self.collator([self.pairs[int(self.plan.costs.argmin())]])
-        for name in ("chosen_pair", "rejected_pair", "nll_pair"):
-            filler[name] = torch.full_like(filler[name], -1)
-        return filler | {"pair_rows": filler["pair_rows"][:0]}
+        # a backward pass has to run on every process: one short pair
+        return filler(self.collator, self.pairs[int(self.plan.costs.argmin())])
+
+
+def filler(collator: PaddedCollator | PackedCollator, pair: dict[str, Any]) -> dict[str, Any]:
+    """A micro-batch that weighs nothing: one pair, none of whose labels count."""
+    batch = collator([pair])
+    for name in ("chosen_pair", "rejected_pair", "nll_pair"):
+        batch[name] = torch.full_like(batch[name], -1)
+    return batch | {"pair_rows": batch["pair_rows"][:0]}
 
 
 class StepSampler:

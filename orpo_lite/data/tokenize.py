@@ -22,12 +22,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from orpo_lite.cli import printable
-from orpo_lite.data.drops import Drop, DropReport, TooManyDropped
+from orpo_lite.data.drops import DropList, DropReport, TooManyDropped
 from orpo_lite.data.files import dataset_batches
 from orpo_lite.data.formats import BARE_STRINGS, detect
 from orpo_lite.data.messages import describe_columns, kind
 from orpo_lite.data.pairs import Chunk, PairTokenizer
 from orpo_lite.data.readers import Source
+from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:
@@ -76,12 +77,13 @@ class Tokenized(NamedTuple):
 
 
 def tokenize_rows(
-    rows: datasets.Dataset, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
+    rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
 ) -> tuple[datasets.Dataset, DropReport]:
     """Tokenise preference rows of any shape.
 
     Args:
-        rows: raw rows; columns that are not part of a preference row are left out.
+        rows: raw rows; columns that are not part of a preference row are left out. A stream (of `datasets` or torch)
+            is read once, to disk.
         source: names the rows in the report and in errors.
 
     Returns:
@@ -93,14 +95,19 @@ def tokenize_rows(
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
     """
     import datasets
+    from torch.utils.data import IterableDataset
 
-    if not isinstance(rows, datasets.Dataset):
+    if isinstance(rows, datasets.IterableDataset | IterableDataset):
+        from orpo_lite.data.streaming import rows_of
+
+        given, _ = rows_of(rows, source)
+    elif isinstance(rows, datasets.Dataset):
+        given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows), len(rows))
+    else:
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
-            "load a streaming data set with streaming=False (tokens are memory-mapped), or make one of a list with "
-            "Dataset.from_list"
+            "or make one of a list with Dataset.from_list"
         )
-    given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows))
     done = tokenize_source(given, tokenizer, options)
     done.report.check(source)
     return done.rows.remove_columns("key"), done.report
@@ -117,8 +124,9 @@ def tokenize_source(
     import datasets
 
     caching = datasets.is_caching_enabled()
-    key = cache_key(source.content, tokenizer, options, number) if caching else uuid.uuid4().hex
-    root = cache_root()
+    lasting = caching and bool(source.content)  # what a stream will give is not known before it is read
+    key = cache_key(source.content, tokenizer, options, number) if lasting else uuid.uuid4().hex
+    root = cache_root() if lasting else Path(temporary_root())
     folder = root / key
     cached = folder.is_dir()
     if not cached:
@@ -130,7 +138,8 @@ def tokenize_source(
         finally:
             shutil.rmtree(made, ignore_errors=True)
     about = json.loads((folder / "report.json").read_text("utf-8"))
-    report = DropReport.from_dict(about["report"])
+    drops = DropList([(folder / "drops.jsonl", about["label"], about["report"]["rows"] - about["report"]["kept"])])
+    report = DropReport.from_dict(about["report"], drops)
     report.cached = cached
     return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
 
@@ -138,9 +147,8 @@ def tokenize_source(
 def write(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
 ) -> None:
-    """Tokenise a source into `folder`: pairs.arrow and report.json."""
+    """Tokenise a source into `folder`: pairs.arrow, drops.jsonl and report.json."""
     import pyarrow as pa
-    from datasets.utils import tqdm
 
     batches = source.batches()
     first = next(batches, [])
@@ -148,22 +156,25 @@ def write(
     work = PairTokenizer(tokenizer, options, shape)
     schema = pa.schema([(name, arrow_type(name)) for name in [*work.names, "row", "key", "source"]])
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
-    numbered, seen = itertools.chain([first], batches), 0
-    with pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink, pa.ipc.new_stream(sink, schema) as arrow, tqdm(
-        desc=printable(f"tokenising {source.label}"), unit=" rows", leave=False, disable=not sys.stderr.isatty()
-    ) as bar:  # fmt: skip
+    numbered = itertools.chain([first], batches)
+    with (
+        pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
+        pa.ipc.new_stream(sink, schema) as arrow,
+        (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
+        Throughput(printable(f"tokenising {source.label}"), "rows", source.rows) as shown,
+    ):
         for chunk in in_order(work, numbered, options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
             arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
             report.kept += len(columns["row"])
-            report.drops += [Drop(source.label, *drop) for drop in chunk.drops]
+            drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
+            report.counts.update(reason for _, reason, _ in chunk.drops)
             counts.update(chunk.counts)
             digest.update(chunk.digest.encode())
-            bar.update(report.rows - seen)
-            seen = report.rows
+            shown.add(len(columns["row"]) + len(chunk.drops), chunk.counts["tokens"])
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = work.notes(counts)
-    about = {"report": report.as_dict(rows=True), "shape": shape, "digest": digest.hexdigest()}
+    about = {"report": report.as_dict(), "label": source.label, "shape": shape, "digest": digest.hexdigest()}
     (folder / "report.json").write_text(json.dumps(about), "utf-8")
 
 

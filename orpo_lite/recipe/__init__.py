@@ -166,6 +166,30 @@ class DataSection(Section):
     """Seed of the held-out choice and of source sampling."""
     num_proc: Positive | None = None
     """Processes for tokenising."""
+    streaming: bool = False
+    """Read, check and tokenise the training rows while training, in their order, instead of all of them before.
+
+    Nothing is written to disk and a hub data set is not downloaded. A stream does not know its length and is not
+    shuffled: training.max_steps is needed, held-out pairs are data.eval (or data.eval_fraction: 0, none), and rows that
+    are sorted must be shuffled before. Sources are read one after the other; weights stay 1."""
+
+    @model_validator(mode="after")
+    def _what_a_stream_can(self) -> DataSection:
+        problems = []
+        if self.streaming and self.eval is None and self.eval_fraction:
+            problems.append(
+                f"streaming is true and eval_fraction is {self.eval_fraction:g}: a stream cannot hold a share of itself out; "
+                "name held-out pairs in data.eval, or set data.eval_fraction=0"
+            )
+        for place, source in enumerate(self.train if self.streaming else []):
+            if source.weight != 1:
+                problems.append(
+                    f"streaming is true and train.{place}.weight is {source.weight:g}: a stream is read once through; leave "
+                    "weight out"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
 
 
 class OrpoSection(Section):
@@ -268,6 +292,11 @@ class Recipe(Section):
             problems.append(
                 f"adapter is null (full fine-tuning) but model.quantization is {model.quantization}: quantised weights "
                 "cannot be trained; set model.quantization=none or give an adapter"
+            )
+        if data.streaming and self.training.get("max_steps", -1) <= 0:
+            problems.append(
+                "data.streaming is true, but training.max_steps is not set: a stream does not say how many rows it has; set "
+                "training.max_steps to the optimizer steps to train"
             )
         init = adapter.init_lora_weights if adapter else True
         if isinstance(init, str) and init.startswith(("pissa", "olora")) and model.quantization != "none":

@@ -1,0 +1,108 @@
+"""Memory does not grow with the rows: of readers (fast), of whole commands and of long runs (slow)."""
+
+import re
+import sys
+import tracemalloc
+
+import numpy as np
+import pytest
+from datasets import Dataset, concatenate_datasets
+
+from orpo_lite.data import columns, lengths
+from orpo_lite.data.batching import common_prefix
+from orpo_lite.data.drops import Drop, DropList
+from orpo_lite.data.files import read_file
+from orpo_lite.data.throughput import Throughput
+from tests.load.big_file import FORMATS, measure, words, write
+from tests.soak import KINDS, growth, soak
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_reading_holds_a_batch_at_a_time(kind, tmp_path):
+    import pyarrow as pa
+
+    def peak(count):
+        path = tmp_path / f"{count}.{kind}"
+        write(path, count, kind, characters=1000)
+        tracemalloc.start()
+        before, seen = pa.total_allocated_bytes(), 0
+        most = 0
+        for batch in read_file(str(path)):
+            seen += len(batch)
+            most = max(most, pa.total_allocated_bytes() - before)
+        held = tracemalloc.get_traced_memory()[1] + most
+        tracemalloc.stop()
+        assert seen == count
+        return held
+
+    small, large = peak(4000), peak(16_000)
+    # of parquet, a page of each column of the row group is open, whose size follows that of the group
+    assert large < (4 if kind == "parquet" else 1.3) * small and large < 30e6
+
+
+def table(random, count):
+    def ids(n):
+        return random.integers(0, 3, n).tolist()
+
+    return Dataset.from_list([{"chosen_ids": ids(random.integers(1, 9)), "rejected_ids": ids(random.integers(1, 9)), "chosen_start": 1, "rejected_start": 1, "row": i} for i in range(count)])  # fmt: skip
+
+
+def test_numbers_of_rows_are_those_of_the_rows():
+    random = np.random.default_rng(0)
+    whole = concatenate_datasets([table(random, 40), table(random, 1), table(random, 60)])
+    picks = [whole, whole.select(random.permutation(101)), whole.select([3, 3, 99]), whole.select(range(17, 50)),
+             whole.select(range(17, 50)).select([4, 2]), whole.select([]), whole.select(range(3))]  # fmt: skip
+    for rows in picks:
+        expected = [(len(r["chosen_ids"]), r["row"], common_prefix(r["chosen_ids"], r["rejected_ids"])) for r in rows]
+        found = zip(columns.list_lengths(rows, "chosen_ids"), columns.numbers(rows, "row"), columns.common_prefixes(rows, "chosen_ids", "rejected_ids"), strict=True)  # fmt: skip
+        assert [tuple(map(int, one)) for one in found] == expected
+        assert lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]
+
+
+def test_dropped_rows_on_disk_are_a_list(tmp_path):
+    (tmp_path / "a").write_text('[1, "x", "y"]\n[4, "x", "z"]\n')
+    (tmp_path / "b").write_text('[0, "v", "w"]\n')
+    drops = DropList([(tmp_path / "a", "s", 2), (tmp_path / "none", "t", 0), (tmp_path / "b", "u", 1)])
+    plain = [Drop("s", 1, "x", "y"), Drop("s", 4, "x", "z"), Drop("u", 0, "v", "w")]
+    assert drops == plain and list(drops) == plain and len(drops) == 3 and drops[-1] == plain[-1]
+    assert drops[1:] == plain[1:] and plain[2] in drops and not DropList() and drops != plain[:2]
+    with pytest.raises(IndexError):
+        drops[3]
+
+
+def test_throughput_is_shown_where_there_is_no_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("orpo_lite.data.throughput.LINE_SECONDS", 0.0)
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
+    with Throughput("tokenising x", "rows", 4000) as shown:
+        shown.add(1000, 50_000)
+    assert re.search(
+        r"tokenising x: 1,000 of about 4,000 rows, [\d,]+ rows/s, [\d,]+ tokens/s", capsys.readouterr().err
+    )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_short_soak_is_flat(tmp_path):
+    found = growth(soak(tmp_path, 200, every=20))
+    assert found["resident_mb"] < 15 and found["files"] == found["threads"] == found["children"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_long_soak_is_flat(kind, tmp_path):
+    found = growth(soak(tmp_path, 2000, kind))
+    assert found["resident_mb"] < 15 and found["files"] <= 0 and found["threads"] <= 0 and found["children"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["train", "data"])
+@pytest.mark.parametrize("kind", FORMATS)
+def test_memory_of_a_command_does_not_grow_with_the_rows(kind, command, tmp_path):
+    peaks = []
+    for count in (20_000, 200_000):
+        folder = tmp_path / str(count)
+        folder.mkdir()
+        write(folder / f"pairs.{kind}", count, kind, characters=400)
+        peaks.append(measure(words(command, folder / f"pairs.{kind}", []), folder)[1])
+    # 180,000 rows more: some 60 bytes each for keys and permutations, and pages of mapped files
+    assert peaks[1]["private and shared"] < peaks[0]["private and shared"] + 60e6
+    assert peaks[1]["resident"] < 1.5e9
