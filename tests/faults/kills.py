@@ -143,7 +143,7 @@ def main(kills: int, real: int, seed: int, place: Path) -> Counter:
         folder, step = place / f"run-{number}", 0
         if chance.random() < 0.3:
             shutil.rmtree(place / "hf", ignore_errors=True)
-        for _ in range(chance.randint(1, 5)):
+        for _ in range(chance.randint(1, 8)):
             command = (
                 ["orpo_lite.train", "--recipe", "quickstart", *words_of(folder)] if counts["real"] < real else None
             )
