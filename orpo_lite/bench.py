@@ -55,7 +55,7 @@ class Contest:
     def __init__(self, recipe: Recipe, pairs: int, against: list[str], checkpointing: bool):
         from orpo_lite.data import load_pairs
         from orpo_lite.model import attach_adapter, load_base, load_tokenizer
-        from orpo_lite.train import arguments
+        from orpo_lite.settings import arguments
         from orpo_lite.trainer import ORPOTrainer
 
         data = recipe.data.model_copy(update={"eval": None, "eval_fraction": 0.0})

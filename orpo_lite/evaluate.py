@@ -115,7 +115,7 @@ def command(
     ] = False,
 ) -> None:
     """Compare base and adapter of a run on the held-out pairs."""
-    from orpo_lite.train import open_run
+    from orpo_lite.openrun import open_run
 
     opened = open_run(run, data, trust_remote_code)
     if opened.trainer.eval_dataset is None:

@@ -11,15 +11,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
-from transformers import EarlyStoppingCallback, TrainerCallback
+from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ExportableState
 
 from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
 from orpo_lite.errors import RequestError
 from orpo_lite.model.files import check_torch_files
+from orpo_lite.savepoints import SavePoints
 from orpo_lite.signals import Stopped, StopRequest
 from orpo_lite.watching.trainer import WatchingTrainer
+from orpo_lite.writing import disk_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,8 @@ class SavingTrainer(WatchingTrainer):
     _ended = False
     """The checkpoint gone on from is that of a run's last step."""
     _clock: float
-    _trained_before = 0.0
+    train_seconds = 0.0
+    """Of training, those before a resume among them; evaluations that fall due in it too."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -51,7 +53,7 @@ class SavingTrainer(WatchingTrainer):
         self._train_started = time.monotonic()
         if self.args.early_stopping_patience:
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
-        self.add_callback(Checkpointing(self))
+        self.add_callback(SavePoints(self))
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -161,15 +163,10 @@ class SavingTrainer(WatchingTrainer):
             "sums": sums,
             "logged_at_step": self._globalstep_last_logged,
             "seconds_since_log": now - self._clock,
-            "seconds": self.train_seconds,
+            "seconds": self.train_seconds + now - self._train_started,
             "watched": [self.skipped, self.overflows, self._in_a_row, self.alarms.said],
             "ended": self.control.should_training_stop and self.stopping.number is None,
         }
-
-    @property
-    def train_seconds(self) -> float:
-        """Seconds of training so far, those before a resume among them."""
-        return self._trained_before + time.monotonic() - self._train_started
 
     # ---- going on --------------------------------------------------------------------------------------------------
 
@@ -186,10 +183,11 @@ class SavingTrainer(WatchingTrainer):
         if self.args.should_save:
             clean(self.checkpoint_folder)
         self._resumed = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
-        self.stopping, self._ended, self._trained_before = StopRequest(), False, 0.0
+        self.stopping, self._ended, self.train_seconds = StopRequest(), False, 0.0
         self._train_started = time.monotonic()
         with self.stopping.listen():
             outcome = super().train(str(self._resumed) if self._resumed else None, *args, **kwargs)
+        self.train_seconds += time.monotonic() - self._train_started
         if self.stopping.number is not None:
             raise Stopped(self.stopping.number, f"stopped at step {self.state.global_step}")
         return outcome
@@ -256,7 +254,8 @@ class SavingTrainer(WatchingTrainer):
                 stored = kept.setdefault(type(callback).__name__, callback.state())
                 stored = stored[-1] if isinstance(stored, list) else stored
                 for key, value in stored.get("attributes", {}).items():
-                    setattr(callback, key, value)
+                    if hasattr(callback, key):
+                        setattr(callback, key, value)
         kept.setdefault(type(self.control).__name__, self.control.state())
 
     def _go_on(self) -> None:
@@ -281,7 +280,7 @@ class SavingTrainer(WatchingTrainer):
         self._logged_at = running["logged_at_step"]
         self.skipped, self.overflows, self._in_a_row, self.alarms.said = running["watched"]
         self._clock = time.monotonic() - running["seconds_since_log"]
-        self._trained_before = running["seconds"]
+        self.train_seconds = running["seconds"]
         self._ended = running["ended"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
@@ -305,62 +304,3 @@ class SavingTrainer(WatchingTrainer):
             return super()._finalize_training(*args, **kwargs)
         finally:
             self.args.save_total_limit, self.args.load_best_model_at_end = limit, load
-
-
-def disk_trouble(error: Exception) -> str | None:
-    """What went wrong with a disk, by what Python, torch, safetensors and tokenizers raise for it; None if nothing did."""
-    if isinstance(error, OSError):
-        return error.strerror or str(error)
-    text = str(error).partition("\n")[0]
-    # Rust's libraries put the system's error into an exception of their own, tokenizers into a bare Exception
-    rust = isinstance(error, SafetensorError) or "(os error " in text
-    return text if rust or "PytorchStreamWriter" in text or "inline_container" in text else None
-
-
-class Checkpointing(TrainerCallback):
-    """When to save: also by the clock, and when a signal has asked to stop; after the evaluation that is due."""
-
-    def __init__(self, trainer: SavingTrainer):
-        self.trainer = trainer
-        self.saved_at, self.saved_step, self.deferred, self.stops = 0.0, -1, False, False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved_at, self.saved_step, self.deferred, self.stops = time.monotonic(), -1, False, False
-        if self.trainer._resumed is not None:
-            self.trainer._go_on()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ends_epoch = float(state.epoch).is_integer() or control.should_training_stop
-        asked, due = self._agreed(args)
-        control.should_save |= asked or due
-        control.should_training_stop |= asked
-        self.stops = asked and not ends_epoch
-        if control.should_save and ends_epoch:
-            # the epoch's own evaluation and logs come first: a run gone on with would never make them
-            control.should_save, self.deferred = False, True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.is_in_train and self._agreed(args)[0]:
-            control.should_save = control.should_training_stop = True
-            self.stops = not float(state.epoch or 0).is_integer()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.stops:
-            control.should_log = control.should_evaluate = False
-            control.should_save = self.saved_step != state.global_step
-        elif self.deferred:
-            control.should_save, self.deferred = True, False
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved_at, self.saved_step = time.monotonic(), state.global_step
-
-    def _agreed(self, args: Any) -> tuple[bool, bool]:
-        """Whether to stop, and whether the clock says to save, alike on all processes."""
-        asked = self.trainer.stopping.number is not None
-        minutes = args.save_minutes
-        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        if args.world_size > 1:
-            asked, due = (self.trainer._total(torch.tensor([asked, due], device=args.device).int()) > 0).tolist()
-            if asked and self.trainer.stopping.number is None:
-                self.trainer.stopping.number = 15
-        return asked, due

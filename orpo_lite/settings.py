@@ -1,20 +1,83 @@
-"""The training section as an ORPOConfig, with what transformers refuses in it named by field."""
+"""A recipe as an ORPOConfig, with what transformers refuses in it named by field."""
 
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import get_scheduler
 
+from orpo_lite.cli import console
 from orpo_lite.config import ORPOConfig
 from orpo_lite.errors import RequestError
+from orpo_lite.model import BaseFacts
+from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.checks import shown
 
 SPOKEN = {"saving steps": "save_steps", "evaluation steps": "eval_steps", "Save strategy": "save_strategy",
           "Evaluation strategy": "eval_strategy"}  # fmt: skip
 """What transformers' messages call some fields."""
+
+
+DEFAULTS: dict[str, Any] = {
+    "learning_rate": 5e-5,
+    "lr_scheduler_type": "cosine",
+    "logging_steps": 10,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "report_to": "none",
+    "seed": 42,
+}
+"""What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
+STREAMED = DEFAULTS | {"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.1}
+"""The same for a stream, of which nobody knows when an epoch ends: every tenth of max_steps."""
+
+
+def checkpointed(recipe: Recipe, device: torch.device) -> int | None:
+    """How many layers recompute their activations: None for all, 0 for none."""
+    wish = recipe.memory.checkpointing
+    if wish == "auto":
+        wish = "all" if device.type == "cuda" else "none"
+    return {"all": None, "none": 0}.get(wish, wish)  # type: ignore[arg-type]
+
+
+def arguments(
+    recipe: Recipe, output: Path, facts: BaseFacts, *, has_eval: bool, checkpointing: int | None
+) -> ORPOConfig:
+    """The recipe as an ORPOConfig whose checkpoints go to `output`."""
+    training: dict[str, Any] = recipe.training | {"output_dir": str(output)}
+    if not has_eval:
+        training["eval_strategy"] = "no"
+    optim = str(training.get("optim", ""))
+    if "8bit" in optim and not torch.cuda.is_available():
+        console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
+        training["optim"] = "adamw_torch"
+    for name in (
+        "bf16",
+        "fp16",
+        "gradient_checkpointing",
+        "activation_checkpointing",
+    ):  # model.dtype, memory: say these
+        training.pop(name, None)
+    ours: dict[str, Any] = {
+        "bf16": facts.precision.bf16,
+        "fp16": facts.precision.fp16,
+        "gradient_checkpointing": checkpointing != 0,
+        "beta": recipe.orpo.beta,
+        "nll_scope": recipe.orpo.nll_scope,
+        "nll_mean": recipe.orpo.nll_mean,
+        "layout": recipe.orpo.layout,
+        "tokens_per_batch": recipe.orpo.tokens_per_batch,
+        "head_chunk": None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
+        "checkpointed_layers": checkpointing or None,
+        "offload_activations": recipe.memory.offload_activations,
+        "disable_dropout": recipe.orpo.disable_dropout,
+        "loraplus_lr_ratio": recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
+    }
+    return checked_config(training, ours)
 
 
 def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig:

@@ -37,3 +37,13 @@ def sync_folder(path: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def disk_trouble(error: Exception) -> str | None:
+    """What went wrong with a disk, by what Python, torch, safetensors and tokenizers raise for it; None if nothing did."""
+    if isinstance(error, OSError):
+        return error.strerror or str(error)
+    text = str(error).partition("\n")[0]
+    # Rust's libraries put the system's error into an exception of their own, tokenizers into a bare Exception
+    rust = type(error).__name__ == "SafetensorError" or "(os error " in text
+    return text if rust or "PytorchStreamWriter" in text or "inline_container" in text else None

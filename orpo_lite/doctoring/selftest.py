@@ -38,7 +38,7 @@ def learning() -> Iterator[Finding]:
     from orpo_lite.model import attach_adapter, load_base, load_tokenizer
     from orpo_lite.recipe import Recipe
     from orpo_lite.recipe.source import resolve_path
-    from orpo_lite.train import DEFAULTS, arguments, checkpointed
+    from orpo_lite.settings import DEFAULTS, arguments, checkpointed
 
     started = time.monotonic()
     recipe = Recipe.load("quickstart", [f"model.quantization={quantisation()}"])
@@ -176,7 +176,7 @@ def on_card() -> Iterator[Finding]:
     from orpo_lite.planning.step import longest_pair
     from orpo_lite.planning.truth import TOLERANCE, UNDER, Case
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train import arguments, checkpointed
+    from orpo_lite.settings import arguments, checkpointed
     from orpo_lite.trainer import ORPOTrainer
 
     tokenizer = load_tokenizer(Recipe.load("quickstart", []).model)

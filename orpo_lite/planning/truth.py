@@ -46,7 +46,7 @@ from orpo_lite.planning.predict import checkpointed_layers, plan
 from orpo_lite.planning.step import longest_pair
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import resolve_path
-from orpo_lite.train import arguments
+from orpo_lite.settings import arguments
 from orpo_lite.trainer import ORPOTrainer
 
 TOLERANCE, UNDER = 0.05, 0.03

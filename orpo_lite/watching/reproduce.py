@@ -78,7 +78,7 @@ def stepwise_recipe(saved: Reproducer, path: Path, overrides: list[str]) -> Reci
 def replay(saved: Reproducer, recipe: Recipe) -> int:
     """Forward and backward of all passes, and the comparison."""
     from orpo_lite.model import attach_adapter, load_base, load_tokenizer
-    from orpo_lite.train import arguments, checkpointed
+    from orpo_lite.settings import arguments, checkpointed
     from orpo_lite.trainer import ORPOTrainer
 
     facts = saved.facts

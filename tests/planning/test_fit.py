@@ -21,7 +21,7 @@ from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.ledger import FLOPS, KEPT, MOVED, UNPACKED
 from orpo_lite.planning.predict import Study, plan
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import arguments
+from orpo_lite.settings import arguments
 
 CONFIG = LlamaConfig(vocab_size=3000, hidden_size=256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2,
                      num_hidden_layers=12)  # fmt: skip

@@ -1,0 +1,23 @@
+"""The short form of the figures: kills, and flips and cuts; `python -m tests.faults.kills` and `.flips` are the long."""
+
+import subprocess
+import sys
+
+import pytest
+
+from tests.faults import flips
+
+
+def test_flips_and_cuts_in_real_checkpoints(tmp_path):
+    said = flips.main(harms=60, resumed=2, seed=1, place=tmp_path)
+    assert "60 seen and named, 0 harmless; 2 runs gone on with, all equal" in said
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_the_unbroken_one():
+    done = subprocess.run(
+        [sys.executable, "-m", "tests.faults.kills", "--kills", "30", "--real", "2", "--seed", "1"],
+        capture_output=True, text=True, timeout=2400,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "none lost, none corrupt, all equal to the unbroken run" in done.stdout
