@@ -138,7 +138,7 @@ def tokenize_source(
         finally:
             shutil.rmtree(made, ignore_errors=True)
     about = json.loads((folder / "report.json").read_text("utf-8"))
-    drops = DropList([(folder / "drops.jsonl", about["label"], about["report"]["rows"] - about["report"]["kept"])])
+    drops = DropList([(folder / "drops.jsonl", source.label, about["report"]["rows"] - about["report"]["kept"])])
     report = DropReport.from_dict(about["report"], drops)
     report.cached = cached
     return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
@@ -174,7 +174,7 @@ def write(
             shown.add(len(columns["row"]) + len(chunk.drops), chunk.counts["tokens"])
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = work.notes(counts)
-    about = {"report": report.as_dict(), "label": source.label, "shape": shape, "digest": digest.hexdigest()}
+    about = {"report": report.as_dict(), "shape": shape, "digest": digest.hexdigest()}
     (folder / "report.json").write_text(json.dumps(about), "utf-8")
 
 

@@ -197,8 +197,11 @@ def test_names_in_the_file_lead_nowhere_else(tmp_path, poisoned):
     assert not list(tmp_path.rglob("escaped.json")) and not Path("/absolute.json").exists()
 
 
-def test_the_file_holds_no_token(tmp_path, poisoned):
-    _, file = failed(recipe(tmp_path, "training.hub_token=hf_canary123"))
+def test_the_file_holds_no_token(tmp_path, poisoned, monkeypatch):
+    with pytest.raises(RequestError, match="training.hub_token: a token in a recipe"):
+        recipe(tmp_path, "training.hub_token=hf_canary123")
+    monkeypatch.setenv("HF_TOKEN", "hf_canary123")
+    _, file = failed(recipe(tmp_path))
     with zipfile.ZipFile(file) as archive:
         assert not any(b"hf_canary123" in archive.read(name) for name in archive.namelist())
 
