@@ -65,6 +65,8 @@ class WatchingTrainer(ObjectiveTrainer):
     """Steps that fp16's loss scaling left out, as it does to find its scale."""
     reproducer: Path | None = None
     """The file written."""
+    _inside = False
+    """Whether optimizer steps are taken inside of the backward pass."""
 
     def __init__(self, *args: Any, **kwargs: Any):
         super().__init__(*args, **kwargs)
