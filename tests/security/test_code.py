@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from orpo_lite.checkpoints import damage, manifest, seal
 from tests.malformed.models import MODEL, adapter, edited, holding, model
 from tests.malformed.models import run as a_run
 from tests.security.conftest import Bomb, command, quick, write_rows
@@ -49,7 +50,11 @@ def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypat
     from orpo_lite import cli, train
 
     shutil.copytree(stopped, tmp_path / "run")
-    (tmp_path / "run" / "checkpoints" / "checkpoint-1" / name).write_bytes(bombs(mark, how))
+    checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
+    facts = {key: value for key, value in manifest(checkpoint).items() if key != "files"}
+    (checkpoint / name).write_bytes(bombs(mark, how))
+    assert damage(checkpoint), "the manifest alone refuses what was put there later"
+    seal(checkpoint, facts)  # as whoever gives the folder away could
     (tmp_path / "rows.jsonl").write_bytes((stopped.parent / "rows.jsonl").read_bytes())
     monkeypatch.chdir(tmp_path)
     words = quick(Path("run"), "rows.jsonl", "training.save_strategy=steps", "training.save_steps=1")
