@@ -13,7 +13,7 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite.model.offload import HostMemory, check_count, checkpointing_layers, offload
-from orpo_lite.writing import write_whole
+from orpo_lite.writing import check_mounted, disk_of, write_whole
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path, resumed: bool):
-        self.path, self.resumed = path, resumed
+        self.path, self.resumed, self.disk = path, resumed, disk_of(path.parent)
         self.evaluated: tuple[Any, Any] | None = None
         self.waiting: list[str] = []
         if not resumed:
@@ -96,6 +96,7 @@ class MetricsFile(TrainerCallback):
     def _write(self) -> None:
         """Append what waits; on a full disk or a drive that is gone it waits on, and training with it goes on."""
         try:
+            check_mounted(self.path.parent, self.disk)
             with self.path.open("ab", buffering=0) as file:
                 start, rest = file.seek(0, os.SEEK_END), "".join(self.waiting).encode("utf-8")
                 try:

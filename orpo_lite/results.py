@@ -19,7 +19,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.runfolder import RunFolder
 from orpo_lite.trainer import ORPOTrainer
-from orpo_lite.writing import disk_trouble, write_whole
+from orpo_lite.writing import check_mounted, disk_trouble, write_whole
 
 
 def held_out(
@@ -53,8 +53,11 @@ def before_training(
     return before, samples
 
 
-def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any) -> None:
+def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any, disk: int) -> None:
     """Write what a finished run consists of; where its folder cannot be written, the adapter to a temporary one.
+
+    Args:
+        disk: the file system that the folder was on when training began.
 
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
@@ -66,6 +69,7 @@ def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, toke
         tokenizer.save_pretrained(path)
 
     try:
+        check_mounted(folder.path, disk)
         weights(folder.path)
         folder.write(record | {"finished": False})
         write_report(folder)

@@ -104,6 +104,8 @@ class RunFolder:
         self.notes = [f"damaged, so not gone on with: {line}" for line in damaged]
         if resume and self.checkpoint is None:
             raise RequestError(f"--resume: {self.path} {nothing(damaged)}")
+        if self.checkpoint is None:
+            self.notes.append("the run there was stopped before it had a good checkpoint: it begins anew")
         changes = self.changes(recipe)
         changed = [line for line in changes if not SAME_RESULT.match(line)]
         if changed and not resume:

@@ -20,7 +20,7 @@ from orpo_lite.model.files import check_torch_files
 from orpo_lite.savepoints import SavePoints
 from orpo_lite.signals import Stopped, StopRequest
 from orpo_lite.watching.trainer import WatchingTrainer
-from orpo_lite.writing import disk_trouble
+from orpo_lite.writing import check_mounted, disk_of, disk_trouble
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +39,8 @@ class SavingTrainer(WatchingTrainer):
     """
 
     stopping: StopRequest
+    _disk: int
+    """The file system that checkpoints go to."""
     _aside: Path | None = None
     _resumed: Path | None = None
     _ended = False
@@ -99,6 +101,7 @@ class SavingTrainer(WatchingTrainer):
 
     def _make(self, folder: Path) -> None:
         if self.args.should_save:
+            check_mounted(folder, self._disk)
             shutil.rmtree(folder.parent, ignore_errors=True)
             folder.mkdir(parents=True)
 
@@ -184,7 +187,7 @@ class SavingTrainer(WatchingTrainer):
             clean(self.checkpoint_folder)
         self._resumed = self._checked(resume_from_checkpoint) if resume_from_checkpoint else None
         self.stopping, self._ended, self.train_seconds = StopRequest(), False, 0.0
-        self._train_started = time.monotonic()
+        self._train_started, self._disk = time.monotonic(), disk_of(self.checkpoint_folder)
         with self.stopping.listen():
             outcome = super().train(str(self._resumed) if self._resumed else None, *args, **kwargs)
         self.train_seconds += time.monotonic() - self._train_started

@@ -45,6 +45,7 @@ from orpo_lite.settings import DEFAULTS, STREAMED, arguments, checkpointed
 from orpo_lite.signals import Stopped
 from orpo_lite.trainer import ORPOTrainer
 from orpo_lite.watching.nonfinite import NonFinite
+from orpo_lite.writing import disk_of
 
 if TYPE_CHECKING:
     from orpo_lite.planning.predict import Plan
@@ -101,6 +102,7 @@ def run(
         folder = None if dry_run else on_first_process(lambda: RunFolder.create(recipe, resume, processes))
         if folder is not None:
             stack.callback(folder.unlock)
+            disk = disk_of(folder.path)
             args.output_dir = str(folder.checkpoints)
         trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         trainer.remove_callback(ProgressCallback)
@@ -148,7 +150,7 @@ def run(
             },
         }
         if trainer.is_world_process_zero():
-            finish(folder, record, trainer, tokenizer)
+            finish(folder, record, trainer, tokenizer, disk)
     return Run(folder.path, record)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 from pathlib import Path
 
@@ -37,6 +38,26 @@ def sync_folder(path: Path) -> None:
         pass
     finally:
         os.close(handle)
+
+
+def disk_of(path: Path) -> int:
+    """The file system that a path is on, or would be once it is made."""
+    while True:
+        try:
+            return path.stat().st_dev
+        except FileNotFoundError:
+            if path == path.parent:
+                raise
+            path = path.absolute().parent
+
+
+def check_mounted(path: Path, disk: int) -> None:
+    """Raise OSError if a path is no longer on the file system that `disk_of` gave for it.
+
+    What is written to a bare mount point would be gone with the machine, or hidden by the next mount.
+    """
+    if disk_of(path) != disk:
+        raise OSError(errno.ENODEV, "its drive is no longer mounted", str(path))
 
 
 def disk_trouble(error: Exception) -> str | None:

@@ -62,7 +62,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(unfinished, resu
             RunFolder.create(recipe(unfinished), True)
     else:
         folder = RunFolder.create(recipe(unfinished))
-        assert folder.checkpoint is None and len(folder.notes) == 2
+        assert folder.checkpoint is None and len(folder.notes) == 3 and "begins anew" in folder.notes[2]
         folder.unlock()
 
 
