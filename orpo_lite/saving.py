@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 RUNNING = "running.json"
 """Of a checkpoint: what has been summed since the last log, which transformers' own checkpoints lose."""
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-VERSIONS = ("torch", "transformers", "peft", "accelerate", "orpo-lite")
+VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class SavingTrainer(WatchingTrainer):
@@ -46,6 +46,8 @@ class SavingTrainer(WatchingTrainer):
     _ended = False
     """The checkpoint gone on from is that of a run's last step."""
     _clock: float
+    ends = False
+    """Whether training ends at this step by itself: at its last step, or by a callback such as early stopping."""
     train_seconds = 0.0
     """Of training, those before a resume among them; evaluations that fall due in it too."""
 
@@ -92,7 +94,10 @@ class SavingTrainer(WatchingTrainer):
             return
         if self.args.should_save:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            prune(folder, self.args.save_total_limit, best)
+            try:
+                prune(folder, self.args.save_total_limit, best)
+            except OSError as error:  # the next save tries again
+                logger.warning("older checkpoints in %s could not be deleted (%s)", folder, error.strerror)
         if self.args.push_to_hub:
             super()._push_from_checkpoint(str(final))
 
@@ -168,7 +173,7 @@ class SavingTrainer(WatchingTrainer):
             "seconds_since_log": now - self._clock,
             "seconds": self.train_seconds + now - self._train_started,
             "watched": [self.skipped, self.overflows, self._in_a_row, self.alarms.said],
-            "ended": self.control.should_training_stop and self.stopping.number is None,
+            "ended": self.ends,
         }
 
     # ---- going on --------------------------------------------------------------------------------------------------
@@ -284,7 +289,10 @@ class SavingTrainer(WatchingTrainer):
         self.skipped, self.overflows, self._in_a_row, self.alarms.said = running["watched"]
         self._clock = time.monotonic() - running["seconds_since_log"]
         self.train_seconds = running["seconds"]
-        self._ended = running["ended"]
+        # a signal may have come while the evaluation ran that early stopping ended the run by
+        stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)
+        self._ended = running["ended"] or early
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self._ended or self.state.global_step >= self.state.max_steps:
