@@ -26,6 +26,8 @@ def lock(folder: Path) -> None:
         RequestError: another process is in it.
         OSError: the folder cannot be written.
     """
+    if folder.resolve() in _HELD:  # by this process, which a notebook may have stopped in mid-run
+        return
     path = folder / LOCK
     file = path.open("a+", encoding="ascii")
     try:

@@ -75,6 +75,7 @@ def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, toke
         write_report(folder)
         write_card(folder)
         folder.write(record)
+        folder.before.unlink(missing_ok=True)
     except Exception as error:
         if not (trouble := disk_trouble(error)):
             raise

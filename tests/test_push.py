@@ -138,6 +138,14 @@ def test_checkpoints_and_optimizer_states_never_reach_the_hub(hub, folder, capsy
     assert "checkpoints/" in capsys.readouterr().out
 
 
+def test_what_a_run_keeps_for_itself_stays_and_is_no_reason_to_refuse(hub, folder):
+    kept = ("before.json", ".lock", "reproduce-step-7.zip")
+    for name in kept:
+        (folder / name).write_bytes(b"rows")
+    push(folder, "me/quick")
+    assert not set(kept) & set(files_of(hub, "me/quick"))
+
+
 def test_the_card_names_the_repository(hub, folder):
     push(folder, "me/quick")
     assert b"me/quick" in files_of(hub, "me/quick")["README.md"]
