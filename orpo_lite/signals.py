@@ -38,11 +38,15 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over; only the main thread can, elsewhere nothing changes."""
+        """Take SIGINT and SIGTERM over; only the main thread can, elsewhere nothing changes.
+
+        One that is ignored stays so, as a shell's background job ignores the terminal's Ctrl-C.
+        """
         if threading.current_thread() is not threading.main_thread():
             yield
             return
-        before = {number: signal.signal(number, self._handle) for number in (signal.SIGINT, signal.SIGTERM)}
+        heard = [one for one in (signal.SIGINT, signal.SIGTERM) if signal.getsignal(one) is not signal.SIG_IGN]
+        before = {number: signal.signal(number, self._handle) for number in heard}
         try:
             yield
         finally:

@@ -23,6 +23,14 @@ TIMES = {"tokens_per_second", "pairs_per_second", "peak_memory_gb", "eval_runtim
          "eval_steps_per_second"}  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _heard():
+    """SIGINT as a terminal's job has it: in a background job it is ignored, and stays so."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
 def llama(tmp_path, kind):
     torch.manual_seed(0)
     wider = {"hidden_size": 64, "intermediate_size": 128} if kind == "nf4" else {}  # blocks of 64 weights
@@ -196,6 +204,13 @@ def test_a_signal_while_evaluating_saves_after_it(tmp_path, tokenizer):
     again.train(resume_from_checkpoint=True)
     equal(weights(whole), weights(again))
     same_lines(tmp_path / "whole", tmp_path / "cut")
+
+
+def test_an_ignored_signal_stays_ignored(tmp_path, tokenizer):
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    made = trainer(tmp_path, tokenizer, callbacks=[Signal(3, signal.SIGINT)], save_strategy="no")
+    made.train()
+    assert made.state.global_step == 9 and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
 
 
 def test_a_second_signal_stops_at_once(tmp_path, tokenizer):

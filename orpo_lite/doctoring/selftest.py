@@ -71,12 +71,18 @@ def train(model: Any, args: Any, rows: list[dict], tokenizer: Any, how: str, sta
     from datasets import Dataset
 
     from orpo_lite.trainer import ORPOTrainer
+    from orpo_lite.watching.nonfinite import NonFinite
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     trained = {name for name, tensor in tensors.items() if tensor.requires_grad}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     trainer = ORPOTrainer(model, args, None, Dataset.from_list(rows), None, tokenizer)
-    trainer.train()
+    trainer.reproducer_folder = None
+    try:
+        trainer.train()
+    except NonFinite as error:
+        found = str(error).partition("\n")[0]
+        return Finding("training", PROBLEM, f"{how}: not finite, {found}", f"see the lines above; {BUG_REPORT}")
     losses = [float(entry["loss"]) for entry in trainer.state.log_history if "loss" in entry]
     changed = {name for name, tensor in tensors.items() if not torch.equal(before[name], tensor.detach())}
     seconds = time.monotonic() - started

@@ -99,7 +99,8 @@ class WatchingTrainer(ObjectiveTrainer):
 
     def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
         loss = super().training_step(model, inputs, num_items_in_batch)
-        self._passes.append(loss)
+        if self._window is not None:  # a step of training, and not of a script of its own
+            self._passes.append(loss)
         return loss
 
     def compute_loss(self, model: nn.Module, inputs: Any, return_outputs: bool = False, **kwargs: Any) -> Any:

@@ -92,7 +92,10 @@ def test_stopped_politely(adapted, tmp_path, number):
     )
     words = [sys.executable, "-c", script, str(adapter), "--output", str(tmp_path / "merged")]
     there = sorted(os.listdir(tmp_path))
-    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    process = subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
+    )  # fmt: skip
     assert process.stdout is not None
     while "writing" not in (line := process.stdout.readline()):
         assert line, "ended before it wrote"

@@ -153,8 +153,8 @@ def test_no_child_is_left(tokenizer) -> None:
         pid = rendering_.child.pid
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
-    with pytest.raises(ChildProcessError):
-        os.waitpid(-1, os.WNOHANG)
+    with pytest.raises(ChildProcessError):  # and it was waited for
+        os.waitpid(pid, os.WNOHANG)
 
 
 def test_a_pickled_one_starts_its_own_child(tokenizer) -> None:
