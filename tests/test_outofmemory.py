@@ -13,6 +13,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, MixtralConfig, T5Config, TrainerCallback
 
 from orpo_lite import ORPOTrainer
+from orpo_lite.checkpoints import seal
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.split import pair_tokens, select_pairs
 from orpo_lite.data.steps import pair_costs
@@ -294,7 +295,9 @@ def test_a_run_that_ran_out_goes_on_with_other_settings_of_memory(tmp_path):
     def recipe(*words):
         return Recipe.load("quickstart", [f"training.output_dir={tmp_path}", "orpo.tokens_per_batch=4000", *words])
 
-    (RunFolder.create(recipe()).checkpoints / "checkpoint-2").mkdir()
+    checkpoint = RunFolder.create(recipe()).checkpoints / "checkpoint-2"
+    checkpoint.mkdir()
+    seal(checkpoint, {"processes": 1, "pairs_per_step": recipe().training["per_device_train_batch_size"]})
     smaller = ["orpo.tokens_per_batch=2000", "memory.checkpointing=all", "training.per_device_eval_batch_size=1"]
     assert RunFolder.create(recipe(*smaller), resume=True).path == tmp_path
     assert RunFolder.open(tmp_path).recipe().orpo.tokens_per_batch == 2000
