@@ -119,8 +119,9 @@ def to_blame(message: str, training: dict[str, Any], ours: dict[str, Any]) -> li
 
 
 def fails(fields: dict[str, Any]) -> bool:
+    """Whether transformers refuses these fields, in the ways that `checked_config` reports."""
     try:
         ORPOConfig(**fields)
-    except Exception:
+    except (ValueError, TypeError, ImportError):
         return True
     return False
