@@ -14,7 +14,8 @@ except ImportError:  # Windows
     fcntl = None
 
 LOCK = ".lock"
-_HELD: dict[Path, IO[str]] = {}
+_HELD: dict[tuple[int, Path], IO[str]] = {}
+"""By process, since a forked child inherits this table and not the right to the folder."""
 
 
 def lock(folder: Path) -> None:
@@ -26,7 +27,8 @@ def lock(folder: Path) -> None:
         RequestError: another process is in it.
         OSError: the folder cannot be written.
     """
-    if folder.resolve() in _HELD:  # by this process, which a notebook may have stopped in mid-run
+    here = (os.getpid(), folder.resolve())
+    if here in _HELD:  # by this process, which a notebook may have stopped in mid-run
         return
     path = folder / LOCK
     file = path.open("a+", encoding="ascii")
@@ -46,11 +48,11 @@ def lock(folder: Path) -> None:
     file.truncate(0)
     file.write(str(os.getpid()))
     file.flush()
-    _HELD[folder.resolve()] = file
+    _HELD[here] = file
 
 
 def unlock(folder: Path) -> None:
     """Let others in."""
-    if file := _HELD.pop(folder.resolve(), None):
+    if file := _HELD.pop((os.getpid(), folder.resolve()), None):
         (folder / LOCK).unlink(missing_ok=True)
         file.close()
