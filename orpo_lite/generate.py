@@ -67,7 +67,7 @@ def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
     args, step = trainer.args, trainer.state.global_step
     count = min(args.eval_batch_size, len(pairs))
     rows = pairs.select(random.Random(step).sample(range(len(pairs)), count))
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.unwrapped()
     with trainer.compute_loss_context_manager():
         answers = answer(model, trainer.tokenizer, rows, count, args.max_completion_length or 128)
     if not trainer.is_world_process_zero():

@@ -47,6 +47,10 @@ class ObjectiveTrainer(Trainer):
     _running: dict[str, Any]
     """The batch that was last begun."""
 
+    def unwrapped(self, model: Any = None) -> Any:
+        """The transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
+        return self.accelerator.unwrap_model(self.model if model is None else model)
+
     def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
         ours = "label_rows" in batch or "micro_batches" in batch
         return self._prepare_inputs(batch if ours else from_trl(batch, self.collator))
@@ -58,7 +62,7 @@ class ObjectiveTrainer(Trainer):
         if self.aux_enabled:
             inputs["output_router_logits"] = True
         target = LabelRows(batch["label_rows"], batch["label_ids"])
-        unwrapped = self.accelerator.unwrap_model(model)
+        unwrapped = self.unwrapped(model)
         with contextlib.ExitStack() as stack:
             if "segments" in batch:
                 inputs["orpo_segments"] = batch["segments"]
@@ -225,7 +229,7 @@ class ObjectiveTrainer(Trainer):
         """Every held-out pair counts once, whatever the batches and processes."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         if self.args.generate_during_eval:
-            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
+            plain_attention(base_of(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)
         metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
         if self.aux_enabled:

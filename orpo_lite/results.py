@@ -28,7 +28,7 @@ def held_out(
     """Metrics and sample answers of the model as it stands."""
     if pairs.eval is None:
         return None, []
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.unwrapped()
     with named("evaluating"):
         metrics = evaluate(trainer)
     with (
@@ -62,7 +62,7 @@ def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, toke
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
     """
-    model = trainer.accelerator.unwrap_model(trainer.model)
+    model = trainer.unwrapped()
 
     def weights(path: Path) -> None:
         save_adapter(model, path)

@@ -189,7 +189,7 @@ class ORPOTrainer(SavingTrainer):
                 "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
             )
         exact = 1e-3 if args.mixed_precision == "no" else 0.2
-        plain = self.accelerator.unwrap_model(self.model)
+        plain = self.unwrapped()
         with autocast(plain):
             self.head_transform = head_transform(plain, args.device, exact)
         self.stream_watch: StreamWatch | None = None
@@ -324,12 +324,12 @@ class ORPOTrainer(SavingTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
+            plain_attention(base_of(self.unwrapped()))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started = time.monotonic()
         metrics = super().evaluate(*args, **kwargs)
         if not self.is_in_train:
-            plain_attention(base_of(self.accelerator.unwrap_model(self.model)))
+            plain_attention(base_of(self.unwrapped()))
         self._clock += time.monotonic() - started  # evaluation is no part of the training throughput
         return metrics

@@ -62,7 +62,7 @@ class Reproducer:
             return None
         aside = tempfile.TemporaryDirectory()
         folder = Path(aside.name)
-        model = trainer.accelerator.unwrap_model(trainer.model)
+        model = trainer.unwrapped()
         if any(isinstance(p, DTensor) for p in model.parameters()):
             full = {n: p.full_tensor().cpu() if isinstance(p, DTensor) else p for n, p in trained(model).items()}
             model.save_pretrained(str(folder), state_dict=full)
