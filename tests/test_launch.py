@@ -1,0 +1,160 @@
+"""Launcher configs: accelerate and DeepSpeed take every key of every file, and a real launch of two processes trains."""
+
+import argparse
+import json
+import os
+import re
+import socket
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+from accelerate.commands.config.config_args import load_config_from_file
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import _filter_args, prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from torch.distributed.run import config_from_args, get_args_parser
+
+from orpo_lite.recipe.source import recipes_folder, shipped_recipes
+
+ROOT = Path(__file__).parents[1]
+FILES = {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
+ONE_MACHINE = ("ddp", "fsdp2-qlora", "fsdp2-qlora-offload", "zero2", "zero3", "zero3-offload")
+
+
+def launcher(name: str, *words: str) -> argparse.Namespace:
+    """accelerate's own arguments for a file, as `accelerate launch` has them when it starts torchrun."""
+    line = ["--config_file", str(FILES[name]), *words, "-m", "orpo_lite.train", "--recipe", "quickstart"]
+    args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
+    args.deepspeed_fields_from_accelerate_config = ""
+    return args
+
+
+def environment(name: str, *words: str) -> tuple[dict[str, str], argparse.Namespace]:
+    """Environment of the processes, and the launcher's arguments."""
+    args = launcher(name, *words)
+    prepare = prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_multi_gpu_env
+    found = prepare(args)
+    return (found[1] if isinstance(found, tuple) else found), args
+
+
+def test_every_kind_is_there_for_one_machine_and_for_several():
+    assert set(FILES) == {f"{kind}{ending}" for kind in ONE_MACHINE for ending in ("", "-multinode")}
+    assert not set(FILES) & set(shipped_recipes())  # they are no recipes
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_accelerate_takes_every_key_and_value_of_the_file(name):
+    loaded = load_config_from_file(str(FILES[name]))  # unknown keys at the top are refused by it
+    content = yaml.safe_load(FILES[name].read_text("utf-8"))
+    args = launcher(name)
+    for section in (content, content.get("fsdp_config", {}), content.get("deepspeed_config", {})):
+        for key, value in section.items():
+            if key not in ("compute_environment", "distributed_type", "fsdp_config", "deepspeed_config"):
+                assert getattr(args, key) == value, key  # AttributeError: the launcher knows no such key
+    assert args.use_fsdp == (loaded.distributed_type == DistributedType.FSDP)
+    assert args.use_deepspeed == (loaded.distributed_type == DistributedType.DEEPSPEED)
+    # a file's precision would overrule a T4's float16, or be overruled: the recipe's dtype alone decides
+    assert args.mixed_precision == "no" and "mixed_precision" not in content
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_the_header_is_the_command_and_says_what_it_is_for(name):
+    header = "".join(line for line in FILES[name].read_text("utf-8").splitlines(True) if line.startswith("#"))
+    joined = re.sub(r" \\\n#\s+", " ", header)
+    command = rf"accelerate launch --config_file recipes/accelerate/{name}\.yaml .*-m orpo_lite\.train --recipe NAME"
+    assert re.search(command, joined)
+    assert "\n# Needs: " in header and "\n# When: " in header
+    assert all(len(line) <= 120 for line in header.splitlines())
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("fsdp2")])
+def test_fsdp_files_make_the_plugin_they_say(name):
+    found, _ = environment(name)
+    with patch_environment(**{key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_"))}):
+        plugin = FullyShardedDataParallelPlugin()
+    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
+    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"  # a unit a decoder layer
+    assert plugin.transformer_cls_names_to_wrap is None  # the model's own list
+    assert isinstance(plugin.cpu_offload, OffloadPolicy)
+    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == ("offload" in name)
+    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
+    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("zero")])
+def test_deepspeed_takes_the_config_that_its_files_make(name):
+    deepspeed_config = pytest.importorskip("deepspeed.runtime.config")
+    found, _ = environment(name)
+    with patch_environment(**{key: value for key, value in found.items() if key.startswith("ACCELERATE_")}):
+        plugin = DeepSpeedPlugin()
+    config = plugin.deepspeed_config
+    # what transformers fills in from the recipe has to be left to it
+    assert {config[key] for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping")} == {"auto"}
+    filled = config | {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
+                       "gradient_clipping": 1.0, "steps_per_print": 1}  # fmt: skip
+    zero = deepspeed_config.DeepSpeedConfig(filled).zero_config
+    assert int(zero.stage) == int(name[4]) and plugin.hf_ds_config.is_zero3() == (name[4] == "3")
+    devices = {
+        str(getattr(offload.device, "value", offload.device))
+        for offload in (zero.offload_optimizer, zero.offload_param)
+        if offload
+    }
+    assert devices == ({"cpu"} if "offload" in name else {"none"})
+    assert plugin.zero3_init_flag == (name[4] == "3") and not zero.gather_16bit_weights_on_model_save
+
+
+@pytest.mark.parametrize("name", [name for name in FILES if name.endswith("-multinode")])
+def test_several_machines_meet_at_the_first(name):
+    where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29511"]
+    for rank in (0, 1):
+        _, args = environment(name, *where, "--machine_rank", str(rank), "--num_machines", "4", "--num_processes", "32")
+        torchrun = _filter_args(args, get_args_parser(), ["--training_script", args.training_script])
+        config, _, _ = config_from_args(torchrun)
+        assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (4, 4, 8)
+        assert config.rdzv_endpoint == "10.0.0.1:29511" and config.rdzv_configs["rank"] == rank
+
+
+def test_the_wheel_ships_them():
+    wheel = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
+    assert wheel["force-include"]["recipes"] == "orpo_lite/recipes"  # folders below it come along
+    assert (ROOT / "recipes" / "accelerate").is_dir() and not (ROOT / "recipes" / "accelerate").is_symlink()
+
+
+def start(folder: Path, file: str, *words: str) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FILES[file]), *words]
+    command += ["-m", "orpo_lite.train", "--recipe", "quickstart", "training.max_steps=2", "training.eval_strategy=no"]
+    command += ["evaluation.samples=0", f"training.output_dir={folder / 'run'}"]
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=settings, cwd=folder
+    )
+
+
+def free_port() -> str:
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        return str(found.getsockname()[1])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("file", ["ddp", "ddp-multinode"])
+def test_two_processes_of_a_launch_train_the_quickstart(file, tmp_path):
+    """On one machine, and as two machines of one process each, both of them this one."""
+    port = ["--main_process_port", free_port()]
+    machines: list[list[str]] = [port]
+    if file == "ddp-multinode":
+        where = [*port, "--main_process_ip", "127.0.0.1", "--num_machines", "2", "--num_processes", "2"]
+        machines = [[*where, "--machine_rank", str(rank)] for rank in (0, 1)]
+    started = [start(tmp_path, file, *words) for words in machines]
+    told = [process.communicate(timeout=400) for process in started]
+    for process, (_, errors) in zip(started, told, strict=True):
+        assert process.returncode == 0, errors[-3000:]
+    said = "".join(out for out, _ in told)
+    assert "x 2 processes" in said and said.count("run folder") == 1
+    assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["steps"] == 2
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
