@@ -259,17 +259,22 @@ class Recipe(Section):
     needs: str = ""
     """What it needs: card, memory, disk."""
     model: ModelSection
+    """The base, and how it is held."""
     adapter: AdapterSection | None = AdapterSection()
     """null: full fine-tuning (needs quantization: none)."""
     data: DataSection
+    """The pairs, and how they become tokens."""
     orpo: OrpoSection = OrpoSection()
+    """The loss and its batches."""
     training: dict[str, Any] = {}
     """Any field of transformers.TrainingArguments, by its own name, and on_nonfinite.
 
     on_nonfinite: what becomes of a step whose loss or gradients are not finite: stop (the default), or skip, which leaves it
     out and gives up after 5 one after another or 20 in all."""
     memory: MemorySection = MemorySection()
+    """What is given up for memory."""
     evaluation: EvaluationSection = EvaluationSection()
+    """Sample answers before and after training."""
 
     @field_validator("training")
     @classmethod
