@@ -14,6 +14,7 @@ COMMANDS = {
     "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
     "plan": "say what a recipe takes on a card, with neither GPU nor weights",
     "train": "train an adapter with ORPO as a recipe says",
+    "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
     "bench": "time our trainer against TRL's on your pairs and your card",
     "report": "write a run's report.html again",

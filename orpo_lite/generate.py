@@ -1,19 +1,92 @@
-"""Answers of the model as it stands to the prompts of tokenised pairs."""
+"""Answers of the model as it stands: to any prompts, and to those of tokenised pairs."""
 
 from __future__ import annotations
 
 import logging
 import random
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from transformers import StoppingCriteriaList
 
 from orpo_lite.model import stop_token_ids
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from transformers import StoppingCriteria
+    from transformers.generation.streamers import BaseStreamer
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn; a checkpoint's own settings have no say."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 takes the most likely token each time."""
+    top_p: float = 1.0
+    """Only the most likely tokens that together have this probability are drawn from."""
+
+    def options(self) -> dict[str, Any]:
+        """Options of transformers' generate."""
+        drawn = self.temperature > 0
+        return {
+            "max_new_tokens": self.max_new_tokens,
+            "do_sample": drawn,
+            "temperature": self.temperature if drawn else None,
+            "top_p": self.top_p if drawn else None,
+            "top_k": 0 if drawn else None,
+        }
+
+
+@torch.no_grad()
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[list[int]],
+    sampling: Sampling,
+    stops: list[int] | None,
+    streamer: BaseStreamer | None = None,
+    stopping: StoppingCriteria | None = None,
+) -> list[list[int]]:
+    """New tokens after each prompt, the one that ends an answer included and nothing after it.
+
+    Args:
+        prompts: token ids; for encoder-decoders the encoder's.
+        stops: tokens that end an answer, from `stop_tokens`.
+        streamer: told each token; for one prompt.
+        stopping: asked after each token.
+    """
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    width = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
+    mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    was_training, use_cache = model.training, model.config.use_cache
+    model.eval()
+    model.config.use_cache = True
+    try:
+        out = model.generate(
+            input_ids=ids,
+            attention_mask=mask,
+            pad_token_id=pad,
+            eos_token_id=stops,
+            streamer=streamer,
+            stopping_criteria=StoppingCriteriaList([stopping] if stopping is not None else []),
+            **sampling.options(),
+        )
+    finally:
+        model.train(was_training)
+        model.config.use_cache = use_cache
+    new = out[:, 1:] if model.config.is_encoder_decoder else out[:, width:]
+    return [up_to_stop(row, stops or []) for row in new.tolist()]
+
+
+def up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
+    """Ids up to and with the first that ends an answer; what follows in a batch is padding."""
+    return ids[: next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def answer(
@@ -22,36 +95,13 @@ def answer(
     """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ...}, ...]."""
     rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
     prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
-    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
+    stops = stop_tokens(model, tokenizer)
     answers: list[dict[str, str]] = []
-    was_training, use_cache = model.training, model.config.use_cache
-    model.eval()
-    model.config.use_cache = True
-    try:
-        for start in range(0, len(prompts), batch_size):
-            part = prompts[start : start + batch_size]
-            width = max(map(len, part))
-            ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in part], device=model.device)
-            mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in part], device=model.device)
-            with torch.no_grad():
-                out = model.generate(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    max_new_tokens=max_new_tokens,
-                    do_sample=False,
-                    pad_token_id=pad,
-                    eos_token_id=stop_tokens(model, tokenizer),
-                    # a checkpoint's own sampling settings mean nothing to a greedy answer
-                    temperature=None,
-                    top_p=None,
-                    top_k=None,
-                )
-            new = out if model.config.is_encoder_decoder else out[:, width:]
-            texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-            answers += [{"prompt": tokenizer.decode(p), "answer": t.strip()} for p, t in zip(part, texts, strict=True)]
-    finally:
-        model.train(was_training)
-        model.config.use_cache = use_cache
+    for start in range(0, len(prompts), batch_size):
+        part = prompts[start : start + batch_size]
+        new = generate(model, tokenizer, part, Sampling(max_new_tokens), stops)
+        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
+        answers += [{"prompt": tokenizer.decode(p), "answer": t.strip()} for p, t in zip(part, texts, strict=True)]
     return answers
 
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import RuleSection
 
@@ -131,7 +131,3 @@ def command(
     if opened.pairs.report.dropped:
         console.print(str(opened.pairs.report), markup=False)
     show(before, after, ("base", "adapter"))
-
-
-if __name__ == "__main__":
-    run_command(command)

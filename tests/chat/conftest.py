@@ -1,0 +1,124 @@
+"""A short run whose adapter answers otherwise than its base, and a terminal to drive."""
+
+from __future__ import annotations
+
+import os
+import pty
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import run
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training import CHATML, SIZES
+
+ROOT = Path(__file__).parents[2]
+WORDS = ["model.quantization=none", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=12",
+         "training.learning_rate=2e-2", "training.eval_strategy=no", "training.logging_steps=4"]  # fmt: skip
+
+
+@pytest.fixture(scope="session")
+def trained(tmp_path_factory) -> Path:
+    """The folder of a run of a few seconds; the base is not quantised, so that a merge says the same."""
+    output = tmp_path_factory.mktemp("runs") / "trained"
+    done = run(Recipe.load("quickstart", [*WORDS, f"training.output_dir={output}"]))
+    assert done is not None
+    return done.folder
+
+
+@pytest.fixture(scope="session")
+def babbling(tmp_path_factory) -> Path:
+    """A random model that writes bytes of any kind without end."""
+    from transformers import PhiConfig
+
+    folder = tmp_path_factory.mktemp("models") / "babbling"
+    tokenizer = tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="</s>", pad="<pad>")
+    config = PhiConfig(**SIZES | {"vocab_size": len(tokenizer)}, max_position_embeddings=4096, pad_token_id=None)
+    model: Any = tiny_model(config)
+    model.lm_head.bias.data[tokenizer.convert_tokens_to_ids(["</s>", "<|im_start|>", "<|im_end|>", "<pad>"])] = -1e4
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+class Terminal:
+    """A command on a pseudo-terminal of its own.
+
+    Args:
+        columns: its width.
+    """
+
+    def __init__(self, words: list[str], place: Path, columns: int = 80):
+        import fcntl
+        import struct
+        import termios
+
+        self.top, bottom = pty.openpty()
+        fcntl.ioctl(bottom, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
+        environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
+        environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", f"orpo_lite.{words[0]}", *words[1:]]
+
+        def owns() -> None:
+            os.setsid()
+            fcntl.ioctl(0, termios.TIOCSCTTY, 0)  # so that Ctrl-C is a signal to it
+
+        self.process = subprocess.Popen(
+            command, cwd=place, env=environment, stdin=bottom, stdout=bottom, stderr=bottom, preexec_fn=owns
+        )
+        os.close(bottom)
+        self.told, self.read = "", 0
+
+    def expect(self, pattern: str, seconds: float = 120) -> str:
+        """Wait for text that was not waited for yet; what came before it."""
+        import select
+
+        end = time.monotonic() + seconds
+        while not (found := re.compile(pattern, re.DOTALL).search(self.told, self.read)):
+            ready, _, _ = select.select([self.top], [], [], max(0, end - time.monotonic()))
+            assert ready, f"no {pattern!r} within {seconds} s; it said:\n{self.told[self.read :]}"
+            try:
+                self.told += os.read(self.top, 1 << 16).decode("utf-8", "replace")
+            except OSError:
+                raise AssertionError(f"it ended before {pattern!r}; it said:\n{self.told[self.read :]}") from None
+        before, self.read = self.told[self.read : found.start()], found.end()
+        return before
+
+    def send(self, text: str) -> None:
+        """Keys."""
+        os.write(self.top, text.encode())
+
+    def end(self) -> int:
+        """Its exit status, once all it says is read."""
+        while True:
+            try:
+                part = os.read(self.top, 1 << 16)
+            except OSError:
+                break
+            if not part:
+                break
+            self.told += part.decode("utf-8", "replace")
+        os.close(self.top)
+        return self.process.wait(30)
+
+
+@pytest.fixture
+def terminal(tmp_path):
+    """terminal(words, columns) -> Terminal; ended with the test."""
+    opened: list[Terminal] = []
+
+    def start(*words: str, columns: int = 80) -> Terminal:
+        opened.append(Terminal([*map(str, words)], tmp_path, columns))
+        return opened[-1]
+
+    yield start
+    for one in opened:
+        if one.process.poll() is None:
+            one.process.kill()
+            one.process.wait(10)

@@ -1,0 +1,354 @@
+"""The parts of a chat: what is streamed, prompted, scored and kept; and every kind of folder that it takes."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import random
+import shutil
+import threading
+
+import pytest
+import torch
+
+import orpo_lite.chat as chat
+from orpo_lite.answering import Reply, Sampling, find, open_answerer
+from orpo_lite.answering.form import Form
+from orpo_lite.chat import compare, loop
+from orpo_lite.chat.compare import Comparison
+from orpo_lite.chat.loop import Chat
+from orpo_lite.chat.preferences import PreferenceFile
+from orpo_lite.chat.terminal import Stream
+from orpo_lite.cli import printable
+from orpo_lite.data.pairs import PairTokenizer
+from orpo_lite.data.tokenize import TokenizeOptions
+from orpo_lite.errors import RequestError
+from orpo_lite.evaluate import evaluate
+from orpo_lite.merge import merge
+from orpo_lite.openrun import open_run
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import run
+from tests.tiny import FAMILIES, base_tokenizer
+
+ASK = [{"role": "user", "content": "How much is 4 plus 5?"}]
+
+
+class Bytes:
+    """A tokenizer whose tokens are bytes."""
+
+    def decode(self, ids, skip_special_tokens=True):
+        return bytes(ids).decode("utf-8", "replace")
+
+
+@pytest.fixture(scope="module")
+def answerer(trained):
+    return open_answerer(str(trained))
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """typed(lines): what the user will write; then Ctrl-D."""
+
+    def lines(*given):
+        left = list(given)
+
+        def read(prompt=""):
+            if not left:
+                raise EOFError
+            return left.pop(0)
+
+        for place in (loop, compare):
+            monkeypatch.setattr(place, "read_message", read)
+        monkeypatch.setattr(compare, "read_key", read)
+
+    return lines
+
+
+# ---- what reaches the screen --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text", ["a\x1b[31mred\x1b]0;title\x07b", "Zażółć 漢字 🙂 done", "\n\n  two\nlines\n", "\x9b5m\u202eevil \r\x00"]
+)
+def test_a_stream_is_its_whole_text_made_harmless(text):
+    told: list[str] = []
+    stream = Stream(Bytes(), lambda part: told.append(printable(part)), lead=False)
+    stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
+    for byte in text.encode():
+        stream.put(torch.tensor([byte]))
+        assert "\ufffd" not in "".join(told) and "\x1b" not in "".join(told)
+    stream.end()
+    assert "".join(told) == printable(text)
+
+
+def test_bytes_that_never_make_a_character_come_out_in_the_end():
+    told: list[str] = []
+    stream = Stream(Bytes(), told.append)
+    stream.put(torch.tensor([[0]]))
+    for byte in b"  a\xff\xfeb\xe2\x82":
+        stream.put(torch.tensor([byte]))
+    stream.end()
+    assert "".join(told) == "a\ufffd\ufffdb\ufffd"
+
+
+# ---- prompts and scores are those of training -----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.template])
+def test_a_prompt_is_what_training_has_before_the_answer(family, trained):
+    tokenizer = base_tokenizer(family)
+    found = find(str(trained))
+    form = Form(tokenizer, found)
+    turns = [*ASK, {"role": "assistant", "content": "It is 9."}, {"role": "user", "content": "And twice that?"}]
+    row = form.row(turns, "18 it is.", "Who knows?")
+    work = PairTokenizer(
+        tokenizer, TokenizeOptions(max_length=None, completion_end="turn"), "conversations, explicit prompt"
+    )
+    columns = work([(0, row)]).columns
+    [text] = form.texts([turns])
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    if tokenizer.bos_token_id is not None and ids[0] != tokenizer.bos_token_id:
+        ids = [tokenizer.bos_token_id, *ids]
+    start = columns["chosen_start"][0]
+    assert ids[:start] == columns["chosen_ids"][0][:start] and len(ids) - start <= 4  # Qwen3 writes an empty thought
+
+
+def test_strings_are_prompted_as_they_were_trained(answerer, trained):
+    found = find(str(trained))
+    found.facts = {"data": {"sources": {"a": {"section": "train", "shape": "Anthropic HH strings"}}}}
+    form = Form(answerer.tokenizer, found)
+    turns = [
+        {"role": "user", "content": "Hi"},
+        {"role": "assistant", "content": "Yes?"},
+        {"role": "user", "content": "Bye"},
+    ]
+    text = "\n\nHuman: Hi\n\nAssistant: Yes?\n\nHuman: Bye\n\nAssistant:"
+    assert form.texts([turns]) == [text]
+    assert form.row(turns, "So long.", "No.") == {"prompt": text, "chosen": " So long.", "rejected": " No."}
+    with pytest.raises(RequestError, match="system turn"):
+        form.texts([[{"role": "system", "content": "S"}, *turns]])
+    found.facts["data"]["sources"]["a"]["shape"] = "strings, explicit prompt"
+    form = Form(answerer.tokenizer, found)
+    assert form.texts([turns]) == ["Bye"] and "each time anew" in str(form.note) and form.answer(" x") == " x"
+    assert found.recipe is not None
+    found.recipe.data.apply_template = True
+    assert Form(answerer.tokenizer, found).kind == "template"
+
+
+def test_log_probs_are_those_of_the_trainer(answerer, trained, tmp_path):
+    row = answerer.form.row(ASK, "Certainly. The answer is 9.", "Obviously. Leave me alone, it is 9.")
+    (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
+    opened = open_run(str(trained), str(tmp_path / "one.jsonl"))
+    found = answerer.mean_logps(ASK, row["chosen"][0]["content"], row["rejected"][0]["content"])
+    adapter = evaluate(opened.trainer)
+    with opened.base():
+        base = evaluate(opened.trainer)
+    for name, metrics in (("base", base), ("adapter", adapter)):
+        assert found[name] == pytest.approx((metrics["logps/chosen"], metrics["logps/rejected"]), abs=1e-5)
+    assert abs(found["base"][0] - found["adapter"][0]) > 1e-2  # so the two could be told apart
+
+
+# ---- what it takes --------------------------------------------------------------------------------------------------
+
+
+def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
+    said = answerer.reply("adapter", ASK, Sampling(24))
+    assert said.ended and said.text != answerer.reply("base", ASK, Sampling(24)).text
+    shutil.copytree(trained, tmp_path / "adapter")
+    for name in ("recipe.yaml", "run.json"):
+        (tmp_path / "adapter" / name).unlink()
+    merged = merge(trained, tmp_path / "merged")
+    for folder, kind in ((tmp_path / "adapter", "adapter"), (merged, "model")):
+        other = open_answerer(str(folder))
+        assert other.found.kind == kind
+        assert other.reply(kind, ASK, Sampling(24)) == said, folder
+    with pytest.raises(RequestError, match="--compare: .*whole model"):
+        open_answerer(str(merged), compare="--compare")
+
+
+def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
+    words = ["model.quantization=none", "adapter=null", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=8",
+             "training.learning_rate=3e-3", "training.eval_strategy=no", f"training.output_dir={tmp_path / 'full'}"]  # fmt: skip
+    run(Recipe.load("quickstart", words))
+    full = open_answerer(str(tmp_path / "full"), compare="--compare")
+    assert full.names == ("base", "fine-tuned")
+    found = full.mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.")
+    assert found["fine-tuned"][0] - found["fine-tuned"][1] > found["base"][0] - found["base"][1] + 0.1
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda place: place / "nothing", "no such folder"),
+        (lambda place: place, "neither adapter_config.json nor config.json"),
+        (lambda place: (place / "m.gguf").write_bytes(b"GGUF") and place / "m.gguf", "llama-cli or Ollama"),
+    ],
+)
+def test_folders_that_cannot_talk_are_named(make, words, tmp_path):
+    with pytest.raises(RequestError, match=words):
+        find(str(make(tmp_path)))
+
+
+def test_a_run_that_did_not_finish_is_named(trained, tmp_path):
+    (tmp_path / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
+    with pytest.raises(RequestError, match="did not finish"):
+        find(str(tmp_path))
+
+
+# ---- the conversation -------------------------------------------------------------------------------------------------
+
+
+def test_commands(answerer, typed, capsys, tmp_path):
+    talk = Chat(answerer, Sampling(4), None)
+    file = tmp_path / "talk.json"
+    typed("How much is 4 plus 5?", "/system Be brief.", "/system", "Who are you?", f"/save {file}", f"/save {file}", "/undo",
+          "/undo", "/temperature hot", "/temperature 0.5", "/help", "/clear", "/quit", "never read")  # fmt: skip
+    talk.run()
+    said = " ".join(capsys.readouterr().out.split())
+    saved = json.loads(file.read_text())["messages"]
+    assert [turn["role"] for turn in saved] == ["system", "user", "assistant"] and saved[0]["content"] == "Be brief."
+    for words in ("system: Be brief.", "taken back: Who are you?", "nothing to take back", "found 'hot'", "temperature 0.5",
+                  "cannot be written: File exists", "/regenerate", "cut after 4 tokens"):  # fmt: skip
+        assert words in said, words
+    assert talk.turns == [] and talk.system == "Be brief." and talk.sampling.temperature == 0.5
+
+
+def test_history_beyond_the_context_is_cut_and_said(answerer, typed, capsys, monkeypatch):
+    talk = Chat(answerer, Sampling(8), "Be brief.")
+    talk.turns = [turn for n in range(20) for turn in ({"role": "user", "content": f"number {n} " * 9},
+                                                      {"role": "assistant", "content": "yes " * 9})]  # fmt: skip
+    asked = [*talk.turns, *ASK]
+    full = len(answerer.prompts([[{"role": "system", "content": "Be brief."}, *asked]])[0])
+    monkeypatch.setattr(type(answerer), "context", full // 2)
+    window = talk.window(asked)
+    assert window[0]["role"] == "system" and window[-1] == ASK[0] and window[1]["role"] == "user"
+    assert len(answerer.prompts([window])[0]) + 8 <= full // 2 < full
+    assert "turns are left out" in capsys.readouterr().err
+    monkeypatch.setattr(type(answerer), "context", 10)
+    with pytest.raises(RequestError, match="the model takes 10: it is not sent"):
+        talk.window([{"role": "user", "content": "word " * 50}])
+
+
+def test_draws_come_again_with_their_seed(answerer):
+    def draw(seed):
+        torch.manual_seed(seed)
+        return [answerer.reply("base", ASK, Sampling(12, temperature=1.5)).text for _ in range(3)]
+
+    assert draw(1) == draw(1) != draw(2)
+
+
+def test_a_prompt_from_a_pipe_gets_the_answer_alone(answerer, trained, capsys, monkeypatch):
+    said = answerer.reply("adapter", ASK, Sampling(24)).text
+    monkeypatch.setattr("sys.stdin", io.StringIO(ASK[0]["content"] + "\n"))
+    chat.command(str(trained), max_new_tokens=24)
+    assert capsys.readouterr().out == said + "\n"
+    chat.command(str(trained), prompt=ASK[0]["content"], max_new_tokens=24)
+    assert capsys.readouterr().out == said + "\n"
+    chat.command(str(trained), prompt=ASK[0]["content"], max_new_tokens=24, compare=True)
+    both = capsys.readouterr().out
+    assert said in both and "1 base" in both and "log-odds ratio" in both and "better:" not in both
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"blind": True}, "--blind goes with --compare"),
+        ({"preferences": "x.jsonl"}, "--preferences goes with"),
+        ({"prompt": " "}, "empty prompt"),
+        ({"top_p": 0.5, "prompt": "x"}, "--temperature"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(options, words):
+    with pytest.raises(RequestError, match=words):
+        chat.command("nowhere", **options)
+
+
+# ---- choices ------------------------------------------------------------------------------------------------------------
+
+
+def test_choices_train(answerer, trained, typed, capsys, tmp_path):
+    """What is kept goes through `data` and trains a step, as the closing words say."""
+    file = tmp_path / "mine.jsonl"
+    talk = Chat(answerer, Sampling(24), "Be kind.", Comparison(answerer, PreferenceFile(file), False, random.Random(0)))
+    typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "x")
+    talk.run()
+    rows = [json.loads(line) for line in file.read_text().splitlines()]
+    assert len(rows) == 2 and rows[0]["prompt"][0] == {"role": "system", "content": "Be kind."}
+    assert "appended to" in capsys.readouterr().out
+    words = [f"data.train={file}", f"adapter.init_from={trained}", "training.max_steps=1", "training.eval_strategy=no",
+             f"training.output_dir={tmp_path / 'again'}", "evaluation.samples=0"]  # fmt: skip
+    done = run(Recipe.load(trained / "recipe.yaml", words))
+    assert done is not None and done.facts["steps"] == 1
+    assert done.facts["data"]["train_pairs"] == 2 and done.facts["data"]["drops"]["dropped"] == {}
+
+
+def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, tmp_path):
+    file = tmp_path / "blind.jsonl"
+    base, adapter = (answerer.reply(name, ASK, Sampling(24)).text for name in answerer.names)
+    firsts = set()
+    for seed in range(6):
+        talk = Chat(answerer, Sampling(24), None, Comparison(answerer, PreferenceFile(file), True, random.Random(seed)))
+        typed(ASK[0]["content"], "1")
+        talk.run()
+        told = capsys.readouterr().out
+        before, _, after = told.partition("kept; 1 was ")
+        assert "log-odds" not in before and "adapter" not in before and "log-odds" in after
+        row = json.loads(file.read_text().splitlines()[-1])
+        first = {base: "base", adapter: "adapter"}[row["chosen"][0]["content"]]
+        assert after.startswith(first)
+        firsts.add(first)
+    assert firsts == {"base", "adapter"}
+
+
+def test_equal_answers_are_no_pair(answerer, typed, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(type(answerer), "reply", lambda *_, **__: Reply("the same", 2, True))
+    file = tmp_path / "none.jsonl"
+    talk = Chat(answerer, Sampling(4), None, Comparison(answerer, PreferenceFile(file), False, random.Random(0)))
+    typed("Hello")
+    talk.run()
+    assert "both answers are the same" in capsys.readouterr().out and not file.exists() and len(talk.turns) == 2
+
+
+def test_several_chats_append_to_one_file(tmp_path):
+    """Whole lines only, also behind a line that a crash left unfinished; what is there stays."""
+    file = tmp_path / "shared.jsonl"
+    row = {
+        "prompt": ASK,
+        "chosen": [{"role": "assistant", "content": "y" * 20000}],
+        "rejected": [{"role": "assistant", "content": "n"}],
+    }
+    first = json.dumps(row)
+    file.write_text(first)  # no line break at the end
+    writers = [PreferenceFile(file) for _ in range(4)]
+    assert writers[0].held == 1
+    threads = [threading.Thread(target=lambda w=w: [w.append(row) for _ in range(10)]) for w in writers]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    lines = file.read_text().splitlines()
+    assert len(lines) == 41 and all(json.loads(line) == row for line in lines)
+
+
+def test_files_that_hold_something_else_are_left_alone(tmp_path):
+    for name, content in (("notes.md", "# Notes\n"), ("rows.jsonl", '{"text": "x"}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RequestError, match=f"line 1 of .*{name}"):
+            PreferenceFile(tmp_path / name)
+        assert (tmp_path / name).read_text() == content
+    for place in (tmp_path, tmp_path / "gone" / "x.jsonl"):
+        with pytest.raises(RequestError, match="no file that could be written"):
+            PreferenceFile(place)
+
+
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+    file = PreferenceFile(tmp_path / "full.jsonl")
+    row = {"prompt": ASK, "chosen": "a", "rejected": "b"}
+    file.append(row)
+    before = file.path.read_bytes()
+    write = os.write
+    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
+    with pytest.raises(RequestError, match="no room on the disk"):
+        file.append(row)
+    assert file.path.read_bytes() == before
