@@ -8,7 +8,9 @@ from typing import Any
 
 import torch
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_torch_tf32_available
 
+from orpo_lite.compat.renamed import gone
 from orpo_lite.model import choose_precision
 
 logger = logging.getLogger(__name__)
@@ -33,6 +35,7 @@ class ORPOConfig(TrainingArguments):
 
     Raises:
         ValueError: a field outside its range; the message names it, what was found and what was expected.
+        TypeError: no such field; for those of older versions, the message says what became of them.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "template_kwargs"]
@@ -40,10 +43,8 @@ class ORPOConfig(TrainingArguments):
     learning_rate: float = _help("Initial learning rate. TRL's default is far too low for LoRA.", default=1e-6)
     logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", default=10)
     bf16: bool | None = _help("bfloat16 autocast; unset, chosen by the device.", default=None)
-    fp16: bool | None = _help("float16 autocast with loss scaling; unset, chosen by the device.", default=None)
-    gradient_checkpointing: bool | None = _help(
-        "Recompute activations in the backward pass; on unless set.", default=None
-    )
+    fp16: bool = _help("float16 autocast with loss scaling; with bf16 unset, chosen by the device.", default=False)
+    gradient_checkpointing: bool = _help("Recompute activations in the backward pass.", default=True)
     logging_nan_inf_filter: bool = _help("Show the running mean in place of a NaN loss.", default=False)
 
     max_length: int | None = _help("Tokens of prompt and completion together.", default=1024)
@@ -92,6 +93,11 @@ class ORPOConfig(TrainingArguments):
         default="stop",
     )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
+
+    def __new__(cls, *args: Any, **given: Any) -> ORPOConfig:
+        if lines := gone(given, cls.__dataclass_fields__):
+            raise TypeError("ORPOConfig: " + "; ".join(lines))
+        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         expected = {
@@ -155,20 +161,21 @@ class ORPOConfig(TrainingArguments):
         if self.bf16 and not here.bf16:
             logger.warning("bf16=True, but %s: training in %s", here.why, "fp16" if here.fp16 else "float32")
             self.bf16, self.fp16 = False, here.fp16
-        elif self.bf16 is None and self.fp16 is None:
+        elif self.bf16 is None and not self.fp16:
             self.bf16, self.fp16 = here.bf16, here.fp16
-        self.bf16, self.fp16 = bool(self.bf16), bool(self.fp16)
+        self.bf16 = bool(self.bf16)
+        if self.tf32 and not is_torch_tf32_available():
+            logger.warning("tf32=True, but there is no GPU that has it: left out")
+            self.tf32 = None
 
     def _choose_checkpointing(self) -> None:
         """Take the old name or the new one and hand transformers the one that it wants, so that it warns of nothing."""
         if RENAMED:
             if getattr(self, CHECKPOINTING) is None:
                 setattr(self, CHECKPOINTING, self.gradient_checkpointing is not False)
-            self.gradient_checkpointing = None
+            self.gradient_checkpointing = None  # type: ignore[assignment]  # transformers', where the new name is set
             if self.gradient_checkpointing_kwargs and not self.activation_checkpointing_kwargs:
                 self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs = (
                     self.gradient_checkpointing_kwargs,
                     None,
                 )
-        elif self.gradient_checkpointing is None:
-            self.gradient_checkpointing = True

@@ -31,7 +31,7 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
     """
     kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
     kwargs.setdefault("trust_remote_code", args.trust_remote_code)
-    dtype = kwargs.pop("dtype", None)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
     if dtype is None:
         cpu = args.device.type == "cpu"
         dtype = torch.float32 if cpu or (args.fp16 and not with_adapter) else torch.float16 if args.fp16 else "auto"

@@ -292,7 +292,9 @@ class SavingTrainer(WatchingTrainer):
         # a signal may have come while the evaluation ran that early stopping ended the run by
         stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
         early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)
-        self._ended = running["ended"] or early
+        state = json.loads((self._resumed / "trainer_state.json").read_text("utf-8"))
+        # one that took all the steps it was to take goes on where there are to be more now
+        self._ended = early or running["ended"] and state["global_step"] < state["max_steps"]
 
     def _run_epoch(self, *args: Any, **kwargs: Any) -> Any:
         if self._ended or self.state.global_step >= self.state.max_steps:

@@ -94,6 +94,8 @@ def run(
     recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
+    if facts.quantization == "none":  # where bitsandbytes is missing, whatever the recipe asked for
+        recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 
 from orpo_lite.attention import plain_attention
+from orpo_lite.compat.trainer import TrlNames, TrlRows, stored_metrics, with_columns
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.steps import step_loader
@@ -48,7 +49,7 @@ def untokenised(rows: Any) -> bool:
     return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
 
 
-class ORPOTrainer(SavingTrainer):
+class ORPOTrainer(TrlNames, SavingTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
@@ -60,7 +61,8 @@ class ORPOTrainer(SavingTrainer):
     Args:
         model: a model, a PeftModel, or the name or path of one.
         args: an ORPOConfig.
-        data_collator: replaces our collator; it is given tokenised pairs, and may return batches of TRL's form.
+        data_collator: replaces our collator; it is given tokenised pairs, by our names and by TRL's, with the other columns
+            of the data, and may return batches of TRL's form.
         train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenised already. A
             streaming one (of `datasets` or torch) is read in its order while training, as often as `args.max_steps`,
             which it needs, asks for.
@@ -108,7 +110,7 @@ class ORPOTrainer(SavingTrainer):
             args._n_gpu = 1
         args.remove_unused_columns = False  # our collator reads columns that no model's forward takes
         torch.manual_seed(args.seed)  # a new adapter's weights are random
-        self._peft_config = peft_config
+        self._peft_config, self._stored, self._own_collator = peft_config, stored_metrics(), data_collator is not None
         if isinstance(model, str):
             model = load_by_name(model, args, peft_config is not None)
         elif args.model_init_kwargs is not None:
@@ -122,6 +124,7 @@ class ORPOTrainer(SavingTrainer):
             raise ValueError("ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder")
         else:
             encoder_decoder = args.is_encoder_decoder
+        self.is_encoder_decoder = encoder_decoder
         if processing_class is None:
             if model is None:
                 raise ValueError("ORPOTrainer: with model_init, give a processing_class")
@@ -159,7 +162,8 @@ class ORPOTrainer(SavingTrainer):
         super().__init__(
             model=model,
             args=args,
-            data_collator=data_collator or list,  # type: ignore[arg-type]  # ours needs the layout, and that the model
+            # ours needs the layout, and that the model
+            data_collator=TrlRows(data_collator, tokenizer) if data_collator else list,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,
@@ -244,7 +248,7 @@ class ORPOTrainer(SavingTrainer):
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
         logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", name, report)
-        return pairs
+        return with_columns(pairs, rows) if self._own_collator and isinstance(rows, Dataset) else pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Batches of held-out pairs; rows that are not tokenised yet are tokenised as the others were."""
@@ -327,9 +331,9 @@ class ORPOTrainer(SavingTrainer):
             plain_attention(base_of(self.unwrapped()))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
-        started = time.monotonic()
-        metrics = super().evaluate(*args, **kwargs)
+        started, clock = time.monotonic(), self._clock
+        metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
         if not self.is_in_train:
             plain_attention(base_of(self.unwrapped()))
-        self._clock += time.monotonic() - started  # evaluation is no part of the training throughput
+        self._clock = clock + time.monotonic() - started  # evaluation is no part of the training throughput
         return metrics

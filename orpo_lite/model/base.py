@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
+import sys
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,8 @@ from orpo_lite.model.layers import base_revision, check_quantised_share, keep_4b
 from orpo_lite.model.precision import Precision, choose_precision, default_device
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -63,6 +67,10 @@ def load_base(
     if shipped and shipped.get("quant_method") == "bitsandbytes":
         # the repository's own compute dtype (bfloat16 as a rule) is wrong on a T4 and slow on a CPU
         shipped["bnb_4bit_compute_dtype"] = str(precision.dtype).removeprefix("torch.")
+    plain = None if shipped else held_plain(spec, device)
+    if plain:
+        logger.warning("%s", plain)
+        spec = spec.model_copy(update={"quantization": "none"})
     asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision)
     model = read_model(
         spec,
@@ -128,19 +136,44 @@ def method_name(shipped: dict[str, Any]) -> str:
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
-def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for the recipe; bnb_4bit_quant_storage stays as it is, which only FSDP needs otherwise."""
+def without_bitsandbytes() -> str | None:
+    """Why bitsandbytes cannot quantise here; None where it can."""
     try:
         import bitsandbytes  # noqa: F401  # is it there, and does its library load?
         from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
 
         validate_bnb_backend_availability(raise_exception=True)
     except (ImportError, RuntimeError, OSError) as error:
+        why = " ".join(str(error).split()) or type(error).__name__
+        return (
+            "bitsandbytes is not made for macOS"
+            if sys.platform == "darwin"
+            else f"bitsandbytes does not work here ({why})"
+        )
+    return None
+
+
+def held_plain(spec: ModelSection, device: torch.device) -> str | None:
+    """Why the recipe's quantisation is left out, and what that costs; None where it is done or not asked for.
+
+    Only on a CPU or an Apple GPU: beside other GPUs bitsandbytes can be had, and memory was planned with it.
+    """
+    if spec.quantization == "none" or device.type not in ("cpu", "mps") or not (why := without_bitsandbytes()):
+        return None
+    size = choose_precision(spec.dtype, device).dtype.itemsize
+    return (
+        f"model.quantization: {spec.quantization} is left out, since {why}: the weights stay in {size * 8} bits, {size} GB for "
+        f"each billion of them where {spec.quantization} takes {1.1 if spec.quantization == 'int8' else 0.6} GB"
+    )
+
+
+def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for the recipe; bnb_4bit_quant_storage stays as it is, which only FSDP needs otherwise."""
+    if why := without_bitsandbytes():
         raise RequestError(
-            f"model.quantization: {spec.quantization} needs bitsandbytes, which does not work here "
-            f"({' '.join(str(error).split()) or type(error).__name__}): set model.quantization=none (macOS has no "
-            "other way), or pip install -U bitsandbytes"
-        ) from error
+            f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
+            "pip install -U bitsandbytes"
+        )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
     return BitsAndBytesConfig(

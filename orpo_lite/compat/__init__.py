@@ -1,0 +1,1 @@
+"""What users of other trainers bring along: TRL's command line and trainer attributes."""
