@@ -179,7 +179,9 @@ def orpo_config() -> str:
     for field in dataclasses.fields(ORPOConfig):
         if field.metadata.get("help") and (field.name not in theirs or field.name in ORPOConfig.__annotations__):
             shown = str(hints[field.name]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            rows.append(f"| `{field.name}` | `{cell(shown)}` | `{field.default!r}` | {cell(field.metadata['help'])} |")
+            rows.append(
+                f"| `{field.name}` | {verbatim(shown)} | {verbatim(repr(field.default))} | {cell(field.metadata['help'])} |"
+            )
     return "\n".join(rows)
 
 
