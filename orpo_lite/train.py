@@ -18,7 +18,7 @@ from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
-from transformers.trainer_callback import ProgressCallback
+from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 
 from orpo_lite import announce
 from orpo_lite.cli import run_command
@@ -107,7 +107,7 @@ def run(
             disk = disk_of(folder.path)
             args.output_dir = str(folder.checkpoints)
         trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
-        trainer.remove_callback(ProgressCallback)
+        trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another than in a terminal
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
         trainer.recipe, trainer.reproducer_folder = recipe, folder.path if folder else None

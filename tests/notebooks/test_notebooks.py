@@ -1,0 +1,170 @@
+"""The notebooks: clean, made for Colab, and run through the cells that a user runs, with the quickstart model."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+
+from orpo_lite.errors import RequestError
+from orpo_lite.export.converter import converter_folder
+
+ROOT = Path(__file__).parents[2]
+NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
+NAMES = ("evaluate-and-compare", "merge-export-push", "mistral-qlora-t4", "quickstart", "your-data")
+BADGE = re.compile(
+    r"\[!\[Open in Colab\]\(https://colab\.research\.google\.com/assets/colab-badge\.svg\)\]"
+    r"\(https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/notebooks/([\w-]+)\.ipynb\)"
+)
+
+
+def read(name: str) -> Any:
+    return nbformat.read(NOTEBOOKS[name], as_version=4)
+
+
+def code_cells(notebook: Any) -> list[Any]:
+    return [cell for cell in notebook.cells if cell.cell_type == "code"]
+
+
+def test_these_notebooks_are_there() -> None:
+    assert tuple(NOTEBOOKS) == NAMES
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_notebook_is_clean_and_made_for_colab(name: str) -> None:
+    notebook = read(name)
+    nbformat.validate(notebook)
+    assert notebook.metadata.kernelspec == {"display_name": "Python 3", "language": "python", "name": "python3"}
+    assert all(not cell.outputs and cell.execution_count is None for cell in code_cells(notebook))
+    badge = BADGE.match(notebook.cells[0].source)
+    assert badge and badge[2] == name
+    install, settings = code_cells(notebook)[:2]
+    assert "pip" in install.source and '"google.colab" in sys.modules' in install.source
+    assert f"github.com/{badge[1]}" in install.source  # one repository, wherever it is named
+    assert "torch=={torch_before}" in install.source and "assert" in install.source
+    assert settings.metadata.tags == ["parameters"]
+    assert all("#@param" in line for line in settings.source.splitlines() if "=" in line.split("#")[0])
+    others = [cell for cell in code_cells(notebook) if cell is not install]
+    assert not any("pip" in cell.source or "!apt" in cell.source for cell in others)
+    assert not any("parameters" in cell.metadata.get("tags", ()) for cell in others if cell is not settings)
+
+
+def test_readme_and_site_have_the_notebooks_badges() -> None:
+    owners = {BADGE.match(read(name).cells[0].source)[1] for name in NAMES}  # type: ignore[index]
+    for page in (ROOT / "README.md", ROOT / ".docs" / "pages" / "guides" / "colab.md"):
+        badges = BADGE.findall(page.read_text("utf-8"))
+        assert {name for _, name in badges} == set(NAMES) and {owner for owner, _ in badges} == owners
+
+
+@pytest.fixture
+def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., str]:
+    """execute(name, **parameters) -> all that its cells print; the cells are those of the file.
+
+    widgets: whether ipywidgets is there, as on Colab.
+    """
+    nbclient = pytest.importorskip("nbclient")
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("OMP_NUM_THREADS", os.environ.get("OMP_NUM_THREADS", "1"))
+    monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+
+    def run(name: str, widgets: bool = True, **parameters: Any) -> str:
+        notebook = read(name)
+        place = notebook.cells.index(code_cells(notebook)[1])
+        given = set(re.findall(r"^(\w+) =", notebook.cells[place].source, re.MULTILINE))
+        assert parameters.keys() <= given, f"{name} has no such parameter: {parameters.keys() - given}"
+        lines = "\n".join(f"{key} = {value!r}" for key, value in parameters.items())
+        lines += "" if widgets else "\nimport sys; sys.modules['ipywidgets'] = None"
+        notebook.cells.insert(place + 1, nbformat.v4.new_code_cell(lines))
+        client = nbclient.NotebookClient(notebook, timeout=400, resources={"metadata": {"path": str(tmp_path)}})
+        client.execute()
+        outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+        run.pictures = [  # type: ignore[attr-defined]
+            base64.b64decode(output.data["image/png"]) for output in outputs if "image/png" in output.get("data", {})
+        ]
+        run.html = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)  # type: ignore[attr-defined]
+        told = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
+        told += "".join(output.data.get("text/markdown", "") for output in outputs if "data" in output)
+        assert not re.search(r"^(error|failed):|Traceback|SystemExit", told, re.MULTILINE), told[-3000:]
+        assert "<progress" not in run.html  # type: ignore[attr-defined]  # transformers' own bar beside ours
+        assert any("widget-view" in kind for output in outputs for kind in output.get("data", {})) == widgets
+        return told
+
+    return run
+
+
+@pytest.mark.slow
+def test_quickstart(execute, tmp_path: Path) -> None:
+    told = execute("quickstart", widgets=False, STEPS=8, FOLDER="runs/one")
+    assert json.loads((tmp_path / "runs/one/run.json").read_text("utf-8"))["steps"] == 8
+    assert "before:" in told and "after:" in told and "reward accuracy" in told
+    assert len(execute.pictures) == 1 and execute.pictures[0].startswith(b"\x89PNG")
+    assert "srcdoc=" in execute.html and told.count("8/8") >= 1
+
+
+@pytest.mark.slow
+def test_a_t4_session_that_ends_goes_on_with_the_same_cells(
+    execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A run that was stopped after a checkpoint stands for the session that went away."""
+    from orpo_lite import Recipe
+    from orpo_lite.signals import Stopped
+    from orpo_lite.train import run
+    from orpo_lite.trainer import ORPOTrainer
+
+    words = dict(
+        RECIPE="quickstart", ROWS=48, STEPS=8, LEARNING_RATE=1e-3, SAVE_MINUTES=10, FOLDER="drive/mistral", CARD="8GB"
+    )
+    overrides = ["data.max_rows=48", "training.max_steps=8", "training.learning_rate=0.001", "training.save_minutes=10"]
+    recipe = Recipe.load("quickstart", [*overrides, "training.output_dir=drive/mistral"])
+    monkeypatch.chdir(tmp_path)  # a changed output_dir would be another run
+    with pytest.MonkeyPatch.context() as patch:
+        step, made = ORPOTrainer.training_step, []
+
+        def stopping(trainer: ORPOTrainer, *args: Any, **kwargs: Any) -> Any:
+            made.append(step(trainer, *args, **kwargs))
+            if len(made) == 4:
+                os.kill(os.getpid(), 15)
+            return made[-1]
+
+        patch.setattr(ORPOTrainer, "training_step", stopping)
+        with pytest.raises(Stopped):
+            run(recipe)
+    assert list((tmp_path / "drive/mistral/checkpoints").glob("checkpoint-4"))
+    told = execute("mistral-qlora-t4", **words)
+    assert "going on from checkpoint-4" in " ".join(told.split())
+    assert len(execute.pictures) == 2 and "reward accuracy" in told
+    assert (tmp_path / "drive/mistral/adapter_model.safetensors").is_file()
+
+
+@pytest.mark.slow
+def test_your_data(execute, tmp_path: Path) -> None:
+    told = execute("your-data", STEPS=3)
+    assert "empty" in told and len(execute.pictures) == 1
+    facts = json.loads((tmp_path / "outputs/mine/run.json").read_text("utf-8"))
+    assert facts["steps"] == 3 and "srcdoc=" in execute.html
+
+
+@pytest.mark.slow
+def test_merge_export_push(execute, tmp_path: Path) -> None:
+    try:
+        converter = bool(converter_folder())
+    except RequestError:
+        converter = False
+    told = execute("merge-export-push", STEPS=3, GGUF=converter, REPO="somebody/quickstart")
+    assert (tmp_path / "merged/model.safetensors").is_file()
+    assert (tmp_path / "model.gguf").is_file() == converter and (not converter or "FROM" in told)
+    assert "adapter_model.safetensors" in told
+
+
+@pytest.mark.slow
+def test_evaluate_and_compare(execute, tmp_path: Path) -> None:
+    told = execute("evaluate-and-compare", STEPS=3)
+    assert "| orpo.beta=0.1 |" in told and "| orpo.beta=1.0 |" in told and "| base |" in told
+    assert len(execute.pictures) == 1 and len(list((tmp_path / "outputs").iterdir())) == 2
