@@ -17,7 +17,7 @@ COMMANDS = {
     "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
     "bench": "time our trainer against TRL's on your pairs and your card",
-    "report": "write a run's report.html again",
+    "report": "write a run's report.html again, or one page that compares runs",
     "merge": "merge an adapter into its base: a plain transformers model",
     "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
     "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",

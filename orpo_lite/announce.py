@@ -15,6 +15,7 @@ from rich.table import Table
 from orpo_lite.card import find_licence, hub_id
 from orpo_lite.checkpoints import newest_good
 from orpo_lite.cli import console, errors
+from orpo_lite.data.histograms import length_histograms
 from orpo_lite.data.streaming import PairStream
 from orpo_lite.evaluate import show
 from orpo_lite.measure import held_by, peak_memory_bytes
@@ -161,6 +162,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
             "train_pairs": trained_pairs(pairs, trainer),
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
+            "lengths": length_histograms(pairs),
         },
         "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict(),

@@ -91,17 +91,20 @@ def up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
 
 def answer(
     model: Any, tokenizer: Any, pairs: Dataset, count: int, max_new_tokens: int, batch_size: int = 8
-) -> list[dict[str, str]]:
-    """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ...}, ...]."""
+) -> list[dict[str, Any]]:
+    """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ..., "ids": new tokens}, ...]."""
     rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
     prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
     stops = stop_tokens(model, tokenizer)
-    answers: list[dict[str, str]] = []
+    answers: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
         new = generate(model, tokenizer, part, Sampling(max_new_tokens), stops)
         texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [{"prompt": tokenizer.decode(p), "answer": t.strip()} for p, t in zip(part, texts, strict=True)]
+        answers += [
+            {"prompt": tokenizer.decode(p), "answer": t.strip(), "ids": ids}
+            for p, t, ids in zip(part, texts, new, strict=True)
+        ]
     return answers
 
 

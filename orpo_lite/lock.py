@@ -51,6 +51,22 @@ def lock(folder: Path) -> None:
     _HELD[here] = file
 
 
+def taken(folder: Path) -> bool:
+    """Whether a process trains in a run folder now; False where that cannot be known."""
+    if (os.getpid(), folder.resolve()) in _HELD:
+        return True
+    try:
+        with (folder / LOCK).open("r", encoding="ascii") as file:
+            if fcntl is None:
+                return False
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
 def unlock(folder: Path) -> None:
     """Let others in."""
     if file := _HELD.pop((os.getpid(), folder.resolve()), None):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import sys
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # a report is written without torch
+    import torch
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
     """Peak memory so far: allocated by torch on a CUDA device, else the process's peak resident set."""
+    import torch
+
     if torch.device(device).type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     if sys.platform == "win32":

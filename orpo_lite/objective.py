@@ -39,6 +39,8 @@ class ObjectiveTrainer(Trainer):
     aux_enabled: bool
     aux_coefficient: float
     answers: list[dict[str, str]]
+    predictions: Any = None
+    """Of the last evaluation: a row a pair, see `metrics.COLUMNS`."""
     micro_limit: Limit
     """How large a micro-batch of training may be, by what did not fit so far."""
     eval_limit: Limit
@@ -231,6 +233,7 @@ class ObjectiveTrainer(Trainer):
         if self.args.generate_during_eval:
             plain_attention(base_of(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)
+        self.predictions = output.predictions
         metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
         if self.aux_enabled:
             metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]

@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import json
 import tempfile
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from orpo_lite import announce
 from orpo_lite.card import write_card
+from orpo_lite.cli import console
 from orpo_lite.data import Pairs
-from orpo_lite.evaluate import evaluate
+from orpo_lite.evaluate import evaluate, judge
 from orpo_lite.generate import answer
+from orpo_lite.likely import score_answers
+from orpo_lite.metrics import COLUMNS
 from orpo_lite.model import autocast, save_adapter
 from orpo_lite.outofmemory import named
 from orpo_lite.recipe import Recipe
@@ -22,42 +26,75 @@ from orpo_lite.trainer import ORPOTrainer
 from orpo_lite.writing import check_mounted, disk_trouble, write_whole
 
 
+@dataclass
+class HeldOut:
+    """What a model makes of the held-out pairs."""
+
+    metrics: dict[str, Any] | None = None
+    samples: list[dict[str, Any]] = field(default_factory=list)
+    """Greedy answers: prompt, answer, tokens, and its mean log-prob and log-odds under the model that gave it."""
+    pairs: dict[str, list[float]] = field(default_factory=dict)
+    """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
+
+
 def held_out(
-    recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any
-) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
-    """Metrics and sample answers of the model as it stands."""
+    recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any, before: HeldOut | None = None
+) -> HeldOut:
+    """Metrics, sample answers and every pair of the model as it stands.
+
+    Args:
+        before: of the model before training, whose answers are scored once more: logp_trained, log_odds_trained.
+    """
     if pairs.eval is None:
-        return None, []
+        return HeldOut()
     model = trainer.unwrapped()
     with named("evaluating"):
         metrics = evaluate(trainer)
+    places = {name: COLUMNS.index(name) for name in ("logps/chosen", "logps/rejected")}
+    # six digits: more than float32 has in it to tell apart
+    each = {name: [float(f"{p:.6g}") for p in trainer.predictions[:, i].tolist()] for name, i in places.items()}
     with (
         named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
         autocast(model),
     ):
         samples = answer(model, tokenizer, pairs.eval, recipe.evaluation.samples, recipe.evaluation.max_new_tokens)
-    return metrics, samples
+        score_answers(trainer, pairs.eval, samples, before.samples if before else [])
+    return HeldOut(metrics, samples, each)
 
 
-def before_training(
-    folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any
-) -> tuple[dict[str, Any] | None, list[dict[str, str]]]:
+def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
     """`held_out` of the base, kept in the run folder for a run that goes on."""
     asked = recipe.evaluation.model_dump(mode="json")
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
-        return kept["eval"], kept["samples"]
-    before, samples = held_out(recipe, trainer, pairs, tokenizer)
+        return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
+    before = held_out(recipe, trainer, pairs, tokenizer)
     if trainer.is_world_process_zero():
+        known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
         with contextlib.suppress(OSError):  # it can be made again
-            write_whole(folder.before, json.dumps({"asked": asked, "eval": before, "samples": samples}))
-    return before, samples
+            write_whole(folder.before, json.dumps(known))
+    return before
 
 
-def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any, disk: int) -> None:
+def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
+    """The part of run.json on held-out pairs."""
+    both = {"before": before, "after": after}
+    return {
+        "eval": {when: one.metrics for when, one in both.items()},
+        "samples": {
+            when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
+        },
+        "rule": {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()},
+    }
+
+
+def finish(
+    folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any, disk: int, pairs: dict[str, Any]
+) -> None:
     """Write what a finished run consists of; where its folder cannot be written, the adapter to a temporary one.
 
     Args:
         disk: the file system that the folder was on when training began.
+        pairs: every held-out pair before and after, for held_out.json.
 
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
@@ -72,7 +109,9 @@ def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, toke
         check_mounted(folder.path, disk)
         weights(folder.path)
         folder.write(record | {"finished": False})
-        write_report(folder)
+        if pairs["before"] and pairs["after"]:
+            write_whole(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
+        report(folder)
         write_card(folder)
         folder.write(record)
         folder.before.unlink(missing_ok=True)
@@ -86,3 +125,13 @@ def finish(folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, toke
             f"room and run again with --recipe {folder.path} --resume"
         ) from None
     announce.finished(folder, record)
+
+
+def report(folder: RunFolder) -> None:
+    """Write report.html; one that cannot be made is said and is no reason to fail a run."""
+    try:
+        write_report(folder)
+    except Exception as error:
+        if disk_trouble(error):
+            raise
+        console.print(f"report.html could not be made: {type(error).__name__}: {error}", markup=False)

@@ -25,7 +25,6 @@ from orpo_lite.cli import run_command
 from orpo_lite.data import DropReport, Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
 from orpo_lite.errors import RequestError
-from orpo_lite.evaluate import judge
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.model import (
     BaseFacts,
@@ -39,7 +38,7 @@ from orpo_lite.model.offload import check_count, checkpointing_layers
 from orpo_lite.outofmemory import OutOfMemory, named
 from orpo_lite.progress import Bar, MetricsFile
 from orpo_lite.recipe import Recipe
-from orpo_lite.results import before_training, finish, held_out
+from orpo_lite.results import before_training, finish, held_out, record_of
 from orpo_lite.runfolder import Resume, RunFolder
 from orpo_lite.settings import DEFAULTS, STREAMED, arguments, checkpointed
 from orpo_lite.signals import Stopped
@@ -122,14 +121,14 @@ def run(
                 # it takes the working directory for what is logged before training, such as the first evaluation
                 callback.logging_dir = str(folder.path / "tensorboard")
 
-        before, samples_before = before_training(folder, recipe, trainer, pairs, tokenizer)
+        before = before_training(folder, recipe, trainer, pairs, tokenizer)
         try:
             with named("training, outside of the passes over a micro-batch"):
                 outcome = trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
         except (KeyboardInterrupt, OutOfMemory, NonFinite) as stop:
             announce.stopped(folder, stop, trainer.state.global_step)
             raise
-        after, samples_after = held_out(recipe, trainer, pairs, tokenizer)
+        after = held_out(recipe, trainer, pairs, tokenizer, before)
 
         if trainer.stream_watch is not None:
             pairs.report = DropReport.merge([trainer.stream_watch.watched.report, pairs.report])
@@ -144,15 +143,10 @@ def run(
             "out_of_memory": {"training": trainer.micro_limit.met, "evaluation": trainer.eval_limit.met},
             **trainer.watched(),
             "adapter": announce.which_adapter(trainer),
-            "eval": {"before": before, "after": after},
-            "samples": {"before": samples_before, "after": samples_after},
-            "rule": {
-                "before": judge(samples_before, recipe.evaluation.rule),
-                "after": judge(samples_after, recipe.evaluation.rule),
-            },
+            **record_of(before, after, recipe),
         }
         if trainer.is_world_process_zero():
-            finish(folder, record, trainer, tokenizer, disk)
+            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs})
     return Run(folder.path, record)
 
 

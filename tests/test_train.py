@@ -56,6 +56,17 @@ def test_run_folder_holds_what_later_commands_take(finished):
     assert facts["data"]["fingerprint"] and facts["data"]["drops"]["kept"] == 600
     assert facts["eval"]["before"]["pairs"] == facts["eval"]["after"]["pairs"] == 120
     assert len(facts["samples"]["before"]) == len(facts["samples"]["after"]) == 2
+    assert "logp_trained" in facts["samples"]["before"][0] and "ids" not in facts["samples"]["after"][0]
+    for split, count in (("train", 480), ("eval", 120)):
+        kept = facts["data"]["lengths"][split]
+        assert {sum(kept[part]["counts"]) for part in ("prompt", "chosen", "rejected")} == {count}
+    held = json.loads((folder / "held_out.json").read_text())
+    for when in ("before", "after"):
+        each = zip(held[when]["logps/chosen"], held[when]["logps/rejected"], strict=True)
+        margins = [held["beta"] * (chosen - rejected) for chosen, rejected in each]
+        assert len(margins) == 120
+        assert sum(margins) / 120 == pytest.approx(facts["eval"][when]["rewards/margins"], abs=1e-6)
+        assert sum(m > 0 for m in margins) / 120 == pytest.approx(facts["eval"][when]["rewards/accuracies"], abs=1e-6)
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss" in line] == [1, 2, 3, 4]
     assert {"eval_rewards/accuracies", "eval_loss", "eval_nll_loss"} <= set(next(x for x in lines if "eval_loss" in x))

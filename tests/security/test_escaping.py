@@ -23,6 +23,7 @@ from orpo_lite.planning.drawing import html
 from orpo_lite.planning.picture import picture
 from orpo_lite.report import document as whole
 from orpo_lite.report import write_report
+from orpo_lite.report.document import asset
 from orpo_lite.runfolder import RunFolder
 from tests.security.conftest import ATTACKS, ROOT, SCRIPT, command, quick
 
@@ -80,6 +81,7 @@ class Document(HTMLParser):
         super().__init__()
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.text, self.inside, self.title = "", [], ""
+        self.scripts: list[str] = []
         self.feed(content)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
@@ -91,15 +93,25 @@ class Document(HTMLParser):
             pass
 
     def handle_data(self, data: str) -> None:
-        if self.inside and self.inside[-1] == "title":
+        if self.inside and self.inside[-1] == "script":
+            self.scripts.append(data)
+        elif self.inside and self.inside[-1] == "title":
             self.title += data
         else:
             self.text += data
 
 
-def harmless(document: Document) -> None:
-    """No element or attribute runs code or asks for anything."""
+def harmless(document: Document, ours: bool = False) -> None:
+    """No element or attribute runs code or asks for anything, but for `ours`: a report's own script and its numbers."""
+    scripts = [attributes for tag, attributes in document.elements if tag == "script"]
+    if ours:
+        assert scripts == [{"type": "application/json", "id": "charts-data"}, {}] and len(document.scripts) == 2
+        assert json.loads(document.scripts[0])["charts"] and document.scripts[1] == asset("page.js")
+    else:
+        assert not scripts
     for tag, attributes in document.elements:
+        if ours and tag == "script":
+            continue
         assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "img", "a"), tag
         for name, value in attributes.items():
             assert not name.startswith("on") and name not in ("src", "href", "srcset", "xlink:href"), (tag, name)
@@ -140,7 +152,7 @@ def test_the_report_of_a_run_on_hostile_rows(attacked, tmp_path: Path, server) -
     for folder in (run, held):
         page = write_report(RunFolder.open(folder))
         document = Document(dom(page, tmp_path / f"profile-{folder.parent.name}"))
-        harmless(document)
+        harmless(document, ours=True)
         assert document.title.startswith("ORPO run quickstart") and document.title != "owned"
     assert not asked
     for sample in facts["samples"]["after"][1:]:

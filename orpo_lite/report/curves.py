@@ -1,0 +1,209 @@
+"""Which charts a run's metrics make, alone and beside other runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from orpo_lite.evaluate import wilson_interval
+from orpo_lite.report.charts import Chart, Line, Point, histogram, running_mean, thinned
+from orpo_lite.report.runs import Told, number
+
+SMOOTHED = 80
+"""From this many points on, a running mean is drawn over the values themselves."""
+BUDGET, MOST, LEAST = 12_000, 1000, 60
+"""Points of all lines on a page, and of one line at most and at least."""
+BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
+"""Places in the page's palette."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    key: str
+    label: str
+    colour: int = BLUE
+    scale: Callable[[Told], float] = lambda run: 1.0
+    dashed: bool = False
+
+
+@dataclass(frozen=True)
+class Panel:
+    key: str
+    title: str
+    hint: str
+    metrics: tuple[Metric, ...]
+    form: Any = "g"
+    unit: str = ""
+    limits: tuple[float | None, float | None] = (None, None)
+
+
+PANELS = (
+    Panel("loss", "Loss", "ORPO loss = NLL + odds term. Both parts should fall; the odds term alone falling is a model that "
+          "learns to reject without learning to answer.",
+          (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL a token", ORANGE, dashed=True),
+           Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
+    Panel("rewards", "Rewards", "beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen not far with it.",
+          (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
+    Panel("margin", "Reward margin", "Chosen minus rejected: above 0 and growing where preferences are learned.",
+          (Metric("rewards/margins", "margin"),)),
+    Panel("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one; bars are 95% intervals of the "
+          "held-out pairs.", (Metric("rewards/accuracies", "accuracy"),), "%", limits=(-0.03, 1.03)),
+    Panel("log-odds", "Log-odds ratio", "Log of the odds of chosen over those of rejected, which the odds term pushes up.",
+          (Metric("log_odds_chosen", "log-odds ratio"),)),
+    Panel("learning-rate", "Learning rate", "", (Metric("learning_rate", "learning rate"),), limits=(0.0, None)),
+    Panel("gradient-norm", "Gradient norm", "Before clipping. Spikes that do not come down again are a sign of too high a "
+          "learning rate.", (Metric("grad_norm", "gradient norm"),), limits=(0.0, None)),
+    Panel("tokens", "Tokens a second", "Tokens that the model computed, without evaluation.",
+          (Metric("tokens_per_second", "tokens a second"),), limits=(0.0, None)),
+    Panel("memory", "Peak memory", "Highest so far.", (Metric("peak_memory_gb", "peak memory"),), unit="GB", limits=(0.0, None)),
+)  # fmt: skip
+
+
+def curves(runs: Sequence[tuple[str, Told]]) -> tuple[list[Chart], list[str]]:
+    """Charts of one run, or of several over one another, and what is to be said of how they are drawn.
+
+    Args:
+        runs: name and run; of several each metric gets a chart of its own.
+    """
+    several = len(runs) > 1
+    panels = [one for panel in PANELS for one in (split(panel) if several else [panel])]
+    lines = sum(len(panel.metrics) for panel in panels) * len(runs) * 2
+    most = max(LEAST, min(MOST, BUDGET // lines))
+    charts, longest = [], 0
+    for panel in panels:
+        chart = Chart(panel.key, panel.title, [], panel.hint, y=panel.unit, form=panel.form, limits=panel.limits)
+        for place, (name, run) in enumerate(runs):
+            for metric in panel.metrics:
+                longest = max(
+                    longest, add(chart, run, metric, name if several else "", place, most, len(panel.metrics) == 1)
+                )
+        if panel.key == "accuracy":
+            baseline = runs[0][1].evaluation("after") or runs[0][1].evaluation("before")
+            if number(baseline.get("length_baseline")) and not several:
+                chart.across = (baseline["length_baseline"], "always the longer answer")
+        if any(line.finite() for line in chart.lines):
+            charts.append(chart)
+    notes = []
+    if longest > most:
+        notes.append(
+            f"{longest:,} log lines: each curve is drawn from at most {most:,} points, the lowest and the highest of every "
+            "stretch among them."
+        )
+    return charts, notes
+
+
+def split(panel: Panel) -> list[Panel]:
+    """A panel for each of its metrics."""
+    if len(panel.metrics) == 1:
+        return [panel]
+    return [
+        Panel(f"{panel.key}-{i}", f"{panel.title}: {metric.label}" if metric.label != "ORPO loss" else "ORPO loss", "",
+              (metric,), panel.form, panel.unit, panel.limits)
+        for i, metric in enumerate(panel.metrics)
+    ]  # fmt: skip
+
+
+def add(chart: Chart, run: Told, metric: Metric, name: str, place: int, most: int, alone: bool) -> int:
+    """Put a metric's lines of training and of held-out pairs on a chart, and say how many values it has."""
+    colour, scale = (place if name else metric.colour), metric.scale(run)
+    dashed = place % 2 if name else metric.dashed  # so that neither runs nor metrics differ by colour alone
+    label = f"{name}: {{}}" if name else metric.label + "{}"
+    trained, held = values(run.metrics, metric.key, scale), values(run.metrics, f"eval_{metric.key}", scale)
+    gone = [x for x, y in trained + held if not math.isfinite(y)]
+    if gone:
+        first = ", ".join(f"{x:g}" for x in gone[:5]) + (", ..." if len(gone) > 5 else "")
+        chart.notes.append(
+            f"{name + ': ' if name else ''}{len(gone):,} values of {metric.label} are not finite (step {first})"
+        )
+    if trained:
+        many = len(trained) >= SMOOTHED and metric.key != "learning_rate"
+        look = "faint" if many else "dashed" if dashed else "solid"
+        chart.lines.append(Line(label.format("training" if name else ""), thinned(trained, most), colour, look))  # type: ignore[arg-type]
+        if many:
+            width = len(trained) // 25
+            mean, words = thinned(running_mean(trained, width), most), f"mean of {width:,}"
+            look = "dashed" if dashed else "solid"
+            chart.lines.append(Line(label.format(words if name else f", {words}"), mean, colour, look))  # type: ignore[arg-type]
+    if held:
+        line = Line(label.format("held out" if name else ", held out"), thinned(held, most), colour, "marks")
+        if not name and alone:
+            line.colour = ORANGE
+        pairs = (run.evaluation("after") or run.evaluation("before")).get("pairs")
+        if metric.key == "rewards/accuracies" and number(pairs) and pairs:
+            line.band = [
+                wilson_interval(y * pairs, pairs) if math.isfinite(y) else (math.nan, math.nan) for _, y in line.points
+            ]
+        chart.lines.append(line)
+    return max(len(trained), len(held))
+
+
+def values(metrics: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[Point]:
+    """(step, value) of one metric; values that are not finite stay, as gaps."""
+    found = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
+    return [(float(step), float(value) * scale) for step, value in found]
+
+
+# ---- distributions -------------------------------------------------------------------------------------------------
+
+
+def margins(run: Told, when: str, scale: float | None = None) -> list[float]:
+    """Reward margin of every held-out pair, by beta or another scale; empty where the run did not keep them."""
+    kept = run.pairs.get(when)
+    if not isinstance(kept, dict):
+        return []
+    chosen, rejected = kept.get("logps/chosen"), kept.get("logps/rejected")
+    if not isinstance(chosen, list) or not isinstance(rejected, list) or len(chosen) != len(rejected):
+        return []
+    scale = run.beta if scale is None else scale
+    return [scale * (a - b) if number(a) and number(b) else math.nan for a, b in zip(chosen, rejected, strict=True)]
+
+
+def margin_chart(groups: dict[str, list[float]], x: str = "reward margin") -> Chart | None:
+    """Distributions of margins over one another."""
+    groups = {name: some for name, some in groups.items() if any(map(math.isfinite, some))}
+    if not groups:
+        return None
+    edges, counts = histogram(groups)
+    colours = [ORANGE, BLUE] if set(groups) == {"before", "after"} else list(range(len(groups)))
+    chart = Chart("margins", "Reward margins of the held-out pairs", [], x=x, y="pairs", form="count",
+                  stairs=True, limits=(0.0, None), upright=(0.0, "0"))  # fmt: skip
+    for place, (name, some) in enumerate(counts.items()):
+        last = place == len(counts) - 1
+        points = [*zip(edges, map(float, some), strict=False), (edges[-1], 0.0)]
+        chart.lines.append(Line(name, points, colours[place], "solid" if last else "dashed", fill=last))
+        gone = sum(not math.isfinite(value) for value in groups[name])
+        if gone:
+            chart.notes.append(f"{gone:,} margins {name} are not finite and left out")
+    return chart
+
+
+def moved(run: Told) -> str:
+    """How many pairs changed sides, in a sentence; empty where that is not known."""
+    before, after = margins(run, "before"), margins(run, "after")
+    if not before or len(before) != len(after):
+        return ""
+    won = sum(a <= 0 < b for a, b in zip(before, after, strict=True))
+    lost = sum(b <= 0 < a for a, b in zip(before, after, strict=True))
+    wrong = sum(b <= 0 for b in after)
+    return (
+        f"Of {len(after):,} pairs, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
+        f"on the wrong side now: {wrong:,}."
+    )
+
+
+def length_chart(kept: dict[str, Any], key: str, title: str) -> Chart | None:
+    """Tokens of prompts, chosen and rejected answers, from the counts in run.json."""
+    chart = Chart(key, title, [], x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
+    for place, name in enumerate(("prompt", "chosen", "rejected")):
+        one = kept.get(name)
+        if not isinstance(one, dict) or not number(one.get("width")) or not one.get("counts"):
+            continue
+        counts = [float(count) for count in one["counts"] if number(count)]
+        points = [(i * float(one["width"]), count) for i, count in enumerate([*counts, 0.0])]
+        look = "dashed" if name == "rejected" else "solid"
+        chart.lines.append(Line(f"{name} (median {one.get('median'):g}, longest {one.get('max'):,})" if
+                                number(one.get("median")) and number(one.get("max")) else name,
+                                points, (PURPLE, GREEN, RED)[place], look))  # fmt: skip
+    return chart if chart.lines else None

@@ -1,0 +1,214 @@
+"""The report in a real browser: draws, reads, zooms, answers keys, fits a phone, and asks for nothing."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from orpo_lite.report import command
+from tests.report.browser import CHROMIUM, Browser
+from tests.report.conftest import facts, log_lines
+
+pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (.ci/run does)")
+LONG = "a-very-long-name-without-any-place-to-break-" * 6
+
+
+@pytest.fixture(scope="module")
+def browser() -> Any:
+    one = Browser()
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def pages(written, tmp_path_factory) -> dict[str, Path]:
+    place = tmp_path_factory.mktemp("pages")
+    plan = {"recipe": "mine", "model": "org/base-7B", "peak_bytes": 8_000_000_000, "needed_bytes": 9_000_000_000, "fullest_phase": "backward",
+            "phases": {"forward": {"base weights": 5_000_000_000, "total": 5_000_000_000}, "backward": {"base weights": 8_000_000_000, "total": 8_000_000_000}},
+            "assumed": {"margin": 1_000_000_000}, "measured": {"allocated_bytes": 7_900_000_000, "reserved_bytes": 8_100_000_000}}  # fmt: skip
+    known = facts(plan=plan)
+    known["data"]["sources"][LONG] = known["data"]["sources"]["org/pairs"] | {"path": LONG}
+    known["samples"]["after"][0]["answer"] = f"Four. {LONG}"
+    one, two = written(place / "one", known), written(place / "two", beta=0.2, name=LONG)
+    broken = log_lines(300)
+    broken[50]["loss"] = float("nan")
+    three = written(place / "three", None, broken, None)
+    found = {"one": [one], "two": [one, two, three], "three": [three]}
+    for name, runs in found.items():
+        command([str(run) for run in runs], output=place / f"{name}.html")
+    return {name: place / f"{name}.html" for name in found}
+
+
+SVG = "#chart-loss .plot > svg"
+
+
+def legend(browser: Browser, chart: str = "loss") -> list[str]:
+    return browser.run(f"[...document.querySelectorAll('#chart-{chart} .legend b')].map(e => e.textContent)")
+
+
+def axis(browser: Browser, chart: str = "loss") -> list[float]:
+    return [float(text.replace(",", "")) for text in browser.run(f"[...document.querySelectorAll('#chart-{chart} .plot > .x')].map(e => e.textContent)")]  # fmt: skip
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+@pytest.mark.parametrize("width", [360, 1280])
+@pytest.mark.parametrize("name", ["one", "two", "three"])
+def test_draws_fits_and_asks_for_nothing(name, width, dark, pages, browser):
+    browser.open(pages[name], width, dark=dark, touch=width < 500)
+    assert not browser.complaints() and not browser.asked()
+    inner, all_of_it = browser.run("[innerWidth, document.documentElement.scrollWidth]")
+    assert inner == width and all_of_it <= width
+    if name == "one" and width == 1280:
+        # text on its ground, WCAG 2: every colour that is written with
+        worst = browser.run(CONTRAST)
+        assert worst["ratio"] >= 4.5, worst
+        ground = browser.run("getComputedStyle(document.body).backgroundColor")
+        assert (sum(map(int, re.findall(r"\d+", ground)[:3])) < 150) is dark
+
+
+CONTRAST = """(() => {
+  const parse = (c) => c.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => { const f = (v) => (v /= 255) <= .04045 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4; return .2126 * f(r) + .7152 * f(g) + .0722 * f(b); };
+  let worst = {ratio: 99};
+  for (const e of document.querySelectorAll('body *')) {
+    if (e.closest('svg,button:disabled,style,script,.tip') || ![...e.childNodes].some((n) => n.nodeType === 3 && n.data.trim())) continue;
+    let at = e, ground = [0, 0, 0, 0];
+    while (at && !(ground.length < 4 || ground[3] > 0)) { ground = parse(getComputedStyle(at).backgroundColor); at = at.parentElement; }
+    const [a, b] = [light(parse(getComputedStyle(e).color)), light(ground)].sort((x, y) => y - x);
+    const ratio = (a + .05) / (b + .05);
+    if (ratio < worst.ratio) worst = {ratio, text: e.textContent.slice(0, 60), color: getComputedStyle(e).color, ground};
+  }
+  return worst;
+})()"""
+
+
+def test_hovering_shows_the_values_under_the_mouse(pages, browser):
+    browser.open(pages["one"])
+    rest = legend(browser)
+    box = browser.box(SVG)
+    browser.mouse("Moved", box["x"] + box["width"] / 2, box["y"] + box["height"] / 2)
+    tip = browser.run(
+        "document.querySelector('#chart-loss .tip').hidden ? '' : document.querySelector('#chart-loss .tip').innerText"
+    )
+    step = int(re.search(r"optimizer step (\d+)", tip)[1])  # type: ignore[index]
+    assert 14 <= step <= 16
+    wanted = next(line for line in log_lines(30) if line["step"] == step)
+    shown = float(re.search(r"ORPO loss\s+([-\d.]+)", tip)[1])  # type: ignore[index]
+    assert shown == pytest.approx(wanted["loss"], abs=1e-3)
+    assert legend(browser) != rest
+    # charts over the same steps read along
+    assert float(legend(browser, "margin")[0]) == pytest.approx(wanted["rewards/margins"], rel=1e-3)
+    browser.mouse("Moved", 2, 2)
+    assert legend(browser) == rest and browser.run("document.querySelector('#chart-loss .tip').hidden")
+    assert not browser.complaints()
+
+
+def test_dragging_zooms_and_a_double_click_shows_all(pages, browser):
+    browser.open(pages["one"])
+    before, drawn = axis(browser), browser.run("document.querySelector('#chart-loss .plot .line').getAttribute('d')")
+    box = browser.box(SVG)
+    browser.drag(box["x"] + box["width"] * 0.25, box["x"] + box["width"] * 0.5, box["y"] + 50)
+    zoomed = axis(browser)
+    assert (
+        min(zoomed) >= 6
+        and max(zoomed) <= 17
+        and browser.run("document.querySelector('#chart-loss .plot .line').getAttribute('d')") != drawn
+    )
+    assert axis(browser, "margin") == zoomed  # the same steps
+    assert max(axis(browser, "margins")) < 5  # a histogram has its own axis
+    for count in (1, 2):
+        browser.mouse("Pressed", box["x"] + 50, box["y"] + 50, button="left", clickCount=count)
+        browser.mouse("Released", box["x"] + 50, box["y"] + 50, button="left", clickCount=count)
+    assert axis(browser) == before
+    browser.run("document.querySelector('#chart-margins .tools button').click()")
+    assert axis(browser, "margins") and not browser.complaints()
+
+
+def test_keys_read_zoom_and_reset(pages, browser):
+    browser.open(pages["one"])
+    before = axis(browser)
+    for _ in range(300):
+        browser.key("Tab")
+        if browser.run("document.activeElement.matches('#chart-loss .plot > svg')"):
+            break
+    assert browser.run("document.activeElement.matches('#chart-loss .plot > svg')"), "not reached with Tab"
+    assert browser.run("getComputedStyle(document.activeElement).outlineStyle") != "none"
+    said = "document.querySelector('[role=status]').textContent"
+    browser.key("Home")
+    browser.key("ArrowRight")
+    assert re.match("optimizer step 1, ORPO loss [0-9.]+, NLL a token", browser.run(said)), browser.run(said)
+    browser.key("ArrowRight")
+    assert browser.run(said).startswith("optimizer step 2,")
+    browser.key("ArrowLeft")
+    assert browser.run(said).startswith("optimizer step 1,")
+    browser.key("+", "+")
+    browser.key("+", "+")
+    assert max(axis(browser)) < max(before) / 2
+    browser.key("Escape")
+    assert axis(browser) == before and browser.run("document.querySelector('#chart-loss .tip').hidden")
+    assert not browser.complaints()
+
+
+def test_touch_reads(pages, browser):
+    browser.open(pages["one"], 360, touch=True)
+    box = browser.box(SVG)
+    spot = [{"x": box["x"] + box["width"] / 2, "y": box["y"] + 60}]
+    browser("Input.dispatchTouchEvent", type="touchStart", touchPoints=spot)
+    assert "optimizer step 1" in browser.run("document.querySelector('#chart-loss .tip').innerText")
+    browser("Input.dispatchTouchEvent", type="touchEnd", touchPoints=[])
+    assert not browser.complaints()
+
+
+def test_names_for_screen_readers(pages, browser):
+    browser.open(pages["one"])
+    nodes = browser("Accessibility.getFullAXTree")["nodes"]
+    named: dict[str, list[str]] = {}
+    for node in nodes:
+        if not node.get("ignored"):
+            named.setdefault(node["role"]["value"], []).append(node.get("name", {}).get("value", ""))
+    charts = len(browser.run("[...document.querySelectorAll('.chart')].map(e => e.id)"))
+    assert len(named["application"]) == charts and all("arrow keys" in name for name in named["application"])
+    assert any(name.startswith("Loss by optimizer step. ORPO loss from") for name in named["application"])
+    assert len(named["button"]) == 3 * charts and all(len(name) > 10 for name in named["button"])
+    assert len(set(named["button"])) == len(named["button"])
+    assert "mine" in named["heading"] and all(named["heading"])
+    assert "main" in named and {"Held-out pairs", "Answers", "Training", "Data"} <= set(named["region"])
+    assert not [
+        node
+        for node in nodes
+        if not node.get("ignored") and node["role"]["value"] in ("image", "img") and not node["name"]["value"]
+    ]
+
+
+def test_without_script_the_charts_are_there(pages, browser, tmp_path):
+    """As in previews of mail programs and phones, which run none."""
+    browser("Emulation.setScriptExecutionDisabled", value=True)
+    try:
+        browser.open(pages["one"])
+        nodes = browser("Accessibility.getFullAXTree")["nodes"]
+        names = [n["name"]["value"] for n in nodes if n["role"]["value"] in ("image", "img") and not n.get("ignored")]
+        assert sum("by optimizer step" in name for name in names) >= 9
+    finally:
+        browser("Emulation.setScriptExecutionDisabled", value=False)
+
+
+def test_nothing_injected_runs(written, browser, tmp_path):
+    attack = "</script><script>document.title='owned'</script><img src='http://127.0.0.1:9/x' onerror=\"document.title='owned'\">\u2028"
+    known = facts(name=attack)
+    known["samples"]["after"][0]["answer"] = attack
+    run = written(tmp_path / "run", known)
+    other = written(tmp_path / "other", facts(name=f"{attack}2"))
+    # even what would get into the page as it is may not run, nor ask
+    for words in ([str(run)], [str(run), str(other)]):
+        command(words, output=tmp_path / "page.html")
+        browser.open(tmp_path / "page.html")
+        assert browser.run("document.title") != "owned" and not browser.asked() and not browser.complaints()
+    text = (tmp_path / "page.html").read_text("utf-8").replace("<main>", f"<main>{attack}", 1)
+    (tmp_path / "in.html").write_text(text, "utf-8")
+    browser.open(tmp_path / "in.html")
+    assert browser.run("document.title") != "owned"
+    assert "Content Security Policy" in json.dumps(browser.complaints())
