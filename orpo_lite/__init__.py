@@ -4,6 +4,7 @@ Public names load lazily: `import orpo_lite` imports neither torch nor transform
 """
 
 import importlib
+import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
 
 __version__ = "0.1.0"
 __all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
+
+# on CPUs with AVX512_BF16 bitsandbytes asks for a kernel from the hub, which has no gradient: nothing to train with
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
     "ORPOConfig": "orpo_lite.config",

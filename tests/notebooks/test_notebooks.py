@@ -91,6 +91,7 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         run.html = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)  # type: ignore[attr-defined]
         told = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
         told += "".join(output.data.get("text/markdown", "") for output in outputs if "data" in output)
+        assert "gemm_4bit" not in told and "UserWarning" not in told  # what libraries say that concerns no user
         assert not re.search(r"^(error|failed):|Traceback|SystemExit", told, re.MULTILINE), told[-3000:]
         assert "<progress" not in run.html  # type: ignore[attr-defined]  # transformers' own bar beside ours
         assert any("widget-view" in kind for output in outputs for kind in output.get("data", {})) == widgets
