@@ -13,6 +13,7 @@ COMMANDS = {
     "recipes": "list the shipped recipes and what each needs",
     "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
     "plan": "say what a recipe takes on a card, with neither GPU nor weights",
+    "import": "turn axolotl's or LLaMA-Factory's ORPO configuration into a recipe",
     "train": "train an adapter with ORPO as a recipe says",
     "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
