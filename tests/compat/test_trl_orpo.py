@@ -1,6 +1,8 @@
 """`python -m orpo_lite.compat.trl_orpo`: the command lines of TRL's example, its config files, and what is refused."""
 
+import shlex
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,6 +13,7 @@ from transformers import LlamaConfig
 from orpo_lite.compat import trl_orpo
 from orpo_lite.compat.trl_orpo import main, parse, rows_of
 from orpo_lite.errors import RequestError
+from tests.docs.blocks import blocks
 from tests.tiny import tiny_model
 from tests.training import SIZES, rows
 
@@ -122,6 +125,14 @@ def test_without_bitsandbytes_weights_stay_as_they_are(place, tmp_path, capsys, 
     trainer = main([*words(place, tmp_path / "out", *PEFT, "--load_in_4bit")])
     assert not any("4bit" in type(module).__name__ for module in trainer.model.modules())
     assert "--load_in_4bit: bitsandbytes does not work here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_command_of_the_documentation(tmp_path, monkeypatch):
+    page = Path(__file__).parents[2] / ".docs" / "pages" / "guides" / "from-trl.md"
+    [line] = [line for block in blocks(page) for line in block.lines if "compat.trl_orpo" in line]
+    monkeypatch.chdir(tmp_path)
+    trainer = main(shlex.split(line)[3:])
+    assert trainer.state.global_step == 5 and (tmp_path / "trl-orpo-demo" / "adapter_model.safetensors").is_file()
 
 
 def test_debug_is_ours_without_a_value_and_transformers_with_one(monkeypatch):

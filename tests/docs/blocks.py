@@ -17,8 +17,9 @@ FENCE = re.compile(
     r"^(?P<indent>[ ]*)(?:<!-- needs: (?P<needs>.+?) -->\n+[ ]*)?```(?P<language>[a-z]*)[^\n]*\n(?P<body>.*?)^[ ]*```[ ]*$",
     re.MULTILINE | re.DOTALL,
 )
-INLINE = re.compile(r"(?<!`)`((?:python -m orpo_lite\.|orpo-lite )[a-z][^`]+)`(?!`)")
-OURS = re.compile(r"^(?:python -m orpo_lite\.|orpo-lite )(?P<name>[\w.-]+)(?P<words>.*)", re.DOTALL)
+# compat.trl_orpo has TRL's parser and a test of its own
+INLINE = re.compile(r"(?<!`)`((?:python -m orpo_lite\.|orpo-lite )(?!compat)[a-z][^`]+)`(?!`)")
+OURS = re.compile(r"^(?:python -m orpo_lite\.|orpo-lite )(?P<name>(?!compat)[\w.-]+)(?P<words>.*)", re.DOTALL)
 FIRST = "python -m orpo_lite.train --recipe quickstart"
 """What every page may take as done: it is run once, for all of them."""
 
