@@ -56,11 +56,14 @@ def test_a_notebook_is_clean_and_made_for_colab(name: str) -> None:
     assert not any("parameters" in cell.metadata.get("tags", ()) for cell in others if cell is not settings)
 
 
-def test_readme_and_site_have_the_notebooks_badges() -> None:
+def test_readme_and_site_link_to_the_notebooks() -> None:
     owners = {BADGE.match(read(name).cells[0].source)[1] for name in NAMES}  # type: ignore[index]
-    for page in (ROOT / "README.md", ROOT / ".docs" / "pages" / "guides" / "colab.md"):
-        badges = BADGE.findall(page.read_text("utf-8"))
-        assert {name for _, name in badges} == set(NAMES) and {owner for owner, _ in badges} == owners
+    readme, site = ((ROOT / page).read_text("utf-8") for page in ("README.md", ".docs/pages/guides/colab.md"))
+    links = re.findall(
+        r"\(https://colab\.research\.google\.com/github/([\w.-]+/[\w.-]+)/blob/main/notebooks/(.+?)\.ipynb\)", site
+    )
+    for found in (BADGE.findall(readme), links):  # no badge on the site, which asks for nothing outside of itself
+        assert {name for _, name in found} == set(NAMES) and {owner for owner, _ in found} == owners
 
 
 @pytest.fixture
