@@ -11,6 +11,7 @@ import torch
 from transformers import StoppingCriteriaList
 
 from orpo_lite.model import stop_token_ids
+from orpo_lite.trackers import log_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -116,7 +117,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
 
 
 def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
-    """Greedy answers to a batch of held-out prompts, as TRL's generate_during_eval: to the log and to wandb."""
+    """Greedy answers to a batch of held-out prompts, as TRL's generate_during_eval: to the log and to trackers, by TRL's names."""
     args, step = trainer.args, trainer.state.global_step
     count = min(args.eval_batch_size, len(pairs))
     rows = pairs.select(random.Random(step).sample(range(len(pairs)), count))
@@ -127,9 +128,5 @@ def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
         return answers
     for sample in answers:
         logger.info("step %d: %s -> %s", step, sample["prompt"][-200:], sample["answer"])
-    if "wandb" in args.report_to:
-        import wandb  # pyright: ignore[reportMissingImports]
-
-        table = wandb.Table(["Prompt", "Policy"], [[sample["prompt"], sample["answer"]] for sample in answers])
-        wandb.log({"game_log": table})
+    log_table(trainer, "game_log", ["Prompt", "Policy"], [[sample["prompt"], sample["answer"]] for sample in answers])
     return answers

@@ -42,6 +42,8 @@ from orpo_lite.results import before_training, finish, held_out, record_of
 from orpo_lite.runfolder import Resume, RunFolder
 from orpo_lite.settings import DEFAULTS, STREAMED, arguments, checkpointed
 from orpo_lite.signals import Stopped
+from orpo_lite.trackers import SameRun, check_trackers, log_table, sample_rows
+from orpo_lite.trackers import end as end_trackers
 from orpo_lite.trainer import ORPOTrainer
 from orpo_lite.watching.nonfinite import NonFinite
 from orpo_lite.writing import disk_of
@@ -85,6 +87,7 @@ def run(
         Stopped: a signal asked for the end; the run can be gone on with.
     """
     started = time.monotonic()
+    check_trackers(recipe.training.get("report_to"))
     defaults = STREAMED if recipe.data.streaming else DEFAULTS
     recipe = recipe.model_copy(update={"training": defaults | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
@@ -109,6 +112,7 @@ def run(
         trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another than in a terminal
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
+        trainer.add_callback(SameRun())
         trainer.recipe, trainer.reproducer_folder = recipe, folder.path if folder else None
         trainer.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
         announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
@@ -129,6 +133,8 @@ def run(
             announce.stopped(folder, stop, trainer.state.global_step)
             raise
         after = held_out(recipe, trainer, pairs, tokenizer, before)
+        log_table(trainer, "samples", *sample_rows(before.samples, after.samples))
+        end_trackers(trainer)
 
         if trainer.stream_watch is not None:
             pairs.report = DropReport.merge([trainer.stream_watch.watched.report, pairs.report])

@@ -40,6 +40,7 @@ from orpo_lite.prepare import (
 )
 from orpo_lite.progress import CheckpointedLayers
 from orpo_lite.saving import SavingTrainer
+from orpo_lite.trackers import check_trackers
 
 logger = logging.getLogger(__name__)
 
@@ -97,6 +98,7 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("ORPOTrainer: `train_dataset` is required")
         args = args or ORPOConfig(output_dir="outputs")
+        check_trackers(args.report_to)
         if preprocess_logits_for_metrics is not None or args.batch_eval_metrics:
             raise ValueError(
                 "ORPOTrainer: preprocess_logits_for_metrics and batch_eval_metrics are not supported, since predictions "

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import tempfile
 import warnings
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
+# read where trackio is first imported
+os.environ.setdefault("TRACKIO_DIR", str(Path(tempfile.gettempdir()) / f"orpo-trackio-{os.getpid()}"))
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
