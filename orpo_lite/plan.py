@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -35,6 +36,11 @@ def command(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
     picture: Annotated[Path | None, typer.Option(help="write the bars as FILE.png, .svg or .html")] = None,
+    gpus: Annotated[int | None, typer.Option(help="plan one of so many GPUs, and what travels between them")] = None,
+    strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp, fsdp2, zero2 or zero3")] = None,
+    offload: Annotated[
+        bool, typer.Option("--offload", help="fsdp2 and zero3: the shards wait in the host's memory")
+    ] = False,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
     if all_recipes == (recipe is not None):
@@ -45,6 +51,12 @@ def command(
         raise RequestError("--output says where --fit writes the recipe it finds: give --fit as well")
     if fit and all_recipes:
         raise RequestError("--fit fits one recipe: give --recipe NAME")
+    if gpus is None and (strategy or offload):
+        raise RequestError("--strategy and --offload say how several GPUs share a recipe: give --gpus as well")
+    if gpus is not None and (all_recipes or beside_trl or fit):
+        raise RequestError("--gpus plans one recipe as it stands: leave --all-recipes, --beside-trl and --fit out")
+    if gpus is not None and gpu == "cpu":
+        raise RequestError("--gpus plans cards: give --gpu a card or a size, or leave it out")
     if picture:
         if all_recipes:
             raise RequestError("--picture shows the plan of one recipe: give --recipe NAME")
@@ -66,7 +78,9 @@ def command(
     from orpo_lite.planning.kernels import Target
     from orpo_lite.planning.predict import plan
     from orpo_lite.planning.remedies import Planner, judge
+    from orpo_lite.planning.spread import Spread, SpreadPlan
 
+    spread = Spread(gpus, strategy or "ddp", offload) if gpus is not None else None
     if loaded is None:
         print(show.all_recipes())
         return
@@ -79,9 +93,15 @@ def command(
     else:
         if not gpu and loaded.memory.gpu_gb:
             cards = [Card(f"{loaded.memory.gpu_gb:g} GB", loaded.memory.gpu_gb)]
-        made = planner(loaded, cards[0].target if len(cards) == 1 else Target("cuda"))
-        verdicts = [judge(loaded, card, planner) for card in cards]
+        made = planner(loaded, cards[0].target if len(cards) == 1 else Target("cuda"), spread)
+        verdicts = [judge(loaded, card, functools.partial(planner, spread=spread)) for card in cards]
     drawn = pictures.picture(made.as_dict(), [show.as_dict(one) for one in verdicts])
+    advice: list[str] = []
+    if isinstance(made, SpreadPlan):
+        from orpo_lite.planning.worth import sizes, worth
+
+        advice = [worth(loaded, card, planner.spread(loaded, card.target, made.spread), planner) for card in cards]
+        advice = advice or [sizes(loaded, made, planner)]
     theirs = None
     if beside_trl:
         from orpo_lite.planning import trl_step
@@ -89,6 +109,8 @@ def command(
         theirs = trl_step.plan_trl(found.recipe if found else loaded, made)
     if as_json:
         told = made.as_dict() | {"cards": [show.as_dict(one) for one in verdicts]}
+        if spread:
+            told["verdict"] = advice
         if theirs:
             told["trl"] = trl_step.as_dict(made, theirs)
         if found and fitting:
@@ -100,6 +122,8 @@ def command(
         pictures.bars(console, drawn)
         if verdicts:
             show.cards(console, verdicts)
+        if isinstance(made, SpreadPlan):
+            show.traffic(console, made, advice)
         if theirs:
             trl_step.show(console, made, theirs)
         if found and fitting:

@@ -26,6 +26,7 @@ PARAMETERS = {
     "google/gemma-2-9b-it": 9_241_705_984,
     "meta-llama/Llama-2-7b-hf": 6_738_415_616,
     "meta-llama/Llama-3.2-3B-Instruct": 3_212_749_824,
+    "meta-llama/Meta-Llama-3-70B": 70_553_706_496,
     "meta-llama/Meta-Llama-3-8B": 8_030_261_248,
     "microsoft/phi-2": 2_779_683_840,
     "mistralai/Mistral-7B-v0.1": 7_241_732_096,

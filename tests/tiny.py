@@ -184,6 +184,9 @@ FAMILIES = {
     "Qwen/Qwen2.5-7B-Instruct": Family(**QWEN, template="qwen2_5.jinja"),
     "Qwen/Qwen3-4B": Family(**QWEN | {"specials": (*QWEN["specials"], "<think>", "</think>")}, template="qwen3.jinja"),
     "meta-llama/Llama-2-7b-hf": LLAMA2,
+    "meta-llama/Meta-Llama-3-70B": Family(
+        bos="<|begin_of_text|>", eos="<|end_of_text|>", specials=LLAMA3, add_bos=True
+    ),
     "meta-llama/Meta-Llama-3-8B": Family(bos="<|begin_of_text|>", eos="<|end_of_text|>", specials=LLAMA3, add_bos=True),
     "meta-llama/Llama-3.2-3B-Instruct": Family(
         bos="<|begin_of_text|>",

@@ -247,13 +247,18 @@ def hold_model(timeline: Timeline, model: Any) -> None:
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
-            if "lora_" in name + key or (tensor.requires_grad and isinstance(model, PeftModel)):
-                label = ADAPTER
-            else:
-                label = ENDS if id(module) in ends or isinstance(module, nn.Embedding) else BASE
-            timeline.hold(tensor, label)
+            timeline.hold(
+                tensor, label_of(model, name + key, tensor, id(module) in ends or isinstance(module, nn.Embedding))
+            )
             for constant in constants(tensor):
                 timeline.hold(constant, CONSTANTS)
+
+
+def label_of(model: Any, name: str, tensor: Tensor, at_an_end: bool) -> str:
+    """What a tensor of the model is for; at an end are embeddings and head."""
+    if "lora_" in name or (tensor.requires_grad and isinstance(model, PeftModel)):
+        return ADAPTER
+    return ENDS if at_an_end else BASE
 
 
 def constants(weight: Tensor) -> list[Tensor]:

@@ -24,7 +24,8 @@ BASE, CONSTANTS, ENDS, ADAPTER = "base weights", "quantisation constants", "embe
 GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimizer", "kept activations"
 LAYER, HEAD, WORKSPACE = "layer recompute", "head chunk", "kernel workspace"
 LOADING = "matrix being loaded"
-PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING)
+GATHERED, BUFFERS = "gathered weights", "communication buffers"
+PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING, GATHERED, BUFFERS)
 """What memory is held for, in the order in which it is shown."""
 
 FLOPS, UNPACKED, MOVED = "FLOPs", "weights unpacked", "activations on the host"

@@ -16,7 +16,7 @@ from orpo_lite.model.offload import check_count
 from orpo_lite.planning.build import build, compute_dtype, find_config, signatures
 from orpo_lite.planning.depth import Stacks, period
 from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS
+from orpo_lite.planning.ledger import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment
 from orpo_lite.planning.step import COPYING, PlannedTrainer, Shape, Traced, micro_batch, scoring, trace
 from orpo_lite.prepare import base_of
 from orpo_lite.recipe import Recipe
@@ -184,18 +184,20 @@ class Study:
 
     def plan(self, recomputed: int | None) -> Plan:
         """The plan with the first so many layers checkpointed; None for all."""
+        return self.assemble(self.traced(recomputed), recomputed)
+
+    def traced(self, recomputed: int | None) -> Traced:
+        """The step with the first so many layers checkpointed; None for all."""
+        if not self._stacks:
+            return self._trace(None, recomputed)
+        check_count(recomputed, len(self.layers))
+        return self._stacks(len(self.layers) if recomputed is None else recomputed)
+
+    def assemble(self, traced: Traced, recomputed: int | None) -> Plan:
+        """The plan of a step that was run."""
         recipe, target = self.recipe, self.target
-        if self._stacks:
-            check_count(recomputed, len(self.layers))
-            traced = self._stacks(len(self.layers) if recomputed is None else recomputed)
-        else:
-            traced = self._trace(None, recomputed)
         largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)
-        phases = {"load": load_phase(traced, recipe, self.model, self.dtype)}
-        for phase in PHASES[1:]:
-            moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
-            if moments:  # a recipe may hold nothing out
-                phases[phase] = max(moments, key=Counter.total)
+        phases = {"load": load_phase(traced, recipe, self.model, self.dtype)} | fullest_by_phase(traced.peaks)
         host = HOST_BYTES + LOADERS[recipe.model.quantization != "none"] * largest * self.dtype.itemsize
         return Plan(
             recipe=recipe.name,
@@ -212,6 +214,16 @@ class Study:
             recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
             assumptions=assumptions(recipe, target),
         )
+
+
+def fullest_by_phase(peaks: dict[Segment, Counter[str]]) -> dict[str, Counter[str]]:
+    """The fullest moment of each phase of the step; a recipe may hold nothing out, and so lack one."""
+    found = {}
+    for phase in PHASES[1:]:
+        moments = [parts for (name, _), parts in peaks.items() if name == phase]
+        if moments:
+            found[phase] = max(moments, key=Counter.total)
+    return found
 
 
 def _skeleton(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:

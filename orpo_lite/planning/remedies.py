@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from orpo_lite.errors import RequestError
 from orpo_lite.planning.cards import FITS, NOT, Card, verdict
 from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.predict import Plan, checkpointed_layers, plan
+from orpo_lite.planning.predict import Plan, Study, checkpointed_layers
+from orpo_lite.planning.spread import Spread, SpreadPlan, spread_plan
 from orpo_lite.planning.step import evaluation_pairs
 from orpo_lite.recipe import Recipe
 
@@ -21,13 +22,24 @@ class Planner:
     """Plans that are made once, however often they are asked for."""
 
     def __init__(self) -> None:
-        self._made: dict[tuple[str, Target], Plan] = {}
+        self._studied: dict[tuple[str, Target], Study] = {}
+        self._made: dict[tuple[str, Target, Spread | None], Plan] = {}
 
-    def __call__(self, recipe: Recipe, target: Target) -> Plan:
+    def __call__(self, recipe: Recipe, target: Target, spread: Spread | None = None) -> Plan:
+        """The plan of a recipe on one card, or of one of the GPUs that it is spread over."""
         key = (json.dumps(recipe.model_dump(mode="json"), sort_keys=True), target)
-        if key not in self._made:
-            self._made[key] = plan(recipe, target)
-        return self._made[key]
+        if key not in self._studied:
+            self._studied[key] = Study(recipe, target)
+        if (*key, spread) not in self._made:
+            study, recomputed = self._studied[key], checkpointed_layers(recipe, target)
+            self._made[*key, spread] = spread_plan(study, recomputed, spread) if spread else study.plan(recomputed)
+        return self._made[*key, spread]
+
+    def spread(self, recipe: Recipe, target: Target, spread: Spread) -> SpreadPlan:
+        """The plan of one of the GPUs that a recipe is spread over."""
+        made = self(recipe, target, spread)
+        assert isinstance(made, SpreadPlan)
+        return made
 
 
 @dataclass(frozen=True)
@@ -42,7 +54,7 @@ class Verdict:
     remedied: Plan | None
 
 
-def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
+def judge(recipe: Recipe, card: Card, planner: Callable[[Recipe, Target], Plan]) -> Verdict:
     """Plan a recipe for a card; where it does not fit, look for what would make it."""
     made = planner(recipe, card.target)
     words = verdict(made, card)

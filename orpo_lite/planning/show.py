@@ -15,6 +15,7 @@ from orpo_lite.planning.ledger import PARTS
 from orpo_lite.planning.picture import gigabytes
 from orpo_lite.planning.predict import PHASES, Plan
 from orpo_lite.planning.remedies import Planner, Verdict
+from orpo_lite.planning.spread import SpreadPlan
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import shipped_recipes
 
@@ -36,7 +37,7 @@ def plan(console: Console, made: Plan) -> None:
     for name, text in (
         ("recipe", made.recipe),
         ("model", f"{made.model}, {whole:,} parameters, {trained:,} trained"),
-        ("on", f"{device}, {made.dtype}"),
+        ("on", f"{device}, {made.dtype}" + (f"; one of {made.spread}" if isinstance(made, SpreadPlan) else "")),
         ("micro-batch", made.shape.why),
         ("layout", f"{made.layout} ({made.layout_why})"),
         ("checkpointing", made.recomputed),
@@ -100,6 +101,29 @@ def cards(console: Console, verdicts: list[Verdict]) -> None:
             "amount on them.",
             style="dim",
         )
+
+
+def traffic(console: Console, made: SpreadPlan, advice: list[str]) -> None:
+    """What travels in an optimizer step, how long that may take, and what more GPUs are worth."""
+    table = Table("an optimizer step of each GPU", "GB", "how it is counted", box=None)
+    table.columns[1].justify = "right"
+    for one in made.transfers:
+        link = "" if one.link == "between the GPUs" else f" ({one.link})"
+        table.add_row(one.what + link, f"{one.size / 1e9:.3f}", one.formula)
+    table.add_row(
+        "[bold]sent to other GPUs[/]", f"[bold]{made.traffic / 1e9:.3f}[/]", f"micro-batches: {made.micro_batches}"
+    )
+    console.print(table)
+    work, moving = made.seconds
+    console.print(
+        f"computing {work:.2f} s, moving {moving:.2f} s a step by the assumed rates: {made.spread.gpus} GPUs do about "
+        f"{made.speedup:.1f} times the pairs a second of one, where nothing overlaps",
+        soft_wrap=True,
+    )
+    if made.host_training:
+        console.print(f"host while training: {gigabytes(made.host_training)} GB of shards and optimizer states, pinned")
+    for line in advice:
+        console.print(line, style="bold", soft_wrap=True, markup=False)
 
 
 def as_dict(one: Verdict) -> dict[str, Any]:

@@ -1,0 +1,263 @@
+"""Plans over several GPUs: shards, gathered units and traffic, against counts by hand and shards that torch makes."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import typer
+from transformers import LlamaConfig
+from typer.testing import CliRunner
+
+from orpo_lite.errors import RequestError
+from orpo_lite.plan import command
+from orpo_lite.planning.cards import Card
+from orpo_lite.planning.kernels import Target
+from orpo_lite.planning.ledger import ADAPTER, BASE, BUFFERS, CONSTANTS, ENDS, GATHERED, GRADIENTS, KEPT, OPTIMIZER
+from orpo_lite.planning.predict import Study
+from orpo_lite.planning.remedies import Planner
+from orpo_lite.planning.spread import BUCKET, Spread, SpreadPlan, units_of
+from orpo_lite.planning.worth import sizes, worth
+from orpo_lite.recipe import Recipe
+
+ROOT = Path(__file__).parents[2]
+H, F, V, KV, LAYERS, RANK = 128, 320, 3000, 64, 9, 16
+CONFIG = LlamaConfig(vocab_size=V, hidden_size=H, intermediate_size=F, num_attention_heads=4, num_key_value_heads=2,
+                     head_dim=32, num_hidden_layers=LAYERS, tie_word_embeddings=False)  # fmt: skip
+LINEAR = [(H, H), (KV, H), (KV, H), (H, H), (F, H), (F, H), (H, F)]
+"""Rows and columns of a layer's matrices."""
+TRAINED = LAYERS * sum(RANK * (rows + columns) for rows, columns in LINEAR)
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llama")
+    CONFIG.architectures = ["LlamaForCausalLM"]
+    CONFIG.save_pretrained(folder)
+    return folder
+
+
+def recipe(base: Path, **sections) -> Recipe:
+    content = {
+        "name": "spread",
+        "model": {"name_or_path": str(base)},
+        "data": {"train": "x.jsonl", "max_length": 128},
+        "training": {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 3, "optim": "adamw_torch"},
+    }
+    for section, fields in sections.items():
+        content[section] = content.get(section, {}) | fields
+    return Recipe.parse(content)
+
+
+planner = Planner()
+
+
+def planned(base: Path, gpus: int, strategy: str, offload: bool = False, **sections) -> SpreadPlan:
+    made = planner(recipe(base, **sections), Target("cuda"), Spread(gpus, strategy, offload))
+    assert isinstance(made, SpreadPlan)
+    return made
+
+
+def ceil(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def shard(gpus: int) -> dict[str, int]:
+    """Bytes that the first of the GPUs holds, by hand: bf16 base, float32 norms and adapters, rows spread, rounded up."""
+    linear = sum(ceil(rows, gpus) * columns * 2 for rows, columns in LINEAR)
+    norms = ceil(H, gpus) * 4
+    lora = sum((ceil(RANK, gpus) * columns + ceil(rows, gpus) * RANK) * 4 for rows, columns in LINEAR)
+    return {"base": LAYERS * (linear + 2 * norms) + norms, "ends": 2 * ceil(V, gpus) * H * 2, "adapter": LAYERS * lora}
+
+
+@pytest.mark.parametrize("gpus", [2, 3, 8])
+def test_shards_gathered_layers_and_traffic_by_hand(gpus, base):
+    sixteen = {"model": {"quantization": "none"}}
+    made, one = planned(base, gpus, "fsdp2", **sixteen), planner(recipe(base, **sixteen), Target("cuda"))
+    parts, alone, by_hand = made.phases["backward"], one.phases["backward"], shard(gpus)
+    layer = sum(ceil(rows, gpus) * gpus * columns * 2 for rows, columns in LINEAR) + 2 * ceil(H, gpus) * gpus * 2
+    layer += sum((ceil(RANK, gpus) * columns + ceil(rows, gpus) * RANK) * gpus * 2 for rows, columns in LINEAR)
+    embeddings = ceil(V, gpus) * gpus * H * 2
+    end = embeddings + ceil(H, gpus) * gpus * 2
+    rounding = 512 * LAYERS * 24  # the allocator's blocks
+    held = shard(1)
+    assert parts[BASE] == pytest.approx(alone[BASE] - held["base"] + by_hand["base"], abs=rounding)
+    assert parts[ENDS] == pytest.approx(by_hand["ends"], abs=rounding)
+    assert parts[ADAPTER] == pytest.approx(by_hand["adapter"], abs=rounding)
+    ratio = by_hand["adapter"] / held["adapter"]
+    assert parts[GRADIENTS] == math.ceil(alone[GRADIENTS] * ratio) and parts[OPTIMIZER] == math.ceil(
+        alone[OPTIMIZER] * ratio
+    )
+    assert parts[GATHERED] in {2 * layer, max(2 * end, end + layer), max(2 * embeddings, embeddings + layer)}
+    assert made.phases["step"][GATHERED] == 0 and made.phases["forward"][KEPT] > 0
+    whole = LAYERS * layer + embeddings + end
+    ring = (gpus - 1) / gpus
+    assert [transfer.size for transfer in made.transfers] == [
+        round(3 * ring * whole),  # three micro-batches, forward
+        round(3 * ring * (whole - end)),  # the head is still there
+        round(ring * 2 * TRAINED),
+    ]
+    assert made.traffic == sum(transfer.size for transfer in made.transfers)
+
+
+def test_ddp_sums_gradients_in_buckets_and_moves_little(base):
+    made, one = planned(base, 4, "ddp"), planner(recipe(base), Target("cuda"))
+    assert made.traffic == round(2 * 3 / 4 * 4 * TRAINED)
+    for phase in ("forward", "backward", "step"):
+        assert made.phases[phase][BUFFERS] == 4 * TRAINED
+        assert made.phases[phase].total() == one.phases[phase].total() + 4 * TRAINED
+    assert made.needed > one.needed
+
+
+def test_deepspeed_spreads_states_and_takes_its_bucket(base):
+    two, one = planned(base, 4, "zero2"), planner(recipe(base), Target("cuda"))
+    step = two.phases["step"]
+    assert step[BASE] == one.phases["step"][BASE] and step[CONSTANTS] == one.phases["step"][CONSTANTS]
+    # 16-bit weights of its own, a quarter of the gradients, of Adam's two states, of their float32 copies
+    assert step[ADAPTER] == pytest.approx(2 * TRAINED, abs=512 * 200)
+    assert step[GRADIENTS] == pytest.approx(2 * TRAINED / 4, rel=0.05)
+    assert step[OPTIMIZER] == pytest.approx((8 + 4) * TRAINED / 4, rel=0.35)  # plain AdamW takes 4 more in its step
+    assert two.phases["backward"][BUFFERS] == 2 * BUCKET and BUFFERS not in two.phases["forward"]
+    # three micro-batches' gradients, and the adapter once
+    assert two.traffic == round(3 * 3 / 4 * 2 * TRAINED) + round(3 / 4 * 2 * TRAINED)
+    three = planned(base, 4, "zero3")
+    assert three.phases["step"][BASE] < step[BASE] / 3
+    assert three.phases["forward"][BUFFERS] == 2 * BUCKET
+    assert three.traffic > 2 * 3 * 3 / 4 * LAYERS * sum(rows * columns // 2 for rows, columns in LINEAR)
+
+
+def test_quantised_weights_are_spread_and_their_constants_are_not(base):
+    one = planner(recipe(base), Target("cuda"))
+    two, four = planned(base, 2, "fsdp2"), planned(base, 4, "fsdp2")
+    assert two.phases["step"][CONSTANTS] == four.phases["step"][CONSTANTS] == one.phases["step"][CONSTANTS] > 0
+    assert two.phases["step"][BASE] == pytest.approx(one.phases["step"][BASE] / 2, rel=0.02)
+    assert four.phases["step"][BASE] == pytest.approx(one.phases["step"][BASE] / 4, rel=0.03)
+    packed = LAYERS * sum(rows * columns // 2 for rows, columns in LINEAR)
+    assert two.transfers[0].size == pytest.approx(3 / 2 * (packed + 2 * (2 * V * H + TRAINED)), rel=0.01)
+
+
+def test_offloaded_shards_leave_the_card_for_the_host(base):
+    kept, moved = planned(base, 2, "fsdp2"), planned(base, 2, "fsdp2", True)
+    assert not any(moved.phases["step"][part] > 5000 for part in (BASE, ENDS, ADAPTER, GRADIENTS, OPTIMIZER))
+    assert moved.peak < kept.peak and moved.host_training > 12 * TRAINED and kept.host_training == 0
+    assert moved.traffic == kept.traffic
+    (host,) = [transfer for transfer in moved.transfers if transfer.link == "PCIe"]
+    assert host.size > kept.traffic / 2
+
+
+def test_what_cannot_be_is_refused(base):
+    with pytest.raises(RequestError, match="expected one of ddp, fsdp2, zero2, zero3"):
+        Spread(2, "fsdp1")
+    with pytest.raises(RequestError, match="--gpus: found 1"):
+        Spread(1)
+    with pytest.raises(RequestError, match="--offload: ddp keeps every weight on every card"):
+        Spread(2, "ddp", True)
+    with pytest.raises(RequestError, match="int8 weights cannot be sharded"):
+        planned(base, 2, "fsdp2", model={"quantization": "int8"})
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def told(*words: str) -> dict:
+    app = typer.Typer()
+    app.command()(command)
+    done = CliRunner().invoke(app, [*words, "--json"], catch_exceptions=False)
+    assert done.exit_code == 0, done.output
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def file(base, tmp_path_factory) -> str:
+    path = tmp_path_factory.mktemp("recipe") / "spread.yaml"
+    path.write_text(json.dumps(recipe(base).model_dump(mode="json", exclude_unset=True)), "utf-8")
+    return str(path)
+
+
+def test_the_command_prints_json_and_the_verdict(file):
+    made = told("--recipe", file, "--gpus", "2", "--strategy", "fsdp2", "--gpu", "24GB")
+    assert "one card holds the recipe" in made["verdict"][0] and "for throughput take ddp" in made["verdict"][0]
+    assert made["traffic_per_step_bytes"] == sum(t["bytes"] for t in made["traffic"])
+    assert made["gpus"] == 2 and made["strategy"] == "fsdp2" and 0 < made["speedup_without_overlap"] <= 2
+
+
+def test_the_verdict_says_when_a_smaller_micro_batch_would_do(base):
+    wide = recipe(base, training={"per_device_train_batch_size": 64}, data={"max_length": 512})
+    made = planner(wide, Target("cuda"), Spread(2))
+    assert isinstance(made, SpreadPlan)
+    fewer = worth(wide, Card("small", made.needed / 1e9 * 0.8), made, planner)
+    assert "one card will do, a smaller micro-batch is enough" in fewer
+    assert "training.per_device_train_batch_size=1" in fewer and "2 GPUs by ddp do not hold it either" in fewer
+    assert "for throughput" in sizes(wide, made, planner)  # without a card: by the sizes of cards
+
+
+@pytest.mark.slow
+def test_the_verdict_says_when_memory_takes_more_cards():
+    made = told("--recipe", "llama-3-70b-qlora", "--gpus", "2", "--strategy", "fsdp2", "--offload", "--gpu", "rtx-4090")
+    assert made["cards"][0]["verdict"] == "fits" and made["needed_bytes"] < 24e9
+    assert (
+        "too little for the recipe alone" in made["verdict"][0]
+        and "2 GPUs by fsdp2, offloaded hold it" in made["verdict"][0]
+    )
+    assert 38e9 < made["host"]["training"] < 50e9
+
+
+# ---- torch's own shards ----------------------------------------------------------------------------------------------
+
+SCRIPT = """
+import json, sys, torch, torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig
+from orpo_lite.model import attach_adapter
+from orpo_lite.recipe import AdapterSection
+
+dist.init_process_group("gloo")
+settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                              bnb_4bit_compute_dtype=torch.bfloat16, bnb_4bit_quant_storage=torch.bfloat16)
+model = AutoModelForCausalLM.from_pretrained(sys.argv[1], dtype=torch.bfloat16, quantization_config=settings,
+                                             device_map={"": "cpu"})
+model = attach_adapter(model, AdapterSection(), checkpointing=True)
+mesh = init_device_mesh("cpu", (dist.get_world_size(),))
+base = model.base_model.model
+whole = {}
+for unit in [*base.model.layers, base.model.embed_tokens, [base.model.norm, base.lm_head]]:
+    fully_shard(unit, mesh=mesh)
+    for module in unit if isinstance(unit, list) else [unit]:
+        module.unshard()
+        whole[id(module)] = sum(p.nbytes for p in module.parameters())
+        module.reshard()
+fully_shard(model, mesh=mesh)
+shards = {"frozen": 0, "trained": 0}
+for parameter in model.parameters():
+    shards["trained" if parameter.requires_grad else "frozen"] += parameter.to_local().nbytes
+if dist.get_rank() == 0:
+    print(json.dumps(shards | {"layer": whole[id(base.model.layers[0])]}))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+def test_shards_are_those_of_fsdp2(base, tmp_path):
+    """Two gloo processes and torch's fully_shard over a 4-bit Llama: bytes at rest, and of a layer when it is whole."""
+    from transformers import LlamaForCausalLM
+
+    LlamaForCausalLM(CONFIG).to(torch.bfloat16).save_pretrained(tmp_path / "model")
+    (tmp_path / "shards.py").write_text(SCRIPT, "utf-8")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    settings = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*command, str(tmp_path / "shards.py"), str(tmp_path / "model")], capture_output=True, text=True, env=settings)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    real = json.loads(done.stdout.splitlines()[-1])
+    units = units_of(Study(recipe(base), Target("cuda")), Spread(2, "fsdp2"))
+    assert real["frozen"] == units.total(2, trained=False)
+    assert real["trained"] == units.total(2, trained=True)
+    # at rest in float32, the adapters and norms travel in 16 bits
+    layer = units.layers[0]
+    assert real["layer"] == layer.held(1)
+    assert layer.gathered(2) == sum(p.rows * p.travelling for p in layer.pieces)
