@@ -119,3 +119,11 @@ def test_there_are_commands_to_run() -> None:
         assert len(blocks(page)) * 2 == len(re.findall(r"^ *```", page.read_text("utf-8"), re.MULTILINE)) > 6
     found = [line for page in PAGES for block in blocks(page) if block.language == "bash" for line in block.lines]
     assert len([line for line in found if words_of(line)]) > 20 and FIRST in found
+
+
+@pytest.mark.parametrize("name", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md", "recipes/README.md"])
+def test_links_to_files_lead_somewhere(name: str) -> None:
+    """mkdocs looks at the links of the pages; these files are read on their own."""
+    text = page_of(name).read_text("utf-8")
+    links = re.findall(r"\]\((?!https?://|#)([^)\s#]+)", text) + re.findall(r'src="(?!https?://)([^"]+)"', text)
+    assert not [link for link in links if not (page_of(name).parent / link).exists()]
