@@ -7,6 +7,7 @@ import re
 import socket
 import subprocess
 import sys
+import time
 import tomllib
 from pathlib import Path
 
@@ -157,4 +158,86 @@ def test_two_processes_of_a_launch_train_the_quickstart(file, tmp_path):
     said = "".join(out for out, _ in told)
     assert "x 2 processes" in said and said.count("run folder") == 1
     assert json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))["steps"] == 2
+    assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
+
+
+# ---- SLURM -----------------------------------------------------------------------------------------------------------
+
+SLURM = recipes_folder() / "launch" / "slurm.sh"
+SCONTROL = """#!/usr/bin/env bash
+echo "scontrol $*" >> "$CALLS"
+[ "$1" = show ] && printf 'localhost\\nother-node\\n'
+exit 0
+"""
+
+
+def job(folder: Path, srun: str, **variables: str) -> dict[str, str]:
+    """Environment of a SLURM job whose programs are ours, and write down how they were called."""
+    for name, text in (("scontrol", SCONTROL), ("srun", f"#!/usr/bin/env bash\n{srun}\n")):
+        (folder / name).write_text(text, "utf-8")
+        (folder / name).chmod(0o755)
+    (folder / "calls").touch()
+    programs = [str(folder), str(Path(sys.executable).parent), os.environ["PATH"]]
+    given = {
+        "SLURM_JOB_ID": "4242",
+        "SLURM_JOB_NODELIST": "node[1-2]",
+        "SLURM_JOB_NUM_NODES": "2",
+        "SLURM_GPUS_ON_NODE": "2",
+    }
+    return os.environ | given | {"PATH": os.pathsep.join(programs), "CALLS": str(folder / "calls")} | variables
+
+
+@pytest.mark.parametrize("file", [None, "zero3-multinode"])
+def test_slurm_starts_one_launcher_a_node(file, tmp_path):
+    variables = {"ACCELERATE_CONFIG": str(FILES[file])} if file else {}
+    settings = job(
+        tmp_path, 'echo "$MASTER_ADDR $OMP_NUM_THREADS srun $*" >> "$CALLS"', SLURM_CPUS_PER_TASK="8", **variables
+    )
+    settings.pop("OMP_NUM_THREADS", None)
+    done = subprocess.run(
+        [SLURM, "--recipe", "quickstart", "data.seed=1"], env=settings, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    asked, started = (tmp_path / "calls").read_text("utf-8").splitlines()
+    assert asked == "scontrol show hostnames node[1-2]"
+    assert started.startswith("localhost 4 srun --kill-on-bad-exit=1 ")
+    assert started.endswith(" -m orpo_lite.train --recipe quickstart data.seed=1")
+    _, _, _, _, *command = started.split()
+    if file:
+        assert command[:2] == ["accelerate", "launch"]
+        args = launch_command_parser().parse_args(command[2:])
+        assert (args.num_machines, args.num_processes, args.main_process_ip) == (2, 4, "localhost")
+    else:
+        assert command[0] == "torchrun"
+        args = get_args_parser().parse_args(command[1:])
+        assert (args.nnodes, args.nproc_per_node, args.rdzv_endpoint) == ("2", "2", "localhost:24242")
+    assert args.rdzv_backend == "c10d" and args.max_restarts == 3
+
+
+def test_slurm_puts_a_job_that_was_asked_to_stop_into_the_queue_again(tmp_path):
+    settings = job(tmp_path, 'trap "exit 143" TERM; touch "$CALLS.started"; while true; do sleep 0.05; done')
+    running = subprocess.Popen([SLURM, "--recipe", "quickstart"], env=settings, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 60
+    while not (tmp_path / "calls.started").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    running.terminate()
+    said, _ = running.communicate(timeout=60)
+    assert running.returncode == 143 and "goes into the queue again" in said
+    assert (tmp_path / "calls").read_text("utf-8").splitlines()[-1] == "scontrol requeue 4242"
+
+
+def test_slurm_does_not_queue_a_run_that_failed(tmp_path):
+    done = subprocess.run([SLURM, "--recipe", "x"], env=job(tmp_path, "exit 2"), capture_output=True, text=True)
+    assert done.returncode == 2 and "requeue" not in (tmp_path / "calls").read_text("utf-8")
+
+
+@pytest.mark.slow
+def test_slurm_trains_the_quickstart(tmp_path):
+    """What the script starts on a node really trains: one node of two processes."""
+    settings = job(tmp_path, 'shift; exec "$@"', SLURM_JOB_NUM_NODES="1", ACCELERATE_USE_CPU="1", OMP_NUM_THREADS="1", PYTHONPATH=str(ROOT))  # fmt: skip
+    words = ["training.max_steps=2", "training.eval_strategy=no", "evaluation.samples=0"]
+    command = [SLURM, "--recipe", "quickstart", *words, f"training.output_dir={tmp_path / 'run'}"]
+    done = subprocess.run(command, env=settings, capture_output=True, text=True, cwd=tmp_path, timeout=400)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "x 2 processes" in done.stdout
     assert (tmp_path / "run" / "adapter_model.safetensors").is_file()
