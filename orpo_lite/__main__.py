@@ -22,6 +22,7 @@ COMMANDS = {
     "merge": "merge an adapter into its base: a plain transformers model",
     "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
     "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",
+    "bench_balance": "simulate how long GPUs wait for each other, by the lengths of your pairs",
     "bench_merge": "time our merge against PEFT's, with the memory of both",
 }
 

@@ -66,17 +66,19 @@ def peak_over(work: Callable[[], Any], device: torch.device) -> int:
     return ledger.peak
 
 
-def interleaved(works: dict[str, Callable[[], Any]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each repeat, the contestants in turn, after one round that is not counted."""
+def interleaved(
+    works: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Seconds of each repeat by a clock, the contestants in turn, after one round that is not counted."""
     seconds: dict[str, list[float]] = {name: [] for name in works}
     for repeat in range(repeats + 1):
         for name, work in works.items():
             synchronise()
-            started = time.perf_counter()
+            started = clock()
             work()
             synchronise()
             if repeat:
-                seconds[name].append(time.perf_counter() - started)
+                seconds[name].append(clock() - started)
     return seconds
 
 
