@@ -264,7 +264,7 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
     )
     merged = folder.path.with_name(f"{folder.path.name}-merged")
     console.print(
-        f"  python -m orpo_lite.evaluate {folder.path}\n  python -m orpo_lite.merge {folder.path} --output {merged}",
+        f"  open {folder.path / 'report.html'} in a browser\n  python -m orpo_lite.evaluate {folder.path}\n  python -m orpo_lite.merge {folder.path} --output {merged}",
         soft_wrap=True,
         markup=False,
     )

@@ -6,6 +6,8 @@ import math
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
+import numpy as np
+
 Point = tuple[float, float]
 
 
@@ -86,25 +88,23 @@ def thinned(points: list[Point], most: int) -> list[Point]:
     """At most `most` points: the lowest and the highest of each stretch, the first and the last."""
     if len(points) <= most:
         return points
-    stretches = max(1, (most - 2) // 2)
+    ys = np.array([y for _, y in points])
+    finite = np.isfinite(ys)
+    low, high = np.where(finite, ys, np.inf), np.where(finite, ys, -np.inf)
+    edges = np.linspace(0, len(points), max(1, (most - 2) // 2) + 1).astype(int)
     kept = {0, len(points) - 1}
-    for i in range(stretches):
-        start, end = i * len(points) // stretches, (i + 1) * len(points) // stretches
-        inside = [place for place in range(start, end) if math.isfinite(points[place][1])]
-        if inside:
-            kept.add(min(inside, key=lambda place: points[place][1]))
-            kept.add(max(inside, key=lambda place: points[place][1]))
+    for start, end in zip(edges, edges[1:], strict=False):
+        if finite[start:end].any():
+            kept |= {start + int(low[start:end].argmin()), start + int(high[start:end].argmax())}
     return [points[place] for place in sorted(kept)]
 
 
 def running_mean(points: list[Point], width: int) -> list[Point]:
     """Means of the last `width` finite values, from the first place that has as many."""
-    finite, total, found = [(x, y) for x, y in points if math.isfinite(y)], 0.0, []
-    for place, (x, y) in enumerate(finite):
-        total += y - (finite[place - width][1] if place >= width else 0.0)
-        if place >= width - 1:
-            found.append((x, total / width))
-    return found
+    finite = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2)
+    sums = np.concatenate([[0.0], finite[:, 1].cumsum()])
+    means = (sums[width:] - sums[:-width]) / width
+    return list(zip(finite[width - 1 :, 0].tolist(), means.tolist(), strict=False))
 
 
 def histogram(values: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[int]]]:

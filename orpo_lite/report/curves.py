@@ -13,6 +13,7 @@ from orpo_lite.report.runs import Told, number
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
+NUMBERS = (int, float)
 BUDGET, MOST, LEAST = 12_000, 1000, 60
 """Points of all lines on a page, and of one line at most and at least."""
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
@@ -119,13 +120,14 @@ def add(chart: Chart, run: Told, metric: Metric, name: str, place: int, most: in
         )
     if trained:
         many = len(trained) >= SMOOTHED and metric.key != "learning_rate"
-        look = "faint" if many else "dashed" if dashed else "solid"
-        chart.lines.append(Line(label.format("training" if name else ""), thinned(trained, most), colour, look))  # type: ignore[arg-type]
+        look = "dashed" if dashed else "solid"
+        if not (many and name):  # of several runs the means alone, to be told apart
+            drawn = thinned(trained, most)
+            chart.lines.append(Line(label.format("training" if name else ""), drawn, colour, "faint" if many else look))
         if many:
             width = len(trained) // 25
             mean, words = thinned(running_mean(trained, width), most), f"mean of {width:,}"
-            look = "dashed" if dashed else "solid"
-            chart.lines.append(Line(label.format(words if name else f", {words}"), mean, colour, look))  # type: ignore[arg-type]
+            chart.lines.append(Line(label.format(f"training, {words}" if name else f", {words}"), mean, colour, look))
     if held:
         line = Line(label.format("held out" if name else ", held out"), thinned(held, most), colour, "marks")
         if not name and alone:
@@ -141,8 +143,9 @@ def add(chart: Chart, run: Told, metric: Metric, name: str, place: int, most: in
 
 def values(metrics: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[Point]:
     """(step, value) of one metric; values that are not finite stay, as gaps."""
-    found = [(line["step"], line[key]) for line in metrics if isinstance(line.get(key), int | float)]
-    return [(float(step), float(value) * scale) for step, value in found]
+    return [
+        (float(line["step"]), line[key] * scale) for line in metrics if key in line and isinstance(line[key], NUMBERS)
+    ]
 
 
 # ---- distributions -------------------------------------------------------------------------------------------------

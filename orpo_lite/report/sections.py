@@ -153,7 +153,7 @@ def answer_part(sides: list[tuple[str, list[dict[str, Any]]]]) -> str:
             for name, some in sides
         )
         blocks.append(
-            f"<article class=sample aria-label='Prompt {i + 1}'><div class=prompt tabindex=0 role=region aria-label='Prompt "
+            f"<article class=sample aria-label='Prompt {i + 1}'><div class=prompt tabindex=0 role=group aria-label='Prompt "
             f"{i + 1}'><pre dir=auto>{cut(prompt)}</pre></div><div class=answers>{cells}</div></article>"
         )
     more = f"<details><summary>{len(blocks) - OPEN} more</summary>{''.join(blocks[OPEN:])}</details>" if len(blocks) > OPEN else ""  # fmt: skip
@@ -310,7 +310,7 @@ def go_on(run: Told) -> str:
                   (f"python -m orpo_lite.report {place} {shlex.quote(here + '-2')}", "both over one another")]  # fmt: skip
     return part(
         "How to go on",
-        "<pre class=code tabindex=0>"
+        "<pre class=code tabindex=0 role=group aria-label=Commands>"
         + "\n".join(f"<span class=dim># {escape(why)}</span>\n{escape(line)}" for line, why in lines)
         + "</pre>",
     )

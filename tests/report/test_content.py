@@ -166,10 +166,12 @@ def test_values_that_are_not_finite_are_gaps_and_said(written, tmp_path):
 
 
 def test_a_long_run_is_thinned_and_says_so(written, tmp_path):
-    lines = log_lines(100_000)
+    lines = [{"step": n, "loss": 1 / n + n % 7 / 100, "grad_norm": n % 5} for n in range(1, 100_001)]
     lines[54_321]["loss"] = 77.0
     shown = told(written(tmp_path / "run", lines=lines))
-    assert (tmp_path / "run" / "report.html").stat().st_size < 500_000
+    assert told(written(tmp_path / "all", lines=log_lines(3000))).charts.keys() > shown.charts.keys()
+    for name in ("run", "all"):
+        assert (tmp_path / name / "report.html").stat().st_size < 500_000
     assert re.search("100,000 log lines: each curve is drawn from at most [0-9,]+ points", shown.text)
     faint = shown.charts["loss"]["lines"][0]
     assert 77.0 in faint["y"] and len(faint["y"]) < 1100  # the spike is kept
@@ -212,6 +214,7 @@ def test_runs_over_one_another(written, tmp_path, capsys):
                   "scaled by orpo.beta, which differs"):  # fmt: skip
         assert words in shown.text, words
     assert "output_dir" not in shown.text
+    assert max(len(line["y"]) for line in shown.charts["loss-0"]["lines"]) == 30
     names = [line["n"] for line in shown.charts["loss-0"]["lines"]]
     assert len(names) == 5 and len(set(names)) == 5
     classes = [a["class"] for t, a in shown.elements if t == "g" and "data-line" in a and "solid" in str(a["class"])]
