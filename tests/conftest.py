@@ -1,4 +1,4 @@
-"""Shared by all tests: no network, real data where it lies, and TRL's trainer for comparison."""
+"""Shared by all tests: no network, one thread a worker, real data where it lies, and TRL's trainer for comparison."""
 
 import importlib
 import os
@@ -12,6 +12,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 # read where trackio is first imported
 os.environ.setdefault("TRACKIO_DIR", str(Path(tempfile.gettempdir()) / f"orpo-trackio-{os.getpid()}"))
+# bitsandbytes asks at its import for compiled CPU functions: two seconds of every process, and more at their first call
+os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # workers that each take every core wait for each other; processes that tests start inherit it
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 

@@ -1,9 +1,6 @@
 """The benchmark measures what it says; and `auto` is never a layout that loses to `padded`."""
 
 import json
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -11,11 +8,11 @@ import torch
 from orpo_lite.bench import Contest, random_model
 from orpo_lite.meters import interleaved, ratios
 from orpo_lite.recipe import Recipe
+from tests.commands import command
 
 
 def bench(*words):
-    command = [sys.executable, "-m", "orpo_lite.bench", "--recipe", "quickstart", *words]
-    return subprocess.run(command, capture_output=True, text=True, env=os.environ | {"COLUMNS": "160"})
+    return command("bench", "--recipe", "quickstart", *words, COLUMNS="160")
 
 
 def test_races_trl_and_prints_json():

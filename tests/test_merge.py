@@ -20,6 +20,7 @@ from orpo_lite.merge import command, merge
 from orpo_lite.merging.edits import LowRank
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
+from tests import commands
 from tests.model.conftest import base_folder, disturb, logits, section  # noqa: F401  # fixtures
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -302,12 +303,7 @@ def test_what_cannot_be_merged_is_said(trained, section, tmp_path):  # noqa: F81
 def test_command(trained, tmp_path, monkeypatch, capsys):
     _, run = trained("llama")
     words = [str(run), "--output", str(tmp_path / "merged")]
-    done = subprocess.run(
-        [sys.executable, "-m", "orpo_lite.merge", *words, "--dtype", "float16"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = commands.command("merge", *words, "--dtype", "float16")
     assert (
         done.returncode == 0
         and "top-1 agreement 100.0%" in done.stdout

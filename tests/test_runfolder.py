@@ -1,11 +1,8 @@
 """A run folder as the next command finds it: gone on with, refused with the reason, or left alone."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
@@ -17,6 +14,7 @@ from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.runfolder import RunFolder
 from orpo_lite.train import run
+from tests.commands import Command
 
 SHORT = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "training.eval_steps=6",
          "training.logging_steps=4", "evaluation.samples=0", "data.max_rows=80", "data.max_eval_rows=8"]  # fmt: skip
@@ -157,11 +155,8 @@ def test_results_that_cannot_be_written_are_rescued(tmp_path, monkeypatch):
     assert all(torch.equal(first[key], second[key]) for key in second)
 
 
-def orpo_lite(*words, **more):
-    return subprocess.Popen(
-        [sys.executable, "-m", "orpo_lite.train", "--recipe", "quickstart", *SHORT, *map(str, words)],
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=os.environ | {"COLUMNS": "200"}, **more,
-    )  # fmt: skip
+def orpo_lite(*words):
+    return Command("train", "--recipe", "quickstart", *SHORT, *words, COLUMNS="200")
 
 
 def test_the_real_command_stops_by_sigterm_and_goes_on(tmp_path):

@@ -2,7 +2,6 @@
 
 import importlib
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from orpo_lite.cli import run_command
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import run
+from tests.commands import command
 from tests.tiny import tiny_model, tiny_tokenizer
 
 SHORT = ["training.max_steps=4", "training.eval_steps=2", "training.logging_steps=1", "evaluation.samples=2",
@@ -37,11 +37,8 @@ def finished(tmp_path_factory):
     return output, done
 
 
-def orpo_lite(command, *words, **environment):
-    return subprocess.run(
-        [sys.executable, "-m", f"orpo_lite.{command}", *map(str, words)],
-        capture_output=True, text=True, env=os.environ | {"COLUMNS": "120"} | environment,
-    )  # fmt: skip
+def orpo_lite(name, *words):
+    return command(name, *words, COLUMNS="120")
 
 
 def test_run_folder_holds_what_later_commands_take(finished):

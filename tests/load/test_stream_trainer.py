@@ -1,9 +1,6 @@
 """Training on a stream: the losses, adapters and drops of the same rows as a table in their order; every row once."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import datasets
@@ -17,10 +14,9 @@ from transformers import LlamaConfig
 from orpo_lite import ORPOTrainer
 from orpo_lite.data import TooManyDropped, streaming
 from orpo_lite.errors import RequestError
+from tests.commands import processes
 from tests.tiny import tiny_model
 from tests.training import SIZES, config, rows
-
-ROOT = Path(__file__).parents[2]
 
 
 class Plain(IterableDataset):
@@ -184,15 +180,11 @@ def test_held_out_streams_are_read_once_to_disk(tmp_path, tokenizer):
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("budget", [0, 120])
 def test_two_processes_read_every_row_once(workers, budget, tmp_path):
-    def outcome(processes):
-        folder = tmp_path / str(processes)
+    def outcome(count):
+        folder = tmp_path / str(count)
         folder.mkdir()
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        words = [str(ROOT / "tests" / "load" / "stream_script.py"), str(folder), str(workers), str(budget)]
-        environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-        done = subprocess.run([*(command if processes > 1 else command[:1]), *words], capture_output=True, text=True, env=environment, cwd=folder)  # fmt: skip
-        assert done.returncode == 0, done.stderr[-3000:]
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(processes)]
+        processes(count, Path(__file__).with_name("stream_script.py"), folder, workers, budget, cwd=folder)
+        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
 
     [one], two = outcome(1), outcome(2)
     good = [n for n in range(26) if n % 5 != 3]

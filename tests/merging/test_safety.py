@@ -15,6 +15,7 @@ import torch
 
 from orpo_lite.errors import RequestError
 from orpo_lite.merge import merge
+from tests.commands import Command
 from tests.merging.conftest import weights
 
 
@@ -80,28 +81,25 @@ def test_a_file_or_link_in_the_way(adapted, tmp_path):
 def test_stopped_politely(adapted, tmp_path, number):
     """The command clears up after itself."""
     _, _, adapter = adapted("llama", target_modules="all-linear")
-    script = (
-        "import orpo_lite.merging.stream as s, time, sys, orpo_lite.merge as m\n"
+    script = tmp_path / "slow.py"
+    script.write_text(
+        "import orpo_lite.merging.stream as s, time, signal, orpo_lite.merge as m\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it\n"
         "right = s.Job.parts\n"
         "def slow(self):\n"
         "    print('writing', flush=True); time.sleep(60)\n"
         "    yield from right(self)\n"
         "s.Job.parts = slow\n"
-        "sys.argv[1:] = sys.argv[1:]\n"
         "m.run_command(m.command)\n"
     )
-    words = [sys.executable, "-c", script, str(adapter), "--output", str(tmp_path / "merged")]
     there = sorted(os.listdir(tmp_path))
-    process = subprocess.Popen(
-        words, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's tests ignore it
-    )  # fmt: skip
-    assert process.stdout is not None
-    while "writing" not in (line := process.stdout.readline()):
-        assert line, "ended before it wrote"
-    process.send_signal(number)
-    process.communicate(timeout=60)
-    assert process.returncode not in (0, None) and sorted(os.listdir(tmp_path)) == there
+    merging = Command(str(script), adapter, "--output", tmp_path / "merged")
+    while "writing" not in merging.said():
+        assert merging.poll() is None, "ended before it wrote"
+        time.sleep(0.01)
+    merging.send_signal(number)
+    merging.communicate(timeout=60)
+    assert merging.returncode not in (0, None) and sorted(os.listdir(tmp_path)) == there
 
 
 @pytest.mark.slow

@@ -24,6 +24,7 @@ from orpo_lite.planning.states import states
 from orpo_lite.planning.step import longest_pair
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.recipe.source import recipes_folder
+from tests.commands import command
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
@@ -266,7 +267,7 @@ def test_what_would_make_it_fit_is_planned_and_does(bases):
 
 
 def run(*words: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "orpo_lite.plan", *words], capture_output=True, text=True, timeout=300)
+    return command("plan", *words)
 
 
 def test_command_prints_json_and_the_card(bases):

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+
+from tests import commands
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = "<script>document.title='owned'</script>"
@@ -35,14 +35,7 @@ NAME = "<b onclick=alert(1)>[red]x[link](javascript:1) \x1b[31m\u202e.jsonl"
 
 def command(*words: Any, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """`python -m orpo_lite.NAME ...` as a user would."""
-    return subprocess.run(
-        [sys.executable, "-m", f"orpo_lite.{words[0]}", *map(str, words[1:])],
-        cwd=cwd,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "HF_DATASETS_CACHE": str(cwd / "cache")} | environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
+    return commands.command(*words, cwd=cwd, **{"HF_DATASETS_CACHE": str(cwd / "cache")} | environment)
 
 
 def quick(folder: Path, data: str = "rows.jsonl", *more: str) -> list[str]:

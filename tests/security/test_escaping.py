@@ -7,9 +7,9 @@ import json
 import os
 import pty
 import re
+import select
 import shutil
 import subprocess
-import sys
 import threading
 from html.parser import HTMLParser
 from pathlib import Path
@@ -25,7 +25,8 @@ from orpo_lite.report import document as whole
 from orpo_lite.report import write_report
 from orpo_lite.report.document import asset
 from orpo_lite.runfolder import RunFolder
-from tests.security.conftest import ATTACKS, ROOT, SCRIPT, command, quick
+from tests.commands import Command
+from tests.security.conftest import ATTACKS, SCRIPT, command, quick
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WITHOUT = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -224,7 +225,7 @@ def test_a_terminal_gets_no_escape_from_data(kind: str, attacked, tmp_path: Path
     (tmp_path / "bad.jinja").write_text("{{ raise_exception('\x1b[5mevil\x9b5m\x07 \u202e[red]') }}", "utf-8")
     command, *words = COMMANDS[kind](name)
     words = [str(run) if word == "RUN" else word for word in words]
-    told = on_a_terminal([sys.executable, "-m", f"orpo_lite.{command}", *words], tmp_path)
+    told = on_a_terminal(command, words, tmp_path)
     ours = re.sub(r"\x1b\[[0-9;]*m|\x1b\[[0-9]*[AK]|\x1b\[\?25[hl]", "", told)
     assert not ACTING.search(ours), ACTING.findall(ours)
     assert "\x1b[5m" not in told and "\x1b[31mred" not in told and "]8;" not in ours.replace("\\x1b]8;", "")
@@ -233,22 +234,15 @@ def test_a_terminal_gets_no_escape_from_data(kind: str, attacked, tmp_path: Path
         assert "\\x1b[5m" in told
 
 
-def on_a_terminal(words: list[str], place: Path) -> str:
+def on_a_terminal(name: str, words: list[str], place: Path) -> str:
     """What a command writes to a pseudo-terminal."""
     top, bottom = pty.openpty()
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "COLUMNS": "200",
-                                "HF_DATASETS_CACHE": str(place / "cache")}  # fmt: skip
-    process = subprocess.Popen(words, cwd=place, env=environment, stdin=bottom, stdout=bottom, stderr=bottom)
-    os.close(bottom)
+    started = Command(name, *words, cwd=place, tty=os.ttyname(bottom), TERM="xterm-256color", COLUMNS="200",
+                      HF_DATASETS_CACHE=str(place / "cache"))  # fmt: skip
     found = b""
-    while True:
-        try:
-            part = os.read(top, 1 << 16)
-        except OSError:  # the other end is closed
-            break
-        if not part:
-            break
-        found += part
+    while select.select([top], [], [], 0.05)[0] or started.poll() is None:
+        if select.select([top], [], [], 0)[0]:
+            found += os.read(top, 1 << 16)
     os.close(top)
-    process.wait(60)
+    os.close(bottom)
     return found.decode("utf-8", "replace")

@@ -2,25 +2,18 @@
 
 import json
 import math
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).parents[2]
+from tests.commands import processes
 
 
 @pytest.mark.parametrize("way", ["stop", "skip"])
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
 def test_all_processes_decide_alike(spoil, way, tmp_path):
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "ACCELERATE_USE_CPU": "1", "OMP_NUM_THREADS": "1"}
-    script = str(ROOT / "tests" / "watching" / "ddp_poison.py")
-    done = subprocess.run([*command, script, str(tmp_path), spoil, way], capture_output=True, text=True, env=environment, cwd=tmp_path, timeout=300)  # fmt: skip
-    assert done.returncode == 0, done.stderr[-3000:]
+    processes(2, Path(__file__).with_name("ddp_poison.py"), tmp_path, spoil, way, cwd=tmp_path)
     first, second = (json.loads((tmp_path / f"rank{rank}.json").read_text()) for rank in range(2))
     assert first["adapter"] == second["adapter"]
     for one in (first, second):

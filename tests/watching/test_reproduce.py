@@ -1,9 +1,6 @@
 """A step that was not finite, done again from its file by the command that a user types."""
 
 import json
-import os
-import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
@@ -18,6 +15,7 @@ from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.watching.nonfinite import NonFinite
 from orpo_lite.watching.reproduce import FINITE, OTHER, SAME, reproduce
+from tests.commands import command
 
 SMALL = ["evaluation.samples=0", "training.eval_strategy=no", "data.max_rows=40", "training.max_steps=4", "data.max_eval_rows=4",
          "training.gradient_accumulation_steps=2", "training.per_device_train_batch_size=2", "training.logging_steps=1",
@@ -110,18 +108,17 @@ def test_finite_losses_are_compared_bit_for_bit(tmp_path, poisoned, capsys):
 
 def test_the_command_as_users_type_it(tmp_path):
     """A learning rate that throws the weights out, in processes of their own: nothing is mocked."""
-    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[2])}
 
-    def command(*words):
-        return subprocess.run([sys.executable, "-m", "orpo_lite.train", *words], capture_output=True, text=True, env=environment, cwd=tmp_path)  # fmt: skip
+    def train(*words):
+        return command("train", *words, cwd=tmp_path)
 
-    run = command("--recipe", "quickstart", *SMALL, "training.learning_rate=3e38", "training.output_dir=run", "training.warmup_steps=0")  # fmt: skip
+    run = train("--recipe", "quickstart", *SMALL, "training.learning_rate=3e38", "training.output_dir=run", "training.warmup_steps=0")  # fmt: skip
     assert run.returncode == 1, run.stderr
     assert "failed: NonFinite: step 2: the loss is nan" in run.stderr and "Traceback" not in run.stderr
     assert "--reproduce run/reproduce-step-2.zip" in run.stderr and "a lower training.learning_rate" in run.stderr
-    again = command("--reproduce", "run/reproduce-step-2.zip")
+    again = train("--reproduce", "run/reproduce-step-2.zip")
     assert again.returncode == 1 and "not finite, and the same numbers as recorded" in again.stdout, again.stderr
-    other = command("--reproduce", "run/recipe.yaml")
+    other = train("--reproduce", "run/recipe.yaml")
     assert other.returncode == 2 and "run/recipe.yaml: damaged or not a reproducer" in other.stderr
 
 
