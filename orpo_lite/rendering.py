@@ -123,6 +123,18 @@ class Rendering:
                 raise TemplateUnbounded(str(error), len(results)) from None
         return results
 
+    def one(self, conversation: list[dict[str, Any]], **options: Any) -> str:
+        """The text of one conversation.
+
+        Raises:
+            TemplateRefused: the template takes no such conversation.
+            TemplateUnbounded: see `render`.
+        """
+        [result] = self.render([(conversation, options)])
+        if isinstance(result, TemplateRefused):
+            raise result
+        return result
+
     def ask(self, jobs: list[Job]) -> Iterator[list[Answer]]:
         if self.child is None or self.child.owner != os.getpid():  # a fork has its parent's pipes, but not its turn
             self.child = Child(self.tokenizer)
@@ -160,17 +172,9 @@ class Rendering:
 
 
 def render_chat(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]], **options: Any) -> str:
-    """The text of one conversation, where only a few are needed.
-
-    Raises:
-        TemplateRefused: the template takes no such conversation.
-        TemplateUnbounded: see `Rendering.render`.
-    """
+    """`Rendering.one`, where only one is needed."""
     with Rendering(tokenizer) as rendering:
-        [result] = rendering.render([(conversation, options)])
-    if isinstance(result, TemplateRefused):
-        raise result
-    return result
+        return rendering.one(conversation, **options)
 
 
 def origin(tokenizer: PreTrainedTokenizerBase) -> str:

@@ -9,7 +9,7 @@ from typing import Any
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lite.errors import RequestError
-from orpo_lite.rendering import TemplateRefused, render_chat
+from orpo_lite.rendering import Rendering, TemplateRefused
 
 CONTEXT = 8192
 """Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""
@@ -92,14 +92,18 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
 
     They are read off a few conversations and then tried on others: what does not come out the same is not taken.
     """
+    if not isinstance(tokenizer.chat_template, str):
+        return None
+    with Rendering(tokenizer) as rendering:
+        return turns_of(tokenizer, rendering, adds_bos)
 
+
+def turns_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, adds_bos: bool) -> Turns | None:
     bos = str(tokenizer.bos_token or "")
 
     def jinja(messages: Messages, prompt: bool = True) -> str:
-        return render_chat(tokenizer, messages, add_generation_prompt=prompt).removeprefix(bos)
+        return rendering.one(messages, add_generation_prompt=prompt).removeprefix(bos)
 
-    if not isinstance(tokenizer.chat_template, str):
-        return None
     try:
         whole, closed = jinja(chat(USER)), jinja(chat(USER), prompt=False)
         head, tail = whole.split(USER)
@@ -108,7 +112,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
         between = once.split(USER)[1].split(ANSWER)[0]
         middle = once.split(ANSWER)[1].split(AGAIN)[0]
         ended = jinja(chat(USER, ANSWER), prompt=False).split(ANSWER)[1]
-        opened = bool(bos) and render_chat(tokenizer, chat(USER)).startswith(bos)
+        opened = bool(bos) and rendering.one(chat(USER)).startswith(bos)
     except RequestError:
         raise
     except (TemplateRefused, ValueError, IndexError):

@@ -331,13 +331,13 @@ def random_row(draw: random.Random) -> Any:
     return row | ({"chat_template_kwargs": draw.choice(KWARGS)} if draw.random() < 0.04 else {})
 
 
-@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("seed", range(2))
 def test_random_rows_are_kept_whole_or_dropped_with_a_reason(seed: int) -> None:
     draw = random.Random(seed)
     names = ["chatml", "qwen2.5", "llama-3", "gemma", "llama-2 legacy, mistral", "chatml, markers as text"]
     tokenizers = {name: TOKENIZERS[name]() for name in names}
     kept = dropped = 0
-    for _ in range(120):
+    for _ in range(60):
         rows = [random_row(draw) for _ in range(8)]
         options = TokenizeOptions(
             strict=draw.random() < 0.6, apply_template=draw.random() < 0.3, overlong=draw.choice(["drop", "truncate"]),
@@ -358,7 +358,7 @@ def test_random_rows_are_kept_whole_or_dropped_with_a_reason(seed: int) -> None:
                 assert options.encoder_decoder or len(ids) <= (options.max_length or len(ids))
                 assert start <= (options.max_prompt_length or start)
         kept, dropped = kept + len(chunk.columns["row"]), dropped + len(chunk.drops)
-    assert kept > 20 and dropped > 20
+    assert kept > 10 and dropped > 20
 
 
 def test_deeply_nested_fields_are_dropped() -> None:

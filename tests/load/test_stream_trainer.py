@@ -127,10 +127,12 @@ def test_more_than_half_dropped_is_an_error(tmp_path, tokenizer):
     with pytest.raises(TooManyDropped, match="all of them"):
         train(Plain([row | {"chosen": None} for row in rows(1)] * 9 + [{"prompt": "x", "chosen": [], "rejected": []}]), tmp_path, tokenizer)  # fmt: skip
 
+    good, bad = rows(4).to_list(), rows(1)[0] | {"chosen": None}
+
     def endless():
-        yield from rows(4)
+        yield from good
         while True:
-            yield rows(1)[0] | {"chosen": None}
+            yield bad
 
     with pytest.raises(TooManyDropped, match="rows dropped"):  # not decided by an end
         train(Plain(endless()), tmp_path, tokenizer)
