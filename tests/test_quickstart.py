@@ -1,10 +1,7 @@
 """The embedded quickstart: what is shipped, what the demonstration rests on, and (slow) that it can be rebuilt."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +9,7 @@ import pytest
 from orpo_lite.quickstart.corpus import CLOSERS, FAMILIES, OPENERS, preference_rows
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import PACKAGE
+from tests.commands import command
 
 SHIPPED = PACKAGE / "quickstart"
 SPLITS = ("train", "heldout")
@@ -174,23 +172,18 @@ def test_base_prefers_neither_side():
 
 def train(folder, output, *overrides):
     """`python -m orpo_lite.train --recipe quickstart` on the files in `folder`; the run's record."""
-    command = [sys.executable, "-m", "orpo_lite.train", "--recipe", "quickstart"]
-    command += [f"model.name_or_path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}"]
-    command += [f"data.eval={folder / 'heldout.jsonl'}", f"training.output_dir={output}", *overrides]
-    done = run(command)
+    words = ["train", "--recipe", "quickstart"]
+    words += [f"model.name_or_path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}"]
+    words += [f"data.eval={folder / 'heldout.jsonl'}", f"training.output_dir={output}", *overrides]
+    done = command(*words, cwd=Path(__file__).parent, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads((output / "run.json").read_text("utf-8"))
-
-
-def run(command):
-    environment = os.environ | {"PYTHONPATH": str(PACKAGE.parent), "HF_HUB_OFFLINE": "1"}
-    return subprocess.run(command, capture_output=True, text=True, env=environment, cwd=Path(__file__).parent)
 
 
 @pytest.mark.slow
 def test_another_seed_behaves_as_what_is_shipped(tmp_path):
     folder = tmp_path / "built"
-    done = run([sys.executable, "-m", "orpo_lite.quickstart.build", "--output", str(folder), "--seed", "7"])
+    done = command("quickstart.build", "--output", folder, "--seed", "7", timeout=1800)
     assert done.returncode == 0, done.stderr
     assert base_accuracy(folder) <= 0.6
     check_run(train(folder, tmp_path / "run"))

@@ -1,9 +1,7 @@
 """`orpo-lite data` as a user sees it: counts, drops row by row, lengths, decoded examples, exit status."""
 
 import json
-import os
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -12,6 +10,7 @@ import pytest
 
 from orpo_lite import cli
 from orpo_lite.data.show import command
+from tests import commands
 from tests.data.conftest import write_jsonl
 from tests.data.test_readers import rows
 
@@ -117,9 +116,8 @@ def test_real_dirty_rows_are_reported_one_by_one(run: Any, shared_data: Path) ->
 
 @pytest.mark.slow
 def test_as_a_module(tmp_path: Path) -> None:
-    words = [sys.executable, "-m", "orpo_lite.data", "--recipe", "quickstart"]
-    environment = os.environ | {"HF_DATASETS_CACHE": str(tmp_path)}
-    done = subprocess.run(words, capture_output=True, text=True, env=environment)
+    words = ["data", "--recipe", "quickstart"]
+    done = commands.command(*words, HF_DATASETS_CACHE=str(tmp_path))
     assert done.returncode == 0 and "480 pairs" in done.stdout and not done.stderr
-    done = subprocess.run([*words, "data.train=none.jsonl"], capture_output=True, text=True, env=environment)
+    done = commands.command(*words, "data.train=none.jsonl", HF_DATASETS_CACHE=str(tmp_path))
     assert done.returncode == 2 and done.stderr.startswith("error: none.jsonl")

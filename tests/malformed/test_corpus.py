@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import subprocess
 import sys
 import time
 from pathlib import Path
@@ -16,6 +15,7 @@ import pytest
 from orpo_lite import cli
 from orpo_lite.data.readers import open_source
 from orpo_lite.recipe import DataSource, Recipe
+from tests import commands
 from tests.malformed import data, models, recipes
 from tests.malformed.case import Case
 
@@ -75,14 +75,7 @@ def test_so_does_the_real_command(name: str, tmp_path: Path, tmp_path_factory: p
     case = next(case for case in CORPUS[kind] if case.name == short)
     command, *words = case.make(tmp_path)
     before = listing(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-m", f"orpo_lite.{command}", *words],
-        cwd=tmp_path,
-        env=os.environ | {"HF_DATASETS_CACHE": str(tmp_path_factory.mktemp("cache")), "PYTHONPATH": os.getcwd()},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    done = commands.command(command, *words, cwd=tmp_path, HF_DATASETS_CACHE=str(tmp_path_factory.mktemp("cache")))
     assert done.returncode == 2, done.stderr
     assert "Traceback" not in done.stderr and listing(tmp_path) == before
     for part in (case.place, case.found, case.remedy):

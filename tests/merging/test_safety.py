@@ -103,8 +103,9 @@ def test_stopped_politely(adapted, tmp_path, number):
 
 
 @pytest.mark.slow
-def test_two_hundred_kills(adapted, tmp_path):
-    """SIGKILL at random moments: no half output, the input as it was, and the next run succeeds."""
+def test_killed_at_random_moments(adapted, tmp_path):
+    """No half output, the input as it was, and the next run succeeds. KILLS=200 in the environment is the long form."""
+    kills = int(os.environ.get("KILLS", "30"))
     _, base, adapter = adapted("llama", shard_size="100KB", target_modules="all-linear")
     before = digest(base), digest(adapter)
     merged = merge(adapter, tmp_path / "first")
@@ -116,7 +117,7 @@ def test_two_hundred_kills(adapted, tmp_path):
     length = time.monotonic() - started
     chance = random.Random(0)
     outcomes = {"killed": 0, "whole": 0}
-    for number in range(200):
+    for number in range(kills):
         place = tmp_path / "kills" / f"{number}"
         place.mkdir(parents=True)
         child = os.fork()
@@ -135,7 +136,7 @@ def test_two_hundred_kills(adapted, tmp_path):
         assert all(torch.equal(value, weights(merged)[key]) for key, value in weights(place / "merged").items())
         assert os.listdir(place) == ["merged"], "something was left beside it"
     assert (digest(base), digest(adapter)) == before
-    assert min(outcomes.values()) > 20, outcomes
+    assert min(outcomes.values()) > kills // 10, outcomes
 
 
 def run_apart(adapter: Path, output: Path) -> None:

@@ -65,8 +65,11 @@ def test_no_command_writes_or_prints_a_token(tmp_path: Path) -> None:
             (2, ["merge", f"./{IN_FILE}", "--output", "x", "--debug"]),
         ]  # fmt: skip
         for status, (name, *words) in commands:
-            done = subprocess.run([sys.executable, "-m", f"orpo_lite.{name}", *words], cwd=written, env=environment,
-                                  capture_output=True, text=True, timeout=300)  # fmt: skip
+            if name == "push" or status == 0 and name == "train":  # the libraries' own import sees the tokens as well
+                done = subprocess.run([sys.executable, "-m", f"orpo_lite.{name}", *words], cwd=written, env=environment,
+                                      capture_output=True, text=True, timeout=300)  # fmt: skip
+            else:
+                done = commands.command(name, *words, cwd=written, **environment)
             assert done.returncode == status, (name, words, done.stderr[-2000:])
             told = done.stdout + done.stderr
             assert not [secret for secret in secrets if secret in told], (name, words, told)

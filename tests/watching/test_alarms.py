@@ -131,6 +131,7 @@ def test_low_learning_rate_is_kept_too(rate, said, tmp_path, tokenizer):
     assert [one["kind"] for one in trainer.watched()["warnings"]] == said
 
 
+@pytest.mark.slow
 def test_quickstart_is_healthy_and_run_json_says_so(tmp_path, capsys):
     done = train.run(Recipe.load("quickstart", ["evaluation.samples=0", f"training.output_dir={tmp_path / 'run'}"]))
     record = json.loads((done.folder / "run.json").read_text())
