@@ -50,9 +50,10 @@ def draw_curves(lines: list[dict[str, Any]], path: Path, length_baseline: float 
 
     last = max(1, *(line["step"] for line in lines))
     with matplotlib.style.context("default"):  # whatever the user's own style is
-        figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white", layout="constrained")
+        figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
         FigureCanvasAgg(figure)
-        figure.get_layout_engine().set(w_pad=0.12, h_pad=0.12, wspace=0.02, hspace=0.04)  # pyright: ignore
+        # a layout engine would draw everything twice
+        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.075, top=0.955, wspace=0.19, hspace=0.3)
         for axes, (title, panel) in zip(figure.subplots(2, 3).flat, PANELS, strict=True):
             draw_panel(axes, title, panel, lines, length_baseline)
             axes.set_xlim(-0.03 * last, 1.03 * last)
