@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 import sys
@@ -71,6 +72,8 @@ def guard(app: Callable[..., Any]) -> None:
     arguments = ["--resume-force" if word == "--resume=force" else word for word in sys.argv[1:]]
     debug = "--debug" in arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
+    # DeepSpeed, where it is installed, says so on stdout, in the middle of what --json prints
+    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
     def tell(title: str, text: str) -> None:
         if debug:
