@@ -25,7 +25,7 @@ SHORT = ["training.max_steps=4", "training.eval_steps=2", "training.logging_step
 
 
 def recipe(output, *words):
-    return Recipe.load("quickstart", [*SHORT, f"training.output_dir={output}", *words])
+    return Recipe.load("quickstart", [*SHORT, "data.max_eval_rows=16", f"training.output_dir={output}", *words])
 
 
 @pytest.fixture(scope="module")
