@@ -37,12 +37,24 @@ def main() -> None:
 
         sys.argv[:2] = [f"orpo-lite {name}"]
         run_command(importlib.import_module(f"orpo_lite.{name}").command)
+    elif name in ("--complete", "--show-completion", "--install-completion"):
+        from orpo_lite import shells
+        from orpo_lite.errors import RequestError
+
+        try:
+            shells.main(name, sys.argv[2:], COMMANDS)
+        except RequestError as error:
+            print(f"error: {error}", file=sys.stderr)
+            sys.exit(2)
     elif name in ("-V", "--version"):
         print(f"orpo-lite {__version__}")
     elif name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: orpo-lite COMMAND [ARGUMENTS]    (orpo-lite COMMAND --help for its arguments)\n")
         print("\n".join(f"  {command:<{width}}  {purpose}" for command, purpose in COMMANDS.items()))
+        print(
+            "\norpo-lite --install-completion [bash|zsh|fish|powershell]    completes commands, recipes and key=value words"
+        )
     else:
         from orpo_lite.recipe.checks import nearest
 

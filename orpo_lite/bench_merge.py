@@ -26,7 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from transformers import MistralConfig, PreTrainedTokenizerFast
 
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, json_alone, run_command
 from orpo_lite.errors import RequestError
 from orpo_lite.meters import ratios
 
@@ -208,14 +208,17 @@ def command(
     folder: Annotated[
         str | None, typer.Option(help="where the models are written; default: a temporary folder")
     ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Our merge against PEFT's merge_and_unload and save_pretrained, on a random Mistral-like model in bfloat16."""
     if hidden % 512 or hidden < 512 or layers < 1 or repeats < 1:
         raise RequestError(
             f"found --hidden {hidden} --layers {layers} --repeats {repeats}, expected a multiple of 512 and at least 1"
         )
-    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-merge-") as place:
+    with tempfile.TemporaryDirectory(dir=folder, prefix="bench-merge-") as place, json_alone(as_json) as show:
         found = bench(Path(place), layers, hidden, repeats, verify)
+        if as_json:
+            return show(found)
     time_share = found["ours_time_share"]
     console.print(
         f"{found['parameters'] / 1e9:.2f} B parameters in bfloat16, LoRA r={RANK} on all linear layers, {torch.get_num_threads()} threads"

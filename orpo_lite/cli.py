@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import logging
 import os
 import re
@@ -52,6 +54,17 @@ console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # 
 errors = Console(stderr=True, highlight=False)
 for each in (console, errors):
     each.push_render_hook(Screen())
+
+
+@contextlib.contextmanager
+def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
+    """With --json, send what is printed inside to stderr, and give what prints a value as JSON on stdout.
+
+    So stdout is one JSON document, whatever libraries, progress bars or our own lines have to say meanwhile.
+    """
+    stdout = sys.stdout
+    with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
+        yield lambda value: print(json.dumps(value, indent=1), file=stdout)
 
 
 def run_command(function: Callable[..., Any]) -> None:

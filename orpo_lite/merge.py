@@ -28,7 +28,7 @@ from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, Total
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lite.card import model_card
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, json_alone, run_command
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.base import Base
 from orpo_lite.merging.check import check_merged, probe_tokens
@@ -81,6 +81,7 @@ def merge(
     quantize: str | None = None,
     verify: bool | None = None,
     trust_remote_code: bool = False,
+    facts: dict[str, Any] | None = None,
 ) -> Path:
     """Merge an adapter into its base and write a folder that transformers loads without peft.
 
@@ -99,6 +100,7 @@ def merge(
             unless a single layer needs more memory than the merge.
         trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it, for
             an adapter may come from anybody.
+        facts: takes in what the merge says on screen: base, dtype, bytes, seconds, and what the check found.
 
     Raises:
         RequestError: no adapter, no base in the dtype asked for, an adapter that cannot be merged, an output folder in
@@ -162,6 +164,9 @@ def merge(
     )
     for note in notes[1:]:
         console.print(f"  {escape(note)}", soft_wrap=True)
+    if facts is not None:
+        facts |= {"output": str(output), "base": named, "onto": str(onto), "dtype": written, "bytes": plan.nbytes,
+                  "seconds": round(seconds, 3), "untied": list(plan.untied), "notes": notes}  # fmt: skip
     return output
 
 
@@ -322,11 +327,16 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    folder = merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify,
-                   trust_remote_code=trust_remote_code)  # fmt: skip
+    facts: dict[str, Any] = {}
+    with json_alone(as_json) as show:
+        folder = merge(source, output, base=base, dtype=dtype, onto=onto, quantize=quantize, verify=verify,
+                       trust_remote_code=trust_remote_code, facts=facts)  # fmt: skip
+        if as_json:
+            return show(facts)
     seq2seq = json.loads((folder / "config.json").read_text("utf-8")).get("is_encoder_decoder", False)
     auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
     console.print(f"next: transformers.{auto}.from_pretrained({output!r})", soft_wrap=True, markup=False)

@@ -10,12 +10,12 @@ import struct
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.filesize import decimal
 
-from orpo_lite.cli import console, run_command
+from orpo_lite.cli import console, json_alone, run_command
 from orpo_lite.errors import RequestError
 from orpo_lite.publish import COMMON, Entry, Parcel, find_secrets, pack, read_json, refuse
 from orpo_lite.publish_paths import LOCAL, base_names, recipe_of, take_out_paths
@@ -35,6 +35,7 @@ def push(
     message: str | None = None,
     base_repo: str | None = None,
     dry_run: bool = False,
+    facts: dict[str, Any] | None = None,
 ) -> str | None:
     """Publish a run folder's adapter, its merged model, or a GGUF file made from it, in one commit.
 
@@ -52,6 +53,7 @@ def push(
         message: commit message.
         base_repo: hub id to name as the base, where the run was trained on a local copy.
         dry_run: show the same and send nothing, not one request.
+        facts: takes in what is said on screen: the files that go, those that stay and why, notes, commit.
 
     Returns:
         Id of the commit that holds the files (the newest, where nothing had changed); None after a dry run.
@@ -91,10 +93,17 @@ def push(
             hub.open(private)
         state = hub.state if hub else f"{'public' if private is False else 'private'} if new"
         show(parcel, f"{repo} ({state})" + (f", branch {revision}" if revision else ""))
+        if facts is not None:
+            facts |= {"repository": repo, "state": state, "revision": revision, "kind": parcel.kind, "commit": None,
+                      "files": [{"name": e.name, "bytes": e.size, "what": e.what} for e in parcel.entries],
+                      "stays": [{"name": name, "bytes": size, "why": why} for name, size, why in parcel.stays],
+                      "notes": parcel.notes}  # fmt: skip
         if hub is None:
             console.print("dry run: nothing was sent")
             return None
         commit = hub.send(parcel, message or f"{parcel.kind} of {folder.resolve().name}, by orpo-lite")
+        if facts is not None:
+            facts |= {"commit": commit, "url": hub.url}
         console.print(f"{hub.url} ({hub.visibility}), commit {commit}\nload it:", soft_wrap=True, markup=False)
         console.print(usage(parcel, folder, repo, revision, base_repo), soft_wrap=True, markup=False)
     return commit
@@ -255,10 +264,15 @@ def command(
         str | None, typer.Option(help="hub id of the base, where the run was trained on a copy of it")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would go, and send nothing")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Publish a run's adapter, its merged model or a GGUF file of it on the Hugging Face hub."""
-    push(source, repo, merged=merged, gguf=gguf, private=private, revision=revision, message=message,
-         base_repo=base_repo, dry_run=dry_run)  # fmt: skip
+    facts: dict[str, Any] = {}
+    with json_alone(as_json) as tell:
+        push(source, repo, merged=merged, gguf=gguf, private=private, revision=revision, message=message,
+             base_repo=base_repo, dry_run=dry_run, facts=facts)  # fmt: skip
+        if as_json:
+            tell(facts)
 
 
 if __name__ == "__main__":

@@ -7,9 +7,10 @@ from typing import Annotated
 
 import typer
 from rich.table import Table
+from rich.text import Text
 
 from orpo_lite.cli import console, run_command
-from orpo_lite.recipe import json_schema
+from orpo_lite.recipe import as_sources, json_schema
 from orpo_lite.recipe.source import read_yaml, shipped_recipes
 
 
@@ -24,14 +25,20 @@ def command(
     rows = []
     for name, path in shipped_recipes().items():
         content = read_yaml(path)
-        rows.append({"recipe": name, "base": content["model"]["name_or_path"], "needs": content.get("needs", "")})
+        sources = [source["path"] for source in as_sources(content["data"]["train"])]
+        rows.append(
+            {"recipe": name, "base": content["model"]["name_or_path"], "data": sources, "needs": content.get("needs", ""),
+             "description": content.get("description", "")}
+        )  # fmt: skip
     if as_json:
         print(json.dumps(rows, indent=1))
         return
-    table = Table("recipe", "base model", "needs", box=None)
+    table = Table("recipe", "needs, base and data", box=None, padding=(0, 1))
     for row in rows:
-        table.add_row(*row.values())
+        below = "\n".join([row["base"], *row["data"]])
+        table.add_row(row["recipe"], Text.assemble(f"{row['needs']}\n", (below, "dim")))
     console.print(table)
+    console.print("\nnext: python -m orpo_lite.train --recipe NAME data.train=my.jsonl --dry-run", soft_wrap=True)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from orpo_lite.cli import console
+from orpo_lite.cli import console, json_alone
 from orpo_lite.errors import RequestError
 
 SMALL = 50 * 10**6
@@ -310,18 +310,15 @@ def command(
         bool,
         typer.Option("--architectures", is_eager=True, callback=show_architectures, help="list what can be converted"),
     ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
     if onto not in ("original", "quantized"):
         raise RequestError(f"--onto: found {onto}, expected original or quantized")
-    export(
-        source,
-        output,
-        quant=quant,
-        adapter=adapter,
-        ollama=ollama,
-        llama_quantize=llama_quantize,
-        base=base,
-        onto=onto,
-        trust_remote_code=trust_remote_code,
-    )
+    with json_alone(as_json) as show:
+        file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
+                      onto=onto, trust_remote_code=trust_remote_code)  # fmt: skip
+        if as_json:
+            modelfile = file.with_name("Modelfile") if ollama else None
+            show({"output": str(file), "bytes": file.stat().st_size, "quant": quant, "adapter": adapter,
+                  "modelfile": str(modelfile) if modelfile else None})  # fmt: skip
