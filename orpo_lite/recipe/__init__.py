@@ -325,7 +325,7 @@ class Recipe(Section):
 
     @property
     def folder(self) -> Path:
-        """The run folder: training.output_dir, or outputs/<name>."""
+        """The run folder: training.output_dir, or `outputs/<name>`."""
         return Path(self.training.get("output_dir") or Path("outputs") / self.name)
 
     @classmethod

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from orpo_lite import safe_yaml
 from orpo_lite.cli import run_command
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import shipped_recipes
@@ -41,6 +42,8 @@ def test_commands_parse(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPat
     files(tmp_path)
     for block in blocks(page_of(name)):
         assert block.language in (*SHELL, "python", *NOT_RUN), f"{block.place}: {block.language}: bash, python or text"
+        if block.language == "yaml" and block.body.startswith("name:"):
+            assert Recipe.parse(safe_yaml.parse(block.body), block.place)
         if block.language not in SHELL:
             continue
         for line in block.lines:
