@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from html import escape
-from pathlib import Path
 from typing import Any
 
 from orpo_lite.evaluate import ROWS
+from orpo_lite.report import commands
 from orpo_lite.report.charts import Chart
 from orpo_lite.report.curves import curves, length_chart, margin_chart, margins, moved
 from orpo_lite.report.drawing import figure
@@ -282,43 +281,4 @@ def details(run: Told) -> str:
 
 def go_on(run: Told) -> str:
     """What to type next, for this run."""
-    if run.path is None:
-        return ""
-    here = shown_path(run.path)
-    place = shlex.quote(here)
-    beside = here.rstrip("/").rpartition("/")[2] or "run"
-    whole = bool(run.recipe) and not run.recipe.get("adapter")
-    if run.state != "finished":
-        resume = " --resume" if run.checkpoint else ""
-        lines = [(f"python -m orpo_lite.train --recipe {place}{resume}",
-                  f"go on from {run.checkpoint}" if run.checkpoint else "begin again: there is no checkpoint"),
-                 (f"python -m orpo_lite.report {place}", "this page again, as far as the run has come by then")]  # fmt: skip
-    else:
-        merged, gguf = shlex.quote(f"{here}-merged"), shlex.quote(f"{beside}.gguf")
-        lines = (
-            []
-            if whole
-            else [(f"python -m orpo_lite.evaluate {place}", "base against adapter, on these or other pairs (--data)")]
-        )
-        lines += [(f"python -m orpo_lite.chat {place}" + ("" if whole else " --compare"), "talk to it")]
-        lines += (
-            [] if whole else [(f"python -m orpo_lite.merge {place} --output {merged}", "a plain transformers model")]
-        )
-        lines += [(f"python -m orpo_lite.export {place} --output {gguf} --quant q8_0 --ollama", "for llama.cpp and Ollama"),
-                  (f"python -m orpo_lite.push {place} --repo USER/{shlex.quote(beside)} --dry-run", "what would go to the hub"),
-                  (f"python -m orpo_lite.train --recipe {place} orpo.beta=0.2", "again with a change, in a new folder"),
-                  (f"python -m orpo_lite.report {place} {shlex.quote(here + '-2')}", "both over one another")]  # fmt: skip
-    return part(
-        "How to go on",
-        "<pre class=code tabindex=0 role=group aria-label=Commands>"
-        + "\n".join(f"<span class=dim># {escape(why)}</span>\n{escape(line)}" for line, why in lines)
-        + "</pre>",
-    )
-
-
-def shown_path(path: Path) -> str:
-    """As seen from here, where it lies here: a page that is passed on need not name its author's home."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve())) or str(path)
-    except ValueError:
-        return str(path)
+    return part("How to go on", commands.block(run)) if run.path is not None else ""
