@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import logging
 import os
@@ -87,6 +88,10 @@ def guard(app: Callable[..., Any]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     # DeepSpeed, where it is installed, says so on stdout, in the middle of what --json prints
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
+
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # Windows' pipes speak cp1252: what that lacks is written out
+            stream.reconfigure(errors="backslashreplace")
 
     def tell(title: str, text: str) -> None:
         if debug:

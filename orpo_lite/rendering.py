@@ -295,7 +295,7 @@ def serve(tokenizer: PreTrainedTokenizerBase, requests: IO[bytes], answers: IO[b
             return
         done = Answers(tokenizer, marshal.loads(request), len(request))  # noqa: S302 (from the parent)
         room = virtual_memory() + MEMORY
-        resource.setrlimit(resource.RLIMIT_AS, (room if own == resource.RLIM_INFINITY else min(room, own), hard))
+        bound_memory(room if own == resource.RLIM_INFINITY else min(room, own), hard)
         # its signal ends the process wherever it is, in the middle of a multiplication too
         signal.setitimer(signal.ITIMER_PROF, SECONDS)
         for answer in done:
@@ -305,11 +305,22 @@ def serve(tokenizer: PreTrainedTokenizerBase, requests: IO[bytes], answers: IO[b
             answers.write(len(content).to_bytes(8, "little") + content)
         signal.setitimer(signal.ITIMER_PROF, 0)
         answers.flush()
-        resource.setrlimit(resource.RLIMIT_AS, (own, hard))
+        bound_memory(own, hard)
+
+
+def bound_memory(room: int, hard: int) -> None:
+    """Bound the address space. macOS may refuse any bound: then time and size of the text are bounded all the same."""
+    import resource
+
+    try:
+        resource.setrlimit(resource.RLIMIT_AS, (room, hard))
+    except (ValueError, OSError):
+        if sys.platform == "linux":
+            raise
 
 
 def virtual_memory() -> int:
-    """Bytes of address space; 0 where the system does not say so."""
+    """Bytes of address space; more than any process has where the system does not say."""
     if sys.platform != "linux":
         return 1 << 44
     return int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")

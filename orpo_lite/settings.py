@@ -32,6 +32,8 @@ DEFAULTS: dict[str, Any] = {
     "seed": 42,
 }
 """What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
+BITSANDBYTES = ("8bit", "paged", "bnb", "lion", "ademamix")
+"""Parts of the names of optimizers that bitsandbytes has, on a GPU only."""
 STREAMED = DEFAULTS | {"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.1}
 """The same for a stream, of which nobody knows when an epoch ends: every tenth of max_steps."""
 
@@ -52,7 +54,7 @@ def arguments(
     if not has_eval:
         training["eval_strategy"] = "no"
     optim = str(training.get("optim", ""))
-    if "8bit" in optim and not torch.cuda.is_available():
+    if any(part in optim for part in BITSANDBYTES) and not torch.cuda.is_available():
         console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
         training["optim"] = "adamw_torch"
     for name in (
