@@ -16,7 +16,7 @@ def test_flips_and_cuts_in_real_checkpoints(tmp_path):
 @pytest.mark.slow
 def test_killed_runs_end_as_the_unbroken_one():
     done = subprocess.run(
-        [sys.executable, "-m", "tests.faults.kills", "--kills", "30", "--real", "2", "--seed", "1"],
+        [sys.executable, "-m", "tests.faults.kills", "--kills", "16", "--real", "1", "--seed", "1"],
         capture_output=True, text=True, timeout=2400,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr

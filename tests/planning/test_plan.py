@@ -84,7 +84,7 @@ def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("checkpointing", ["all", 5, 7, 8])
+@pytest.mark.parametrize("checkpointing", ["all", 7])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, bases, monkeypatch):
     monkeypatch.setattr("orpo_lite.planning.step.SMALLEST", 1)
@@ -93,7 +93,7 @@ def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, ba
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
-@pytest.mark.parametrize("checkpointing", ["all", "none", 1, 3, 4, 6])
+@pytest.mark.parametrize("checkpointing", ["all", "none", 3])
 @pytest.mark.parametrize("name", DEEP)
 def test_few_layers_say_what_all_of_them_would_everywhere(name, checkpointing, kind, bases):
     same(bases[name], checkpointing, Target(kind), "eager" if name == "gemma2" else "auto")
