@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+from typing import NoReturn
 
 COMMANDS = {
     "doctor": "check this machine: packages, card, kernels, hub, and a short training run",
@@ -44,8 +45,7 @@ def main() -> None:
         try:
             shells.main(name, sys.argv[2:], COMMANDS)
         except RequestError as error:
-            print(f"error: {error}", file=sys.stderr)
-            sys.exit(2)
+            refuse(str(error))
     elif name in ("-V", "--version"):
         print(f"orpo-lite {__version__}")
     elif name in ("-h", "--help"):
@@ -58,8 +58,17 @@ def main() -> None:
     else:
         from orpo_lite.recipe.checks import nearest
 
-        print(f"error: no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them", file=sys.stderr)
-        sys.exit(2)
+        refuse(f"no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them")
+
+
+def refuse(why: str) -> NoReturn:
+    """End with status 2, in colour as the commands do."""
+    from rich.markup import escape
+
+    from orpo_lite.cli import errors
+
+    errors.print(f"[bold red]error:[/] {escape(why)}", soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -52,7 +52,8 @@ def trainer_of(content: dict[str, Any], file: Path) -> tuple[str, Callable[[Draf
             raise RequestError(f"{file}: {found}, expected rl: orpo: other methods are not trained here")
         return "axolotl", axolotl.convert
     if "stage" in content or "finetuning_type" in content or "pref_loss" in content:
-        if content.get("stage") != "dpo" or content.get("pref_loss", "sigmoid") != "orpo":
+        old = content.get("stage") == "orpo"  # until 0.7
+        if not old and (content.get("stage") != "dpo" or content.get("pref_loss", "sigmoid") != "orpo"):
             raise RequestError(
                 f"{file}: stage is {content.get('stage')!r} and pref_loss {content.get('pref_loss', 'sigmoid')!r}, expected "
                 "stage: dpo with pref_loss: orpo: other methods are not trained here"

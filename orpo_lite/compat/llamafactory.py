@@ -57,10 +57,11 @@ LEFT = {
 def convert(draft: Draft) -> None:
     """Fill the draft's recipe from a LLaMA-Factory configuration."""
     for name in ("stage", "pref_loss"):
-        draft.carried_as(name, draft.take(name), "orpo")
+        if name in draft.source:
+            draft.carried_as(name, draft.take(name), "orpo")
     draft.carry("model_name_or_path", "model.name_or_path", change=lambda path: draft.place_of(str(path)))
     draft.carry("model_revision", "model.revision")
-    draft.carry("pref_beta", "orpo.beta", 0.1)
+    draft.carry("orpo_beta" if "orpo_beta" in draft.source else "pref_beta", "orpo.beta", 0.1)
     draft.put("orpo.nll_scope", "chosen")
     convert_weights(draft)
     convert_template(draft)

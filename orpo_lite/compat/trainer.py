@@ -40,6 +40,8 @@ class TrlNames(ObjectiveTrainer):
     tokenizer: Any
     is_encoder_decoder: bool
     _stored: dict[str, dict[str, list[float]]]
+    _items: Any = None
+    """NLL labels and pairs of the optimizer step that is being taken."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "tokenizer" in kwargs:
@@ -114,10 +116,21 @@ class TrlNames(ObjectiveTrainer):
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: Half = "train"
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a batch and its metrics by TRL's names, of this process alone."""
-        loss, metrics = self.compute_loss(model, batch, return_outputs=True)
+        """Loss of a batch and its metrics by TRL's names, of this process alone.
+
+        Inside of a training step the batch's share of the step's loss, so that a `compute_loss` of one's own can return it.
+        """
+        # not a subclass's compute_loss, which may be what calls this
+        loss, metrics = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=self._items)
         prefix = "eval_" if train_eval == "eval" else ""
         return loss, {f"{prefix}{key}": value for key, value in metrics.items()}
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        self._items = num_items_in_batch
+        try:
+            return super().training_step(model, inputs, num_items_in_batch)
+        finally:
+            self._items = None
 
     def store_metrics(self, metrics: dict[str, float], train_eval: Half = "train") -> None:
         """Numbers of one's own for the next log of training or evaluation, which shows the mean of each."""

@@ -231,6 +231,8 @@ def test_llamafactorys_fields(place):
     } <= left
     one, _, _ = convert(written(place, FACTORY, per_device_train_batch_size=1), "mine")
     assert one.orpo.nll_mean == "micro"
+    old = {"stage": "orpo", "orpo_beta": 0.05, "model_name_or_path": "x/y", "dataset": "mine"}  # as until 0.7
+    assert convert(written(place, old), "mine")[0].orpo.beta == 0.05
     silent = {key: FACTORY[key] for key in ("model_name_or_path", "stage", "pref_loss")} | {"dataset": "mine"}
     plain, _, _ = convert(written(place, silent), "mine")
     assert (plain.adapter.r, plain.adapter.alpha, plain.adapter.target_modules, plain.data.max_length) == (

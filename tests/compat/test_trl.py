@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 from orpo_lite import ORPOConfig, ORPOTrainer
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
-from tests.training import SIZES, rows
+from tests.training import SIZES, Catch, rows
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +222,22 @@ def test_a_subclass_with_a_loss_of_its_own(base, settings):
     trainer.train()
     log = trainer.state.log_history[0]
     assert log["loss"] == pytest.approx(2 * log["plain"], abs=1e-4)
+
+
+def test_a_loss_built_on_trls_methods_is_the_trainers_own(base, settings):
+    class AsInTRL(ORPOTrainer):
+        def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+            loss, metrics = self.get_batch_loss_metrics(model, inputs, train_eval="train")
+            return (loss, metrics) if return_outputs else loss
+
+    found = []
+    for kind in (ORPOTrainer, AsInTRL):
+        catch = Catch()
+        args = settings(per_device_train_batch_size=2, gradient_accumulation_steps=3, max_steps=1, max_grad_norm=0)
+        trainer = kind(base, args, train_dataset=rows(6), callbacks=[catch])
+        trainer.train()
+        found.append(catch.gradient)
+    torch.testing.assert_close(*found)
 
 
 @pytest.mark.parametrize(
