@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import base64
+import importlib.metadata
 import json
 import os
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import nbformat
@@ -64,6 +68,52 @@ def test_readme_and_site_link_to_the_notebooks() -> None:
     )
     for found in (BADGE.findall(readme), links):  # no badge on the site, which asks for nothing outside of itself
         assert {name for _, name in found} == set(NAMES) and {owner for owner, _ in found} == owners
+
+
+@pytest.fixture
+def colab(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """Colab's own modules, as far as the notebooks call them, and a pip that only notes what it was asked."""
+    seen = SimpleNamespace(pip=[], mounted=[], torch="2.9.0+cu126")
+    module, drive, files = (ModuleType(f"google.colab{name}") for name in ("", ".drive", ".files"))
+    drive.mount, files.upload = seen.mounted.append, lambda: {"uploaded.jsonl": b"{}"}  # type: ignore[attr-defined]
+    module.drive, module.files = drive, files  # type: ignore[attr-defined]
+    for each in (module, drive, files):
+        monkeypatch.setitem(sys.modules, each.__name__, each)
+    monkeypatch.setattr(subprocess, "run", lambda words, check: seen.pip.append(words))
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: seen.torch if name == "torch" else "0.1.0")
+    return seen
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_install_cell_on_colab(name: str, colab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
+    """pip is held to the torch that is there, a torch that changed all the same is told, and so is an unset address."""
+    source = code_cells(read(name))[0].source
+    with pytest.raises(ValueError, match="SOURCE"):
+        exec(source, {})
+    assert not colab.pip
+    source = source.replace("OWNER/", "somebody/")
+    exec(source, {})
+    assert colab.pip[0][:4] == [sys.executable, "-m", "pip", "install"]
+    assert {"git+https://github.com/somebody/orpo_lite", "torch==2.9.0+cu126"} <= set(colab.pip[0])
+
+    def changed(words: list[str], check: bool) -> None:
+        colab.torch = "2.13.0"
+
+    monkeypatch.setattr(subprocess, "run", changed)
+    with pytest.raises(AssertionError, match="torch"):
+        exec(source, {})
+
+
+def test_drive_and_upload_on_colab(colab: SimpleNamespace) -> None:
+    def cell(name: str, words: str) -> str:
+        return next(cell.source for cell in code_cells(read(name)) if words in cell.source)
+
+    names: dict[str, Any] = {"USE_DRIVE": True, "FOLDER": "orpo_lite/mistral"}
+    exec(cell("mistral-qlora-t4", "drive.mount"), names)
+    assert colab.mounted == ["/content/drive"] and str(names["folder"]) == "/content/drive/MyDrive/orpo_lite/mistral"
+    names = {"FILE": ""}
+    exec(cell("your-data", "files.upload"), names)
+    assert names["FILE"] == "uploaded.jsonl"
 
 
 @pytest.fixture
