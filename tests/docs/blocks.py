@@ -19,7 +19,10 @@ FENCE = re.compile(
 )
 # compat.trl_orpo has TRL's parser and a test of its own
 INLINE = re.compile(r"(?<!`)`((?:python -m orpo_lite\.|orpo-lite )(?!compat)[a-z][^`]+)`(?!`)")
-OURS = re.compile(r"^(?:python -m orpo_lite\.|orpo-lite )(?P<name>(?!compat)[\w.-]+)(?P<words>.*)", re.DOTALL)
+OURS = re.compile(
+    r"^(?:(?:python|accelerate launch .*?|torchrun .*?) -m orpo_lite\.|orpo-lite )(?P<name>(?!compat)[a-z][\w.-]*)(?P<words>.*)",
+    re.DOTALL,
+)
 FIRST = "python -m orpo_lite.train --recipe quickstart"
 """What every page may take as done: it is run once, for all of them."""
 
