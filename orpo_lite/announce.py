@@ -17,6 +17,7 @@ from orpo_lite.checkpoints import newest_good
 from orpo_lite.cli import console, errors
 from orpo_lite.data.histograms import length_histograms
 from orpo_lite.data.streaming import PairStream
+from orpo_lite.engines import world
 from orpo_lite.evaluate import show
 from orpo_lite.measure import held_by, peak_memory_bytes
 from orpo_lite.model import BaseFacts, trainable_share
@@ -78,8 +79,15 @@ def resolved(
         "batch",
         f"{batch} pairs a step, in micro-batches of at most {args.tokens_per_batch:,} tokens, on {args.world_size} processes"
         if args.tokens_per_batch
-        else f"{args.per_device_train_batch_size} pairs x {args.gradient_accumulation_steps} accumulation x {args.world_size} processes = {batch} pairs a step",
+        else f"{batch // args.world_size // trainer._accumulation} pairs x {trainer._accumulation} accumulation x {args.world_size} processes = {batch} pairs a step",
     )
+    if args.world_size > 1:
+        joined = world(trainer.accelerator)
+        row(
+            "processes",
+            f"{joined['processes']} by {joined['strategy']} over {joined['backend']}, {joined['processes_per_node']} on each of {joined['nodes']} machines, "
+            "each step's pairs dealt by their cost",
+        )
     row(
         "steps",
         f"{steps:,} ({f'{steps * batch:,} pairs' if known is None else f'{steps * batch / max(1, known):.2f} epochs'}), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
@@ -145,6 +153,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
         "processes": trainer.args.world_size,
+        "world": world(trainer.accelerator),
         "seed": trainer.args.seed,
         "base_model": {
             "name_or_path": recipe.model.name_or_path,

@@ -19,7 +19,7 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from orpo_lite.errors import RequestError
+from orpo_lite.errors import RequestError, ToldElsewhere
 
 # what could move the cursor, set a title, colour, reorder or hide text; line breaks and tabs stay
 ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
@@ -68,6 +68,12 @@ def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
         yield lambda value: print(json.dumps(value, indent=1), file=stdout)
 
 
+def alone_to_tell() -> bool:
+    """Whether this process says what is wrong with the request: one a machine, as all of them find the same until they meet."""
+    met = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    return met or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
 def run_command(function: Callable[..., Any]) -> None:
     """Run a module's command as `python -m orpo_lite.<name>`: parse the arguments, then `guard`."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -93,21 +99,26 @@ def guard(app: Callable[..., Any]) -> None:
         if isinstance(stream, io.TextIOWrapper):  # Windows' pipes speak cp1252: what that lacks is written out
             stream.reconfigure(errors="backslashreplace")
 
-    def tell(title: str, text: str) -> None:
-        if debug:
-            sys.stderr.write(printable(without_secrets(traceback.format_exc())))
-        errors.print(f"[bold red]{title}:[/] {escape(without_secrets(text))}", soft_wrap=True)
+    def tell(title: str, text: str, trace: bool = False) -> None:
+        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
+        whose = f"rank {os.environ.get('RANK', 0)}: " if several else ""
+        if debug or (trace and several):  # other processes' messages stand in between
+            lines = printable(without_secrets(traceback.format_exc())).splitlines(keepends=True)
+            sys.stderr.write("".join(whose + line for line in lines))
+        errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
 
     try:
         app(args=[word for word in arguments if word != "--debug"], standalone_mode=True)
     except RequestError as error:
-        tell("error", str(error))
+        if alone_to_tell() and not isinstance(error, ToldElsewhere):
+            tell("error", str(error))
         sys.exit(2)
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)
     except Exception as error:
-        tell("failed", f"{type(error).__name__}: {error}")
+        # a lost connection has its reason in another process
+        tell("failed", f"{type(error).__name__}: {error}", trace=not isinstance(error, ConnectionError))
         if not debug:
             errors.print("run the same command with --debug for the traceback")
         sys.exit(1)

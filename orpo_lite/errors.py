@@ -1,4 +1,4 @@
-"""The one exception that a user can mend."""
+"""What a user can mend."""
 
 
 class RequestError(ValueError):
@@ -7,3 +7,7 @@ class RequestError(ValueError):
     The message names the file, row or field, what was found, what was expected and what to do. Commands print it
     without a traceback and exit with status 2.
     """
+
+
+class ToldElsewhere(RequestError):
+    """An error of the request that another process of the run has told already."""

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -211,7 +212,7 @@ def score_rows(
     A plain linear layer goes through `token_logps`. Anything else (LoRA on the head, modules_to_save, a quantised
     head) is called as the module it is, chunk by chunk, so that all it does is kept.
     """
-    if type(head) is nn.Linear:
+    if type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear):
         return token_logps(hidden, head.weight, labels, head.bias, transform.softcap, transform.scale, chunk, True)  # type: ignore[return-value]
 
     def logits(h: Tensor) -> Tensor:
@@ -223,39 +224,45 @@ def score_rows(
 
 
 @torch.no_grad()
-def check_head(model: nn.Module, transform: HeadTransform, **inputs: Tensor) -> float:
+def check_head(model: nn.Module, transform: HeadTransform, called: nn.Module | None = None, **inputs: Tensor) -> float:
     """Largest difference between the model's own log-probs and `score_labels`', over one short sequence.
 
     Families whose logits are not a linear head with a softcap or a scale show here, whatever their config says.
+
+    Args:
+        called: the model with what engines put around it; default: the model itself.
     """
-    was_training = model.training
+    was_training, called = model.training, called or model
     model.eval()
     try:
-        expected = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+        expected = called(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
         rows = torch.arange(len(expected), device=expected.device)
         target = LabelRows(rows, expected.argmin(-1))
         with score_labels(model, target, transform, None):
-            model(**inputs, use_cache=False)
+            called(**inputs, use_cache=False)
     finally:
         model.train(was_training)
     assert target.logps is not None
     return (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
 
 
-def head_transform(model: Any, device: torch.device, tolerance: float) -> HeadTransform | None:
+def head_transform(
+    model: Any, device: torch.device, tolerance: float, called: nn.Module | None = None
+) -> HeadTransform | None:
     """How a model's head is scored without its logits; None where only the logits themselves will do.
 
     Args:
         tolerance: largest difference of a log-prob that counts as rounding.
+        called: see `check_head`.
     """
     if model.get_output_embeddings() is None:
         return None
     transform = HeadTransform.of(model.config)
-    ids = torch.arange(8, device=device)[None] % model.get_input_embeddings().weight.shape[0]
+    ids = torch.arange(8, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    difference = check_head(model, transform, **inputs)
+    difference = check_head(model, transform, called, **inputs)
     if difference <= tolerance:
         return transform
     logger.warning(

@@ -17,10 +17,12 @@ from transformers.training_args import OptimizerNames
 from orpo_lite.attention import packed_attention, plain_attention
 from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator, from_trl
+from orpo_lite.engines import accumulating, frozen_linear, recomputable
 from orpo_lite.generate import log_answers
-from orpo_lite.head import HeadTransform, LabelRows, score_labels, score_logits
+from orpo_lite.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
 from orpo_lite.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.metrics import finish_metrics, metric_sums, pair_metrics
+from orpo_lite.model import autocast
 from orpo_lite.outofmemory import Limit, Window, ran_out, reason, smaller, stuck, too_large
 from orpo_lite.prepare import base_of
 
@@ -36,6 +38,8 @@ class ObjectiveTrainer(Trainer):
     model: Any
     collator: PaddedCollator | PackedCollator
     head_transform: HeadTransform | None
+    head_known = True
+    """Whether `head_transform` was found; a model that no process holds whole is looked at once all of them run it."""
     aux_enabled: bool
     aux_coefficient: float
     answers: list[dict[str, str]]
@@ -54,12 +58,37 @@ class ObjectiveTrainer(Trainer):
         return self.accelerator.unwrap_model(self.model if model is None else model)
 
     def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
-        ours = "label_rows" in batch or "micro_batches" in batch
-        return self._prepare_inputs(batch if ours else from_trl(batch, self.collator))
+        def mine(one: dict[str, Any]) -> dict[str, Any]:
+            return one if "label_rows" in one else from_trl(one, self.collator)
+
+        if "micro_batches" in batch:
+            return self._prepare_inputs(batch | {"micro_batches": [mine(one) for one in batch["micro_batches"]]})
+        return self._prepare_inputs(mine(batch))
+
+    def find_head(self, model: nn.Module) -> None:
+        """How the model's head is scored without whole logits; run by all processes where they share its weights.
+
+        Args:
+            model: as it is called, with what engines put around it.
+        """
+        exact = 1e-3 if self.args.mixed_precision == "no" else 0.2
+        plain = self.unwrapped(model)
+        self.head_known = True
+        with autocast(plain):
+            self.head_transform = head_transform(plain, self.args.device, exact, model)
+        head = plain.get_output_embeddings()
+        if self.head_transform is not None and not frozen_linear(head) and not recomputable(head):
+            logger.warning(
+                "the output head is sharded on its own and trained (or quantised, or adapted): whole logits are kept, since its "
+                "weights are not at hand to compute them again in the backward pass"
+            )
+            self.head_transform = None
 
     def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
         """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
         self._running = batch
+        if not self.head_known:
+            self.find_head(model)
         inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         if self.aux_enabled:
             inputs["output_router_logits"] = True
@@ -90,23 +119,27 @@ class ObjectiveTrainer(Trainer):
     ) -> Any:
         """ORPO loss of a batch of `get_train_dataloader()`, or of TRL's collator.
 
-        With `num_items_in_batch` (NLL labels and pairs of the whole optimizer step, as `get_batch_samples` counts
-        them) the batch's share of the step's loss; without, the loss of the batch on its own.
+        With `num_items_in_batch` (NLL labels, pairs and micro-batches of the whole optimizer step, as `get_batch_samples`
+        counts them) the batch's share of the step's loss; without, the loss of the batch on its own.
         """
         batches = micro_batches(self._ours(inputs))
-        whole = num_items_in_batch is None or self.args.nll_mean == "micro"
-        if num_items_in_batch is None or whole:
-            labels, pairs = inputs["whole"] if "whole" in inputs else count_labels(batches)
+        scale: Any = 1.0
+        if num_items_in_batch is None:
+            means = [one_at_least(inputs["whole"] if "whole" in inputs else count_labels(batches))] * len(batches)
         else:
-            labels, pairs = num_items_in_batch
-        # gradients are averaged over processes later, while the window's shares are to be summed: undone here, once
-        processes = 1 if whole else self.accelerator.num_processes
+            # engines average gradients over processes, while the shares of a step are to be summed: undone here, once
+            scale = self.accelerator.num_processes
+            if self.args.nll_mean == "window":
+                means = [num_items_in_batch[:2]] * len(batches)
+            else:  # each micro-batch counts the same, those that only fill up count nothing
+                scale = scale / num_items_in_batch[2]
+                means = [one_at_least(one["whole"] if "whole" in one else count_labels([one])) for one in batches]
         loss, sums = torch.zeros((), device=self.args.device), {}
-        for batch in batches:
+        for batch, (labels, pairs) in zip(batches, means, strict=True):
             stats, aux = self.pair_statistics(model, batch)
-            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * processes
+            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * scale
             if aux is not None:
-                share = len(batch["pair_rows"]) / pairs * processes
+                share = len(batch["pair_rows"]) / pairs * scale
                 loss = loss + self.aux_coefficient * aux.to(loss.device) * share
             part = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
             sums = {key: sums.get(key, 0) + value for key, value in part.items()}
@@ -117,13 +150,13 @@ class ObjectiveTrainer(Trainer):
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
-        """The micro-batches of one optimizer step, and how many NLL labels and pairs they hold on all processes."""
+        """The micro-batches of one optimizer step, and what they hold on all processes, see `count_step`."""
         batches = [self._ours(batch) for batch in self._next_items(epoch_iterator, num_batches, device)]
         if not batches:
             return batches, None
         self._window = Window(batches, self._sums, self.args.device)
-        totals = count_labels([micro for batch in batches for micro in micro_batches(batch)])
-        return batches, self._total(torch.stack(totals).to(device))
+        totals = count_step([micro for batch in batches for micro in micro_batches(batch)])
+        return batches, self._total(totals.to(device))
 
     def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
         """What the loader gives for an optimizer step; nothing at its end."""
@@ -173,7 +206,7 @@ class ObjectiveTrainer(Trainer):
         parts = [part for batch in micro_batches(item) for part in self.micro_limit.cut(batch)]
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
-            with self.accelerator.no_sync(model):
+            with accumulating(self.accelerator, model):
                 loss += super().training_step(model, part, num_items_in_batch)
         return loss + super().training_step(model, parts[-1], num_items_in_batch)
 
@@ -253,3 +286,14 @@ def count_labels(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
     """NLL labels and pairs of some micro-batches."""
     labels = torch.stack([(batch["nll_pair"] >= 0).sum() for batch in batches]).sum()
     return labels, torch.tensor(sum(len(batch["pair_rows"]) for batch in batches), device=labels.device)
+
+
+def count_step(batches: list[dict[str, Any]]) -> Tensor:
+    """NLL labels, pairs, and micro-batches that hold any, of an optimizer step; (3,) int64."""
+    labels, pairs = count_labels(batches)
+    return torch.stack([labels, pairs, pairs.new_tensor(sum(len(batch["pair_rows"]) > 0 for batch in batches))])
+
+
+def one_at_least(counts: tuple[Tensor, Tensor] | Tensor) -> list[Tensor]:
+    """Counts to divide by, where a micro-batch that only fills up holds none."""
+    return [count.clamp(min=1) for count in counts]

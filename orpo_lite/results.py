@@ -9,10 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from accelerate.utils import gather_object
+
 from orpo_lite import announce
 from orpo_lite.card import write_card
 from orpo_lite.cli import console
 from orpo_lite.data import Pairs
+from orpo_lite.engines import sharded, zero_stage
 from orpo_lite.evaluate import evaluate, judge
 from orpo_lite.generate import answer
 from orpo_lite.likely import score_answers
@@ -57,13 +60,29 @@ def held_out(
         named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
         autocast(model),
     ):
-        samples = answer(model, tokenizer, pairs.eval, recipe.evaluation.samples, recipe.evaluation.max_new_tokens)
+        samples = answer_shared(trainer, model, tokenizer, pairs.eval, recipe)
         score_answers(trainer, pairs.eval, samples, before.samples if before else [])
     return HeldOut(metrics, samples, each)
 
 
+def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, recipe: Recipe) -> list[dict[str, Any]]:
+    """Answers to the first held-out prompts, each process its share; all together where they share the weights."""
+    count, longest = min(recipe.evaluation.samples, len(pairs)), recipe.evaluation.max_new_tokens
+    processes, mine = trainer.args.world_size, trainer.args.process_index
+    if processes == 1 or sharded(trainer.model):
+        return answer(model, tokenizer, pairs, count, longest)
+    share = range(mine, count, processes)
+    parts = gather_object([answer(model, tokenizer, pairs.select(share), len(share), longest)])
+    return [parts[i % processes][i // processes] for i in range(count)]
+
+
 def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
     """`held_out` of the base, kept in the run folder for a run that goes on."""
+    if zero_stage(trainer.accelerator) == 3:
+        console.print(
+            "no evaluation before training: ZeRO-3's engine for inference could not train afterwards", markup=False
+        )
+        return HeldOut(None, [], {})
     asked = recipe.evaluation.model_dump(mode="json")
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
@@ -88,13 +107,20 @@ def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]
 
 
 def finish(
-    folder: RunFolder, record: dict[str, Any], trainer: ORPOTrainer, tokenizer: Any, disk: int, pairs: dict[str, Any]
+    folder: RunFolder,
+    record: dict[str, Any],
+    trainer: ORPOTrainer,
+    tokenizer: Any,
+    disk: int,
+    pairs: dict[str, Any],
+    whole: Any = None,
 ) -> None:
     """Write what a finished run consists of; where its folder cannot be written, the adapter to a temporary one.
 
     Args:
         disk: the file system that the folder was on when training began.
         pairs: every held-out pair before and after, for held_out.json.
+        whole: the trainer's `whole_weights`.
 
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
@@ -102,7 +128,7 @@ def finish(
     model = trainer.unwrapped()
 
     def weights(path: Path) -> None:
-        save_adapter(model, path)
+        save_adapter(model, path, whole)
         tokenizer.save_pretrained(path)
 
     try:

@@ -15,7 +15,9 @@ from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ExportableState
 
 from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
+from orpo_lite.engines import gathered, sharded
 from orpo_lite.errors import RequestError
+from orpo_lite.model import save_adapter
 from orpo_lite.model.files import check_torch_files
 from orpo_lite.savepoints import SavePoints
 from orpo_lite.signals import Stopped, StopRequest
@@ -124,7 +126,8 @@ class SavingTrainer(WatchingTrainer):
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # a pickle that nothing reads
+            for unread in ("training_args.bin", "zero_to_fp32.py"):  # a pickle, and DeepSpeed's script
+                (checkpoint / unread).unlink(missing_ok=True)
 
     def _seal(self, written: Path, final: Path) -> None:
         if self.args.should_save:
@@ -176,6 +179,30 @@ class SavingTrainer(WatchingTrainer):
             "ended": self.ends,
         }
 
+    def whole_weights(self) -> dict[str, torch.Tensor] | None:
+        """What is trained, gathered for the process that saves; None where the model itself holds it whole.
+
+        All processes call it together.
+        """
+        if not sharded(self.model) and not self.is_deepspeed_enabled:
+            return None
+        return gathered(self.model, keep=self.args.should_save)
+
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """transformers' own; of sharded models the adapter alone is gathered, and never the base."""
+        weights = self.whole_weights()
+        if weights is None:
+            super().save_model(output_dir, _internal_call)
+            return
+        folder = Path(output_dir or str(self.args.output_dir))
+        if self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapter(self.unwrapped(), folder, weights)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(folder))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
     # ---- going on --------------------------------------------------------------------------------------------------
 
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -225,6 +252,11 @@ class SavingTrainer(WatchingTrainer):
             raise RequestError(
                 f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
                 f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+            )
+        if facts["processes"] != here["processes"] and self.is_deepspeed_enabled:
+            raise RequestError(
+                f"{found}: was written by {facts['processes']} processes of DeepSpeed, here are {here['processes']}: its optimizer "
+                "states are cut for that number; go on with as many, or with FSDP2 or DDP from the start"
             )
         if facts["processes"] != here["processes"]:
             logger.warning(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import logging
 import shlex
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,12 +21,14 @@ from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
 from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
+from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from orpo_lite import announce
-from orpo_lite.cli import run_command
+from orpo_lite import announce, launched
+from orpo_lite.cli import console, run_command
 from orpo_lite.data import DropReport, Pairs, load_pairs
 from orpo_lite.data.batching import PaddedCollator
-from orpo_lite.errors import RequestError
+from orpo_lite.engines import shards_by_launcher
+from orpo_lite.errors import RequestError, ToldElsewhere
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.model import (
     BaseFacts,
@@ -98,6 +102,7 @@ def run(
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
     if facts.quantization == "none":  # where bitsandbytes is missing, whatever the recipe asked for
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
+    launched.meet(recipe.training.get("ddp_timeout", 1800), bool(recipe.training.get("use_cpu")))
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -151,15 +156,22 @@ def run(
             "adapter": announce.which_adapter(trainer),
             **record_of(before, after, recipe),
         }
+        whole = trainer.whole_weights()
         if trainer.is_world_process_zero():
-            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs})
+            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs}, whole)
     return Run(folder.path, record)
 
 
 def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
     """Base and adapter, what is known of the base, and how many layers checkpoint."""
+    to_shard = shards_by_launcher() or bool(recipe.training.get("fsdp"))
+    if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("eva", "pissa", "olora"):
+        raise RequestError(
+            f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} takes the whole base on one process, which FSDP "
+            "spreads over all of them: set adapter.init_lora_weights=true, or train with DDP"
+        )
     with named("loading the base model"):
-        base, facts = load_base(recipe.model, tokenizer)
+        base, facts = load_base(recipe.model, tokenizer, to_shard=to_shard)
     checkpointing = checkpointed(recipe, base.device)
     if checkpointing:
         check_count(checkpointing, len(checkpointing_layers(base)))
@@ -192,15 +204,25 @@ def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
     if PartialState().num_processes == 1:
         return make()
     made: Any = None
-    if PartialState().is_main_process:
+    first = PartialState().is_main_process
+    if first:
         try:
             made = make()
-        except RequestError as error:  # the others would wait for ever
+        except RequestError as error:  # the others would wait for it
             made = error
     made = broadcast_object_list([made])[0]
     if isinstance(made, RequestError):
-        raise made
+        raise made if first else ToldElsewhere(str(made))
     return made
+
+
+def speak_no_more() -> None:
+    """What the first process says is not said again by this one; its errors are."""
+    console.quiet = True
+    logging.getLogger("orpo_lite").setLevel(logging.ERROR)
+    set_verbosity_error()
+    disable_progress_bar()
+    warnings.simplefilter("ignore")
 
 
 def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.device) -> list[dict[str, torch.Tensor]]:
@@ -259,6 +281,9 @@ def command(
         raise RequestError(
             "found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), a YAML file or a run folder"
         )
+    launched.from_slurm()
+    if launched.rank():
+        speak_no_more()
     resume_mode: Resume = "force" if resume_force else resume
     if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
@@ -274,6 +299,10 @@ def command(
         )
     except Stopped as stop:
         raise typer.Exit(128 + stop.number) from None  # as a shell has it for a process that a signal ended
+    except RuntimeError as error:
+        if gone := launched.lost(error):
+            raise gone from error
+        raise
 
 
 if __name__ == "__main__":

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import math
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.utils.data import DataLoader, IterableDataset
 
 from orpo_lite.attention import plain_attention
@@ -20,12 +24,13 @@ from orpo_lite.data.steps import step_loader
 from orpo_lite.data.stream_steps import StreamWatch, stream_loader
 from orpo_lite.data.streaming import News, PairStream, rows_of
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
+from orpo_lite.engines import check_data_parallel, complete, reshard, zero_stage
 from orpo_lite.errors import RequestError
-from orpo_lite.head import head_transform
 from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics
 from orpo_lite.model import autocast, keep_4bit_differentiable, optimizer_for
+from orpo_lite.model.layers import outside_text, routers
 from orpo_lite.objective import micro_batches
 from orpo_lite.outofmemory import Limit
 from orpo_lite.prepare import (
@@ -156,8 +161,12 @@ class ORPOTrainer(TrlNames, SavingTrainer):
             elif eval_dataset is not None:
                 eval_dataset = self._tokenised(eval_dataset, "eval")
 
+        if args.ddp_find_unused_parameters is None and model is not None:
+            # a search of the graph in every pass, for what only experts and parts beside the language model can be
+            base = base_of(model)
+            args.ddp_find_unused_parameters = bool(routers(base) or outside_text(base))
         self._accumulation = args.gradient_accumulation_steps
-        if args.tokens_per_batch or isinstance(train_dataset, PairStream):
+        if args.tokens_per_batch or isinstance(train_dataset, PairStream) or args.world_size > 1:
             # one item of the loader is an optimizer step: transformers must not count micro-batches itself
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
             args.gradient_accumulation_steps = 1
@@ -183,8 +192,8 @@ class ORPOTrainer(TrlNames, SavingTrainer):
             self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
         if data_collator is None:
             self.data_collator = self.collator
-        # compute_loss normalises over the window itself; transformers must not divide once more
-        self.loss_is_scaled_for_ga = args.nll_mean == "window"
+        # compute_loss normalises over the step itself; transformers must not divide once more
+        self.loss_is_scaled_for_ga = True
         text = self.model.config.get_text_config(decoder=True)
         self.aux_coefficient = (
             getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
@@ -194,10 +203,10 @@ class ORPOTrainer(TrlNames, SavingTrainer):
             logger.warning(
                 "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
             )
-        exact = 1e-3 if args.mixed_precision == "no" else 0.2
-        plain = self.unwrapped()
-        with autocast(plain):
-            self.head_transform = head_transform(plain, args.device, exact)
+        check_data_parallel(self.accelerator)
+        self.head_known = complete(self.model) and not self.is_fsdp_enabled
+        if self.head_known:
+            self.find_head(self.model)
         self.stream_watch: StreamWatch | None = None
         if isinstance(self.train_dataset, PairStream):
             self.stream_watch = StreamWatch(self.train_dataset, "train", self.is_world_process_zero())
@@ -213,6 +222,9 @@ class ORPOTrainer(TrlNames, SavingTrainer):
     def _ready(self, model: Any, args: ORPOConfig) -> Any:
         """Adapter on, dropout off, 4-bit layers such that gradients pass."""
         keep_4bit_differentiable(model)
+        if any(isinstance(module, FSDPModule) for module in model.modules()):
+            # it is sharded already: accelerate must not put DDP around it
+            model.is_distributed_loading_by_transformers = True
         if self._peft_config is not None:
             model = adapt(model, self._peft_config, checkpointing=bool(args.gradient_checkpointing))
         if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -264,16 +276,18 @@ class ORPOTrainer(TrlNames, SavingTrainer):
             test_dataset = self._tokenised(test_dataset, "test")
         return super().get_test_dataloader(test_dataset)  # type: ignore[arg-type]
 
-    # ---- optimizer steps by token budget ---------------------------------------------------------------------------
+    # ---- whole optimizer steps -------------------------------------------------------------------------------------
 
     def get_train_dataloader(self) -> DataLoader:
-        """Micro-batches; with `tokens_per_batch`, optimizer steps of as many micro-batches as their tokens need."""
+        """Micro-batches; with `tokens_per_batch` or several processes whole optimizer steps, of micro-batches by their cost."""
         args = self.args
         if isinstance(self.train_dataset, PairStream):
             return stream_loader(self.train_dataset, args, self.layout.name, self.data_collator, self._accumulation)
-        if not args.tokens_per_batch:
+        if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
-        return step_loader(self.train_dataset, args, self.layout.name, self.data_collator)
+        return step_loader(
+            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation
+        )
 
     def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
         items = super()._next_items(iterator, count, device)
@@ -323,6 +337,7 @@ class ORPOTrainer(TrlNames, SavingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.monotonic()
+        reshard(self.model)
         if self.args.world_size > 1:
             # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
             # wraps already: the processes would train apart
@@ -332,9 +347,53 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         finally:
             plain_attention(base_of(self.unwrapped()))
 
+    def _before_training(self) -> contextlib.AbstractContextManager[object]:
+        """Ready to evaluate where `train` has not set the engine up yet."""
+        if self.accelerator.is_fsdp2 and not isinstance(self.model, FSDPModule):
+            # accelerate shards a model together with its optimizer only, which transformers does not give it here
+            self.create_optimizer()
+            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
+            self.model_wrapped = self.model
+            register_fsdp_forward_method(self.model, "generate")
+        if not self.is_deepspeed_enabled or self.deepspeed is not None:
+            return contextlib.nullcontext()
+        if zero_stage(self.accelerator) == 3:
+            raise RequestError(
+                "evaluate: ZeRO-3 evaluates during and after training only, since its engine for inference cannot train "
+                "afterwards: leave the evaluation before training out"
+            )
+        return self._without_engine()
+
+    @contextlib.contextmanager
+    def _without_engine(self) -> Iterator[None]:
+        """Below ZeRO-3 every process holds the model whole, and DeepSpeed has no engine that evaluates only."""
+        self.is_deepspeed_enabled = False
+        try:
+            with autocast(self.unwrapped()):
+                yield
+        finally:
+            self.is_deepspeed_enabled = True
+            self.accelerator._models.clear()  # it would not set the engine up for a model that it knows
+
+    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self.is_deepspeed_enabled:
+            # an item of the loader is a step of several passes, of which DeepSpeed keeps room for their gradients only if told;
+            # it divides by none of these numbers
+            plugin: Any = self.accelerator.state.deepspeed_plugin
+            config = plugin.deepspeed_config
+            sizes = {
+                "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
+                "gradient_accumulation_steps": 2,
+            }
+            self.accelerator.gradient_accumulation_steps = 2  # it would set it by the config, and warn
+            config |= sizes | {"train_batch_size": math.prod(sizes.values()) * self.args.world_size}
+        return super()._prepare_for_training(*args, **kwargs)
+
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started, clock = time.monotonic(), self._clock
-        metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
+        with self._before_training():
+            metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
+        reshard(self.model)
         if not self.is_in_train:
             plain_attention(base_of(self.unwrapped()))
         self._clock = clock + time.monotonic() - started  # evaluation is no part of the training throughput

@@ -1,9 +1,12 @@
-"""Whole optimizer steps by token budget: which pairs each process computes, in which micro-batches.
+"""Whole optimizer steps: which pairs each process computes, in which micro-batches.
 
 A step's pairs are the next of a seeded permutation, whatever the layout, the budget or the number of processes. They
 are dealt to the processes by cost, and each process's share is cut into micro-batches of nearly equal cost. Every
 process plans the same, so nothing is communicated; all have the same number of micro-batches, with a filler that
-weighs nothing where one has fewer.
+weighs nothing where one has fewer. No pair is repeated to fill a step up, as a sharded sampler does.
+
+A plan holds two integers a pair, 16 bytes, on each process: 16 MB for a million pairs. The pairs themselves are
+memory-mapped, one copy a node.
 """
 
 from __future__ import annotations
@@ -53,11 +56,14 @@ def pair_cost(pair: dict[str, Any], layout: str) -> int:
     return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
 
 
-def deal(costs: np.ndarray, bins: int) -> list[list[int]]:
+def deal(costs: np.ndarray, bins: int, most: int | None = None) -> list[list[int]]:
     """Spread items over bins so that the costliest bin costs little more than the mean.
 
     Longest first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum), then exchanges between
     the costliest and the other bins for as long as they help.
+
+    Args:
+        most: items of a bin, at most; bins x most hold all of them.
     """
     order = np.argsort(-costs, kind="stable")
     heap = [(0, b) for b in range(bins)]
@@ -65,13 +71,15 @@ def deal(costs: np.ndarray, bins: int) -> list[list[int]]:
     for item in order.tolist():
         load, b = heapq.heappop(heap)
         dealt[b].append(item)
-        heapq.heappush(heap, (load + int(costs[item]), b))
-    _exchange(dealt, costs)
+        if most is None or len(dealt[b]) < most:
+            heapq.heappush(heap, (load + int(costs[item]), b))
+    _exchange(dealt, costs, most)
     return dealt
 
 
-def _exchange(dealt: list[list[int]], costs: np.ndarray) -> None:
-    """Swap an item of the costliest bin for a cheaper one elsewhere where that lowers the larger of the two bins."""
+def _exchange(dealt: list[list[int]], costs: np.ndarray, most: int | None) -> None:
+    """Swap an item of the costliest bin for a cheaper one elsewhere, or for none where there is room for it, as long as
+    that lowers the larger of the two bins."""
     loads = [int(costs[items].sum()) for items in dealt]
     for _ in range(4 * len(dealt)):
         top = int(np.argmax(loads))
@@ -81,7 +89,9 @@ def _exchange(dealt: list[list[int]], costs: np.ndarray) -> None:
             if b == top or gap <= 1:
                 continue
             # moving d = cost(a) - cost(other) leaves the pair at max(top - d, b + d): best at half the gap
-            mine, theirs = costs[dealt[top]], np.append(costs[dealt[b]], 0)
+            mine, theirs = costs[dealt[top]], costs[dealt[b]]
+            if most is None or len(dealt[b]) < most:
+                theirs = np.append(theirs, 0)
             difference = mine[:, None] - theirs[None]
             gain = np.where((difference > 0) & (difference < gap), np.minimum(difference, gap - difference), 0)
             i, j = divmod(int(gain.argmax()), len(theirs))
@@ -146,6 +156,37 @@ def cut_step(costs: np.ndarray, processes: int, budget: int, padded: bool = Fals
     return [[d[batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)]
 
 
+def cut_by_pairs(
+    costs: np.ndarray, processes: int, pairs: int, padded: bool = False, whole: bool = False
+) -> list[MicroBatches]:
+    """`cut_step` into micro-batches of at most `pairs` pairs, as few as hold them all.
+
+    Args:
+        whole: keep the micro-batches that one process would make of the step, and deal those: a mean of micro-batch
+            means depends on them.
+    """
+    if whole:
+        parts = [list(range(len(costs)))[i : i + pairs] for i in range(0, len(costs), pairs)]
+        sums = np.array([costs[part].sum() for part in parts], dtype=np.int64)
+        count = -(-len(parts) // processes)
+        return [
+            [parts[i] for i in sorted(bin)] + [[]] * (count - len(bin)) for bin in deal(sums, processes, most=count)
+        ]
+    rounds = -(-len(costs) // (processes * pairs))
+    dealt = [np.array(d, dtype=np.int64) for d in deal(costs, processes, most=rounds * pairs)]
+    count = max(-(-len(d) // pairs) for d in dealt)
+    cut: list[MicroBatches] = []
+    for mine in dealt:
+        if padded:  # those of like length are padded to each other
+            size = max(1, -(-len(mine) // count))
+            mine = mine[np.argsort(-costs[mine], kind="stable")]
+            parts = [mine[i : i + size].tolist() for i in range(0, len(mine), size)]
+        else:
+            parts = [mine[part].tolist() for part in deal(costs[mine], count, most=pairs)]
+        cut.append([sorted(part) for part in parts] + [[]] * (count - len(parts)))
+    return cut
+
+
 @dataclass
 class StepPlan:
     """All steps of every epoch, worked out one at a time.
@@ -153,26 +194,38 @@ class StepPlan:
     Args:
         costs: tokens of each pair in the layout, (N,).
         pairs_per_step: pairs of an optimizer step on all processes together.
-        tokens_per_batch: tokens of a micro-batch, at most, where it holds more than one pair.
+        tokens_per_batch: tokens of a micro-batch, at most, where it holds more than one pair; None goes by pairs.
         processes: number of processes.
         seed: of the permutation; None keeps the pairs in their order.
         padded: whether the layout pads the pairs of a micro-batch to each other.
-        drop_last: leave out the pairs that do not fill a last step.
+        drop_last: leave out the pairs that do not fill a last step, or, without a budget, micro-batches on all processes.
+        pairs_per_batch: pairs of a micro-batch without a budget.
+        whole: keep the micro-batches of one process, see `cut_by_pairs`.
     """
 
     costs: np.ndarray
     pairs_per_step: int
-    tokens_per_batch: int
+    tokens_per_batch: int | None
     processes: int = 1
     seed: int | None = 0
     padded: bool = False
     drop_last: bool = False
+    pairs_per_batch: int = 1
+    whole: bool = False
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Optimizer steps of an epoch."""
+        if self.drop_last and not self.tokens_per_batch:
+            return -(-self.used // self.pairs_per_step)
         whole, rest = divmod(len(self.costs), self.pairs_per_step)
         return whole + bool(rest and (not self.drop_last or not whole))
+
+    @property
+    def used(self) -> int:
+        """Pairs of an epoch, the last of its order left out where `drop_last` and no budget say so."""
+        count, at_once = len(self.costs), self.pairs_per_batch * self.processes
+        return count // at_once * at_once if self.drop_last and not self.tokens_per_batch else count
 
     def order(self, epoch: int) -> np.ndarray:
         """The pairs of an epoch in the order of training, that of transformers' Trainer: the same with and without budget."""
@@ -188,16 +241,32 @@ class StepPlan:
 
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Micro-batches of each process in one optimizer step; the same number on all of them."""
-        mine = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded)
+        mine = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        if self.tokens_per_batch:
+            cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded)
+        else:
+            cut = cut_by_pairs(self.costs[mine], self.processes, self.pairs_per_batch, self.padded, self.whole)
         return [[mine[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
 class StepDataset(Dataset):
-    """Optimizer steps of one process: (epoch, step) -> {"micro_batches": [batch, ...]}."""
+    """Optimizer steps of one process: (epoch, step) -> {"micro_batches": [batch, ...]}.
 
-    def __init__(self, pairs: Any, plan: StepPlan, collator: PaddedCollator | PackedCollator, process: int):
+    Args:
+        collator: makes the batches, a user's own perhaps.
+        ours: makes the fillers.
+    """
+
+    def __init__(
+        self,
+        pairs: Any,
+        plan: StepPlan,
+        collator: Any,
+        process: int,
+        ours: PaddedCollator | PackedCollator | None = None,
+    ):
         self.pairs, self.plan, self.collator, self.process = pairs, plan, collator, process
+        self.ours = ours or collator
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -210,7 +279,7 @@ class StepDataset(Dataset):
         if batch:
             return self.collator([self.pairs[i] for i in batch])
         # a backward pass has to run on every process: one short pair
-        return filler(self.collator, self.pairs[int(self.plan.costs.argmin())])
+        return filler(self.ours, self.pairs[int(self.plan.costs.argmin())])
 
 
 def filler(collator: PaddedCollator | PackedCollator, pair: dict[str, Any]) -> dict[str, Any]:
@@ -254,11 +323,18 @@ def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
     return items[0]
 
 
-def step_loader(pairs: Any, args: ORPOConfig, layout: str, collator: Any) -> StepLoader:
-    """The training loader of `tokens_per_batch`, from a trainer's arguments."""
-    budget = args.tokens_per_batch or 0
+def step_loader(
+    pairs: Any, args: ORPOConfig, layout: str, collator: Any, ours: Any = None, accumulation: int = 1
+) -> StepLoader:
+    """The training loader of `tokens_per_batch`, and of several processes, from a trainer's arguments.
+
+    Args:
+        collator, ours: see `StepDataset`.
+        accumulation: micro-batches that `args.train_batch_size` holds, without a budget.
+    """
+    budget = args.tokens_per_batch
     costs = pair_costs(pairs, layout)
-    alone = int((costs > budget).sum())
+    alone = int((costs > budget).sum()) if budget else 0
     if alone:
         logger.warning(
             "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own",
@@ -276,9 +352,11 @@ def step_loader(pairs: Any, args: ORPOConfig, layout: str, collator: Any) -> Ste
         seed=seed if args.train_sampling_strategy == "random" else None,
         padded=layout == "padded",
         drop_last=args.dataloader_drop_last,
+        pairs_per_batch=args.train_batch_size // accumulation,
+        whole=args.nll_mean == "micro",
     )
     return StepLoader(
-        StepDataset(pairs, plan, collator, args.process_index),
+        StepDataset(pairs, plan, collator, args.process_index, ours),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,

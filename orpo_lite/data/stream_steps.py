@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from orpo_lite.data.steps import MicroBatches, cut_step, filler, pair_cost
+from orpo_lite.data.steps import MicroBatches, cut_by_pairs, cut_step, filler, pair_cost
 from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport, fingerprint
 from orpo_lite.errors import RequestError
 
@@ -32,10 +32,11 @@ class StepStream(IterableDataset):
 
     Args:
         stream: of pairs.
-        pairs: of a micro-batch, without a budget; they keep their order.
+        pairs: of a micro-batch, without a budget; on one process they keep their order.
         accumulation: micro-batches of a step and process, without a budget.
-        budget: tokens of a micro-batch; the step's pairs are dealt by cost then.
-        process, processes: which of how many computes these items.
+        budget: tokens of a micro-batch.
+        process, processes: which of how many computes these items; the step's pairs are dealt by cost.
+        whole: keep the micro-batches of one process, see `cut_by_pairs`.
     """
 
     def __init__(
@@ -50,8 +51,9 @@ class StepStream(IterableDataset):
         process: int = 0,
         processes: int = 1,
         drop_last: bool = False,
+        whole: bool = False,
     ):
-        self.stream, self.collator, self.layout = stream, collator, layout
+        self.stream, self.collator, self.layout, self.whole = stream, collator, layout, whole
         self.pairs, self.accumulation, self.budget = pairs, accumulation, budget
         self.process, self.processes, self.drop_last = process, processes, drop_last
         self.step_pairs = pairs * accumulation * processes
@@ -107,14 +109,11 @@ class StepStream(IterableDataset):
         ]
 
     def cut(self, window: list[Row]) -> list[MicroBatches]:
+        costs = np.array([pair_cost(pair, self.layout) for pair in window], dtype=np.int64)
         if self.budget:
-            costs = np.array([pair_cost(pair, self.layout) for pair in window], dtype=np.int64)
             return cut_step(costs, self.processes, self.budget, self.layout == "padded")
-        every = range(len(window))
-        parts = [list(every[i : i + self.pairs]) for i in range(0, len(window), self.pairs)]
-        rounds = -(-len(parts) // self.processes)
-        parts += [[]] * (rounds * self.processes - len(parts))
-        return [parts[process :: self.processes] for process in range(self.processes)]
+        whole = self.whole or self.processes == 1
+        return cut_by_pairs(costs, self.processes, self.pairs, self.layout == "padded", whole)
 
 
 def stream_loader(stream: PairStream, args: ORPOConfig, layout: str, collator: Any, accumulation: int) -> DataLoader:
@@ -124,7 +123,7 @@ def stream_loader(stream: PairStream, args: ORPOConfig, layout: str, collator: A
     dataset = StepStream(
         stream, collator, layout, pairs=args.train_batch_size // accumulation, accumulation=accumulation,
         budget=args.tokens_per_batch, process=args.process_index, processes=args.world_size,
-        drop_last=args.dataloader_drop_last,
+        drop_last=args.dataloader_drop_last, whole=args.nll_mean == "micro",
     )  # fmt: skip
     workers = min(1, args.dataloader_num_workers)  # each would read all of the stream
     if workers and multiprocessing.get_start_method() != "fork":

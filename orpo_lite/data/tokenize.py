@@ -31,6 +31,11 @@ from orpo_lite.data.readers import Source
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
 if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
@@ -129,6 +134,36 @@ def tokenize_source(
     root = cache_root() if lasting else Path(temporary_root())
     folder = root / key
     cached = folder.is_dir()
+    if not cached and lasting:
+        with one_at_a_time(folder.with_suffix(".lock")):
+            return made_or_cached(folder, source, tokenizer, options, number)
+    return made_or_cached(folder, source, tokenizer, options, number)
+
+
+@contextlib.contextmanager
+def one_at_a_time(path: Path) -> Iterator[None]:
+    """Let one process of this machine tokenise and the others wait for it, such as the processes of a run.
+
+    A lock of the file system goes with its process, so that nobody waits for one that is gone.
+    """
+    with path.open("a") as file:
+        if fcntl is not None:
+            with contextlib.suppress(OSError):  # file systems without locks: each tokenises, with the same result
+                fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):
+                path.unlink()
+
+
+def made_or_cached(
+    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
+) -> Tokenized:
+    """Tokens from the cache's folder, made first where it is not there."""
+    import datasets
+
+    root, cached = folder.parent, folder.is_dir()
     if not cached:
         made = Path(tempfile.mkdtemp(dir=root))
         try:

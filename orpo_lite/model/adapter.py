@@ -245,20 +245,28 @@ def first_mismatch(error: Exception) -> str:
     return found.group(0) if found else text
 
 
-def save_adapter(model: nn.Module, folder: str | Path) -> None:
+def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT's own files; a fully fine-tuned model as transformers' own.
 
     What starts by changing the base (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that, on the
     original base, gives the same outputs: [B, -B0] [A; A0] for a start of B0 A0.
+
+    Args:
+        weights: what is trained, whole, where the model itself holds shards of it.
     """
     if not isinstance(model, PeftModel):
-        model.save_pretrained(str(folder))  # type: ignore[operator]  # a transformers model
+        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]  # a transformers model
         return
     initial = getattr(model, "orpo_lite_initial", None)
     if initial is None:
         # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is
-        model.save_pretrained(str(folder), save_embedding_layers=False)
+        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
         return
+    if weights is not None:
+        raise RequestError(
+            "adapter.init_lora_weights: PiSSA and OLoRA change the base, which takes the whole of it to write down, and here "
+            "it is sharded: set adapter.init_lora_weights=true, or train with DDP"
+        )
     with tempfile.TemporaryDirectory() as aside:
         start = Path(aside) / "initial"
         start.mkdir()

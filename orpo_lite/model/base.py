@@ -50,12 +50,15 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: torch.device | str | None = None,
+    to_shard: bool = False,
 ) -> tuple[PreTrainedModel, BaseFacts]:
     """Load the base as the recipe says, in evaluation mode, and grow its vocabulary by the recipe's new tokens.
 
     Args:
         tokenizer: from load_tokenizer; needed where the recipe has new tokens.
         device: default: this process's GPU, else the CPU.
+        to_shard: FSDP is going to spread the weights over the processes: they stay in the host's memory until then, and
+            4-bit ones are stored as numbers of the compute dtype, which it can cut and gather like any others.
 
     Raises:
         RequestError: missing, gated, broken or unsupported model; quantisation or attention that cannot be had.
@@ -71,12 +74,14 @@ def load_base(
     if plain:
         logger.warning("%s", plain)
         spec = spec.model_copy(update={"quantization": "none"})
-    asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision)
+    asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision, to_shard)
+    if to_shard and shipped and shipped.get("load_in_4bit"):
+        check_storage(spec, shipped, precision)
     model = read_model(
         spec,
         config,
         dtype=precision.dtype,
-        device_map={"": device},
+        device_map={"": "cpu" if to_shard else device},
         quantization_config=asked,
         attn_implementation=None if spec.attention == "auto" else spec.attention,
     )
@@ -89,6 +94,8 @@ def load_base(
     method = method_name(shipped) if shipped else spec.quantization
     by_bitsandbytes = asked is not None or (shipped or {}).get("quant_method") == "bitsandbytes"
     share = check_quantised_share(model) if by_bitsandbytes else None
+    if to_shard:
+        move_scales(model, device)
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
         # load_tokenizer chose it; transformers' Trainer would do the same with a warning
@@ -136,6 +143,24 @@ def method_name(shipped: dict[str, Any]) -> str:
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
+def check_storage(spec: ModelSection, shipped: dict[str, Any], precision: Precision) -> None:
+    """Raise RequestError where a repository's own 4-bit weights cannot be sharded."""
+    storage, wanted = shipped.get("bnb_4bit_quant_storage", "uint8"), str(precision.dtype).removeprefix("torch.")
+    if storage != wanted:
+        raise RequestError(
+            f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which FSDP cannot shard beside "
+            f"{wanted}: take the repository with the 16-bit weights and model.quantization=nf4, or train with DDP"
+        )
+
+
+def move_scales(model: PreTrainedModel, device: torch.device) -> None:
+    """Move the scales of 4-bit weights to where the weights will be computed with: FSDP knows of the weights only."""
+    for parameter in model.parameters():
+        state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one
+        if state is not None:
+            state.to(device)
+
+
 def without_bitsandbytes() -> str | None:
     """Why bitsandbytes cannot quantise here; None where it can."""
     try:
@@ -167,12 +192,16 @@ def held_plain(spec: ModelSection, device: torch.device) -> str | None:
     )
 
 
-def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for the recipe; bnb_4bit_quant_storage stays as it is, which only FSDP needs otherwise."""
+def quantization_config(spec: ModelSection, precision: Precision, to_shard: bool = False) -> BitsAndBytesConfig:
+    """bitsandbytes' settings for the recipe; to be sharded, 4-bit weights are stored as numbers of the compute dtype."""
     if why := without_bitsandbytes():
         raise RequestError(
             f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
             "pip install -U bitsandbytes"
+        )
+    if spec.quantization == "int8" and to_shard:
+        raise RequestError(
+            "model.quantization: int8 weights cannot be sharded by FSDP: set model.quantization=nf4, or train with DDP"
         )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)
@@ -181,6 +210,7 @@ def quantization_config(spec: ModelSection, precision: Precision) -> BitsAndByte
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=precision.dtype,
+        bnb_4bit_quant_storage=precision.dtype if to_shard else torch.uint8,
     )
 
 

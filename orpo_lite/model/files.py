@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickletools
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,18 @@ from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 from orpo_lite.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
+INDEX_OF_SHARDS = ".metadata"
+"""What torch.distributed.checkpoint pickles beside its shards."""
+SHARDED = {
+    "collections.OrderedDict",
+    "pathlib.PosixPath",
+    "pathlib.WindowsPath",
+    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
+    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
+    "deepspeed.runtime.zero.config.ZeroStageEnum",
+    "deepspeed.utils.tensor_fragment.fragment_address",
+}
+"""Plain records that FSDP2's and DeepSpeed's checkpoints hold beside tensors."""
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 AGAIN = "copy or download it again"
 
@@ -71,10 +84,14 @@ def check_torch_files(folder: Path) -> None:
     """
     numbers = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray",
                "numpy.dtype", "_codecs.encode"}  # fmt: skip
-    for path in sorted(path for path in folder.rglob("*") if path.suffix in PICKLES and path.is_file()):
+    for path in sorted(folder.rglob("*")):
+        index = path.name == INDEX_OF_SHARDS
+        if not path.is_file() or not (index or path.suffix in PICKLES):
+            continue
         remedy = "remove this checkpoint to go on from the one before, or start anew"
         try:
-            names = set(get_unsafe_globals_in_checkpoint(str(path))) - numbers
+            names = named_in_pickle(path) if index else set(get_unsafe_globals_in_checkpoint(str(path)))
+            names -= numbers | SHARDED
         except Exception as error:  # whatever pickletools and torch find wrong
             raise RequestError(
                 f"{path} is no file that torch.save has written ({' '.join(str(error).split())[:200]}); another pickle "
@@ -86,6 +103,26 @@ def check_torch_files(folder: Path) -> None:
                 f"{path} is a pickle that would run {', '.join(sorted(names))[:200]}, expected numbers and tensors; it is "
                 f"never loaded: {remedy}, or write its tensors with safetensors.torch.save_file"
             )
+
+
+def named_in_pickle(path: Path) -> set[str]:
+    """What a bare pickle would import, read off its instructions without running any."""
+    names, texts, memo, last = set[str](), list[str | None](), dict[int, str | None](), None
+    with path.open("rb") as stream:
+        for code, value, _ in pickletools.genops(stream):
+            if "UNICODE" in code.name:
+                texts.append(value)  # type: ignore[arg-type]  # text, by the instruction
+            elif code.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
+                place = len(memo) if value is None else int(value)  # type: ignore[arg-type]
+                memo[place] = texts[-1] if last is not None and "UNICODE" in last and texts else None
+            elif code.name in ("BINGET", "LONG_BINGET", "GET"):
+                texts.append(memo.get(int(value)))  # type: ignore[arg-type]
+            elif code.name in ("GLOBAL", "INST"):
+                names.add(str(value).replace(" ", "."))
+            elif code.name == "STACK_GLOBAL":
+                names.add(".".join(map(str, texts[-2:])))
+            last = code.name
+    return names
 
 
 def check_model(folder: Path) -> None:

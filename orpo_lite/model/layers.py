@@ -63,7 +63,8 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     for module in model.modules():
         if getattr(module, PACKS, False):
             weight: Any = module.weight
-            if getattr(weight.quant_state, "packing_format_for_cpu", False):
+            state = getattr(weight, "quant_state", None)  # sharded weights have none
+            if getattr(state, "packing_format_for_cpu", False):
                 module.state_dict()  # bitsandbytes unpacks what it writes down
                 state = weight.quant_state
                 if not state.nested:  # its inverse leaves these scales in the packed order
@@ -113,7 +114,10 @@ def check_quantised_share(model: PreTrainedModel) -> float:
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] in aside or (parameter.ndim < 2 and weight_count(parameter) == parameter.numel()):
             continue
-        if type(parameter).__name__ in ("Params4bit", "Int8Params") and not parameter.dtype.is_floating_point:
+        packed = getattr(parameter, "quant_state", None) is not None  # 4-bit, in whatever dtype it is stored
+        if type(parameter).__name__ in ("Params4bit", "Int8Params") and (
+            packed or not parameter.dtype.is_floating_point
+        ):
             quantised += weight_count(parameter)
         else:
             rest[name] += parameter.numel()

@@ -18,7 +18,7 @@ from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.head import HeadTransform, head_transform
 from orpo_lite.layout import small_model
 from orpo_lite.model.offload import SMALLEST, check_count, checkpointing_layers, offload
-from orpo_lite.objective import count_labels
+from orpo_lite.objective import count_step
 from orpo_lite.planning.build import build, decoder_layers, hold_model
 from orpo_lite.planning.kernels import Kernels, Target, cuda_workspace, no_workspace
 from orpo_lite.planning.ledger import GRADIENTS, MOVED, OPTIMIZER, Segment, Timeline
@@ -145,7 +145,7 @@ class PlannedTrainer(ORPOTrainer):
 
     def micro_batch_loss(self, batch: dict[str, Any]) -> Tensor:
         """Loss of a micro-batch, the only one of its optimizer step."""
-        return self.compute_loss(self.model, batch, num_items_in_batch=torch.stack(count_labels([batch])))
+        return self.compute_loss(self.model, batch, num_items_in_batch=count_step([batch]))
 
     def score(self, batch: dict[str, Any]) -> None:
         """What an evaluation makes of a batch."""

@@ -135,7 +135,7 @@ class Unchanged:
 
     def sums(self) -> list[tuple[float, float]]:
         # of absolute values too: an antisymmetric change has a sum of 0
-        values = [local(p.detach()).double() for p in self.parameters]
+        values = [local(p).detach().double() for p in self.parameters]
         return [(float(one.sum()), float(one.abs().sum())) for one in values]
 
     def stepped(self, step: int, alarms: Alarms, learning_rate: float, last: bool = False) -> None:

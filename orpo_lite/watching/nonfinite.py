@@ -29,7 +29,9 @@ class NonFinite(FloatingPointError):
 
 def local(tensor: Tensor) -> Tensor:
     """This process's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves an empty tensor in the parameter's place
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -148,7 +148,7 @@ def tell(facts: dict[str, Any], losses: list[float], bad: dict[str, list[int]]) 
     """Print both sides, and judge."""
     found, processes = facts["found"], len(facts["processes"])
     # several processes averaged gradients of shares that were as many times too large
-    several = processes > 1 and facts["recipe"]["orpo"]["nll_mean"] == "window"
+    several = processes > 1
     recorded = [loss / (processes if several else 1) for loss in found["losses"]]
     # a pass that failed before its backward pass was the last recorded, and left no gradients
     same_losses = len(losses) >= len(recorded) > 0 and all(

@@ -57,6 +57,37 @@ def test_an_epoch_sees_every_pair_once(costs, step, budget, processes, padded, d
     assert len(seen) == (whole if drop_last and whole else len(costs))
 
 
+@settings(deadline=None)
+@given(
+    COSTS.filter(len),
+    st.integers(1, 4),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, whole, drop_last):
+    """No pair is repeated to fill a step up, and no micro-batch holds more than it should."""
+    step = pairs * accumulation * processes
+    plan = StepPlan(costs, step, None, processes, 3, padded, drop_last, pairs, whole)
+    order, seen = plan.order(2), []
+    for number in range(len(plan)):
+        cut = plan.step(2, number)
+        assert len(cut) == processes and len({len(batches) for batches in cut}) == 1
+        assert len(cut[0]) <= accumulation and max(len(batch) for batches in cut for batch in batches) <= pairs
+        mine = [i for batches in cut for batch in batches for i in batch]
+        assert sorted(mine) == sorted(order[number * step : (number + 1) * step][: len(mine)])
+        if whole:  # those that one process would make
+            batches = {tuple(batch) for share in cut for batch in share if batch}
+            assert batches == {
+                tuple(order[i : i + pairs]) for i in range(number * step, number * step + len(mine), pairs)
+            }
+        seen += mine
+    at_once = pairs * processes
+    assert len(seen) == len(set(seen)) == (len(costs) // at_once * at_once if drop_last else len(costs))
+
+
 def test_steps_hold_the_same_pairs_whatever_else():
     random = np.random.default_rng(0)
     costs = random.integers(20, 900, 100)

@@ -1,0 +1,230 @@
+"""What a group of processes computes, to be compared with what one computes."""
+
+import contextlib
+import os
+from pathlib import Path
+
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from datasets import load_from_disk
+from peft import LoraConfig, get_peft_model
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
+
+from orpo_lite import ORPOTrainer
+from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
+from orpo_lite.engines import gathered
+from tests.tiny import tiny_model, tiny_tokenizer
+from tests.training import CHATML, config, rows
+
+SIZES = dict(hidden_size=64, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2, vocab_size=512)  # fmt: skip
+PAIRS, STEP = 19, 8
+"""Two whole steps of 8 pairs, and one of 3 that no number of processes divides."""
+
+
+def tokenizer():
+    return tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
+
+
+def save_base(folder):
+    """The base that all processes load, and its pairs."""
+    model = tiny_model(LlamaConfig(**SIZES))
+    model.save_pretrained(folder)
+    tokenizer().save_pretrained(folder)
+    options = TokenizeOptions(max_length=128)
+    tokenize_rows(rows(PAIRS), tokenizer(), options)[0].save_to_disk(f"{folder}/train")
+    tokenize_rows(rows(7, seed=9), tokenizer(), options)[0].save_to_disk(f"{folder}/eval")
+
+
+def load(folder, base="float", **lora):
+    """The base with an adapter whose B is not 0, so that every gradient counts."""
+    options = {}
+    if base == "nf4":
+        storage = torch.float32 if lora.pop("storage", False) else torch.uint8
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage,
+        )  # fmt: skip
+        options["device_map"] = {"": "cpu"}
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    torch.manual_seed(1)
+    lora = dict(r=4, target_modules="all-linear", init_lora_weights=False) | lora
+    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+
+
+class Steps(TrainerCallback):
+    """Gradients of every optimizer step, whole, and whether parameters are sharded."""
+
+    def __init__(self):
+        self.gradients, self.kinds = [], set()
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled:  # whose step is inside of the last backward pass
+            from deepspeed.utils import safe_get_full_grad
+
+            engine = self.trainer.deepspeed
+            step = engine.step
+
+            def look():
+                found = [safe_get_full_grad(p).flatten() for p in model.parameters() if p.requires_grad]
+                self.gradients.append(torch.cat(found).clone())
+                self.kinds |= {"partitioned" if hasattr(p, "ds_id") else "whole" for p in model.parameters()}
+                step()
+
+            engine.step = look
+
+    def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled:
+            return
+        found = []
+        for p in model.parameters():
+            self.kinds.add(type(p).__name__)
+            if p.requires_grad:
+                g = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
+                found.append(g.detach().flatten().clone())
+        self.gradients.append(torch.cat(found))
+
+
+def shard(model):
+    """FSDP2 as a script applies it: each layer, then the whole."""
+    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
+    for layer in model.get_base_model().model.layers:
+        fully_shard(layer, mesh=mesh)
+    fully_shard(model, mesh=mesh)
+    return model
+
+
+def as_fsdp(args):
+    """accelerate takes FSDP on a CPU for DDP: tell it that these are GPUs."""
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    os.environ |= {
+        "ACCELERATE_USE_FSDP": "true",
+        "FSDP_VERSION": "2",
+        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
+    }
+    assert args.world_size > 1 and not AcceleratorState._shared_state
+
+
+def as_deepspeed():
+    """accelerate takes DeepSpeed on a CPU for single processes: tell it that these are GPUs, which are joined by gloo."""
+    import deepspeed.ops
+
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling
+    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
+    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
+
+
+def zero(stage):
+    """DeepSpeed's settings, as accelerate's file or training.deepspeed give them."""
+    return {
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        "gradient_clipping": "auto",
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+    }
+
+
+def trained(folder, out, cases, engine="ddp"):
+    """Gradients, logs and evaluations of three steps, for each case: (base, layout, options of ORPOConfig)."""
+    results = []
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    for number, (base, layout, options) in enumerate(cases):
+        results.append(one(folder, f"{out}-{processes}-{number}", base, layout, options, engine))
+    return results
+
+
+def prepared(folder, out, base, layout, options, engine):
+    """What a trainer takes: model and arguments, with whatever the engine needs."""
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    options, lora = dict(options), dict(options.get("lora", {}))
+    options.pop("lora", None)
+    size = options.pop("per_device_train_batch_size", STEP // processes)
+    options = (
+        dict(use_cpu=True, max_steps=3, optim="sgd", max_grad_norm=1e9, train_sampling_strategy="random") | options
+    )
+    if engine.startswith("zero") and processes > 1:
+        as_deepspeed()
+        options |= {"deepspeed": zero(int(engine[-1])), "use_cpu": False}
+    args = config(
+        Path(out), layout=layout, per_device_train_batch_size=size,
+        per_device_eval_batch_size=2, gradient_accumulation_steps=STEP // processes // size, **options,
+    )  # fmt: skip
+    AcceleratorState._reset_state()
+    if engine == "accelerate-fsdp2" and processes > 1:
+        as_fsdp(args)
+    model = load(folder, base, **(lora | ({"storage": True} if "fsdp2" in engine and base == "nf4" else {})))
+    if engine == "fsdp2" and processes > 1:
+        shard(model)
+    return model, args, load_from_disk(f"{folder}/train"), load_from_disk(f"{folder}/eval")
+
+
+def one(folder, out, base, layout, options, engine):
+    model, args, pairs, held = prepared(folder, out, base, layout, options, engine)
+    steps = Steps()
+    trainer = steps.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[steps])
+    before = {} if trainer.is_deepspeed_enabled and engine == "zero3" else trainer.evaluate()
+    trainer.train()
+    names = ("loss", "rewards/margins", "logps/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "grad_norm")
+    logs = [[log[name] for name in names] for log in trainer.state.log_history if "grad_norm" in log]
+    after = trainer.evaluate()
+    measured = sorted(key for key in after if "runtime" not in key and "second" not in key and "time" not in key)
+    return {
+        "gradients": steps.gradients,
+        "kinds": steps.kinds,
+        "logs": logs,
+        "eval": [[one[name] for name in measured] for one in (after, before) if one],
+        "layout": trainer.layout.name,
+        "engine": type(trainer.model_wrapped).__name__,
+        "weights": {name: w.clone() for name, w in gathered(trainer.model, keep=True).items()},
+    }
+
+
+class Died(Exception):
+    pass
+
+
+class Dies(TrainerCallback):
+    """The end, right after the checkpoint of a step; and the rows of every step's pairs."""
+
+    def __init__(self, step):
+        self.step, self.rows = step, []
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        batches = [b for item in self.trainer._window.items for b in item.get("micro_batches", [item])]
+        self.rows.append(sorted(row for b in batches for row in b["pair_rows"].tolist()))
+
+    def on_save(self, args, state, control, **kwargs):
+        if state.global_step == self.step:
+            raise Died
+
+
+def stretch(folder, out, engine, dies=None, resume=None, base="float"):
+    """Six steps of AdamW with a checkpoint every second, broken off at one, or gone on with from one."""
+    options = dict(max_steps=6, optim="adamw_torch", save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=3)  # fmt: skip
+    model, args, pairs, held = prepared(folder, out, base, "shared", options, engine)
+    watch = Dies(dies)
+    trainer = watch.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[watch])
+    with contextlib.suppress(Died):
+        trainer.train(resume_from_checkpoint=resume)
+    trainer.save_model(f"{out}/last")
+    names = ("loss", "grad_norm", "rewards/margins", "eval_loss")
+    logs = [{name: log[name] for name in names if name in log} for log in trainer.state.log_history if "train_loss" not in log]  # fmt: skip
+    weights = {name: w.clone() for name, w in gathered(trainer.model, keep=True).items()}
+    return {
+        "weights": weights,
+        "logs": logs,
+        "rows": watch.rows,
+        "loss": trainer.state.log_history[-1].get("train_loss"),
+    }
+
+
+def stretches(folder, out, engine, *parts):
+    """Several of them in one group."""
+    return [stretch(folder, f"{out}/{part.pop('out')}", engine, **part) for part in map(dict, parts)]
