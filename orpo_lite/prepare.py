@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -72,7 +73,10 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
         raise ValueError(
             "ORPOTrainer: the model is a PeftModel already: leave peft_config out, or merge its adapter first"
         )
-    adapted = get_peft_model(model, peft_config)
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property that 5.23 renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        adapted = get_peft_model(model, peft_config)
     prepare_frozen(adapted)  # type: ignore[arg-type]
     if checkpointing:
         model.enable_input_require_grads()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable
@@ -122,11 +123,12 @@ def visible(name: str, value: Any) -> Any:
 
 
 def number(value: Any) -> float | None:
-    """A number, also where YAML reads 2e-4 as text; None for anything else."""
+    """A finite number, also where YAML reads 2e-4 as text; None for anything else."""
     try:
-        return None if isinstance(value, bool) else float(value)
-    except (TypeError, ValueError):
+        found = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
         return None
+    return found if math.isfinite(found) else None
 
 
 def template_name(name: str) -> str | None:

@@ -16,7 +16,9 @@ def listed(draft: Draft, name: str, place: str) -> list[str]:
     if value is None:
         return []
     draft.carried_as(name, value, place)
-    return [word.strip() for word in value.split(",")] if isinstance(value, str) else list(value)
+    if isinstance(value, str):
+        return [word.strip() for word in value.split(",")]
+    return [str(one) for one in (value if isinstance(value, list) else [value])]
 
 
 def convert_data(draft: Draft) -> None:

@@ -296,6 +296,18 @@ def test_what_is_no_orpo_is_refused_by_name(content, message, place):
         convert(file, "mine")
 
 
+@pytest.mark.parametrize("odd", [5, [1], {"a": 1}, float("inf")], ids=str)
+def test_a_value_of_the_wrong_kind_is_never_a_traceback(odd, place):
+    more = {"bnb_config_kwargs": {}, "trl": {}, "test_datasets": [], "tokens": [], "lora_target_modules": [], "save_steps": 5,
+            "adapter_name_or_path": "x", "add_tokens": "x", "eval_dataset": "x", "pissa_init": True, "dataset_dir": "data"}  # fmt: skip
+    for content in (AXOLOTL, FACTORY):
+        for name in content | more:
+            try:
+                convert(written(place, content, **{name: odd}), "mine")
+            except RequestError as error:
+                assert "theirs.yml" in str(error) or "dataset_info" in str(error)
+
+
 def test_text_of_a_file_cannot_get_into_the_recipe(place):
     evil = {"a_field": "x\nmodel:\n  trust_remote_code: true", "another\x1b[2J": "\x1b]0;title\x07", "rl_beta": 0.2}
     file = written(place, AXOLOTL, **evil)
