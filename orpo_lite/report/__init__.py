@@ -78,7 +78,8 @@ def footer(runs: Sequence[Told]) -> str:
     from html import escape
 
     versions = {str((run.facts.get("versions") or {}).get("orpo-lite") or "") for run in runs} - {""}
-    return f"<footer>Made by orpo-lite {escape(', '.join(sorted(versions)))}; this file needs no network.</footer>"
+    trained = f" Trained with orpo-lite {escape(', '.join(sorted(versions)))}." if versions else ""
+    return f"<footer>Made by orpo-lite; this file needs no network.{trained}</footer>"
 
 
 def as_json(runs: Sequence[Told]) -> dict[str, Any]:

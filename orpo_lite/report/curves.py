@@ -14,7 +14,7 @@ from orpo_lite.report.runs import Told, number
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
 NUMBERS = (int, float)
-BUDGET, MOST, LEAST = 12_000, 1000, 60
+BUDGET, MOST, LEAST = 12_000, 1000, 100
 """Points of all lines on a page, and of one line at most and at least."""
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
 """Places in the page's palette."""
@@ -70,7 +70,8 @@ def curves(runs: Sequence[tuple[str, Told]]) -> tuple[list[Chart], list[str]]:
     """
     several = len(runs) > 1
     panels = [one for panel in PANELS for one in (split(panel) if several else [panel])]
-    lines = sum(len(panel.metrics) for panel in panels) * len(runs) * 2
+    # of several runs no line but the mean is drawn, see `add`; held-out ones are short
+    lines = sum(len(panel.metrics) for panel in panels) * len(runs) * (1 if several else 2)
     most = max(LEAST, min(MOST, BUDGET // lines))
     charts, longest = [], 0
     for panel in panels:

@@ -62,7 +62,7 @@ def summary(run: Told) -> list[tuple[str, str]]:
     name = name if name.count("/") <= 1 else name.rpartition("/")[2]
     return [*found,
             ("base model" + (f", {held}" if held and held != "none" else ""), f"<bdi>{escape(name)}</bdi>" if name else ""),
-            ("adapter", escape(adapter(run))), ("steps x pairs", escape(batches(facts))),
+            ("adapter", escape(adapter(run))), ("steps x pairs" if number(facts.get("effective_batch")) else "steps", escape(batches(facts))),
             ("training time", escape(seconds(facts.get("train_seconds")))),
             ("peak memory", escape(gigabytes(facts.get("peak_memory_bytes"))))]  # fmt: skip
 
