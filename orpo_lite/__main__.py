@@ -24,6 +24,7 @@ COMMANDS = {
     "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
     "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",
     "bench_balance": "simulate how long GPUs wait for each other, by the lengths of your pairs",
+    "bench_scaling": "time two processes against one, and against TRL",
     "bench_merge": "time our merge against PEFT's, with the memory of both",
 }
 
