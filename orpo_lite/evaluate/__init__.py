@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import re
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Annotated, Any
-
-import typer
+from typing import TYPE_CHECKING, Any
 
 from orpo_lite.cli import console
-from orpo_lite.errors import RequestError
+from orpo_lite.evaluate.buckets import breakdown
 from orpo_lite.recipe import RuleSection
 
 if TYPE_CHECKING:
@@ -39,15 +36,19 @@ def length_baseline(pairs: Dataset) -> float:
     return float((chosen > rejected).sum() + (chosen == rejected).sum() / 2) / max(1, len(pairs))
 
 
-def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None) -> dict[str, Any]:
+def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[str] | None = None) -> dict[str, Any]:
     """Metrics of the model as it stands on the held-out pairs, by their plain names.
 
     Args:
         trainer: its `eval_dataset` is used where `pairs` is None.
+        sources: the name of each pair's source.
 
     Returns:
-        TRL's metrics, loss, rewards/accuracies_interval (95%, Wilson), accuracies of the length baseline, pairs.
+        TRL's metrics, loss, rewards/accuracies_interval (95%, Wilson), accuracies of the length baseline, pairs, and
+        under `by` what `buckets.breakdown` gives.
     """
+    from orpo_lite.metrics import COLUMNS
+
     held: Any = trainer.eval_dataset if pairs is None else pairs
     metrics = trainer.evaluate(held)
     count = len(held)
@@ -57,6 +58,8 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None) -> dict[str, An
     result["rewards/accuracies_interval"] = wilson_interval(result["rewards/accuracies"] * count, count)
     result["length_baseline"] = length_baseline(held)
     result["pairs"] = count
+    chosen, rejected = (trainer.predictions[:, COLUMNS.index(f"logps/{side}")] for side in ("chosen", "rejected"))
+    result["by"] = breakdown(chosen, rejected, trainer.args.beta, held, sources)
     return result
 
 
@@ -88,46 +91,36 @@ ROWS = {
 
 def show(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
     """Table of two evaluations of the same pairs."""
+    show_sides(dict(zip(names, (before, after), strict=True)))
+
+
+def show_sides(results: dict[str, dict[str, Any]]) -> None:
+    """Table of evaluations of the same pairs, a column each."""
     from rich.table import Table
 
-    table = Table("held-out pairs", *names, box=None, title=f"{before['pairs']} held-out pairs", title_justify="left")
+    first = next(iter(results.values()))
+    title = f"{first['pairs']} held-out pairs"
+    table = Table("held-out pairs", *results, box=None, title=title, title_justify="left")
     for key, label in ROWS.items():
         cells = []
-        for result in (before, after):
+        for result in results.values():
             if key == "rewards/accuracies":
-                low, high = result["rewards/accuracies_interval"]
-                cells.append(f"{result[key]:.1%} ({low:.1%} to {high:.1%})")
+                cells.append(share(result[key], result["rewards/accuracies_interval"]))
             else:
                 cells.append(f"{result[key]:.4f}")
         table.add_row(label, *cells)
-    table.add_row("always the longer answer", f"{before['length_baseline']:.1%}", "")
+    table.add_row("always the longer answer", f"{first['length_baseline']:.1%}")
     console.print(table)
 
 
-def command(
-    run: Annotated[str, typer.Argument(help="run folder")],
-    data: Annotated[
-        str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
-    ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
-) -> None:
-    """Compare base and adapter of a run on the held-out pairs."""
-    from orpo_lite.openrun import open_run
+def share(value: float, interval: tuple[float, float]) -> str:
+    """A proportion and its interval."""
+    return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 
-    opened = open_run(run, data, trust_remote_code)
-    if opened.trainer.eval_dataset is None:
-        raise RequestError(
-            f"{run}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
-        )
-    with opened.base():
-        before = evaluate(opened.trainer)
-    after = evaluate(opened.trainer)
-    if as_json:
-        print(json.dumps({"base": before, "adapter": after, "drops": opened.pairs.report.as_dict()}, indent=1))
-        return
-    if opened.pairs.report.dropped:
-        console.print(str(opened.pairs.report), markup=False)
-    show(before, after, ("base", "adapter"))
+
+def __getattr__(name: str) -> Any:
+    if name != "command":
+        raise AttributeError(f"module 'orpo_lite.evaluate' has no attribute {name!r}")
+    from orpo_lite.evaluate.entry import command
+
+    return command

@@ -1,0 +1,114 @@
+"""Held-out results by length and source, of every kind of folder."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+from datasets import Dataset
+
+import orpo_lite.evaluate as evaluate
+from orpo_lite.errors import RequestError
+from orpo_lite.evaluate.buckets import breakdown, by_length
+from orpo_lite.merge import merge
+from orpo_lite.openrun import open_run
+from orpo_lite.quickstart.corpus import preference_rows
+
+
+def test_buckets_by_hand():
+    lengths = [(2, 3, 2), (2, 2, 3), (5, 4, 4), (9, 1, 2)]
+    pairs = Dataset.from_list(
+        [
+            {"chosen_ids": [0] * (p + c), "rejected_ids": [0] * (p + r), "chosen_start": p, "rejected_start": p}
+            for p, c, r in lengths
+        ]
+    )
+    found = breakdown(np.array([-1.0, -2, -3, -1]), np.array([-2.0, -1, -4, -3]), 0.1, pairs, ["b", "a", "b", "b"])
+    assert [b["bucket"] for b in found["prompt_tokens"]] == ["all"]  # too few to split
+    assert [(b["bucket"], b["pairs"], b["accuracy"]) for b in found["longer_answer"]] == [
+        ("chosen longer", 1, 1.0), ("equally long", 1, 1.0), ("chosen shorter", 2, 0.5)]  # fmt: skip
+    assert [(b["bucket"], b["pairs"], b["accuracy"]) for b in found["source"]] == [("b", 3, 1.0), ("a", 1, 0.0)]
+    assert found["source"][0]["margin"] == pytest.approx(0.1 * (1 + 1 + 2) / 3)
+    assert found["source"][0]["interval"] == pytest.approx((0.4385, 1.0), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "names"),
+    [
+        (range(1, 13), ["up to 3", "4 to 6", "7 to 9", "10 and more"]),
+        ([5] * 9, ["all"]),
+        ([5] * 9 + [6], ["up to 5", "6 and more"]),
+        ([1, 1, 2, 2, 3, 3, 9, 9], ["up to 1", "2", "3", "4 and more"]),
+    ],
+)
+def test_prompts_are_quartered_and_none_is_lost(tokens, names):
+    tokens = np.array(list(tokens))
+    found = by_length(tokens)
+    assert [name for name, _ in found] == names
+    assert np.array_equal(sum(mask.astype(int) for _, mask in found), np.ones(len(tokens)))
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def test_sources_are_named_by_their_rows(trained, tmp_path):
+    """Rows that are dropped before others do not shift the names."""
+    rows = [row | {"source": f"part {n % 3}"} for n, row in enumerate(preference_rows(0)["heldout"][:8])]
+    rows[1]["chosen"] = rows[1]["rejected"]
+    del rows[5]["source"]
+    opened = open_run(str(trained), write(tmp_path / "held.jsonl", rows))
+    expected = [row.get("source", str(tmp_path / "held.jsonl")) for n, row in enumerate(rows) if n != 1]
+    assert opened.sources == expected
+    results = opened.measured()
+    assert list(results) == ["base", "adapter"]
+    for result in results.values():
+        for group in result["by"].values():
+            assert sum(bucket["pairs"] for bucket in group) == result["pairs"] == 7
+            assert sum(b["accuracy"] * b["pairs"] for b in group) / 7 == pytest.approx(result["rewards/accuracies"])
+            assert sum(b["margin"] * b["pairs"] for b in group) / 7 == pytest.approx(
+                result["rewards/margins"], abs=1e-6
+            )
+        assert {b["bucket"]: b["pairs"] for b in result["by"]["source"]} == {
+            "part 0": 3, "part 1": 2, "part 2": 1, expected[4]: 1}  # fmt: skip
+
+
+def test_the_run_keeps_its_buckets(trained):
+    facts = json.loads((trained / "run.json").read_text())
+    assert sum(bucket["pairs"] for bucket in facts["eval"]["after"]["by"]["longer_answer"]) == 8
+
+
+def test_a_merged_model_and_a_bare_adapter_take_data(trained, tmp_path, capsys):
+    merged = merge(trained, tmp_path / "merged")
+    held = write(tmp_path / "held.jsonl", preference_rows(0)["heldout"][:8])
+    capsys.readouterr()
+    evaluate.command(str(trained), data=held, as_json=True)
+    run = json.loads(capsys.readouterr().out)
+    evaluate.command(str(merged), data=held, as_json=True)
+    model = json.loads(capsys.readouterr().out)
+    assert set(model) == {"model", "drops"}
+    for key in ("rewards/accuracies", "logps/chosen", "nll_loss"):
+        assert model["model"][key] == pytest.approx(run["adapter"][key], abs=1e-4)
+    evaluate.command(str(merged), data=held)
+    told = " ".join(capsys.readouterr().out.split())
+    assert "chosen longer" in told and "reward accuracy by pairs model" in told
+    with pytest.raises(RequestError, match="give --data FILE"):
+        evaluate.command(str(merged))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"judge": "x"}, "--judge goes with --prompts"),
+        ({"output": "x"}, "--output goes with --prompts"),
+        ({"data": "x", "prompts": "y"}, "three kinds"),
+        ({"judge": "x", "judge_url": "http://y", "prompts": "z"}, "two judges"),
+        ({"prompts": "z", "top_p": 0.5}, "--temperature"),
+        ({"lm_eval": "ifeval; rm -rf ~"}, "expected names of tasks"),
+    ],
+)
+def test_requests_that_mean_nothing_are_refused(options, words, trained):
+    with pytest.raises(RequestError, match=words):
+        evaluate.command(str(trained), **options)
