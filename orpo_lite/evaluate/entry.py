@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orpo_lite.cli import console, errors
+from orpo_lite.cli import console, errors, json_alone
 from orpo_lite.errors import RequestError
 from orpo_lite.evaluate import share, show_sides
 
@@ -87,13 +87,15 @@ def pairs(run: str, data: str | None, as_json: bool, trust_remote_code: bool) ->
     """Held-out pairs, under every side."""
     from orpo_lite.openrun import open_run
 
-    opened = open_run(run, data, trust_remote_code)
-    results = opened.measured()
-    if as_json:
-        print(json.dumps(results | {"drops": opened.pairs.report.as_dict()}, indent=1))
-        return
-    if opened.pairs.report.dropped:
-        console.print(str(opened.pairs.report), markup=False)
+    with json_alone(as_json) as tell:
+        opened = open_run(run, data, trust_remote_code)
+        results = opened.measured()
+        report = opened.pairs.report
+        if as_json:
+            tell(results | {"drops": report.as_dict()})
+            return
+    if report.dropped:
+        console.print(str(report), markup=False)
     show_sides(results)
     show_groups(results)
 
@@ -164,22 +166,28 @@ def answers(
     def say(text: str) -> None:
         errors.print(text, soft_wrap=True, markup=False)
 
-    rows = answer_questions(
-        lambda: open_answerer(run, trust_remote_code, None, say), found, questions, sampling, seed, batch_size, output
-    )
-    summary = None
-    if who:
-        gc.collect()  # the models that answered
-        verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
-        names = (found.names[0], found.names[1])
+    def open_judge() -> Any:
+        return remote or LocalJudge(open_answerer(who or "", trust_remote_code, None, say), str(who))
 
-        def open_judge() -> Any:
-            return remote or LocalJudge(open_answerer(who, trust_remote_code, None, say), who)
-
-        summary = judge_answers(open_judge, str(remote or who), rows, names, verdicts)
-    if as_json:
-        print(json.dumps({"answers": rows, "judged": summary}, indent=1, ensure_ascii=False))
-        return
+    with json_alone(as_json) as tell:
+        rows = answer_questions(
+            lambda: open_answerer(run, trust_remote_code, None, say),
+            found,
+            questions,
+            sampling,
+            seed,
+            batch_size,
+            output,
+        )
+        summary = None
+        if who:
+            gc.collect()  # the models that answered
+            verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
+            names = (found.names[0], found.names[1])
+            summary = judge_answers(open_judge, str(remote or who), rows, names, verdicts)
+        if as_json:
+            tell({"answers": rows, "judged": summary})
+            return
     if summary:
         show_summary(summary, (found.names[0], found.names[1]))
     else:
