@@ -123,7 +123,8 @@ def simulate(
         # as accelerate's BatchSamplerShard: whole batches to one GPU after the other, filled up from the epoch's start
         mine = np.concatenate([mine, order[: per_step - len(mine)]])
         shares[2, step] = waiting(seconds[mine].reshape(gpus, each).sum(1) + cost.micro_batch)
-    return Waiting(gpus, len(plans[0]), *shares.mean(1).tolist(), repeated)
+    dealt, by_tokens, plain = shares.mean(1).tolist()
+    return Waiting(gpus, len(plans[0]), dealt, by_tokens, plain, repeated)
 
 
 def waiting(seconds: np.ndarray) -> float:
