@@ -1,0 +1,76 @@
+"""Checkpoints of several processes: whole or not at all, sharded where the engine shards, gone on with to the same end."""
+
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from orpo_lite.checkpoints import damage, manifest
+from tests.scale import checks
+from tests.scale.group import together
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saving")
+    together(checks.save_base, 1, folder / "make", str(folder / "base"))
+    return folder
+
+
+def broken_and_gone_on_with(base, engine, processes, then, kind="float"):
+    """Ranks of a run that never stopped and of one that died after step 4, and the first rank of the one that went on."""
+    folder, out = str(base / "base"), base / f"{engine}-{processes}-{then}"
+    parts = [{"out": "whole", "base": kind}, {"out": "broken", "dies": 4, "base": kind}]
+    both = together(checks.stretches, processes, out / "first", folder, str(out), engine, *parts)
+    checkpoint = out / "broken" / "out" / "checkpoint-4"
+    assert damage(checkpoint) is None
+    assert manifest(checkpoint)["processes"] == processes
+    assert not list(checkpoint.parent.glob(".*")), "nothing is left aside"
+    part = {"out": "broken", "resume": str(checkpoint), "base": kind}
+    gone_on = together(checks.stretches, then, out / "then", folder, str(out), engine, part)
+    return [each[0] for each in both], [each[0] for each in gone_on], checkpoint, out
+
+
+def same(one, other):
+    return all(torch.equal(one["weights"][name], other["weights"][name]) for name in one["weights"])
+
+
+def rows_of(ranks):
+    """The rows of each step's pairs, on all processes together."""
+    return [
+        sorted(row for rank in step for row in rank) for step in zip(*(rank["rows"] for rank in ranks), strict=True)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("engine", "kind"), [("ddp", "float"), ("accelerate-fsdp2", "nf4")])  # fmt: skip
+def test_as_many_processes_go_on_bit_for_bit(base, engine, kind):
+    whole, gone_on, checkpoint, out = broken_and_gone_on_with(base, engine, 2, 2, kind)
+    assert same(whole[0], gone_on[0])
+    assert whole[0]["logs"] == gone_on[0]["logs"]
+    assert rows_of(whole)[4:] == rows_of(gone_on)
+    names = {path.relative_to(checkpoint).as_posix() for path in checkpoint.rglob("*") if path.is_file()}
+    assert {"adapter_model.safetensors", "adapter_config.json", "rng_state_0.pth", "rng_state_1.pth"} <= names
+    assert not any(name.endswith(".py") for name in names)
+    if engine == "accelerate-fsdp2":  # one file a process
+        assert {
+            f"{part}/__{rank}_0.distcp" for part in ("pytorch_model_fsdp_0", "optimizer_0") for rank in (0, 1)
+        } <= names
+    # the frozen base, of 4 MB, is in none of them
+    assert sum((checkpoint / name).stat().st_size for name in names) < 1_500_000
+    saved = load_file(out / "whole" / "last" / "adapter_model.safetensors")
+    trained = {name.replace(".default.", "."): tensor for name, tensor in whole[0]["weights"].items()}
+    assert saved.keys() == trained.keys()
+    assert all(torch.equal(saved[name], trained[name]) for name in saved)
+
+
+def test_a_checkpoint_of_two_processes_is_whole(base):
+    """DDP, and the fast half of what the slow tests look at."""
+    out = base / "fast"
+    part = {"out": "broken", "dies": 2}
+    ranks = together(checks.stretches, 2, out / "first", str(base / "base"), str(out), "ddp", part)
+    checkpoint = out / "broken" / "out" / "checkpoint-2"
+    assert damage(checkpoint) is None
+    assert json.loads((checkpoint / "running.json").read_text())["logged_at_step"] == 2
+    assert same(ranks[0][0], ranks[1][0])
