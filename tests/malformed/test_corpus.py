@@ -40,11 +40,11 @@ def refused(
         monkeypatch.setattr(sys, "argv", [name, *words])
         before = listing(tmp_path)
         command = importlib.import_module(f"orpo_lite.{name}").command
-        started = time.monotonic()
+        started = time.process_time()
         with pytest.raises(SystemExit) as stop:
             cli.run_command(command)
         told = capfd.readouterr().err
-        assert time.monotonic() - started < 30
+        assert time.process_time() - started < 30
         assert stop.value.code == 2, told
         assert listing(tmp_path) == before
         return told
