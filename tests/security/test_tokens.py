@@ -11,6 +11,7 @@ import pytest
 
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.source import RecipeError
+from tests.commands import command
 from tests.hub_server import HubServer
 from tests.security.conftest import ROOT, quick, write_rows
 
@@ -69,7 +70,7 @@ def test_no_command_writes_or_prints_a_token(tmp_path: Path) -> None:
                 done = subprocess.run([sys.executable, "-m", f"orpo_lite.{name}", *words], cwd=written, env=environment,
                                       capture_output=True, text=True, timeout=300)  # fmt: skip
             else:
-                done = commands.command(name, *words, cwd=written, **environment)
+                done = command(name, *words, cwd=written, **environment)
             assert done.returncode == status, (name, words, done.stderr[-2000:])
             told = done.stdout + done.stderr
             assert not [secret for secret in secrets if secret in told], (name, words, told)
