@@ -219,6 +219,7 @@ def test_merge_export_push(execute, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_evaluate_and_compare(execute, tmp_path: Path) -> None:
-    told = execute("evaluate-and-compare", STEPS=3)
+    told = execute("evaluate-and-compare", STEPS=6)
     assert "| orpo.beta=0.1 |" in told and "| orpo.beta=1.0 |" in told and "| base |" in told
     assert len(execute.pictures) == 1 and len(list((tmp_path / "outputs").iterdir())) == 2
+    assert (tmp_path / "compare.html").is_file() and "srcdoc=" in execute.html
