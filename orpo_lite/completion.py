@@ -208,7 +208,7 @@ def schema() -> dict[str, list[str]]:
 
 def training() -> dict[str, list[str]]:
     """Fields of transformers.TrainingArguments, and ours."""
-    ours = dict.fromkeys(("save_minutes", "early_stopping_patience"), [])
+    ours: dict[str, list[str]] = {"save_minutes": [], "early_stopping_patience": []}
     found = importlib.util.find_spec("transformers")
     file = Path(str(found.origin)).with_name("training_args.py") if found else None
     if file is None or not file.is_file():

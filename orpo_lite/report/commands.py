@@ -7,7 +7,7 @@ import shlex
 from html import escape
 from pathlib import Path
 
-from orpo_lite.report.runs import Told, number
+from orpo_lite.report.runs import Told
 
 
 def lines(run: Told) -> list[tuple[str, str]]:
@@ -36,7 +36,7 @@ def lines(run: Told) -> list[tuple[str, str]]:
             (f"python -m orpo_lite.export {place} --output {gguf} --quant q8_0 --ollama", "for llama.cpp and Ollama")
         ]
     seed = run.facts.get("seed")
-    again = f"training.seed={int(seed) + 1 if number(seed) else 1}"
+    again = f"training.seed={int(seed) + 1 if isinstance(seed, int) else 1}"
     return [
         *found,
         (f"python -m orpo_lite.push {place} --repo USER/{shlex.quote(name)} --dry-run", "what would go to the hub"),
