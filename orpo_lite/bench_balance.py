@@ -111,8 +111,10 @@ def simulate(
         pairs = pairs[np.random.default_rng(seed).integers(0, len(pairs), 2 * per_step)]
     seconds, tokens = cost.of(pairs), pairs.sum(1)
     work = tokens + np.round(weight * places(*pairs.T)).astype(np.int64)
-    # a budget that never cuts: each GPU has one micro-batch
-    plans = [StepPlan(costs, per_step, int(costs.sum()), gpus, seed=seed) for costs in (work, tokens)]
+    # as training deals them: each GPU has one micro-batch of so many pairs
+    plans = [
+        StepPlan(tokens, per_step, None, gpus, seed=seed, pairs_per_batch=each, work=costs) for costs in (work, tokens)
+    ]
     order = plans[0].order(0)
     shares = np.empty((3, len(plans[0])))
     for step in range(len(plans[0])):

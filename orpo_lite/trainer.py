@@ -24,6 +24,7 @@ from orpo_lite.data.steps import step_loader
 from orpo_lite.data.stream_steps import StreamWatch, stream_loader
 from orpo_lite.data.streaming import News, PairStream, rows_of
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
+from orpo_lite.data.work import place_weight
 from orpo_lite.engines import check_data_parallel, complete, reshard, zero_stage
 from orpo_lite.errors import RequestError
 from orpo_lite.layout import choose_layout
@@ -286,8 +287,9 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
         return step_loader(
-            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation
-        )
+            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation,
+            place_weight(self.model.config),
+        )  # fmt: skip
 
     def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
         items = super()._next_items(iterator, count, device)

@@ -16,7 +16,7 @@ from orpo_lite import ORPOTrainer
 from orpo_lite.checkpoints import seal
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.split import pair_tokens, select_pairs
-from orpo_lite.data.steps import pair_costs
+from orpo_lite.data.work import pair_costs
 from orpo_lite.errors import RequestError
 from orpo_lite.outofmemory import OutOfMemory, named, ran_out
 from orpo_lite.progress import MetricsFile

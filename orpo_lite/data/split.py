@@ -11,7 +11,7 @@ LABEL_PAIRS = ("chosen_pair", "rejected_pair", "nll_pair")
 
 
 def pair_tokens(batch: dict[str, Any]) -> list[int]:
-    """Tokens that each pair of a batch costs, as `steps.pair_costs` counts them."""
+    """Tokens that each pair of a batch costs, as `work.pair_costs` counts them."""
     if "segments" in batch:
         return [prefix + chosen + rejected for _, prefix, chosen, rejected in batch["segments"]]
     lengths = batch["attention_mask"].sum(1)

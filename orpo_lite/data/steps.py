@@ -5,7 +5,7 @@ are dealt to the processes by cost, and each process's share is cut into micro-b
 process plans the same, so nothing is communicated; all have the same number of micro-batches, with a filler that
 weighs nothing where one has fewer. No pair is repeated to fill a step up, as a sharded sampler does.
 
-A plan holds two integers a pair, 16 bytes, on each process: 16 MB for a million pairs. The pairs themselves are
+A plan holds three integers a pair, 24 bytes, on each process: 24 MB for a million pairs. The pairs themselves are
 memory-mapped, one copy a node.
 """
 
@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from orpo_lite.data.batching import PackedCollator, PaddedCollator, common_prefix
-from orpo_lite.data.columns import common_prefixes, list_lengths
+from orpo_lite.data.batching import PackedCollator, PaddedCollator
+from orpo_lite.data.work import pair_costs, pair_work
 
 if TYPE_CHECKING:
     from orpo_lite.config import ORPOConfig
@@ -32,35 +32,15 @@ logger = logging.getLogger(__name__)
 
 MicroBatches = list[list[int]]
 """Pairs, by index, of each micro-batch."""
-
-
-def pair_costs(pairs: Any, layout: str) -> np.ndarray:
-    """Tokens that each pair costs in a layout, (N,) int64: padded counts the longer side twice, shared the prefix once."""
-    lengths = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
-    if "prompt_ids" in pairs.column_names:  # encoder-decoder: the prompt is not part of the sequences
-        return 2 * (list_lengths(pairs, "prompt_ids") + np.maximum(*lengths))
-    if layout == "padded":
-        return 2 * np.maximum(*lengths)
-    if layout == "packed":
-        return lengths[0] + lengths[1]
-    return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
-
-
-def pair_cost(pair: dict[str, Any], layout: str) -> int:
-    """`pair_costs` of one pair."""
-    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-    if "prompt_ids" in pair:
-        return 2 * (len(pair["prompt_ids"]) + max(len(chosen), len(rejected)))
-    if layout == "padded":
-        return 2 * max(len(chosen), len(rejected))
-    return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
+PARTNERS = 32
+"""Bins that an exchange looks for its partner in."""
 
 
 def deal(costs: np.ndarray, bins: int, most: int | None = None) -> list[list[int]]:
     """Spread items over bins so that the costliest bin costs little more than the mean.
 
     Longest first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum), then exchanges between
-    the costliest and the other bins for as long as they help.
+    the costliest and the cheapest bins for as long as they help and the costliest is 0.1% above the mean.
 
     Args:
         most: items of a bin, at most; bins x most hold all of them.
@@ -80,11 +60,15 @@ def deal(costs: np.ndarray, bins: int, most: int | None = None) -> list[list[int
 def _exchange(dealt: list[list[int]], costs: np.ndarray, most: int | None) -> None:
     """Swap an item of the costliest bin for a cheaper one elsewhere, or for none where there is room for it, as long as
     that lowers the larger of the two bins."""
-    loads = [int(costs[items].sum()) for items in dealt]
+    loads = np.array([costs[items].sum() for items in dealt], dtype=np.int64)
+    enough = 1.001 * loads.mean()
     for _ in range(4 * len(dealt)):
         top = int(np.argmax(loads))
+        if loads[top] <= enough:
+            return
         best = (0, -1, -1, -1)
-        for b in range(len(dealt)):
+        # the cheapest ones have the most room, and are as many as a step of a thousand processes has time for
+        for b in np.argsort(loads, kind="stable")[:PARTNERS].tolist():
             gap = loads[top] - loads[b]
             if b == top or gap <= 1:
                 continue
@@ -143,9 +127,16 @@ def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
     return runs
 
 
-def cut_step(costs: np.ndarray, processes: int, budget: int, padded: bool = False) -> list[MicroBatches]:
-    """The pairs of one optimizer step, by index, as micro-batches of each process: as many on all, some of them empty."""
-    dealt = [np.array(d, dtype=np.int64) for d in deal(costs, processes)]
+def cut_step(
+    costs: np.ndarray, processes: int, budget: int, padded: bool = False, work: np.ndarray | None = None
+) -> list[MicroBatches]:
+    """The pairs of one optimizer step, by index, as micro-batches of each process: as many on all, some of them empty.
+
+    Args:
+        costs: tokens, which the budget counts.
+        work: time of each pair, by which processes get their share; tokens where it is None.
+    """
+    dealt = [np.array(d, dtype=np.int64) for d in deal(costs if work is None else work, processes)]
     cut = [micro_batches(costs[d], budget, 1, padded) for d in dealt]
     count = max(map(len, cut))
     cut = [
@@ -162,6 +153,7 @@ def cut_by_pairs(
     """`cut_step` into micro-batches of at most `pairs` pairs, as few as hold them all.
 
     Args:
+        costs: time of each pair, or tokens.
         whole: keep the micro-batches that one process would make of the step, and deal those: a mean of micro-batch
             means depends on them.
     """
@@ -192,7 +184,7 @@ class StepPlan:
     """All steps of every epoch, worked out one at a time.
 
     Args:
-        costs: tokens of each pair in the layout, (N,).
+        costs: tokens of each pair in the layout, (N,) int64.
         pairs_per_step: pairs of an optimizer step on all processes together.
         tokens_per_batch: tokens of a micro-batch, at most, where it holds more than one pair; None goes by pairs.
         processes: number of processes.
@@ -201,6 +193,7 @@ class StepPlan:
         drop_last: leave out the pairs that do not fill a last step, or, without a budget, micro-batches on all processes.
         pairs_per_batch: pairs of a micro-batch without a budget.
         whole: keep the micro-batches of one process, see `cut_by_pairs`.
+        work: time of each pair, (N,) int64, by which processes get their share; tokens where it is None.
     """
 
     costs: np.ndarray
@@ -212,6 +205,7 @@ class StepPlan:
     drop_last: bool = False
     pairs_per_batch: int = 1
     whole: bool = False
+    work: np.ndarray | None = None
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
@@ -242,10 +236,11 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Micro-batches of each process in one optimizer step; the same number on all of them."""
         mine = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        work = self.costs[mine] if self.work is None else self.work[mine]
         if self.tokens_per_batch:
-            cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded)
+            cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded, work)
         else:
-            cut = cut_by_pairs(self.costs[mine], self.processes, self.pairs_per_batch, self.padded, self.whole)
+            cut = cut_by_pairs(work, self.processes, self.pairs_per_batch, self.padded, self.whole)
         return [[mine[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
@@ -324,13 +319,20 @@ def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def step_loader(
-    pairs: Any, args: ORPOConfig, layout: str, collator: Any, ours: Any = None, accumulation: int = 1
+    pairs: Any,
+    args: ORPOConfig,
+    layout: str,
+    collator: Any,
+    ours: Any = None,
+    accumulation: int = 1,
+    weight: float = 0.0,
 ) -> StepLoader:
     """The training loader of `tokens_per_batch`, and of several processes, from a trainer's arguments.
 
     Args:
         collator, ours: see `StepDataset`.
         accumulation: micro-batches that `args.train_batch_size` holds, without a budget.
+        weight: tokens that a place of attention costs, see `work.place_weight`.
     """
     budget = args.tokens_per_batch
     costs = pair_costs(pairs, layout)
@@ -354,6 +356,7 @@ def step_loader(
         drop_last=args.dataloader_drop_last,
         pairs_per_batch=args.train_batch_size // accumulation,
         whole=args.nll_mean == "micro",
+        work=pair_work(pairs, layout, weight) if args.world_size > 1 else None,
     )
     return StepLoader(
         StepDataset(pairs, plan, collator, args.process_index, ours),

@@ -14,8 +14,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
-from orpo_lite.data.steps import MicroBatches, cut_by_pairs, cut_step, filler, pair_cost
+from orpo_lite.data.steps import MicroBatches, cut_by_pairs, cut_step, filler
 from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport, fingerprint
+from orpo_lite.data.work import pair_cost
 from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:

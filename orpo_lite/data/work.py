@@ -6,12 +6,34 @@ from typing import Any
 
 import numpy as np
 
+from orpo_lite.data.batching import common_prefix
 from orpo_lite.data.columns import common_prefixes, list_lengths
-from orpo_lite.data.steps import pair_costs
 
 EFFICIENCY = 0.64
 """Speed of attention's operations, of that of the linear layers': measured by `python -m orpo_lite.bench_balance --measure`,
 on one CPU core; fused attention on GPUs is said to reach half to three quarters."""
+
+
+def pair_costs(pairs: Any, layout: str) -> np.ndarray:
+    """Tokens that each pair costs in a layout, (N,) int64: padded counts the longer side twice, shared the prefix once."""
+    lengths = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
+    if "prompt_ids" in pairs.column_names:  # encoder-decoder: the prompt is not part of the sequences
+        return 2 * (list_lengths(pairs, "prompt_ids") + np.maximum(*lengths))
+    if layout == "padded":
+        return 2 * np.maximum(*lengths)
+    if layout == "packed":
+        return lengths[0] + lengths[1]
+    return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
+
+
+def pair_cost(pair: dict[str, Any], layout: str) -> int:
+    """`pair_costs` of one pair."""
+    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
+    if "prompt_ids" in pair:
+        return 2 * (len(pair["prompt_ids"]) + max(len(chosen), len(rejected)))
+    if layout == "padded":
+        return 2 * max(len(chosen), len(rejected))
+    return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
 
 
 def places(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
@@ -22,16 +44,21 @@ def places(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.n
 def place_weight(config: Any) -> float:
     """Tokens that a place of attention costs in forward and backward passes of LoRA, by FLOPs and `EFFICIENCY`.
 
-    A frozen matrix of P numbers takes 2 P a token forward and 2 P back, the output head among them; a place takes 4 d
+    0 for models that have no attention heads. A frozen matrix of P numbers takes 2 P a token forward and 2 P back, the output head among them; a place takes 4 d
     forward and 8 d back a layer, d being the width of all heads.
     """
     text = config.get_text_config(decoder=True)
-    layers, hidden, heads = text.num_hidden_layers, text.hidden_size, text.num_attention_heads
-    size = getattr(text, "head_dim", None) or hidden // heads
-    shared = getattr(text, "num_key_value_heads", None) or heads
-    inner = getattr(text, "intermediate_size", None) or 4 * hidden
-    experts = getattr(text, "num_experts_per_tok", None) or 1
-    layer = hidden * size * (2 * heads + 2 * shared) + 3 * experts * hidden * inner
+
+    def number(name: str, default: float = 0.0) -> float:
+        """A field, or its mean over the layers where each has its own."""
+        return float(np.mean(getattr(text, name, None) or default))
+
+    heads, hidden, layers = number("num_attention_heads"), number("hidden_size"), number("num_hidden_layers")
+    if not heads or not layers:
+        return 0.0
+    size = number("head_dim", hidden / heads)
+    matrices = 3 * hidden * number("num_experts_per_tok", 1) * number("intermediate_size", 4 * hidden)
+    layer = 2 * hidden * size * (heads + number("num_key_value_heads", heads)) + matrices
     token = 4 * (layers * layer + hidden * text.vocab_size)
     return 12 * layers * heads * size / token / EFFICIENCY
 

@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
-from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan, deal, micro_batches, pair_costs
+from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan, deal, micro_batches
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
+from orpo_lite.data.work import pair_costs
 from orpo_lite.recipe.source import PACKAGE
 
 COSTS = st.lists(st.integers(2, 4000), max_size=40).map(lambda values: np.array(values, dtype=np.int64))

@@ -1,17 +1,20 @@
 """Pairs by the time they take: places counted one by one, the simulation by hand, and the waiting that dealing leaves."""
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 import typer
 from datasets import Dataset
+from transformers import AutoConfig, PretrainedConfig
 from typer.testing import CliRunner
 
 from orpo_lite.bench_balance import MEASURED, Cost, command, recipe_lengths, simulate, synthetic, waiting, weight
+from orpo_lite.config import ORPOConfig
 from orpo_lite.configs import base_config
-from orpo_lite.data.steps import pair_costs
-from orpo_lite.data.work import pair_work, place_weight, places
+from orpo_lite.data.steps import step_loader
+from orpo_lite.data.work import pair_costs, pair_work, place_weight, places
 from orpo_lite.recipe import Recipe
 
 
@@ -50,6 +53,39 @@ def test_attention_weighs_less_the_wider_a_model_is():
     assert place_weight(small) > 5 * place_weight(wide) > 0
     # the weight is what was measured, on the model it was measured on
     assert weight() == pytest.approx(MEASURED.attention / MEASURED.token, rel=0.05)
+
+
+def test_shares_of_a_training_step_go_by_work():
+    """With a budget too, which goes on to count tokens: long pairs take more time than as many tokens of short ones."""
+    pairs = rows(*map(tuple, np.random.default_rng(0).integers(1, [800, 200, 200], (32, 3)).tolist()))
+    for budget in (None, 1300):
+        args = ORPOConfig(
+            per_device_train_batch_size=8, tokens_per_batch=budget, train_sampling_strategy="sequential", use_cpu=True
+        )
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(ORPOConfig, "world_size", 4)
+            plan = step_loader(pairs, args, "shared", None, weight=0.01).dataset.plan
+        assert (plan.work == pair_work(pairs, "shared", 0.01)).all() and (
+            plan.costs == pair_costs(pairs, "shared")
+        ).all()
+        by_tokens = dataclasses.replace(plan, work=None)
+        spent = [
+            waiting(np.array([sum(plan.work[batch].sum() for batch in batches) for batches in each.step(0, 0)]))
+            for each in (plan, by_tokens)
+        ]
+        assert spent[0] < 0.02 < spent[1]
+
+
+@pytest.mark.parametrize("name", ["mamba", "t5", "gemma3n", "openelm-like", "mixtral"])
+def test_weight_of_other_families(name):
+    """Models without attention have no places; those with a number a layer count the mean."""
+    if name == "openelm-like":
+        config = PretrainedConfig(hidden_size=64, num_hidden_layers=2, vocab_size=1000, head_dim=16)
+        config.num_attention_heads, config.num_key_value_heads, config.intermediate_size = [4, 8], [2, 4], [128, 256]
+    else:
+        config = AutoConfig.for_model(name)
+    found = place_weight(config)
+    assert found == 0.0 if name == "mamba" else 0 < found < 0.01
 
 
 def test_waiting_by_hand():
