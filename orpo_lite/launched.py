@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from datetime import timedelta
+from typing import Any
 
 from orpo_lite.errors import RequestError
 
@@ -102,13 +103,32 @@ def meet(seconds: float, use_cpu: bool = False) -> None:
     if cpu:
         os.environ["ACCELERATE_USE_CPU"] = "true"  # else accelerate takes each process for a run of its own
     try:
-        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds))
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds), **started_anew(seconds))
     except torch.distributed.DistError as error:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise Lost(
             f"process {rank()} of {processes()} did not meet the others at {at} within {seconds:g} seconds "
             f"({' '.join(str(error).split())[:200]}): are all of them started, with the same WORLD_SIZE (SLURM_NTASKS)?"
         ) from None
+
+
+def started_anew(seconds: float) -> dict[str, Any]:
+    """Where processes meet after a restart by torchrun on one machine; nothing at the first start.
+
+    torchrun (2.13, c10d rendezvous) keeps its store over restarts, with the addresses of the processes that have died,
+    and these would be called. Agents of several machines count restarts each for itself, so that their processes have no
+    name in common for a new place: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them a new store (the guide says so).
+    """
+    import torch
+
+    given, attempt = os.environ, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and given.get("GROUP_WORLD_SIZE") == "1"
+    if attempt == "0" or not shared or given.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return {}
+    wait = timedelta(seconds=seconds)
+    store = torch.distributed.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), processes(), False, wait)
+    place = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    return {"store": place, "rank": rank(), "world_size": processes()}
 
 
 def lost(error: BaseException) -> Lost | None:

@@ -29,6 +29,7 @@ hosts=$(scontrol show hostnames "$SLURM_JOB_NODELIST")
 MASTER_ADDR=${hosts%%$'\n'*}
 MASTER_PORT=${MASTER_PORT:-$((20000 + SLURM_JOB_ID % 20000))}
 export MASTER_ADDR MASTER_PORT
+export TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 # restarts on several nodes: torch's store keeps the addresses of the dead
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((${SLURM_CPUS_PER_TASK:-$gpus} / gpus))}
 
 if [ -n "${ACCELERATE_CONFIG:-}" ]; then

@@ -1,12 +1,16 @@
-"""A process that is killed: the others end within a minute, and say why."""
+"""Processes that are killed or fail: the others end with a message, and torchrun goes on from the last checkpoint."""
 
+import json
 import os
+import re
 import subprocess
 import sys
 import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 ROOT = Path(__file__).parents[2]
 WORDS = ["--recipe", "quickstart", "training.max_steps=8", "training.save_strategy=steps", "training.save_steps=2",
@@ -24,9 +28,93 @@ def torchrun(out, *options, words=(), **environment):
     return done.returncode, done.stdout + done.stderr, time.monotonic() - started
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run that nothing happens to."""
+    out = tmp_path_factory.mktemp("whole") / "run"
+    status, said, _ = torchrun(out)
+    assert status == 0, said[-4000:]
+    return out, said
+
+
 @pytest.mark.slow
-def test_the_others_end_within_a_minute_and_say_why(tmp_path):
-    status, said, seconds = torchrun(tmp_path / "run", HARM="kill:1:3", HARMED=str(tmp_path / "harmed"))
+def test_two_processes_write_one_run_folder_and_speak_once(whole):
+    out, said = whole
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["world"] == {"processes": 2, "nodes": 1, "processes_per_node": 2, "strategy": "ddp", "backend": "gloo",
+                              "launcher": "torchrun"}  # fmt: skip
+    assert facts["steps"] == 8
+    assert facts["effective_batch"] % 4 == 0
+    assert len(facts["samples"]["after"]) == 2
+    assert len(re.findall(r"^run folder", said, re.MULTILINE)) == 1
+    assert "2 by ddp over gloo" in said
+    assert said.count("dealt by their cost") == 1
+    assert [path.name for path in out.parent.iterdir()] == ["run"]
+
+
+@pytest.mark.slow
+def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_happened(whole, tmp_path):
+    out = tmp_path / "run"
+    status, said, _ = torchrun(out, "--max_restarts=1", HARM="kill:1:5", HARMED=str(tmp_path / "harmed"))
+    assert status == 0, said[-4000:]
+    assert (tmp_path / "harmed").exists()
+    assert "rank 0: Lost: another process of the run has ended" in said
+    assert "going on from checkpoint-4" in said
+    one, other = load_file(whole[0] / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert one.keys() == other.keys()
+
+    def logged(folder):
+        lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        return [(line["step"], line["loss"], line["grad_norm"]) for line in lines if "loss" in line]
+
+    assert logged(out) == logged(whole[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("harm", ["kill", "raise", "hang"])
+def test_the_others_end_within_a_minute_and_say_why(tmp_path, harm):
+    words = ["training.ddp_timeout=20"] if harm == "hang" else []
+    status, said, seconds = torchrun(tmp_path / "run", words=words, HARM=f"{harm}:1:3", HARMED=str(tmp_path / "harmed"))
     assert status != 0
     assert time.time() - (tmp_path / "harmed").stat().st_mtime < 60, (seconds, said[-3000:])
     assert "rank 0: Lost: another process of the run has ended, or does not answer" in said
+    if harm == "raise":
+        assert "rank 1: Traceback" in said and "rank 1: RuntimeError: harmed" in said
+
+
+@pytest.mark.slow
+def test_slurm_starts_a_run_of_two_processes(tmp_path):
+    """srun's variables and nothing else, two processes started by hand."""
+    given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1",
+                          "SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NODELIST": "localhost"}  # fmt: skip
+    command = [
+        sys.executable,
+        "-m",
+        "orpo_lite.train",
+        *WORDS,
+        "training.max_steps=2",
+        f"training.output_dir={tmp_path}/run",
+    ]
+    group = [
+        subprocess.Popen(
+            command,
+            env=given | {"SLURM_PROCID": n, "SLURM_LOCALID": n},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )  # fmt: skip
+        for n in "01"
+    ]
+    said = [one.communicate(timeout=300)[0] for one in group]
+    assert [one.returncode for one in group] == [0, 0], said
+    assert "run folder" not in said[1]
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["world"]["processes"], facts["world"]["launcher"]) == (2, "slurm")
+
+
+@pytest.mark.slow
+def test_a_wrong_recipe_is_told_once(tmp_path):
+    status, said, _ = torchrun(tmp_path / "run", words=["data.train=nowhere.jsonl"])
+    assert status != 0
+    assert said.count("nowhere.jsonl") == 1, said
