@@ -119,15 +119,15 @@ def started_anew(seconds: float) -> dict[str, Any]:
     and these would be called. Agents of several machines count restarts each for itself, so that their processes have no
     name in common for a new place: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them a new store (the guide says so).
     """
-    import torch
+    from torch.distributed import PrefixStore, TCPStore
 
     given, attempt = os.environ, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and given.get("GROUP_WORLD_SIZE") == "1"
     if attempt == "0" or not shared or given.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         return {}
     wait = timedelta(seconds=seconds)
-    store = torch.distributed.TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), processes(), False, wait)
-    place = torch.distributed.PrefixStore(f"attempt-{attempt}", store)
+    store = TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), processes(), False, wait)
+    place = PrefixStore(f"attempt-{attempt}", store)
     return {"store": place, "rank": rank(), "world_size": processes()}
 
 
