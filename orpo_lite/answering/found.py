@@ -60,7 +60,8 @@ def find(path: str, trust_remote_code: bool = False) -> Found:
     recipe = facts = None
     if (folder / "recipe.yaml").is_file():
         recipe = RunFolder.open(folder).recipe()
-        facts = RunFolder(folder).read() if (folder / "run.json").is_file() else None
+        # run.json stays at home when a run is published, its card goes along; a run that has neither did not finish
+        facts = None if not (folder / "run.json").is_file() and published(folder) else RunFolder(folder).read()
     if (folder / "adapter_config.json").is_file():
         from orpo_lite.merge import base_section
 
@@ -76,6 +77,12 @@ def find(path: str, trust_remote_code: bool = False) -> Found:
         RunFolder(folder).read()  # says that the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
     raise RequestError(f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}")
+
+
+def published(folder: Path) -> bool:
+    """Whether it holds a run's model card, which PEFT's own are not."""
+    card = folder / "README.md"
+    return card.is_file() and "\n- orpo\n" in card.read_text("utf-8", "replace").partition("\n---\n")[0]
 
 
 def whole(path: str, trust_remote_code: bool) -> ModelSection:

@@ -94,6 +94,18 @@ class Terminal:
         """Keys."""
         os.write(self.top, text.encode())
 
+    def interrupt(self, pattern: str) -> None:
+        """Ctrl-C at a prompt, until it is answered: readline waits on for a key where one comes just before it waits."""
+        for _ in range(20):
+            self.send("\x03")
+            try:
+                self.expect(pattern, 6)
+                return
+            except AssertionError as error:
+                if "it ended before" in str(error):
+                    raise
+        raise AssertionError(f"no {pattern!r} after Ctrl-C; it said:\n{self.told[self.read :]}")
+
     def end(self) -> int:
         """Its exit status, once all it says is read."""
         while True:

@@ -167,6 +167,15 @@ def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
         open_answerer(str(merged), compare="--compare")
 
 
+def test_a_published_run_has_a_card_and_no_run_json(trained, tmp_path):
+    copy = shutil.copytree(trained, tmp_path / "copy")
+    (copy / "run.json").unlink()
+    assert find(str(copy)).kind == "adapter" and find(str(copy)).recipe is not None
+    (copy / "README.md").write_text("---\nlibrary_name: peft\ntags:\n- lora\n---\n- orpo\n")  # such as PEFT writes
+    with pytest.raises(RequestError, match="no run.json, so this run did not finish"):
+        find(str(copy))
+
+
 def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
     words = ["model.quantization=none", "adapter=null", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=8",
              "training.learning_rate=3e-3", "training.eval_strategy=no", f"training.output_dir={tmp_path / 'full'}"]  # fmt: skip

@@ -318,7 +318,7 @@ def test_what_is_no_table_is_refused_by_name() -> None:
 
 
 def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.LogCaptureFixture) -> None:
-    trainer: Any = types.SimpleNamespace(drop_reports={}, tokenizer=TOKENIZERS["chatml"]())
+    trainer: Any = types.SimpleNamespace(drop_reports={}, tokenizer=TOKENIZERS["chatml"](), _own_collator=False)
 
     def warned(rows: list[Any], length: int) -> str:
         caplog.clear()
