@@ -119,7 +119,7 @@ def started_anew(seconds: float) -> dict[str, Any]:
     and these would be called. Agents of several machines count restarts each for itself, so that their processes have no
     name in common for a new place: TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them a new store (the guide says so).
     """
-    from torch.distributed import PrefixStore, TCPStore
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # its documented place
 
     given, attempt = os.environ, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
     shared = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and given.get("GROUP_WORLD_SIZE") == "1"
