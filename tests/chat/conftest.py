@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import subprocess
 import sys
 import time
@@ -77,18 +78,23 @@ class Terminal:
 
     def expect(self, pattern: str, seconds: float = 120) -> str:
         """Wait for text that was not waited for yet; what came before it."""
-        import select
-
         end = time.monotonic() + seconds
         while not (found := re.compile(pattern, re.DOTALL).search(self.told, self.read)):
-            ready, _, _ = select.select([self.top], [], [], max(0, end - time.monotonic()))
-            assert ready, f"no {pattern!r} within {seconds} s; it said:\n{self.told[self.read :]}"
-            try:
-                self.told += os.read(self.top, 1 << 16).decode("utf-8", "replace")
-            except OSError:
-                raise AssertionError(f"it ended before {pattern!r}; it said:\n{self.told[self.read :]}") from None
+            assert self.hears(end), f"it ended before {pattern!r}; it said:\n{self.told[self.read :]}"
         before, self.read = self.told[self.read : found.start()], found.end()
         return before
+
+    def hears(self, end: float) -> bool:
+        """Wait for more of what it says; False once it has ended."""
+        left = end - time.monotonic()
+        ready = left > 0 and select.select([self.top], [], [], left)[0]
+        assert ready, f"it does not end, or says nothing more; so far:\n{self.told[self.read :]}"
+        try:
+            part = os.read(self.top, 1 << 16)
+        except OSError:
+            return False
+        self.told += part.decode("utf-8", "replace")
+        return bool(part)
 
     def send(self, text: str) -> None:
         """Keys."""
@@ -108,14 +114,9 @@ class Terminal:
 
     def end(self) -> int:
         """Its exit status, once all it says is read."""
-        while True:
-            try:
-                part = os.read(self.top, 1 << 16)
-            except OSError:
-                break
-            if not part:
-                break
-            self.told += part.decode("utf-8", "replace")
+        end = time.monotonic() + 60
+        while self.hears(end):
+            pass
         os.close(self.top)
         return self.process.wait(30)
 

@@ -63,6 +63,7 @@ def test_choices_become_training_data(trained, terminal, tmp_path):
     chat.expect("better answer> ")
     chat.send("My own words.\n")
     chat.expect("kept \\(3 in this chat\\)")
+    chat.expect("you> ")  # before it, the terminal would keep the end of input from readline
     chat.send("\x04")
     assert chat.end() == 0 and "3 pairs; the answer of adapter was preferred 1 times" in chat.told
     rows = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
