@@ -10,7 +10,8 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_lite.cli import console, run_command
-from orpo_lite.recipe import as_sources, json_schema
+from orpo_lite.recipe import json_schema
+from orpo_lite.recipe.sections import as_sources
 from orpo_lite.recipe.source import read_yaml, shipped_recipes
 
 

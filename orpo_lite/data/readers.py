@@ -29,7 +29,8 @@ from orpo_lite.data.files import (
 from orpo_lite.data.formats import COLUMNS
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
-from orpo_lite.recipe import Columns, DataSource
+from orpo_lite.recipe import DataSource
+from orpo_lite.recipe.sections import Columns
 from orpo_lite.recipe.source import resolve_path
 
 if TYPE_CHECKING:
