@@ -6,9 +6,9 @@ Tensor by tensor from the base's files to the output's: neither model is ever in
 from __future__ import annotations
 
 import errno
+import glob
 import json
 import os
-import re
 import shutil
 import signal
 import sys
@@ -22,7 +22,6 @@ from typing import Annotated, Any
 import psutil
 import torch
 import typer
-from peft import PeftConfig
 from rich.markup import escape
 from rich.progress import BarColumn, FileSizeColumn, Progress, TextColumn, TotalFileSizeColumn, TransferSpeedColumn
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -34,14 +33,13 @@ from orpo_lite.merging.base import Base
 from orpo_lite.merging.check import check_merged, probe_tokens
 from orpo_lite.merging.fourbit import quantise_plan
 from orpo_lite.merging.plan import Plan, make_plan
+from orpo_lite.merging.source import as_trained, base_section, tokenizer_of, trained_dtype
 from orpo_lite.merging.stream import write_shards
 from orpo_lite.merging.workers import one_thread_each
-from orpo_lite.model import load_tokenizer, stop_token_ids
+from orpo_lite.model import stop_token_ids
 from orpo_lite.model.files import check_adapter
-from orpo_lite.model.hub import adapter_folder, called, readable
+from orpo_lite.model.hub import adapter_folder, called
 from orpo_lite.model.tokenizer import new_tokens
-from orpo_lite.recipe import ModelSection, Recipe
-from orpo_lite.runfolder import RunFolder
 
 SPARE_BYTES = 100 * 10**6
 """Room for tokenizer, configuration and card beside the weights."""
@@ -194,46 +192,6 @@ def check_request(source: Path, output: Path, onto: str, quantize: str | None) -
         )
 
 
-def base_section(source: Path, base: str | None, trust_remote_code: bool = False) -> ModelSection:
-    """The model to merge into: --base, else the run's recipe, else what the adapter names.
-
-    Code of its repository is run only where the caller says so, whatever the folder's recipe does.
-    """
-    if (source / "recipe.yaml").is_file():
-        # by its file: a folder may have the name of a shipped recipe
-        spec = Recipe.load(source / "recipe.yaml").model.model_copy(update={"trust_remote_code": trust_remote_code})
-        return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
-    with called("adapter"), readable(str(source)):
-        config = PeftConfig.from_pretrained(str(source))
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise RequestError(f"{source}: adapter_config.json names no base model: give it with --base")
-    return ModelSection(name_or_path=name, revision=None if base else config.revision, quantization="none",
-                        trust_remote_code=trust_remote_code)  # fmt: skip
-
-
-def as_trained(source: Path, trust_remote_code: bool = False) -> ModelSection | None:
-    """The base of training where it was quantised, else None."""
-    spec = base_section(source, None, trust_remote_code)
-    return spec if spec.quantization != "none" else None
-
-
-def tokenizer_of(source: Path, spec: ModelSection) -> PreTrainedTokenizerBase:
-    """The tokenizer as trained with, else the base's."""
-    if not (source / "tokenizer_config.json").is_file():
-        return load_tokenizer(spec)
-    return load_tokenizer(spec.model_copy(update={"name_or_path": str(source), "gguf_file": None, "revision": None}))
-
-
-def trained_dtype(source: Path, spec: ModelSection) -> Any:
-    """Compute dtype of the run, where run.json or the recipe says so, else float32."""
-    known = spec.dtype
-    if (source / "run.json").is_file():
-        known = RunFolder(source).read().get("base_model", {}).get("dtype", known)
-    # float16 cannot be asked for on the CPU; it rounds stored weights far less than 4 bits do
-    return known if known == "bfloat16" else "float32"
-
-
 def check_disk(output: Path, nbytes: int) -> None:
     """Room for the weights where they will be written."""
     place = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
@@ -249,7 +207,7 @@ def check_disk(output: Path, nbytes: int) -> None:
 def beside(output: Path) -> Iterator[Path]:
     """A folder beside the target that gets the target's name at the end, and is gone if it does not come to that."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{glob_escape(output.name)}.partial-*"):
+    for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
         owner = left.name.rpartition("-")[2]
         if owner.isdecimal() and not psutil.pid_exists(int(owner)):
             shutil.rmtree(left)  # of a merge that was killed
@@ -268,10 +226,6 @@ def beside(output: Path) -> Iterator[Path]:
         raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-
-
-def glob_escape(name: str) -> str:
-    return re.sub(r"([*?[])", r"[\1]", name)
 
 
 @contextmanager

@@ -63,7 +63,7 @@ def find(path: str, trust_remote_code: bool = False) -> Found:
         # run.json stays at home when a run is published, its card goes along; a run that has neither did not finish
         facts = None if not (folder / "run.json").is_file() and published(folder) else RunFolder(folder).read()
     if (folder / "adapter_config.json").is_file():
-        from orpo_lite.merge import base_section
+        from orpo_lite.merging.source import base_section
 
         base = base_section(folder, None, trust_remote_code)
         return Found(str(folder), "adapter", base, recipe=recipe, facts=facts or {})
