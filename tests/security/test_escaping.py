@@ -232,6 +232,7 @@ def test_a_terminal_gets_no_escape_from_data(kind: str, attacked, tmp_path: Path
     assert len(ours) > 20
     if kind.startswith("a-"):
         assert "\\x1b[5m" in told
+        assert "\x1b[1;31merror:\x1b[0m" in told or kind == "a-template-that-raises"
 
 
 def on_a_terminal(name: str, words: list[str], place: Path) -> str:
