@@ -15,7 +15,7 @@ from orpo_lite import announce
 from orpo_lite.card import write_card
 from orpo_lite.cli import console
 from orpo_lite.data import Pairs
-from orpo_lite.engines import sharded, zero_stage
+from orpo_lite.engines import sharded
 from orpo_lite.evaluate import evaluate, judge
 from orpo_lite.generate import answer
 from orpo_lite.likely import score_answers
@@ -78,11 +78,6 @@ def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, 
 
 def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
     """`held_out` of the base, kept in the run folder for a run that goes on."""
-    if zero_stage(trainer.accelerator) == 3:
-        console.print(
-            "no evaluation before training: ZeRO-3's engine for inference could not train afterwards", markup=False
-        )
-        return HeldOut(None, [], {})
     asked = recipe.evaluation.model_dump(mode="json")
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))

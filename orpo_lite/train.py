@@ -51,6 +51,7 @@ from orpo_lite.trackers import end as end_trackers
 from orpo_lite.trainer import ORPOTrainer
 from orpo_lite.watching.nonfinite import NonFinite
 from orpo_lite.writing import disk_of
+from orpo_lite.zero import zero_stage_asked
 
 if TYPE_CHECKING:
     from orpo_lite.planning.predict import Plan
@@ -164,15 +165,16 @@ def run(
 
 def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
     """Base and adapter, what is known of the base, and how many layers checkpoint."""
-    to_shard = shards_by_launcher() or bool(recipe.training.get("fsdp"))
+    fsdp = shards_by_launcher() or bool(recipe.training.get("fsdp"))
+    to_shard = fsdp or zero_stage_asked(recipe.training.get("deepspeed")) == 3
     if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("eva", "pissa", "olora"):
         raise RequestError(
-            f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} takes the whole base on one process, which FSDP "
+            f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} takes the whole base on one process, which {'FSDP' if fsdp else 'ZeRO-3'} "
             "spreads over all of them: set adapter.init_lora_weights=true, or train with DDP"
         )
     with named("loading the base model"):
         base, facts = load_base(recipe.model, tokenizer, to_shard=to_shard)
-    checkpointing = checkpointed(recipe, base.device)
+    checkpointing = checkpointed(recipe, local_device())  # a base that is to be sharded is not there yet
     if checkpointing:
         check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)

@@ -47,6 +47,7 @@ from orpo_lite.prepare import (
 from orpo_lite.progress import CheckpointedLayers
 from orpo_lite.saving import SavingTrainer
 from orpo_lite.trackers import check_trackers
+from orpo_lite.zero import Evaluating, partition
 
 logger = logging.getLogger(__name__)
 
@@ -205,7 +206,7 @@ class ORPOTrainer(TrlNames, SavingTrainer):
                 "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
             )
         check_data_parallel(self.accelerator)
-        self.head_known = complete(self.model) and not self.is_fsdp_enabled
+        self.head_known = complete(self.model) and not self.is_fsdp_enabled and zero_stage(self.accelerator) != 3
         if self.head_known:
             self.find_head(self.model)
         self.stream_watch: StreamWatch | None = None
@@ -215,6 +216,7 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self._sums: dict[str, Tensor] = {}
+        self._evaluating: Evaluating | None = None
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         self._clock = time.monotonic()
         if hasattr(self.model, "add_model_tags"):
@@ -360,10 +362,9 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if not self.is_deepspeed_enabled or self.deepspeed is not None:
             return contextlib.nullcontext()
         if zero_stage(self.accelerator) == 3:
-            raise RequestError(
-                "evaluate: ZeRO-3 evaluates during and after training only, since its engine for inference cannot train "
-                "afterwards: leave the evaluation before training out"
-            )
+            self._ready_deepspeed()
+            self._evaluating = Evaluating(self)
+            return contextlib.nullcontext()
         return self._without_engine()
 
     @contextlib.contextmanager
@@ -377,18 +378,27 @@ class ORPOTrainer(TrlNames, SavingTrainer):
             self.is_deepspeed_enabled = True
             self.accelerator._models.clear()  # it would not set the engine up for a model that it knows
 
+    def _ready_deepspeed(self) -> None:
+        """The sizes that DeepSpeed is told, and under ZeRO-3 the shares."""
+        # an item of the loader is a step of several passes, of which DeepSpeed keeps room for their gradients only if told;
+        # it divides by none of these numbers
+        plugin: Any = self.accelerator.state.deepspeed_plugin
+        config = plugin.deepspeed_config
+        sizes = {
+            "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
+            "gradient_accumulation_steps": 2,
+        }
+        self.accelerator.gradient_accumulation_steps = 2  # it would set it by the config, and warn
+        config |= sizes | {"train_batch_size": math.prod(sizes.values()) * self.args.world_size}
+        if zero_stage(self.accelerator) == 3:
+            partition(self.model, config, self.args.device)
+
     def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+        if self._evaluating is not None:
+            self._evaluating.end()
+            self._evaluating = None
         if self.is_deepspeed_enabled:
-            # an item of the loader is a step of several passes, of which DeepSpeed keeps room for their gradients only if told;
-            # it divides by none of these numbers
-            plugin: Any = self.accelerator.state.deepspeed_plugin
-            config = plugin.deepspeed_config
-            sizes = {
-                "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
-                "gradient_accumulation_steps": 2,
-            }
-            self.accelerator.gradient_accumulation_steps = 2  # it would set it by the config, and warn
-            config |= sizes | {"train_batch_size": math.prod(sizes.values()) * self.args.world_size}
+            self._ready_deepspeed()
         return super()._prepare_for_training(*args, **kwargs)
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:

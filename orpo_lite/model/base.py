@@ -25,6 +25,7 @@ from orpo_lite.model.layers import base_revision, check_quantised_share, keep_4b
 from orpo_lite.model.precision import Precision, choose_precision, default_device
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection
+from orpo_lite.zero import loading_whole
 
 logger = logging.getLogger(__name__)
 
@@ -57,8 +58,8 @@ def load_base(
     Args:
         tokenizer: from load_tokenizer; needed where the recipe has new tokens.
         device: default: this process's GPU, else the CPU.
-        to_shard: FSDP is going to spread the weights over the processes: they stay in the host's memory until then, and
-            4-bit ones are stored as numbers of the compute dtype, which it can cut and gather like any others.
+        to_shard: FSDP or ZeRO-3 is going to spread the weights over the processes: they stay in the host's memory until
+            then, and 4-bit ones are stored as numbers of the compute dtype, which FSDP can cut and gather like any others.
 
     Raises:
         RequestError: missing, gated, broken or unsupported model; quantisation or attention that cannot be had.
@@ -77,14 +78,17 @@ def load_base(
     asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision, to_shard)
     if to_shard and shipped and shipped.get("load_in_4bit"):
         check_storage(spec, shipped, precision)
-    model = read_model(
-        spec,
-        config,
-        dtype=precision.dtype,
-        device_map={"": "cpu" if to_shard else device},
-        quantization_config=asked,
-        attn_implementation=None if spec.attention == "auto" else spec.attention,
-    )
+    with loading_whole():
+        model = read_model(
+            spec,
+            config,
+            dtype=precision.dtype,
+            device_map={"": "cpu" if to_shard else device},
+            quantization_config=asked,
+            attn_implementation=None if spec.attention == "auto" else spec.attention,
+        )
+        if tokenizer is not None:
+            grow_vocabulary(model, tokenizer)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise RequestError(
@@ -97,7 +101,6 @@ def load_base(
     if to_shard:
         move_scales(model, device)
     if tokenizer is not None:
-        grow_vocabulary(model, tokenizer)
         # load_tokenizer chose it; transformers' Trainer would do the same with a warning
         for holder in (model.config.get_text_config(), model.generation_config):
             if holder is not None:
@@ -148,13 +151,13 @@ def check_storage(spec: ModelSection, shipped: dict[str, Any], precision: Precis
     storage, wanted = shipped.get("bnb_4bit_quant_storage", "uint8"), str(precision.dtype).removeprefix("torch.")
     if storage != wanted:
         raise RequestError(
-            f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which FSDP cannot shard beside "
-            f"{wanted}: take the repository with the 16-bit weights and model.quantization=nf4, or train with DDP"
+            f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which cannot be spread over "
+            f"processes beside {wanted}: take the repository with the 16-bit weights and model.quantization=nf4, or train with DDP"
         )
 
 
 def move_scales(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the scales of 4-bit weights to where the weights will be computed with: FSDP knows of the weights only."""
+    """Move the scales of 4-bit weights to where the weights will be computed with: engines know of the weights only."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one
         if state is not None:
@@ -201,7 +204,7 @@ def quantization_config(spec: ModelSection, precision: Precision, to_shard: bool
         )
     if spec.quantization == "int8" and to_shard:
         raise RequestError(
-            "model.quantization: int8 weights cannot be sharded by FSDP: set model.quantization=nf4, or train with DDP"
+            "model.quantization: int8 weights cannot be sharded by FSDP or ZeRO-3: set model.quantization=nf4, or train with DDP"
         )
     if spec.quantization == "int8":
         return BitsAndBytesConfig(load_in_8bit=True)

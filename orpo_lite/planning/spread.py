@@ -281,8 +281,10 @@ def spread_plan(study: Study, recomputed: int | None, spread: Spread) -> SpreadP
     phases = {"load": load(one, units, study, spread)} | fullest_by_phase(peaks)
     whole = units.total(1)
     host, moved = one.load_host * spread.gpus, 0
-    if spread.strategy == "fsdp2":  # each process reads the base into the host's memory, and hands its shards on
-        host = spread.gpus * (one.load_host + whole)
+    if spread.strategy in SHARDED:  # each process has the base in the host's memory, and hands its shards on
+        # as it lies in the file, all of them have the same pages of it
+        shared = study.recipe.model.quantization == "none" and getattr(study.config, "dtype", None) == study.dtype
+        host += whole * (1 if shared else spread.gpus)
     if spread.offload:
         states = traced.facts["optimizer on the host"] + traced.facts["optimizer on the device"]
         moved = whole + states + 4 * units.numbers(trained=True)
@@ -356,12 +358,13 @@ def gathered(place: Segment, units: Units, spread: Spread) -> int:
 
 
 def load(one: Plan, units: Units, study: Study, spread: Spread) -> Counter[str]:
-    """A GPU while the base comes in: FSDP2 moves unit after unit from the host and keeps its shards."""
+    """A GPU while the base comes in from the host, to keep its shards: FSDP2 moves unit after unit, ZeRO-3 one weight."""
     found = Counter(one.phases["load"])
-    if spread.strategy == "fsdp2":
+    if spread.strategy in SHARDED:
         for label in (BASE, ENDS):
             found[label] += (0 if spread.offload else units.total(spread.gpus, label)) - units.total(1, label)
-        found[LOADING] = max(unit.held(1) for unit in (units.start, units.largest, units.end))
+        moved = (units.start, units.largest, units.end) if spread.strategy == "fsdp2" else (p for p, _ in units.each())
+        found[LOADING] = max(part.held(1) for part in moved)
     return Counter({part: max(0, size) for part, size in found.items()})
 
 
@@ -425,5 +428,5 @@ def assumptions(spread: Spread) -> list[str]:
             f"DeepSpeed's defaults: a gradient bucket of {BUCKET:,} numbers, float32 copies of what is trained"
         )
     if spread.strategy == "zero3":
-        found.append(f"ZeRO-3 gathers up to {LIVE:,} numbers before it gives any back; each GPU loads its own shares")
+        found.append(f"ZeRO-3 gathers up to {LIVE:,} numbers before it gives any back")
     return found

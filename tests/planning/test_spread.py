@@ -17,7 +17,7 @@ from orpo_lite.errors import RequestError
 from orpo_lite.plan import command
 from orpo_lite.planning.cards import Card
 from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import ADAPTER, BASE, BUFFERS, CONSTANTS, ENDS, GATHERED, GRADIENTS, KEPT, OPTIMIZER
+from orpo_lite.planning.ledger import ADAPTER, BASE, BUFFERS, CONSTANTS, ENDS, GATHERED, GRADIENTS, KEPT, LOADING, OPTIMIZER
 from orpo_lite.planning.predict import Study
 from orpo_lite.planning.remedies import Planner
 from orpo_lite.planning.spread import BUCKET, Spread, SpreadPlan, units_of
@@ -27,7 +27,7 @@ from orpo_lite.recipe import Recipe
 ROOT = Path(__file__).parents[2]
 H, F, V, KV, LAYERS, RANK = 128, 320, 3000, 64, 9, 16
 CONFIG = LlamaConfig(vocab_size=V, hidden_size=H, intermediate_size=F, num_attention_heads=4, num_key_value_heads=2,
-                     head_dim=32, num_hidden_layers=LAYERS, tie_word_embeddings=False)  # fmt: skip
+                     head_dim=32, num_hidden_layers=LAYERS, tie_word_embeddings=False, dtype="bfloat16")  # fmt: skip
 LINEAR = [(H, H), (KV, H), (KV, H), (H, H), (F, H), (F, H), (H, F)]
 """Rows and columns of a layer's matrices."""
 TRAINED = LAYERS * sum(RANK * (rows + columns) for rows, columns in LINEAR)
@@ -124,7 +124,15 @@ def test_deepspeed_spreads_states_and_takes_its_bucket(base):
     assert two.phases["backward"][BUFFERS] == 2 * BUCKET and BUFFERS not in two.phases["forward"]
     # three micro-batches' gradients, and the adapter once
     assert two.traffic == round(3 * 3 / 4 * 2 * TRAINED) + round(3 / 4 * 2 * TRAINED)
-    three = planned(base, 4, "zero3")
+    three, alone = planned(base, 4, "zero3"), planner(recipe(base), Target("cuda"))
+    largest = V * H * 2
+    # its shares, and beside them one weight on its way from the host
+    assert three.phases["load"][BASE] < alone.phases["load"][BASE] / 3.9
+    assert three.phases["load"][LOADING] == largest
+    # as it lies in the file, all processes have the same pages of a base; a quantised one is each one's own
+    as_it_is = {"model": {"quantization": "none"}}
+    more = [planned(base, n, "zero3", **as_it_is).load_host - planned(base, n, "zero2", **as_it_is).load_host for n in (2, 4)]
+    assert more[0] == pytest.approx(more[1], rel=1e-3) and three.load_host > two.load_host + 3 * largest
     assert three.phases["step"][BASE] < step[BASE] / 3
     assert three.phases["forward"][BUFFERS] == 2 * BUCKET
     assert three.traffic > 2 * 3 * 3 / 4 * LAYERS * sum(rows * columns // 2 for rows, columns in LINEAR)

@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from orpo_lite import ORPOTrainer
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
 from orpo_lite.engines import gathered
+from orpo_lite.zero import loading_whole
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
 
@@ -39,8 +40,12 @@ def save_base(folder):
     tokenize_rows(rows(7, seed=9), tokenizer(), options)[0].save_to_disk(f"{folder}/eval")
 
 
-def load(folder, base="float", **lora):
-    """The base with an adapter whose B is not 0, so that every gradient counts."""
+def load(folder, base="float", at_once=False, **lora):
+    """The base with an adapter whose B is not 0, so that every gradient counts.
+
+    Args:
+        at_once: let transformers cut the weights up as it loads them, where it knows of ZeRO-3.
+    """
     options = {}
     if base == "nf4":
         storage = torch.float32 if lora.pop("storage", False) else torch.uint8
@@ -49,7 +54,8 @@ def load(folder, base="float", **lora):
             bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage,
         )  # fmt: skip
         options["device_map"] = {"": "cpu"}
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+    with contextlib.nullcontext() if at_once else loading_whole():
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
     torch.manual_seed(1)
     lora = dict(r=4, target_modules="all-linear", init_lora_weights=False) | lora
     return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
@@ -151,7 +157,7 @@ def prepared(folder, out, base, layout, options, engine):
     )
     if engine.startswith("zero") and processes > 1:
         as_deepspeed()
-        options |= {"deepspeed": zero(int(engine[-1])), "use_cpu": False}
+        options |= {"deepspeed": zero(int(engine[4])), "use_cpu": False}
     args = config(
         Path(out), layout=layout, per_device_train_batch_size=size,
         per_device_eval_batch_size=2, gradient_accumulation_steps=STEP // processes // size, **options,
@@ -159,7 +165,9 @@ def prepared(folder, out, base, layout, options, engine):
     AcceleratorState._reset_state()
     if engine == "accelerate-fsdp2" and processes > 1:
         as_fsdp(args)
-    model = load(folder, base, **(lora | ({"storage": True} if "fsdp2" in engine and base == "nf4" else {})))
+    if base == "nf4" and ("fsdp2" in engine or "zero3" in engine):
+        lora["storage"] = True
+    model = load(folder, base, at_once=engine == "zero3-at-once", **lora)
     if engine == "fsdp2" and processes > 1:
         shard(model)
     return model, args, load_from_disk(f"{folder}/train"), load_from_disk(f"{folder}/eval")
@@ -169,7 +177,7 @@ def one(folder, out, base, layout, options, engine):
     model, args, pairs, held = prepared(folder, out, base, layout, options, engine)
     steps = Steps()
     trainer = steps.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[steps])
-    before = {} if trainer.is_deepspeed_enabled and engine == "zero3" else trainer.evaluate()
+    before = trainer.evaluate()
     trainer.train()
     names = ("loss", "rewards/margins", "logps/chosen", "logits/rejected", "nll_loss", "log_odds_ratio", "grad_norm")
     logs = [[log[name] for name in names] for log in trainer.state.log_history if "grad_norm" in log]
@@ -184,6 +192,29 @@ def one(folder, out, base, layout, options, engine):
         "engine": type(trainer.model_wrapped).__name__,
         "weights": {name: w.clone() for name, w in gathered(trainer.model, keep=True).items()},
     }
+
+
+def recipe_run(words):
+    """run.json of a recipe's run under DeepSpeed, and what share of the weights its engines found cut up already."""
+    from orpo_lite import launched
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.train import run
+
+    shares = []
+    if "WORLD_SIZE" in os.environ:
+        as_deepspeed()
+        launched.meet = lambda *_: None  # it refuses DeepSpeed on a CPU
+        from deepspeed.runtime.engine import DeepSpeedEngine
+
+        made = DeepSpeedEngine._configure_distributed_model
+
+        def look(self, model):
+            marks = [hasattr(p, "ds_id") for p in model.parameters()]
+            shares.append(sum(marks) / len(marks))
+            made(self, model)
+
+        DeepSpeedEngine._configure_distributed_model = look
+    return run(Recipe.load("quickstart", words)).facts, shares
 
 
 class Died(Exception):
