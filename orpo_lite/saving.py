@@ -126,8 +126,11 @@ class SavingTrainer(WatchingTrainer):
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
-            for unread in ("training_args.bin", "zero_to_fp32.py"):  # a pickle, and DeepSpeed's script
-                (checkpoint / unread).unlink(missing_ok=True)
+            for unread in (
+                checkpoint / "training_args.bin",
+                *checkpoint.glob("zero_to_*.py"),
+            ):  # a pickle, DeepSpeed's scripts
+                unread.unlink(missing_ok=True)
 
     def _seal(self, written: Path, final: Path) -> None:
         if self.args.should_save:
@@ -244,10 +247,7 @@ class SavingTrainer(WatchingTrainer):
                 raise RequestError(f"{found}: {wrong}; go on from another checkpoint")
         check_torch_files(found)
         facts, here = manifest(found), self._circumstances()
-        if not any((found / name).is_file() for name in ("optimizer.pt", "optimizer.bin")) and not self._sharded:
-            raise RequestError(
-                f"{found}: holds no optimizer state (training.save_only_model), so training cannot go on from it"
-            )
+        self._check_states(found)
         if facts["pairs_per_step"] != here["pairs_per_step"]:
             raise RequestError(
                 f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
@@ -271,9 +271,21 @@ class SavingTrainer(WatchingTrainer):
                 )  # fmt: skip
         return found
 
-    @property
-    def _sharded(self) -> bool:
-        return self.is_deepspeed_enabled or self.is_fsdp_enabled
+    def _check_states(self, checkpoint: Path) -> None:
+        """Raise RequestError where a checkpoint lacks the optimizer's states, or has them as another engine writes them."""
+        kinds = {"DeepSpeed": ("global_step*",), "FSDP2": ("optimizer_0", "optimizer.bin"), "one process or DDP": ("optimizer.pt", "optimizer.bin")}  # fmt: skip
+        there = [kind for kind, names in kinds.items() if any(any(checkpoint.glob(name)) for name in names)]
+        here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
+        if not there:
+            raise RequestError(
+                f"{checkpoint}: holds no optimizer state (training.save_only_model), so training cannot go on from it"
+            )
+        if here not in there:
+            remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
+            raise RequestError(
+                f"{checkpoint}: its optimizer states are those of {there[0]}, and here is {here}: start it with the launcher "
+                f"file of {there[0]} to go on{remedy}"
+            )
 
     def _foreign(self, checkpoint: Path) -> Path:
         """A checkpoint that plain transformers or TRL has written: nothing says whether it is whole."""

@@ -17,7 +17,18 @@ from orpo_lite.errors import RequestError
 from orpo_lite.plan import command
 from orpo_lite.planning.cards import Card
 from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import ADAPTER, BASE, BUFFERS, CONSTANTS, ENDS, GATHERED, GRADIENTS, KEPT, LOADING, OPTIMIZER
+from orpo_lite.planning.ledger import (
+    ADAPTER,
+    BASE,
+    BUFFERS,
+    CONSTANTS,
+    ENDS,
+    GATHERED,
+    GRADIENTS,
+    KEPT,
+    LOADING,
+    OPTIMIZER,
+)
 from orpo_lite.planning.predict import Study
 from orpo_lite.planning.remedies import Planner
 from orpo_lite.planning.spread import BUCKET, Spread, SpreadPlan, units_of
@@ -131,7 +142,10 @@ def test_deepspeed_spreads_states_and_takes_its_bucket(base):
     assert three.phases["load"][LOADING] == largest
     # as it lies in the file, all processes have the same pages of a base; a quantised one is each one's own
     as_it_is = {"model": {"quantization": "none"}}
-    more = [planned(base, n, "zero3", **as_it_is).load_host - planned(base, n, "zero2", **as_it_is).load_host for n in (2, 4)]
+    more = [
+        planned(base, n, "zero3", **as_it_is).load_host - planned(base, n, "zero2", **as_it_is).load_host
+        for n in (2, 4)
+    ]
     assert more[0] == pytest.approx(more[1], rel=1e-3) and three.load_host > two.load_host + 3 * largest
     assert three.phases["step"][BASE] < step[BASE] / 3
     assert three.phases["forward"][BUFFERS] == 2 * BUCKET

@@ -112,7 +112,7 @@ def as_fsdp(args):
         "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
         "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
     }
-    assert args.world_size > 1 and not AcceleratorState._shared_state
+    assert args.parallel_mode.name == "DISTRIBUTED" and not AcceleratorState._shared_state
 
 
 def as_deepspeed():
@@ -163,7 +163,7 @@ def prepared(folder, out, base, layout, options, engine):
         per_device_eval_batch_size=2, gradient_accumulation_steps=STEP // processes // size, **options,
     )  # fmt: skip
     AcceleratorState._reset_state()
-    if engine == "accelerate-fsdp2" and processes > 1:
+    if engine == "accelerate-fsdp2" and "WORLD_SIZE" in os.environ:
         as_fsdp(args)
     if base == "nf4" and ("fsdp2" in engine or "zero3" in engine):
         lora["storage"] = True

@@ -3,37 +3,11 @@
 import json
 import os
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 
 from orpo_lite import launched
 from orpo_lite.errors import RequestError
-
-ROOT = Path(__file__).parents[2]
-WORDS = ["--recipe", "quickstart", "training.max_steps=8", "training.save_strategy=steps", "training.save_steps=2",
-         "training.logging_steps=1", "training.eval_strategy=no", "evaluation.samples=2", "data.max_eval_rows=8",
-         "training.warmup_steps=0", "training.save_total_limit=9", "training.per_device_train_batch_size=2"]  # fmt: skip
-
-
-def torchrun(out, *options, words=(), **environment):
-    """A real torchrun of two processes that train the quickstart; its exit status and what it said."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--master_port=0", "--rdzv_backend=c10d",
-               "--rdzv_endpoint=localhost:0", *options, "-m", "orpo_lite.train", *WORDS, f"training.output_dir={out}", *words]  # fmt: skip
-    given = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"} | environment
-    done = subprocess.run(command, capture_output=True, text=True, env=given, cwd=ROOT, timeout=500)
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory):
-    """A run that nothing happens to."""
-    out = tmp_path_factory.mktemp("whole") / "run"
-    status, said = torchrun(out)
-    assert status == 0, said[-4000:]
-    return out, said
 
 
 @pytest.mark.slow

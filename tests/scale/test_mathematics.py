@@ -71,7 +71,9 @@ def test_fsdp2(base, engine, processes):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "processes"), [("zero2", 2), ("zero2", 4), ("zero3", 2), ("zero3", 4), ("zero3-at-once", 2)])
+@pytest.mark.parametrize(
+    ("engine", "processes"), [("zero2", 2), ("zero2", 4), ("zero3", 2), ("zero3", 4), ("zero3-at-once", 2)]
+)
 def test_deepspeed(base, engine, processes):
     """DeepSpeed's own engine, through accelerate and transformers; bases that are loaded whole, and one cut up by transformers."""
     pytest.importorskip("deepspeed")

@@ -19,18 +19,35 @@ def base(tmp_path_factory):
     return folder
 
 
-def broken_and_gone_on_with(base, engine, processes, then, kind="float"):
-    """Ranks of a run that never stopped and of one that died after step 4, and the first rank of the one that went on."""
-    folder, out = str(base / "base"), base / f"{engine}-{processes}-{then}"
-    parts = [{"out": "whole", "base": kind}, {"out": "broken", "dies": 4, "base": kind}]
-    both = together(checks.stretches, processes, out / "first", folder, str(out), engine, *parts)
-    checkpoint = out / "broken" / "out" / "checkpoint-4"
-    assert damage(checkpoint) is None
-    assert manifest(checkpoint)["processes"] == processes
-    assert not list(checkpoint.parent.glob(".*")), "nothing is left aside"
-    part = {"out": "broken", "resume": str(checkpoint), "base": kind}
-    gone_on = together(checks.stretches, then, out / "then", folder, str(out), engine, part)
-    return [each[0] for each in both], [each[0] for each in gone_on], checkpoint, out
+@pytest.fixture(scope="module")
+def first(base):
+    """Two processes' run that never stopped and one that died after step 4, made once for each engine."""
+    made = {}
+
+    def runs(engine, kind):
+        if engine not in made:
+            out = base / engine
+            parts = [{"out": "whole", "base": kind}, {"out": "broken", "dies": 4, "base": kind}]
+            both = together(checks.stretches, 2, out / "first", str(base / "base"), str(out), engine, *parts)
+            checkpoint = out / "broken" / "out" / "checkpoint-4"
+            assert damage(checkpoint) is None
+            assert manifest(checkpoint)["processes"] == 2
+            assert not list(checkpoint.parent.glob(".*")), "nothing is left aside"
+            made[engine] = [each[0] for each in both], checkpoint
+        return made[engine]
+
+    return runs
+
+
+def gone_on_with(base, checkpoint, engine, kind, processes):
+    """The ranks of a run that goes on from a checkpoint."""
+    out = base / f"{engine}-on-{processes}"
+    joined = processes > 1 or engine != "ddp"
+    part = {"out": "on", "resume": str(checkpoint), "base": kind}
+    ranks = together(
+        checks.stretches, processes, out / "then", str(base / "base"), str(out), engine, part, joined=joined
+    )
+    return [each[0] for each in ranks]
 
 
 def same(one, other):
@@ -45,9 +62,14 @@ def rows_of(ranks):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("engine", "kind"), [("ddp", "float"), ("accelerate-fsdp2", "nf4")])  # fmt: skip
-def test_as_many_processes_go_on_bit_for_bit(base, engine, kind):
-    whole, gone_on, checkpoint, out = broken_and_gone_on_with(base, engine, 2, 2, kind)
+@pytest.mark.parametrize(
+    ("engine", "kind"), [("ddp", "float"), ("accelerate-fsdp2", "nf4"), ("zero2", "float"), ("zero3", "nf4")]
+)
+def test_as_many_processes_go_on_bit_for_bit(base, first, engine, kind):
+    if engine.startswith("zero"):
+        pytest.importorskip("deepspeed")
+    whole, checkpoint = first(engine, kind)
+    gone_on = gone_on_with(base, checkpoint, engine, kind, 2)
     assert same(whole[0], gone_on[0])
     assert whole[0]["logs"] == gone_on[0]["logs"]
     assert rows_of(whole)[4:] == rows_of(gone_on)
@@ -61,7 +83,14 @@ def test_as_many_processes_go_on_bit_for_bit(base, engine, kind):
         # of the frozen base there is nothing
         kept = FileSystemReader(checkpoint / "pytorch_model_fsdp_0").read_metadata().state_dict_metadata
         assert kept and all("lora_" in name for name in kept)
-    saved = load_file(out / "whole" / "last" / "adapter_model.safetensors")
+    if engine.startswith("zero"):
+        states = [checkpoint / name for name in names if name.endswith("_optim_states.pt")]
+        assert len(states) == 2  # one file a process
+        # the frozen base is in none of them: what is trained, and three numbers for each of its in float32
+        trained = sum(tensor.nbytes for tensor in whole[0]["weights"].values())
+        kept = sum(path.stat().st_size for path in checkpoint.rglob("*.pt"))
+        assert 4 * trained < kept < 6 * trained + 100_000
+    saved = load_file(base / engine / "whole" / "last" / "adapter_model.safetensors")
     trained = {name.replace(".default.", "."): tensor for name, tensor in whole[0]["weights"].items()}
     assert saved.keys() == trained.keys()
     assert all(torch.equal(saved[name], trained[name]) for name in saved)
@@ -79,11 +108,25 @@ def test_a_checkpoint_of_two_processes_is_whole(base):
 
 
 @pytest.mark.slow
-def test_another_number_of_processes_goes_on_with_the_same_pairs(base):
-    whole, gone_on, _, _ = broken_and_gone_on_with(base, "ddp", 2, 1)
+@pytest.mark.parametrize(("engine", "kind", "then"), [("ddp", "float", 1), ("accelerate-fsdp2", "nf4", 4), ("accelerate-fsdp2", "nf4", 1)])  # fmt: skip
+def test_another_number_of_processes_goes_on_with_the_same_pairs(base, first, engine, kind, then):
+    whole, checkpoint = first(engine, kind)
+    gone_on = gone_on_with(base, checkpoint, engine, kind, then)
     assert rows_of(whole)[4:] == rows_of(gone_on)
     for name, tensor in whole[0]["weights"].items():
         assert (gone_on[0]["weights"][name] - tensor).abs().max() < 1e-5, name
     assert len(whole[0]["logs"]) == len(gone_on[0]["logs"])
     for one, other in zip(whole[0]["logs"], gone_on[0]["logs"], strict=True):
         assert other == pytest.approx(one, rel=1e-4, abs=1e-5)
+
+
+@pytest.mark.slow
+def test_deepspeed_says_that_it_cannot_go_on_with_another_number(base, first):
+    pytest.importorskip("deepspeed")
+    _, checkpoint = first("zero2", "float")
+    with pytest.raises(AssertionError, match="written by 2 processes of DeepSpeed, here are 4: .*; go on with as many"):
+        gone_on_with(base, checkpoint, "zero2", "float", 4)
+    with pytest.raises(
+        AssertionError, match="its optimizer states are those of DeepSpeed, and here is one process or DDP"
+    ):
+        gone_on_with(base, checkpoint, "ddp", "float", 1)

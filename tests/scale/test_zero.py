@@ -31,7 +31,9 @@ def test_the_launcher_or_the_recipe_asks_for_a_stage(monkeypatch, tmp_path):
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_CONFIG_FILE", str(file))
     monkeypatch.setenv("ACCELERATE_DEEPSPEED_ZERO_STAGE", "2")
     assert zero_stage_asked() == 3
-    with pytest.raises(RequestError, match=r"training\.deepspeed: found 'nowhere\.json', expected DeepSpeed's settings"):
+    with pytest.raises(
+        RequestError, match=r"training\.deepspeed: found 'nowhere\.json', expected DeepSpeed's settings"
+    ):
         zero_stage_asked("nowhere.json")
 
 
@@ -61,7 +63,11 @@ def test_a_recipe_under_zero3_evaluates_first_and_never_holds_the_base_whole(tmp
     words = ["training.max_steps=2", "training.logging_steps=1", "evaluation.samples=2", "data.max_eval_rows=4",
              "evaluation.max_new_tokens=4", "training.save_strategy=no"]  # fmt: skip
     ((one, _),) = together(checks.recipe_run, 1, tmp_path / "one", [*words, f"training.output_dir={tmp_path}/run-1"])
-    words += ["training.per_device_train_batch_size=4", f"training.deepspeed={file}", f"training.output_dir={tmp_path}/run-2"]
+    words += [
+        "training.per_device_train_batch_size=4",
+        f"training.deepspeed={file}",
+        f"training.output_dir={tmp_path}/run-2",
+    ]
     ((two, shares), _) = together(checks.recipe_run, 2, tmp_path / "two", words)
     assert two["world"]["strategy"] == "zero3"
     assert shares == [1, 1], "an engine to evaluate with and one to train with"
