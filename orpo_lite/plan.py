@@ -78,7 +78,8 @@ def command(
     from orpo_lite.planning.kernels import Target
     from orpo_lite.planning.predict import plan
     from orpo_lite.planning.remedies import Planner, judge
-    from orpo_lite.planning.spread import Spread, SpreadPlan
+    from orpo_lite.planning.spread import SpreadPlan
+    from orpo_lite.planning.units import Spread
 
     spread = Spread(gpus, strategy or "ddp", offload) if gpus is not None else None
     if loaded is None:

@@ -10,8 +10,9 @@ from orpo_lite.errors import RequestError
 from orpo_lite.planning.cards import FITS, NOT, Card, verdict
 from orpo_lite.planning.kernels import Target
 from orpo_lite.planning.predict import Plan, Study, checkpointed_layers
-from orpo_lite.planning.spread import Spread, SpreadPlan, spread_plan
+from orpo_lite.planning.spread import SpreadPlan, spread_plan
 from orpo_lite.planning.step import evaluation_pairs
+from orpo_lite.planning.units import Spread
 from orpo_lite.recipe import Recipe
 
 EIGHTHS = (7, 6, 5, 4, 3, 2, 1)

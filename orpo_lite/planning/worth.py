@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from orpo_lite.planning.cards import FITS, NOT, SHOWN, Card, verdict
 from orpo_lite.planning.remedies import Planner, find_remedy
-from orpo_lite.planning.spread import SHARDED, Spread, SpreadPlan
+from orpo_lite.planning.spread import SpreadPlan
+from orpo_lite.planning.units import SHARDED, Spread
 from orpo_lite.recipe import Recipe
 
 

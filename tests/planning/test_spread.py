@@ -31,7 +31,8 @@ from orpo_lite.planning.ledger import (
 )
 from orpo_lite.planning.predict import Study
 from orpo_lite.planning.remedies import Planner
-from orpo_lite.planning.spread import BUCKET, Spread, SpreadPlan, units_of
+from orpo_lite.planning.spread import BUCKET, SpreadPlan
+from orpo_lite.planning.units import Spread, units_of
 from orpo_lite.planning.worth import sizes, worth
 from orpo_lite.recipe import Recipe
 
