@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,11 +13,14 @@ from peft import LoraConfig, get_peft_model
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback, training_args
 
 from orpo_lite import ORPOTrainer
+from orpo_lite import config as orpo_config
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
 from orpo_lite.engines import gathered
+from orpo_lite.model.adapter import prepare_frozen
+from orpo_lite.model.precision import Precision
 from orpo_lite.zero import loading_whole
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
@@ -40,7 +44,7 @@ def save_base(folder):
     tokenize_rows(rows(7, seed=9), tokenizer(), options)[0].save_to_disk(f"{folder}/eval")
 
 
-def load(folder, base="float", at_once=False, **lora):
+def load(folder, base="float", at_once=False, dtype=torch.float32, **lora):
     """The base with an adapter whose B is not 0, so that every gradient counts.
 
     Args:
@@ -48,17 +52,19 @@ def load(folder, base="float", at_once=False, **lora):
     """
     options = {}
     if base == "nf4":
-        storage = torch.float32 if lora.pop("storage", False) else torch.uint8
+        storage = dtype if lora.pop("storage", False) else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
             load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=torch.float32, bnb_4bit_quant_storage=storage,
+            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
         )  # fmt: skip
         options["device_map"] = {"": "cpu"}
     with contextlib.nullcontext() if at_once else loading_whole():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **options)
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     torch.manual_seed(1)
     lora = dict(r=4, target_modules="all-linear", init_lora_weights=False) | lora
-    return get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
+    prepare_frozen(model)
+    return model
 
 
 class Steps(TrainerCallback):
@@ -124,6 +130,12 @@ def as_deepspeed():
     os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
 
 
+def as_bfloat16():
+    """As on a GPU: on a CPU our config takes float32, and transformers' refuses bfloat16."""
+    orpo_config.choose_precision = lambda *_: Precision(torch.bfloat16, False, True, "as on a GPU")
+    training_args.is_torch_bf16_gpu_available = lambda: True
+
+
 def zero(stage):
     """DeepSpeed's settings, as accelerate's file or training.deepspeed give them."""
     return {
@@ -158,6 +170,8 @@ def prepared(folder, out, base, layout, options, engine):
     if engine.startswith("zero") and processes > 1:
         as_deepspeed()
         options |= {"deepspeed": zero(int(engine[4])), "use_cpu": False}
+    if options.get("bf16"):
+        as_bfloat16()
     args = config(
         Path(out), layout=layout, per_device_train_batch_size=size,
         per_device_eval_batch_size=2, gradient_accumulation_steps=STEP // processes // size, **options,
@@ -167,6 +181,8 @@ def prepared(folder, out, base, layout, options, engine):
         as_fsdp(args)
     if base == "nf4" and ("fsdp2" in engine or "zero3" in engine):
         lora["storage"] = True
+    if options.get("bf16"):
+        lora["dtype"] = torch.bfloat16
     model = load(folder, base, at_once=engine == "zero3-at-once", **lora)
     if engine == "fsdp2" and processes > 1:
         shard(model)
@@ -203,7 +219,8 @@ def recipe_run(words):
     shares = []
     if "WORLD_SIZE" in os.environ:
         as_deepspeed()
-        launched.meet = lambda *_: None  # it refuses DeepSpeed on a CPU
+        # the rest of it refuses DeepSpeed on a CPU
+        launched.meet = lambda seconds, cpu: PartialState(timeout=timedelta(seconds=seconds))
         from deepspeed.runtime.engine import DeepSpeedEngine
 
         made = DeepSpeedEngine._configure_distributed_model

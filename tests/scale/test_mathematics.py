@@ -83,3 +83,22 @@ def test_deepspeed(base, engine, processes):
     for found in compared(base, cases[1:2] if engine == "zero3-at-once" else cases, processes, engine):
         assert found["engine"] == "DeepSpeedEngine"
         assert found["kinds"] == {"partitioned" if "zero3" in engine else "whole"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("engine", ["accelerate-fsdp2", "zero3"])
+def test_a_16_bit_base_with_float32_adapters(base, engine):
+    """As on a GPU, where a layer holds both: engines cut, gather and sum them in 16 bits, and so come near one process only."""
+    if engine == "zero3":
+        pytest.importorskip("deepspeed")
+    cases, folder = [("nf4", "packed", {"bf16": True})], str(base / "base")
+    ((one,),) = together(checks.trained, 1, base / f"bf16-{engine}-one", folder, str(base / "bf16"), cases)
+    (many,), _ = together(checks.trained, 2, base / f"bf16-{engine}", folder, str(base / "bf16"), cases, engine)
+    assert {str(w.dtype) for w in one["weights"].values()} == {"torch.float32"}
+    assert {str(w.dtype) for w in many["weights"].values()} == {
+        "torch.float32" if engine == "accelerate-fsdp2" else "torch.bfloat16"
+    }
+    for got, right in zip(many["gradients"], one["gradients"], strict=True):
+        assert 1e-5 < float((got.float() - right).norm() / right.norm()) < 0.05
+    for got, right in zip(many["eval"], one["eval"], strict=True):
+        assert got == pytest.approx(right, rel=0.01, abs=0.005)
