@@ -149,6 +149,10 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
         raise ValueError(f"{MANIFEST} is damaged") from None
 
 
+LEFT_ANYWHERE = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that a file manager puts into any folder that was looked at."""
+
+
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
     try:
@@ -163,7 +167,7 @@ def damage(checkpoint: Path) -> str | None:
                 return f"{name} has {size:,} bytes, {wanted['bytes']:,} were written"
             if digest(path) != wanted["sha256"]:
                 return f"{name} has other content than was written (its SHA-256 differs)"
-        if strange := sorted(found - listed.keys()):
+        if strange := sorted(name for name in found - listed.keys() if Path(name).name not in LEFT_ANYWHERE):
             return f"{strange[0]} was put there later (it is not in {MANIFEST})"
     except ValueError as error:
         return str(error)

@@ -100,11 +100,11 @@ class SavingTrainer(WatchingTrainer):
                 prune(folder, self.args.save_total_limit, best)
             except OSError as error:  # the next save tries again
                 logger.warning("older checkpoints in %s could not be deleted (%s)", folder, error.strerror)
-        if self.args.push_to_hub:
-            super()._push_from_checkpoint(str(final))
 
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Not from the folder aside: `_save_checkpoint` pushes what is whole."""
+    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
+        """transformers' own, without its pickle of the arguments: nothing reads it, and a token may be in it."""
+        super()._save(output_dir, state_dict)
+        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
 
     def _make(self, folder: Path) -> None:
         if self.args.should_save:
@@ -126,11 +126,8 @@ class SavingTrainer(WatchingTrainer):
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
-            for unread in (
-                checkpoint / "training_args.bin",
-                *checkpoint.glob("zero_to_*.py"),
-            ):  # a pickle, DeepSpeed's scripts
-                unread.unlink(missing_ok=True)
+            for unread in (checkpoint / "training_args.bin", *checkpoint.glob("zero_to_*.py")):
+                unread.unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards, DeepSpeed's scripts
 
     def _seal(self, written: Path, final: Path) -> None:
         if self.args.should_save:
@@ -241,6 +238,8 @@ class SavingTrainer(WatchingTrainer):
                 )
         else:
             found = Path(str(asked))
+            if not found.is_dir():
+                raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
             if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():
                 return self._foreign(found)
             if wrong := damage(found):

@@ -105,6 +105,11 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if train_dataset is None and eval_dataset is None:
             raise ValueError("ORPOTrainer: `train_dataset` is required")
         args = args or ORPOConfig(output_dir="outputs")
+        if not isinstance(args, ORPOConfig):
+            raise TypeError(
+                f"ORPOTrainer: args is a {type(args).__module__}.{type(args).__name__}, expected orpo_lite.ORPOConfig, which takes "
+                "the same fields: from orpo_lite import ORPOConfig"
+            )
         check_trackers(args.report_to)
         if preprocess_logits_for_metrics is not None or args.batch_eval_metrics:
             raise ValueError(

@@ -143,6 +143,52 @@ class TrlNames(ObjectiveTrainer):
         logs |= {key: sum(values) / len(values) for key, values in stored.items()}
         super().log(logs, start_time)
 
+    # ---- hub ---------------------------------------------------------------------------------------------------------
+
+    def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
+        """Make the repository: private, unless it is there or `hub_private_repo` says False."""
+        asked = self.args.hub_private_repo if private is None else private
+        super().init_hf_repo(token, asked is not False)
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        """Nothing is published before the end, and no checkpoint ever: they hold optimizer states."""
+
+    def push_to_hub(
+        self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
+        revision: str | None = None, private: bool | None = None, **card: Any,
+    ) -> Any:  # fmt: skip
+        """Publish adapter or model, tokenizer and a model card: the files of `orpo_lite.publish`'s allow-list and no others.
+
+        Args:
+            card: for `create_model_card`.
+
+        Returns:
+            huggingface_hub's CommitInfo, or a future of it where not blocking; None but on the first process.
+
+        Raises:
+            RequestError: a file holds what looks like a credential.
+        """
+        from huggingface_hub import HfApi
+
+        from orpo_lite.publish import GOES, find_secrets, match, refuse, walk
+
+        token = token or self.args.hub_token
+        if self.hub_model_id is None:
+            self.init_hf_repo(token, private)
+        self.save_model(_internal_call=True)
+        if not self.is_world_process_zero():
+            return None
+        card.setdefault("model_name", str(self.hub_model_id).split("/")[-1])
+        self.create_model_card(**card)
+        folder = Path(str(self.args.output_dir))
+        goes = GOES["adapter"] | GOES["merged"]
+        files = {name: path for name, path in walk(folder) if match(name, goes)}
+        refuse(folder, [f"{name}, {line}" for name, path in files.items() for line in find_secrets(path, token)])
+        return HfApi().upload_folder(
+            repo_id=str(self.hub_model_id), folder_path=folder, allow_patterns=list(files), token=token,
+            commit_message=commit_message, revision=revision or self.args.hub_revision, run_as_future=not blocking,
+        )  # fmt: skip
+
     # ---- model card ------------------------------------------------------------------------------------------------
 
     def create_model_card(

@@ -212,7 +212,8 @@ def main(words: Sequence[str]) -> TrlNames:
     """What TRL's script does: train, save to output_dir, push where asked."""
     script, args, model = parse(words)
     trainer = trainer_of(script, args, model)
-    trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+    asked = args.resume_from_checkpoint  # a flag's value is text
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(asked).lower(), asked))
     trainer.save_model(args.output_dir)
     if args.push_to_hub:
         trainer.push_to_hub(dataset_name=script.dataset_name)

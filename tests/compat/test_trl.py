@@ -8,9 +8,17 @@ import torch
 from datasets import DatasetDict
 from huggingface_hub import ModelCard, constants
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig, TrainerCallback
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    LlamaConfig,
+    TrainerCallback,
+    TrainingArguments,
+)
 
 from orpo_lite import ORPOConfig, ORPOTrainer
+from orpo_lite.errors import RequestError
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, rows
@@ -262,18 +270,39 @@ def test_fields_of_older_versions_say_what_became_of_them(old, word, settings):
 
 
 def test_model_card_and_push(base, settings, tmp_path, monkeypatch):
-    trainer = ORPOTrainer(base, settings(), train_dataset=rows(4), eval_dataset=rows(4), peft_config=LoraConfig(r=4))
-    trainer.train()
-    trainer.evaluate()
+    """As TRL's scripts push, but private, without checkpoints and pickles, and with the token nowhere."""
     with HubServer() as hub:
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
         monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
-        trainer.args.hub_model_id, trainer.args.hub_token = "me/mine", hub.token
+        args = settings(
+            push_to_hub=True, hub_model_id="me/mine", hub_token=hub.token, hub_strategy="all_checkpoints",
+            save_strategy="steps", save_steps=1, max_steps=2,
+        )  # fmt: skip
+        trainer = ORPOTrainer(base, args, train_dataset=rows(4), eval_dataset=rows(4), peft_config=LoraConfig(r=4))
+        trainer.train()
+        trainer.evaluate()
+        trainer.save_model()
+        (tmp_path / "out" / "notes.txt").write_text("mine")
         trainer.push_to_hub(dataset_name="org/pairs", tags="demo")
-        files = dict(hub.repos["me/mine"].files)
+        files, token = dict(hub.repos["me/mine"].files), hub.token.encode()
+        assert hub.repos["me/mine"].private and not any(token in content for content in files.values())
+    assert not [path for path in tmp_path.rglob("*") if path.is_file() and token in path.read_bytes()]
+    assert list(tmp_path.rglob("checkpoint-*")) and not list(tmp_path.rglob("training_args.bin"))
     assert {"adapter_model.safetensors", "adapter_config.json", "tokenizer.json", "README.md"} <= files.keys()
+    assert not {name for name in files if "/" in name or not name.endswith((".json", ".safetensors", ".md", ".jinja", ".gitattributes"))}  # fmt: skip
     card = ModelCard((tmp_path / "out" / "README.md").read_text("utf-8"))
     assert card.data.datasets == ["org/pairs"] and {"demo", "orpo", "lora"} <= set(card.data.tags)
     assert "# mine" in card.text and "eval\\_loss" in card.text and base not in card.text
     assert files["README.md"].decode("utf-8").startswith("---")
+    (tmp_path / "out" / "chat_template.jinja").write_text("{# hf_Secret0123456789abcdefghij #}")
+    monkeypatch.setattr(type(trainer), "save_model", lambda *_, **__: None)
+    with pytest.raises(RequestError, match=r"chat_template.jinja, line 1: looks like a Hugging Face token"):
+        trainer.push_to_hub()
+
+
+def test_arguments_of_another_library_are_refused_by_name(base, tmp_path):
+    with pytest.raises(
+        TypeError, match="args is a transformers.training_args.TrainingArguments, expected orpo_lite.ORPO"
+    ):
+        ORPOTrainer(base, TrainingArguments(str(tmp_path)), train_dataset=rows(4))
