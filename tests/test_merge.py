@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
 from orpo_lite.cli import run_command
@@ -103,6 +103,29 @@ def test_modules_trained_whole(trained, tmp_path, family):
 @pytest.mark.parametrize("end", ["lm_head", "embed_tokens"])
 def test_lora_on_one_end_of_tied_embeddings(trained, tmp_path, family, end):
     model, run = trained(family, target_modules=["q_proj", end])
+    same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
+
+
+@pytest.mark.parametrize("apart", [False, True])
+@pytest.mark.parametrize(
+    "fields",
+    [{"target_modules": ["q", "lm_head"]}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["shared"]}],
+    ids=["lora", "head", "embedding"],
+)
+def test_ends_of_an_encoder_decoder(trained, base_folder, tmp_path, fields, apart):  # noqa: F811
+    """T5's embeddings and head are one tensor, scaled; T5 1.1 and Flan-T5 store a head of its own under the same flag."""
+    base = shutil.copytree(base_folder("t5"), tmp_path / "base")
+    if apart:
+        weights = load_file(base / "model.safetensors")
+        weights["lm_head.weight"] = weights["shared.weight"].flip(0).contiguous()
+        save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(
+            json.dumps(config | {"tie_word_embeddings": False, "scale_decoder_outputs": False})
+        )
+    loaded = plain(base)
+    assert torch.equal(loaded.lm_head.weight, loaded.shared.weight) is not apart
+    model, run = trained("t5", {"name_or_path": str(base)}, **fields)
     same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from accelerate import init_empty_weights
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
@@ -16,7 +17,7 @@ from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 from orpo_lite.errors import RequestError
 from orpo_lite.merging.mapping import KeyMap
 from orpo_lite.merging.quantised import RoundTrip, dequantised, quantised_modules
-from orpo_lite.merging.tensors import Cast, Source, Stored, stored_tensors
+from orpo_lite.merging.tensors import Cast, Source, Stored, blocks, stored_tensors
 from orpo_lite.model.base import quantization_config, read_config, shipped_quantization
 from orpo_lite.model.hub import locate, readable
 from orpo_lite.model.precision import choose_precision
@@ -70,6 +71,7 @@ class Base:
             self.keys = KeyMap(self.model, {key: one.shape for key, one in self.sources.items()})
         except ValueError as error:
             raise RequestError(f"{spec.name_or_path}: {error}") from error
+        self.part()
         self.check_whole()
         if onto == "quantized" and not shipped:
             self.quantise(trained)
@@ -84,6 +86,20 @@ class Base:
         with init_empty_weights(include_buffers=False), readable(self.spec.name_or_path):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code)
         return model.eval()
+
+    def part(self) -> None:
+        """Take tensors apart that the architecture ties and the checkpoint holds twice, with different values.
+
+        transformers loads them apart too, whatever config.json says.
+        """
+        homes = {link.parameter: key for key, links in self.keys.links.items() for link in links}
+        for one, other in list(self.tied.items()):
+            if one in homes and other in homes and differ(self.sources[homes[one]], self.sources[homes[other]]):
+                del self.tied[one]
+                self.model.all_tied_weights_keys.pop(one, None)
+                path, _, leaf = one.rpartition(".")
+                tied = self.model.get_parameter(one)
+                setattr(self.model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
 
     def check_whole(self) -> None:
         """Every parameter lies in the files once."""
@@ -114,6 +130,14 @@ class Base:
             assert isinstance(one, Stored)
             turned = isinstance(self.model.get_submodule(path), Conv1D)
             self.sources[key] = RoundTrip(one, spec.quantization, spec.double_quant, trained, turned)
+
+
+def differ(one: Source, other: Source) -> bool:
+    """Whether two tensors differ anywhere, read a block at a time."""
+    if tuple(one.shape) != tuple(other.shape):
+        return True
+    readers = one.reader(), other.reader()
+    return any(not torch.equal(*(read(block) for read in readers)) for block in blocks(tuple(one.shape)))
 
 
 def weight_files(spec: ModelSection) -> list[Path]:

@@ -67,7 +67,7 @@ def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, row
     routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
     for one, other in base.tied.items():
         if not alike(edits.get(one, []), edits.get(other, [])):
-            plan.untied += untie(source, plan, routes, one, other)
+            plan.untied += untie(plan, routes, one, other)
     last = list(base.files.values())[-1]
     for key, (one, links) in routes.items():
         changes = tuple((link, edit) for link in links for edit in edits.get(link.parameter, []))
@@ -128,15 +128,13 @@ def alike(one: list[Edit], other: list[Edit]) -> bool:
     )
 
 
-def untie(source: Path, plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, other: str) -> list[str]:
+def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, other: str) -> list[str]:
     """Part two parameters that share a tensor, of which the adapter changes one (or each in its own way)."""
     base = plan.base
-    if plan.config.is_encoder_decoder:
-        raise RequestError(
-            f"adapter: {source} changes {one} or {other}, which are one tensor in this encoder-decoder and scaled as such: "
-            "no plain model has these outputs; keep base and adapter apart"
-        )
-    plan.config.tie_word_embeddings = plan.config.get_text_config().tie_word_embeddings = False
+    # an encoder-decoder's flag ties its two embeddings as well, and T5's scales the outputs: it stays as it was, since
+    # transformers loads what a checkpoint holds twice apart
+    if not plan.config.is_encoder_decoder:
+        plan.config.tie_word_embeddings = plan.config.get_text_config().tie_word_embeddings = False
     homes = {link.parameter: key for key, (_, links) in routes.items() for link in links}
     held = routes[homes.get(other) or homes[one]][0]
     whole_link = tuple(Shared(dim, 0, dim, 0, size) for dim, size in enumerate(held.shape))
