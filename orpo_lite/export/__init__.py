@@ -166,7 +166,7 @@ def whole_model(
         lines += notes
     place(made, output, text)
     if ollama:
-        lines.append(f"next: cd {output.parent} && ollama create {ollama_name(output)} -f Modelfile")
+        lines.append(f"next: {ollama_command(output)}")
     else:
         lines.append(f"next: llama-cli -m {output}, or with --ollama a Modelfile for Ollama")
     return lines
@@ -196,7 +196,7 @@ def adapter_alone(
     if ollama:
         lines.append(
             f"next: put a GGUF file of {named} beside it as base.gguf (or write its Ollama name after FROM in the "
-            f"Modelfile), then cd {output.parent} && ollama create {ollama_name(output)} -f Modelfile"
+            f"Modelfile), then {ollama_command(output)}"
         )
     else:
         lines.append(f"next: llama-cli -m BASE.gguf --lora {output}")
@@ -265,8 +265,10 @@ def place(made: Path, output: Path, modelfile: str | None) -> None:
         write_modelfile(output.parent / "Modelfile", modelfile)
 
 
-def ollama_name(output: Path) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "-" for c in output.stem.lower())
+def ollama_command(output: Path) -> str:
+    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in output.stem.lower())
+    there = "" if output.parent == Path() else f"cd {output.parent} && "
+    return f"{there}ollama create {name} -f Modelfile"
 
 
 def say_vllm(source: Path) -> None:
@@ -294,7 +296,7 @@ def command(
     quant: Annotated[
         str,
         typer.Option(
-            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, tq1_0, tq2_0; q4_k_m and its like with llama.cpp's "
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0; q4_k_m and its like with llama.cpp's "
             "quantiser; auto: 16 bits, bf16 where the weights are"
         ),
     ] = "auto",
