@@ -183,9 +183,8 @@ def literals(annotation: ast.expr) -> list[str]:
 @functools.cache
 def schema() -> dict[str, list[str]]:
     """Every field of a recipe in dotted form -> its values where they are few."""
-    tree = parsed("orpo_lite.recipe")
-    assert tree is not None
-    sections = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    trees = [parsed(name) for name in ("orpo_lite.recipe", "orpo_lite.recipe.sections")]
+    sections = {node.name: node for tree in trees if tree for node in tree.body if isinstance(node, ast.ClassDef)}
 
     def inside(name: str, prefix: str) -> Iterator[tuple[str, list[str]]]:
         for node in sections[name].body:
