@@ -15,6 +15,7 @@ from rich.table import Table
 from orpo_lite.card import find_licence, hub_id
 from orpo_lite.checkpoints import newest_good
 from orpo_lite.cli import console, errors
+from orpo_lite.data.drops import WITHOUT_TEMPLATE
 from orpo_lite.data.histograms import length_histograms
 from orpo_lite.data.streaming import PairStream
 from orpo_lite.engines import world
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
     from orpo_lite.trainer import ORPOTrainer
 
 PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+FEW = 20
+"""Held-out pairs below which an accuracy is known to 20 points at best."""
 
 
 def resolved(
@@ -90,10 +93,22 @@ def resolved(
         )
     row(
         "steps",
-        f"{steps:,} ({f'{steps * batch:,} pairs' if known is None else f'{steps * batch / max(1, known):.2f} epochs'}), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
+        f"{steps:,} ({f'{steps * batch:,} pairs' if known is None else f'{steps / math.ceil(max(1, known) / batch):.2f} epochs'}), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
     )
     row("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers"))
     console.print(table)
+    held = len(pairs.eval) if pairs.eval is not None else 0
+    if WITHOUT_TEMPLATE in pairs.report.notes:
+        warn(WITHOUT_TEMPLATE)
+    if 0 < held < FEW:
+        pairs_held = "pair is" if held == 1 else "pairs are"
+        warn(
+            f"{held} held-out {pairs_held} too few to tell a change from chance: raise data.eval_fraction, or name a file in data.eval"
+        )
+
+
+def warn(text: str) -> None:
+    console.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
 
 
 def name_of(value: Any) -> str:

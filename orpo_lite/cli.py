@@ -113,6 +113,10 @@ def guard(app: Callable[..., Any]) -> None:
         if alone_to_tell() and not isinstance(error, ToldElsewhere):
             tell("error", str(error))
         sys.exit(2)
+    except SystemExit as refused:
+        if refused.code == 2 and "--recipe" in arguments:
+            tell_fields(arguments)
+        raise
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)
@@ -122,3 +126,15 @@ def guard(app: Callable[..., Any]) -> None:
         if not debug:
             errors.print("run the same command with --debug for the traceback")
         sys.exit(1)
+
+
+def tell_fields(arguments: list[str]) -> None:
+    """After a refused command line: how a training field is written that was given as a flag, as TRL's scripts take it."""
+    from orpo_lite.recipe.checks import training_fields
+
+    for word in arguments:
+        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and name in training_fields():
+            errors.print(
+                f"a recipe's field is a word without dashes: training.{name}={escape(value) or 'VALUE'}", soft_wrap=True
+            )

@@ -51,6 +51,10 @@ def held_out(
     if pairs.eval is None:
         return HeldOut()
     model = trainer.unwrapped()
+    if trainer.is_world_process_zero():
+        count = min(recipe.evaluation.samples, len(pairs.eval))
+        answers = f", {count:,} answers of at most {recipe.evaluation.max_new_tokens:,} tokens" if count else ""
+        console.print(f"measuring the {'adapter' if before else 'base'}: {len(pairs.eval):,} held-out pairs{answers}")
     with named("evaluating"):
         metrics = evaluate(trainer)
     places = {name: COLUMNS.index(name) for name in ("logps/chosen", "logps/rejected")}

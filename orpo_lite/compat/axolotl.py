@@ -159,7 +159,7 @@ def convert_attention(draft: Draft, name: str, wanted: str | None) -> None:
     elif wanted in (None, "sdpa"):
         draft.carried_as(name, wanted or False, "model.attention: auto")
     else:
-        draft.differ(name, wanted, "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that is installed")  # fmt: skip
+        draft.differ(name, True if wanted == name else wanted, "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that is installed")  # fmt: skip
 
 
 def convert_adapter(draft: Draft) -> None:

@@ -125,7 +125,8 @@ def command(
 def show(title: str, notes: list[Any]) -> None:
     if not notes:
         return
-    table = Table("field", "value", "what to know", box=None, title=title, title_justify="left", padding=(0, 1))
+    table = Table("field", "value", box=None, title=title, title_justify="left", padding=(0, 1))
+    table.add_column("what to know", overflow="fold")  # words to type stand in it
     for note in notes:
         table.add_row(*(escape(str(part)) for part in note))
     console.print()

@@ -143,7 +143,9 @@ def read_section(
         if left == 0:
             done[-1].report.notes.append(f"{field}: the row limit left {source.path} and what follows unread")
             break
-        opened: Source = open_source(source, spec.split, spec.columns, left, field)
+        # a recipe's built-in held-out pairs stay as they are when the training pairs are a user's
+        columns = None if field == "data.eval" and source.path.startswith("builtin:") else spec.columns
+        opened: Source = open_source(source, spec.split, columns, left, field)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"
         one = tokenize_source(opened, tokenizer, options, number)

@@ -24,6 +24,10 @@ COMPLETION_TOO_LONG = "completion does not fit"
 WRONG_TYPES = "wrong types"
 REFUSED = "refused by the template"
 NO_LABELS = "no completion tokens left"
+WITHOUT_TEMPLATE = (
+    "plain strings get no chat template, though the tokenizer has one; a chat model that is trained so answers badly in "
+    "chats: data.apply_template=true writes them as a user's and an assistant's turn"
+)
 
 
 class Dropped(Exception):

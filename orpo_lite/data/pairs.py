@@ -14,6 +14,7 @@ from orpo_lite.data.drops import (
     NO_LABELS,
     PROMPT_TOO_LONG,
     REFUSED,
+    WITHOUT_TEMPLATE,
     WRONG_TYPES,
     Dropped,
 )
@@ -322,10 +323,7 @@ class PairTokenizer:
         if counts["tools unused"]:
             notes.append(f"{counts['tools unused']} rows have tools, which the chat template does not mention")
         if not self.chat and self.shape != HH and options.strict and getattr(self.tokenizer, "chat_template", None):
-            notes.append(
-                "plain strings get no chat template, though the tokenizer has one: data.apply_template=true writes them as "
-                "a user's and an assistant's turn"
-            )
+            notes.append(WITHOUT_TEMPLATE)
         if counts["system unused"]:
             notes.append(
                 f"{counts['system unused']} rows have a system text, which is left out: plain strings have no place for it "

@@ -217,7 +217,8 @@ def source_shape(rows: list[Any], label: str, options: TokenizeOptions) -> str:
     if not rows:
         raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
     shape = detect(rows[:200]) or detect(rows)
-    if shape is None:
+    there = [any(isinstance(row, dict) and side in row for row in rows) for side in ("chosen", "rejected")]
+    if shape is None or sum(there) == 1:
         check_kinds(rows[0], label)
         found = describe_columns(rows[0]) if isinstance(rows[0], dict) else f"rows that are {type(rows[0]).__name__}"
         raise RequestError(

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from orpo_lite.errors import RequestError
 from orpo_lite.model.files import check_model
 from orpo_lite.recipe import ModelSection
+from orpo_lite.recipe.checks import nearest
 from orpo_lite.recipe.source import BUILTIN, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
@@ -56,6 +57,9 @@ def adapter_folder(source: str | Path) -> Path:
     folder = Path(os.path.expanduser(source))
     if os.path.exists(folder) or looks_local(str(source)) or str(source).count("/") != 1:
         return folder
+    near = nearest(folder.name, [path.name for path in folder.parent.glob("*/")])
+    if near or folder.parent.name == "outputs":
+        raise RequestError(f"{folder}: there is no such folder in {folder.parent}{near}")
     with called("adapter"), readable(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 

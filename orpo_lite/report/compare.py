@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -133,5 +134,8 @@ def side_by_side(names: list[str], runs: Sequence[Told]) -> str:
 
 
 def shown(found: Any) -> str:
-    text = str(found)
+    """A field's value as a recipe has it; of data sources their paths."""
+    if isinstance(found, list) and found and all(isinstance(one, dict) and "path" in one for one in found):
+        found = ", ".join(str(one["path"]) for one in found)
+    text = found if isinstance(found, str) else json.dumps(found, ensure_ascii=False, default=str)
     return text if len(text) <= 300 else text[:299] + "…"
