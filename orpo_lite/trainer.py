@@ -22,7 +22,7 @@ from orpo_lite.config import ORPOConfig
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
 from orpo_lite.data.steps import step_loader
 from orpo_lite.data.stream_steps import StreamWatch, stream_loader
-from orpo_lite.data.streaming import News, PairStream, rows_of
+from orpo_lite.data.streaming import PairStream, rows_of
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.data.work import place_weight
 from orpo_lite.engines import check_data_parallel, complete, reshard, zero_stage
@@ -288,14 +288,15 @@ class ORPOTrainer(TrlNames, SavingTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches; with `tokens_per_batch` or several processes whole optimizer steps, of micro-batches by their cost."""
-        args = self.args
+        args, weight = self.args, place_weight(self.model.config)
         if isinstance(self.train_dataset, PairStream):
-            return stream_loader(self.train_dataset, args, self.layout.name, self.data_collator, self._accumulation)
+            return stream_loader(
+                self.train_dataset, args, self.layout.name, self.data_collator, self._accumulation, weight
+            )
         if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
         return step_loader(
-            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation,
-            place_weight(self.model.config),
+            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation, weight
         )  # fmt: skip
 
     def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
@@ -306,18 +307,7 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         while items and not self.stream_watch.take(items[0]):
             items = super()._next_items(iterator, count, device)
         self.drop_reports["train"] = self.stream_watch.watched.report
-        if items and self.state.global_step == self._initial_global_step:
-            self._read_alike(items[0]["news"])
         return [{"micro_batches": item["micro_batches"]} for item in items]
-
-    def _read_alike(self, news: News) -> None:
-        """Raise RequestError where the processes read different rows, of which each would then train on a share only."""
-        seen = self.accelerator.gather(torch.tensor([news.fingerprint], device=self.args.device))
-        if len(seen.unique()) > 1:  # type: ignore[union-attr]
-            raise RequestError(
-                "train: the processes read different rows of the stream: it must give every row on every process, which "
-                "take their own share of each step (leave out what splits it by rank or shuffles without a seed)"
-            )
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate, over all micro-batches of a step."""

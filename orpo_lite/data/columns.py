@@ -12,13 +12,13 @@ GATHERED = 1000
 
 
 def per_row(rows: Any, names: list[str], compute: Callable[..., np.ndarray]) -> np.ndarray:
-    """One number a row of a `datasets.Dataset`, (N,) int64.
+    """One number a row of a `datasets.Dataset` or an Arrow table, (N,) int64.
 
     Args:
         names: the columns that `compute` takes, as Arrow arrays of the same rows, a batch at a time; it gives (rows,).
     """
-    mapping = rows._indices
-    table = rows._data.table if hasattr(rows._data, "table") else rows._data
+    mapping, data = getattr(rows, "_indices", None), getattr(rows, "_data", rows)
+    table = getattr(data, "table", data)
     if mapping is not None and 10 * len(mapping) < len(table):
         parts = rows.with_format("arrow").iter(GATHERED)
         batches = [part.combine_chunks().to_batches() for part in parts]

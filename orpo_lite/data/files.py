@@ -15,22 +15,17 @@ import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
-from types import MappingProxyType
-from typing import IO, TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import IO, Any
 
-from orpo_lite.data.formats import COLUMNS
 from orpo_lite.data.json_array import JsonArray
 from orpo_lite.data.messages import kind
+from orpo_lite.data.tables import BATCH_ROWS, EVERY, SKIPPED, Batches, Wanted, without_nulls
 from orpo_lite.errors import RequestError
 from orpo_lite.safe_yaml import UTF_BOMS
 
-if TYPE_CHECKING:
-    import datasets
-
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-BATCH_ROWS = 1000
 BATCH_BYTES = 4_000_000
 BOM = b"\xef\xbb\xbf"
 OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz"),
@@ -39,8 +34,6 @@ OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("comp
             bom: (f"{name} text", "convert it to UTF-8") for bom, name in UTF_BOMS.items()}  # fmt: skip
 AGAIN = "copy or download it again, and name it by what it is"
 SEPARATORS = {",": ".csv", "\t": ".tsv"}
-
-Batches = Iterator[list[Any]]
 
 
 def file_format(name: str) -> str | None:
@@ -67,13 +60,13 @@ def open_bytes(file: str) -> IO[bytes]:
     return open(file, "rb")
 
 
-def read_file(file: str) -> Batches:
+def read_file(file: str, wanted: Wanted = EVERY) -> Batches:
     """Batches of one file's rows; every way in which it can be broken is a RequestError that names the place."""
     readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
     try:
         if file_format(file) != ".parquet":
             check_opening(file)
-        yield from readers.get(str(file_format(file)), read_json)(file)
+        yield from readers.get(str(file_format(file)), read_json)(file, wanted)
     except RequestError:
         raise
     except UnicodeDecodeError as error:
@@ -111,18 +104,23 @@ def line_of_bad_text(file: str) -> str:
     return ""
 
 
-def read_json(file: str) -> Batches:
+def read_json(file: str, wanted: Wanted) -> Batches:
     """JSON lines, or one JSON document; told by the content, whatever the suffix."""
     with open_bytes(file) as stream:
         head = [stream.readline().removeprefix(BOM)]
         while head[-1] and not head[-1].strip():
             head.append(stream.readline())
         if head[-1].lstrip().startswith(b"["):
-            yield from read_json_array(file, b"".join(head), stream)
+            yield from chosen(read_json_array(file, b"".join(head), stream), wanted)
         elif file_format(file) == ".json" and not is_json_line(head[-1]):
-            yield from read_json_document(file, b"".join([*head, stream.read()]))
+            yield from chosen(read_json_document(file, b"".join([*head, stream.read()])), wanted)
         else:
-            yield from read_json_lines(file, itertools.chain(head, stream))
+            yield from read_json_lines(file, itertools.chain(head, stream), wanted)
+
+
+def chosen(batches: Batches, wanted: Wanted) -> Batches:
+    """Rows of a format that has to be decoded to be read."""
+    return ([row if next(wanted) else SKIPPED for row in batch] for batch in batches)
 
 
 def is_json_line(line: bytes) -> bool:
@@ -139,12 +137,15 @@ def rows_inside(document: dict[str, Any]) -> list[Any] | None:
     return lists[0] if len(lists) == 1 and not {"chosen", "rejected", "conversations"} & document.keys() else None
 
 
-def read_json_lines(file: str, lines: Iterable[bytes]) -> Batches:
+def read_json_lines(file: str, lines: Iterable[bytes], wanted: Wanted = EVERY) -> Batches:
     batch, size = [], 0
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        batch.append(parse_json(line, f"{file}:{number}", "each line must be one JSON object; mend or remove it"))
+        if next(wanted):
+            batch.append(parse_json(line, f"{file}:{number}", "each line must be one JSON object; mend or remove it"))
+        else:
+            batch.append(SKIPPED)
         size += len(line)
         if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
             yield batch
@@ -223,7 +224,7 @@ def torn() -> str:
     return "holds NUL bytes, as where a file was not written to its end; mend or remove the line, or copy it again"
 
 
-def read_csv(file: str) -> Batches:
+def read_csv(file: str, wanted: Wanted) -> Batches:
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file_format(file) == ".tsv" else ","
     with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
@@ -236,7 +237,7 @@ def read_csv(file: str) -> Batches:
             line = reader.line_num + 1
             for cells in reader:
                 if cells:
-                    batch.append(csv_row(f"{file}:{line}", header, cells))
+                    batch.append(csv_row(f"{file}:{line}", header, cells) if next(wanted) else SKIPPED)
                     size += sum(map(len, cells))
                 line = reader.line_num + 1
                 if len(batch) == BATCH_ROWS or size > BATCH_BYTES:
@@ -288,7 +289,7 @@ def cell_value(cell: str | None) -> Any:
     return cell
 
 
-def read_parquet(file: str) -> Batches:
+def read_parquet(file: str, wanted: Wanted) -> Batches:
     import pyarrow
     from pyarrow import parquet
 
@@ -298,35 +299,13 @@ def read_parquet(file: str) -> Batches:
             whole = parquet.ParquetFile(stream if file.endswith(".parquet") else io.BytesIO(stream.read()))
             columns = whole.schema_arrow.names
             for batch in whole.iter_batches(batch_size=BATCH_ROWS, columns=columns):
-                yield [without_nulls(row) for row in batch.to_pylist()]
+                flags = list(itertools.islice(wanted, batch.num_rows))
+                taken = batch if all(flags) else batch.filter(pyarrow.array(flags, pyarrow.bool_()))
+                rows = iter(taken.to_pylist())
+                yield [without_nulls(next(rows)) if flag else SKIPPED for flag in flags]
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # not of the content
             raise
         raise RequestError(
             f"{file}: not a whole parquet file ({' '.join(str(error).split())[:150]}): {AGAIN}"
         ) from None
-
-
-def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = MappingProxyType({})) -> Batches:
-    """Batches of a `datasets.Dataset`: the columns that matter, without what Arrow filled in."""
-    wanted = {*COLUMNS, *columns.values()}
-    used = [name for name in rows.column_names if name in wanted]
-    rows = (rows.select_columns(used) if used else rows).with_format(None)
-    for start in range(0, len(rows), BATCH_ROWS):
-        table = rows[start : start + BATCH_ROWS]
-        yield [without_nulls(dict(zip(table, values, strict=True))) for values in zip(*table.values(), strict=True)]
-
-
-def essential(row: Any, names: frozenset[str] = frozenset(COLUMNS)) -> Any:
-    """A row of a stream as `dataset_batches` gives it: the columns that matter, without what Arrow filled in."""
-    if not isinstance(row, Mapping) or "chosen_ids" in row:
-        return row
-    used = {key: value for key, value in row.items() if key in names}
-    return without_nulls(used or dict(row))
-
-
-def without_nulls(value: Any) -> Any:
-    """Arrow gives every struct of a column the fields of all the others, as nulls: take those away again."""
-    if isinstance(value, dict):
-        return {key: without_nulls(item) for key, item in value.items() if item is not None}
-    return [without_nulls(item) for item in value] if isinstance(value, list) else value

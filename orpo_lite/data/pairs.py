@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -48,9 +48,18 @@ class Chunk:
     columns: dict[str, list[Any]]
     drops: list[tuple[int, str, str]] = field(default_factory=list)
     """Row, reason, detail."""
-    counts: Counter[str] = field(default_factory=Counter)
+    row_counts: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """What was counted of each row."""
     digest: str = ""
     """Hash of the rows as converted, whether kept or not."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Sum over the rows."""
+        total = Counter[str]()
+        for counts in self.row_counts.values():
+            total.update(counts)
+        return total
 
 
 class PairTokenizer:
@@ -99,8 +108,8 @@ class PairTokenizer:
                 chunk.drops.append((number, reason, detail))
                 digest.update(b"-")
                 continue
-            chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
-            chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
+            chunk.row_counts[number]["tools unused"] += bool(pair.tools) and "tools" not in self.template
+            chunk.row_counts[number]["system unused"] += not pair.chat and bool(row.get("system"))
             numbers.append(number)
             pairs.append(pair)
         chunk.digest = digest.hexdigest()
@@ -118,9 +127,9 @@ class PairTokenizer:
                 if self.options.strict and pair.chat and triple[0] in triple[1:]:
                     raise Dropped(REFUSED, "the template writes nothing for the answer")
                 if self.options.encoder_decoder:
-                    values = self.finish_encoder_decoder(triple, ids, chunk.counts)
+                    values = self.finish_encoder_decoder(triple, ids, chunk.row_counts[number])
                 else:
-                    values = self.finish(pair, ids, chunk.counts)
+                    values = self.finish(pair, ids, chunk.row_counts[number])
             except Dropped as drop:
                 chunk.drops.append((number, drop.reason, drop.detail))
                 continue

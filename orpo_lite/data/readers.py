@@ -11,22 +11,19 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data.files import (
-    BATCH_ROWS,
     COMPRESSIONS,
     FORMATS,
-    Batches,
-    dataset_batches,
-    essential,
     file_format,
     read_file,
 )
 from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.tables import EVERY, Batches, Wanted, dataset_batches, stream_batches
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import DataSource
@@ -53,8 +50,8 @@ class Source:
     files: list[str]
     content: str
     """Hash of the content, the column map included."""
-    batches: Callable[[], Batches]
-    """Opens the source anew and yields lists of rows, columns renamed."""
+    batches: Callable[..., Batches]
+    """Opens the source anew and yields lists of rows, columns renamed; takes `files.Wanted`, or decodes every row."""
     rows: int | None = None
     """How many there are, for a progress bar: about, or unknown."""
 
@@ -85,27 +82,31 @@ def open_source(
     # unlike Path's, these are false for what can be no path
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         files, rows = [path], load_saved(path, source.split or split)
-        content, count, batches = rows._fingerprint, len(rows), lambda: dataset_batches(rows, columns)
+        content, count, batches = rows._fingerprint, len(rows), lambda wanted: dataset_batches(rows, columns, wanted)
     elif files := local_files(path, source.split or split):
         if source.split and not os.path.isdir(path):
             raise RequestError(
                 f"{source.path}: split is {source.split!r}, but a local file has no splits; leave it out"
             )
         content, count = ("", None) if streaming else hash_files(files)
-        batches = lambda: itertools.chain.from_iterable(map(read_file, files))  # noqa: E731 (a closure over files)
+        batches = lambda wanted: itertools.chain.from_iterable(read_file(file, wanted) for file in files)  # noqa: E731 (a closure over files)
     elif is_local(source.path):
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {formats_in_words()}")
     elif streaming:
         files, content, count = [], "", None
         stream = load_hub(source, source.split or split, streaming=True)
         names = frozenset((*COLUMNS, *columns.values()))
-        batches = lambda: batched(essential(row, names) for row in stream)  # noqa: E731 (as above)
+        batches = lambda wanted: stream_batches(stream, wanted, names)  # noqa: E731 (as above)
     else:
         files, rows = [], load_hub(source, source.split or split)
-        content, count, batches = rows._fingerprint, len(rows), lambda: dataset_batches(rows, columns)
+        content, count, batches = rows._fingerprint, len(rows), lambda wanted: dataset_batches(rows, columns, wanted)
     key = content and hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
     count = limit if limit is not None and (count or limit) >= limit else count
-    return Source(source.path, files, key, lambda: shaped(batches(), columns, limit, source.path), count)
+
+    def opened(wanted: Wanted = EVERY) -> Batches:
+        return shaped(batches(wanted), columns, limit, source.path)
+
+    return Source(source.path, files, key, opened, count)
 
 
 def is_local(path: str) -> bool:
@@ -230,12 +231,6 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     if not isinstance(rows, datasets.IterableDataset if streaming else datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
-
-
-def batched(rows: Iterable[Any]) -> Batches:
-    rows = iter(rows)
-    while batch := list(itertools.islice(rows, BATCH_ROWS)):
-        yield batch
 
 
 def shorten(path: str) -> str:

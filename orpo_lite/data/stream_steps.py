@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-import multiprocessing
-import os
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -14,9 +13,10 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from orpo_lite.data.shares import TOKENS, SharedRounds
 from orpo_lite.data.steps import MicroBatches, cut_by_pairs, cut_step, filler
-from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport, fingerprint
-from orpo_lite.data.work import pair_cost
+from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport
+from orpo_lite.data.work import pair_costs, pair_work
 from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:
@@ -31,13 +31,17 @@ DECIDED = 1000
 class StepStream(IterableDataset):
     """One item an optimizer step, pass after pass: {"micro_batches": [batch, ...], "news": News}.
 
+    Every process knows all pairs of a step, deals them as the others do and keeps its own.
+
     Args:
         stream: of pairs.
         pairs: of a micro-batch, without a budget; on one process they keep their order.
         accumulation: micro-batches of a step and process, without a budget.
         budget: tokens of a micro-batch.
-        process, processes: which of how many computes these items; the step's pairs are dealt by cost.
+        process, processes: which of how many computes these items; the step's pairs are dealt by their work.
+        workers, prefetch: see `SharedRounds`.
         whole: keep the micro-batches of one process, see `cut_by_pairs`.
+        weight: tokens that a place of attention costs, see `work.place_weight`.
     """
 
     def __init__(
@@ -51,12 +55,16 @@ class StepStream(IterableDataset):
         budget: int | None = None,
         process: int = 0,
         processes: int = 1,
+        workers: int = 0,
+        prefetch: int | None = None,
         drop_last: bool = False,
         whole: bool = False,
+        weight: float = 0.0,
     ):
         self.stream, self.collator, self.layout, self.whole = stream, collator, layout, whole
-        self.pairs, self.accumulation, self.budget = pairs, accumulation, budget
+        self.pairs, self.accumulation, self.budget, self.weight = pairs, accumulation, budget, weight
         self.process, self.processes, self.drop_last = process, processes, drop_last
+        self.shared = SharedRounds(stream, process, processes, workers, prefetch)
         self.step_pairs = pairs * accumulation * processes
         self.start, self.behind = Place(), 0
 
@@ -66,38 +74,44 @@ class StepStream(IterableDataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         yield from ({} for _ in range(self.behind))
-        try:
-            for window, news in self.windows():
-                yield {"micro_batches": self.batches(window), "news": news}
-        except RequestError as error:  # a worker process would wrap it in its traceback
-            yield {"micro_batches": [], "news": News(error=str(error))}
+        for window, news in self.windows():
+            yield {"micro_batches": self.batches(window), "news": news}
 
     def windows(self) -> Iterator[tuple[list[Row], News]]:
         """The pairs of each step, and what became of the rows read for them."""
-        place = self.start
-        while True:
-            window: list[Row] = []
-            news, steps = News(), place != Place(place.passes)
-            for event in self.stream.events(place):
+        window: list[Row] = []
+        news, steps = News(), self.start != Place(self.start.passes)
+        for parts in self.shared.rounds(self.start):
+            first, entries = parts[0], {}
+            if first.rows:
+                self.stream.know(first.place.source, first.shape)
+                entries = {row: entry for part in parts for row, entry in part.entries.items()}
+            for row in sorted(entries):
+                entry, place = entries[row], first.place._replace(row=row)
                 # a step is given away with the pair that follows it, so that drops behind the last one are told as well
-                if event.pair is not None and len(window) == self.step_pairs:
-                    yield window, replace(news, place=event.place, fingerprint=fingerprint(window))
+                if entry.pair is not None and len(window) == self.step_pairs:
+                    yield window, replace(news, place=place)
                     window, news, steps = [], News(), True
-                if event.pair is not None:
-                    window.append(event.pair)
-                news.add(event)
+                if entry.pair is not None:
+                    window.append(entry.pair)
+                news.add(entry)
                 if news.counts.total() >= DECIDED:  # told without a step: there may be none for long
-                    yield [], replace(news, place=event.place)
+                    yield [], replace(news, place=place)
                     news = News()
-            place = Place(place.passes + 1)
-            if self.drop_last and len(window) < self.step_pairs and steps:
-                window = []
-            if not window and not steps and not news.counts:
-                raise RequestError(
-                    f"{self.stream.sources[0].label}: the stream holds no rows on pass {place.passes}"
-                    + (": it can be read once only; give one that begins anew, or fewer steps (max_steps)" if place.passes > 1 else ": write at least one with chosen and rejected")
-                )  # fmt: skip
-            yield window, replace(news, place=place, ended=True, fingerprint=fingerprint(window))
+            if not first.rows:
+                if self.drop_last and len(window) < self.step_pairs and steps:
+                    window = []
+                self._check_pass(first.place.passes, bool(window or steps or news.counts))
+                yield window, replace(news, place=first.place, ended=True)
+                window, news, steps = [], News(), False
+
+    def _check_pass(self, number: int, rows: bool) -> None:
+        if not rows:
+            once = "it can be read once only; give one that begins anew, or fewer steps (max_steps)"
+            raise RequestError(
+                f"{self.stream.sources[0].label}: the stream holds no rows on pass {number}: "
+                + (once if number > 1 else "write at least one with chosen and rejected")
+            )
 
     def batches(self, window: list[Row]) -> list[dict[str, Any]]:
         """This process's micro-batches of a step's pairs; as many as on the others."""
@@ -106,40 +120,52 @@ class StepStream(IterableDataset):
         cut = self.cut(window)[self.process]
         cheapest = min(window, key=lambda pair: len(pair["chosen_ids"]) + len(pair["rejected_ids"]))
         return [
-            self.collator([window[i] for i in batch]) if batch else filler(self.collator, cheapest) for batch in cut
+            self.collator([listed(window[i]) for i in batch]) if batch else filler(self.collator, listed(cheapest))
+            for batch in cut
         ]
 
     def cut(self, window: list[Row]) -> list[MicroBatches]:
-        costs = np.array([pair_cost(pair, self.layout) for pair in window], dtype=np.int64)
+        import pyarrow as pa
+
+        table = pa.table({name: pa.array([pair[name] for pair in window]) for name in TOKENS if name in window[0]})
+        costs = pair_costs(table, self.layout)
+        work = pair_work(table, self.layout, self.weight) if self.processes > 1 else None
+        padded = self.layout == "padded"
         if self.budget:
-            return cut_step(costs, self.processes, self.budget, self.layout == "padded")
+            return cut_step(costs, self.processes, self.budget, padded, work)
         whole = self.whole or self.processes == 1
-        return cut_by_pairs(costs, self.processes, self.pairs, self.layout == "padded", whole)
+        return cut_by_pairs(costs if work is None else work, self.processes, self.pairs, padded, whole)
 
 
-def stream_loader(stream: PairStream, args: ORPOConfig, layout: str, collator: Any, accumulation: int) -> DataLoader:
-    """The training loader of a stream, from a trainer's arguments; one worker process reads ahead if any is asked for."""
+def listed(pair: Row) -> Row:
+    """A pair with lists of tokens, as collators take it."""
+    return {name: value.tolist() if isinstance(value, np.ndarray) else value for name, value in pair.items()}
+
+
+def stream_loader(
+    stream: PairStream, args: ORPOConfig, layout: str, collator: Any, accumulation: int, weight: float
+) -> DataLoader:
+    """The training loader of a stream, from a trainer's arguments.
+
+    Args:
+        accumulation, weight: see `step_loader`.
+    """
     if not hasattr(collator, "nll_scope"):
         raise RequestError("data_collator: a stream takes the trainer's own collator only: leave data_collator out")
+    workers = args.dataloader_num_workers
+    if workers and sys.platform != "linux":
+        logger.warning(
+            "dataloader_num_workers: a stream is read in the training process, since this system cannot fork safely"
+        )
+        workers = 0
     dataset = StepStream(
         stream, collator, layout, pairs=args.train_batch_size // accumulation, accumulation=accumulation,
         budget=args.tokens_per_batch, process=args.process_index, processes=args.world_size,
-        drop_last=args.dataloader_drop_last, whole=args.nll_mean == "micro",
+        drop_last=args.dataloader_drop_last, whole=args.nll_mean == "micro", weight=weight, workers=workers,
+        prefetch=args.dataloader_prefetch_factor if workers else None,
     )  # fmt: skip
-    workers = min(1, args.dataloader_num_workers)  # each would read all of the stream
-    if workers and multiprocessing.get_start_method() != "fork":
-        logger.warning(
-            "dataloader_num_workers: a stream is read in the training process, since this system cannot fork"
-        )
-        workers = 0
-    return DataLoader(
-        dataset, batch_size=None, num_workers=workers, pin_memory=args.dataloader_pin_memory,
-        prefetch_factor=args.dataloader_prefetch_factor if workers else None, worker_init_fn=start_worker,
-    )  # fmt: skip
-
-
-def start_worker(_: int) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
+    # the workers are the stream's own: what they read is exchanged with other processes, which workers cannot do
+    return DataLoader(dataset, batch_size=None, pin_memory=args.dataloader_pin_memory)
 
 
 class StreamWatch(TrainerCallback, ExportableState):
@@ -158,12 +184,9 @@ class StreamWatch(TrainerCallback, ExportableState):
         """Count what an item tells of; whether it holds a step.
 
         Raises:
-            RequestError: the stream cannot be read on.
             TooManyDropped: more than half of what was read is dropped: at the end of a pass, or from 1,000 rows on.
         """
         news: News = item["news"]
-        if news.error:
-            raise RequestError(news.error)
         self.watched.add(news)
         self.place = news.place
         report = self.watched.report

@@ -1,26 +1,28 @@
 """Training on a stream: rows are read, checked and tokenised while the model trains, and none is kept.
 
-Every process reads the whole stream in the same order, so that all of them know what the next good rows are without a
-word between them, and computes its share of each optimizer step. A pass over the stream follows the last one without
+The rows are shared out to all processes, and to each one's workers, in rounds: a share is every n-th row, which is decoded,
+checked and tokenised by its owner alone. What the others own has to be read past, as cheaply as its format allows. Put
+together again, a round is the same whatever the number of shares. A pass over the stream follows the last one without
 an end, until `max_steps`.
 """
 
 from __future__ import annotations
 
 import itertools
+import json
+import sys
 import zlib
-from collections import Counter
-from collections.abc import Callable, Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import numpy as np
 from torch.utils.data import IterableDataset
 
 from orpo_lite.data.drops import NO_LABELS, Drop, DropReport
-from orpo_lite.data.files import BATCH_ROWS, essential
 from orpo_lite.data.pairs import PairTokenizer
 from orpo_lite.data.readers import Source
+from orpo_lite.data.tables import BATCH_ROWS, EVERY, Batches, Wanted, stream_batches
 from orpo_lite.data.tokenize import TokenizeOptions, source_shape
 from orpo_lite.errors import RequestError
 
@@ -28,39 +30,54 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 CHUNK = 200
-"""Rows that are tokenised together."""
+"""Rows of a round, and as many more for every eight shares."""
 LISTED = 1000
 """Dropped rows that a stream's report lists; all are counted."""
+ENDLESS = sys.maxsize
 ITSELF = "pairs tokenised already"
 
 Row = dict[str, Any]
 
 
 class Place(NamedTuple):
-    """A place in the stream: that many passes, sources, chunks of the source and rows of the chunk are behind it."""
+    """A place in the stream: that many passes, sources of the pass and rows of the source are behind it."""
 
     passes: int = 0
     source: int = 0
-    chunk: int = 0
     row: int = 0
 
 
 BEGINNING = Place()
 
 
-class Event(NamedTuple):
-    """A row that was read: a pair, or why there is none."""
+class Entry(NamedTuple):
+    """What became of a row: a pair, or why there is none."""
 
-    place: Place
     pair: Row | None
     drop: Drop | None
-    counts: Counter[str]
-    """What tokenising its chunk counted, on the chunk's first row."""
+    counts: Mapping[str, int]
+    """What was counted while it was tokenised."""
+
+
+class Part(NamedTuple):
+    """One share of a round; the first fields are the same in all of its shares."""
+
+    place: Place
+    """Of the round's first row."""
+    rows: int = 0
+    """Of the round, in all shares; none where a pass ends, `place` being where the next begins."""
+    shape: str = ""
+    seen: int = 0
+    """Hash of rows that every share decodes, by which streams that differ are found out."""
+    entries: Mapping[int, Entry] = {}
+    """This share's rows of the round, in their order, by their number in the source."""
+    error: str = ""
+    """Why there is nothing to be read on."""
 
 
 @dataclass
 class News:
-    """What became of the rows that were read for an optimizer step; plain values, since it may cross processes."""
+    """What became of the rows that were read for an optimizer step."""
 
     kept: int = 0
     counts: Counter[str] = field(default_factory=Counter)
@@ -70,18 +87,15 @@ class News:
     """Where the next step begins."""
     ended: bool = False
     """Whether a pass ends here."""
-    error: str = ""
-    fingerprint: int = 0
-    """Hash of the step's tokens on all processes together."""
 
-    def add(self, event: Event) -> None:
-        self.cuts.update(event.counts)
-        if event.pair is not None:
+    def add(self, entry: Entry) -> None:
+        self.cuts.update(entry.counts)
+        if entry.pair is not None:
             self.kept += 1
-        if event.drop is not None:
-            self.counts[event.drop.reason] += 1
+        if entry.drop is not None:
+            self.counts[entry.drop.reason] += 1
             if len(self.drops) < LISTED:
-                self.drops.append(event.drop)
+                self.drops.append(entry.drop)
 
 
 class PairStream(IterableDataset):
@@ -109,75 +123,103 @@ class PairStream(IterableDataset):
 
     def __iter__(self) -> Iterator[Row]:
         """The pairs of one pass."""
-        return (event.pair for event in self.events() if event.pair is not None)
-
-    def events(self, start: Place = BEGINNING) -> Iterator[Event]:
-        """What became of the rows of a pass, from a place in it on, which costs the reading of what lies before it."""
-        if self.set_epoch:
-            self.set_epoch(start.passes)
-        left = self.limit
-        for number, source in enumerate(self.sources):
-            if left == 0:
-                return
-            chunks = batched(self._detected(number, itertools.chain.from_iterable(source.batches()), left))
-            for place, rows in enumerate(chunks):
-                left = None if left is None else left - len(rows)
-                if (number, place) < (start.source, start.chunk):
-                    continue
-                begin = start.row if (number, place) == (start.source, start.chunk) else 0
-                for event in self._chunk(start.passes, number, place, rows):
-                    if event.place.row >= begin:
-                        yield event if event.place.row or not begin else event._replace(counts=Counter())
-
-    def _detected(self, number: int, rows: Iterator[Any], limit: int | None) -> Iterator[Any]:
-        """The rows, once the first of them have told their shape."""
-        rows = itertools.islice(rows, limit)
-        if number in self.works:
-            return rows
-        head = list(itertools.islice(rows, BATCH_ROWS))
-        if head and isinstance(head[0], dict) and "chosen_ids" in head[0]:
-            self.shapes[number], self.works[number] = ITSELF, None
-        else:
-            shape = self.shapes[number] = source_shape(head, self.sources[number].label, self.options)
-            self.works[number] = PairTokenizer(self.tokenizer, self.options, shape)
-        return itertools.chain(head, rows)
-
-    def _chunk(self, passes: int, number: int, place: int, rows: list[Any]) -> Iterator[Event]:
-        label, work, first = self.sources[number].label, self.works[number], place * CHUNK
-        if work is None:
-            pairs, drops, counts = tokenised(rows, first, label)
-        else:
-            chunk = work(list(enumerate(rows, first)))
-            names = [*work.names, "row"]
-            columns = zip(*(chunk.columns[name] for name in names), strict=True)
-            pairs = {values[-1]: dict(zip(names, values, strict=True)) | {"source": number} for values in columns}
-            drops = {row: Drop(label, row, reason, detail) for row, reason, detail in chunk.drops}
-            counts = chunk.counts
-        for offset in range(len(rows)):
-            row = first + offset
-            told = counts if not offset else Counter[str]()
-            yield Event(Place(passes, number, place, offset), pairs.get(row), drops.get(row), told)
+        return (entry.pair for entry in self._entries() if entry.pair is not None)
 
     def first(self, rows: int) -> tuple[list[Row], DropReport]:
         """The pairs among the first rows, and what became of those rows."""
         report, pairs = StreamReport(self), []
-        for event in itertools.islice(self.events(), rows):
+        for entry in itertools.islice(self._entries(), rows):
             news = News()
-            news.add(event)
+            news.add(entry)
             report.add(news)
-            pairs += [event.pair] if event.pair is not None else []
+            pairs += [entry.pair] if entry.pair is not None else []
         return pairs, report.report
 
+    def _entries(self) -> Iterator[Entry]:
+        return itertools.chain.from_iterable(part.entries.values() for part in self.rounds())
 
-def batched(rows: Iterator[Any]) -> Iterator[list[Any]]:
-    while batch := list(itertools.islice(rows, CHUNK)):
-        yield batch
+    def rounds(self, start: Place = BEGINNING, share: int = 0, shares: int = 1) -> Iterator[Part]:
+        """One share of every round of a pass, from a place in it on; what lies before it is read past.
+
+        Args:
+            share: that of the rows whose number, modulo `shares`, it is.
+        """
+        if self.set_epoch:
+            self.set_epoch(start.passes)
+        left, size = self.limit, CHUNK * -(-shares // 8)
+        for number, source in enumerate(self.sources):
+            behind = number < start.source
+            if left == 0 or behind and left is None:
+                continue
+            begin = ENDLESS if behind else start.row if number == start.source else 0
+            wanted = mine(begin, size, share, shares)
+            rows = itertools.islice(itertools.chain.from_iterable(source.batches(wanted)), left)
+            if behind:
+                left = left and left - sum(1 for _ in rows)
+                continue
+            rows = self._detected(number, rows)
+            deque(itertools.islice(rows, begin), maxlen=0)
+            while block := list(itertools.islice(rows, size)):
+                place, begin = Place(start.passes, number, begin), begin + len(block)
+                yield self._part(place, block, share, shares)
+            left = left and left - begin
+
+    def _detected(self, number: int, rows: Iterator[Any]) -> Iterator[Any]:
+        """The rows, once the first of them have told their shape."""
+        if number in self.works:
+            return rows
+        head = list(itertools.islice(rows, BATCH_ROWS))
+        tokenised = head and isinstance(head[0], dict) and "chosen_ids" in head[0]
+        self.know(number, ITSELF if tokenised else source_shape(head, self.sources[number].label, self.options))
+        return itertools.chain(head, rows)
+
+    def know(self, number: int, shape: str) -> None:
+        """Get ready for a source's rows of that shape."""
+        if number not in self.works:
+            self.shapes[number] = shape
+            self.works[number] = None if shape == ITSELF else PairTokenizer(self.tokenizer, self.options, shape)
+
+    def _part(self, place: Place, block: list[Any], share: int, shares: int) -> Part:
+        label, work, numbered = self.sources[place.source].label, self.works[place.source], enumerate(block, place.row)
+        rows = [(number, row) for number, row in numbered if number % shares == share]
+        counts: Mapping[int, Mapping[str, int]] = {}
+        if work is None:
+            pairs, drops = tokenised(rows, label)
+        else:
+            chunk = work(rows)
+            names = [*work.names, "row"]
+            columns = zip(*(chunk.columns[name] for name in names), strict=True)
+            pairs = {values[-1]: dict(zip(names, values, strict=True)) | {"source": place.source} for values in columns}
+            drops = {row: Drop(label, row, reason, detail) for row, reason, detail in chunk.drops}
+            counts = chunk.row_counts
+        entries = {row: Entry(pairs.get(row), drops.get(row), counts.get(row, {})) for row, _ in rows}
+        common = block[: max(1, BATCH_ROWS - place.row)] if shares > 1 else []
+        return Part(place, len(block), self.shapes[place.source], hashed(common), entries)
 
 
-def tokenised(rows: list[Row], first: int, label: str) -> tuple[dict[int, Row], dict[int, Drop], Counter[str]]:
+def mine(begin: int, size: int, share: int, shares: int) -> Wanted:
+    """Which rows of a source a share decodes: its own from `begin` on, and with all others the first ones, which tell
+    the shape of the rows, and the first of each round, by which the processes see that they read the same."""
+    for row in itertools.count():
+        yield row < BATCH_ROWS or row >= begin and (row % shares == share or (row - begin) % size == 0)
+
+
+def hashed(rows: Iterable[Any]) -> int:
+    """Hash of the plain values in some rows."""
+    value = 0
+    for row in rows:
+        try:
+            text = json.dumps(row, default=lambda other: type(other).__name__)
+        except (TypeError, ValueError, RecursionError):
+            text = type(row).__name__
+        value = zlib.crc32(text.encode("utf-8", "surrogatepass"), value)
+    return value
+
+
+def tokenised(rows: list[tuple[int, Row]], label: str) -> tuple[dict[int, Row], dict[int, Drop]]:
     """Rows that are pairs already: kept as they are, but for those without a label on either side."""
     pairs, drops = {}, {}
-    for number, row in enumerate(rows, first):
+    for number, row in rows:
         alone = "prompt_ids" in row
         empty = [side for side in ("chosen", "rejected")
                  if len(row[f"{side}_ids"]) <= (0 if alone else max(row[f"{side}_start"], 1))]  # fmt: skip
@@ -185,7 +227,7 @@ def tokenised(rows: list[Row], first: int, label: str) -> tuple[dict[int, Row], 
             drops[number] = Drop(label, number, NO_LABELS, f"{empty[0]} has no token that could be trained on")
         else:
             pairs[number] = {"row": number} | row
-    return pairs, drops, Counter()
+    return pairs, drops
 
 
 class StreamReport:
@@ -222,15 +264,6 @@ class StreamReport:
         self.cuts = Counter(state["cuts"])
 
 
-def fingerprint(pairs: list[Row]) -> int:
-    """Hash of the tokens of some pairs."""
-    value = 0
-    for pair in pairs:
-        for side in ("chosen_ids", "rejected_ids"):
-            value = zlib.crc32(np.asarray(pair[side], dtype=np.int32).tobytes(), value)
-    return value
-
-
 def rows_of(stream: Any, name: str) -> tuple[Source, Callable[[int], None] | None]:
     """A `datasets.IterableDataset` or a torch one as a source, and its `set_epoch`.
 
@@ -239,9 +272,20 @@ def rows_of(stream: Any, name: str) -> tuple[Source, Callable[[int], None] | Non
     """
     if getattr(stream, "_distributed", None) is not None:
         raise RequestError(
-            f"{name}: the stream was split by node (split_dataset_by_node), but each process is to read all of it and "
-            "takes its own share of every step: give the stream as it was before"
+            f"{name}: the stream was split by node (split_dataset_by_node), but every process is to read on in all of it, "
+            "tokenises its own rows and takes its own share of every step: give the stream as it was before"
         )
-    plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
-    source = Source(name, [], "", lambda: batched(map(essential, plain)))
-    return source, getattr(plain, "set_epoch", None)
+    passes = 0
+
+    def tell(epoch: int) -> None:
+        nonlocal passes
+        passes = epoch
+
+    def opened(wanted: Wanted = EVERY) -> Batches:
+        # a copy, since `datasets` keeps the epoch in memory that workers share: one may be a pass ahead of another
+        plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
+        if hasattr(plain, "set_epoch"):
+            plain.set_epoch(passes)
+        return stream_batches(plain, wanted, size=CHUNK)
+
+    return Source(name, [], "", opened), tell

@@ -23,11 +23,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from orpo_lite.cli import printable
 from orpo_lite.data.drops import DropList, DropReport, TooManyDropped
-from orpo_lite.data.files import dataset_batches
 from orpo_lite.data.formats import BARE_STRINGS, detect
 from orpo_lite.data.messages import describe_columns, kind
 from orpo_lite.data.pairs import Chunk, PairTokenizer
 from orpo_lite.data.readers import Source
+from orpo_lite.data.tables import dataset_batches
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.errors import RequestError
 
@@ -107,7 +107,7 @@ def tokenize_rows(
 
         given, _ = rows_of(rows, source)
     elif isinstance(rows, datasets.Dataset):
-        given = Source(source, [], rows._fingerprint, lambda: dataset_batches(rows), len(rows))
+        given = Source(source, [], rows._fingerprint, functools.partial(dataset_batches, rows), len(rows))
     else:
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
@@ -204,9 +204,10 @@ def write(
             report.kept += len(columns["row"])
             drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
             report.counts.update(reason for _, reason, _ in chunk.drops)
-            counts.update(chunk.counts)
+            found = chunk.counts
+            counts.update(found)
             digest.update(chunk.digest.encode())
-            shown.add(len(columns["row"]) + len(chunk.drops), chunk.counts["tokens"])
+            shown.add(len(columns["row"]) + len(chunk.drops), found["tokens"])
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = work.notes(counts)
     about = {"report": report.as_dict(), "shape": shape, "digest": digest.hexdigest()}

@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 
-from orpo_lite.data.batching import common_prefix
 from orpo_lite.data.columns import common_prefixes, list_lengths
 
 EFFICIENCY = 0.64
@@ -24,16 +23,6 @@ def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     if layout == "packed":
         return lengths[0] + lengths[1]
     return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
-
-
-def pair_cost(pair: dict[str, Any], layout: str) -> int:
-    """`pair_costs` of one pair."""
-    chosen, rejected = pair["chosen_ids"], pair["rejected_ids"]
-    if "prompt_ids" in pair:
-        return 2 * (len(pair["prompt_ids"]) + max(len(chosen), len(rejected)))
-    if layout == "padded":
-        return 2 * max(len(chosen), len(rejected))
-    return len(chosen) + len(rejected) - (common_prefix(chosen, rejected) if layout == "shared" else 0)
 
 
 def places(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:

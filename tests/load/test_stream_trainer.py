@@ -1,8 +1,5 @@
 """Training on a stream: the losses, adapters and drops of the same rows as a table in their order; every row once."""
 
-import json
-from pathlib import Path
-
 import datasets
 import pytest
 import torch
@@ -14,7 +11,6 @@ from transformers import LlamaConfig
 from orpo_lite import ORPOTrainer
 from orpo_lite.data import TooManyDropped, streaming
 from orpo_lite.errors import RequestError
-from tests.commands import processes
 from tests.tiny import tiny_model
 from tests.training import SIZES, config, rows
 
@@ -177,24 +173,3 @@ def test_held_out_streams_are_read_once_to_disk(tmp_path, tokenizer):
     one, two = table.evaluate(), stream.evaluate(stream.eval_dataset["x"])
     assert one["eval_loss"] == pytest.approx(two["eval_loss"]) and sum(reads) == 1
     stream.evaluate(Counted(held))
-
-
-@pytest.mark.parametrize("workers", [0, 2])
-@pytest.mark.parametrize("budget", [0, 120])
-def test_two_processes_read_every_row_once(workers, budget, tmp_path):
-    def outcome(count):
-        folder = tmp_path / str(count)
-        folder.mkdir()
-        processes(count, Path(__file__).with_name("stream_script.py"), folder, workers, budget, cwd=folder)
-        return [json.loads((folder / f"rank{rank}.json").read_text()) for rank in range(count)]
-
-    [one], two = outcome(1), outcome(2)
-    good = [n for n in range(26) if n % 5 != 3]
-    for step, whole in enumerate(one["steps"]):
-        shares = [rank["steps"][step] for rank in two]
-        assert sorted(shares[0] + shares[1]) == sorted(whole)
-    assert [row for step in one["steps"][:3] for row in sorted(step)] == good  # one pass: 8, 8 and 5 of 21
-    for rank in two:
-        assert rank["drops"] == one["drops"]
-        assert rank["losses"] == pytest.approx(one["losses"], rel=1e-4)
-        assert rank["weights"] == pytest.approx(one["weights"], rel=1e-5)
