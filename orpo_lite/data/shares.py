@@ -56,8 +56,7 @@ class SharedRounds:
                 parts = [next(loader) for _ in range(each)]
             except Exception as error:  # told before it is raised: the others wait for this share
                 failure = error
-                words = f"{label}: process {self.process} cannot read on ({type(error).__name__}: {error})"
-                parts = [Part(Place(), error=words)]
+                parts = [Part(Place(), error=f"{label}: process {self.process} cannot read on ({in_a_line(error)})")]
             every: list[Part] = gather_object(parts) if self.processes > 1 else parts
             if failure is not None:
                 raise failure
@@ -88,6 +87,12 @@ class Share(IterableDataset):
                 yield Part(place)
         except RequestError as error:  # a worker would wrap it in its traceback
             yield Part(place, error=str(error))
+
+
+def in_a_line(error: Exception) -> str:
+    """The kind of an error and what it says: of one in a worker, at the end of the traceback that it brings along."""
+    kind, said = type(error).__name__, (str(error).strip().splitlines() or [""])[-1]
+    return said if said.startswith(kind) else f"{kind}: {said}"
 
 
 def compact(entry: Entry) -> Entry:
