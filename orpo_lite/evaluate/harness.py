@@ -49,6 +49,8 @@ def hand_off(found: Found, tasks: str) -> dict[str, Any]:
     if not quantised and not whole:
         return result([line(of_adapter(found), tasks, found)], base, notes)
     onto = " --onto quantized" if quantised else ""
+    if quantised:
+        merged += "-quantized"  # beside the one that train's last line tells of, which goes onto the original
     first = f"python -m orpo_lite.merge {shlex.quote(found.path)} --output {shlex.quote(merged)}{onto}"
     model = {"pretrained": merged, "dtype": dtype(found)} | trust(spec)
     if quantised:

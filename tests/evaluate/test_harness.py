@@ -52,8 +52,8 @@ def test_a_quantised_base_is_merged_as_trained_or_loaded_in_4_bits(found, traine
     found.facts["base_model"] = {"dtype": "bfloat16"}
     made = hand_off(found, "ifeval")
     merge, line = made["commands"]
-    assert merge == f"python -m orpo_lite.merge {trained} --output {trained}-merged --onto quantized"
-    assert arguments(line)["model_args"] == {"pretrained": f"{trained}-merged", "dtype": "bfloat16"}
+    assert merge == f"python -m orpo_lite.merge {trained} --output {trained}-merged-quantized --onto quantized"
+    assert arguments(line)["model_args"] == {"pretrained": f"{trained}-merged-quantized", "dtype": "bfloat16"}
     older = next(note for note in made["notes"] if "transformers 4" in note).partition("merge: ")[2]
     assert arguments(older)["model_args"] | {"pretrained": ""} == {
         "pretrained": "", "peft": str(trained), "tokenizer": str(trained), "dtype": "bfloat16", "load_in_4bit": "True",
