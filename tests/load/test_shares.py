@@ -1,6 +1,7 @@
 """A stream's rows shared out to processes and workers: the same steps for any number of them, each row tokenised once.
 
-Processes are threads here, which exchange at a barrier: what torch does between real ones is tested in test_stream_trainer.
+Processes are threads here, which exchange at a barrier: what torch does between real ones is tested in
+test_stream_processes.
 """
 
 import json
