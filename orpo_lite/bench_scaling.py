@@ -23,7 +23,7 @@ import typer
 from orpo_lite.attention import plain_attention
 from orpo_lite.bench import Contest, random_model, trl_row
 from orpo_lite.cli import console, run_command
-from orpo_lite.data.steps import deal
+from orpo_lite.data.dealing import deal
 from orpo_lite.errors import RequestError
 from orpo_lite.meters import interleaved, ratios
 from orpo_lite.prepare import base_of

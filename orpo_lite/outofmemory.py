@@ -13,8 +13,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
 from orpo_lite.data.columns import numbers
+from orpo_lite.data.dealing import micro_batches
 from orpo_lite.data.split import pair_tokens, select_pairs
-from orpo_lite.data.steps import micro_batches
 from orpo_lite.data.streaming import PairStream
 
 SAVERS = (

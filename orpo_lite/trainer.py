@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
-import math
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 
 from orpo_lite.attention import plain_attention
@@ -25,12 +22,13 @@ from orpo_lite.data.stream_steps import StreamWatch, stream_loader
 from orpo_lite.data.streaming import PairStream, rows_of
 from orpo_lite.data.tokenize import DropReport, TokenizeOptions, tokenize_rows
 from orpo_lite.data.work import place_weight
-from orpo_lite.engines import check_data_parallel, complete, reshard, zero_stage
+from orpo_lite.engine_trainer import EngineTrainer
+from orpo_lite.engines import check_data_parallel, complete, zero_stage
 from orpo_lite.errors import RequestError
 from orpo_lite.layout import choose_layout
 from orpo_lite.measure import peak_memory_bytes
 from orpo_lite.metrics import finish_metrics
-from orpo_lite.model import autocast, keep_4bit_differentiable, optimizer_for
+from orpo_lite.model import keep_4bit_differentiable, optimizer_for
 from orpo_lite.model.layers import outside_text, routers
 from orpo_lite.objective import micro_batches
 from orpo_lite.outofmemory import Limit
@@ -45,9 +43,7 @@ from orpo_lite.prepare import (
     tokenizer_of,
 )
 from orpo_lite.progress import CheckpointedLayers
-from orpo_lite.saving import SavingTrainer
 from orpo_lite.trackers import check_trackers
-from orpo_lite.zero import Evaluating, partition
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +53,7 @@ def untokenised(rows: Any) -> bool:
     return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
 
 
-class ORPOTrainer(TrlNames, SavingTrainer):
+class ORPOTrainer(TrlNames, EngineTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
@@ -221,7 +217,6 @@ class ORPOTrainer(TrlNames, SavingTrainer):
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self._sums: dict[str, Tensor] = {}
-        self._evaluating: Evaluating | None = None
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         self._clock = time.monotonic()
         if hasattr(self.model, "add_model_tags"):
@@ -336,71 +331,14 @@ class ORPOTrainer(TrlNames, SavingTrainer):
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         self._clock = time.monotonic()
-        reshard(self.model)
-        if self.args.world_size > 1:
-            # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
-            # wraps already: the processes would train apart
-            self.model._is_accelerate_prepared = False
         try:
             return super().train(*args, **kwargs)
         finally:
             plain_attention(base_of(self.unwrapped()))
 
-    def _before_training(self) -> contextlib.AbstractContextManager[object]:
-        """Ready to evaluate where `train` has not set the engine up yet."""
-        if self.accelerator.is_fsdp2 and not isinstance(self.model, FSDPModule):
-            # accelerate shards a model together with its optimizer only, which transformers does not give it here
-            self.create_optimizer()
-            self.model, self.optimizer = self.accelerator.prepare(self.model, self.optimizer)
-            self.model_wrapped = self.model
-            register_fsdp_forward_method(self.model, "generate")
-        if not self.is_deepspeed_enabled or self.deepspeed is not None:
-            return contextlib.nullcontext()
-        if zero_stage(self.accelerator) == 3:
-            self._ready_deepspeed()
-            self._evaluating = Evaluating(self)
-            return contextlib.nullcontext()
-        return self._without_engine()
-
-    @contextlib.contextmanager
-    def _without_engine(self) -> Iterator[None]:
-        """Below ZeRO-3 every process holds the model whole, and DeepSpeed has no engine that evaluates only."""
-        self.is_deepspeed_enabled = False
-        try:
-            with autocast(self.unwrapped()):
-                yield
-        finally:
-            self.is_deepspeed_enabled = True
-            self.accelerator._models.clear()  # it would not set the engine up for a model that it knows
-
-    def _ready_deepspeed(self) -> None:
-        """The sizes that DeepSpeed is told, and under ZeRO-3 the shares."""
-        # an item of the loader is a step of several passes, of which DeepSpeed keeps room for their gradients only if told;
-        # it divides by none of these numbers
-        plugin: Any = self.accelerator.state.deepspeed_plugin
-        config = plugin.deepspeed_config
-        sizes = {
-            "train_micro_batch_size_per_gpu": self.args.per_device_train_batch_size,
-            "gradient_accumulation_steps": 2,
-        }
-        self.accelerator.gradient_accumulation_steps = 2  # it would set it by the config, and warn
-        config |= sizes | {"train_batch_size": math.prod(sizes.values()) * self.args.world_size}
-        if zero_stage(self.accelerator) == 3:
-            partition(self.model, config, self.args.device)
-
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
-        if self._evaluating is not None:
-            self._evaluating.end()
-            self._evaluating = None
-        if self.is_deepspeed_enabled:
-            self._ready_deepspeed()
-        return super()._prepare_for_training(*args, **kwargs)
-
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started, clock = time.monotonic(), self._clock
-        with self._before_training():
-            metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
-        reshard(self.model)
+        metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
         if not self.is_in_train:
             plain_attention(base_of(self.unwrapped()))
         self._clock = clock + time.monotonic() - started  # evaluation is no part of the training throughput

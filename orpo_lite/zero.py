@@ -36,7 +36,7 @@ def zero_stage_asked(settings: Any = None) -> int | None:
 
     name = "training.deepspeed" if settings else "deepspeed_config_file"
     try:
-        return int(HfDeepSpeedConfig(asked).get_value("zero_optimization.stage", 0))
+        return int(HfDeepSpeedConfig(asked).get_value("zero_optimization.stage", 0) or 0)
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise RequestError(
             f"{name}: found {asked!r}, expected DeepSpeed's settings or a JSON file of them "

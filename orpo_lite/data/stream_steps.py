@@ -13,8 +13,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from orpo_lite.data.dealing import MicroBatches, cut_by_pairs, cut_step
 from orpo_lite.data.shares import TOKENS, SharedRounds
-from orpo_lite.data.steps import MicroBatches, cut_by_pairs, cut_step, filler
+from orpo_lite.data.steps import filler
 from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport
 from orpo_lite.data.work import pair_costs, pair_work
 from orpo_lite.errors import RequestError

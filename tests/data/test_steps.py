@@ -10,7 +10,8 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from orpo_lite.data.batching import PackedCollator, PaddedCollator
-from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan, deal, micro_batches
+from orpo_lite.data.dealing import deal, micro_batches
+from orpo_lite.data.steps import StepDataset, StepLoader, StepPlan
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
 from orpo_lite.data.work import pair_costs
 from orpo_lite.recipe.source import PACKAGE
