@@ -10,6 +10,7 @@ import yaml
 
 from orpo_lite.errors import RequestError
 from orpo_lite.recipe import Recipe, json_schema
+from orpo_lite.recipe.checks import check_training_field, training_fields
 from orpo_lite.recipe.source import RecipeError, apply_override, find_recipe, read_yaml, shipped_recipes
 
 SHIPPED = shipped_recipes()
@@ -294,3 +295,13 @@ def test_a_field_without_its_section_is_given_one(word, meant):
         Recipe.load("quickstart", [word])
     with pytest.raises(RecipeError, match=r"weight: unknown key$"):
         Recipe.load("quickstart", ["weight=1"])
+
+
+def test_no_recipe_publishes():
+    """Every field of transformers by which a run would send something, whatever this version has of them."""
+    names = {name for name in training_fields() if "hub" in name}
+    assert {"push_to_hub", "hub_model_id", "hub_token"} <= names
+    for name in names:
+        with pytest.raises(ValueError, match=f"training.{name}: .*leave it out"):
+            check_training_field(name, "me/x")
+    assert check_training_field("push_to_hub", False) is False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from orpo_lite.compat.axolotl_data import convert_data
 from orpo_lite.compat.axolotl_training import convert_training
-from orpo_lite.compat.draft import HUB_WORD, PACKING, Draft, template_name
+from orpo_lite.compat.draft import PACKING, Draft, template_name
 
 ATTENTION = (
     "flash_attention",
@@ -38,8 +38,6 @@ LEFT = {
     "loss_watchdog_patience": "a loss that is not finite stops the run (training.on_nonfinite); alarms tell of the rest",
     "resume_from_checkpoint": "give --resume to train, or the same command again",
     "auto_resume_from_checkpoints": "the same command goes on by itself",
-    "hub_model_id": HUB_WORD,
-    "hub_strategy": HUB_WORD,
     "hf_use_auth_token": "log in with `hf auth login`",
     "save_safetensors": "safetensors is the only format",
     "trust_remote_code": "set model.trust_remote_code: true yourself once you have read the repository's code",
@@ -89,7 +87,7 @@ def convert(draft: Draft) -> None:
 
 def convert_weights(draft: Draft) -> None:
     """Quantisation, adapter, precision and attention."""
-    adapter, four, eight = draft.take("adapter"), draft.take("load_in_4bit"), draft.take("load_in_8bit")
+    adapter, four, eight = draft.take("adapter"), draft.flag("load_in_4bit"), draft.flag("load_in_8bit")
     kind = "none"
     if adapter and (four or four is None and adapter == "qlora"):
         kind = "nf4"
@@ -132,7 +130,7 @@ def convert_weights(draft: Draft) -> None:
         convert_attention(draft, "attn_implementation", draft.take("attn_implementation"))
     for name in ATTENTION:
         if name in draft.source:
-            wanted = draft.take(name)
+            wanted = draft.flag(name)
             convert_attention(
                 draft, name, {"eager_attention": "eager", "sdp_attention": "sdpa"}.get(name, name) if wanted else None
             )
@@ -167,7 +165,7 @@ def convert_adapter(draft: Draft) -> None:
     draft.carry("lora_r", "adapter.r")
     draft.carry("lora_alpha", "adapter.alpha")
     draft.carry("lora_dropout", "adapter.dropout", 0.0)
-    linear, targets = draft.take("lora_target_linear"), draft.take("lora_target_modules")
+    linear, targets = draft.flag("lora_target_linear"), draft.take("lora_target_modules")
     if linear:
         draft.put("adapter.target_modules", "all-linear")
         draft.carried_as("lora_target_linear", linear, "adapter.target_modules: all-linear")

@@ -11,8 +11,7 @@ DEFAULTS = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_a
 """What axolotl does where the file is silent."""
 
 
-NOT_BY_NAME = ("remove_unused_columns", "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "hub_model_id",
-               "hub_strategy", "torch_compile")  # fmt: skip
+NOT_BY_NAME = ("remove_unused_columns", "deepspeed", "fsdp", "fsdp_config", "resume_from_checkpoint", "torch_compile")
 """Fields that transformers has under the same name, and a recipe not."""
 TRL_ORPO = "axolotl hands ORPO to TRL"
 
@@ -107,7 +106,7 @@ def report_to(draft: Draft) -> None:
     for name, use, project in (("wandb", "use_wandb", "wandb_project"), ("mlflow", "use_mlflow", "mlflow_experiment_name"),
                                ("tensorboard", "use_tensorboard", ""), ("comet_ml", "use_comet", "comet_project_name"),
                                ("trackio", "use_trackio", "trackio_project_name")):  # fmt: skip
-        wanted = draft.take(use)
+        wanted = draft.flag(use)
         if wanted is not None:
             draft.carried_as(use, wanted, "training.report_to")
         if wanted or wanted is None and draft.source.get(project):

@@ -74,7 +74,7 @@ def convert(file: Path, name: str) -> tuple[Recipe, Draft, str]:
     """
     content = read(file)
     whose, fill = trainer_of(content, file)
-    draft = Draft(content, file.resolve().parent)
+    draft = Draft(content, file.resolve().parent, file=str(file))
     draft.put("name", name)
     draft.put("description", f"Converted from {whose}'s {file.name}.")
     fill(draft)

@@ -10,10 +10,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from orpo_lite.recipe.checks import check_training_field, shown, training_fields, unfit
+from orpo_lite.errors import RequestError
+from orpo_lite.recipe.checks import HUB_WORD, check_training_field, shown, training_fields, unfit
 
 PRIVATE = re.compile(r"(^|_)(token|api_key|secret|password)$")
 NOTHING = object()
+SPELT = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
 
 class Note(NamedTuple):
@@ -40,10 +42,12 @@ class Draft:
     """Without an equal."""
     unset: list[str] = field(default_factory=list)
     """Fields without a value, which change nothing."""
+    file: str = "the file"
+    """Its name, for what is refused of it."""
 
     def __post_init__(self) -> None:
         self.unset = [name for name, value in self.source.items() if value is None]
-        self.source = {name: value for name, value in self.source.items() if value is not None}
+        self.source = {name: spelt(name, value) for name, value in self.source.items() if value is not None}
         self.given = dict(self.source)
 
     def put(self, place: str, value: Any) -> None:
@@ -57,6 +61,17 @@ class Draft:
     def take(self, name: str, default: Any = None) -> Any:
         """A field's value, off the source; the caller accounts for it."""
         return self.source.pop(name, default)
+
+    def flag(self, name: str) -> bool | None:
+        """As `take`, of a field that is true or false.
+
+        Raises:
+            RequestError: it is neither.
+        """
+        value = self.take(name)
+        if value is not None and value not in (True, False):  # 1 and 0 are, too
+            raise RequestError(f"{self.file}: {name}: found {shown(value)}, expected true or false")
+        return value
 
     def carry(self, name: str, place: str, default: Any = NOTHING, change: Callable[[Any], Any] | None = None) -> None:
         """A field that has an equal; its default where it is not there but the recipe's own would differ."""
@@ -84,6 +99,8 @@ class Draft:
     def training(self, defaults: dict[str, Any]) -> None:
         """Fields that transformers has by the same name; `defaults` are the other trainer's where ours differ."""
         fields = training_fields()
+        for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
+            self.leave(name, HUB_WORD)
         for name in [name for name in self.source if name in fields]:
             try:
                 clean = check_training_field(name, self.source[name])
@@ -114,6 +131,12 @@ class Draft:
         return str(beside) if beside.exists() else path
 
 
+def spelt(name: str, value: Any) -> Any:
+    """A truth value that is written as text, `"false"`, as what it says; "no" is a strategy, too."""
+    plain = isinstance(value, str) and not name.endswith("_strategy")
+    return SPELT.get(value.strip().lower(), value) if plain else value
+
+
 def visible(name: str, value: Any) -> Any:
     """A value that may be shown: no token, and no more than a line."""
     if isinstance(value, str) and (PRIVATE.search(name) or unfit(value)):
@@ -139,6 +162,5 @@ def template_name(name: str) -> str | None:
     return known.get(plain(name))
 
 
-HUB_WORD = "publish with `python -m orpo_lite.push RUN --repo USER/NAME`"
 PACKING = "the packed and shared layouts (orpo.layout: auto) leave no padding without it"
 """Words about fields that both have."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_lite.compat.draft import HUB_WORD, PACKING, Draft, number, template_name
+from orpo_lite.compat.draft import PACKING, Draft, number, template_name
 from orpo_lite.compat.llamafactory_data import convert_data, listed
 
 DEFAULTS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
@@ -27,8 +27,6 @@ LEFT = {
     "low_cpu_mem_usage": "weights are read one by one",
     "cache_dir": "set the environment variable HF_HOME",
     "hf_hub_token": "log in with `hf auth login`",
-    "hub_model_id": HUB_WORD,
-    "push_to_hub": HUB_WORD,
     "enable_liger_kernel": "the head is computed in chunks already",
     "use_unsloth": "the head is computed in chunks already, and each prompt once for both answers",
     "use_unsloth_gc": "set memory.offload_activations: true",
@@ -120,7 +118,7 @@ def convert_weights(draft: Draft) -> None:
         draft.differ("flash_attn", wanted, "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that is installed")  # fmt: skip
     elif wanted is not None:
         draft.carried_as("flash_attn", wanted, "model.attention")
-    off = draft.take("disable_gradient_checkpointing", False)
+    off = draft.flag("disable_gradient_checkpointing")
     draft.put("memory.checkpointing", "none" if off else "all")
     if off:
         draft.carried_as("disable_gradient_checkpointing", off, "memory.checkpointing")
@@ -149,7 +147,7 @@ def convert_adapter(draft: Draft) -> None:
         draft.put("adapter.modules_to_save", more)
     for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"):
         draft.carry(name, f"adapter.{name}")
-    if draft.take("pissa_init"):
+    if draft.flag("pissa_init"):
         steps = draft.take("pissa_iter", 16)
         draft.put("adapter.init_lora_weights", f"pissa_niter_{steps}" if (number(steps) or 0) > 0 else "pissa")
         draft.carried_as("pissa_init", True, "adapter.init_lora_weights")
@@ -192,7 +190,7 @@ def convert_training(draft: Draft) -> None:
     for name in [name for name in draft.source if name in LEFT]:
         draft.leave(name, LEFT[name])
     if (many := draft.source.get("disable_shuffling")) is not None:
-        draft.take("disable_shuffling")
+        draft.flag("disable_shuffling")
         draft.carried_as("disable_shuffling", many, "training.train_sampling_strategy")
         draft.put("training.train_sampling_strategy", "sequential" if many else "random")
     draft.training(DEFAULTS)

@@ -83,12 +83,38 @@ def training_fields() -> dict[str, Any]:
     return {key: hint for key, hint in theirs.items() if not key.startswith("_")} | OURS
 
 
+@functools.cache
+def choices_of(key: str) -> tuple[str, ...]:
+    """The texts that a training field takes, where transformers' help lists them or its code compares with them."""
+    from transformers import TrainingArguments
+
+    if key == "include_num_input_tokens_seen":
+        return "all", "non_padding", "no"
+    field = TrainingArguments.__dataclass_fields__.get(key)
+    return tuple(field.metadata.get("choices") or ()) if field else ()
+
+
 OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None,
                         "on_nonfinite": typing.Literal["stop", "skip"]}  # fmt: skip
 """Fields of a recipe's training section that transformers does not have; ORPOConfig documents them."""
 
 
-UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers"}
+HUB_WORD = (
+    "publish with `python -m orpo_lite.push RUN --repo USER/NAME`, which lists the files first, sends no checkpoint, and makes a "
+    "private repository unless told otherwise"
+)
+ELSEWHERE = {
+    "hub_token": "a token in a recipe would be written to the run folder: leave it out, and log in with `hf auth login` or set HF_TOKEN",
+    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
+                    f"a run sends nothing to the hub: leave it out, and {HUB_WORD}"),
+    "resume_from_checkpoint": "leave it out: the same command goes on from the newest good checkpoint by itself, and --resume asks for it",
+    "label_smoothing_factor": "without effect, as ORPO's loss has no label smoothing: leave it out",
+}  # fmt: skip
+"""Fields that do something else than a run does, or nothing: why not, and what to do."""
+
+
+UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers",
+            "neftune_noise_alpha"}  # fmt: skip
 
 SEEDS = {"seed", "data_seed"}
 
@@ -96,16 +122,14 @@ BETAS = {"adam_beta1", "adam_beta2"}
 
 POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
             "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
-            "early_stopping_patience"}  # fmt: skip
+            "early_stopping_patience", "eval_accumulation_steps", "save_total_limit"}  # fmt: skip
 
 
 def check_training_field(key: str, value: Any) -> Any:
     """The value in its field's type, or ValueError in words: 5e-6, which YAML reads as text, becomes a number."""
-    if key == "hub_token" and value is not None:
-        raise ValueError(
-            "training.hub_token: a token in a recipe would be written to the run folder: leave it out, and log in with "
-            "`hf auth login` or set HF_TOKEN"
-        )
+    if key in ELSEWHERE and value:
+        found = "" if key == "hub_token" else f"found {shown(value)}, "
+        raise ValueError(f"training.{key}: {found}{ELSEWHERE[key]}")
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
@@ -115,7 +139,7 @@ def check_training_field(key: str, value: Any) -> Any:
         for option in typing.get_args(fields[key])
         if isinstance(option, type) and issubclass(option, Enum)
         for choice in option
-    ]
+    ] or list(choices_of(key))
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
         raise ValueError(
@@ -125,6 +149,10 @@ def check_training_field(key: str, value: Any) -> Any:
         clean = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
     except ValidationError as error:
         raise ValueError(f"training.{key}: found {shown(value)}, expected: {wanted(error.errors()[0])}") from None
+    if key == "optim_args" and clean and not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in clean.split(",")):
+        raise ValueError(
+            f"training.optim_args: found {shown(value)}, expected name=value, several with commas between them"
+        )
     if isinstance(clean, float) and not math.isfinite(clean):
         raise ValueError(f"training.{key}: found {shown(value)}, expected a finite number")
     if isinstance(clean, int | float):
@@ -133,6 +161,7 @@ def check_training_field(key: str, value: Any) -> Any:
             "0 or more": key in UNSIGNED and clean < 0,
             "a number from 0 to below 1": key in BETAS and not 0 <= clean < 1,
             "a number from 0 to 4294967295": key in SEEDS and not 0 <= clean < 2**32,
+            "a number above 0, or -1 to train num_train_epochs": key == "max_steps" and clean < 1 and clean != -1,
         }
         for expected, broken in limits.items():
             if broken:

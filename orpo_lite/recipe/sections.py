@@ -40,7 +40,7 @@ class ModelSection(Section):
     """Run Python code that the model's repository ships."""
     chat_template: str | None = None
     """Template for a model without one: chatml, zephyr, llama-3, ..., or the path of a Jinja file."""
-    new_tokens: list[str] = []
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = []
     """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
 
 

@@ -170,6 +170,10 @@ def test_axolotls_fields(place):
         ({"trl": {"beta": 0.7}, "rl_beta": 0.5}, "orpo.beta", 0.7),
         ({"adapter": "lora", "load_in_4bit": False}, "model.quantization", "none"),
         ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "model.quantization", "int8"),
+        ({"adapter": "lora", "load_in_4bit": "false"}, "model.quantization", "none"),
+        ({"adapter": "lora", "load_in_4bit": "off", "load_in_8bit": "True"}, "model.quantization", "int8"),
+        ({"gradient_checkpointing": "false"}, "memory.checkpointing", "none"),
+        ({"evals_per_epoch": "absent", "eval_strategy": "no"}, "training.eval_strategy", "no"),
         ({"adapter": None, "load_in_4bit": False}, "adapter", None),
         ({"bnb_config_kwargs": {"bnb_4bit_quant_type": "fp4"}}, "model.quantization", "fp4"),
         ({"lora_target_linear": None, "lora_target_modules": ["q_proj"]}, "adapter.target_modules", ["q_proj"]),
@@ -286,6 +290,8 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
         (AXOLOTL | {"lora_r": "many"}, "adapter.r: found 'many'"),
         (AXOLOTL | {"learning_rate": [1]}, r"training.learning_rate: found \[1\]"),
         (AXOLOTL | {"datasets": []}, "data.train"),
+        (AXOLOTL | {"load_in_4bit": "maybe"}, "theirs.yml: load_in_4bit: found 'maybe', expected true or false"),
+        (FACTORY | {"pissa_init": "perhaps"}, "theirs.yml: pissa_init: found 'perhaps', expected true or false"),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
 )
@@ -306,6 +312,14 @@ def test_a_value_of_the_wrong_kind_is_never_a_traceback(odd, place):
                 convert(written(place, content, **{name: odd}), "mine")
             except RequestError as error:
                 assert "theirs.yml" in str(error) or "dataset_info" in str(error)
+
+
+def test_what_would_publish_is_not_carried_over(place):
+    asked = {"push_to_hub": True, "hub_model_id": "me/x", "hub_strategy": "all_checkpoints", "hub_private_repo": False}
+    for content in (AXOLOTL, FACTORY):
+        recipe, draft, _ = convert(written(place, content, **asked), "mine")
+        assert not any("hub" in name for name in recipe.training)
+        assert {note.field: "orpo_lite.push RUN --repo USER/NAME" in note.why for note in draft.left if note.field in asked} == dict.fromkeys(asked, True)  # fmt: skip
 
 
 def test_text_of_a_file_cannot_get_into_the_recipe(place):
