@@ -16,6 +16,7 @@ from orpo_lite.card import write_card
 from orpo_lite.cli import console
 from orpo_lite.data import Pairs
 from orpo_lite.engines import sharded
+from orpo_lite.errors import RequestError
 from orpo_lite.evaluate import evaluate, judge
 from orpo_lite.generate import answer
 from orpo_lite.likely import score_answers
@@ -38,6 +39,17 @@ class HeldOut:
     """Greedy answers: prompt, answer, tokens, and its mean log-prob and log-odds under the model that gave it."""
     pairs: dict[str, list[float]] = field(default_factory=dict)
     """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
+
+
+def try_rule(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> None:
+    """Raise RequestError for an expression of the rule that never comes to an end, on the data's own answers."""
+    rule, samples = recipe.evaluation.rule, []
+    if rule is None or pairs.eval is None:
+        return
+    for row in pairs.eval.select(range(min(recipe.evaluation.samples, len(pairs.eval)))):
+        for side in ("chosen", "rejected"):
+            samples.append({"answer": tokenizer.decode(row[f"{side}_ids"][row.get(f"{side}_start", 0) :])})  # type: ignore[call-overload]  # a dict
+    judge(samples, rule)
 
 
 def held_out(
@@ -86,6 +98,9 @@ def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pai
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
     before = held_out(recipe, trainer, pairs, tokenizer)
+    judge(
+        before.samples, recipe.evaluation.rule
+    )  # a rule that never comes to an end is refused before training is paid for
     if trainer.is_world_process_zero():
         known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
         with contextlib.suppress(OSError):  # it can be made again
@@ -94,14 +109,19 @@ def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pai
 
 
 def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
-    """The part of run.json on held-out pairs."""
+    """The part of run.json on held-out pairs; a rule that never comes to an end on the answers is said, and left out."""
     both = {"before": before, "after": after}
+    rule: dict[str, Any] = dict.fromkeys(both)
+    try:
+        rule = {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()}
+    except RequestError as error:
+        console.print(f"{error}. The shares of either style are left out", markup=False)
     return {
         "eval": {when: one.metrics for when, one in both.items()},
         "samples": {
             when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
         },
-        "rule": {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()},
+        "rule": rule,
     }
 
 

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import get_scheduler
+from transformers.training_args import ParallelMode
 
 from orpo_lite.cli import console
 from orpo_lite.config import ORPOConfig
 from orpo_lite.errors import RequestError
+from orpo_lite.metrics import COLUMNS, pair_metrics
 from orpo_lite.model import BaseFacts
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.checks import shown
+from orpo_lite.recipe.checks import nearest, shown
 
 SPOKEN = {"saving steps": "save_steps", "evaluation steps": "eval_steps", "Save strategy": "save_strategy",
           "Evaluation strategy": "eval_strategy"}  # fmt: skip
@@ -79,7 +83,24 @@ def arguments(
         "disable_dropout": recipe.orpo.disable_dropout,
         "loraplus_lr_ratio": recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
     }
-    return checked_config(training, ours)
+    args = checked_config(training, ours)
+    check_best(args.metric_for_best_model)
+    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
+        raise RequestError(
+            f"training.fsdp: found {shown(training.get('fsdp'))}, but this is one process, and FSDP spreads a model over several: "
+            "start with `accelerate launch` or torchrun, or leave it out"
+        )
+    return args
+
+
+def check_best(name: str | None) -> None:
+    """Raise RequestError for a metric that no evaluation has: transformers looks for it after the first one only."""
+    measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), 1.0)) - {"aux_loss"}  # which only some models have
+    if name is not None and name.removeprefix("eval_") not in measured:
+        raise RequestError(
+            f"training.metric_for_best_model: found {shown(name)}{nearest(name.removeprefix('eval_'), measured)}, expected one of "
+            f"{', '.join(sorted(measured))}, with or without eval_ before it"
+        )
 
 
 def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig:
@@ -107,17 +128,36 @@ def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig
     return args
 
 
+@contextlib.contextmanager
+def field_named(training: dict[str, Any]) -> Iterator[None]:
+    """What a trainer refuses, by the fields of the recipe that its message names; any other error as it is."""
+    try:
+        yield
+    except RequestError:
+        raise
+    except (ValueError, TypeError, ImportError) as error:
+        if named := spoken_of(str(error), training):
+            raise refusal(error, training, named) from error
+        raise
+
+
 def refusal(error: Exception, training: dict[str, Any], named: list[str]) -> RequestError:
     found = ", ".join(f"training.{name} (found {shown(training[name])})" for name in named) or "training"
-    return RequestError(f"{found}: transformers refuses it: {' '.join(str(error).split())}; mend it or leave it out")
+    return RequestError(f"{found}: refused: {' '.join(str(error).split())}; mend it or leave it out")
 
 
 def to_blame(message: str, training: dict[str, Any], ours: dict[str, Any]) -> list[str]:
     """The fields given that a message names; where it names none, those without which there would be no error."""
+    return spoken_of(message, training) or [
+        name for name in training if not fails({k: v for k, v in training.items() if k != name} | ours)
+    ]
+
+
+def spoken_of(message: str, training: dict[str, Any]) -> list[str]:
+    """The fields given that a message names."""
     for words, name in SPOKEN.items():
         message = message.replace(words, f"{words} {name}")
-    named = [name for name in training if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]
-    return named or [name for name in training if not fails({k: v for k, v in training.items() if k != name} | ours)]
+    return [name for name in training if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]
 
 
 def fails(fields: dict[str, Any]) -> bool:

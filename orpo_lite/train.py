@@ -42,9 +42,9 @@ from orpo_lite.model.offload import check_count, checkpointing_layers
 from orpo_lite.outofmemory import OutOfMemory, named
 from orpo_lite.progress import Bar, MetricsFile
 from orpo_lite.recipe import Recipe
-from orpo_lite.results import before_training, finish, held_out, record_of
+from orpo_lite.results import before_training, finish, held_out, record_of, try_rule
 from orpo_lite.runfolder import Resume, RunFolder
-from orpo_lite.settings import DEFAULTS, STREAMED, arguments, checkpointed
+from orpo_lite.settings import DEFAULTS, STREAMED, arguments, checkpointed, field_named
 from orpo_lite.signals import Stopped
 from orpo_lite.trackers import SameRun, check_trackers, log_table, sample_rows
 from orpo_lite.trackers import end as end_trackers
@@ -98,6 +98,7 @@ def run(
     tokenizer = load_tokenizer(recipe.model)
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
+    try_rule(recipe, pairs, tokenizer)
     recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
@@ -108,13 +109,14 @@ def run(
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         args = arguments(recipe, scratch, facts, has_eval=pairs.eval is not None, checkpointing=checkpointing)
+        with field_named(recipe.training):
+            trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         processes = args.world_size
         folder = None if dry_run else on_first_process(lambda: RunFolder.create(recipe, resume, processes))
         if folder is not None:
             stack.callback(folder.unlock)
             disk = disk_of(folder.path)
             args.output_dir = str(folder.checkpoints)
-        trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # in a notebook another than in a terminal
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())

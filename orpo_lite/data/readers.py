@@ -68,7 +68,7 @@ def open_source(
 
     Args:
         source: as in the recipe.
-        split: split of a hub data set or folder, where the source names none.
+        split: data.split, of a hub data set or folder, where the source names none.
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
         field: where the path was given, for the error.
@@ -80,14 +80,17 @@ def open_source(
     columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
     path = os.path.expanduser(resolve_path(source.path))
     # unlike Path's, these are false for what can be no path
+    where, asked = ("split", source.split) if source.split else ("data.split", split)
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        if asked != "train" and not os.path.isfile(os.path.join(path, "dataset_dict.json")):
+            raise RequestError(no_splits(source, where, asked, "one table"))
         files, rows = [path], load_saved(path, source.split or split)
         content, count, batches = rows._fingerprint, len(rows), lambda wanted: dataset_batches(rows, columns, wanted)
     elif files := local_files(path, source.split or split):
-        if source.split and not os.path.isdir(path):
-            raise RequestError(
-                f"{source.path}: split is {source.split!r}, but a local file has no splits; leave it out"
-            )
+        folder = os.path.isdir(path)
+        if asked != "train" and not (folder and any(splits_named(Path(path), files).values())):
+            what = "a folder in which no file's name tells its split" if folder else "a local file"
+            raise RequestError(no_splits(source, where, asked, what))
         content, count = ("", None) if streaming else hash_files(files)
         batches = lambda wanted: itertools.chain.from_iterable(read_file(file, wanted) for file in files)  # noqa: E731 (a closure over files)
     elif is_local(source.path):
@@ -141,12 +144,25 @@ def local_files(path: str, split: str) -> list[str]:
     return found
 
 
+def no_splits(source: DataSource, where: str, asked: str, what: str) -> str:
+    """Why a split cannot be taken of a source, of which all rows would be read."""
+    hub = (
+        "" if where == "split" else " (a source of the hub beside it can have its own: {path: owner/name, split: ...})"
+    )
+    return f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out{hub}, and set data.max_rows for the first rows only"  # fmt: skip
+
+
+def splits_named(folder: Path, files: list[str]) -> dict[str, str | None]:
+    """The split that each file's name tells, or None."""
+    return {file: next((SPLITS[word] for word in re.split(r"[^a-z]+", str(Path(file).relative_to(folder)).lower())
+                        if word in SPLITS), None) for file in files}  # fmt: skip
+
+
 def of_split(folder: Path, files: list[str], split: str) -> list[str]:
     """A folder's files of one split by their names (train, test, ...); all of them where no name tells a split."""
     if not files:
         raise RequestError(f"{folder}: holds no data files; expected {formats_in_words()}")
-    named = {file: next((SPLITS[word] for word in re.split(r"[^a-z]+", str(Path(file).relative_to(folder)).lower())
-                         if word in SPLITS), None) for file in files}  # fmt: skip
+    named = splits_named(folder, files)
     if not any(named.values()):
         return files
     found = [file for file in files if named[file] == SPLITS.get(split, split)]

@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.cli import console
+from orpo_lite.errors import RequestError
 from orpo_lite.evaluate.buckets import breakdown
+from orpo_lite.patterns import Endless, found_in
 from orpo_lite.recipe import RuleSection
+from orpo_lite.recipe.checks import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -64,13 +67,21 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[s
 
 
 def judge(samples: list[dict[str, str]], rule: RuleSection | None) -> dict[str, float] | None:
-    """Share of answers in the chosen and in the rejected style, by the recipe's rule."""
+    """Share of answers in the chosen and in the rejected style, by the recipe's rule.
+
+    Raises:
+        RequestError: one of its expressions does not come to an end.
+    """
     if rule is None or not samples:
         return None
-    return {
-        style: sum(bool(re.search(pattern, s["answer"], re.IGNORECASE)) for s in samples) / len(samples)
-        for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected))
-    }
+    shares = {}
+    for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected)):
+        try:
+            hits = found_in(pattern, [sample["answer"] for sample in samples], re.IGNORECASE)
+        except Endless as error:
+            raise RequestError(f"evaluation.rule.{style}: found {shown(pattern)}, which {error}") from None
+        shares[style] = sum(hits) / len(samples)
+    return shares
 
 
 @contextlib.contextmanager

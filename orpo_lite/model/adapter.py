@@ -24,7 +24,17 @@ from orpo_lite.model.base import grow_embeddings, grow_vocabulary
 from orpo_lite.model.files import check_adapter
 from orpo_lite.model.hub import adapter_folder, called, readable
 from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
-from orpo_lite.model.targets import adapted, all_linear, check_named, check_patterns, excluded, is_named, token_rows
+from orpo_lite.model.targets import (
+    adapted,
+    all_linear,
+    check_ends,
+    check_named,
+    check_parameters,
+    check_patterns,
+    excluded,
+    is_named,
+    token_rows,
+)
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.source import resolve_path
 
@@ -101,6 +111,7 @@ def new_adapter(
         targets = all_linear(model, avoid)
     check_named(model, "target_modules", targets)
     check_named(model, "modules_to_save", adapter.modules_to_save)
+    check_parameters(model, adapter.target_parameters)
     config = LoraConfig(
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         r=adapter.r,
@@ -140,12 +151,15 @@ def new_adapter(
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftModel:
-    """get_peft_model, with what PEFT refuses as a RequestError."""
+    """get_peft_model, with what PEFT refuses as a RequestError; of expressions that never come to an end too."""
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
+            check_ends(model, config)
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
+        except RequestError:
+            raise
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise RequestError(f"adapter: {' '.join(str(error).split())}") from error
 

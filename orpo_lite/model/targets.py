@@ -14,8 +14,9 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lite.errors import RequestError
 from orpo_lite.model.layers import base_name, routers
 from orpo_lite.model.tokenizer import new_tokens
+from orpo_lite.patterns import Endless, found_in
 from orpo_lite.recipe import AdapterSection
-from orpo_lite.recipe.checks import nearest
+from orpo_lite.recipe.checks import nearest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -90,6 +91,35 @@ def check_named(model: PreTrainedModel, field: str, names: str | list[str] | Non
             f"adapter.{field}: {base_name(model) or type(model).__name__} has no module called "
             f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
         )
+
+
+def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
+    """Every listed parameter must exist, by PEFT's own rule: it warns of those that do not, and goes on."""
+    # fused experts held in 4 bits are parametrised
+    known = [name.replace(".parametrizations.", ".").removesuffix(".original") for name, _ in model.named_parameters()]
+    unknown = [name for name in names or () if not any(k == name or k.endswith(f".{name}") for k in known)]
+    if unknown:
+        last = sorted({".".join(k.split(".")[-2:]) for k in known})
+        raise RequestError(
+            f"adapter.target_parameters: {base_name(model) or type(model).__name__} has no parameter called "
+            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
+        )
+
+
+def check_ends(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise RequestError for an expression that does not come to an end on the names of this model's modules."""
+    given = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    patterns = [(field, it, rf"^(?:{it})$") for field, it in given.items() if isinstance(it, str)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns += [(field, it, rf"^(.*\.)?({it})$") for it in getattr(config, field)]
+    names = [name for name, _ in model.named_modules()]
+    for field, it, pattern in patterns:
+        if not re.search(r"[*+?{]", it):  # the names that most of them are; EVA writes hundreds
+            continue
+        try:
+            found_in(pattern, names)
+        except Endless as error:
+            raise RequestError(f"adapter.{field}: found {shown(it)}, which {error}") from None
 
 
 def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:

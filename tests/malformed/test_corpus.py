@@ -12,7 +12,7 @@ from typing import Any
 import datasets
 import pytest
 
-from orpo_lite import cli
+from orpo_lite import cli, patterns
 from orpo_lite.data.readers import open_source
 from orpo_lite.recipe import DataSource, Recipe
 from tests import commands
@@ -34,6 +34,7 @@ def refused(
     """refused(case) -> what the command says on stderr, having left its folder as it was."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(patterns, "SECONDS", 0.5)
 
     def run(case: Case) -> str:
         name, *words = case.make(tmp_path)
