@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.compat.draft import Draft, number
+from orpo_lite.compat.draft import Draft, number, spelt
 from orpo_lite.errors import RequestError
 
 
@@ -96,7 +96,7 @@ def source_of(draft: Draft, name: str, folder: Path, info: dict[str, Any]) -> li
             draft.carried_as(f"{where}.{theirs}", value, ours)
     formatting = about.pop("formatting", "alpaca")
     columns = about.pop("columns", None)
-    if not about.pop("ranking", False):
+    if not spelt("ranking", about.pop("ranking", False)):
         draft.differ(f"{where}.ranking", False, "not marked as preference data: its rows must have chosen and rejected")
     names = columns_of(draft, where, formatting, columns if isinstance(columns, dict) else {})
     if names:

@@ -85,11 +85,15 @@ def training_fields() -> dict[str, Any]:
 
 @functools.cache
 def choices_of(key: str) -> tuple[str, ...]:
-    """The texts that a training field takes, where transformers' help lists them or its code compares with them."""
+    """The texts that a training field takes, where transformers' help lists them and all work here, or we do."""
     from transformers import TrainingArguments
 
-    if key == "include_num_input_tokens_seen":
-        return "all", "non_padding", "no"
+    own = {
+        "include_num_input_tokens_seen": ("all", "non_padding", "no"),
+        "train_sampling_strategy": ("random", "sequential"),
+    }
+    if key in own:
+        return own[key]
     field = TrainingArguments.__dataclass_fields__.get(key)
     return tuple(field.metadata.get("choices") or ()) if field else ()
 
@@ -133,6 +137,11 @@ def check_training_field(key: str, value: Any) -> Any:
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
+    if key == "train_sampling_strategy" and value in ("group_by_length", "batch_rebalance"):
+        raise ValueError(
+            f"training.{key}: found {shown(value)}, expected random or sequential; set orpo.tokens_per_batch instead, which puts "
+            "pairs of like length together inside each optimizer step and deals them evenly"
+        )
     # their types are `Enum | str`: without this, a misspelt choice would pass here and fail once the model is loaded
     choices = [
         choice.value

@@ -68,6 +68,8 @@ CASES = [
     field("steps-negative", "training: {max_steps: -5}", "training.max_steps", "found -5", "above 0, or -1"),
     field("sampling-of-no-kind", "training: {train_sampling_strategy: foo}", "training.train_sampling_strategy",
           "found 'foo'", "one of random, sequential"),
+    field("sampling-of-another-kind", "training: {train_sampling_strategy: batch_rebalance}",
+          "training.train_sampling_strategy", "found 'batch_rebalance'", "set orpo.tokens_per_batch instead"),
     field("tokens-seen-of-no-kind", "training: {include_num_input_tokens_seen: foo}",
           "training.include_num_input_tokens_seen", "found 'foo'", "one of all, non_padding"),
     field("optimizer-arguments", "training: {optim_args: garbage}", "training.optim_args", "found 'garbage'", "name=value"),
