@@ -177,7 +177,7 @@ class RunFolder:
             raise RequestError(
                 f"{self.path}: no run.json, so this run did not finish; train it with --resume first"
             ) from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise RequestError(
                 f"{self.path / 'run.json'} is broken JSON ({error}): copy the run again, or train it again"
             ) from None
@@ -186,7 +186,7 @@ class RunFolder:
         """before.json, or None where there is none that can be read: it can be made again."""
         try:
             return json.loads(self.before.read_text("utf-8"))
-        except (OSError, ValueError):
+        except (OSError, ValueError, RecursionError):
             return None
 
     def write(self, facts: dict[str, Any]) -> None:

@@ -14,7 +14,8 @@ from orpo_lite.cli import console
 from orpo_lite.errors import RequestError
 from orpo_lite.report.charts import as_data
 from orpo_lite.report.document import document
-from orpo_lite.report.runs import Told, read_run
+from orpo_lite.report.runs import Told, known, read_run
+from orpo_lite.report.shapes import FACTS, LINE
 from orpo_lite.report.words import verdict
 from orpo_lite.runfolder import RunFolder
 from orpo_lite.writing import write_whole
@@ -38,7 +39,10 @@ def page(facts: dict[str, Any], metrics: list[dict[str, Any]]) -> str:
 
     Everything that comes from data or models is escaped.
     """
-    return run_page(Told(facts, metrics))
+    notes: list[str] = []
+    told = Told(known(facts, FACTS, "run.json", notes), [known(line, LINE, "metrics.jsonl", notes) for line in metrics])
+    told.notes = notes
+    return run_page(told)
 
 
 def run_page(run: Told) -> str:

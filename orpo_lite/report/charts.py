@@ -9,6 +9,8 @@ from typing import Any, Literal
 import numpy as np
 
 Point = tuple[float, float]
+TINY = 1e-100
+"""What is nearer to 0 is drawn as 0: its steps and widths would be too small for a float."""
 
 
 @dataclass
@@ -58,8 +60,8 @@ class Chart:
         if self.across:
             ys.append(self.across[0])
         low, high = min(xs), max(xs)
-        if low == high:
-            low, high = low - 0.5, high + 0.5
+        if level(low, high):
+            low, high = low - max(0.5, abs(low) * 1e-3), high + max(0.5, abs(low) * 1e-3)
         elif not self.stairs:  # room for half a mark
             low, high = low - (high - low) * 0.015, high + (high - low) * 0.015
         return low, high, *spread(min(ys), max(ys), self.limits)
@@ -71,8 +73,15 @@ def spread(low: float, high: float, limits: tuple[float | None, float | None]) -
         (low if limits[0] is None else min(low, limits[0])),
         (high if limits[1] is None else max(high, limits[1])),
     )
-    air = (high - low) * 0.06 or abs(high) * 0.1 or 1.0
+    air = abs(high) * 0.1 if abs(high) > TINY else 1.0
+    if not level(low, high):
+        air = (high - low) * 0.06
     return (low - air if limits[0] is None else low), (high + air if limits[1] is None else high)
+
+
+def level(low: float, high: float) -> bool:
+    """Whether two values are too near to each other for an axis from one to the other."""
+    return high - low <= 1e-9 * max(abs(low), abs(high)) + TINY
 
 
 def ticks(low: float, high: float, most: int = 5) -> list[float]:
@@ -112,8 +121,9 @@ def histogram(values: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     finite = {name: [v for v in some if math.isfinite(v)] for name, some in values.items()}
     everything = [v for some in finite.values() for v in some]
     low, high = min(everything), max(everything)
-    if low == high:
-        low, high = low - (abs(low) or 1) / 2, high + (abs(high) or 1) / 2
+    if level(low, high):
+        half = (abs(low) if abs(low) > TINY else 1) / 2
+        low, high = low - half, high + half
     raw = (high - low) / bins
     power = 10.0 ** math.floor(math.log10(raw))
     width = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * (1 - 1e-9))

@@ -22,7 +22,7 @@ def lines(run: Told) -> list[tuple[str, str]]:
             (f"python -m orpo_lite.train --recipe {place}{resume}", why),
             (f"python -m orpo_lite.report {place}", "this page again, as far as the run has come by then"),
         ]
-    whole = bool(run.recipe) and not run.recipe.get("adapter")
+    whole = run.recipe.get("adapter", "not known") is None
     found = []
     if not whole:
         found += [(f"python -m orpo_lite.evaluate {place}", "base against adapter, on these or other pairs (--data)")]
@@ -60,7 +60,7 @@ def encoder_decoder(folder: Path) -> bool:
         try:
             if json.loads((folder / name).read_text("utf-8")).get(key) == said:
                 return True
-        except (OSError, ValueError, AttributeError):
+        except (OSError, ValueError, AttributeError, RecursionError):
             continue
     return False
 

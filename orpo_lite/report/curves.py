@@ -3,63 +3,19 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from typing import Any
 
 from orpo_lite.evaluate import wilson_interval
 from orpo_lite.report.charts import Chart, Line, Point, histogram, running_mean, thinned
-from orpo_lite.report.runs import Told, number
+from orpo_lite.report.panels import BLUE, GREEN, ORANGE, PANELS, PURPLE, RED, Metric, Panel
+from orpo_lite.report.runs import Told
+from orpo_lite.report.shapes import number
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
-NUMBERS = (int, float)
 BUDGET, MOST, LEAST = 12_000, 1000, 100
 """Points of all lines on a page, and of one line at most and at least."""
-BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
-"""Places in the page's palette."""
-
-
-@dataclass(frozen=True)
-class Metric:
-    key: str
-    label: str
-    colour: int = BLUE
-    scale: Callable[[Told], float] = lambda run: 1.0
-    dashed: bool = False
-
-
-@dataclass(frozen=True)
-class Panel:
-    key: str
-    title: str
-    hint: str
-    metrics: tuple[Metric, ...]
-    form: Any = "g"
-    unit: str = ""
-    limits: tuple[float | None, float | None] = (None, None)
-
-
-PANELS = (
-    Panel("loss", "Loss", "ORPO loss = NLL + odds term. Both parts should fall; the odds term alone falling is a model that "
-          "learns to reject without learning to answer.",
-          (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL a token", ORANGE, dashed=True),
-           Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
-    Panel("rewards", "Rewards", "beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen not far with it.",
-          (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
-    Panel("margin", "Reward margin", "Chosen minus rejected: above 0 and growing where preferences are learned.",
-          (Metric("rewards/margins", "margin"),)),
-    Panel("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one; bars are 95% intervals of the "
-          "held-out pairs.", (Metric("rewards/accuracies", "accuracy"),), "%", limits=(-0.03, 1.03)),
-    Panel("log-odds", "Log-odds ratio", "Log of the odds of chosen over those of rejected, which the odds term pushes up.",
-          (Metric("log_odds_chosen", "log-odds ratio"),)),
-    Panel("learning-rate", "Learning rate", "", (Metric("learning_rate", "learning rate"),), limits=(0.0, None)),
-    Panel("gradient-norm", "Gradient norm", "Before clipping. Spikes that do not come down again are a sign of too high a "
-          "learning rate.", (Metric("grad_norm", "gradient norm"),), limits=(0.0, None)),
-    Panel("tokens", "Tokens a second", "Tokens that the model computed, without evaluation.",
-          (Metric("tokens_per_second", "tokens a second"),), limits=(0.0, None)),
-    Panel("memory", "Peak memory", "Highest so far.", (Metric("peak_memory_gb", "peak memory"),), unit="GB", limits=(0.0, None)),
-)  # fmt: skip
 
 
 def curves(runs: Sequence[tuple[str, Told]]) -> tuple[list[Chart], list[str]]:
@@ -136,7 +92,8 @@ def add(chart: Chart, run: Told, metric: Metric, name: str, place: int, most: in
         pairs = (run.evaluation("after") or run.evaluation("before")).get("pairs")
         if metric.key == "rewards/accuracies" and number(pairs) and pairs:
             line.band = [
-                wilson_interval(y * pairs, pairs) if math.isfinite(y) else (math.nan, math.nan) for _, y in line.points
+                wilson_interval(min(1.0, max(0.0, y)) * pairs, pairs) if math.isfinite(y) else (math.nan, math.nan)
+                for _, y in line.points
             ]
         chart.lines.append(line)
     return max(len(trained), len(held))
@@ -144,9 +101,7 @@ def add(chart: Chart, run: Told, metric: Metric, name: str, place: int, most: in
 
 def values(metrics: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[Point]:
     """(step, value) of one metric; values that are not finite stay, as gaps."""
-    return [
-        (float(line["step"]), line[key] * scale) for line in metrics if key in line and isinstance(line[key], NUMBERS)
-    ]
+    return [(float(line["step"]), float(line[key]) * scale) for line in metrics if line.get(key) is not None]
 
 
 # ---- distributions -------------------------------------------------------------------------------------------------
@@ -154,11 +109,9 @@ def values(metrics: list[dict[str, Any]], key: str, scale: float = 1.0) -> list[
 
 def margins(run: Told, when: str, scale: float | None = None) -> list[float]:
     """Reward margin of every held-out pair, by beta or another scale; empty where the run did not keep them."""
-    kept = run.pairs.get(when)
-    if not isinstance(kept, dict):
-        return []
-    chosen, rejected = kept.get("logps/chosen"), kept.get("logps/rejected")
-    if not isinstance(chosen, list) or not isinstance(rejected, list) or len(chosen) != len(rejected):
+    kept = run.pairs.get(when) or {}
+    chosen, rejected = kept.get("logps/chosen") or [], kept.get("logps/rejected") or []
+    if len(chosen) != len(rejected):
         return []
     scale = run.beta if scale is None else scale
     return [scale * (a - b) if number(a) and number(b) else math.nan for a, b in zip(chosen, rejected, strict=True)]
@@ -201,10 +154,10 @@ def length_chart(kept: dict[str, Any], key: str, title: str) -> Chart | None:
     """Tokens of prompts, chosen and rejected answers, from the counts in run.json."""
     chart = Chart(key, title, [], x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
     for place, name in enumerate(("prompt", "chosen", "rejected")):
-        one = kept.get(name)
-        if not isinstance(one, dict) or not number(one.get("width")) or not one.get("counts"):
+        one = kept.get(name) or {}
+        if not number(one.get("width")) or not one.get("counts") or None in one["counts"]:
             continue
-        counts = [float(count) for count in one["counts"] if number(count)]
+        counts = [float(count) for count in one["counts"]]
         points = [(i * float(one["width"]), count) for i, count in enumerate([*counts, 0.0])]
         look = "dashed" if name == "rejected" else "solid"
         chart.lines.append(Line(f"{name} (median {one.get('median'):g}, longest {one.get('max'):,})" if

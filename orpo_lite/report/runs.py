@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -11,6 +9,21 @@ from typing import Any, Literal
 from orpo_lite import safe_yaml
 from orpo_lite.errors import RequestError
 from orpo_lite.lock import taken
+from orpo_lite.report.shapes import (
+    EVALUATION,
+    FACTS,
+    HELD_OUT,
+    LINE,
+    RECIPE,
+    SAMPLE,
+    STEP,
+    Shape,
+    checked,
+    notes,
+    number,
+    parsed,
+    shown,
+)
 from orpo_lite.runfolder import RunFolder
 
 State = Literal["finished", "under way", "stopped"]
@@ -18,7 +31,7 @@ State = Literal["finished", "under way", "stopped"]
 
 @dataclass
 class Told:
-    """One run as its report takes it: every part but `facts` may be missing."""
+    """One run as its report takes it, every part `checked`: any of its fields may be missing or None."""
 
     facts: dict[str, Any]
     """run.json; of an unfinished run what else is known, by the same names."""
@@ -41,71 +54,58 @@ class Told:
     @property
     def beta(self) -> float:
         """Weight of the odds-ratio term."""
-        orpo = self.recipe.get("orpo")
-        found = (orpo if isinstance(orpo, dict) else {}).get("beta", self.pairs.get("beta", 0.1))
-        return float(found) if number(found) else 0.1
+        said = (self.recipe.get("orpo") or {}).get("beta"), self.pairs.get("beta")
+        return next((float(beta) for beta in said if number(beta)), 0.1)
 
     def evaluation(self, when: str) -> dict[str, Any]:
         """Metrics on the held-out pairs, "before" or "after"; empty where there are none."""
-        found = (self.facts.get("eval") or {}).get(when)
-        return found if isinstance(found, dict) else {}
+        return (self.facts.get("eval") or {}).get(when) or {}
 
     def samples(self, when: str) -> list[dict[str, Any]]:
-        found = (self.facts.get("samples") or {}).get(when)
-        return [one for one in found if isinstance(one, dict)] if isinstance(found, list) else []
-
-
-def number(value: Any) -> bool:
-    """Whether it is a number that can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+        return (self.facts.get("samples") or {}).get(when) or []
 
 
 def read_run(place: str | Path | RunFolder) -> Told:
     """All that a run folder holds for its report.
 
     Raises:
-        RequestError: no run folder, broken JSON, or a run of which nothing is known yet.
+        RequestError: no run folder, a run.json that is no JSON object, or a run of which nothing is known yet.
     """
     folder = place if isinstance(place, RunFolder) else RunFolder.open(place)
     told = Told({}, path=folder.path)
     try:
         # as it is: fields need no check here, which would load transformers, and may be another version's
         recipe = safe_yaml.read(folder.path / "recipe.yaml")
-        told.recipe = recipe if isinstance(recipe, dict) else {}
+        told.recipe = known(recipe, RECIPE, "recipe.yaml", told.notes)
+        if told.recipe and told.recipe.get("adapter") is None and recipe.get("adapter") is not None:
+            del told.recipe["adapter"]  # not known, while None is full fine-tuning
     except safe_yaml.YamlError as error:
         told.notes.append(f"recipe.yaml cannot be read: {error}")
     told.metrics = read_metrics(folder, told.notes)
     if (folder.path / "run.json").is_file():
-        told.facts = folder.read()
-        if not isinstance(told.facts, dict):
+        facts = folder.read()
+        if not isinstance(facts, dict):
             raise RequestError(
-                f"{folder.path / 'run.json'}: found {type(told.facts).__name__}, expected an object: copy the run again, or "
-                "train it again"
+                f"{folder.path / 'run.json'}: found {shown(facts)}, expected an object: copy the run again, or train it again"
             )
-        for key in (
-            "eval",
-            "samples",
-            "data",
-            "rule",
-            "base_model",
-            "parameters",
-            "layout",
-            "versions",
-            "out_of_memory",
-        ):
-            if not isinstance(told.facts.get(key, {}), dict | None):
-                told.notes.append(
-                    f"run.json: {key} is {type(told.facts.pop(key)).__name__}, not an object, and left out"
-                )
+        told.facts = known(facts, FACTS, "run.json", told.notes)
     else:
         unfinished(folder, told)
     told.pairs = read_pairs(folder, told.notes)
     return told
 
 
+def known(found: Any, shape: Shape, file: str, to: list[str]) -> dict[str, Any]:
+    """What of a file's value can be used; the rest is named."""
+    said: list[str] = []
+    kept = checked(found, shape, "", said)
+    to += notes(file, said)
+    return kept or {}
+
+
 def unfinished(folder: RunFolder, told: Told) -> None:
-    kept = folder.read_before()
-    kept = kept if isinstance(kept, dict) else {}
+    before = {"eval": EVALUATION, "samples": [SAMPLE]}
+    kept = known(folder.read_before(), before, "before.json", told.notes)
     if not told.metrics and not kept:
         raise RequestError(
             f"{folder.path}: found neither run.json nor a line in metrics.jsonl, so there is nothing to report yet: wait for "
@@ -115,7 +115,7 @@ def unfinished(folder: RunFolder, told: Told) -> None:
     names = [path.name for path in folder.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     told.checkpoint = max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
     told.facts = {
-        "name": told.recipe.get("name", folder.path.name),
+        "name": told.recipe.get("name"),
         "steps": max((line["step"] for line in told.metrics), default=0),
         "base_model": {key: (told.recipe.get("model") or {}).get(key) for key in ("name_or_path", "quantization")},
         "eval": {"before": kept.get("eval"), "after": None},
@@ -123,34 +123,39 @@ def unfinished(folder: RunFolder, told: Told) -> None:
     }
 
 
-def read_metrics(folder: RunFolder, notes: list[str]) -> list[dict[str, Any]]:
+def read_metrics(folder: RunFolder, to: list[str]) -> list[dict[str, Any]]:
     """Lines with a step, in the order of steps; half a line of a run that was killed is left out and said."""
     if not folder.metrics.is_file():
-        notes.append("metrics.jsonl is missing, so there are no curves")
+        to.append("metrics.jsonl is missing, so there are no curves")
         return []
-    lines, broken = [], 0
+    lines, broken, said = [], [], []
     with folder.metrics.open(encoding="utf-8", errors="replace") as file:
-        for text in file:
+        for place, text in enumerate(file, 1):
+            if not text.strip():
+                continue
             try:
-                line = json.loads(text)
-            except ValueError:
-                line = None
-            if isinstance(line, dict) and number(line.get("step")):
-                lines.append(line)
+                line = parsed(text)
+            except ValueError as error:
+                broken.append(f"line {place}: {error}")
+                continue
+            if not isinstance(line, dict):
+                broken.append(f"line {place}: found {shown(line)}, expected an object")
+            elif not STEP.holds(line.get("step")):
+                broken.append(f"line {place}: step: found {shown(line.get('step'))}, expected {STEP}")
             else:
-                broken += bool(text.strip())
+                lines.append(checked(line, LINE, f"line {place}: ", said))
     if broken:
-        notes.append(f"{broken:,} lines of metrics.jsonl cannot be read and are left out")
+        to.append(f"{len(broken):,} lines of metrics.jsonl cannot be read and are left out; the first is {broken[0]}")
+    to += notes("metrics.jsonl", said)
     return sorted(lines, key=lambda line: line["step"])
 
 
-def read_pairs(folder: RunFolder, notes: list[str]) -> dict[str, Any]:
-    path = folder.path / "held_out.json"
+def read_pairs(folder: RunFolder, to: list[str]) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text("utf-8"))
+        found = parsed((folder.path / "held_out.json").read_text("utf-8"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError) as error:
-        notes.append(f"held_out.json cannot be read: {error}")
+        to.append(f"held_out.json cannot be read: {error}")
         return {}
-    return found if isinstance(found, dict) else {}
+    return known(found, HELD_OUT, "held_out.json", to)

@@ -10,7 +10,8 @@ from orpo_lite.report import commands
 from orpo_lite.report.charts import Chart
 from orpo_lite.report.curves import curves, length_chart, margin_chart, margins, moved
 from orpo_lite.report.drawing import figure
-from orpo_lite.report.runs import Told, number
+from orpo_lite.report.runs import Told
+from orpo_lite.report.shapes import number
 from orpo_lite.report.words import facts_table, gigabytes, seconds, sentence, table, value
 
 SAMPLES, OPEN, LONGEST = 24, 4, 4000
@@ -68,13 +69,17 @@ def summary(run: Told) -> list[tuple[str, str]]:
 
 
 def adapter(run: Told) -> str:
-    if not run.recipe:
+    if "adapter" not in run.recipe:
         return ""
-    found = run.recipe.get("adapter")
-    if not found:
+    found = run.recipe["adapter"]
+    if found is None:
         return "none: full fine-tuning"
     kind = "DoRA" if found.get("use_dora") else "rsLoRA" if found.get("use_rslora") else "LoRA"
-    return f"{kind} r={found.get('r')}, alpha={found.get('alpha'):g}" if number(found.get("alpha")) else kind
+    return (
+        f"{kind} r={found['r']}, alpha={found['alpha']:g}"
+        if number(found.get("r")) and number(found.get("alpha"))
+        else kind
+    )
 
 
 def batches(facts: dict[str, Any]) -> str:
@@ -96,7 +101,9 @@ def results(run: Told) -> tuple[str, list[Chart]]:
     body = table(("", "before", "after"), rows)
     lead = f"On {pairs:,} pairs that were not trained on; 95% intervals in brackets." if number(pairs) else ""
     if chart is None:
-        body += "<p class=note>How the margins are spread over the pairs was not recorded: the run has no held_out.json.</p>"
+        body += (
+            "<p class=note>How the margins are spread over the pairs was not recorded: no held_out.json has them.</p>"
+        )
         return part("Held-out pairs", body, lead), []
     chart.hint = f"Left of 0 the rejected answer is the likelier one. {moved(run)}"
     return part("Held-out pairs", f"<div class=charts><div>{body}</div>{figure(chart)}</div>", lead), [chart]
@@ -115,9 +122,9 @@ def training(run: Told) -> tuple[str, list[Chart]]:
 def ills(facts: dict[str, Any]) -> str:
     """What looked ill on the way."""
     said = [
-        f"step {one.get('step')}: {one.get('kind')}. {one.get('message', one.get('text', ''))}"
+        f"step {'?' if one.get('step') is None else one['step']}: {one.get('kind') or 'warning'}. "
+        f"{one.get('message') or one.get('text') or ''}"
         for one in facts.get("warnings") or []
-        if isinstance(one, dict)
     ]
     if facts.get("skipped_steps"):
         said.append(f"{len(facts['skipped_steps'])} steps were not finite and were left out")
@@ -146,9 +153,9 @@ def answer_part(sides: list[tuple[str, list[dict[str, Any]]]]) -> str:
     count = min(len(some) for _, some in sides)
     blocks = []
     for i in range(min(count, SAMPLES)):
-        prompt = sides[0][1][i].get("prompt", "")
+        prompt = sides[0][1][i].get("prompt") or ""
         cells = "".join(
-            f"<div><h3>{escape(name)}</h3><pre dir=auto>{cut(some[i].get('answer', ''))}</pre>{likely(some[i])}</div>"
+            f"<div><h3>{escape(name)}</h3><pre dir=auto>{cut(some[i].get('answer') or '')}</pre>{likely(some[i])}</div>"
             for name, some in sides
         )
         blocks.append(
@@ -168,12 +175,16 @@ def likely(sample: dict[str, Any]) -> str:
     """How likely the answer is, where the run recorded it."""
     said = []
     if number(sample.get("logp")):
-        said.append(f"mean log-prob {sample['logp']:.3f}, log-odds {sample.get('log_odds', float('nan')):.2f}")
+        said.append(f"mean log-prob {sample['logp']:.3f}" + odds(sample.get("log_odds"), "log-odds "))
     if number(sample.get("logp_trained")):
-        said.append(f"trained: {sample['logp_trained']:.3f}, {sample.get('log_odds_trained', float('nan')):.2f}")
+        said.append(f"trained: {sample['logp_trained']:.3f}" + odds(sample.get("log_odds_trained")))
     if number(sample.get("tokens")):
         said.append(f"{sample['tokens']} tokens")
     return f"<p>{escape(' · '.join(said))}</p>" if said else ""
+
+
+def odds(found: Any, name: str = "") -> str:
+    return "" if found is None else f", {name}{found:.2f}"
 
 
 def cut(text: Any) -> str:
@@ -207,16 +218,16 @@ def data(run: Told) -> tuple[str, list[Chart]]:
             for why, n in dropped.items()
         ]
         body += "<h3 style='margin-top:1.25rem'>Left out, by reason</h3>" + table(("reason", "rows", ""), cells)
-    elif drops:
+    elif drops.get("dropped") == {}:
         body += "<p class=note>No row was left out.</p>"
     cuts = [f"{side} cut in {n:,} pairs" for side, n in (drops.get("truncated") or {}).items() if number(n) and n]
-    remarks = [*cuts, *map(str, drops.get("notes") or [])]
+    remarks = [*cuts, *(drops.get("notes") or [])]
     body += "<ul>" + "".join(f"<li>{escape(one)}</li>" for one in remarks) + "</ul>" if remarks else ""
     sources = [
-        (f"<bdi>{escape(str(one.get('path', name)))}</bdi>", escape(str(one.get("section", ""))), escape(str(one.get("shape") or "")),
+        (f"<bdi>{escape(one.get('path') or name)}</bdi>", escape(one.get("section") or ""), escape(one.get("shape") or ""),
          *(f"{one[key]:,}" if number(one.get(key)) else "" for key in ("rows", "kept")))
         for name, one in (found.get("sources") or {}).items()
-        if isinstance(one, dict)
+        if one
     ]  # fmt: skip
     if sources:
         body += "<h3 style='margin-top:1.25rem'>Sources</h3>" + table(
@@ -224,11 +235,7 @@ def data(run: Told) -> tuple[str, list[Chart]]:
         )
     kept = found.get("lengths") or {}
     titles = {"train": "Lengths of the training pairs", "eval": "Lengths of the held-out pairs"}
-    charts = [
-        length_chart(kept[key], f"lengths-{key}", title)
-        for key, title in titles.items()
-        if isinstance(kept.get(key), dict)
-    ]
+    charts = [length_chart(kept[key], f"lengths-{key}", title) for key, title in titles.items() if kept.get(key)]
     drawn = [chart for chart in charts if chart is not None]
     body += f"<div class=charts style='margin-top:1.25rem'>{''.join(map(figure, drawn))}</div>" if drawn else ""
     return part("Data", body), drawn
@@ -236,9 +243,11 @@ def data(run: Told) -> tuple[str, list[Chart]]:
 
 def memory(run: Told) -> str:
     """The plan that training began with, and what it then took."""
-    plan = run.facts.get("plan")
-    if not isinstance(plan, dict) or "phases" not in plan:
+    plan = run.facts.get("plan") or {}
+    if not plan.get("phases"):
         return ""
+    if not drawable(plan):
+        return part("Memory: the plan", "<p class=note>run.json holds a part of the plan only, so it is not drawn.</p>")
     from orpo_lite.planning.drawing import html
     from orpo_lite.planning.picture import picture
 
@@ -252,6 +261,18 @@ def memory(run: Told) -> str:
     )
 
 
+def drawable(plan: dict[str, Any]) -> bool:
+    """Whether all is there that its picture shows."""
+    phases, measured = plan["phases"].values(), plan.get("measured") or {"allocated_bytes": 0}
+    parts = [*phases, plan.get("assumed")]
+    return (
+        all(plan.get(key) is not None for key in ("recipe", "model", "peak_bytes", "needed_bytes"))
+        and plan.get("fullest_phase") in plan["phases"]
+        and all(part is not None and None not in part.values() for part in parts)
+        and None not in (measured.get("allocated_bytes"), measured.get("reserved_bytes", 0))
+    )
+
+
 def details(run: Told) -> str:
     """Everything else that run.json has of the run."""
     from orpo_lite.measure import held_by
@@ -261,14 +282,15 @@ def details(run: Told) -> str:
     rows = [
         ("base model", base.get("name_or_path")),
         ("revision", base.get("commit") or base.get("revision")),
-        *(("", one.removeprefix("base: ")) for one in base.get("facts") or [] if isinstance(one, str)),
-        ("trainable parameters", f"{parameters['trainable']:,} of {parameters['total']:,}" if parameters else None),
-        ("layout", ": ".join(str(one) for one in (facts.get("layout") or {}).values())),
+        *(("", one.removeprefix("base: ")) for one in base.get("facts") or []),
+        ("trainable parameters", f"{parameters['trainable']:,} of {parameters['total']:,}"
+         if number(parameters.get("trainable")) and number(parameters.get("total")) else None),
+        ("layout", ": ".join(filter(None, (facts.get("layout") or {}).values()))),
         ("steps", facts.get("steps")),
         ("pairs a step", facts.get("effective_batch")),
         ("seed", facts.get("seed")),
         ("adapter kept", facts.get("adapter")),
-        ("training time", f"{seconds(facts.get('train_seconds'))}, {facts.get('pairs_per_second', 0):.1f} pairs a second"
+        ("training time", f"{seconds(facts.get('train_seconds'))}, {facts['pairs_per_second']:.1f} pairs a second"
          if number(facts.get("train_seconds")) and number(facts.get("pairs_per_second")) else None),
         ("peak memory", f"{gigabytes(facts['peak_memory_bytes'])} {held_by(facts)}"
          if number(facts.get("peak_memory_bytes")) and facts.get("device") else None),

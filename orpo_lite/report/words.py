@@ -8,33 +8,46 @@ from html import escape
 from typing import Any
 
 from orpo_lite.report.charts import plain
-from orpo_lite.report.runs import Told, number
+from orpo_lite.report.runs import Told
+from orpo_lite.report.shapes import number
 
 
 def verdict(facts: dict[str, Any]) -> str:
     """The result in a sentence: did the held-out accuracy move by more than chance?"""
-    before, after = facts["eval"]["before"], facts["eval"]["after"]
-    if not before or not after:
-        return f"Trained for {facts['steps']} steps; no pairs were held out, so whether it helped is not known."
-    old, new = before["rewards/accuracies"], after["rewards/accuracies"]
-    if not (math.isfinite(old) and math.isfinite(new)):
-        return f"Held-out reward accuracy on {after['pairs']} pairs is not a number: something went wrong in this run."
-    (_, old_high), (new_low, _) = before["rewards/accuracies_interval"], after["rewards/accuracies_interval"]
+    both = facts.get("eval")
+    before, after = ((both or {}).get(when) or {} for when in ("before", "after"))
+    old, new = before.get("rewards/accuracies"), after.get("rewards/accuracies")
+    if old is None or new is None:
+        none = both and not before and not after
+        why = "no pairs were held out" if none else "held-out reward accuracy before or after was not recorded"
+        steps = f"{facts['steps']:.0f}" if number(facts.get("steps")) else "?"
+        return f"Trained for {steps} steps; {why}, so whether it helped is not known."
+    pairs = f"{after['pairs']:.0f} pairs" if number(after.get("pairs")) else "pairs that were not counted"
+    if not (number(old) and number(new)):
+        return f"Held-out reward accuracy on {pairs} is not a number: something went wrong in this run."
+    old_range, new_range = interval(before), interval(after)
     how = (
-        "clearly more than chance would give"
-        if new_low > old_high
+        "it did not improve"
+        if new < old
+        else "whether that is chance is not known"
+        if old_range is None or new_range is None
+        else "clearly more than chance would give"
+        if new_range[0] > old_range[1]
         else "within what chance could give"
-        if new >= old
-        else "it did not improve"
     )
-    return f"Held-out reward accuracy went from {old:.1%} to {new:.1%} on {after['pairs']} pairs: {how}."
+    return f"Held-out reward accuracy went from {old:.1%} to {new:.1%} on {pairs}: {how}."
+
+
+def interval(result: dict[str, Any], key: str = "rewards/accuracies") -> tuple[float, float] | None:
+    """Where an accuracy lies, lowest and highest; None where that is not known."""
+    found = result.get(f"{key}_interval") or ()
+    return (found[0], found[1]) if len(found) == 2 and all(map(number, found)) else None
 
 
 def sentence(run: Told) -> str:
     """`verdict`, or of an unfinished run where it stands."""
     if run.state == "finished":
-        return verdict({"steps": run.facts.get("steps", "?")} | run.facts | {
-            "eval": {"before": run.evaluation("before"), "after": run.evaluation("after")}})  # fmt: skip
+        return verdict(run.facts)
     now = "This run is under way" if run.state == "under way" else "This run was stopped before its end"
     held = [line for line in run.metrics if number(line.get("eval_rewards/accuracies")) and line["step"]]
     step = f"{run.facts['steps']:g}" if number(run.facts.get("steps")) else "?"
@@ -54,9 +67,8 @@ def value(result: dict[str, Any], key: str) -> str:
     if not key.startswith("rewards/accuracies"):
         return escape(f"{found:.4f}" if math.isfinite(found) else plain(found))
     text = f"{found:.1%}" if math.isfinite(found) else plain(found)
-    interval = result.get(f"{key}_interval")
-    if isinstance(interval, list | tuple) and len(interval) == 2 and all(map(number, interval)):
-        text += f" <span class=dim>({interval[0]:.1%} to {interval[1]:.1%})</span>"
+    if (found := interval(result, key)) is not None:
+        text += f" <span class=dim>({found[0]:.1%} to {found[1]:.1%})</span>"
     return text
 
 

@@ -123,7 +123,8 @@ def test_strange_types_are_said_or_left_out(written, tmp_path):
     shown = told(
         written(tmp_path / "run", odd, held={"before": [1], "after": {"logps/chosen": ["x"], "logps/rejected": [1]}})
     )
-    assert "run.json: data is int, not an object" in shown.text
+    assert "run.json: data: found 3, expected an object; left out" in shown.text
+    assert 'held_out.json: after.logps/chosen[0]: found "x", expected a number' in shown.text
     for broken, why in (("[1]", "expected an object"), ('{"a": ', "broken JSON")):
         (tmp_path / "run" / "run.json").write_text(broken)
         with pytest.raises(RequestError, match=why):

@@ -1,0 +1,186 @@
+"""A page is made of damaged files and of other trainers', and says what of them it leaves out."""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from orpo_lite.errors import RequestError
+from orpo_lite.report import as_json, compare_page, encoded, page, run_page
+from orpo_lite.report.runs import read_run
+from tests.report.conftest import NAN, evaluation, facts, log_lines, pairs
+from tests.report.test_content import Page
+
+RUN: dict[str, Any] = json.loads(Path(__file__).with_name("short_run.json").read_text("utf-8"))
+"""A real run.json, of four steps on the CPU, its lists cut short; with what none there had: a plan and remarks."""
+RUN["plan"] = {
+    "recipe": "mine", "model": "org/base", "peak_bytes": 9e9, "needed_bytes": 10e9, "fullest_phase": "forward",
+    "phases": {"forward": {"base weights": 8e9, "total": 8e9}}, "assumed": {"CUDA context": 1e9},
+    "measured": {"allocated_bytes": 8e9, "reserved_bytes": 9e9}, "error": 0.125,
+}  # fmt: skip
+RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "skipped_steps": [3], "overflow_steps": 2,
+        "out_of_memory": {"training": [{"pairs": 4}], "evaluation": []}}  # fmt: skip
+RUN["data"]["drops"] |= {"dropped": {"empty prompt": 3}, "notes": ["a note"]}
+LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies": 0.6}]
+SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
+            "Memory: ": "plan", "part-how-to-go-on": ""}  # fmt: skip
+"""Of the page, and the field of run.json without which each of them is not there."""
+UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|licence|hub_id|dtype)"
+                    r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
+"""Fields that no page shows."""
+
+
+def places(value: Any, place: tuple = ()) -> Iterator[tuple]:
+    if place:
+        yield place
+    inner = value.items() if isinstance(value, dict) else enumerate(value[:2]) if isinstance(value, list) else ()
+    for key, one in inner:
+        yield from places(one, (*place, key))
+
+
+def damaged(value: Any, place: tuple, new: Any) -> Any:
+    """A copy with another value there; `...` takes it out."""
+    found = copy.deepcopy(value)
+    inside = found
+    for key in place[:-1]:
+        inside = inside[key]
+    if new is ...:
+        del inside[place[-1]]
+    else:
+        inside[place[-1]] = new
+    return found
+
+
+def drawn(folder: Path) -> tuple[str, dict[str, Any]]:
+    """The page of a run folder, and what --json prints of it."""
+    run = read_run(folder)
+    said = json.dumps(as_json([run]), allow_nan=False)
+    return encoded(run_page(run)).decode("utf-8"), json.loads(said)["runs"][0]
+
+
+WRONG = [..., None, "x", {"a": None}, NAN, -(10**400)]
+
+
+@pytest.mark.parametrize("new", WRONG, ids=["removed", "null", "text", "object", "nan", "huge"])
+def test_every_single_damage_to_run_json(new, written, tmp_path):
+    folder = written(tmp_path / "run", RUN, LINES, held={"beta": 0.1} | {w: {k: v[:3] for k, v in pairs()[w].items()} for w in ("before", "after")})  # fmt: skip
+    whole, said = drawn(folder)
+    assert not said["notes"] and all(name in whole for name in SECTIONS)
+    count = 0
+    for place in places(RUN):
+        (folder / "run.json").write_text(json.dumps(damaged(RUN, place, new)), "utf-8")
+        shown, said = drawn(folder)
+        count += 1
+        gone = {top for name, top in SECTIONS.items() if name not in shown}
+        assert gone <= {place[0]} and shown.endswith("</html>"), place
+        assert "None" not in re.sub("<style.*?</style>|<script.*?</script>", "", shown), place
+        name = ".".join(map(str, place))
+        if (
+            new in ({"a": None}, -(10**400))
+            and not UNREAD.match(name)
+            and not (isinstance(new, dict) and isinstance(at(place), dict))
+        ):
+            dotted = re.sub(r"\.(\d+)(?=\.|$)", r"[\1]", name)
+            assert f"run.json: {dotted}: found {'an object' if isinstance(new, dict) else 'a number of'}" in shown, (
+                place
+            )
+            assert any(note.startswith(f"run.json: {dotted}: ") for note in said["notes"])
+    assert count > 150
+
+
+def at(place: tuple) -> Any:
+    found: Any = RUN
+    for key in place:
+        found = found[key]
+    return found
+
+
+def test_every_single_damage_to_the_other_files(written, tmp_path):
+    held = {"beta": 0.1} | {w: {k: v[:3] for k, v in pairs()[w].items()} for w in ("before", "after")}
+    folder = written(tmp_path / "run", RUN, LINES, held)
+    recipe = yaml.safe_load((folder / "recipe.yaml").read_text("utf-8"))
+    before = {"eval": evaluation(0.5, 0.0), "samples": [{"prompt": "Why?", "answer": "So.", "logp": -1.0}]}
+    files = {"held_out.json": (held, json.dumps), "recipe.yaml": (recipe, yaml.safe_dump), "before.json": (before, json.dumps),
+             "metrics.jsonl": (LINES[0] | LINES[-1], json.dumps)}  # fmt: skip
+    for name, (content, as_text) in files.items():
+        if name == "before.json":
+            (folder / "run.json").unlink()
+        (folder / name).write_text(as_text(content), "utf-8")
+        kept = (folder / name).read_text("utf-8")
+        for place in places(content):
+            for new in [*WRONG[:-2], [None], 10**300]:
+                (folder / name).write_text(as_text(damaged(content, place, new)), "utf-8")
+                shown, _ = drawn(folder)
+                assert "part-how-to-go-on" in shown and shown.endswith("</html>"), (name, place, new)
+        (folder / name).write_text(kept, "utf-8")
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("[" * 100_000, "1 lines of metrics.jsonl cannot be read and are left out; the first is line 31: nested too deep"),
+        ('{"step": 5, "loss": 1%s}' % ("0" * 400),
+         "metrics.jsonl: line 31: loss: found a number of more than 120 digits, expected a number from -1e+40 to 1e+40; left out"),
+        ('{"step": 4, "eval_rewards/accuracies": 73.2}',
+         "metrics.jsonl: line 31: eval_rewards/accuracies: found 73.2, expected a number from 0 to 1; left out"),
+        ('{"step": 1e300, "loss": 1}', "the first is line 31: step: found 1e+300, expected a number from 0 to 1e+15"),
+        ('{"epoch": 1, "loss": 2}', "the first is line 31: step: found nothing, expected a number from 0 to 1e+15"),
+        ("[1]", "the first is line 31: found a list, expected an object"),
+        ('{"step": 5, "loss": "1.2"}', 'metrics.jsonl: line 31: loss: found "1.2", expected a number'),
+        ('{"step": 5, "loss": 5e-324, "grad_norm": 1e-320, "nll_loss": 1e40}', "ORPO run"),
+    ],
+    ids=["deep", "huge", "percent", "step", "no step", "list", "text", "tiny"],
+)  # fmt: skip
+def test_a_line_of_metrics(line, said, written, tmp_path):
+    folder = written(tmp_path / "run", lines=log_lines(30))
+    with (folder / "metrics.jsonl").open("a", encoding="utf-8") as file:
+        file.write(line + "\n")
+    shown = Page(drawn(folder)[0])
+    assert said in shown.text and not shown.inside
+    loss = shown.charts["loss"]["lines"][0]
+    assert len(loss["y"]) == (31 if line.endswith("1e40}") else 30)  # all other lines are drawn
+
+
+def test_what_is_unknown_is_not_said_to_be_none(written, tmp_path):
+    """A run whose adapter, results or drops cannot be read did not train without them."""
+    folder = written(tmp_path / "run", damaged(RUN, ("eval", "after"), "x"), LINES)
+    assert "reward accuracy before or after was not recorded" in drawn(folder)[0]
+    written(folder, damaged(RUN, ("data", "drops", "dropped"), "x"), LINES)
+    assert "No row was left out" not in drawn(folder)[0]
+    recipe = (folder / "recipe.yaml").read_text("utf-8")
+    (folder / "recipe.yaml").write_text(recipe.replace("{r: 16, alpha: 32.0}", "yes please"), "utf-8")
+    shown, said = drawn(folder)
+    assert "full fine-tuning" not in shown and "orpo_lite.merge" in shown
+    assert 'recipe.yaml: adapter: found "yes please", expected an object; left out' in said["notes"]
+    (folder / "recipe.yaml").write_text(recipe + "made: 2026-01-01\nmany: 0x" + "f" * 9000, "utf-8")
+    other = read_run(folder)
+    assert len(other.notes) == 5 and "recipe.yaml: many: found a number of more than 120 digits" in str(other.notes)
+    assert compare_page([other, read_run(folder)]).endswith("</html>")
+
+
+def test_files_that_are_no_json(written, tmp_path):
+    folder = written(tmp_path / "run", RUN, LINES)
+    for content in ("[" * 100_000, "\0\0", '{"before": ', "\ud800"):
+        (folder / "held_out.json").write_bytes(content.encode("utf-8", "surrogatepass"))
+        assert "held_out.json cannot be read: " in drawn(folder)[0]
+    (folder / "held_out.json").write_text("[1]")
+    assert "held_out.json: found a list, expected an object; left out" in drawn(folder)[0]
+    (folder / "run.json").write_text("[" * 100_000)
+    with pytest.raises(RequestError, match=r"run\.json is broken JSON .*copy the run again"):
+        drawn(folder)
+
+
+def test_many_findings_are_counted(written, tmp_path):
+    run = facts(warnings=[7] * 100)
+    assert [note.partition(":")[0] for note in read_run(written(tmp_path / "run", run)).notes] == ["run.json"] * 8 + [
+        "run.json is not as orpo-lite writes it, 92 more fields among them"
+    ]
+    assert "run.json: warnings[0]: found 7, expected an object; left out" in page(run, [{"step": 1, "loss": math.inf}])
