@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 from orpo_lite.report.panels import PANELS
 
@@ -39,7 +39,7 @@ class Number:
         return f"a {'whole ' if self.whole else ''}number from {self.low:g} to {self.high:g}"
 
 
-Shape = type[str] | Number | dict[Any, "Shape"] | list["Shape"] | None
+Shape: TypeAlias = type[str] | Number | dict[Any, "Shape"] | list["Shape"] | None
 """A dict names its fields, `...` those that it does not name; a list holds the shape of its items; None is anything."""
 
 NUMBER, COUNT, AMOUNT, SHARE = Number(), Number(0, whole=True), Number(0), Number(0, 1)
