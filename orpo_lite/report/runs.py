@@ -20,7 +20,6 @@ from orpo_lite.report.shapes import (
     Shape,
     checked,
     notes,
-    number,
     parsed,
     shown,
 )
@@ -55,7 +54,7 @@ class Told:
     def beta(self) -> float:
         """Weight of the odds-ratio term."""
         said = (self.recipe.get("orpo") or {}).get("beta"), self.pairs.get("beta")
-        return next((float(beta) for beta in said if number(beta)), 0.1)
+        return next((float(beta) for beta in said if isinstance(beta, int | float)), 0.1)
 
     def evaluation(self, when: str) -> dict[str, Any]:
         """Metrics on the held-out pairs, "before" or "after"; empty where there are none."""

@@ -85,7 +85,8 @@ RECIPE: Shape = {
 BOTH: Shape = {"logps/chosen": [RESULT], "logps/rejected": [RESULT]}
 HELD_OUT: Shape = {"beta": NUMBER, "before": BOTH, "after": BOTH}
 STEP = Number(0, 1e15)
-LINE: dict[Any, Shape] = {"step": STEP} | {
+STEPS: dict[Any, Shape] = {"step": STEP}
+LINE = STEPS | {
     f"{place}{metric.key}": SHARE_RESULT if panel.form == "%" else RESULT
     for panel in PANELS
     for metric in panel.metrics

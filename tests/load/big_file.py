@@ -90,13 +90,14 @@ class Memory:
         sums = dict.fromkeys(("resident", "private and shared", "proportional"), 0)
         for pid in tree(root):
             try:
-                status = dict(re.findall(r"(\w+):\s+(\d+) kB", Path(f"/proc/{pid}/status").read_text()))
-                rollup = re.search(r"^Pss:\s+(\d+)", Path(f"/proc/{pid}/smaps_rollup").read_text(), re.M)
+                found = dict(re.findall(r"(\w+):\s+(\d+) kB", Path(f"/proc/{pid}/smaps_rollup").read_text()))
             except (OSError, ProcessLookupError):
                 continue  # it has just ended
-            sums["resident"] += int(status.get("VmRSS", 0)) * 1024
-            sums["private and shared"] += (int(status.get("RssAnon", 0)) + int(status.get("RssShmem", 0))) * 1024
-            sums["proportional"] += int(rollup[1]) * 1024 if rollup else 0
+            sizes = {name: int(value) * 1024 for name, value in found.items()}
+            sums["resident"] += sizes.get("Rss", 0)
+            # by shares: what a fork has not written to is there once
+            sums["private and shared"] += sizes.get("Pss_Anon", 0) + sizes.get("Pss_Shmem", 0)
+            sums["proportional"] += sizes.get("Pss", 0)
         self.peaks = {name: max(value, self.peaks.get(name, 0)) for name, value in sums.items()}
         self.samples += 1
 
