@@ -19,7 +19,8 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_happen
     status, said = torchrun(out, "--max_restarts=1", HARM="kill:1:5", HARMED=str(tmp_path / "harmed"))
     assert status == 0, said[-4000:]
     assert (tmp_path / "harmed").exists()
-    assert "rank 0: Lost: another process of the run has ended" in said
+    # torchrun's SIGTERM may come first, while the checkpoint of step 4 is put into its place: then it ends with that
+    assert "rank 0: Lost: another process of the run has ended" in said or "SIGTERM: stopping after this step" in said
     assert "going on from checkpoint-4" in said
     one, other = load_file(whole[0] / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
