@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 
+from orpo_lite import zero_states
 from orpo_lite.engines import reshard, zero_stage
 from orpo_lite.model import autocast
 from orpo_lite.saving import SavingTrainer
@@ -76,10 +78,27 @@ class EngineTrainer(SavingTrainer):
         if zero_stage(self.accelerator) == 3:
             partition(self.model, config, self.args.device)
 
-    def _prepare_for_training(self, *args: Any, **kwargs: Any) -> Any:
+    def _prepare_for_training(self, max_steps: int, train_dataloader: Any, resume_from_checkpoint: str | None) -> Any:
         if self._evaluating is not None:
             self._evaluating.end()
             self._evaluating = None
         if self.is_deepspeed_enabled:
             self._ready_deepspeed()
-        return super()._prepare_for_training(*args, **kwargs)
+        cut = resume_from_checkpoint is not None and self._cut_for_another(resume_from_checkpoint)
+        asked = None if cut else resume_from_checkpoint
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
+        if cut:
+            zero_states.restore(self.deepspeed, Path(resume_from_checkpoint) / zero_states.WHOLE)
+            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        return prepared
+
+    def _load_best_model(self) -> None:
+        best = self.state.best_model_checkpoint
+        if best is not None and self._cut_for_another(best):
+            zero_states.restore(self.deepspeed, Path(best) / zero_states.WHOLE)
+        else:
+            super()._load_best_model()
+
+    def _cut_for_another(self, checkpoint: str) -> bool:
+        """Whether its states of DeepSpeed are those of another number of processes, so that only the whole ones help."""
+        return self.is_deepspeed_enabled and zero_states.cut_for_another(Path(checkpoint), self.args.world_size)

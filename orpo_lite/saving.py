@@ -11,9 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import PeftModel
 from transformers import EarlyStoppingCallback
 from transformers.trainer_callback import ExportableState
 
+from orpo_lite import zero_states
 from orpo_lite.checkpoints import ASIDE, MANIFEST, clean, damage, manifest, newest_good, place, prune, seal
 from orpo_lite.engines import gathered, sharded
 from orpo_lite.errors import RequestError
@@ -80,6 +82,7 @@ class SavingTrainer(WatchingTrainer):
         parts = (
             lambda: self._make(aside / final.name),
             lambda: self._write(model, trial, aside, final, running),
+            lambda: self._write_states(aside / final.name),
             lambda: self._seal(aside / final.name, final),
         )
         if wrong := next(filter(None, map(self._together, parts)), None):
@@ -128,6 +131,11 @@ class SavingTrainer(WatchingTrainer):
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
             for unread in (checkpoint / "training_args.bin", *checkpoint.glob("zero_to_*.py")):
                 unread.unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards, DeepSpeed's scripts
+
+    def _write_states(self, written: Path) -> None:
+        # of adapters, whose states are small
+        if self.is_deepspeed_enabled and isinstance(self.unwrapped(), PeftModel) and not self.args.save_only_model:
+            zero_states.write(self.deepspeed, written / zero_states.WHOLE, self.args.should_save)
 
     def _seal(self, written: Path, final: Path) -> None:
         if self.args.should_save:
@@ -252,11 +260,12 @@ class SavingTrainer(WatchingTrainer):
                 f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
                 f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
             )
-        if facts["processes"] != here["processes"] and self.is_deepspeed_enabled:
-            raise RequestError(
-                f"{found}: was written by {facts['processes']} processes of DeepSpeed, here are {here['processes']}: its optimizer "
-                "states are cut for that number; go on with as many, or with FSDP2 or DDP from the start"
-            )
+        if self.is_deepspeed_enabled:
+            zero_states.check(found, here["processes"])
+            if self.args.load_best_model_at_end:
+                best = json.loads((found / "trainer_state.json").read_text("utf-8")).get("best_global_step")
+                what = " (the best so far, which load_best_model_at_end loads in the end)"
+                zero_states.check(self.checkpoint_folder / f"checkpoint-{best}", here["processes"], what)
         if facts["processes"] != here["processes"]:
             logger.warning(
                 "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",

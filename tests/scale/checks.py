@@ -15,7 +15,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback, training_args
 
-from orpo_lite import ORPOTrainer
+from orpo_lite import ORPOTrainer, zero_states
 from orpo_lite import config as orpo_config
 from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
 from orpo_lite.engines import gathered
@@ -136,10 +136,14 @@ def as_bfloat16():
     training_args.is_torch_bf16_gpu_available = lambda: True
 
 
-def zero(stage):
-    """DeepSpeed's settings, as accelerate's file or training.deepspeed give them."""
+def zero(stage, whole=0):
+    """DeepSpeed's settings, as accelerate's file or training.deepspeed give them.
+
+    Args:
+        whole: weights of at most so many numbers stay whole on all processes as well.
+    """
     return {
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": 0},
+        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": whole},
         "train_micro_batch_size_per_gpu": "auto",
         "gradient_accumulation_steps": "auto",
         "train_batch_size": "auto",
@@ -167,9 +171,9 @@ def prepared(folder, out, base, layout, options, engine):
     options = (
         dict(use_cpu=True, max_steps=3, optim="sgd", max_grad_norm=1e9, train_sampling_strategy="random") | options
     )
-    if engine.startswith("zero") and processes > 1:
+    if engine.startswith("zero") and "WORLD_SIZE" in os.environ:
         as_deepspeed()
-        options |= {"deepspeed": zero(int(engine[4])), "use_cpu": False}
+        options |= {"deepspeed": zero(int(engine[4]), whole=10**5 * engine.endswith("whole")), "use_cpu": False}
     if options.get("bf16"):
         as_bfloat16()
     args = config(
@@ -239,10 +243,15 @@ class Died(Exception):
 
 
 class Dies(TrainerCallback):
-    """The end, right after the checkpoint of a step; and the rows of every step's pairs."""
+    """The end, right after the checkpoint of a step; the rows of every step's pairs; and what DeepSpeed goes on from."""
 
-    def __init__(self, step):
-        self.step, self.rows = step, []
+    def __init__(self, step, out):
+        self.step, self.rows, self.out, self.at_first = step, [], out, None
+
+    def on_train_begin(self, args, state, control, model=None, **kwargs):
+        if self.trainer.is_deepspeed_enabled and state.global_step:
+            zero_states.write(self.trainer.deepspeed, Path(self.out, zero_states.WHOLE), args.should_save)
+            self.at_first = gathered(model, keep=True)
 
     def on_step_begin(self, args, state, control, **kwargs):
         batches = [b for item in self.trainer._window.items for b in item.get("micro_batches", [item])]
@@ -253,11 +262,15 @@ class Dies(TrainerCallback):
             raise Died
 
 
-def stretch(folder, out, engine, dies=None, resume=None, base="float"):
-    """Six steps of AdamW with a checkpoint every second, broken off at one, or gone on with from one."""
-    options = dict(max_steps=6, optim="adamw_torch", save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=3)  # fmt: skip
+def stretch(folder, out, engine, dies=None, resume=None, base="float", **more):
+    """Six steps of AdamW with a checkpoint every second, broken off at one, or gone on with from one.
+
+    Args:
+        more: further options of ORPOConfig.
+    """
+    options = dict(max_steps=6, optim="adamw_torch", save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=3) | more  # fmt: skip
     model, args, pairs, held = prepared(folder, out, base, "shared", options, engine)
-    watch = Dies(dies)
+    watch = Dies(dies, out)
     trainer = watch.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[watch])
     with contextlib.suppress(Died):
         trainer.train(resume_from_checkpoint=resume)
@@ -269,6 +282,7 @@ def stretch(folder, out, engine, dies=None, resume=None, base="float"):
         "weights": weights,
         "logs": logs,
         "rows": watch.rows,
+        "at_first": watch.at_first,
         "loss": trainer.state.log_history[-1].get("train_loss"),
     }
 
