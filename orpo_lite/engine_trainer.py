@@ -84,12 +84,11 @@ class EngineTrainer(SavingTrainer):
             self._evaluating = None
         if self.is_deepspeed_enabled:
             self._ready_deepspeed()
-        cut = resume_from_checkpoint is not None and self._cut_for_another(resume_from_checkpoint)
-        asked = None if cut else resume_from_checkpoint
-        prepared = super()._prepare_for_training(max_steps, train_dataloader, asked)
-        if cut:
-            zero_states.restore(self.deepspeed, Path(resume_from_checkpoint) / zero_states.WHOLE)
-            self._load_optimizer_and_scheduler(resume_from_checkpoint)
+        if resume_from_checkpoint is None or not self._cut_for_another(resume_from_checkpoint):
+            return super()._prepare_for_training(max_steps, train_dataloader, resume_from_checkpoint)
+        prepared = super()._prepare_for_training(max_steps, train_dataloader, None)
+        zero_states.restore(self.deepspeed, Path(resume_from_checkpoint) / zero_states.WHOLE)
+        self._load_optimizer_and_scheduler(resume_from_checkpoint)
         return prepared
 
     def _load_best_model(self) -> None:

@@ -80,7 +80,7 @@ def write(engine: Any, file: Path, keep: bool) -> None:
     for name, parameter in engine.module.named_parameters():
         for key in ("master", *keys) if parameter.requires_grad else ():
             get = utils.safe_get_full_fp32_param if key == "master" else utils.safe_get_full_optimizer_state
-            whole = get(parameter, *([] if key == "master" else [key]))
+            whole: Any = get(parameter, *([] if key == "master" else [key]))
             if keep:
                 found[f"{name}/{key}"] = whole.to("cpu", copy=True).contiguous()
     if keep:
