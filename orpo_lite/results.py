@@ -98,9 +98,8 @@ def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pai
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
     before = held_out(recipe, trainer, pairs, tokenizer)
-    judge(
-        before.samples, recipe.evaluation.rule
-    )  # a rule that never comes to an end is refused before training is paid for
+    # a rule that never comes to an end is refused before training is paid for
+    judge(before.samples, recipe.evaluation.rule)
     if trainer.is_world_process_zero():
         known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
         with contextlib.suppress(OSError):  # it can be made again
