@@ -13,11 +13,11 @@ from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from orpo_lite import zero_states
 from orpo_lite.engines import reshard, zero_stage
 from orpo_lite.model import autocast
-from orpo_lite.saving import SavingTrainer
+from orpo_lite.resuming import ResumingTrainer
 from orpo_lite.zero import Evaluating, partition
 
 
-class EngineTrainer(SavingTrainer):
+class EngineTrainer(ResumingTrainer):
     """Evaluates before training too, whichever engine trains afterwards."""
 
     _evaluating: Evaluating | None = None

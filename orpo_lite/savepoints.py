@@ -9,13 +9,13 @@ import torch
 from transformers import TrainerCallback
 
 if TYPE_CHECKING:
-    from orpo_lite.saving import SavingTrainer
+    from orpo_lite.resuming import ResumingTrainer
 
 
 class SavePoints(TrainerCallback):
     """When to save: also by the clock, and when a signal has asked to stop; after the evaluation that is due."""
 
-    def __init__(self, trainer: SavingTrainer):
+    def __init__(self, trainer: ResumingTrainer):
         self.trainer = trainer
         self.saved_at, self.saved_step, self.deferred, self.stops = 0.0, -1, False, False
 
