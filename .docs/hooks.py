@@ -127,9 +127,9 @@ def training_fields() -> str:
     """The recipe's own training fields and defaults, then every field that transformers has."""
     from transformers import TrainingArguments
 
-    from orpo_lite.config import ORPOConfig
-    from orpo_lite.recipe.checks import OURS
-    from orpo_lite.settings import DEFAULTS
+    from orpo_lite.recipe.training_fields import OURS
+    from orpo_lite.trainer.config import ORPOConfig
+    from orpo_lite.trainer.config_from_recipe import DEFAULTS
 
     configured = {field.name: field for field in dataclasses.fields(ORPOConfig)}
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
@@ -171,7 +171,7 @@ def orpo_config() -> str:
     """ORPOConfig's own fields, beside transformers'."""
     from transformers import TrainingArguments
 
-    from orpo_lite.config import ORPOConfig
+    from orpo_lite.trainer.config import ORPOConfig
 
     theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
     hints = typing.get_type_hints(ORPOConfig)

@@ -8,10 +8,10 @@ import logging
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from orpo_lite.config import ORPOConfig
-    from orpo_lite.loss import orpo_loss
+    from orpo_lite.objective.loss import orpo_loss
     from orpo_lite.recipe import Recipe
-    from orpo_lite.trainer import ORPOTrainer
+    from orpo_lite.trainer.config import ORPOConfig
+    from orpo_lite.trainer.trainer import ORPOTrainer
 
 __version__ = "0.1.0"
 __all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
@@ -20,10 +20,10 @@ __all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 _HOMES = {
-    "ORPOConfig": "orpo_lite.config",
-    "ORPOTrainer": "orpo_lite.trainer",
+    "ORPOConfig": "orpo_lite.trainer.config",
+    "ORPOTrainer": "orpo_lite.trainer.trainer",
     "Recipe": "orpo_lite.recipe",
-    "orpo_loss": "orpo_lite.loss",
+    "orpo_loss": "orpo_lite.objective.loss",
 }
 
 

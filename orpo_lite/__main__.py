@@ -23,10 +23,12 @@ COMMANDS = {
     "merge": "merge an adapter into its base: a plain transformers model",
     "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
     "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",
-    "bench_balance": "simulate how long GPUs wait for each other, by the lengths of your pairs",
-    "bench_scaling": "time two processes against one, and against TRL",
-    "bench_merge": "time our merge against PEFT's, with the memory of both",
 }
+
+CODE = {
+    name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
+}
+"""Commands that are packages; the others are modules at the top."""
 
 
 def main() -> None:
@@ -35,13 +37,13 @@ def main() -> None:
 
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in COMMANDS:
-        from orpo_lite.cli import run_command
+        from orpo_lite.common.console import run_command
 
         sys.argv[:2] = [f"orpo-lite {name}"]
-        run_command(importlib.import_module(f"orpo_lite.{name}").command)
+        run_command(importlib.import_module(CODE.get(name) or f"orpo_lite.{name}").command)
     elif name in ("--complete", "--show-completion", "--install-completion"):
-        from orpo_lite import shells
-        from orpo_lite.errors import RequestError
+        from orpo_lite.common import shells
+        from orpo_lite.common.errors import RequestError
 
         try:
             shells.main(name, sys.argv[2:], COMMANDS)
@@ -57,7 +59,7 @@ def main() -> None:
             "\norpo-lite --install-completion [bash|zsh|fish|powershell]    completes commands, recipes and key=value words"
         )
     else:
-        from orpo_lite.recipe.checks import nearest
+        from orpo_lite.recipe.training_fields import nearest
 
         refuse(f"no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them")
 
@@ -66,7 +68,7 @@ def refuse(why: str) -> NoReturn:
     """End with status 2, in colour as the commands do."""
     from rich.markup import escape
 
-    from orpo_lite.cli import errors
+    from orpo_lite.common.console import errors
 
     errors.print(f"[bold red]error:[/] {escape(why)}", soft_wrap=True)
     sys.exit(2)

@@ -1,7 +1,7 @@
-"""`python -m orpo_lite.import FILE`; the file is named as the command is."""
+"""`python -m orpo_lite.import`; the code is in orpo_lite/recipe/importers/convert.py."""
 
-from orpo_lite.cli import run_command
-from orpo_lite.compat.convert import command
+from orpo_lite.common.console import run_command
+from orpo_lite.recipe.importers.convert import command
 
 __all__ = ["command"]
 

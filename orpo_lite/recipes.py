@@ -1,54 +1,9 @@
-"""`orpo-lite recipes`: the shipped recipes and what each needs."""
+"""`python -m orpo_lite.recipes`; the code is in orpo_lite/recipe/listing.py."""
 
-from __future__ import annotations
+from orpo_lite.common.console import run_command
+from orpo_lite.recipe.listing import command
 
-import json
-import re
-from typing import Annotated
-
-import typer
-from rich.table import Table
-from rich.text import Text
-
-from orpo_lite.cli import console, run_command
-from orpo_lite.recipe import json_schema
-from orpo_lite.recipe.sections import as_sources
-from orpo_lite.recipe.source import read_yaml, shipped_recipes
-
-
-def command(
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="print the recipes' JSON Schema, for editors")] = False,
-) -> None:
-    """List the shipped recipes and what each needs."""
-    if schema:
-        print(json_schema())
-        return
-    rows = []
-    for name, path in shipped_recipes().items():
-        content = read_yaml(path)
-        sources = [source["path"] for source in as_sources(content["data"]["train"])]
-        rows.append(
-            {"recipe": name, "base": content["model"]["name_or_path"], "data": sources, "needs": content.get("needs", ""),
-             "description": content.get("description", "")}
-        )  # fmt: skip
-    rows.sort(key=lambda row: (card_memory(row["needs"]), row["recipe"]))
-    if as_json:
-        print(json.dumps(rows, indent=1))
-        return
-    table = Table("recipe", "needs, base and data", box=None, padding=(0, 1))
-    for row in rows:
-        below = "\n".join([row["base"], *row["data"]])
-        table.add_row(row["recipe"], Text.assemble(f"{row['needs']}\n", (below, "dim")))
-    console.print(table)
-    console.print("\nnext: python -m orpo_lite.train --recipe NAME data.train=my.jsonl --dry-run", soft_wrap=True)
-
-
-def card_memory(needs: str) -> int:
-    """GB of the cards that a recipe says it needs, together."""
-    cards = re.match(r"(?:(\d+) (?:x|GPUs of) )?(\d+) GB", needs)
-    return int(cards[1] or 1) * int(cards[2]) if cards else 0
-
+__all__ = ["command"]
 
 if __name__ == "__main__":
     run_command(command)

@@ -21,7 +21,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, TrainerCallback
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.progress import MetricsFile
+from orpo_lite.trainer.callbacks import MetricsFile
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, SIZES, config, rows
 

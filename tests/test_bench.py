@@ -5,9 +5,9 @@ import json
 import pytest
 import torch
 
-from orpo_lite.bench import Contest, random_model
-from orpo_lite.meters import interleaved, ratios
 from orpo_lite.recipe import Recipe
+from orpo_lite.train.bench import Contest, random_model
+from orpo_lite.train.meters import interleaved, ratios
 from tests.commands import command
 
 
@@ -56,7 +56,7 @@ def test_head_alone_takes_a_twelfth_of_the_memory():
 
     from transformers import LlamaConfig
 
-    from orpo_lite.bench_head import race_heads
+    from tests.benchmarks.head import race_heads
 
     torch.manual_seed(0)
     head = torch.nn.Linear(64, 49152, bias=False)

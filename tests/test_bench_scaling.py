@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from orpo_lite.bench_scaling import results
+from tests.benchmarks.scaling import results
 
 
 def test_ratios_are_of_the_same_round_and_of_what_the_machine_gives():
@@ -27,7 +27,7 @@ def test_two_processes_race_one_and_trl():
     command = [
         sys.executable,
         "-m",
-        "orpo_lite.bench_scaling",
+        "tests.benchmarks.scaling",
         "--recipe",
         "quickstart",
         "--pairs",
@@ -54,8 +54,8 @@ def test_what_cannot_be_shared_is_refused():
     import typer
     from typer.testing import CliRunner
 
-    from orpo_lite.bench_scaling import command
-    from orpo_lite.errors import RequestError
+    from orpo_lite.common.errors import RequestError
+    from tests.benchmarks.scaling import command
 
     app = typer.Typer()
     app.command()(command)

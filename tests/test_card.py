@@ -20,14 +20,17 @@ from huggingface_hub import ModelCard, metadata_load
 from markdown_it import MarkdownIt
 from PIL import Image
 
-from orpo_lite.card import find_licence, hub_id, model_card, shareable, write_card
-from orpo_lite.card.curves import BLUE, GREEN, HEIGHT, ORANGE, RED, WIDTH, draw_curves
-from orpo_lite.card.markdown import fence, inline
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.markdown import fence, inline
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import PACKAGE
-from orpo_lite.runfolder import RunFolder
-from orpo_lite.train import run
+from orpo_lite.recipe.loading import PACKAGE
+from orpo_lite.report import published_recipe as shareable
+from orpo_lite.report.card_curves import BLUE, GREEN, HEIGHT, ORANGE, RED, WIDTH, draw_curves
+from orpo_lite.report.licence import find_licence
+from orpo_lite.report.model_card import model_card, write_card
+from orpo_lite.report.published_recipe import hub_id
+from orpo_lite.train.run import run
+from orpo_lite.trainer.run_folder import RunFolder
 
 SHORT = ["training.eval_steps=2", "training.logging_steps=1", "evaluation.samples=2", "evaluation.max_new_tokens=8"]
 HOSTILE = [
@@ -506,7 +509,7 @@ def test_a_picture_that_fails_does_not_fail_the_run(changed, monkeypatch, capsys
         path.write_bytes(b"half a picture")
         raise RuntimeError("no [fonts]")
 
-    monkeypatch.setattr("orpo_lite.card.text.draw_curves", broken)
+    monkeypatch.setattr("orpo_lite.report.model_card.draw_curves", broken)
     write_card(RunFolder.open(folder))
     assert "curves.png could not be drawn" in (out := capsys.readouterr().out) and "no [fonts]" in " ".join(out.split())
     assert not (folder / "curves.png").exists() and "curves.png" not in (folder / "README.md").read_text()

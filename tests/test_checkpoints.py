@@ -7,10 +7,10 @@ import shutil
 
 import pytest
 
-from orpo_lite.checkpoints import MANIFEST, checkpoints, clean, damage, newest_good, place, prune, seal
-from orpo_lite.errors import RequestError
-from orpo_lite.lock import lock, unlock
-from orpo_lite.writing import write_whole
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import write_whole
+from orpo_lite.common.lock import lock, unlock
+from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, clean, damage, newest_good, place, prune, seal
 
 FACTS = {"step": 1, "processes": 1, "pairs_per_step": 4}
 

@@ -10,11 +10,11 @@ import pytest
 import typer
 
 from orpo_lite.__main__ import COMMANDS, main
-from orpo_lite.completion import answer, candidates, options_of, schema
+from orpo_lite.common.completion import answer, candidates, options_of, schema
+from orpo_lite.common.shells import SCRIPTS
 from orpo_lite.recipe import Recipe, Section
-from orpo_lite.recipe.checks import training_fields
-from orpo_lite.recipe.source import shipped_recipes
-from orpo_lite.shells import SCRIPTS
+from orpo_lite.recipe.loading import shipped_recipes
+from orpo_lite.recipe.training_fields import training_fields
 
 
 def words(line):

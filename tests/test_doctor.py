@@ -21,10 +21,14 @@ import torch
 import typer
 from huggingface_hub import constants
 
-from orpo_lite import doctor
-from orpo_lite.doctoring import device, kernels, machine, private, selftest
-from orpo_lite.doctoring.findings import NOTE, OK, PROBLEM, Finding, Probe, examine
-from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.common import credentials as private
+from orpo_lite.train import doctor
+from orpo_lite.train import doctor_device as device
+from orpo_lite.train import doctor_kernels as kernels
+from orpo_lite.train import doctor_machine as machine
+from orpo_lite.train import doctor_selftest as selftest
+from orpo_lite.train.doctor_findings import NOTE, OK, PROBLEM, Finding, Probe, examine
+from orpo_lite.trainer.trainer import ORPOTrainer
 
 CANARY = "hf_" + "CanaryThatMustNotLeak" * 2
 

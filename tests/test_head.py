@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from orpo_lite.head import auto_chunk, token_logps
+from orpo_lite.objective.head import auto_chunk, token_logps
 
 
 def naive(hidden, weight, labels, bias, softcap, scale):

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
-from orpo_lite.cli import run_command
+from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.train.run import run
 
 WORDS = ["training.max_steps=1", "training.logging_steps=1", "evaluation.samples=0", "data.max_rows=16", "data.max_eval_rows=4",
          "training.save_strategy=no"]  # fmt: skip
@@ -64,8 +64,8 @@ def test_stdout_is_json_alone(line, keys, trained, tmp_path, monkeypatch, capfd)
 
 
 def test_the_table_of_recipes_fits_a_terminal_of_80_columns(monkeypatch, capsys):
-    from orpo_lite.recipe.source import shipped_recipes
-    from orpo_lite.recipes import command
+    from orpo_lite.recipe.listing import command
+    from orpo_lite.recipe.loading import shipped_recipes
 
     monkeypatch.setenv("COLUMNS", "80")
     command(as_json=False, schema=False)

@@ -20,7 +20,7 @@ from accelerate.utils.launch import _filter_args, prepare_deepspeed_cmd_env, pre
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.run import config_from_args, get_args_parser
 
-from orpo_lite.recipe.source import recipes_folder, shipped_recipes
+from orpo_lite.recipe.loading import recipes_folder, shipped_recipes
 
 ROOT = Path(__file__).parents[1]
 FILES = {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}

@@ -11,7 +11,7 @@ from datasets import Dataset
 from peft import LoraConfig, get_peft_model
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.layout import choose_layout
+from orpo_lite.objective.layout import choose_layout
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, config, gradients, rows
 

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from orpo_lite.loss import log1mexp, log_odds_ratio, orpo_loss, pair_statistics, window_loss
+from orpo_lite.objective.loss import log1mexp, log_odds_ratio, orpo_loss, pair_statistics, window_loss
 
 
 def test_log_odds_by_hand():

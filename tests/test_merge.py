@@ -14,10 +14,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, GenerationConfig
 
-from orpo_lite.cli import run_command
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import command, merge
-from orpo_lite.merging.edits import LowRank
+from orpo_lite.common.console import run_command
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.lora_edits import LowRank
+from orpo_lite.merge.run import command, merge
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests import commands

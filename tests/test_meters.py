@@ -2,7 +2,7 @@
 
 import torch
 
-from orpo_lite.meters import Ledger, peak_over
+from orpo_lite.train.meters import Ledger, peak_over
 
 CPU = torch.device("cpu")
 MB = 1 << 20

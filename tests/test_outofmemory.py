@@ -13,15 +13,15 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, MixtralConfig, T5Config, TrainerCallback
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.checkpoints import seal
-from orpo_lite.data.batching import PackedCollator, PaddedCollator
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.data.split import pair_tokens, select_pairs
 from orpo_lite.data.work import pair_costs
-from orpo_lite.errors import RequestError
-from orpo_lite.outofmemory import OutOfMemory, named, ran_out
-from orpo_lite.progress import MetricsFile
 from orpo_lite.recipe import Recipe
-from orpo_lite.runfolder import RunFolder
+from orpo_lite.trainer.callbacks import MetricsFile
+from orpo_lite.trainer.checkpoint_folder import seal
+from orpo_lite.trainer.out_of_memory import OutOfMemory, named, ran_out
+from orpo_lite.trainer.run_folder import RunFolder
 from tests.tiny import tiny_model
 from tests.training import SIZES, config, rows
 

@@ -12,14 +12,14 @@ import pytest
 import torch
 import yaml
 
-from orpo_lite import rendering
-from orpo_lite.cli import run_command
+from orpo_lite.common.console import run_command
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data import command
-from orpo_lite.errors import RequestError
+from orpo_lite.model import chat_template as rendering
 from orpo_lite.model.base import held_plain, load_base, quantization_config, without_bitsandbytes
 from orpo_lite.model.precision import choose_precision
 from orpo_lite.recipe import ModelSection, Recipe
-from orpo_lite.train import run
+from orpo_lite.train.run import run
 
 SHORT = [
     "training.max_steps=1",

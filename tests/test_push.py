@@ -20,14 +20,14 @@ from huggingface_hub.errors import OfflineModeIsEnabled
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lite.card import model_card
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import merge
-from orpo_lite.publish import find_secrets
-from orpo_lite.push import offline, push
+from orpo_lite.common.errors import RequestError
+from orpo_lite.export.hub import offline, push
+from orpo_lite.export.publish import find_secrets
+from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import resolve_path
-from orpo_lite.train import run
+from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.report.model_card import model_card
+from orpo_lite.train.run import run
 from tests.hub_server import Fault, HubServer
 
 WORDS = ["training.max_steps=2", "training.eval_steps=2", "training.save_strategy=steps", "training.save_steps=1",
@@ -68,9 +68,9 @@ def shards(tmp_path):
 def naps(monkeypatch):
     """Seconds that the code would have waited between attempts."""
     naps = []
-    import orpo_lite.upload
+    import orpo_lite.export.upload
 
-    for module in (sys.modules["huggingface_hub.utils._http"], orpo_lite.upload):
+    for module in (sys.modules["huggingface_hub.utils._http"], orpo_lite.export.upload):
         monkeypatch.setattr(module, "time", SimpleNamespace(sleep=naps.append))
     return naps
 

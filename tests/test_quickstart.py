@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 
-from orpo_lite.quickstart.corpus import CLOSERS, FAMILIES, OPENERS, preference_rows
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import PACKAGE
+from orpo_lite.recipe.loading import PACKAGE
 from tests.commands import command
+from tests.quickstart.corpus import CLOSERS, FAMILIES, OPENERS, preference_rows
 
-SHIPPED = PACKAGE / "quickstart"
+SHIPPED = PACKAGE / "data" / "quickstart"
 SPLITS = ("train", "heldout")
 
 

@@ -8,10 +8,10 @@ import sys
 import pytest
 import yaml
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe, json_schema
-from orpo_lite.recipe.checks import check_training_field, training_fields
-from orpo_lite.recipe.source import RecipeError, apply_override, find_recipe, read_yaml, shipped_recipes
+from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml, shipped_recipes
+from orpo_lite.recipe.training_fields import check_training_field, training_fields
 
 SHIPPED = shipped_recipes()
 REQUIRED = {
@@ -281,7 +281,7 @@ def test_json_schema_accepts_the_shipped_and_refuses_the_wrong():
 
 
 def test_listing_recipes_imports_no_torch():
-    script = "import sys, orpo_lite.recipe.source as r, orpo_lite.configs; r.shipped_recipes(); print('torch' in sys.modules)"
+    script = "import sys, orpo_lite.recipe.loading as r, orpo_lite.plan.configs; r.shipped_recipes(); print('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
 

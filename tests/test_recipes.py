@@ -1,7 +1,7 @@
 """Every shipped recipe trains: one optimizer step, offline, on a tiny random model of the recipe's architecture.
 
 The tiny model keeps the real config but for its sizes (tests/tiny.py), the tokenizer has the base's special tokens and
-chat template, the rows have the shape of the recipe's data set, and the step goes through `orpo_lite.train.run`.
+chat template, the rows have the shape of the recipe's data set, and the step goes through `orpo_lite.train.run.run`.
 """
 
 import json
@@ -12,9 +12,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.configs import FOLDER, base_config
+from orpo_lite.plan.configs import FOLDER, base_config
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import BUILTIN, shipped_recipes
+from orpo_lite.recipe.loading import BUILTIN, shipped_recipes
 from tests.tiny import base_tokenizer, tiny_config, tiny_model
 
 RECIPES = shipped_recipes()
@@ -112,7 +112,7 @@ def test_tiny_config_changes_sizes_only(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_one_step(name, tmp_path):
-    from orpo_lite.train import run
+    from orpo_lite.train.run import run
 
     shipped = Recipe.load(name)
     base = shipped.model.name_or_path

@@ -9,11 +9,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from orpo_lite.checkpoints import MANIFEST, checkpoints, seal
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.runfolder import RunFolder
-from orpo_lite.train import run
+from orpo_lite.train.run import run
+from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, seal
+from orpo_lite.trainer.run_folder import RunFolder
 from tests.commands import Command
 
 SHORT = ["training.max_steps=6", "training.save_strategy=steps", "training.save_steps=2", "training.eval_steps=6",

@@ -2,9 +2,9 @@
 
 import pytest
 
-from orpo_lite import train
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
+from orpo_lite.train import run as train
 
 CASES = [
     (["training.logging_steps=0"], ["training.logging_steps: found 0", "above 0"]),
@@ -38,7 +38,7 @@ def test_the_field_is_named(words, said, tmp_path):
     "schedule", ["linear", "cosine", "constant", "cosine_with_min_lr", "polynomial", "inverse_sqrt"]
 )
 def test_schedules_that_work_are_taken(schedule, tmp_path):
-    from orpo_lite.settings import checked_config
+    from orpo_lite.trainer.config_from_recipe import checked_config
 
     kwargs = {"cosine_with_min_lr": {"min_lr": 1e-6}, "polynomial": {"power": 2.0}}.get(schedule, {})
     fields = {"output_dir": str(tmp_path), "lr_scheduler_type": schedule, "lr_scheduler_kwargs": kwargs}

@@ -11,10 +11,10 @@ import pytest
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, WandbCallback
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.trackers import NEEDS, check_trackers, log_table
-from orpo_lite.train import run
+from orpo_lite.train.run import run
+from orpo_lite.trainer.trackers import NEEDS, check_trackers, log_table
 from tests.test_trainer import adapted
 from tests.training import config, rows
 

@@ -13,10 +13,10 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config
 
-from orpo_lite.cli import run_command
-from orpo_lite.errors import RequestError
+from orpo_lite.common.console import run_command
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.train.run import run
 from tests.commands import command
 from tests.tiny import tiny_model, tiny_tokenizer
 

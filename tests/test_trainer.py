@@ -22,7 +22,7 @@ from transformers import (
 )
 
 from orpo_lite import ORPOConfig, ORPOTrainer
-from orpo_lite.objective import micro_batches
+from orpo_lite.trainer.objective import micro_batches
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, config, gradients, rows
 

@@ -6,16 +6,16 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.drops import DropReport, TooManyDropped
+from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 
 if TYPE_CHECKING:
     import datasets
     import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.readers import Source
-    from orpo_lite.data.show import command
-    from orpo_lite.data.tokenize import Tokenized, TokenizeOptions
+    from orpo_lite.data.preview import command
+    from orpo_lite.data.sources import Source
+    from orpo_lite.data.token_cache import Tokenized, TokenizeOptions
     from orpo_lite.recipe import DataSection, DataSource
 
 __all__ = ["DropReport", "Pairs", "TooManyDropped", "command", "lengths", "load_pairs", "looked_at"]
@@ -57,7 +57,7 @@ def load_pairs(
         TooManyDropped: more than half of the training or of the held-out rows dropped, or none left; its report covers
             every source read.
     """
-    from orpo_lite.data.tokenize import TokenizeOptions
+    from orpo_lite.data.token_cache import TokenizeOptions
 
     options = TokenizeOptions(
         max_length=spec.max_length,
@@ -94,7 +94,7 @@ def stream_pairs(
     spec: DataSection, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, shapes: dict[str, dict[str, Any]]
 ) -> Pairs:
     """The training rows as a stream, of which the first are looked at; held-out pairs as ever."""
-    from orpo_lite.data.readers import open_source
+    from orpo_lite.data.sources import open_source
     from orpo_lite.data.streaming import PairStream
 
     sources = [open_source(one, spec.split, spec.columns, None, "data.train", streaming=True) for one in spec.train]
@@ -115,7 +115,7 @@ def stream_pairs(
     if held and spec.eval:
         import numpy as np
 
-        from orpo_lite.data.sampling import sample
+        from orpo_lite.data.splits import sample
 
         rows, chosen = sample(held, [source.weight for source in spec.eval], np.random.default_rng(spec.seed))
         rows = rows.select(chosen).remove_columns("key")
@@ -133,8 +133,8 @@ def read_section(
     shapes: dict[str, dict[str, Any]],
 ) -> list[Tokenized]:
     """Tokenise each source; `limit` is over all of them in their order."""
-    from orpo_lite.data.readers import open_source
-    from orpo_lite.data.tokenize import tokenize_source
+    from orpo_lite.data.sources import open_source
+    from orpo_lite.data.token_cache import tokenize_source
 
     done: list[Tokenized] = []
     section = field.removeprefix("data.")
@@ -173,7 +173,7 @@ def assemble(
     """Sample sources by weight and hold pairs out."""
     import numpy as np
 
-    from orpo_lite.data.sampling import hold_out, prompt_keys, sample
+    from orpo_lite.data.splits import hold_out, prompt_keys, sample
 
     random = np.random.default_rng(spec.seed)
     pool, indices = sample(train, [source.weight for source in spec.train], random)
@@ -223,7 +223,7 @@ def lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     """
     import numpy as np
 
-    from orpo_lite.data.columns import list_lengths, numbers
+    from orpo_lite.data.lengths import list_lengths, numbers
 
     chosen, rejected = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
     if "prompt_ids" in pairs.column_names:
@@ -237,6 +237,6 @@ def lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
 def __getattr__(name: str) -> Any:
     if name != "command":
         raise AttributeError(f"module 'orpo_lite.data' has no attribute {name!r}")
-    from orpo_lite.data.show import command
+    from orpo_lite.data.preview import command
 
     return command

@@ -7,14 +7,14 @@ import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.drops import REFUSED, Dropped
-from orpo_lite.errors import RequestError
-from orpo_lite.rendering import Job, Rendering, TemplateRefused, TemplateUnbounded, render_chat
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import REFUSED, Dropped
+from orpo_lite.model.chat_template import Job, Rendering, TemplateRefused, TemplateUnbounded, render_chat
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.formats import Pair
+    from orpo_lite.data.row_shapes import Pair
 
 Ids = list[int]
 Texts = tuple[str, str, str]

@@ -6,7 +6,7 @@ import json
 import re
 from typing import Any
 
-from orpo_lite.data.drops import WRONG_TYPES, Dropped
+from orpo_lite.data.dropped_rows import WRONG_TYPES, Dropped
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
          "observation": "tool", "function_response": "tool"}  # fmt: skip

@@ -15,8 +15,8 @@ import torch
 from accelerate.utils import gather_object
 from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.streaming import Entry, PairStream, Part, Place
-from orpo_lite.errors import RequestError
 
 TOKENS = ("prompt_ids", "chosen_ids", "rejected_ids")
 

@@ -13,15 +13,15 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers import TrainerCallback
 from transformers.trainer_callback import ExportableState
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dealing import MicroBatches, cut_by_pairs, cut_step
 from orpo_lite.data.shares import TOKENS, SharedRounds
-from orpo_lite.data.steps import filler
+from orpo_lite.data.step_batches import filler
 from orpo_lite.data.streaming import News, PairStream, Place, Row, StreamReport
 from orpo_lite.data.work import pair_costs, pair_work
-from orpo_lite.errors import RequestError
 
 if TYPE_CHECKING:
-    from orpo_lite.config import ORPOConfig
+    from orpo_lite.trainer.config import ORPOConfig
 
 logger = logging.getLogger(__name__)
 

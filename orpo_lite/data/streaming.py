@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from torch.utils.data import IterableDataset
 
-from orpo_lite.data.drops import NO_LABELS, Drop, DropReport
-from orpo_lite.data.pairs import PairTokenizer
-from orpo_lite.data.readers import Source
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import NO_LABELS, Drop, DropReport
+from orpo_lite.data.sources import Source
 from orpo_lite.data.tables import BATCH_ROWS, EVERY, Batches, Wanted, stream_batches
-from orpo_lite.data.tokenize import TokenizeOptions, source_shape
-from orpo_lite.errors import RequestError
+from orpo_lite.data.token_cache import TokenizeOptions, source_shape
+from orpo_lite.data.tokenize import PairTokenizer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.formats import COLUMNS
+from orpo_lite.data.row_shapes import COLUMNS
 
 if TYPE_CHECKING:
     import datasets

@@ -1,342 +1,377 @@
-"""Raw rows -> a tokenised, memory-mapped `datasets.Dataset` and the drop report, once per content."""
+"""One chunk of raw rows -> tokenised pairs: boundary, BOS, EOS, truncation. TRL's tokens unless asked otherwise."""
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import functools
 import hashlib
-import itertools
 import json
-import multiprocessing
-import os
-import shutil
-import sys
-import tempfile
-import time
-import uuid
-from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
-from orpo_lite.cli import printable
-from orpo_lite.data.drops import DropList, DropReport, TooManyDropped
-from orpo_lite.data.formats import BARE_STRINGS, detect
-from orpo_lite.data.messages import describe_columns, kind
-from orpo_lite.data.pairs import Chunk, PairTokenizer
-from orpo_lite.data.readers import Source
-from orpo_lite.data.tables import dataset_batches
-from orpo_lite.data.throughput import Throughput
-from orpo_lite.errors import RequestError
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+from orpo_lite.data.dropped_rows import (
+    COMPLETION_TOO_LONG,
+    EQUAL,
+    NO_LABELS,
+    PROMPT_TOO_LONG,
+    REFUSED,
+    WITHOUT_TEMPLATE,
+    WRONG_TYPES,
+    Dropped,
+)
+from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, common_prefix, template_text, turn_end
+from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, Pair, to_pair
+from orpo_lite.model.chat_template import TemplateUnbounded
 
 if TYPE_CHECKING:
-    import datasets
     from transformers import PreTrainedTokenizerBase
 
-__all__ = ["DropReport", "TokenizeOptions", "Tokenized", "TooManyDropped", "tokenize_rows", "tokenize_source"]
+    from orpo_lite.data.token_cache import TokenizeOptions
+
+UNLIMITED = 2**31 - 1
+MOST_CHARACTERS = 1000
+"""Of a token: the longest in use are runs of some hundred spaces."""
 
 
-@dataclass(kw_only=True)
-class TokenizeOptions:
-    """How rows become tokens. The defaults are TRL's."""
+@dataclass
+class Side:
+    """Prompt and one completion as one sequence."""
 
-    max_length: int | None = 1024
-    """Tokens of prompt and completion together; None is no limit."""
-    max_prompt_length: int | None = None
-    """Tokens of the prompt; None leaves it to max_length."""
-    max_completion_length: int | None = None
-    """Tokens of the completion; encoder-decoders take 128 if None, decoders read it only if `strict`, as in TRL."""
-    overlong: Literal["drop", "truncate"] = "truncate"
-    """drop: leave out pairs that do not fit; truncate: cut the completion's end and, if `strict` or with a
-    max_prompt_length, the prompt's oldest content."""
-    completion_end: Literal["trl", "turn"] = "trl"
-    """trl: all that the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
-    apply_template: bool = False
-    """Turn plain strings into messages."""
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template."""
-    encoder_decoder: bool = False
-    """Tokenise prompt and completions apart, special tokens added."""
-    strict: bool = False
-    """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped."""
-    num_proc: int | None = None
-    """Processes; None or 1 works in this one (fast tokenizers use several threads anyway)."""
+    ids: Ids
+    start: int
+    """Index of the completion's first token."""
 
 
-class Tokenized(NamedTuple):
-    """One source's pairs."""
+@dataclass
+class Chunk:
+    """What a chunk of rows became."""
 
-    rows: datasets.Dataset
-    """Columns of `tokenize_rows`, and `key`: int64 hash of the prompt's words."""
-    report: DropReport
-    shape: str
-    digest: str
-    """Hash of all rows as converted."""
+    columns: dict[str, list[Any]]
+    drops: list[tuple[int, str, str]] = field(default_factory=list)
+    """Row, reason, detail."""
+    row_counts: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
+    """What was counted of each row."""
+    digest: str = ""
+    """Hash of the rows as converted, whether kept or not."""
+
+    @property
+    def counts(self) -> Counter[str]:
+        """Sum over the rows."""
+        total = Counter[str]()
+        for counts in self.row_counts.values():
+            total.update(counts)
+        return total
 
 
-def tokenize_rows(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
-) -> tuple[datasets.Dataset, DropReport]:
-    """Tokenise preference rows of any shape.
+class PairTokenizer:
+    """Turns chunks of rows of one source into columns of token ids.
 
     Args:
-        rows: raw rows; columns that are not part of a preference row are left out. A stream (of `datasets` or torch)
-            is read once, to disk.
-        source: names the rows in the report and in errors.
-
-    Returns:
-        Decoder-only: `chosen_ids` and `rejected_ids` (lists of int32, prompt and completion), `chosen_start` and
-        `rejected_start` (int32, index of the completion's first token), `row` (int64, index in `rows`), `source`
-        (int32, 0). Encoder-decoder: `prompt_ids`, `chosen_ids`, `rejected_ids` (the completions), `row`, `source`.
+        tokenizer: any transformers tokenizer.
+        options: lengths, ends and template, as in TokenizeOptions.
+        shape: the shape of the source's rows, from `formats.detect`.
 
     Raises:
-        RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
+        RequestError: the rows are conversations and the tokenizer has no chat template.
     """
-    import datasets
-    from torch.utils.data import IterableDataset
 
-    if isinstance(rows, datasets.IterableDataset | IterableDataset):
-        from orpo_lite.data.streaming import rows_of
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, shape: str):
+        self.tokenizer, self.options, self.shape = tokenizer, options, shape
+        self.chat = FAMILY[shape] == "conversations" or options.apply_template
+        self.renderer = Renderer(tokenizer, options.template_kwargs) if self.chat else None
+        self.template = template_text(tokenizer) if self.chat else ""
+        self.encoder = Encoder(tokenizer)
+        self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue] (set on the class)
+        self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
+        self.turn_end = turn_end(tokenizer, options.template_kwargs) if self.chat else None
+        self.ends = {token for token in (self.eos, self.turn_end) if token is not None}
+        self.max_length = options.max_length or UNLIMITED
+        # TRL 1.16 reads max_completion_length for encoder-decoders only
+        self.max_completion = (options.strict and options.max_completion_length) or UNLIMITED
+        self.names = ["prompt_ids", "chosen_ids", "rejected_ids"] if options.encoder_decoder else [
+            "chosen_ids", "rejected_ids", "chosen_start", "rejected_start"]  # fmt: skip
 
-        given, _ = rows_of(rows, source)
-    elif isinstance(rows, datasets.Dataset):
-        given = Source(source, [], rows._fingerprint, functools.partial(dataset_batches, rows), len(rows))
-    else:
-        raise RequestError(
-            f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
-            "or make one of a list with Dataset.from_list"
-        )
-    done = tokenize_source(given, tokenizer, options)
-    done.report.check(source)
-    return done.rows.remove_columns("key"), done.report
-
-
-def tokenize_source(
-    source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int = 0
-) -> Tokenized:
-    """Tokenise one source, or take its tokens from the cache.
-
-    The cache lies beside that of `datasets` and is keyed by the content of the source, the tokenizer, its template, the
-    options and this package's code, so that nothing stale is ever found.
-    """
-    import datasets
-
-    caching = datasets.is_caching_enabled()
-    lasting = caching and bool(source.content)  # what a stream will give is not known before it is read
-    key = cache_key(source.content, tokenizer, options, number) if lasting else uuid.uuid4().hex
-    root = cache_root() if lasting else Path(temporary_root())
-    folder = root / key
-    cached = folder.is_dir()
-    if not cached and lasting:
-        with one_at_a_time(folder.with_suffix(".lock")):
-            return made_or_cached(folder, source, tokenizer, options, number)
-    return made_or_cached(folder, source, tokenizer, options, number)
-
-
-@contextlib.contextmanager
-def one_at_a_time(path: Path) -> Iterator[None]:
-    """Let one process of this machine tokenise and the others wait for it, such as the processes of a run.
-
-    A lock of the file system goes with its process, so that nobody waits for one that is gone.
-    """
-    with path.open("a") as file:
-        if fcntl is not None:
-            with contextlib.suppress(OSError):  # file systems without locks: each tokenises, with the same result
-                fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):
-                path.unlink()
-
-
-def made_or_cached(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
-) -> Tokenized:
-    """Tokens from the cache's folder, made first where it is not there."""
-    import datasets
-
-    root, cached = folder.parent, folder.is_dir()
-    if not cached:
-        made = Path(tempfile.mkdtemp(dir=root))
-        try:
-            write(made, source, tokenizer, options, number)
-            with contextlib.suppress(OSError):  # another process was quicker: its result is the same
-                made.rename(folder)
-        finally:
-            shutil.rmtree(made, ignore_errors=True)
-    about = json.loads((folder / "report.json").read_text("utf-8"))
-    drops = DropList([(folder / "drops.jsonl", source.label, about["report"]["rows"] - about["report"]["kept"])])
-    report = DropReport.from_dict(about["report"], drops)
-    report.cached = cached
-    return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
-
-
-def write(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
-) -> None:
-    """Tokenise a source into `folder`: pairs.arrow, drops.jsonl and report.json."""
-    import pyarrow as pa
-
-    batches = source.batches()
-    first = next(batches, [])
-    shape = source_shape(first, source.label, options)
-    work = PairTokenizer(tokenizer, options, shape)
-    schema = pa.schema([(name, arrow_type(name)) for name in [*work.names, "row", "key", "source"]])
-    report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
-    numbered = itertools.chain([first], batches)
-    with (
-        pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
-        pa.ipc.new_stream(sink, schema) as arrow,
-        (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
-        Throughput(printable(f"tokenising {source.label}"), "rows", source.rows) as shown,
-    ):
-        for chunk in in_order(work, numbered, options.num_proc):
-            columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
-            arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
-            report.kept += len(columns["row"])
-            drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
-            report.counts.update(reason for _, reason, _ in chunk.drops)
-            found = chunk.counts
-            counts.update(found)
-            digest.update(chunk.digest.encode())
-            shown.add(len(columns["row"]) + len(chunk.drops), found["tokens"])
-    report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
-    report.notes = work.notes(counts)
-    about = {"report": report.as_dict(), "shape": shape, "digest": digest.hexdigest()}
-    (folder / "report.json").write_text(json.dumps(about), "utf-8")
-
-
-def source_shape(rows: list[Any], label: str, options: TokenizeOptions) -> str:
-    if not rows:
-        raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
-    shape = detect(rows[:200]) or detect(rows)
-    there = [any(isinstance(row, dict) and side in row for row in rows) for side in ("chosen", "rejected")]
-    if shape is None or sum(there) == 1:
-        check_kinds(rows[0], label)
-        found = describe_columns(rows[0]) if isinstance(rows[0], dict) else f"rows that are {type(rows[0]).__name__}"
-        raise RequestError(
-            f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
-            "map other names with data.columns, for example {prompt: question, chosen: good, rejected: bad}"
-        )
-    if shape == BARE_STRINGS and options.apply_template:
-        raise RequestError(
-            f"{label}: data.apply_template is set, but the rows are strings without a prompt column, so nothing says "
-            "where the answers start; name the prompt's column with data.columns.prompt or leave apply_template out"
-        )
-    return shape
-
-
-def check_kinds(row: Any, label: str) -> None:
-    """Raise RequestError for a row with the right columns and the wrong values in them."""
-    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
-        for side in ("chosen", "rejected", "prompt"):
-            if side in row and not isinstance(row[side], str | list | dict):
-                raise RequestError(
-                    f"{label}: row 0: {side} is {kind(row[side])}, expected text or messages: mend the data"
+    def __call__(self, rows: list[tuple[int, Any]]) -> Chunk:
+        """Tokenise (index, row) tuples; whatever is wrong with a row ends in the chunk's drops."""
+        chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
+        digest = hashlib.sha256()
+        numbers, pairs = [], []
+        for number, row in rows:
+            try:
+                pair = self.convert(row)
+                digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
+            except (Dropped, RecursionError) as error:
+                # no name may keep the error: its traceback holds this frame, and that all of the chunk
+                nested = isinstance(error, RecursionError)
+                reason, detail = (
+                    (WRONG_TYPES, "the row is nested too deeply") if nested else (error.reason, error.detail)
                 )
+                chunk.drops.append((number, reason, detail))
+                digest.update(b"-")
+                continue
+            chunk.row_counts[number]["tools unused"] += bool(pair.tools) and "tools" not in self.template
+            chunk.row_counts[number]["system unused"] += not pair.chat and bool(row.get("system"))
+            numbers.append(number)
+            pairs.append(pair)
+        chunk.digest = digest.hexdigest()
+        try:
+            texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
+        except TemplateUnbounded as error:
+            raise TemplateUnbounded(f"row {numbers[error.job]}: {error}") from None
+        tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
+        for number, pair, triple in zip(numbers, pairs, texts, strict=True):
+            if isinstance(triple, Dropped):
+                chunk.drops.append((number, triple.reason, triple.detail))
+                continue
+            try:
+                ids = next(tokens)
+                if self.options.strict and pair.chat and triple[0] in triple[1:]:
+                    raise Dropped(REFUSED, "the template writes nothing for the answer")
+                if self.options.encoder_decoder:
+                    values = self.finish_encoder_decoder(triple, ids, chunk.row_counts[number])
+                else:
+                    values = self.finish(pair, ids, chunk.row_counts[number])
+            except Dropped as drop:
+                chunk.drops.append((number, drop.reason, drop.detail))
+                continue
+            key = hashlib.blake2b(pair.prompt_text.encode(), digest_size=8).digest()
+            for name, value in zip(chunk.columns, (*values, number, int.from_bytes(key, signed=True)), strict=True):
+                chunk.columns[name].append(value)
+        chunk.drops.sort()
+        return chunk
+
+    def convert(self, row: Any) -> Pair:
+        return to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
+                       tool_calls="tool_calls" in self.template)  # fmt: skip
+
+    def render(self, pairs: list[Pair]) -> list[Texts | Dropped]:
+        if self.renderer:
+            return self.renderer.triples(pairs)
+        return [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]  # pyright: ignore
+
+    def encode(self, texts: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
+        """Ids of prompt, chosen and rejected: whole texts for decoders, the three parts for encoder-decoders."""
+        if not self.options.encoder_decoder:
+            return self.encoder.triples(texts)
+        parts = [part for prompt, *sides in texts for part in (prompt, *(side[len(prompt) :] for side in sides))]
+        ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
+        return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
+
+    def bounded(self, texts: Texts | Dropped) -> Texts | Dropped:
+        """The texts, or Dropped where they are so long that tokenising them, at a second a megabyte, is for nothing."""
+        limit = self.max_length * MOST_CHARACTERS
+        if isinstance(texts, Dropped) or self.options.overlong != "drop" or self.options.encoder_decoder:
+            return texts
+        for name, text in zip(("the prompt", "chosen", "rejected"), texts, strict=True):
+            if len(text) > limit:
+                reason = PROMPT_TOO_LONG if name == "the prompt" else COMPLETION_TOO_LONG
+                whole = f"{name} has" if name == "the prompt" else f"{name} and its prompt have"
+                return Dropped(reason, f"{whole} {len(text):,} characters, for {self.max_length} tokens")
+        return texts
+
+    def finish(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Ids, Ids, int, int]:
+        """Columns of one pair.
+
+        Raises:
+            Dropped: it does not fit, or no completion token is left.
+        """
+        sides = self.sides(ids)
+        sides, prompt_cut = self.fit_prompt(pair, sides)
+        fitted = [self.fit_completion(name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+        for name, side in zip(("chosen", "rejected"), fitted, strict=True):
+            # the first token of a sequence has no row before it that could predict it
+            if len(side.ids) <= max(side.start, 1):
+                raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
+        chosen, rejected = fitted
+        if self.options.strict and chosen.ids == rejected.ids:
+            raise Dropped(EQUAL, "chosen and rejected are the same tokens")
+        counts["prompt cut"] += prompt_cut
+        counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, sides, strict=True))
+        if self.options.completion_end == "turn" and max(len(pair.chosen), len(pair.rejected)) > 1 and pair.chat:
+            counts["several turns"] += 1
+        counts["labels"] += len(chosen.ids) - chosen.start + len(rejected.ids) - rejected.start
+        counts["tokens"] += len(chosen.ids) + len(rejected.ids)
+        if not self.chat and self.shape == HH:
+            counts["moved"] += 2 * len(common_prefix((chosen.ids[chosen.start :], rejected.ids[rejected.start :])))
+        elif self.shape == BARE_STRINGS:
+            counts["moved"] += chosen.start + rejected.start - 2 * (self.bos is not None)
+        return chosen.ids, rejected.ids, chosen.start, rejected.start
+
+    def sides(self, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
+        """Boundary, BOS and end of both sequences."""
+        prompt, *wholes = ids
+        return tuple(self.closed(Side(w, s)) for w, s in zip(wholes, boundaries(prompt, *wholes), strict=True))  # pyright: ignore
+
+    def closed(self, side: Side) -> Side:
+        ids, start = side.ids, side.start
+        if self.bos is not None and (not start or ids[0] != self.bos):
+            ids, start = [self.bos, *ids], start + 1
+        if self.options.completion_end == "turn":
+            for place in range(start, len(ids)):
+                if ids[place] in self.ends:
+                    return Side(ids[: place + 1], start)
+        if self.eos is not None and (len(ids) == start or ids[-1] != self.eos):
+            ids = [*ids, self.eos]
+        return Side(ids, start)
+
+    def fit_prompt(self, pair: Pair, sides: tuple[Side, Side]) -> tuple[tuple[Side, Side], bool]:
+        """The sides with a prompt that leaves room for a completion, and whether it was cut for that."""
+        longest, limit = max(side.start for side in sides), self.options.max_prompt_length
+        room = min(limit or UNLIMITED, self.max_length - 1)
+        if longest <= room:
+            return sides, False
+        too_long = Dropped(PROMPT_TOO_LONG, f"the prompt has {longest} tokens, there is room for {room}")
+        if self.options.overlong == "drop" or not (self.options.strict or limit):
+            raise too_long
+        completion = max(len(side.ids) - side.start for side in sides)
+        target = min(limit, room) if limit else max(self.max_length - completion, self.max_length // 2)
+        if pair.chat:
+            return self.cut_turns(pair, target, too_long), True
+        kept = int(self.bos is not None)  # every sequence starts with BOS if there is one
+        gone = longest - target
+        if target <= kept:
+            raise too_long
+        return tuple(Side(s.ids[:kept] + s.ids[kept + gone :], s.start - gone) for s in sides), True  # pyright: ignore
+
+    def cut_turns(self, pair: Pair, target: int, too_long: Dropped) -> tuple[Side, Side]:
+        """Leave out the oldest turns, then the beginning of the oldest one left, until it fits `target` tokens."""
+        turns = list(pair.prompt)
+        system = 0
+        while system < len(turns) and turns[system]["role"] == "system":  # pyright: ignore
+            system += 1
+        # a conversation goes on from a user turn: templates refuse others
+        starts = [n for n in range(system, len(turns)) if turns[n]["role"] == "user"] or [system]  # pyright: ignore
+
+        def attempt(prompt: list[Any]) -> tuple[Side, Side] | None:
+            texts = self.render([pair._replace(prompt=prompt)])[0]
+            if isinstance(texts, Dropped):
+                raise texts
+            sides = self.sides(self.encode([texts])[0])
+            return sides if max(side.start for side in sides) <= target else None
+
+        def shortest(options: int, build: Any) -> tuple[Side, Side] | None:
+            """The first of the options, each shorter than the one before, that fits."""
+            low, high, best = 0, options - 1, None
+            while low <= high:
+                middle = (low + high) // 2
+                if fits := attempt(build(middle)):
+                    best, high = fits, middle - 1
+                else:
+                    low = middle + 1
+            return best
+
+        if best := shortest(len(starts), lambda n: turns[:system] + turns[starts[n] :]):
+            return best
+        rest: Any = turns[starts[-1] :]
+        content = rest[0].get("content") or ""
+        # the whole content failed already, and an empty turn is not one
+        best = shortest(
+            len(content) - 1, lambda n: [*turns[:system], rest[0] | {"content": content[n + 1 :]}, *rest[1:]]
+        )
+        if not best:
+            raise Dropped(PROMPT_TOO_LONG, f"{too_long.detail}, and the template fills that without the last turn")
+        return best
+
+    def fit_completion(self, name: str, side: Side) -> Side:
+        length = min(self.max_length, side.start + self.max_completion)
+        if len(side.ids) <= length:
+            return side
+        if self.options.overlong == "drop":
+            found = f"{name} has {len(side.ids) - side.start} tokens after a prompt of {side.start}"
+            raise Dropped(COMPLETION_TOO_LONG, f"{found}, there is room for {length - side.start}")
+        return Side(side.ids[:length], side.start)
+
+    def finish_encoder_decoder(
+        self, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
+    ) -> tuple[Ids, Ids, Ids]:
+        """Encoder ids of the prompt and labels of both completions, special tokens added, as in TRL."""
+        prompt, *answers = ids
+        room = self.options.max_prompt_length or (self.options.max_length if self.options.strict else None) or UNLIMITED
+        if len(prompt) > room:
+            if self.options.overlong == "drop":
+                raise Dropped(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, there is room for {room}")
+            prompt = self.cut_encoder_prompt(prompt, room)
+            counts["prompt cut"] += 1
+        limit = self.options.max_completion_length or 128
+        fitted = []
+        for name, answer, text in zip(("chosen", "rejected"), answers, texts[1:], strict=True):
+            if len(answer) > limit:
+                if self.options.overlong == "drop":
+                    raise Dropped(COMPLETION_TOO_LONG, f"{name} has {len(answer)} tokens, there is room for {limit}")
+                # the tokenizer's own truncation: it knows which special tokens stay
+                answer = self.tokenizer(text[len(texts[0]) :], truncation=True, max_length=limit)["input_ids"]
+            if not answer:
+                raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
+            fitted.append(answer)
+        counts["completion cut"] += any(len(a) != len(b) for a, b in zip(fitted, answers, strict=True))
+        if self.options.strict and fitted[0] == fitted[1]:
+            raise Dropped(EQUAL, "chosen and rejected are the same tokens")
+        counts["labels"] += len(fitted[0]) + len(fitted[1])
+        counts["tokens"] += len(prompt) + len(fitted[0]) + len(fitted[1])
+        return prompt, fitted[0], fitted[1]
+
+    def cut_encoder_prompt(self, ids: Ids, room: int) -> Ids:
+        opening = int(self.bos is not None and ids[0] == self.bos)
+        return ids[:opening] + ids[len(ids) - room + opening :]
+
+    def notes(self, counts: Counter[str]) -> list[str]:
+        """What the counts of a whole source amount to, in words."""
+        options, notes = self.options, []
+        if options.completion_end == "turn" and self.chat and self.turn_end is None:
+            notes.append(
+                "completion_end is turn, but the template writes no end-of-turn token that the tokenizer knows: "
+                "completions end with EOS, as with trl"
+            )
+        if self.eos is None and not options.encoder_decoder:
+            notes.append("the tokenizer has no EOS token: completions end as the template writes them")
+        if options.max_completion_length and not options.strict and not options.encoder_decoder:
+            notes.append("max_completion_length is for encoder-decoder models and not used here, as in TRL")
+        if counts["several turns"]:
+            notes.append(
+                f"{counts['several turns']} pairs have answers of several turns, of which the first is trained"
+            )
+        if counts["tools unused"]:
+            notes.append(f"{counts['tools unused']} rows have tools, which the chat template does not mention")
+        if not self.chat and self.shape != HH and options.strict and getattr(self.tokenizer, "chat_template", None):
+            notes.append(WITHOUT_TEMPLATE)
+        if counts["system unused"]:
+            notes.append(
+                f"{counts['system unused']} rows have a system text, which is left out: plain strings have no place for it "
+                "without data.apply_template=true"
+            )
+        if "strftime_now" in self.template and not {"date_string"} & options.template_kwargs.keys():
+            notes.append("the chat template may write today's date: fix it with data.template_kwargs.date_string")
+        if counts["moved"] and self.shape == HH:
+            share = counts["moved"] / counts["labels"]
+            notes.append(
+                f"split at the last 'Assistant:': {share:.1%} of label tokens would be prompt under TRL's rule"
+            )
+        elif counts["moved"]:
+            share = counts["moved"] / counts["tokens"]
+            notes.append(f"no prompt column: the texts' common opening, {share:.1%} of all tokens, became the prompt")
+        return notes
 
 
-def in_order(work: PairTokenizer, batches: Iterator[list[Any]], num_proc: int | None) -> Iterator[Chunk]:
-    """Tokenised chunks of the batches, in their order, a few ahead in other processes if asked for."""
-    numbered = number_rows(batches)
-    if not num_proc or num_proc == 1:
-        yield from map(work, numbered)
-        return
-    # fork needs no guard in the user's script; the others have nothing else
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
-    waiting: collections.deque[Future[Chunk]] = collections.deque()
-    with ProcessPoolExecutor(num_proc, context, initializer=start_worker, initargs=(work,)) as pool:
-        for chunk in numbered:
-            waiting.append(pool.submit(run_worker, chunk))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+def readable(texts: Texts | Dropped) -> Texts | Dropped:
+    """The texts, or Dropped where a template brought in half a character that no tokenizer takes."""
+    try:
+        if not isinstance(texts, Dropped):
+            "".join(texts).encode()
+        return texts
+    except UnicodeEncodeError as error:
+        return Dropped(
+            WRONG_TYPES, f"the row holds half a character ({error.object[error.start]!a}), not valid Unicode"
+        )
 
 
-def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[tuple[int, Any]]]:
-    start = 0
-    for batch in batches:
-        yield list(enumerate(batch, start))
-        start += len(batch)
+def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:
+    """Where the completion starts in each whole sequence.
 
-
-WORKER: dict[str, PairTokenizer] = {}
-
-
-def start_worker(work: PairTokenizer) -> None:
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    WORKER["work"] = work
-
-
-def run_worker(chunk: list[tuple[int, Any]]) -> Chunk:
-    return WORKER["work"](chunk)
-
-
-def arrow_type(name: str) -> Any:
-    import pyarrow as pa
-
-    return pa.list_(pa.int32()) if name.endswith("_ids") else pa.int64() if name in ("row", "key") else pa.int32()
-
-
-def cache_root() -> Path:
-    """The folder of cached tokens; one that goes with this process if caching is off or its place not writable."""
-    from datasets import config, is_caching_enabled
-
-    root = Path(config.HF_DATASETS_CACHE) / "orpo_lite"
-    if is_caching_enabled():
-        with contextlib.suppress(OSError):
-            root.mkdir(parents=True, exist_ok=True)
-            if os.access(root, os.W_OK):
-                return root
-    return Path(temporary_root())
-
-
-@functools.cache
-def temporary_root() -> str:
-    import atexit
-
-    folder = tempfile.mkdtemp(prefix="orpo_lite_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return folder
-
-
-def cache_key(content: str, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int) -> str:
-    import tokenizers
-    import transformers
-
-    parts = asdict(options) | {"num_proc": None, "content": content, "number": number, "code": code_hash()}
-    parts |= {"tokenizer": tokenizer_hash(tokenizer), "versions": [transformers.__version__, tokenizers.__version__]}
-    if "strftime_now" in str(tokenizer.chat_template):
-        parts["today"] = time.strftime("%Y-%m-%d")  # such templates may write the date
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()[:40]
-
-
-def tokenizer_hash(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash of whatever decides the tokens: vocabulary, rules, special tokens, template."""
-    if tokenizer.is_fast:
-        backend: Any = tokenizer.backend_tokenizer
-        # truncation and padding stand before the rest and are left over from the last call
-        rules = backend.to_str().partition('"added_tokens":')[2]
-    else:
-        rules = {"vocab": tokenizer.get_vocab(), "init": tokenizer.init_kwargs}
-    parts = [type(tokenizer).__name__, rules, tokenizer.special_tokens_map, tokenizer.chat_template,
-             {n: str(token) for n, token in tokenizer.added_tokens_decoder.items()}]  # fmt: skip
-    return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
-
-
-@functools.cache
-def code_hash() -> str:
-    digest = hashlib.sha256()
-    for file in sorted(Path(__file__).parent.glob("*.py")):
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    TRL's rule: after the prompt's own tokens, or one before if the tokenizer merged across the boundary. Where TRL
+    gives up (the tokens differ by more than that), after the tokens that the whole shares with the prompt.
+    """
+    starts = [len(prompt) - (prompt != whole[: len(prompt)]) for whole in (chosen, rejected)]
+    one, other = chosen[: starts[0]], rejected[: starts[1]]
+    differ = sum(a != b for a, b in zip(one, other, strict=False)) if one != other else 0
+    if differ > 1 or len(prompt) > min(len(chosen), len(rejected)):
+        starts = [len(common_prefix((prompt, whole))) for whole in (chosen, rejected)]
+    return starts[0], starts[1]

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from orpo_lite.data.columns import common_prefixes, list_lengths
+from orpo_lite.data.lengths import common_prefixes, list_lengths
 
 EFFICIENCY = 0.64
-"""Speed of attention's operations, of that of the linear layers': measured by `python -m orpo_lite.bench_balance --measure`,
+"""Speed of attention's operations, of that of the linear layers': measured by `python -m tests.benchmarks.balance --measure`,
 on one CPU core; fused attention on GPUs is said to reach half to three quarters."""
 
 

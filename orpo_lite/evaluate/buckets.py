@@ -31,7 +31,7 @@ def breakdown(
         Wilson), "margin" (mean reward margin)}; buckets without pairs are left out.
     """
     from orpo_lite.data import lengths
-    from orpo_lite.evaluate import wilson_interval
+    from orpo_lite.evaluate.held_out import wilson_interval
 
     counted = lengths(pairs)
     longer = np.sign(counted["chosen"] - counted["rejected"])
@@ -75,9 +75,9 @@ def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def source_names(spec: DataSection, sources: list[DataSource], pairs: Dataset) -> list[str]:
     """Where each pair comes from: its row's `source` column where the data have one, else the path in the recipe."""
-    from orpo_lite.data.columns import numbers
-    from orpo_lite.data.readers import local_files, open_source, shorten
-    from orpo_lite.recipe.source import resolve_path
+    from orpo_lite.data.lengths import numbers
+    from orpo_lite.data.sources import local_files, open_source, shorten
+    from orpo_lite.recipe.loading import resolve_path
 
     which, rows = numbers(pairs, "source"), numbers(pairs, "row")
     names = np.empty(len(pairs), dtype=object)

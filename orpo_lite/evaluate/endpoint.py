@@ -14,7 +14,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 from orpo_lite import __version__
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 
 KEY = "OPENAI_API_KEY"
 TOGETHER = 4

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 
 
 class Ledger:

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from orpo_lite.data.drops import Dropped
-from orpo_lite.data.files import read_file
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import Dropped
+from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
-from orpo_lite.data.readers import local_files
-from orpo_lite.errors import RequestError
-from orpo_lite.recipe.source import resolve_path
+from orpo_lite.data.sources import local_files
+from orpo_lite.recipe.loading import resolve_path
 
 FORMS = 'expected {"turns": ["...", "..."]}, {"prompt": "..."} or {"prompt": [messages that end with the user\'s]}'
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from orpo_lite.errors import RequestError
-from orpo_lite.rendering import Rendering, TemplateRefused
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.chat_template import Rendering, TemplateRefused
 
 CONTEXT = 8192
 """Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""

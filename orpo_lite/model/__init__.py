@@ -1,9 +1,9 @@
 """The model side of a run: tokenizer, precision, (quantised) base, adapter, optimizer."""
 
 from orpo_lite.model.adapter import attach_adapter, load_adapter, save_adapter
+from orpo_lite.model.adapter_init import initialise_eva
 from orpo_lite.model.base import BaseFacts, load_base, read_config
-from orpo_lite.model.eva import initialise_eva
-from orpo_lite.model.layers import (
+from orpo_lite.model.inspection import (
     base_name,
     base_revision,
     check_quantised_share,

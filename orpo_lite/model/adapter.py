@@ -19,12 +19,8 @@ from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
-from orpo_lite.errors import RequestError
-from orpo_lite.model.base import grow_embeddings, grow_vocabulary
-from orpo_lite.model.files import check_adapter
-from orpo_lite.model.hub import adapter_folder, called, readable
-from orpo_lite.model.layers import base_name, base_revision, is_quantised, outside_text, routers
-from orpo_lite.model.targets import (
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.adapter_targets import (
     adapted,
     all_linear,
     check_ends,
@@ -35,8 +31,12 @@ from orpo_lite.model.targets import (
     is_named,
     token_rows,
 )
+from orpo_lite.model.base import grow_embeddings, grow_vocabulary
+from orpo_lite.model.inspection import base_name, base_revision, is_quantised, outside_text, routers
+from orpo_lite.model.locating import adapter_folder, called, readable
+from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.recipe import AdapterSection
-from orpo_lite.recipe.source import resolve_path
+from orpo_lite.recipe.loading import resolve_path
 
 logger = logging.getLogger(__name__)
 

@@ -19,13 +19,13 @@ from transformers import (
     PreTrainedTokenizerBase,
 )
 
-from orpo_lite.errors import RequestError
-from orpo_lite.model.hub import locate, read_config, readable
-from orpo_lite.model.layers import base_revision, check_quantised_share, keep_4bit_differentiable
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.inspection import base_revision, check_quantised_share, keep_4bit_differentiable
+from orpo_lite.model.locating import locate, read_config, readable
 from orpo_lite.model.precision import Precision, choose_precision, default_device
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection
-from orpo_lite.zero import loading_whole
+from orpo_lite.trainer.deepspeed import loading_whole
 
 logger = logging.getLogger(__name__)
 

@@ -22,9 +22,9 @@ from huggingface_hub import constants, hf_hub_download
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
-from orpo_lite.errors import RequestError
-from orpo_lite.model.files import check_links
-from orpo_lite.model.hub import looks_local, readable
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.locating import looks_local, readable
+from orpo_lite.model.untrusted_files import check_links
 
 logger = logging.getLogger(__name__)
 

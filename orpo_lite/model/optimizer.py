@@ -9,7 +9,7 @@ from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 
 if TYPE_CHECKING:
     from transformers import TrainingArguments

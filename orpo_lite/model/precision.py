@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import torch
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 
 
 @dataclass(frozen=True)

@@ -11,12 +11,12 @@ from pathlib import Path
 
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
-from orpo_lite.errors import RequestError
-from orpo_lite.model.hub import locate, read_config, readable
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.chat_template import TemplateRefused, render_chat
+from orpo_lite.model.locating import locate, read_config, readable
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.checks import nearest
-from orpo_lite.recipe.source import resolve_path
-from orpo_lite.rendering import TemplateRefused, render_chat
+from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.recipe.training_fields import nearest
 
 logger = logging.getLogger(__name__)
 

@@ -14,9 +14,9 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from orpo_lite.recipe.checks import check_training_field, leaves, training_fields, unfit
-from orpo_lite.recipe.explain import describe
-from orpo_lite.recipe.sections import (
+from orpo_lite.common.files import write_whole
+from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml
+from orpo_lite.recipe.schema import (
     AdapterSection,
     DataSection,
     DataSource,
@@ -27,8 +27,8 @@ from orpo_lite.recipe.sections import (
     RuleSection,
     Section,
 )
-from orpo_lite.recipe.source import RecipeError, apply_override, find_recipe, read_yaml
-from orpo_lite.writing import write_whole
+from orpo_lite.recipe.training_fields import check_training_field, leaves, training_fields, unfit
+from orpo_lite.recipe.validation_messages import describe
 
 __all__ = [
     "AdapterSection", "DataSection", "DataSource", "ModelSection", "Recipe", "RuleSection", "Section", "json_schema",

@@ -10,15 +10,15 @@ from typing import Annotated, Any
 
 import typer
 
-from orpo_lite.cli import console
-from orpo_lite.errors import RequestError
+from orpo_lite.common.console import console
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import write_whole
 from orpo_lite.report.charts import as_data
 from orpo_lite.report.document import document
-from orpo_lite.report.runs import Told, known, read_run
-from orpo_lite.report.shapes import FACTS, LINE
+from orpo_lite.report.run_record import Told, known, read_run
+from orpo_lite.report.run_shapes import FACTS, LINE
 from orpo_lite.report.words import verdict
-from orpo_lite.runfolder import RunFolder
-from orpo_lite.writing import write_whole
+from orpo_lite.trainer.run_folder import RunFolder
 
 __all__ = ["command", "document", "page", "verdict", "write_report"]
 

@@ -1,6 +1,7 @@
 """`python -m orpo_lite.report`."""
 
-from orpo_lite.cli import run_command
+from orpo_lite.common.console import run_command
 from orpo_lite.report import command
 
-run_command(command)
+if __name__ == "__main__":
+    run_command(command)

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from orpo_lite.evaluate import ROWS
+from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import Chart
 from orpo_lite.report.curves import curves, margin_chart, margins
-from orpo_lite.report.runs import Told
+from orpo_lite.report.run_record import Told
+from orpo_lite.report.run_shapes import number
 from orpo_lite.report.sections import adapter, answer_part, figures, part
-from orpo_lite.report.shapes import number
 from orpo_lite.report.words import gigabytes, seconds, sentence, table, value
 
 HOUSEKEEPING = {"name", "description", "needs", "training.output_dir"}

@@ -6,11 +6,11 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from orpo_lite.evaluate import wilson_interval
+from orpo_lite.evaluate.held_out import wilson_interval
 from orpo_lite.report.charts import Chart, Line, Point, histogram, running_mean, thinned
 from orpo_lite.report.panels import BLUE, GREEN, ORANGE, PANELS, PURPLE, RED, Metric, Panel
-from orpo_lite.report.runs import Told
-from orpo_lite.report.shapes import number
+from orpo_lite.report.run_record import Told
+from orpo_lite.report.run_shapes import number
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from orpo_lite.report.runs import Told
+    from orpo_lite.report.run_record import Told
 
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
 """Places in the page's palette."""

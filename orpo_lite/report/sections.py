@@ -5,13 +5,13 @@ from __future__ import annotations
 from html import escape
 from typing import Any
 
-from orpo_lite.evaluate import ROWS
-from orpo_lite.report import commands
+from orpo_lite.evaluate.held_out import ROWS
+from orpo_lite.report import next_steps as commands
 from orpo_lite.report.charts import Chart
 from orpo_lite.report.curves import curves, length_chart, margin_chart, margins, moved
 from orpo_lite.report.drawing import figure
-from orpo_lite.report.runs import Told
-from orpo_lite.report.shapes import number
+from orpo_lite.report.run_record import Told
+from orpo_lite.report.run_shapes import number
 from orpo_lite.report.words import facts_table, gigabytes, seconds, sentence, table, value
 
 SAMPLES, OPEN, LONGEST = 24, 4, 4000
@@ -248,8 +248,8 @@ def memory(run: Told) -> str:
         return ""
     if not drawable(plan):
         return part("Memory: the plan", "<p class=note>run.json holds a part of the plan only, so it is not drawn.</p>")
-    from orpo_lite.planning.drawing import html
-    from orpo_lite.planning.picture import picture
+    from orpo_lite.plan.drawing import html
+    from orpo_lite.plan.picture import picture
 
     took, planned = (plan.get("measured") or {}).get("allocated_bytes"), plan["peak_bytes"]
     if not took:
@@ -275,7 +275,7 @@ def drawable(plan: dict[str, Any]) -> bool:
 
 def details(run: Told) -> str:
     """Everything else that run.json has of the run."""
-    from orpo_lite.measure import held_by
+    from orpo_lite.common.memory import held_by
 
     facts = run.facts
     base, parameters = facts.get("base_model") or {}, facts.get("parameters") or {}

@@ -8,8 +8,8 @@ from html import escape
 from typing import Any
 
 from orpo_lite.report.charts import plain
-from orpo_lite.report.runs import Told
-from orpo_lite.report.shapes import number
+from orpo_lite.report.run_record import Told
+from orpo_lite.report.run_shapes import number
 
 
 def verdict(facts: dict[str, Any]) -> str:

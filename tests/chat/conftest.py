@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.train.run import run
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, SIZES
 

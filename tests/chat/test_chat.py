@@ -12,23 +12,25 @@ import threading
 import pytest
 import torch
 
-import orpo_lite.chat as chat
-from orpo_lite.answering import Reply, Sampling, find, open_answerer
-from orpo_lite.answering.form import Form
-from orpo_lite.chat import compare, loop
-from orpo_lite.chat.compare import Comparison
-from orpo_lite.chat.loop import Chat
-from orpo_lite.chat.preferences import PreferenceFile
-from orpo_lite.chat.terminal import Stream
-from orpo_lite.cli import printable
-from orpo_lite.data.pairs import PairTokenizer
-from orpo_lite.data.tokenize import TokenizeOptions
-from orpo_lite.errors import RequestError
-from orpo_lite.evaluate import evaluate
-from orpo_lite.merge import merge
-from orpo_lite.openrun import open_run
+import orpo_lite.evaluate.chat as chat
+from orpo_lite.common.console import printable
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.token_cache import TokenizeOptions
+from orpo_lite.data.tokenize import PairTokenizer
+from orpo_lite.evaluate import chat_compare as compare
+from orpo_lite.evaluate import chat_loop as loop
+from orpo_lite.evaluate.answering import Reply, Sampling, open_answerer
+from orpo_lite.evaluate.chat_compare import Comparison
+from orpo_lite.evaluate.chat_loop import Chat
+from orpo_lite.evaluate.chat_preferences import PreferenceFile
+from orpo_lite.evaluate.chat_terminal import Stream
+from orpo_lite.evaluate.form import Form
+from orpo_lite.evaluate.held_out import evaluate
+from orpo_lite.evaluate.loading import open_run
+from orpo_lite.evaluate.model_source import find
+from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.train.run import run
 from tests.tiny import FAMILIES, base_tokenizer
 
 ASK = [{"role": "user", "content": "How much is 4 plus 5?"}]

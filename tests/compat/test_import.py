@@ -8,10 +8,10 @@ import pytest
 import yaml
 from typer.testing import CliRunner
 
-from orpo_lite.compat.convert import convert
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.recipe.importers.convert import convert
+from orpo_lite.train.run import run
 
 AXOLOTL = {
     "base_model": "builtin:quickstart/model",

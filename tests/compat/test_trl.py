@@ -18,7 +18,7 @@ from transformers import (
 )
 
 from orpo_lite import ORPOConfig, ORPOTrainer
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from tests.hub_server import HubServer
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, rows

@@ -10,9 +10,9 @@ from datasets import Dataset, DatasetDict
 from peft import PeftModel
 from transformers import LlamaConfig
 
-from orpo_lite.compat import trl_orpo
-from orpo_lite.compat.trl_orpo import main, parse, rows_of
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
+from orpo_lite.train import trl_command as trl_orpo
+from orpo_lite.train.trl_command import main, parse, rows_of
 from tests.docs.blocks import blocks
 from tests.tiny import tiny_model
 from tests.training import SIZES, rows

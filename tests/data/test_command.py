@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from orpo_lite import cli
-from orpo_lite.data.show import command
+from orpo_lite.common import console as cli
+from orpo_lite.data.preview import command
 from tests import commands
 from tests.data.conftest import write_jsonl
 from tests.data.test_readers import rows

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 
 from orpo_lite.data import Pairs, load_pairs
-from orpo_lite.data.drops import EMPTY, EMPTY_PROMPT, EQUAL, PROMPTS_DIFFER, WRONG_TYPES, Dropped
-from orpo_lite.data.formats import (
+from orpo_lite.data.dropped_rows import EMPTY, EMPTY_PROMPT, EQUAL, PROMPTS_DIFFER, WRONG_TYPES, Dropped
+from orpo_lite.data.row_shapes import (
     ALPACA,
     BARE_STRINGS,
     EXPLICIT,
@@ -25,8 +25,8 @@ from orpo_lite.data.formats import (
     row_shape,
     to_pair,
 )
-from orpo_lite.data.pairs import PairTokenizer
-from orpo_lite.data.tokenize import TokenizeOptions
+from orpo_lite.data.token_cache import TokenizeOptions
+from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.recipe import DataSection
 from tests.data.conftest import write_jsonl
 from tests.data.test_tokenize import TOKENIZERS

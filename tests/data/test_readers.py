@@ -14,9 +14,10 @@ import pyarrow
 import pytest
 from datasets.exceptions import DatasetNotFoundError
 
-from orpo_lite.data import TooManyDropped, files, load_pairs
-from orpo_lite.data.readers import open_source
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data import TooManyDropped, load_pairs
+from orpo_lite.data import file_formats as files
+from orpo_lite.data.sources import open_source
 from orpo_lite.recipe import DataSection, DataSource
 from tests.data.conftest import write_jsonl
 from tests.tiny import base_tokenizer
@@ -354,7 +355,7 @@ def test_second_run_tokenises_nothing_and_a_changed_file_is_seen(
 ) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(20))
     first = load_pairs(spec(path), TOKENIZER)
-    from orpo_lite.data import tokenize
+    from orpo_lite.data import token_cache as tokenize
 
     forbidden = ModuleType("forbidden")
     with monkeypatch.context() as patch:

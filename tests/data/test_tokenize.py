@@ -13,8 +13,9 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from transformers import PreTrainedTokenizerFast
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
-from orpo_lite.data import files
-from orpo_lite.data.drops import (
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data import file_formats as files
+from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
     EQUAL,
     NO_LABELS,
@@ -24,10 +25,9 @@ from orpo_lite.data.drops import (
     TooManyDropped,
 )
 from orpo_lite.data.encode import Encoder
-from orpo_lite.data.pairs import boundaries
-from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
-from orpo_lite.errors import RequestError
-from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
+from orpo_lite.data.tokenize import boundaries
+from orpo_lite.trainer.trainer import ORPOTrainer
 from tests.tiny import CORPUS, base_tokenizer, chatml, template_text, tiny_tokenizer
 
 ZEPHYR = (

@@ -10,12 +10,12 @@ from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig
 from typer.testing import CliRunner
 
-from orpo_lite.bench_balance import MEASURED, Cost, command, recipe_lengths, simulate, synthetic, waiting, weight
-from orpo_lite.config import ORPOConfig
-from orpo_lite.configs import base_config
-from orpo_lite.data.steps import step_loader
+from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.work import pair_costs, pair_work, place_weight, places
+from orpo_lite.plan.configs import base_config
 from orpo_lite.recipe import Recipe
+from orpo_lite.trainer.config import ORPOConfig
+from tests.benchmarks.balance import MEASURED, Cost, command, recipe_lengths, simulate, synthetic, waiting, weight
 
 
 def rows(*lengths: tuple[int, int, int]) -> Dataset:

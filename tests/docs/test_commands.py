@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import typer
 
-from orpo_lite import safe_yaml
-from orpo_lite.cli import run_command
+from orpo_lite.common import safe_yaml
+from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import shipped_recipes
+from orpo_lite.recipe.loading import shipped_recipes
 from tests.docs.blocks import FIRST, PAGES, ROOT, blocks, inline, parser, words_of
 
 SHELL, NOT_RUN = ("bash",), ("text", "json", "yaml", "jinja", "html", "")
@@ -135,8 +135,8 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 @pytest.mark.parametrize("adapter", [None, {"r": 16}])
 def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None:
-    from orpo_lite.report.commands import lines
-    from orpo_lite.report.runs import Told
+    from orpo_lite.report.next_steps import lines
+    from orpo_lite.report.run_record import Told
 
     for checkpoint in (None, "checkpoint-10"):
         run = Told(

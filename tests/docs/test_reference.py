@@ -13,9 +13,9 @@ import pytest
 from pydantic import BaseModel
 
 from orpo_lite.__main__ import COMMANDS
-from orpo_lite.config import ORPOConfig
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.checks import training_fields
+from orpo_lite.recipe.training_fields import training_fields
+from orpo_lite.trainer.config import ORPOConfig
 from tests.docs.blocks import ROOT, parser
 
 

@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-import orpo_lite.evaluate as evaluate
-from orpo_lite.answering import find
-from orpo_lite.errors import RequestError
-from orpo_lite.evaluate.harness import hand_off
+import orpo_lite.evaluate.held_out as evaluate
+from orpo_lite.common.errors import RequestError
+from orpo_lite.evaluate.lm_eval import hand_off
+from orpo_lite.evaluate.model_source import find
 
 
 def arguments(line):

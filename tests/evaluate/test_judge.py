@@ -8,10 +8,10 @@ import time
 
 import pytest
 
-import orpo_lite.evaluate as evaluate
-from orpo_lite.errors import RequestError
+import orpo_lite.evaluate.held_out as evaluate
+from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.endpoint import Endpoint
-from orpo_lite.evaluate.verdicts import conversation, judge_answers, sign_test, summary, verdict, winner
+from orpo_lite.evaluate.judge import conversation, judge_answers, sign_test, summary, verdict, winner
 from tests.evaluate.conftest import KIND
 
 NAMES = ("base", "adapter")

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-import orpo_lite.evaluate as evaluate
-from orpo_lite.errors import RequestError
+import orpo_lite.evaluate.held_out as evaluate
+from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.buckets import breakdown, by_length
-from orpo_lite.merge import merge
-from orpo_lite.openrun import open_run
-from orpo_lite.quickstart.corpus import preference_rows
+from orpo_lite.evaluate.loading import open_run
+from orpo_lite.merge.run import merge
+from tests.quickstart.corpus import preference_rows
 
 
 def test_buckets_by_hand():

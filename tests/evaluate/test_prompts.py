@@ -7,10 +7,11 @@ from typing import Any
 
 import pytest
 
-import orpo_lite.evaluate as evaluate
-from orpo_lite.answering import Sampling, find, open_answerer
-from orpo_lite.errors import RequestError
-from orpo_lite.evaluate.answers import answer_questions
+import orpo_lite.evaluate.held_out as evaluate
+from orpo_lite.common.errors import RequestError
+from orpo_lite.evaluate.answer_file import answer_questions
+from orpo_lite.evaluate.answering import Sampling, open_answerer
+from orpo_lite.evaluate.model_source import find
 from orpo_lite.evaluate.prompts import Question, read_questions
 
 ROWS = [

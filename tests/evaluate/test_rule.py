@@ -4,11 +4,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from orpo_lite import patterns, results
-from orpo_lite.errors import RequestError
-from orpo_lite.evaluate import judge
+from orpo_lite.common import patterns
+from orpo_lite.common.errors import RequestError
+from orpo_lite.evaluate.held_out import judge
 from orpo_lite.recipe import Recipe, RuleSection
-from orpo_lite.results import HeldOut, before_training, record_of
+from orpo_lite.train import results
+from orpo_lite.train.results import HeldOut, before_training, record_of
 
 ENDLESS = r"^(([\w.,]+\s?)+)+@$"
 SHORT, LONG = (

@@ -10,8 +10,8 @@ import pytest
 import torch
 from transformers import Gemma3TextConfig, MistralConfig, Phi3Config, Qwen3Config
 
-from orpo_lite.errors import RequestError
-from orpo_lite.export.converter import converter_folder
+from orpo_lite.common.errors import RequestError
+from orpo_lite.export.llama_cpp import converter_folder
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection
 from tests.model.conftest import CONFIGS, SIZES, disturb

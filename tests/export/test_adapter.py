@@ -8,8 +8,8 @@ import gguf
 import pytest
 import torch
 
-from orpo_lite.errors import RequestError
-from orpo_lite.export import export
+from orpo_lite.common.errors import RequestError
+from orpo_lite.export.gguf import export
 from tests.export.test_export import read_back
 from tests.model.conftest import logits
 

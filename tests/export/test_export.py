@@ -14,12 +14,13 @@ from tokenizers import pre_tokenizers
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_lite
-from orpo_lite.errors import RequestError
-from orpo_lite.export import check_space, converter, export
-from orpo_lite.export.quantise import BLOCKS, CONVERTER, kind_of, with_gguf
-from orpo_lite.export.verify import Mismatch, check_fields
-from orpo_lite.export.vllm import vllm_problems, vllm_rank
-from orpo_lite.export.vocabulary import splitting_rule
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.vllm import vllm_problems, vllm_rank
+from orpo_lite.export import llama_cpp as converter
+from orpo_lite.export.gguf import check_space, export
+from orpo_lite.export.gguf_types import BLOCKS, CONVERTER, kind_of, with_gguf
+from orpo_lite.export.gguf_verify import Mismatch, check_fields
+from orpo_lite.export.gguf_vocabulary import splitting_rule
 from tests.export.conftest import FAMILIES
 from tests.model.conftest import logits
 from tests.tiny import base_tokenizer, tiny_tokenizer
@@ -71,7 +72,7 @@ def test_quantised_and_what_fails_leaves_nothing(converter, model_folder, tmp_pa
     ]:
         with pytest.raises(Mismatch, match=words):
             check_fields(tmp_path / "a.gguf", *change)
-    monkeypatch.setattr("orpo_lite.export.verify.weights", lambda *a: (_ for _ in ()).throw(Mismatch("off")))
+    monkeypatch.setattr("orpo_lite.export.gguf_verify.weights", lambda *a: (_ for _ in ()).throw(Mismatch("off")))
     with pytest.raises(Mismatch, match="off"):
         export(source, tmp_path / "b.gguf", quant="q8_0")
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]
@@ -83,7 +84,7 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
     shutil.copytree(json.loads((run / "adapter_config.json").read_text())["base_model_name_or_path"], base)
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["HeliumForCausalLM"]}))
-    monkeypatch.setattr("orpo_lite.merge.merge", lambda *a, **k: pytest.fail("merged"))
+    monkeypatch.setattr("orpo_lite.merge.run.merge", lambda *a, **k: pytest.fail("merged"))
     with pytest.raises(RequestError, match=r"HeliumForCausalLM: the converter does not know it.*--architectures"):
         export(run, tmp_path / "o.gguf", base=str(base))
     assert not (tmp_path / "o.gguf").exists()
@@ -91,7 +92,7 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
 
 def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
     source = model_folder("llama")
-    monkeypatch.setattr("orpo_lite.export.converter.run_converter", lambda *a: pytest.fail("converted"))
+    monkeypatch.setattr("orpo_lite.export.llama_cpp.run_converter", lambda *a: pytest.fail("converted"))
     (tmp_path / "there.gguf").touch()
     (tmp_path / "Modelfile").touch()
     for words, options in {
@@ -108,7 +109,7 @@ def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
         with pytest.raises(RequestError, match=words):
             export(request.pop("source"), request.pop("output"), **request)
     with monkeypatch.context() as full:
-        full.setattr("orpo_lite.export.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        full.setattr("orpo_lite.export.gguf.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
         with pytest.raises(RequestError, match="0.0 GB free"):
             check_space(FAMILIES["llama"](), tmp_path, 16, True, False)
 
@@ -122,14 +123,14 @@ def test_converter_that_cannot_be_installed(tmp_path, monkeypatch):
 
 
 def test_converters_last_lines_are_shown(converter, tmp_path):
-    from orpo_lite.export.converter import run_converter
+    from orpo_lite.export.llama_cpp import run_converter
 
     with pytest.raises(RuntimeError, match=r"last lines:\n(.*\n)*.*KeyError"):
         run_converter({"task": "model"})
 
 
 def test_llama_quantize_is_run_and_its_failure_shown(tmp_path):
-    from orpo_lite.export.quantise import quantise
+    from orpo_lite.export.gguf_types import quantise
 
     program = tmp_path / "llama-quantize"
     program.write_text('#!/bin/sh\necho "$3 is bad" >&2\ncp "$1" "$2"\nexit ${STATUS:-0}\n')

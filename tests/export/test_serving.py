@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, processors, tra
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, PreTrainedTokenizerFast
 
 import orpo_lite
-from orpo_lite.export import export
+from orpo_lite.export.gguf import export
 from orpo_lite.model import gguf as cache
 from tests.model.conftest import disturb
 from tests.test_smollm2 import gguf_file  # noqa: F401  # fixture
@@ -148,7 +148,7 @@ def test_k_quants(converter, tmp_path, quant, capsys):
 
 @pytest.mark.slow
 def test_run_with_peft_and_merged_in_transformers_serve(adapter_folder, tmp_path):
-    from orpo_lite.merge import merge
+    from orpo_lite.merge.run import merge
 
     lacking = [name for name in ("fastapi", "uvicorn", "openai") if importlib.util.find_spec(name) is None]
     if lacking:

@@ -42,13 +42,13 @@ def words_of(output: Path) -> list[str]:
 def train(output: Path) -> None:
     """In a forked child: what the command does."""
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train import run
+    from orpo_lite.train.run import run
 
     run(Recipe.load("quickstart", words_of(output)))
 
 
 def merge(run_folder: Path, output: Path) -> None:
-    from orpo_lite.merge import merge
+    from orpo_lite.merge.run import merge
 
     merge(str(run_folder), output, verify=False)
 
@@ -98,7 +98,7 @@ def killed(pid: int, folder: Path, after: float, while_writing: bool) -> tuple[b
 
 def check(folder: Path, before: int) -> int:
     """Every checkpoint with a name is whole, and none that was there is lost. The newest one's step."""
-    from orpo_lite.checkpoints import checkpoints, newest_good, step_of
+    from orpo_lite.trainer.checkpoint_folder import checkpoints, newest_good, step_of
 
     newest, damaged = newest_good(folder / "checkpoints")
     assert not damaged, damaged
@@ -197,7 +197,7 @@ if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
         # caches are written, and killed, as well; the libraries ask for their place once
         os.environ["HF_HOME"] = os.path.join(made, "hf")
-        import orpo_lite.merge
-        import orpo_lite.train  # noqa: F401
+        import orpo_lite.merge.run
+        import orpo_lite.train.run  # noqa: F401
 
         main(given.kills, given.real, given.seed, Path(made))

@@ -6,9 +6,9 @@ from peft import LoraConfig, get_peft_model
 from transformers import LlamaConfig, MistralConfig
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.head import token_logps
-from orpo_lite.meters import peak_over
-from orpo_lite.model.offload import HostMemory, checkpointing_layers, offload
+from orpo_lite.model.activation_offload import HostMemory, checkpointing_layers, offload
+from orpo_lite.objective.head import token_logps
+from orpo_lite.train.meters import peak_over
 from tests.tiny import tiny_model
 from tests.training import config, gradients, rows
 
@@ -65,7 +65,7 @@ def test_layouts_agree(family, layout, tmp_path, tokenizer):
 
 def test_quickstart_learns(tmp_path):
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train import run
+    from orpo_lite.train.run import run
 
     words = [f"training.output_dir={tmp_path / 'run'}", "evaluation.samples=0"]
     result = run(Recipe.load("quickstart", words))
@@ -121,7 +121,7 @@ def test_a_step_that_runs_out_of_memory_is_done_again_in_parts(tmp_path, tokeniz
 
 
 def test_the_plan_is_what_the_card_takes():
-    from orpo_lite.doctoring.selftest import on_card
+    from orpo_lite.train.doctor_selftest import on_card
 
     found = {finding.name: finding for finding in on_card()}
     assert found["plan"].verdict == "ok", found["plan"].text

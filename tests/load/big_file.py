@@ -35,7 +35,7 @@ WRONG = 0.02
 
 def pairs(count: int, seed: int = 0, characters: int = 1500) -> Iterator[dict[str, str]]:
     """Pairs of about so many characters; every fiftieth cannot be used."""
-    source = (ROOT / "orpo_lite" / "quickstart" / "train.jsonl").read_text("utf-8")
+    source = (ROOT / "orpo_lite" / "data" / "quickstart" / "train.jsonl").read_text("utf-8")
     words = sorted(set(re.findall(r"[A-Za-z]{2,}[,.?!]?", source)))
     rng = random.Random(seed)
     text = " ".join(rng.choices(words, k=400_000))

@@ -8,9 +8,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from orpo_lite.data import files, json_array
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data import file_formats as files
+from orpo_lite.data import json_array
 from orpo_lite.data.json_array import JsonArray
-from orpo_lite.errors import RequestError
 
 VALUES = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=8),

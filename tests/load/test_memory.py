@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from orpo_lite.data import columns, lengths
-from orpo_lite.data.batching import common_prefix
-from orpo_lite.data.drops import Drop, DropList
-from orpo_lite.data.files import read_file
+from orpo_lite.data import lengths
+from orpo_lite.data import lengths as columns
+from orpo_lite.data.collate import common_prefix
+from orpo_lite.data.dropped_rows import Drop, DropList
+from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.throughput import Throughput
 from tests.load.big_file import FORMATS, measure, words, write
 from tests.soak import KINDS, growth, soak

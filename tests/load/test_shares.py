@@ -14,17 +14,18 @@ import numpy as np
 import pytest
 from torch.utils.data import get_worker_info
 
-from orpo_lite.data import files, shares, streaming
-from orpo_lite.data.batching import PackedCollator
-from orpo_lite.data.pairs import PairTokenizer
-from orpo_lite.data.readers import open_source
-from orpo_lite.data.steps import StepPlan
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data import file_formats as files
+from orpo_lite.data import shares, streaming
+from orpo_lite.data.collate import PackedCollator
+from orpo_lite.data.sources import open_source
+from orpo_lite.data.step_batches import StepPlan
 from orpo_lite.data.stream_steps import StepStream
 from orpo_lite.data.streaming import BEGINNING, PairStream, rows_of
 from orpo_lite.data.tables import SKIPPED
-from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
+from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
+from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.data.work import pair_costs, pair_work
-from orpo_lite.errors import RequestError
 from orpo_lite.recipe import DataSource
 from tests.load.big_file import FORMATS, write
 from tests.load.test_stream_trainer import Plain, with_bad

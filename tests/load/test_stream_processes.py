@@ -11,7 +11,7 @@ from transformers import LlamaConfig
 
 from orpo_lite import ORPOTrainer
 from orpo_lite.data import streaming
-from orpo_lite.data.pairs import PairTokenizer
+from orpo_lite.data.tokenize import PairTokenizer
 from tests.load.test_stream_trainer import Plain, same, with_bad
 from tests.scale.checks import tokenizer
 from tests.scale.group import together

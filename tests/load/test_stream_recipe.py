@@ -4,13 +4,13 @@ import json
 
 import pytest
 
-from orpo_lite.cli import console
+from orpo_lite.common.console import console
 from orpo_lite.data import load_pairs
-from orpo_lite.data.show import command, read_tokenizer
+from orpo_lite.data.preview import command, read_tokenizer
 from orpo_lite.data.streaming import PairStream
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import RecipeError
-from orpo_lite.train import run
+from orpo_lite.recipe.loading import RecipeError
+from orpo_lite.train.run import run
 from tests.load.big_file import FORMATS, write
 
 TINY = ["data.eval_fraction=0", "data.eval=null", "data.streaming=true", "evaluation.samples=0", "data.max_length=200"]

@@ -9,8 +9,8 @@ from torch.utils.data import IterableDataset
 from transformers import LlamaConfig
 
 from orpo_lite import ORPOTrainer
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data import TooManyDropped, streaming
-from orpo_lite.errors import RequestError
 from tests.tiny import tiny_model
 from tests.training import SIZES, config, rows
 
@@ -89,7 +89,7 @@ def test_resumed_is_unbroken_bit_for_bit(workers, tokens, tmp_path, tokenizer, m
 
 
 def test_resuming_tokenises_nothing_that_is_behind(tmp_path, tokenizer, monkeypatch):
-    from orpo_lite.data.pairs import PairTokenizer
+    from orpo_lite.data.tokenize import PairTokenizer
 
     monkeypatch.setattr(streaming, "CHUNK", 10)
     given = rows(10 * 10).to_list()

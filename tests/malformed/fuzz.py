@@ -28,9 +28,9 @@ from typing import Any
 
 import yaml
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import DataSource, ModelSection, Recipe
-from orpo_lite.recipe.source import shipped_recipes
+from orpo_lite.recipe.loading import shipped_recipes
 from tests.malformed.data import rows, table, talk
 
 SECONDS = 5.0
@@ -155,9 +155,9 @@ def tokenizer() -> Any:
 
 def fuzz_data(random: random.Random, folder: Path) -> None:
     """One mutated data file, read and tokenised to the end."""
-    from orpo_lite.data.pairs import PairTokenizer
-    from orpo_lite.data.readers import open_source
-    from orpo_lite.data.tokenize import TokenizeOptions, number_rows, source_shape
+    from orpo_lite.data.sources import open_source
+    from orpo_lite.data.token_cache import TokenizeOptions, number_rows, source_shape
+    from orpo_lite.data.tokenize import PairTokenizer
 
     given: list[Any] = rows(3) if random.random() < 0.5 else [talk(n) for n in range(3)]
     if random.random() < 0.5:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import PACKAGE
+from orpo_lite.recipe.loading import PACKAGE
 from tests.malformed.case import Case
 
 MODEL = PACKAGE / "quickstart" / "model"

@@ -12,8 +12,9 @@ from typing import Any
 import datasets
 import pytest
 
-from orpo_lite import cli, patterns
-from orpo_lite.data.readers import open_source
+from orpo_lite.common import console as cli
+from orpo_lite.common import patterns
+from orpo_lite.data.sources import open_source
 from orpo_lite.recipe import DataSource, Recipe
 from tests import commands
 from tests.malformed import data, models, recipes

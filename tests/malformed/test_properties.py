@@ -12,16 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import LlamaConfig
 
-from orpo_lite.config import ORPOConfig
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.encode import common_prefix
-from orpo_lite.data.formats import detect
-from orpo_lite.data.pairs import PairTokenizer, boundaries
-from orpo_lite.data.tokenize import TokenizeOptions
-from orpo_lite.errors import RequestError
+from orpo_lite.data.row_shapes import detect
+from orpo_lite.data.token_cache import TokenizeOptions
+from orpo_lite.data.tokenize import PairTokenizer, boundaries
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.checks import leaves
-from orpo_lite.recipe.source import apply_override, read_yaml, shipped_recipes
-from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.recipe.loading import apply_override, read_yaml, shipped_recipes
+from orpo_lite.recipe.training_fields import leaves
+from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.trainer import ORPOTrainer
 from tests.malformed.fuzz import tokenizer
 from tests.tiny import tiny_model
 from tests.training import SIZES, rows

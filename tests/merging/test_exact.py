@@ -8,8 +8,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import merge
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, save_adapter
 from orpo_lite.model.base import grow_embeddings
 from orpo_lite.recipe import AdapterSection, ModelSection

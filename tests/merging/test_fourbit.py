@@ -6,11 +6,11 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import merge
-from orpo_lite.merging.base import Base
-from orpo_lite.merging.fourbit import Survival
-from orpo_lite.merging.tensors import blocks
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.base import Base
+from orpo_lite.merge.run import merge
+from orpo_lite.merge.safetensors_blocks import blocks
+from orpo_lite.merge.write_4bit import Survival
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests.merging.conftest import weights
@@ -50,8 +50,8 @@ def test_a_change_that_would_round_away_is_refused(adapted, tmp_path):
     _, base, adapter = adapted("llama", target_modules="all-linear")
     from safetensors.torch import save_file
 
-    from orpo_lite.merging.quantised import RoundTrip
-    from orpo_lite.merging.tensors import stored_tensors
+    from orpo_lite.merge.quantised_base import RoundTrip
+    from orpo_lite.merge.safetensors_blocks import stored_tensors
 
     stored, file = weights(base), base / "model.safetensors"
     for key, one in stored_tensors([file]).items():
@@ -95,7 +95,7 @@ def test_weights_that_training_saw(base_folder, monkeypatch, method, double, ele
     """Block by block, and whole, they are what transformers' own quantised model dequantises to."""
     from transformers.integrations.bitsandbytes import dequantize_bnb_weight
 
-    monkeypatch.setattr("orpo_lite.merging.tensors.BLOCK_ELEMENTS", elements)
+    monkeypatch.setattr("orpo_lite.merge.safetensors_blocks.BLOCK_ELEMENTS", elements)
     monkeypatch.setattr(blocks, "__defaults__", (elements,))
     spec = ModelSection(name_or_path=str(base_folder("llama")), quantization=method, double_quant=double)
     base, model = Base(spec, "quantized"), load_base(spec)[0]

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from orpo_lite.bench_merge import bench, differing, make_adapter, make_base
+from tests.benchmarks.merge import bench, differing, make_adapter, make_base
 
 PEAK = """
 import sys

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import merge
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.run import merge
 from tests.commands import Command
 from tests.merging.conftest import weights
 
@@ -32,8 +32,8 @@ def test_too_small_a_disk_is_said_before_anything_is_written(adapted, tmp_path, 
     _, _, adapter = adapted("llama", target_modules=["q_proj"])
     there = sorted(os.listdir(tmp_path))
     usage = type("Usage", (), {"free": 50 * 10**6})
-    monkeypatch.setattr("orpo_lite.merge.shutil.disk_usage", lambda _: usage)
-    monkeypatch.setattr("orpo_lite.merge.write_shards", lambda *_: pytest.fail("started to write"))
+    monkeypatch.setattr("orpo_lite.merge.run.shutil.disk_usage", lambda _: usage)
+    monkeypatch.setattr("orpo_lite.merge.run.write_shards", lambda *_: pytest.fail("started to write"))
     with pytest.raises(RequestError, match=r"takes 0\.1 GB, and .* has 0\.1 GB free: make room"):
         merge(adapter, tmp_path / "merged")
     assert sorted(os.listdir(tmp_path)) == there
@@ -83,7 +83,7 @@ def test_stopped_politely(adapted, tmp_path, number):
     _, _, adapter = adapted("llama", target_modules="all-linear")
     script = tmp_path / "slow.py"
     script.write_text(
-        "import orpo_lite.merging.stream as s, time, signal, orpo_lite.merge as m\n"
+        "import orpo_lite.merge.write as s, time, signal, orpo_lite.merge as m\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it\n"
         "right = s.Job.parts\n"
         "def slow(self):\n"

@@ -11,7 +11,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, load_base, save_adapter, trainable_share
 from orpo_lite.recipe import AdapterSection
 from tests.model.conftest import disturb, logits

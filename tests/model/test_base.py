@@ -12,7 +12,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, base_name, check_quantised_share, load_base, routers, trainable_share
 from orpo_lite.recipe import AdapterSection, ModelSection
 from tests.model.conftest import CONFIGS, SIZES, logits

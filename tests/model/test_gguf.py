@@ -13,8 +13,8 @@ from gguf import GGMLQuantizationType as Q
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from orpo_lite.errors import RequestError
-from orpo_lite.merge import merge
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter, trainable_share
 from orpo_lite.model import gguf as module
 from orpo_lite.recipe import AdapterSection, ModelSection

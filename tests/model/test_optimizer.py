@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import TrainingArguments
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, load_base, optimizer_for
 from tests.model.conftest import disturb
 

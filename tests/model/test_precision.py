@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import choose_precision
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter, stop_token_ids, tokenizer_notes
 from orpo_lite.recipe import AdapterSection, ModelSection
 from tests.model.conftest import CONFIGS, disturb, logits

@@ -17,8 +17,8 @@ from typing import Any
 import nbformat
 import pytest
 
-from orpo_lite.errors import RequestError
-from orpo_lite.export.converter import converter_folder
+from orpo_lite.common.errors import RequestError
+from orpo_lite.export.llama_cpp import converter_folder
 
 ROOT = Path(__file__).parents[2]
 NOTEBOOKS = {path.stem: path for path in sorted((ROOT / "notebooks").glob("*.ipynb"))}
@@ -168,9 +168,9 @@ def test_a_t4_session_that_ends_goes_on_with_the_same_cells(
 ) -> None:
     """A run that was stopped after a checkpoint stands for the session that went away."""
     from orpo_lite import Recipe
-    from orpo_lite.signals import Stopped
-    from orpo_lite.train import run
-    from orpo_lite.trainer import ORPOTrainer
+    from orpo_lite.train.run import run
+    from orpo_lite.trainer.interrupts import Stopped
+    from orpo_lite.trainer.trainer import ORPOTrainer
 
     words = dict(
         RECIPE="quickstart", ROWS=48, STEPS=8, LEARNING_RATE=1e-3, SAVE_MINUTES=10, FOLDER="drive/mistral", CARD="8GB"

@@ -9,19 +9,20 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConfig
 
-from orpo_lite.cli import run_command
-from orpo_lite.config import ORPOConfig
-from orpo_lite.errors import RequestError
-from orpo_lite.model.offload import checkpointing_layers
-from orpo_lite.plan import command
-from orpo_lite.planning import fitted, truth
-from orpo_lite.planning.cards import CARDS, FITS, Card, verdict
-from orpo_lite.planning.fit import Search, fit
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import FLOPS, KEPT, MOVED, UNPACKED
-from orpo_lite.planning.predict import Study, plan
+from orpo_lite.common.console import run_command
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.activation_offload import checkpointing_layers
+from orpo_lite.plan import fitted
+from orpo_lite.plan.__main__ import command
+from orpo_lite.plan.allocations import FLOPS, KEPT, MOVED, UNPACKED
+from orpo_lite.plan.gpus import CARDS, FITS, Card, verdict
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.predict import Study, plan
+from orpo_lite.plan.search import Search, fit
 from orpo_lite.recipe import Recipe
-from orpo_lite.settings import arguments
+from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.config_from_recipe import arguments
+from tests.benchmarks import plan_accuracy as truth
 
 CONFIG = LlamaConfig(vocab_size=3000, hidden_size=256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2,
                      num_hidden_layers=12)  # fmt: skip

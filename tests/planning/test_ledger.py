@@ -2,8 +2,8 @@
 
 import torch
 
-from orpo_lite.planning.kernels import Kernels, Target, no_workspace
-from orpo_lite.planning.ledger import BASE, HEAD, KEPT, LAYER, WORKSPACE, Timeline
+from orpo_lite.plan.allocations import BASE, HEAD, KEPT, LAYER, WORKSPACE, Timeline
+from orpo_lite.plan.kernels import Kernels, Target, no_workspace
 
 META = torch.device("meta")
 

@@ -13,27 +13,16 @@ from PIL import Image
 from rich.console import Console
 
 from orpo_lite import report
-from orpo_lite.errors import RequestError
-from orpo_lite.plan import command
-from orpo_lite.planning import drawing, show
-from orpo_lite.planning.cards import FITS, NOT, TIGHT, Card, verdict
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import ADAPTER, BASE, HEAD, KEPT, LAYER, PARTS
-from orpo_lite.planning.picture import (
-    LOOKS,
-    MEASURED,
-    NEEDED,
-    RESERVED,
-    UNKNOWN,
-    Bar,
-    Segment,
-    bars,
-    cells,
-    picture,
-    ticks,
-)
-from orpo_lite.planning.predict import CONTEXT, LIBRARIES, MARGIN, plan
-from orpo_lite.planning.remedies import Verdict
+from orpo_lite.common.errors import RequestError
+from orpo_lite.plan import drawing
+from orpo_lite.plan import tables as show
+from orpo_lite.plan.__main__ import command
+from orpo_lite.plan.allocations import ADAPTER, BASE, HEAD, KEPT, LAYER, PARTS
+from orpo_lite.plan.gpus import FITS, NOT, TIGHT, Card, verdict
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.picture import LOOKS, MEASURED, NEEDED, RESERVED, UNKNOWN, Bar, Segment, bars, cells, picture, ticks
+from orpo_lite.plan.predict import CONTEXT, LIBRARIES, MARGIN, plan
+from orpo_lite.plan.remedies import Verdict
 from orpo_lite.recipe import Recipe
 
 GB = 1_000_000_000

@@ -12,18 +12,18 @@ import pytest
 import torch
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
-from orpo_lite.errors import RequestError
-from orpo_lite.planning import show
-from orpo_lite.planning.cards import CARDS, FITS, NOT, TIGHT, Card, find_cards, verdict
-from orpo_lite.planning.depth import period
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import CONSTANTS, GRADIENTS, KEPT, OPTIMIZER
-from orpo_lite.planning.predict import plan
-from orpo_lite.planning.remedies import Planner, changed, judge
-from orpo_lite.planning.states import states
-from orpo_lite.planning.step import longest_pair
+from orpo_lite.common.errors import RequestError
+from orpo_lite.plan import tables as show
+from orpo_lite.plan.allocations import CONSTANTS, GRADIENTS, KEPT, OPTIMIZER
+from orpo_lite.plan.extrapolate import period
+from orpo_lite.plan.gpus import CARDS, FITS, NOT, TIGHT, Card, find_cards, verdict
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.optimizer_memory import states
+from orpo_lite.plan.predict import plan
+from orpo_lite.plan.remedies import Planner, changed, judge
+from orpo_lite.plan.step import longest_pair
 from orpo_lite.recipe import DataSection, Recipe
-from orpo_lite.recipe.source import recipes_folder
+from orpo_lite.recipe.loading import recipes_folder
 from tests.commands import command
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
@@ -87,7 +87,7 @@ def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
 @pytest.mark.parametrize("checkpointing", ["all", 7])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
 def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, bases, monkeypatch):
-    monkeypatch.setattr("orpo_lite.planning.step.SMALLEST", 1)
+    monkeypatch.setattr("orpo_lite.plan.step.SMALLEST", 1)
     same(bases[name], checkpointing, Target("cuda"), "eager" if name == "gemma2" else "auto", offload_activations=True)
 
 
@@ -301,8 +301,8 @@ def test_a_config_file_is_enough(bases):
 def test_a_7b_plan_is_quick_and_small():
     code = (
         "import time\n"
-        "from orpo_lite.measure import peak_memory_bytes\n"
-        "from orpo_lite.planning.predict import plan\n"
+        "from orpo_lite.common.memory import peak_memory_bytes\n"
+        "from orpo_lite.plan.predict import plan\n"
         "from orpo_lite.recipe import Recipe\n"
         "plan(Recipe.load('mistral-qlora'))\n"
         "print(time.process_time(), peak_memory_bytes('cpu') / 1e9)"

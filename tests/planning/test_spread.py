@@ -13,11 +13,9 @@ import typer
 from transformers import LlamaConfig
 from typer.testing import CliRunner
 
-from orpo_lite.errors import RequestError
-from orpo_lite.plan import command
-from orpo_lite.planning.cards import Card
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import (
+from orpo_lite.common.errors import RequestError
+from orpo_lite.plan.__main__ import command
+from orpo_lite.plan.allocations import (
     ADAPTER,
     BASE,
     BUFFERS,
@@ -29,11 +27,13 @@ from orpo_lite.planning.ledger import (
     LOADING,
     OPTIMIZER,
 )
-from orpo_lite.planning.predict import Study
-from orpo_lite.planning.remedies import Planner
-from orpo_lite.planning.spread import BUCKET, SpreadPlan
-from orpo_lite.planning.units import Spread, units_of
-from orpo_lite.planning.worth import sizes, worth
+from orpo_lite.plan.gpus import Card
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.multi_gpu import BUCKET, SpreadPlan
+from orpo_lite.plan.predict import Study
+from orpo_lite.plan.remedies import Planner
+from orpo_lite.plan.units import Spread, units_of
+from orpo_lite.plan.worth import sizes, worth
 from orpo_lite.recipe import Recipe
 
 ROOT = Path(__file__).parents[2]

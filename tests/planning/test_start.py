@@ -8,15 +8,16 @@ import pytest
 import torch
 from transformers import LlamaConfig
 
-from orpo_lite import announce
-from orpo_lite.errors import RequestError
-from orpo_lite.planning import cache, start
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.lengths import Lengths, worst
-from orpo_lite.planning.predict import CONTEXT_BYTES, plan
-from orpo_lite.planning.step import Shape
+from orpo_lite.common.errors import RequestError
+from orpo_lite.plan import before_training as start
+from orpo_lite.plan import cache
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.lengths import Lengths, worst
+from orpo_lite.plan.predict import CONTEXT_BYTES, plan
+from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run
+from orpo_lite.train import printout as announce
+from orpo_lite.train.run import run
 
 PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
 
@@ -36,7 +37,7 @@ def recipe(tmp_path, monkeypatch):
             "data": {"train": "x.jsonl", "max_length": 128},
             "training": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         }
-        from orpo_lite.planning.remedies import changed
+        from orpo_lite.plan.remedies import changed
 
         made = changed(Recipe.parse(content), list(words))
         assert made is not None

@@ -5,14 +5,14 @@ import json
 import pytest
 from transformers import LlamaConfig, T5Config
 
-from orpo_lite import plan as plan_command
-from orpo_lite.errors import RequestError
-from orpo_lite.planning.kernels import Target
-from orpo_lite.planning.ledger import ADAPTER, BASE, CONSTANTS, ENDS, GRADIENTS, HEAD, OPTIMIZER
-from orpo_lite.planning.predict import Plan, plan
-from orpo_lite.planning.trl_step import PlannedTrlTrainer, as_dict, plan_trl, training_step
-from orpo_lite.planning.truth import Case
+from orpo_lite.common.errors import RequestError
+from orpo_lite.plan import __main__ as plan_command
+from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, GRADIENTS, HEAD, OPTIMIZER
+from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.predict import Plan, plan
 from orpo_lite.recipe import Recipe
+from tests.benchmarks.plan_accuracy import Case
+from tests.benchmarks.trl_memory import PlannedTrlTrainer, as_dict, plan_trl, training_step
 from tests.planning.test_plan import SIZES, near, recipe
 from tests.planning.test_truth import check
 

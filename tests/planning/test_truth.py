@@ -2,7 +2,7 @@
 
 import pytest
 
-from orpo_lite.planning.truth import CASES, TOLERANCE, UNDER, Case, compare
+from tests.benchmarks.plan_accuracy import CASES, TOLERANCE, UNDER, Case, compare
 
 QUICK = [
     Case("llama", "nf4", "all", "shared", length=96),

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 
-from orpo_lite.errors import RequestError
-from orpo_lite.lock import lock, unlock
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.lock import lock, unlock
 from orpo_lite.report import command, page, write_report
 from orpo_lite.report.charts import Chart, Line, histogram, plain, running_mean, thinned, ticks
 from orpo_lite.report.document import embedded
-from orpo_lite.runfolder import RunFolder
+from orpo_lite.trainer.run_folder import RunFolder
 from tests.report.conftest import NAN, evaluation, facts, log_lines
 
 VOID = {"meta", "br", "path", "rect", "input", "img", "link", "hr"}

@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 import yaml
 
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.report import as_json, compare_page, encoded, page, run_page
-from orpo_lite.report.runs import read_run
+from orpo_lite.report.run_record import read_run
 from tests.report.conftest import NAN, evaluation, facts, log_lines, pairs
 from tests.report.test_content import Page
 

@@ -15,13 +15,14 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback, training_args
 
-from orpo_lite import ORPOTrainer, zero_states
-from orpo_lite import config as orpo_config
-from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
-from orpo_lite.engines import gathered
+from orpo_lite import ORPOTrainer
+from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.model.adapter import prepare_frozen
 from orpo_lite.model.precision import Precision
-from orpo_lite.zero import loading_whole
+from orpo_lite.trainer import config as orpo_config
+from orpo_lite.trainer import zero_states
+from orpo_lite.trainer.deepspeed import loading_whole
+from orpo_lite.trainer.distributed import gathered
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
 
@@ -216,9 +217,9 @@ def one(folder, out, base, layout, options, engine):
 
 def recipe_run(words):
     """run.json of a recipe's run under DeepSpeed, and what share of the weights its engines found cut up already."""
-    from orpo_lite import launched
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train import run
+    from orpo_lite.train.run import run
+    from orpo_lite.trainer import launched
 
     shares = []
     if "WORLD_SIZE" in os.environ:

@@ -19,7 +19,7 @@ WORDS = ["--recipe", "quickstart", "training.max_steps=8", "training.save_strate
 ALONE = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 """Environment of a process started by a command."""
 CONTEXT = multiprocessing.get_context("forkserver")
-CONTEXT.set_forkserver_preload(["orpo_lite.trainer", "tests.scale.checks", "bitsandbytes"])
+CONTEXT.set_forkserver_preload(["orpo_lite.trainer.trainer", "tests.scale.checks", "bitsandbytes"])
 
 
 def together(function, processes, folder, *arguments, timeout=600, joined=None, **environment):

@@ -7,9 +7,9 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from orpo_lite import train
-from orpo_lite.cli import run_command
-from orpo_lite.trainer import ORPOTrainer
+from orpo_lite.common.console import run_command
+from orpo_lite.train import run as train
+from orpo_lite.trainer.trainer import ORPOTrainer
 
 
 class Harm(TrainerCallback):

@@ -6,8 +6,8 @@ import re
 
 import pytest
 
-from orpo_lite import launched
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
+from orpo_lite.trainer import launched
 
 
 @pytest.mark.slow

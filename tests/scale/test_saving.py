@@ -9,8 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch.distributed.checkpoint import FileSystemReader
 
-from orpo_lite import zero_states
-from orpo_lite.checkpoints import damage, manifest, seal
+from orpo_lite.trainer import zero_states
+from orpo_lite.trainer.checkpoint_folder import damage, manifest, seal
 from tests.scale import checks
 from tests.scale.group import together
 

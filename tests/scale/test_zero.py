@@ -7,11 +7,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from orpo_lite import zero_states
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import load_base, load_tokenizer
 from orpo_lite.recipe import ModelSection
-from orpo_lite.zero import zero_stage_asked
+from orpo_lite.trainer import zero_states
+from orpo_lite.trainer.deepspeed import zero_stage_asked
 from tests.scale import checks
 from tests.scale.group import together
 

@@ -15,7 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
-from orpo_lite.checkpoints import damage, manifest, seal
+from orpo_lite.trainer.checkpoint_folder import damage, manifest, seal
 from tests.malformed.models import MODEL, adapter, edited, holding, model
 from tests.malformed.models import run as a_run
 from tests.security.conftest import Bomb, command, quick, write_rows
@@ -47,7 +47,8 @@ def test_the_bomb_goes_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize("how", ["bare", "zip", "legacy"])
 @pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "extra.pkl"])
 def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypatch, capfd, stopped) -> None:
-    from orpo_lite import cli, train
+    from orpo_lite.common import console as cli
+    from orpo_lite.train import run as train
 
     shutil.copytree(stopped, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
@@ -112,7 +113,7 @@ def called(verb: str, words: list[str], place: Path, monkeypatch, capfd) -> tupl
     """Exit status and stderr of a command, run in this process."""
     import importlib
 
-    from orpo_lite import cli
+    from orpo_lite.common import console as cli
 
     monkeypatch.chdir(place)
     monkeypatch.setenv("ORPO_LITE_CACHE", str(place / "plans"))

@@ -19,12 +19,12 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from orpo_lite.planning.drawing import html
-from orpo_lite.planning.picture import picture
+from orpo_lite.plan.drawing import html
+from orpo_lite.plan.picture import picture
 from orpo_lite.report import document as whole
 from orpo_lite.report import write_report
 from orpo_lite.report.document import asset
-from orpo_lite.runfolder import RunFolder
+from orpo_lite.trainer.run_folder import RunFolder
 from tests.commands import Command
 from tests.security.conftest import ATTACKS, SCRIPT, command, quick
 

@@ -10,13 +10,13 @@ from pathlib import Path
 import pytest
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.errors import RequestError
-from orpo_lite.model.files import check_adapter, check_model
+from orpo_lite.common.errors import RequestError
+from orpo_lite.export.publish import pack
 from orpo_lite.model.gguf import find
 from orpo_lite.model.tokenizer import load_tokenizer
-from orpo_lite.publish import pack
+from orpo_lite.model.untrusted_files import check_adapter, check_model
 from orpo_lite.recipe import ModelSection, Recipe
-from orpo_lite.recipe.source import RecipeError
+from orpo_lite.recipe.loading import RecipeError
 from tests.malformed.models import MODEL, adapter, model, sharded
 from tests.malformed.models import run as a_run
 

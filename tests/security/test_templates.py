@@ -12,14 +12,14 @@ from pathlib import Path
 import pytest
 from transformers import AutoTokenizer
 
-from orpo_lite import rendering
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.encode import turn_end
-from orpo_lite.data.tokenize import TokenizeOptions, tokenize_rows
-from orpo_lite.errors import RequestError
+from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.export.ollama import find_turns
+from orpo_lite.model import chat_template as rendering
+from orpo_lite.model.chat_template import Rendering, TemplateRefused, TemplateUnbounded, render_chat
 from orpo_lite.model.tokenizer import stop_token_ids
-from orpo_lite.recipe.source import PACKAGE
-from orpo_lite.rendering import Rendering, TemplateRefused, TemplateUnbounded, render_chat
+from orpo_lite.recipe.loading import PACKAGE
 from tests.training import CHATML, rows
 
 MODEL = PACKAGE / "quickstart" / "model"

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.source import RecipeError
+from orpo_lite.recipe.loading import RecipeError
 from tests.commands import command
 from tests.hub_server import HubServer
 from tests.security.conftest import ROOT, quick, write_rows

@@ -7,11 +7,12 @@ import random
 import pytest
 import torch
 
-from orpo_lite import ORPOTrainer, train
-from orpo_lite.metrics import metric_sums
-from orpo_lite.objective import ObjectiveTrainer
+from orpo_lite import ORPOTrainer
+from orpo_lite.objective.metrics import metric_sums
 from orpo_lite.recipe import Recipe
-from orpo_lite.watching.alarms import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, Alarms
+from orpo_lite.train import run as train
+from orpo_lite.trainer.health_warnings import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, Alarms
+from orpo_lite.trainer.objective import ObjectiveTrainer
 from tests.training import config, rows
 from tests.watching.poison import build, llama
 

@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from orpo_lite.errors import RequestError
-from orpo_lite.watching.nonfinite import IN_A_ROW, IN_ALL, NonFinite
+from orpo_lite.common.errors import RequestError
+from orpo_lite.trainer.nonfinite_report import IN_A_ROW, IN_ALL, NonFinite
 from tests.watching.poison import (
     ODD,
     LatePoison,
@@ -300,7 +300,7 @@ def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch)
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("orpo_lite.watching.reproducer.Reproducer.write", full)
+    monkeypatch.setattr("orpo_lite.trainer.reproducer.Reproducer.write", full)
     assert "could not be saved for a bug report" in stopped(trainer, keep, 2)
 
 

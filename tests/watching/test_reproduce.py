@@ -10,11 +10,11 @@ import typer
 from safetensors.torch import load, save
 from typer.testing import CliRunner
 
-from orpo_lite import train
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.watching.nonfinite import NonFinite
-from orpo_lite.watching.reproduce import FINITE, OTHER, SAME, reproduce
+from orpo_lite.train import run as train
+from orpo_lite.train.reproduce import FINITE, OTHER, SAME, reproduce
+from orpo_lite.trainer.nonfinite_report import NonFinite
 from tests.commands import command
 
 SMALL = ["evaluation.samples=0", "training.eval_strategy=no", "data.max_rows=40", "training.max_steps=4", "data.max_eval_rows=4",

@@ -1,0 +1,1 @@
+"""What every layer uses; needs neither torch nor transformers."""

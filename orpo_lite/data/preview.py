@@ -1,0 +1,210 @@
+"""`orpo-lite data`: what a recipe will be trained on: counts, drops, lengths, decoded examples with their labels."""
+
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from orpo_lite.common import console as cli
+from orpo_lite.common.console import console
+from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs, looked_at
+from orpo_lite.recipe import Recipe
+
+if TYPE_CHECKING:
+    import numpy as np
+    from transformers import PreTrainedTokenizerBase
+
+STREAMED = 1000
+"""Rows of a stream that are shown for all of it."""
+
+
+def command(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="decoded training pairs to show")] = 2,
+    list_drops: Annotated[bool, typer.Option("--list-drops", help="list every dropped row and why")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Show what a recipe will be trained on: counts, drops, token lengths, decoded examples."""
+    resolved = Recipe.load(recipe, overrides or [])
+    tokenizer, encoder_decoder = read_tokenizer(resolved)
+    try:
+        pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
+    except TooManyDropped as error:
+        # what there is to see is shown all the same; the error comes after it and sets the exit status
+        print_report(error.report, error.shapes, None, list_drops, as_json)
+        raise
+    pairs = looked_at(pairs, STREAMED)
+    shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
+    print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
+
+
+def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
+    """The recipe's tokenizer, and whether its model is an encoder-decoder."""
+    from orpo_lite.model import load_tokenizer
+    from orpo_lite.model.base import read_config
+
+    return load_tokenizer(recipe.model), bool(read_config(recipe.model).is_encoder_decoder)
+
+
+def print_report(
+    report: DropReport,
+    shapes: dict[str, dict[str, Any]],
+    pairs: Pairs | None,
+    list_drops: bool,
+    as_json: bool,
+    shown: list[dict[str, Any]] | None = None,
+) -> None:
+    splits = {"train": pairs.train} | ({"eval": pairs.eval} if pairs.eval is not None else {}) if pairs else {}
+    if as_json:
+        content = {
+            "sources": shapes,
+            "report": report.as_dict(rows=list_drops),
+            "pairs": {name: len(rows) for name, rows in splits.items()},
+            "lengths": {name: {k: summary(v) for k, v in lengths(rows).items()} for name, rows in splits.items()},
+            "fingerprint": pairs.fingerprint if pairs else None,
+            "examples": shown or [],
+        }
+        print(json.dumps(content, indent=1))
+        return
+    console.print(sources_table(report, shapes), "")
+    if report.counts:
+        console.print(report.table(), "")
+    if list_drops:
+        for drop in report.drops:
+            line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
+            console.print(Text(printable(line).replace("\n", " ")), soft_wrap=True)
+        console.print()
+    if report.truncated:
+        console.print(
+            f"cut: {report.prompt_cut:,} prompts from the left, {report.completion_cut:,} completions at the end"
+        )
+    for note in report.notes:
+        console.print(Text(f"note: {printable(note)}"))
+    if not pairs:
+        return
+    held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
+    cached = " (tokens from the cache)" if report.cached else ""
+    console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
+    console.print(lengths_table(lengths(pairs.train)))
+    if shown:
+        console.print(
+            Text.assemble(
+                "\n",
+                (". prompt, no label", "dim"),
+                "   ",
+                ("+ chosen label", "green"),
+                "   ",
+                ("- rejected label", "red"),
+                "   ⏎ line break",
+            )
+        )
+    for number, pair in enumerate(shown or [], 1):
+        console.print("", example_text(number, pair), soft_wrap=True)
+
+
+def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Table:
+    table = Table(box=None)
+    for name in ("source", "for", "shape of its rows"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "kept", "dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, about in shapes.items():
+        counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
+        table.add_row(Text(printable(label)), about["section"], about["shape"], *counts)
+    if len(shapes) > 1:
+        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, report.rows - report.kept)))
+    return table
+
+
+def summary(tokens: np.ndarray) -> dict[str, float]:
+    """Median, 95th percentile, largest and sum of token counts."""
+    import numpy as np
+
+    if not len(tokens):
+        return {"median": 0, "p95": 0, "max": 0, "sum": 0}
+    middle, high = (float(value) for value in np.percentile(tokens, [50, 95]))
+    return {"median": middle, "p95": high, "max": int(tokens.max()), "sum": int(tokens.sum())}
+
+
+def lengths_table(counted: dict[str, np.ndarray]) -> Table:
+    """Histogram of tokens a pair, one column a part, and its median, 95th percentile and maximum."""
+    import numpy as np
+
+    top = max(int(tokens.max()) for tokens in counted.values())
+    # edges double: real lengths vary twentyfold
+    edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
+    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
+    table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
+    histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
+    for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        cells = [bar(h[place], h.max(), width) for h in histograms]
+        if any(h[place] for h in histograms):
+            table.add_row(f"{low:,} to {high - 1:,}", *cells)
+    for name in ("median", "p95", "max"):
+        table.add_row(name, *(f"{summary(tokens)[name]:,.0f}" for tokens in counted.values()), style="bold")
+    return table
+
+
+def bar(count: int, largest: int, width: int) -> str:
+    """A bar of at most `width` blocks and the count behind it, held together by a space that does not break."""
+    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
+
+
+def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """One pair decoded: what both sequences open with, and the labels of either."""
+    if "prompt_ids" in row:
+        prompts, labels = [row["prompt_ids"]] * 2, [row["chosen_ids"], row["rejected_ids"]]
+    else:
+        starts = row["chosen_start"], row["rejected_start"]
+        sequences = row["chosen_ids"], row["rejected_ids"]
+        prompts = [ids[:start] for ids, start in zip(sequences, starts, strict=True)]
+        labels = [ids[start:] for ids, start in zip(sequences, starts, strict=True)]
+    same = prompts[0] == prompts[1]
+    return {
+        "source": row["source"],
+        "row": row["row"],
+        "tokens": {"prompt": len(prompts[0]), "chosen": len(labels[0]), "rejected": len(labels[1])},
+        "prompt": tokenizer.decode(prompts[0]),
+        "prompt_of_rejected": None if same else tokenizer.decode(prompts[1]),
+        "chosen": [tokenizer.decode([token]) for token in labels[0]],
+        "rejected": [tokenizer.decode([token]) for token in labels[1]],
+        "chosen_text": tokenizer.decode(labels[0]),
+        "rejected_text": tokenizer.decode(labels[1]),
+    }
+
+
+def example_text(number: int, pair: dict[str, Any]) -> Group:
+    """The pair with a letter in front of each line: . prompt (no label), + chosen label, - rejected label."""
+    tokens = pair["tokens"]
+    title = (
+        f"example {number}: row {pair['row']} of source {pair['source']}: {tokens['prompt']} prompt, "
+        f"{tokens['chosen']} chosen and {tokens['rejected']} rejected tokens"
+    )
+    parts = [Text(title, style="bold"), marked("prompt   .", pair["prompt"], "dim")]
+    if pair["prompt_of_rejected"] is not None:
+        parts.append(marked("its other end before rejected .", pair["prompt_of_rejected"][-60:], "dim"))
+    parts.append(marked("chosen   +", pair["chosen_text"], "green"))
+    parts.append(marked("rejected -", pair["rejected_text"], "red"))
+    return Group(*parts)
+
+
+def marked(mark: str, text: str, style: str) -> Text:
+    lines = printable(text).split("\n")
+    result = Text()
+    for number, line in enumerate(lines):
+        end = "⏎" if number < len(lines) - 1 else ""
+        result.append(f"{mark} ", style="bold")
+        result.append(f"{line}{end}", style=style)
+        result.append("\n" if end else "")
+    return result
+
+
+def printable(text: str) -> str:
+    """The text with control and direction characters written out, so that it cannot act on a terminal."""
+    return cli.printable(text).replace("\t", "\\t")

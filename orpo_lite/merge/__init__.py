@@ -1,0 +1,1 @@
+"""Merge an adapter into its base, tensor by tensor."""

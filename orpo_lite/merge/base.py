@@ -1,0 +1,168 @@
+"""The base of a merge: its skeleton, its files, and its weights as they are or as quantised training saw them."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections import Counter
+from pathlib import Path
+
+import torch
+from accelerate import init_empty_weights
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+from transformers.utils.hub import cached_file, get_checkpoint_shard_files
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.quantised_base import RoundTrip, dequantised, quantised_modules
+from orpo_lite.merge.safetensors_blocks import Cast, Source, Stored, blocks, stored_tensors
+from orpo_lite.merge.weight_map import KeyMap
+from orpo_lite.model.base import quantization_config, read_config, shipped_quantization
+from orpo_lite.model.locating import locate, readable
+from orpo_lite.model.precision import choose_precision
+from orpo_lite.recipe import ModelSection
+
+
+class Base:
+    """A base model on disk.
+
+    Attributes:
+        config: without the quantisation that it may ship with.
+        model: skeleton, parameters on the meta device and buffers real.
+        sources: stored key -> weights to merge into.
+        keys: where they belong in the model.
+        files: stored key -> file that holds it.
+        dtype: what most of its weights are stored in.
+        tied: parameter -> the one that it shares its tensor with.
+
+    Args:
+        onto: original, or quantized for the weights that training computed with.
+        trained: dtype in which training read the weights before it quantised them.
+
+    Raises:
+        RequestError: not there, not in the dtype asked for, files and config.json of different models.
+    """
+
+    def __init__(self, spec: ModelSection, onto: str = "original", trained: torch.dtype = torch.float32):
+        self.spec, self.config = spec, read_config(spec)
+        shipped = shipped_quantization(self.config)
+        if shipped and onto == "original":
+            original = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", spec.name_or_path)
+            hint = f", by its name {original}" if original != spec.name_or_path else ""
+            raise RequestError(
+                f"{spec.name_or_path} ships quantised, so it has no 16-bit weights to merge into: name the model that it "
+                f"was made from with --base{hint}, or take --onto quantized"
+            )
+        if onto == "quantized" and not shipped and spec.quantization == "none":
+            raise RequestError(
+                "--onto quantized: no quantised base is known of this adapter (no recipe.yaml, or "
+                "model.quantization=none): take --onto original"
+            )
+        if shipped:
+            del self.config.quantization_config  # type: ignore[attr-defined]
+        stored = stored_tensors(weight_files(spec))
+        self.files = {key: one.file for key, one in stored.items()}
+        self.dtype: torch.dtype = self.config.dtype or most_common(stored)  # type: ignore[assignment]  # never a name
+        self.model = self.skeleton()
+        self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
+        self.sources: dict[str, Source] = dict(dequantised(stored, self.dtype) if shipped else stored)
+        try:
+            self.keys = KeyMap(self.model, {key: one.shape for key, one in self.sources.items()})
+        except ValueError as error:
+            raise RequestError(f"{spec.name_or_path}: {error}") from error
+        self.part()
+        self.check_whole()
+        if onto == "quantized" and not shipped:
+            self.quantise(trained)
+            for key, one in self.sources.items():
+                if isinstance(one, Stored) and one.dtype in (torch.float32, torch.float64) and one.dtype != trained:
+                    self.sources[key] = Cast(one, trained)
+
+    def skeleton(self) -> PreTrainedModel:
+        """The model without its weights, computing in float32."""
+        config = copy.deepcopy(self.config)
+        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+        with init_empty_weights(include_buffers=False), readable(self.spec.name_or_path):
+            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code)
+        return model.eval()
+
+    def part(self) -> None:
+        """Take tensors apart that the architecture ties and the checkpoint holds twice, with different values.
+
+        transformers loads them apart too, whatever config.json says.
+        """
+        homes = {link.parameter: key for key, links in self.keys.links.items() for link in links}
+        for one, other in list(self.tied.items()):
+            if one in homes and other in homes and differ(self.sources[homes[one]], self.sources[homes[other]]):
+                del self.tied[one]
+                self.model.all_tied_weights_keys.pop(one, None)
+                path, _, leaf = one.rpartition(".")
+                tied = self.model.get_parameter(one)
+                setattr(self.model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
+
+    def check_whole(self) -> None:
+        """Every parameter lies in the files once."""
+        together = {*self.tied, *self.tied.values()}
+        for name, parameter in self.model.named_parameters():
+            held, expected = self.keys.held.get(name, 0), parameter.numel()
+            if name in self.keys.unclear or held == expected or (held == 0 and name in together):
+                continue
+            if held == 0 and any(
+                re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_missing or ()
+            ):
+                continue  # positions that the model computes
+            found = "lacks" if held < expected else "holds twice"
+            raise RequestError(f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it whole?")
+
+    def quantise(self, trained: torch.dtype) -> None:
+        """Round what transformers quantises in training to 4 or 8 bits and back."""
+        spec = self.spec
+        settings = quantization_config(spec, choose_precision("float32", torch.device("cpu")))
+        names = quantised_modules(self.skeleton(), settings)
+        for key, links in self.keys.links.items():
+            path, _, leaf = links[0].parameter.rpartition(".") if links else ("", "", "")
+            if leaf != "weight" or path not in names:
+                continue
+            one = self.sources[key]
+            if len(links) > 1 or tuple(one.shape) != tuple(self.keys.meta[links[0].parameter].shape):
+                raise RequestError(f"--onto quantized: {key} is no whole layer of {type(self.model).__name__}")
+            assert isinstance(one, Stored)
+            turned = isinstance(self.model.get_submodule(path), Conv1D)
+            self.sources[key] = RoundTrip(one, spec.quantization, spec.double_quant, trained, turned)
+
+
+def differ(one: Source, other: Source) -> bool:
+    """Whether two tensors differ anywhere, read a block at a time."""
+    if tuple(one.shape) != tuple(other.shape):
+        return True
+    readers = one.reader(), other.reader()
+    return any(not torch.equal(*(read(block) for read in readers)) for block in blocks(tuple(one.shape)))
+
+
+def weight_files(spec: ModelSection) -> list[Path]:
+    """The base's safetensors files, downloaded if it is a hub id.
+
+    Raises:
+        RequestError: none there.
+    """
+    name = locate(spec)
+    options = {"revision": spec.revision, "_raise_exceptions_for_missing_entries": False}
+    with readable(spec.name_or_path):
+        index = cached_file(name, "model.safetensors.index.json", **options)
+        if index:
+            shards, _ = get_checkpoint_shard_files(name, index, revision=spec.revision)
+            return [Path(shard) for shard in shards or []]
+        single = cached_file(name, "model.safetensors", **options)
+    if not single:
+        raise RequestError(f"{spec.name_or_path} has no model.safetensors (pickled weights are never loaded)")
+    return [Path(single)]
+
+
+def most_common(stored: dict[str, Stored]) -> torch.dtype:
+    """The floating dtype that holds the most bytes."""
+    sizes: Counter[torch.dtype] = Counter()
+    for one in stored.values():
+        if one.dtype.is_floating_point:
+            sizes[one.dtype] += one.nbytes
+    return sizes.most_common(1)[0][0]

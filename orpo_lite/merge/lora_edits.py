@@ -1,0 +1,310 @@
+"""What an adapter does to each parameter of its base: factors read from PEFT's own modules, arithmetic in float32."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from peft import LoraConfig, PeftModel
+from peft.tuners import lora
+from peft.tuners.lora import variants
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, set_peft_model_state_dict
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.safetensors_blocks import Mapped
+from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config, wrap
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
+
+NAME = "default"
+
+
+class Edit(Protocol):
+    """A change of one parameter."""
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        """Change a float32 block of the parameter in place; `start` is its first index in every dimension."""
+        ...
+
+
+@dataclass
+class LowRank:
+    """W + scale * left @ right; in a stack of matrices, each with its own factors."""
+
+    left: Tensor
+    """(..., rows, rank)"""
+    right: Tensor
+    """(..., rank, columns)"""
+    scale: float
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        if block.dim() == 3:
+            for i in range(block.shape[0]):
+                own = LowRank(self.left[start[0] + i], self.right[start[0] + i], self.scale)
+                own.apply(block[i], start[1:])
+            return
+        block.add_(self.delta(start, block.shape))
+
+    def delta(self, start: list[int], shape: Iterable[int]) -> Tensor:
+        rows, columns = (slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
+        return torch.mm(self.left[rows].float(), self.right[:, columns].float()).mul_(self.scale)
+
+
+@dataclass
+class Dora(LowRank):
+    """magnitude * (W + delta) / |W + delta|, the norm over the inputs (arXiv 2402.09353, equation 5)."""
+
+    magnitude: Tensor
+    along_rows: bool
+    """True where a row of the stored matrix is one output with all of its inputs."""
+    squares: Tensor | None = None
+    """Sums of squares of the columns, where the inputs are the rows: `measure` gathers them block by block."""
+
+    def measure(self, block: Tensor, start: list[int]) -> None:
+        moved = block + self.delta(start, block.shape)
+        if self.squares is None:
+            self.squares = torch.zeros(self.magnitude.shape, dtype=torch.float64)
+        self.squares[start[1] : start[1] + block.shape[1]] += moved.double().pow(2).sum(0)
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        super().apply(block, start)
+        if self.along_rows:
+            own = self.magnitude[start[0] : start[0] + block.shape[0]].float()
+            block.mul_((own / torch.linalg.norm(block, dim=1))[:, None])
+        else:
+            assert self.squares is not None
+            columns = slice(start[1], start[1] + block.shape[1])
+            block.mul_(self.magnitude[columns].float() / self.squares[columns].sqrt().float())
+
+
+@dataclass
+class Added:
+    """b + scale * bias of lora_B."""
+
+    value: Tensor
+    scale: float
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        block.add_(self.value[start[0] : start[0] + block.shape[0]].float() * self.scale)
+
+
+@dataclass
+class Replaced:
+    """A parameter that was trained whole."""
+
+    value: Tensor
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        part = self.value
+        for dim, begin in enumerate(start):
+            part = part.narrow(dim, begin, block.shape[dim])
+        block.copy_(part)
+
+
+@dataclass
+class Rows:
+    """Rows of an embedding that were trained: those of new tokens, as a rule."""
+
+    index: Tensor
+    value: Tensor
+
+    def apply(self, block: Tensor, start: list[int]) -> None:
+        here = (self.index >= start[0]) & (self.index < start[0] + block.shape[0])
+        columns = slice(start[1], start[1] + block.shape[1])
+        block[self.index[here] - start[0]] = self.value[here][:, columns].float()
+
+
+@dataclass
+class Adapter:
+    """An adapter's changes by parameter name, its tensors on disk until they are used."""
+
+    model: PeftModel
+    """Skeleton on the meta device with the adapter on it, its tensors as views of the file."""
+    config: LoraConfig
+    edits: dict[str, list[Edit]]
+    file: Mapped = field(repr=False)
+
+
+def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
+    """Put an adapter on a skeleton, without reading its weights, and say what it does to which parameter.
+
+    Args:
+        source: adapter folder.
+        model: skeleton on the meta device, its vocabulary grown as it was in training.
+
+    Raises:
+        RequestError: not LoRA, does not fit, a tensor without a place or two for one, or a kind that no weights of
+            the base can express.
+    """
+    config = lora_config(str(source))
+    init = str(config.init_lora_weights).lower()
+    if init.startswith((*CHANGES_BASE, *CANNOT_REPEAT)):
+        raise RequestError(changed_base(str(source), init))
+    if config.layer_replication:
+        raise RequestError(f"adapter: {source} repeats layers of its base (layer_replication), which no merge can do")
+    config.init_lora_weights = config.inference_mode = True
+    config.lora_dropout = 0.0  # PEFT refuses it on experts, and would apply it in a new model
+    config.base_model_name_or_path = None
+    weights = Path(source) / ADAPTER_WEIGHTS
+    file = Mapped(weights)
+    odd = next((key for key, value in file.tensors.items() if not value.is_floating_point()), None)
+    if odd:
+        raise RequestError(f"adapter: {weights}: {odd} is {file.tensors[odd].dtype}, expected floating-point weights")
+    check_twice(source, file)
+    try:
+        peft_model = wrap(model, config, low_cpu_mem_usage=True)
+        with staying_on_cpu():
+            result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
+    except KeyError as error:
+        raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
+    except (RuntimeError, ValueError) as error:  # also wrap's RequestError
+        words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
+        raise RequestError(
+            f"adapter: {source} does not fit {type(model).__name__}: {words}: is it of another base?"
+        ) from error
+    if result.unexpected_keys:
+        raise RequestError(
+            f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
+            f"tensor(s), first {result.unexpected_keys[0]}"
+        )
+    return Adapter(peft_model, config, collect(source, peft_model), file)
+
+
+def check_twice(source: str | Path, file: Mapped) -> None:
+    """No two keys for one place. PEFT writes trained and resized embeddings under two, of which one is dropped."""
+    seen: dict[str, str] = {}
+    for key, value in sorted(file.tensors.items()):  # X.modules_to_save.weight comes before X.weight
+        place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
+        earlier = seen.get(place, key)
+        if earlier != key:
+            if ".modules_to_save." not in earlier or not same(file, file.tensors[earlier], value):
+                raise RequestError(f"adapter: {source}: {earlier} and {key} are for the same place")
+            del file.tensors[earlier]
+        seen[place] = key
+
+
+def same(file: Mapped, one: Tensor, other: Tensor) -> bool:
+    """Equal, looked at in pieces so that little of the file is in memory."""
+    for a, b in zip(one.split(4096), other.split(4096), strict=False):
+        if not torch.equal(a, b):
+            return False
+        file.release()
+    return one.shape == other.shape
+
+
+@contextlib.contextmanager
+def staying_on_cpu() -> Iterator[None]:
+    """PEFT moves an adapter to its base's device, and rounds it to its base's dtype; here the base is a skeleton."""
+    classes = (BaseTunerLayer, lora.ParamWrapper)
+    kept = [kind._move_adapter_to_device_of_base_layer for kind in classes]
+    for kind in classes:
+        kind._move_adapter_to_device_of_base_layer = lambda *_, **__: None  # type: ignore[method-assign]
+    try:
+        yield
+    finally:
+        for kind, method in zip(classes, kept, strict=True):
+            kind._move_adapter_to_device_of_base_layer = method  # type: ignore[method-assign]
+
+
+def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
+    """Every change, by the parameter's name in the bare model."""
+    edits: dict[str, list[Edit]] = {}
+    inside: nn.Module = model.get_base_model()
+    for path, module in inside.named_modules():
+        if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper):
+            for leaf, edit in edits_of(source, path, module):
+                edits.setdefault(f"{bare(path)}.{leaf}", []).append(edit)
+    # biases are trained where they lie, and PEFT saves a resized embedding whole: what LoRA comes on top of
+    for path, parameter in inside.named_parameters():
+        if not parameter.is_meta and not any(
+            word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable")
+        ):
+            edits.setdefault(bare(path), []).insert(0, Replaced(parameter.data))
+    for found in edits.values():
+        # what is replaced again need not be read
+        del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
+    return edits
+
+
+def bare(path: str) -> str:
+    """A module's path without PEFT's wrappers."""
+    for word in ("base_layer", "original_module", "token_adapter"):
+        path = path.replace(f".{word}", "").removeprefix(f"{word}.")
+    return path
+
+
+def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit]]:
+    """What one of PEFT's wrappers does: (name of a parameter of its base layer, change)."""
+    if isinstance(module, ModulesToSaveWrapper):
+        trained = dict(module.modules_to_save[NAME].named_parameters())
+        return [(leaf, Replaced(loaded(source, f"{path}.{leaf}", value))) for leaf, value in trained.items()]
+    if isinstance(module, TrainableTokensWrapper):
+        tokens = module.token_adapter.tied_adapter or module.token_adapter
+        index = torch.tensor(tokens.token_indices[NAME])
+        return [("weight", Rows(index, loaded(source, path, tokens.trainable_tokens_delta[NAME])))]
+    if type(module).__module__.startswith("peft.tuners.trainable_tokens"):
+        return []  # inside the wrapper above
+    variant = module.lora_variant.get(NAME) if isinstance(module, lora.LoraLayer) else None
+    plain = type(module) in (lora.Linear, lora.Embedding, lora.ParamWrapper)
+    if not plain or not isinstance(variant, None | variants.DoraLinearVariant | variants.DoraEmbeddingVariant):
+        kind = type(variant).__name__ if variant is not None else f"{type(module).__module__}.{type(module).__name__}"
+        raise RequestError(
+            f"adapter: {source} changes {bare(path)} by {kind}, which cannot be merged here; LoRA and DoRA on linear "
+            "layers, Conv1D, embeddings and experts can"
+        )
+    layer: Any = module
+    scale = layer.scaling[NAME]
+    if type(layer) is lora.Embedding:
+        a = loaded(source, path, layer.lora_embedding_A[NAME])  # (rank, tokens)
+        b = loaded(source, path, layer.lora_embedding_B[NAME])  # (width, rank)
+        left, right, turned = a.T, b.T, True
+    else:
+        a = loaded(source, path, layer.lora_A[NAME].weight)
+        b = loaded(source, path, layer.lora_B[NAME].weight)
+        if type(layer) is lora.ParamWrapper:
+            return [(layer.parameter_name, experts(layer, a, b, scale))]
+        turned = layer.fan_in_fan_out
+        left, right = (a.T, b.T) if turned else (b, a)
+    if variant is None:
+        found: list[tuple[str, Edit]] = [("weight", LowRank(left, right, scale))]
+    else:
+        magnitude = loaded(source, path, layer.lora_magnitude_vector[NAME].weight).flatten()
+        found = [("weight", Dora(left, right, scale, magnitude, along_rows=not turned))]
+    if layer.lora_bias.get(NAME):
+        if getattr(layer.get_base_layer(), "bias", None) is None:
+            raise RequestError(
+                f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
+            )
+        found.append(("bias", Added(loaded(source, path, layer.lora_B[NAME].bias), scale)))
+    return found
+
+
+def experts(module: Any, a: Tensor, b: Tensor, scale: float) -> LowRank:
+    """LoRA on a parameter of stacked experts, as PEFT's ParamWrapper.get_delta_weight lays it out."""
+    count = module.num_experts
+    if count == 1 and module.get_param().dim() == 2:
+        return LowRank(b, a, scale)
+    a = a.reshape(count, -1, a.shape[-1])  # (experts, rank, in)
+    b = b.reshape(b.shape[0], -1, count).permute(2, 0, 1)  # (experts, out, rank)
+    if module._did_swap_in_out_features:
+        return LowRank(b, a, scale)
+    return LowRank(a.transpose(1, 2), b.transpose(1, 2), scale)
+
+
+def loaded(source: str | Path, path: str, value: Any) -> Tensor:
+    """The adapter's tensor.
+
+    Raises:
+        RequestError: the file has none for this place.
+    """
+    if value.is_meta:
+        raise RequestError(
+            f"adapter: {source} lacks a tensor for {bare(path)}, which adapter_config.json says it adapts"
+        )
+    return value.detach()

@@ -1,0 +1,168 @@
+"""What a merge will write, settled and checked from headers alone before anything is written."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedConfig
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.base import Base
+from orpo_lite.merge.lora_edits import Adapter, Dora, Edit, Replaced, Rows, bare, read_adapter
+from orpo_lite.merge.safetensors_blocks import DTYPES, Cast, Resized, Source, Stored, stored_tensors
+from orpo_lite.merge.weight_map import Link, Shared
+from orpo_lite.merge.write import Job
+from orpo_lite.model.adapter import lora_config, trained_rows
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
+
+
+@dataclass
+class Plan:
+    """A merge that can be done.
+
+    Attributes:
+        config: of the merged model.
+        dtype: of most of the merged weights.
+        shards: file name -> tensors to write, in order.
+        untied: parameters that are one in the base and two in the merged model.
+    """
+
+    base: Base
+    adapter: Adapter
+    config: PreTrainedConfig
+    dtype: torch.dtype
+    shards: dict[str, list[Job]] = field(default_factory=dict)
+    untied: list[str] = field(default_factory=list)
+
+    @property
+    def jobs(self) -> list[Job]:
+        return [job for jobs in self.shards.values() for job in jobs]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(slot.nbytes for job in self.jobs for slot in job.slots)
+
+
+def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, rows: int = 0) -> Plan:
+    """Settle every tensor of the merged model.
+
+    Args:
+        source: adapter folder.
+        base: what to merge into; it gets the vocabulary of the adapter, and its skeleton the adapter.
+        dtype: of the merged weights; default: as each is stored.
+        rows: embeddings that the tokenizer's new tokens need.
+
+    Raises:
+        RequestError: base and adapter do not fit, or a change that the base's checkpoint cannot express.
+    """
+    model = base.model
+    resize(base, source, rows)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
+    adapter = read_adapter(source, model)
+    edits = adapter.edits
+    plan = Plan(base, adapter, model.config, dtype or base.dtype)
+    routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
+    for one, other in base.tied.items():
+        if not alike(edits.get(one, []), edits.get(other, [])):
+            plan.untied += untie(plan, routes, one, other)
+    last = list(base.files.values())[-1]
+    for key, (one, links) in routes.items():
+        changes = tuple((link, edit) for link in links for edit in edits.get(link.parameter, []))
+        for link, edit in changes:
+            if isinstance(edit, Dora) and (len(links) > 1 or not whole(link, shapes[link.parameter])):
+                raise RequestError(f"adapter: {source} has DoRA on {link.parameter}, of which {key} is only a part")
+        keep = dtype is None or any(word in link.parameter for word in exact for link in links)
+        job = Job(key, one, changes, written_dtype(one, bool(changes), None if keep else dtype))
+        plan.shards.setdefault(base.files.get(key, last).name, []).append(job)
+    check_homes(source, plan)
+    return plan
+
+
+def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torch.dtype | None:
+    """The dtype asked for, else the one that the weights come in; None for what is copied byte by byte."""
+    if isinstance(one, Stored):
+        if one.stored_dtype not in DTYPES or not one.dtype.is_floating_point:
+            return None
+        if not changed and asked in (None, one.dtype):
+            return None
+    return asked or (one.source.dtype if isinstance(one, Cast) else one.dtype)
+
+
+def resize(base: Base, source: Path, rows: int) -> None:
+    """Give the base the vocabulary that the adapter was trained with.
+
+    Its rows are those of the embeddings that the adapter holds, else the base's and as many more as new tokens need.
+    """
+    model = base.model
+    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
+    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    held: set[int] = set()
+    for key, stored in stored_tensors([source / ADAPTER_WEIGHTS]).items():
+        path, _, leaf = bare(key.removeprefix("base_model.model.")).replace(".modules_to_save", "").rpartition(".")
+        if path in names and leaf == "weight" or path.removesuffix(".lora_B") in names and path.endswith(".lora_B"):
+            held.add(stored.shape[0])
+        elif path in names and leaf == "lora_embedding_A":
+            held.add(stored.shape[1])
+    before: int = ends[0].weight.shape[0]  # type: ignore[assignment]
+    needed = max(held, default=max(before, rows, 1 + max(trained_rows(lora_config(str(source))), default=-1)))
+    if needed == before:
+        return
+    model.resize_token_embeddings(needed, mean_resizing=False)
+    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    for key, links in base.keys.links.items():
+        for link in links:
+            shape, one = shapes[link.parameter], base.sources[key]
+            if link.parameter.rpartition(".")[0] in names and tuple(one.shape) != shape:
+                base.sources[key] = Resized(one, shape[0])
+                base.keys.links[key] = [Link(link.parameter, tuple(Shared(d, 0, d, 0, n) for d, n in enumerate(shape)))]
+
+
+def alike(one: list[Edit], other: list[Edit]) -> bool:
+    """True where two tied parameters stay one: neither is changed, or both by the same tensor."""
+    return len(one) == len(other) and all(
+        isinstance(a, Rows | Replaced) and type(a) is type(b) and a.value.data_ptr() == b.value.data_ptr()  # type: ignore[union-attr]
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, other: str) -> list[str]:
+    """Part two parameters that share a tensor, of which the adapter changes one (or each in its own way)."""
+    base = plan.base
+    # an encoder-decoder's flag ties its two embeddings as well, and T5's scales the outputs: it stays as it was, since
+    # transformers loads what a checkpoint holds twice apart
+    if not plan.config.is_encoder_decoder:
+        plan.config.tie_word_embeddings = plan.config.get_text_config().tie_word_embeddings = False
+    homes = {link.parameter: key for key, (_, links) in routes.items() for link in links}
+    held = routes[homes.get(other) or homes[one]][0]
+    whole_link = tuple(Shared(dim, 0, dim, 0, size) for dim, size in enumerate(held.shape))
+    for name in (one, other):
+        routes[homes.get(name) or base.keys.key_for(name)] = (held, [Link(name, whole_link)])
+    return [one, other]
+
+
+def whole(link: Link, shape: tuple[int, ...]) -> bool:
+    return not link.fixed and all(s.stored_dim == s.dim and s.length == shape[s.dim] for s in link.shared)
+
+
+def check_homes(source: Path, plan: Plan) -> None:
+    """Every change of the adapter has found its weights.
+
+    Raises:
+        RequestError: one has not.
+    """
+    homes = {link.parameter for job in plan.jobs for link, _ in job.changes}
+    homes |= {
+        one
+        for pair in plan.base.tied.items()
+        for one in pair
+        if set(pair) & homes and not set(pair) <= set(plan.untied)
+    }
+    lost = sorted(set(plan.adapter.edits) - homes)
+    if lost:
+        why = plan.base.keys.unclear.get(lost[0], f"{plan.base.spec.name_or_path} stores no such weight")
+        raise RequestError(
+            f"adapter: {source} changes {len(lost)} weight(s) that have no place, first {lost[0]}: {why}"
+        )

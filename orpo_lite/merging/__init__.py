@@ -1,1 +1,0 @@
-"""Merging an adapter into its base, tensor by tensor: neither model is ever in memory."""

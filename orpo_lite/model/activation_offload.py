@@ -1,0 +1,113 @@
+"""Kept activations in the host's memory: what checkpointing saves of each layer waits off the card for its backward pass.
+
+A checkpointed layer keeps its input alone, rows x hidden size. For two sequences of 4,096 tokens in a model of 32 layers
+and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses for. The copy out runs beside the layer's
+own work; the copy back is a few per cent of what the layer's recomputation takes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.model.inspection import outside_text, unwrap
+
+SMALLEST = 1 << 20
+"""Bytes below which a tensor stays where it is: a copy would cost more than the room it frees."""
+
+
+@dataclass
+class Away:
+    """A tensor that waits elsewhere."""
+
+    host: Tensor
+    device: torch.device
+    copied: Any
+    """CUDA event after which the host has it; None where the copy was made at once."""
+
+
+class HostMemory:
+    """Copies tensors to page-locked memory of the host and back, bit for bit.
+
+    Args:
+        smallest: bytes from which on a tensor goes.
+    """
+
+    def __init__(self, smallest: int = SMALLEST) -> None:
+        self.smallest = smallest
+        self._stream: Any = None
+
+    def pack(self, tensor: Tensor) -> Tensor | Away:
+        """Send a tensor away; small ones stay."""
+        if tensor.nbytes < self.smallest or isinstance(tensor, nn.Parameter):
+            return tensor
+        if tensor.device.type != "cuda":
+            return Away(tensor.to("cpu", copy=True), tensor.device, None)
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(tensor.device)
+        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(self._stream):
+            host.copy_(tensor, non_blocking=True)
+        tensor.record_stream(self._stream)  # its memory is not given out again before the copy is done
+        return Away(host, tensor.device, self._stream.record_event())
+
+    def unpack(self, kept: Tensor | Away) -> Tensor:
+        """Bring it back."""
+        if isinstance(kept, Tensor):
+            return kept
+        if kept.copied is not None:
+            torch.cuda.current_stream(kept.device).wait_event(kept.copied)
+        return kept.host.to(kept.device, non_blocking=True, copy=True)
+
+
+def offload(layers: Sequence[nn.Module], place: Any) -> None:
+    """Let layers that checkpoint send what they keep to `place` (a HostMemory, or what stands for one).
+
+    Has to be called anew whenever checkpointing is switched on, which gives layers their function.
+    """
+    for layer in layers:
+        plain: Callable[..., Any] = layer._gradient_checkpointing_func  # type: ignore[assignment]
+        plain = getattr(plain, "orpo_plain", plain)
+
+        def away(*args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
+            # what the layer's inside saves goes to checkpoint's own hooks, which are entered later
+            with saved_tensors_hooks(place.pack, place.unpack):
+                return plain(*args, **kwargs)
+
+        away.orpo_plain = plain  # type: ignore[attr-defined]
+        layer._gradient_checkpointing_func = away  # type: ignore[assignment]
+
+
+def check_count(count: int | None, layers: int) -> None:
+    """Raise RequestError where more layers are to checkpoint than there are."""
+    if count is not None and count > layers:
+        raise RequestError(
+            f"memory.checkpointing: found {count}, but the model has {layers} layers: set all, or a number up to {layers}"
+        )
+
+
+def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
+    """Layers that text passes through and that can recompute their activations, in the order of the forward pass.
+
+    Raises:
+        RequestError: there are none, as in models whose own code, not transformers', checkpoints them all or none.
+    """
+    base = unwrap(model)
+    other = outside_text(base) if isinstance(base, PreTrainedModel) else set()
+    named = [(name, module) for name, module in base.named_modules() if isinstance(module, GradientCheckpointingLayer)]
+    layers = [module for name, module in named if name not in other]
+    if not layers:
+        raise RequestError(
+            f"memory: {type(model).__name__} does not let its layers checkpoint one by one: set memory.checkpointing to all or none, "
+            "and leave out memory.offload_activations"
+        )
+    return layers

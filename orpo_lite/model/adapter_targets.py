@@ -1,0 +1,149 @@
+"""Which modules of a base an adapter lands on, and which it must leave alone."""
+
+from __future__ import annotations
+
+import logging
+import re
+
+from peft import LoraConfig, PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import nn
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.patterns import Endless, found_in
+from orpo_lite.model.inspection import base_name, routers
+from orpo_lite.model.tokenizer import new_tokens
+from orpo_lite.recipe import AdapterSection
+from orpo_lite.recipe.training_fields import nearest, shown
+
+logger = logging.getLogger(__name__)
+
+
+def is_named(adapter: AdapterSection, router: str) -> bool:
+    """True where the recipe's targets spell out this router."""
+    targets = adapter.target_modules
+    text = (
+        " ".join([targets] if isinstance(targets, str) else targets) + " " + " ".join(adapter.target_parameters or [])
+    )
+    return re.search(rf"\b{re.escape(router.rpartition('.')[2])}\b", text) is not None
+
+
+def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
+    """PEFT's all-linear, or for a mixture of experts the names that it stands for here.
+
+    There PEFT's own would take in router and fused experts, as in transformers 4, when those were linear modules.
+    """
+    if not routers(model):
+        return "all-linear"
+    from peft.utils.transformers_weight_conversion import convert_peft_config_for_transformers
+
+    head = model.get_output_embeddings()
+    names = sorted(
+        {
+            name.rpartition(".")[2]
+            for name, module in model.named_modules()
+            if isinstance(module, nn.Linear | Conv1D) and module is not head and name not in avoid
+        }
+    )
+    trial = LoraConfig(target_modules=names, task_type="CAUSAL_LM")
+    try:
+        convert_peft_config_for_transformers(trial, model, None)
+        kept = sorted(trial.target_modules or [])
+    except ValueError:  # only some of the linear modules that PEFT takes for a fused expert's parts
+        kept = [name for name in names if name not in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")]
+    left = [name for name in names if name not in kept]
+    logger.warning(
+        f"adapter: all-linear adapts {', '.join(kept)} here, not the fused experts"
+        + (f", nor {', '.join(left)}, by which PEFT would understand the experts" if left else "")
+        + "; adapter.target_parameters reaches experts"
+    )
+    return kept
+
+
+def adapted(model: PeftModel) -> list[str]:
+    """Names, within the base, of the modules that carry LoRA."""
+    prefix = "base_model.model."
+    return [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -> str | list[str] | None:
+    """exclude_modules with the linear routers that the recipe does not name."""
+    own = adapter.exclude_modules
+    aside = sorted(name for name, module in model.named_modules() if name in avoid and isinstance(module, nn.Linear))
+    if not aside:
+        return own
+    if isinstance(own, str):
+        return f"(?:{own})|" + "|".join(map(re.escape, aside))
+    return [*(own or []), *aside]
+
+
+def check_named(model: PreTrainedModel, field: str, names: str | list[str] | None) -> None:
+    """Every listed module must exist: PEFT leaves out silently those that do not."""
+    if not isinstance(names, list):
+        return
+    known = [name for name, _ in model.named_modules() if name]
+    unknown = [name for name in names if not any(k == name or k.endswith(f".{name}") for k in known)]
+    if unknown:
+        last = sorted({k.rpartition(".")[2] for k in known if not k.rpartition(".")[2].isdigit()})
+        raise RequestError(
+            f"adapter.{field}: {base_name(model) or type(model).__name__} has no module called "
+            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
+        )
+
+
+def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
+    """Every listed parameter must exist, by PEFT's own rule: it warns of those that do not, and goes on."""
+    # fused experts held in 4 bits are parametrised
+    known = [name.replace(".parametrizations.", ".").removesuffix(".original") for name, _ in model.named_parameters()]
+    unknown = [name for name in names or () if not any(k == name or k.endswith(f".{name}") for k in known)]
+    if unknown:
+        last = sorted({".".join(k.split(".")[-2:]) for k in known})
+        raise RequestError(
+            f"adapter.target_parameters: {base_name(model) or type(model).__name__} has no parameter called "
+            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
+        )
+
+
+def check_ends(model: PreTrainedModel, config: LoraConfig) -> None:
+    """Raise RequestError for an expression that does not come to an end on the names of this model's modules."""
+    given = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
+    patterns = [(field, it, rf"^(?:{it})$") for field, it in given.items() if isinstance(it, str)]
+    for field in ("rank_pattern", "alpha_pattern"):
+        patterns += [(field, it, rf"^(.*\.)?({it})$") for it in getattr(config, field)]
+    names = [name for name, _ in model.named_modules()]
+    for field, it, pattern in patterns:
+        if not re.search(r"[*+?{]", it):  # the names that most of them are; EVA writes hundreds
+            continue
+        try:
+            found_in(pattern, names)
+        except Endless as error:
+            raise RequestError(f"adapter.{field}: found {shown(it)}, which {error}") from None
+
+
+def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
+    """Every rank or alpha pattern must hit an adapted module, by PEFT's own rule."""
+    names = adapted(model)
+    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
+        for pattern in patterns:
+            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
+                raise RequestError(f"adapter.{field}: {pattern!r} matches none of the {len(names)} adapted modules")
+
+
+def token_rows(
+    model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
+) -> dict[str, list[int]] | None:
+    """Embedding rows (and, where it is not tied, output rows) of the new tokens, to be trained."""
+    tokens = new_tokens(tokenizer)
+    if not tokens or tokenizer is None:
+        return None
+    if model.config.is_encoder_decoder:
+        raise RequestError("model.new_tokens: not supported for encoder-decoder models, whose embeddings are shared")
+    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
+    ends: list[nn.Module | None] = [model.get_input_embeddings()]
+    if not model.config.get_text_config().tie_word_embeddings:
+        ends.append(model.get_output_embeddings())
+    names = [name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in ends)]
+    rows = {name: ids for name in names if name not in (adapter.modules_to_save or [])}
+    return rows or None

@@ -1,0 +1,1 @@
+"""The ORPO loss: tensors in, numbers out; knows no Trainer."""

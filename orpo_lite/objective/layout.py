@@ -1,0 +1,248 @@
+"""Which layout a model's batches take: the fastest one that is exact for this model, and why.
+
+Exactness is not believed but checked: a small random model of the same class and configuration is run over three
+pairs of unequal length, longer than any of its windows, and log-probs and gradients must equal the padded layout's.
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import logging
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import PretrainedConfig, PreTrainedModel
+
+from orpo_lite.data.collate import PackedCollator, PaddedCollator
+from orpo_lite.objective.packed_attention import inner_attention, packed_attention, plain_attention
+from orpo_lite.trainer.model_setup import disable_dropout
+
+logger = logging.getLogger(__name__)
+
+ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
+"""Kinds of layer in a config's layer_types that mix tokens by attention alone."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
+"""Largest difference of a mean log-prob, and of the gradients' norm relative to itself, that counts as rounding."""
+
+
+class Layout(NamedTuple):
+    """The layout taken, and why in words."""
+
+    name: str
+    why: str
+
+
+def choose_layout(model: PreTrainedModel, wish: str = "auto") -> Layout:
+    """The layout for a base model (without adapter or wrappers).
+
+    Args:
+        wish: auto, or the layout to take: shared, packed or padded.
+
+    Raises:
+        ValueError: the wished layout is not exact for this model; the message says why and which setting works.
+    """
+    if wish == "padded":
+        return Layout("padded", "as asked")
+    refused = {}
+    for name in ("shared", "packed") if wish == "auto" else (wish,):
+        reason = refusal(model) or inexactness(model, name)
+        if reason is None:
+            how = f"checked exact for {type(model).__name__}; {inner_attention(model)} attention, two calls a pair"
+            return Layout(name, how if wish == "auto" else f"as asked; {how}")
+        refused[name] = reason
+    if wish != "auto":
+        raise ValueError(
+            f"layout {wish!r} is not exact for {type(model).__name__}: {refused[wish]}; set layout to padded, or to auto"
+        )
+    return Layout("padded", "; ".join(dict.fromkeys(refused.values())))
+
+
+def refusal(model: PreTrainedModel) -> str | None:
+    """Why a model cannot take packed rows, by what its config and modules say; None where nothing speaks against it."""
+    text = model.config.get_text_config(decoder=True)
+    if model.config.is_encoder_decoder:
+        return "encoder-decoder models take the prompt apart from the completion"
+    other = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
+    if other:
+        return f"its {', '.join(other)} layers are not attention alone, and may reach across packed pairs"
+    for module in model.modules():
+        if isinstance(module, nn.Conv1d):
+            return "its convolutions over the sequence reach across packed pairs"
+    if not model._can_set_attn_implementation():
+        return "its attention does not go through transformers' AttentionInterface"
+    if inner_attention(model) is None:
+        return f"its {model.config._attn_implementation} attention cannot be called on segments, and it has no sdpa"
+    return None
+
+
+def inexactness(model: PreTrainedModel, layout: str) -> str | None:
+    """Compare a layout with the padded one on a small model of the same kind; None where they agree."""
+    inner = inner_attention(model)
+    assert inner is not None
+    key = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    return _inexactness(type(model), key, _Config(model.config, key), layout, inner)
+
+
+class _Config:
+    """A config that a cache can tell apart by its content."""
+
+    def __init__(self, config: PretrainedConfig, key: str):
+        self.config, self.key = config, key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Config) and self.key == other.key
+
+
+@functools.cache
+def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout: str, inner: str) -> str | None:
+    reason = "it could not be checked"
+    for dtype, tolerance in TOLERANCE.items():
+        try:
+            model = small_model(kind, config.config, inner, dtype)
+            expected = outcome(model, "padded")
+            got = outcome(model, layout)
+        except Exception as error:  # whatever a model's code raises, it is a model that cannot be checked
+            logger.debug("layout check of %s in %s", kind.__name__, dtype, exc_info=True)
+            reason = f"it could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
+            continue
+        gradient = (got[1] - expected[1]).norm() / expected[1].norm()
+        worst = torch.maximum((got[0] - expected[0]).abs().max(), gradient).item()
+        if math.isnan(worst):  # models that compute softmax in float32 overflow on float64's mask value
+            reason = "its small model's log-probs are not finite"
+            continue
+        return (
+            None if worst <= tolerance else f"a small model of its kind differs by {worst:.1g} from the padded layout"
+        )
+    return reason
+
+
+def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-prob of each label sorted by pair and position, and the gradient of a loss over them."""
+    collator = PaddedCollator(0) if layout == "padded" else PackedCollator(share=layout == "shared")
+    batch = collator(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
+    inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    router = bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
+    if router:
+        inputs["output_router_logits"] = True
+    if layout == "padded":
+        plain_attention(model)
+        output = model(**inputs, use_cache=False)
+    else:
+        with packed_attention(model):
+            output = model(**inputs, use_cache=False, orpo_segments=batch["segments"])
+    logits = output.logits.flatten(0, 1)[batch["label_rows"]].double()
+    logps = logits.log_softmax(-1).gather(1, batch["label_ids"][:, None]).squeeze(1)
+    # per pair and side, weighted by position in the sequence, so that a token in another's place shows
+    sums = []
+    for side in ("chosen_pair", "rejected_pair", "nll_pair"):
+        for pair in range(3):
+            mine = logps[batch[side] == pair]
+            sums.append((mine * torch.arange(1, len(mine) + 1)).sum() / len(mine) ** 2)
+    sums = torch.stack(sums)
+    loss = sums.sum() + (output.aux_loss.double() if router else 0)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    grads = torch.autograd.grad(loss, parameters, allow_unused=True)
+    flat = [torch.zeros(1) if g is None else g.flatten().double() for g in grads]
+    return sums.detach(), torch.cat(flat)
+
+
+def check_pairs(vocabulary: int) -> list[dict[str, Any]]:
+    """Three pairs of unequal length with prompts and completions that share some, much or nothing."""
+    g = torch.Generator().manual_seed(0)
+
+    def tokens(n: int) -> list[int]:
+        return torch.randint(3, vocabulary, (n,), generator=g).tolist()
+
+    pairs = []
+    for prompt, common, chosen, rejected in ((13, 0, 9, 17), (5, 2, 21, 4), (24, 3, 6, 11)):
+        start = tokens(prompt) + tokens(common)
+        pairs.append({"chosen_ids": start + tokens(chosen), "rejected_ids": start + tokens(rejected)})
+        pairs[-1] |= {"chosen_start": prompt, "rejected_start": prompt}
+    return pairs
+
+
+def small_model(
+    kind: type[PreTrainedModel], config: PretrainedConfig, inner: str, dtype: torch.dtype
+) -> PreTrainedModel:
+    """A random model of a class, its configuration kept but for the sizes; weights large enough to tell tokens apart."""
+    with torch.random.fork_rng(devices=[]), torch.device("cpu"):
+        torch.manual_seed(0)
+        small = shrink(config)
+        small._attn_implementation = inner
+        model: Any = kind(small).train()
+        model.to(dtype)
+        disable_dropout(model)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim >= 2:
+                    parameter.normal_(std=min(1.0, 2 * parameter.shape[-1] ** -0.5))
+                else:  # norms, biases, sinks: near what the class made of them, but not all alike
+                    parameter.add_(torch.randn_like(parameter) * 0.2)
+    return model
+
+
+SMALL = {
+    "hidden_size": 64, "n_embd": 64, "d_model": 64, "word_embed_proj_dim": 64, "intermediate_size": 64, "ffn_dim": 64,
+    "n_inner": 64, "moe_intermediate_size": 32, "shared_expert_intermediate_size": 32, "shared_intermediate_size": 32,
+    "intermediate_size_mlp": 64, "num_local_experts": 4, "num_experts": 4, "n_routed_experts": 4, "moe_num_experts": 4,
+    "num_experts_per_tok": 2, "n_group": 1, "topk_group": 1, "first_k_dense_replace": 1, "sliding_window": 8,
+    "attention_chunk_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "vocab_size": 199, "vocab_size_per_layer_input": 199,
+    "hidden_size_per_layer_input": 16, "hidden_size_per_block": 64, "floor_scale": 8,
+}  # fmt: skip
+"""Sizes of the small model; a model that is smaller already keeps its own."""
+
+
+def shrink(config: PretrainedConfig) -> PretrainedConfig:
+    """The same configuration with few layers, heads and channels, and windows shorter than the pairs of the check.
+
+    Kinds of layers, head grouping, soft caps, biases, ties and positions stay. A configuration whose sizes hang together
+    in ways unknown here makes a model that fails to build, and is then not taken as exact.
+    """
+    small = copy.deepcopy(config)
+    text: Any = small.get_text_config(decoder=True)
+    heads, grouped = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
+    head_dim = getattr(text, "head_dim", None)
+    fits = head_dim is None or head_dim * heads == text.hidden_size
+    for name, value in SMALL.items():
+        now = getattr(text, name, None)
+        if isinstance(now, int) and not isinstance(now, bool) and now > value:
+            setattr(text, name, value)
+    few = min(4, heads)
+    text.num_attention_heads = few
+    if isinstance(grouped, int):
+        text.num_key_value_heads = few if grouped == heads else 1 if grouped == 1 or few < 2 else few // 2
+    if head_dim is not None and not hasattr(text, "qk_rope_head_dim"):  # latent attention keeps the sizes of its parts
+        text.head_dim = text.hidden_size // few if fits else min(head_dim, 24)
+    for token, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
+        if getattr(text, name, None) is not None:  # as small as the vocabulary
+            setattr(text, name, token)
+    _fewer_layers(text)
+    rope = getattr(text, "rope_parameters", None)
+    if isinstance(rope, dict):
+        half = int(text.hidden_size // few * rope.get("partial_rotary_factor", 1.0)) // 2
+        for name in ("short_factor", "long_factor"):  # longrope: a factor for each rotary frequency
+            if isinstance(rope.get(name), list):
+                rope[name] = rope[name][:half]
+    return small
+
+
+def _fewer_layers(text: Any) -> None:
+    """Keep as many layers as show every kind, at least two."""
+    layers = text.num_hidden_layers
+    patterns = [k for k, v in vars(text).items() if isinstance(v, list) and len(v) == layers]
+    kinds = list(zip(*(map(str, getattr(text, k)) for k in patterns), strict=True)) or [()] * layers
+    keep = min(layers, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
+    if getattr(text, "num_kv_shared_layers", 0):  # the last layers take keys and values from the ones before
+        keep = layers
+    for name in patterns:
+        setattr(text, name, getattr(text, name)[:keep])
+    text.num_hidden_layers = keep
+    if isinstance(getattr(text, "max_window_layers", None), int):
+        text.max_window_layers = min(text.max_window_layers, keep)

@@ -1,0 +1,1 @@
+"""Predict the memory and time of a run without weights or GPU."""

@@ -1,0 +1,1 @@
+"""Turn axolotl's and LLaMA-Factory's configurations into recipes."""

@@ -1,0 +1,99 @@
+"""Where recipes come from: shipped ones, files, run folders, and overrides on the command line."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.common import safe_yaml
+from orpo_lite.common.errors import RequestError
+from orpo_lite.recipe.training_fields import nearest, shown
+
+PACKAGE = Path(__file__).parent.parent
+
+BUILTIN = "builtin:"  # a path inside the installed package, for example builtin:quickstart/model
+
+
+class RecipeError(RequestError):
+    """A recipe that cannot be run. The message lists every problem found, one a line."""
+
+    def __init__(self, source: str, problems: list[str]):
+        self.problems = problems
+        super().__init__(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def resolve_path(value: str) -> str:
+    """Turn builtin:quickstart/model into its place in the installed package; anything else is returned as it is."""
+    return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
+
+
+def recipes_folder() -> Path:
+    """The shipped recipes: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "recipes"
+    return inside if inside.is_dir() else PACKAGE.parent / "recipes"
+
+
+def shipped_recipes() -> dict[str, Path]:
+    """Name -> path of every shipped recipe, sorted."""
+    return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
+
+
+def find_recipe(source: str | Path) -> Path:
+    """The YAML file behind a shipped name, a path or a run folder."""
+    path, shipped = Path(source), shipped_recipes()
+    if str(source) in shipped:  # before the folders, so that a run folder called quickstart does not hide the recipe
+        return shipped[str(source)]
+    if os.path.isdir(path):  # unlike Path.is_dir, false for what can be no path
+        path = path / "recipe.yaml"
+        if not path.is_file():
+            raise RecipeError(str(source), ["this folder holds no recipe.yaml: is it a run folder?"])
+        return path
+    if path.suffix in (".yaml", ".yml"):
+        if not os.path.isfile(path):
+            raise RecipeError(shown(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
+        return path
+    raise RecipeError(
+        shown(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
+    )
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A recipe's YAML mapping.
+
+    Raises:
+        RecipeError: not readable, see `safe_yaml`, or something else than a mapping.
+    """
+    try:
+        content = safe_yaml.read(path)
+    except safe_yaml.YamlError as error:
+        raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
+    if not isinstance(content, dict):
+        found = "the file is empty" if content is None else f"found {shown(content)} at the top"
+        found = "found a list at the top" if isinstance(content, list) else found
+        raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
+    return content
+
+
+def apply_override(content: dict[str, Any], word: str) -> str:
+    """Set one dotted key=value in place; the value is read as YAML (`null`, lists and numbers work). Returns the key."""
+    key, equals, value = word.partition("=")
+    if not equals or not key:
+        raise RecipeError(
+            "command line", [f"found {shown(word)}, expected key=value, for example training.learning_rate=5e-6"]
+        )
+    *parents, leaf = key.split(".")
+    place = content
+    for parent in parents:
+        if place.get(parent) is None:
+            place[parent] = {}
+        if not isinstance(place[parent], dict):
+            raise RecipeError(
+                "command line", [f"{shown(word)}: {parent} is not a section; {parent} is {shown(place[parent])}"]
+            )
+        place = place[parent]
+    try:
+        place[leaf] = safe_yaml.parse(value)
+    except safe_yaml.YamlError as error:
+        raise RecipeError("command line", [f"{word[:200]}: value {error}"]) from None
+    return key

@@ -1,0 +1,227 @@
+"""Sections of a recipe: every field, what it may be, and what it does (its docstring is the reference's text)."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from orpo_lite.recipe.training_fields import checked_pattern
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0, lt=1)]
+Pattern = Annotated[str, AfterValidator(checked_pattern)]
+Modules = Annotated[str | list[str], AfterValidator(checked_pattern)]
+
+
+class Section(BaseModel):
+    """Base of all recipe sections: unknown keys, NaN and infinity are refused."""
+
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True)
+
+
+class ModelSection(Section):
+    name_or_path: str
+    """Hub id, local folder, or builtin:quickstart/model."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub id."""
+    gguf_file: str | None = None
+    """File name of a GGUF checkpoint inside name_or_path (a local folder or hub id); dequantised once into a cached
+    safetensors folder, which is then quantised and trained on as the recipe says."""
+    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    """How the frozen base is held. A repository that is quantised already is used as it is."""
+    double_quant: bool = True
+    """Quantise the 4-bit quantisation constants too (about 0.4 bits a parameter less)."""
+    dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
+    """Compute dtype. auto: bfloat16 from compute capability 8.0, float16 below, float32 on the CPU."""
+    attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
+    """Attention kernel; auto takes sdpa where the model supports it."""
+    trust_remote_code: bool = False
+    """Run Python code that the model's repository ships."""
+    chat_template: str | None = None
+    """Template for a model without one: chatml, zephyr, llama-3, ..., or the path of a Jinja file."""
+    new_tokens: list[Annotated[str, Field(min_length=1)]] = []
+    """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
+
+
+class AdapterSection(Section):
+    init_from: str | None = None
+    """Go on from this existing LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
+    r: Positive = 16
+    """LoRA rank."""
+    alpha: Annotated[float, Field(gt=0)] = 32
+    """LoRA alpha; the update is scaled by alpha / r (alpha / sqrt(r) with use_rslora)."""
+    dropout: Fraction = 0.0
+    """Dropout on the adapter's input (active only with orpo.disable_dropout: false)."""
+    target_modules: Modules = "all-linear"
+    """Module names, a regular expression, or all-linear (which leaves output head and routers out)."""
+    exclude_modules: Modules | None = None
+    """Module names or a regular expression never to adapt."""
+    target_parameters: list[str] | None = None
+    """Parameters (fused experts, for example mlp.experts.down_proj) to adapt."""
+    modules_to_save: list[str] | None = None
+    """Modules trained whole and saved with the adapter, for example [embed_tokens, lm_head]."""
+    rank_pattern: dict[Pattern, Positive] = {}
+    """Rank by module name or regular expression, where it differs from r."""
+    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
+    """Alpha by module name or regular expression, where it differs from alpha."""
+    bias: Literal["none", "all", "lora_only"] = "none"
+    """Which biases are trained."""
+    use_rslora: bool = False
+    """Rank-stabilised scaling, alpha / sqrt(r)."""
+    use_dora: bool = False
+    """Weight-decomposed LoRA: also trains the magnitude of each output."""
+    init_lora_weights: bool | str = True
+    """true, gaussian, orthogonal, eva, pissa, pissa_niter_N or olora; the last three need quantization: none."""
+    eva_batches: Positive = 16
+    """Micro-batches of training data that an EVA initialisation looks at."""
+    loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
+    """LoRA+: learning rate of B over that of A; 16 is the paper's."""
+
+
+Columns = dict[Literal["prompt", "chosen", "rejected", "tools", "system"], str]
+
+
+class DataSource(Section):
+    path: str
+    """Local file (jsonl, json, csv, parquet, compressed too), glob, folder, builtin:... or hub id."""
+    name: str | None = None
+    """Configuration of a hub data set."""
+    split: str | None = None
+    """Split; the section's `split` if null."""
+    revision: str | None = None
+    """Branch, tag or commit of a hub data set."""
+    weight: Annotated[float, Field(gt=0)] = 1.0
+    """Times the source is seen an epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
+    columns: Columns | None = None
+    """Column map of this source; the section's `columns` if null."""
+
+
+def as_sources(given: Any) -> Any:
+    """One path, one mapping or a list of either -> a list of mappings."""
+    if isinstance(given, str | dict | DataSource):
+        given = [given]
+    return [{"path": item} if isinstance(item, str) else item for item in given] if isinstance(given, list) else given
+
+
+Sources = Annotated[
+    list[DataSource],
+    BeforeValidator(as_sources, json_schema_input_type=str | DataSource | list[str | DataSource]),
+    Field(min_length=1),
+]
+
+
+class DataSection(Section):
+    train: Sources
+    """Training pairs: one source or several."""
+    eval: Sources | None = None
+    """Held-out pairs; null takes eval_fraction of the training pairs."""
+    eval_fraction: Fraction = 0.05
+    """Share of the training rows held out where `eval` is null, by prompt; 0 evaluates nothing."""
+    split: str = "train"
+    """Split of hub data sets."""
+    columns: Columns | None = None
+    """Names of the columns where they are not prompt, chosen, rejected, tools, system."""
+    apply_template: bool = False
+    """Wrap plain-string rows into the chat template as one user and one assistant turn."""
+    template_kwargs: dict[str, Any] = {}
+    """Variables given to the chat template, for example enable_thinking: false."""
+    completion_end: Literal["trl", "turn"] = "turn"
+    """trl: all that the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
+    max_length: Positive | None = 1024
+    """Tokens of prompt and completion together."""
+    max_prompt_length: Positive | None = None
+    """Tokens of the prompt; null leaves it to max_length."""
+    max_completion_length: Positive | None = None
+    """Tokens of the completion (encoder-decoder models: 128 if null)."""
+    overlong: Literal["drop", "truncate"] = "drop"
+    """What to do with a pair longer than that. Both are counted."""
+    max_rows: Positive | None = None
+    """Use only the first rows of the training data (before anything is dropped)."""
+    max_eval_rows: Positive | None = None
+    """Use only the first rows of the held-out data."""
+    seed: Annotated[int, Field(ge=0)] = 0
+    """Seed of the held-out choice and of source sampling."""
+    num_proc: Positive | None = None
+    """Processes for tokenising."""
+    streaming: bool = False
+    """Read, check and tokenise the training rows while training, in their order, instead of all of them before.
+
+    Nothing is written to disk and a hub data set is not downloaded. A stream does not know its length and is not
+    shuffled: training.max_steps is needed, held-out pairs are data.eval (or data.eval_fraction: 0, none), and rows that
+    are sorted must be shuffled before. Sources are read one after the other; weights stay 1."""
+
+    @model_validator(mode="after")
+    def _what_a_stream_can(self) -> DataSection:
+        problems = []
+        if self.streaming and self.eval is None and self.eval_fraction:
+            problems.append(
+                f"streaming is true and eval_fraction is {self.eval_fraction:g}: a stream cannot hold a share of itself out; "
+                "name held-out pairs in data.eval, or set data.eval_fraction=0"
+            )
+        for place, source in enumerate(self.train if self.streaming else []):
+            if source.weight != 1:
+                problems.append(
+                    f"streaming is true and train.{place}.weight is {source.weight:g}: a stream is read once through; leave "
+                    "weight out"
+                )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+
+class OrpoSection(Section):
+    beta: Annotated[float, Field(ge=0)] = 0.1
+    """Weight of the odds-ratio term: lambda in the paper, alpha in its code, beta in TRL."""
+    nll_scope: Literal["prompt+chosen", "chosen"] = "prompt+chosen"
+    """Tokens in the NLL term: prompt and chosen answer as in the paper's code and TRL, or the answer only."""
+    nll_mean: Literal["window", "micro"] = "window"
+    """window: normalised over the whole optimizer step; micro: TRL's mean of micro-batch means."""
+    layout: Literal["auto", "shared", "packed", "padded"] = "auto"
+    """How pairs become a batch; auto takes the fastest layout that is exact for the model.
+
+    shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
+    padded: two right-padded rows a pair, as in TRL."""
+    tokens_per_batch: Positive | None = None
+    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs each.
+
+    An optimizer step keeps its pairs (per_device_train_batch_size x gradient_accumulation_steps x processes), dealt to
+    processes and micro-batches by cost."""
+    disable_dropout: bool = True
+    """Set every dropout in the model to 0."""
+
+
+class MemorySection(Section):
+    gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card that is there."""
+    checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
+    """Layers whose activations are recomputed in the backward pass; auto is all on a GPU and none on the CPU."""
+    head_chunk: Literal["auto"] | Positive = "auto"
+    """Rows of logits held at a time; auto keeps them near 64 MB."""
+    offload_activations: bool = False
+    """Keep what checkpointed layers save in the host's memory until their backward pass (CUDA only)."""
+
+    @model_validator(mode="after")
+    def _something_to_offload(self) -> MemorySection:
+        if self.offload_activations and self.checkpointing in ("none", 0):
+            raise ValueError(
+                f"offload_activations is true, but checkpointing is {self.checkpointing}: only what checkpointed layers keep is "
+                "offloaded; set checkpointing to auto, all or a number of layers"
+            )
+        return self
+
+
+class RuleSection(Section):
+    chosen: Pattern
+    """Regular expression that an answer in the chosen style matches (searched, case-insensitive)."""
+    rejected: Pattern
+    """Regular expression that an answer in the rejected style matches."""
+
+
+class EvaluationSection(Section):
+    samples: Annotated[int, Field(ge=0)] = 4
+    """Held-out prompts answered greedily before and after training."""
+    max_new_tokens: Positive = 128
+    """Tokens of a sample answer at most."""
+    rule: RuleSection | None = None
+    """Judge of sample answers: the share in either style is reported before and after."""

@@ -1,0 +1,1 @@
+"""`python -m orpo_lite.train`, doctor and bench."""

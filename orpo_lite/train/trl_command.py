@@ -1,0 +1,232 @@
+"""TRL's examples/scripts/orpo.py by its own flags: `python -m orpo_lite.compat.trl_orpo --model_name_or_path ...`.
+
+The parser is TRL's, over TRL's ScriptArguments and ModelConfig and our ORPOConfig, so `--config FILE` and every flag of
+those work. `accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from rich.markup import escape
+from trl import (
+    ModelConfig,  # pyright: ignore[reportPrivateImportUsage]
+    ScriptArguments,  # pyright: ignore[reportPrivateImportUsage]
+    TrlParser,  # pyright: ignore[reportPrivateImportUsage]
+    get_peft_config,  # pyright: ignore[reportPrivateImportUsage]
+    get_quantization_config,  # pyright: ignore[reportPrivateImportUsage]
+)
+
+from orpo_lite.common.console import errors, guard
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.file_formats import file_format
+from orpo_lite.data.sources import is_local, load_hub, load_saved, local_files
+from orpo_lite.model.base import without_bitsandbytes
+from orpo_lite.model.locating import called, locate, readable
+from orpo_lite.model.precision import choose_precision
+from orpo_lite.recipe import DataSource, ModelSection
+from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.recipe.training_fields import nearest
+from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.model_setup import load_by_name, tokenizer_of
+from orpo_lite.trainer.renamed_fields import GONE, RENAMED, gone
+from orpo_lite.trainer.trainer import ORPOTrainer
+
+if TYPE_CHECKING:
+    from orpo_lite.trainer.trl_names import TrlNames
+
+BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+
+
+@dataclass
+class ModelArguments(ModelConfig):
+    """TRL's, with the dtype left to the device: TRL's float32 would not hold a 7B model on the cards this is for."""
+
+    dtype: str | None = field(
+        default=None,
+        metadata={
+            "help": "dtype of the weights, and what 4-bit ones compute in; unset, chosen by the device.",
+            "choices": ["auto", "bfloat16", "float16", "float32"],
+        },
+    )
+
+
+class Parser(TrlParser):
+    """TRL's parser, whose refusals are told without the 150 flags that exist."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message} (--help lists all flags)")
+
+
+def parser() -> Parser:
+    """TRL's parser of this command; a flag for what may be unset, such as --bf16, works without a value too."""
+    made = Parser((ScriptArguments, ORPOConfig, ModelArguments), prog="python -m orpo_lite.compat.trl_orpo")  # type: ignore[arg-type]  # dataclasses
+    for action in made._actions:
+        if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
+            action.nargs, action.const = "?", True
+    return made
+
+
+def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArguments]:
+    """The command line as TRL's dataclasses and ours.
+
+    Raises:
+        RequestError: no such flag, a value that does not fit, a config file that cannot be read.
+    """
+    words = [current(word) for word in words]
+    try:
+        *parsed, rest = parser().parse_args_and_config(words, return_remaining_strings=True)
+    except RequestError:
+        raise
+    except OSError as error:
+        raise RequestError(f"--config: {error.filename} cannot be read: {error.strerror}") from error
+    except (ValueError, TypeError) as error:
+        raise RequestError(" ".join(str(error).split())) from error
+    except IndexError as error:
+        raise RequestError("--config: found no file name after it") from error
+    except Exception as error:
+        if type(error).__module__.startswith("yaml"):
+            raise RequestError(f"--config: not readable as YAML: {' '.join(str(error).split())}") from error
+        raise
+    known = [f.name for kind in (ScriptArguments, ORPOConfig, ModelArguments) for f in fields(kind)]
+    unknown = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
+    if rest:
+        lines = [gone([name], known)[0] if name in RENAMED | GONE else f"no flag --{name}{nearest(name, known)}"
+                 for name in unknown] or [f"found {' '.join(rest)} without a flag before it"]  # fmt: skip
+        raise RequestError("; ".join(lines))
+    return tuple(parsed)  # type: ignore[return-value]  # one of each kind
+
+
+def current(word: str) -> str:
+    """A flag by its present name, said on screen where it had another."""
+    name, equals, value = word.partition("=")
+    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    if new is None:
+        return word
+    errors.print(f"{escape(name)} is called --{new} now: taken as that")
+    return f"--{new}{equals}{value}"
+
+
+def rows_of(script: ScriptArguments, split: str) -> Any:
+    """One split of the data set: a folder, files, or a data set of the hub; never code, never pickles.
+
+    Raises:
+        RequestError: not there, or without such a split.
+    """
+    import datasets
+
+    name, streaming = script.dataset_name, script.dataset_streaming
+    if not name:
+        raise RequestError("--dataset_name is missing: give a file, a folder, or a data set of the hub as owner/name")
+    path = os.path.expanduser(resolve_path(name))
+    with called("--dataset_name"):
+        if any(os.path.isfile(os.path.join(path, kept)) for kept in ("state.json", "dataset_dict.json")):
+            saved = load_saved(path, split)
+            return saved.to_iterable_dataset() if streaming else saved
+        files = local_files(path, split)
+        if not files and is_local(name):
+            raise RequestError(f"--dataset_name: there is no file or folder {name}")
+        if not files:
+            return load_hub(DataSource(path=name, name=script.dataset_config), split, streaming)
+    formats = {file_format(file) for file in files}
+    if len(formats) > 1:
+        raise RequestError(
+            f"--dataset_name: {name} holds files of several formats ({', '.join(map(str, sorted(map(str, formats))))}): keep one"
+        )
+    suffix = str(formats.pop())
+    more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+    try:
+        return datasets.load_dataset(
+            BUILDERS[suffix], data_files={split: files}, split=split, streaming=streaming, **more
+        )
+    except Exception as error:  # whatever datasets and pyarrow find wrong in a file
+        why = error.__cause__ or error
+        raise RequestError(f"{', '.join(files[:3])}: cannot be read: {' '.join(str(why).split())[:300]}") from error
+
+
+def held_out(script: ScriptArguments, args: ORPOConfig) -> Any:
+    """The held-out split where there are evaluations, as in TRL's script.
+
+    Raises:
+        RequestError: the data has no such split, or it would be the training split again.
+    """
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    if strategy == "no":
+        return None
+    train, test = script.dataset_train_split, script.dataset_test_split
+    path = os.path.expanduser(resolve_path(script.dataset_name or ""))
+    saved = os.path.isfile(os.path.join(path, "dataset_dict.json"))
+    if not saved and Path(path).exists() and local_files(path, train) == local_files(path, test) and train != test:
+        raise RequestError(
+            f"--eval_strategy: found {strategy}, but {script.dataset_name} has no split {test!r} to evaluate "
+            "on: give a folder with files named train and test, or set --eval_strategy no"
+        )
+    return rows_of(script, test)
+
+
+def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments) -> ORPOTrainer:
+    """The trainer that TRL's script makes, with the ModelConfig's dtype, attention and quantisation applied."""
+    if not model.model_name_or_path:
+        raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
+    with called("--model_name_or_path"):
+        name = locate(ModelSection(name_or_path=model.model_name_or_path))
+    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
+        raise RequestError(
+            f"--load_in_{'4' if model.load_in_4bit else '8'}bit: quantised weights cannot be trained themselves: add "
+            "--use_peft, or leave it out"
+        )
+    if (model.load_in_4bit or model.load_in_8bit) and (why := without_bitsandbytes()):
+        errors.print(f"--load_in_{'4' if model.load_in_4bit else '8'}bit: {escape(why)}")
+        model.load_in_4bit = model.load_in_8bit = False
+    if model.load_in_4bit and model.dtype in (None, "auto"):
+        model.dtype = str(choose_precision("auto", args.device).dtype).removeprefix("torch.")
+    given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
+             "quantization_config": get_quantization_config(model),
+             "use_safetensors": True}  # fmt: skip  # no pickle of a stranger's
+    own: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
+    args.model_init_kwargs = {key: value for key, value in given.items() if value is not None} | own
+    train, test = rows_of(script, script.dataset_train_split), held_out(script, args)
+    adapter = get_peft_config(model)
+    with called("--model_name_or_path"), readable(name):
+        base = load_by_name(name, args, adapter is not None)
+        tokenizer = tokenizer_of(base, args)
+    args.model_init_kwargs = None
+    try:
+        trainer = ORPOTrainer(base, args, None, train, test, tokenizer, peft_config=adapter)
+    except ValueError as error:
+        raise RequestError(" ".join(str(error).split())) from error
+    if script.ignore_bias_buffers:
+        import torch
+
+        buffers = [key for key, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
+        trainer.model._ddp_params_and_buffers_to_ignore = buffers
+    return trainer
+
+
+def main(words: Sequence[str]) -> TrlNames:
+    """What TRL's script does: train, save to output_dir, push where asked."""
+    script, args, model = parse(words)
+    trainer = trainer_of(script, args, model)
+    asked = args.resume_from_checkpoint  # a flag's value is text
+    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(asked).lower(), asked))
+    trainer.save_model(args.output_dir)
+    if args.push_to_hub:
+        trainer.push_to_hub(dataset_name=script.dataset_name)
+    return trainer
+
+
+def given() -> list[str]:
+    """The command line without our own --debug, unless a value makes it transformers'."""
+    words = sys.argv[1:]
+    own = [place for place, word in enumerate(words) if word == "--debug" and (words[place + 1 :] or ["--"])[0].startswith("--")]  # fmt: skip
+    return [word for place, word in enumerate(words) if place not in own]
+
+
+def start() -> None:
+    """Run the command line, its errors told without a traceback."""
+    guard(lambda **_: main(given()))

@@ -1,0 +1,1 @@
+"""ORPOTrainer and what surrounds one optimizer step."""

@@ -1,0 +1,135 @@
+"""What a run shows and writes while it trains: one progress bar, metrics.jsonl, and the layers that checkpoint."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from transformers import TrainerCallback
+from transformers.trainer_callback import ProgressCallback
+
+from orpo_lite.common.files import check_mounted, disk_of, write_whole
+from orpo_lite.model.activation_offload import HostMemory, check_count, checkpointing_layers, offload
+
+logger = logging.getLogger(__name__)
+
+
+class Bar(ProgressCallback):
+    """transformers' bar with loss, margin, accuracy and tokens/s beside it, in place of a printed dict a log."""
+
+    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """No second bar: an evaluation ends in a line of its own."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not state.is_world_process_zero or self.training_bar is None or not logs:
+            return
+        if "eval_rewards/accuracies" in logs:
+            self.training_bar.write(
+                f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, margin "
+                f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
+            )
+        elif "rewards/margins" in logs:
+            counts = {"left out": logs.get("skipped_steps"), "overflows": logs.get("overflow_steps")}
+            self.training_bar.set_postfix_str(
+                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
+                f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
+                + "".join(f", {count} {what}" for what, count in counts.items() if count)
+            )
+
+
+class MetricsFile(TrainerCallback):
+    """metrics.jsonl: one line a log step; evaluation lines carry eval_ names.
+
+    Args:
+        path: the file; written anew unless `resumed`.
+        resumed: whether training goes on from a checkpoint. The evaluation before training is in the file then.
+    """
+
+    def __init__(self, path: Path, resumed: bool):
+        self.path, self.resumed, self.disk = path, resumed, disk_of(path.parent)
+        self.evaluated: tuple[Any, Any] | None = None
+        self.waiting: list[str] = []
+        if not resumed:
+            path.unlink(missing_ok=True)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """On resume, the lines up to the checkpoint, by its own history: steps past it are about to be repeated."""
+        if not state.is_world_process_zero or not self.resumed:
+            return
+        lines = [json.dumps({"step": 0} | logs) for logs in self._before_training()]
+        for logs in state.log_history:
+            if self._counts(logs):
+                lines.append(json.dumps({"step": logs["step"]} | {k: v for k, v in logs.items() if k != "step"}))
+        write_whole(self.path, "".join(f"{line}\n" for line in lines))
+
+    def _before_training(self) -> list[dict[str, Any]]:
+        """What the file has of step 0, which no checkpoint knows of."""
+        found = []
+        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
+            with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
+                logs = json.loads(line)
+                found += [logs] if logs.get("step") == 0 else []
+        return found
+
+    def _counts(self, logs: dict[str, Any]) -> bool:
+        """Not the summary that ends a run, which is in run.json, nor the evaluation that only repeats the last one."""
+        if "train_runtime" in logs:
+            return False
+        if "eval_loss" in logs:
+            logs.pop("eval_model_preparation_time", None)
+            last, self.evaluated = self.evaluated, (logs.get("step"), logs["eval_loss"])
+            return last != self.evaluated
+        return True
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if self.resumed and state.global_step == 0:
+            return
+        if state.is_world_process_zero and logs and self._counts({"step": state.global_step} | logs):
+            logs.pop("eval_model_preparation_time", None)
+            self.waiting.append(json.dumps({"step": state.global_step} | logs) + "\n")
+            self._write()
+
+    def _write(self) -> None:
+        """Append what waits; on a full disk or a drive that is gone it waits on, and training with it goes on."""
+        try:
+            check_mounted(self.path.parent, self.disk)
+            with self.path.open("ab", buffering=0) as file:
+                start, rest = file.seek(0, os.SEEK_END), "".join(self.waiting).encode("utf-8")
+                try:
+                    while rest:
+                        rest = rest[file.write(rest) :]
+                except OSError:
+                    file.truncate(start)  # no half a line
+                    raise
+        except OSError as error:
+            if len(self.waiting) == 1:
+                logger.warning("%s cannot be written (%s): its lines wait until it can", self.path, error.strerror)
+            return
+        self.waiting.clear()
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Recompute only the first layers in the backward pass, or keep what they save in the host's memory, or both.
+
+    Args:
+        count: layers that recompute their activations, the first ones; None for all. The others keep them.
+        offload: send what those layers keep to the host's memory until their backward pass.
+    """
+
+    def __init__(self, count: int | None, offload: bool = False):
+        self.count, self.offload = count, offload
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        layers = checkpointing_layers(model)
+        check_count(self.count, len(layers))
+        count = len(layers) if self.count is None else self.count
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < count
+        if self.offload and args.device.type == "cuda":
+            offload(layers[:count], HostMemory())
+        elif self.offload:
+            logger.warning("memory.offload_activations: the CPU's own memory holds the activations: nothing to offload")

@@ -1,0 +1,187 @@
+"""Checkpoints as folders that are whole or do not count: sealed by a manifest, checked before they are used."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import sync_folder, write_whole
+
+MANIFEST = "manifest.json"
+NAME = re.compile(r"checkpoint-(\d+)")
+ASIDE = ".part"
+"""Ending of the hidden folder in which a checkpoint is written."""
+REPLACED = ".old"
+"""Ending of the hidden name that a checkpoint has while another takes its place."""
+
+
+def step_of(checkpoint: Path) -> int:
+    """Optimizer steps done, by the folder's name."""
+    match = NAME.fullmatch(checkpoint.name)
+    assert match is not None, checkpoint
+    return int(match[1])
+
+
+def checkpoints(folder: Path) -> list[Path]:
+    """All checkpoints in a folder, good or not, oldest first.
+
+    Raises:
+        RequestError: the folder is there and cannot be read.
+    """
+    try:
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise RequestError(
+            f"{folder}: cannot be read ({error.strerror}): is the drive still mounted? Mount it again, then --resume"
+        ) from None
+    return sorted(found, key=step_of)
+
+
+def files_in(checkpoint: Path) -> Iterator[Path]:
+    """Every file of a checkpoint but its manifest, subfolders too."""
+    return (p for p in sorted(checkpoint.rglob("*")) if not p.is_dir() and p.relative_to(checkpoint) != Path(MANIFEST))
+
+
+def digest(path: Path) -> str:
+    """SHA-256 of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+# ---- writing -------------------------------------------------------------------------------------------------------
+
+
+def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
+    """Sync every file to the disk and write the manifest: facts, and each file's size and SHA-256.
+
+    Raises:
+        OSError: the disk is full or gone.
+    """
+    listed = {}
+    for path in files_in(checkpoint):
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
+        listed[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+    for folder in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
+        sync_folder(folder)
+    content = facts | {"files": listed}
+    write_whole(checkpoint / MANIFEST, json.dumps(content | {"sha256": fingerprint(content)}, indent=1))
+
+
+def fingerprint(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, so that damage to the manifest itself is seen."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def place(aside: Path, final: Path) -> None:
+    """Give a sealed checkpoint its name; one of the same step that has the name already is deleted after that."""
+    old = final.with_name(f".{final.name}{REPLACED}")
+    if final.exists():
+        final.rename(old)
+    aside.rename(final)
+    sync_folder(final.parent)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def clean(folder: Path) -> None:
+    """Put away what a run that was killed while saving left behind."""
+    for old in folder.glob(f".checkpoint-*{REPLACED}"):
+        final = old.with_name(old.name.removeprefix(".").removesuffix(REPLACED))
+        if final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+        else:
+            old.rename(final)
+    for aside in folder.glob(f".checkpoint-*{ASIDE}"):
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def prune(folder: Path, limit: int | None, best: Path | None) -> None:
+    """Delete the oldest checkpoints above `limit`, once the newest is whole.
+
+    The newest and the best stay; one without a manifest counts for nothing and goes first.
+    """
+    if not limit or limit < 0:
+        return
+    found = checkpoints(folder)
+    if not found or not (found[-1] / MANIFEST).is_file():
+        return
+    keep = {found[-1].name} | ({best.name} if best is not None else set())
+    sealed = [path for path in found if (path / MANIFEST).is_file()]
+    spare = [path for path in sealed if path.name not in keep]
+    room = max(limit - len([path for path in sealed if path.name in keep]), 0)
+    doomed = [path for path in found if path not in sealed] + spare[: len(spare) - room]
+    for path in doomed:
+        # a name that no resume looks at, before its files go one by one
+        gone = path.with_name(f".{path.name}{ASIDE}")
+        shutil.rmtree(gone, ignore_errors=True)
+        path.rename(gone)
+        shutil.rmtree(gone, ignore_errors=True)
+
+
+# ---- reading -------------------------------------------------------------------------------------------------------
+
+
+def manifest(checkpoint: Path) -> dict[str, Any]:
+    """A checkpoint's manifest.
+
+    Raises:
+        ValueError: there is none, or it is damaged; in words.
+    """
+    try:
+        content = json.loads((checkpoint / MANIFEST).read_bytes())
+        if content.pop("sha256") != fingerprint(content):
+            raise ValueError
+        return content
+    except FileNotFoundError:
+        raise ValueError(f"{MANIFEST} is missing, so it was not written to the end") from None
+    except OSError as error:
+        raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise ValueError(f"{MANIFEST} is damaged") from None
+
+
+LEFT_ANYWHERE = (".DS_Store", "Thumbs.db", "desktop.ini")
+"""Files that a file manager puts into any folder that was looked at."""
+
+
+def damage(checkpoint: Path) -> str | None:
+    """What is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
+    try:
+        listed = manifest(checkpoint)["files"]
+        found = {path.relative_to(checkpoint).as_posix() for path in files_in(checkpoint)}
+        for name, wanted in listed.items():
+            path = checkpoint / name
+            if name not in found:
+                return f"{name} is missing"
+            size = path.stat().st_size
+            if size != wanted["bytes"]:
+                return f"{name} has {size:,} bytes, {wanted['bytes']:,} were written"
+            if digest(path) != wanted["sha256"]:
+                return f"{name} has other content than was written (its SHA-256 differs)"
+        if strange := sorted(name for name in found - listed.keys() if Path(name).name not in LEFT_ANYWHERE):
+            return f"{strange[0]} was put there later (it is not in {MANIFEST})"
+    except ValueError as error:
+        return str(error)
+    except OSError as error:
+        return f"{Path(error.filename or checkpoint).name} cannot be read ({error.strerror})"
+    return None
+
+
+def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and a line for each newer one that is damaged."""
+    lines = []
+    for checkpoint in reversed(checkpoints(folder)):
+        wrong = damage(checkpoint)
+        if wrong is None:
+            return checkpoint, lines
+        lines.append(f"{checkpoint}: {wrong}")
+    return None, lines

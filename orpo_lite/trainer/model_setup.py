@@ -1,0 +1,131 @@
+"""What TRL's constructor allows beside a loaded PeftModel: a model by name, a peft_config, no tokenizer."""
+
+from __future__ import annotations
+
+import warnings
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from datasets import Dataset
+from peft import PeftConfig, PeftModel, get_peft_model
+from torch import nn
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+)
+
+from orpo_lite.data.lengths import list_lengths, numbers
+from orpo_lite.model.adapter import prepare_frozen
+
+if TYPE_CHECKING:
+    from orpo_lite.trainer.config import ORPOConfig
+
+
+def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
+    """from_pretrained with the config's model_init_kwargs; the dtype follows the device unless they name one.
+
+    float32 on the CPU; on a GPU the checkpoint's own, but on one without bfloat16 float16 under an adapter and float32
+    for full fine-tuning, whose float16 gradients could not be unscaled.
+    """
+    kwargs: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]
+    kwargs.setdefault("trust_remote_code", args.trust_remote_code)
+    dtype = kwargs.pop("dtype", kwargs.pop("torch_dtype", None))
+    if dtype is None:
+        cpu = args.device.type == "cpu"
+        dtype = torch.float32 if cpu or (args.fp16 and not with_adapter) else torch.float16 if args.fp16 else "auto"
+    elif isinstance(dtype, str) and dtype != "auto":
+        dtype = getattr(torch, dtype)
+    found = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
+    config = AutoConfig.from_pretrained(name, **found)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    return auto.from_pretrained(name, dtype=dtype, **kwargs)
+
+
+def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
+    """The tokenizer that lies beside the model's weights.
+
+    Raises:
+        ValueError: the model was not loaded from a folder or the hub.
+    """
+    if not model.config._name_or_path:
+        raise ValueError("ORPOTrainer: this model was not loaded from anywhere: give its tokenizer as processing_class")
+    revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
+    return AutoTokenizer.from_pretrained(
+        model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
+    )
+
+
+def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel:
+    """Put a new adapter on, quantised bases prepared for it.
+
+    Raises:
+        TypeError: not a PeftConfig.
+        ValueError: the model carries an adapter already.
+    """
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"ORPOTrainer: peft_config is a {type(peft_config).__name__}, expected a peft.PeftConfig such as LoraConfig"
+        )
+    if isinstance(model, PeftModel):
+        raise ValueError(
+            "ORPOTrainer: the model is a PeftModel already: leave peft_config out, or merge its adapter first"
+        )
+    with warnings.catch_warnings():
+        # PEFT asks transformers for a property that 5.23 renamed
+        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        adapted = get_peft_model(model, peft_config)
+    prepare_frozen(adapted)  # type: ignore[arg-type]
+    if checkpointing:
+        model.enable_input_require_grads()
+    return adapted  # type: ignore[return-value]
+
+
+def check_tokenised(pairs: Dataset, name: str) -> None:
+    """Pairs that were tokenised elsewhere must have something to learn from: an answer on each side.
+
+    Raises:
+        ValueError: a side without a label; the message names the row.
+    """
+    for side in ("chosen", "rejected"):
+        length = list_lengths(pairs, f"{side}_ids")
+        # a token is predicted from the one before it, so the first of a decoder-only sequence is nobody's label
+        alone = "prompt_ids" in pairs.column_names
+        first = np.zeros_like(length) if alone else np.maximum(numbers(pairs, f"{side}_start"), 1)
+        empty = np.flatnonzero(length <= first)
+        if len(empty):
+            raise ValueError(
+                f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
+                f"{len(empty) - 1} other rows: leave them out"
+            )
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the modules, and the probabilities that attention keeps as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
+
+
+def base_of(model: Any) -> Any:
+    """The transformers model inside a PEFT one."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def pad_token(args: ORPOConfig, tokenizer: Any) -> int:
+    """Any id serves, since labels and masks come from lengths: the one asked for, the tokenizer's, EOS, or 0."""
+    choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+    return next(choice for choice in choices if choice is not None)
+
+
+def decoder_start(config: Any) -> int:
+    if config.decoder_start_token_id is None:
+        raise ValueError(
+            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
+        )
+    return config.decoder_start_token_id

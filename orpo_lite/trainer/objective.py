@@ -1,0 +1,299 @@
+"""The ORPO loss of a batch inside transformers' Trainer: means over whole optimizer steps, in training and evaluation."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from typing import Any
+
+import torch
+from accelerate.utils import DistributedType
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+from transformers import Trainer
+from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
+
+from orpo_lite.data.collate import PackedCollator, PaddedCollator, from_trl
+from orpo_lite.model import autocast
+from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
+from orpo_lite.objective.loss import PairStatistics, pair_statistics, window_loss
+from orpo_lite.objective.metrics import finish_metrics, metric_sums, pair_metrics
+from orpo_lite.objective.packed_attention import packed_attention, plain_attention
+from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.distributed import accumulating, frozen_linear, recomputable
+from orpo_lite.trainer.generate import log_answers
+from orpo_lite.trainer.model_setup import base_of
+from orpo_lite.trainer.out_of_memory import Limit, Window, ran_out, reason, smaller, stuck, too_large
+
+logger = logging.getLogger(__name__)
+
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
+
+
+class ObjectiveTrainer(Trainer):
+    """transformers.Trainer with the ORPO loss; ORPOTrainer gives it model, data and batches."""
+
+    args: ORPOConfig
+    model: Any
+    collator: PaddedCollator | PackedCollator
+    head_transform: HeadTransform | None
+    head_known = True
+    """Whether `head_transform` was found; a model that no process holds whole is looked at once all of them run it."""
+    aux_enabled: bool
+    aux_coefficient: float
+    answers: list[dict[str, str]]
+    predictions: Any = None
+    """Of the last evaluation: a row a pair, see `metrics.COLUMNS`."""
+    micro_limit: Limit
+    """How large a micro-batch of training may be, by what did not fit so far."""
+    eval_limit: Limit
+    _sums: dict[str, Tensor]
+    _window: Window | None = None
+    _running: dict[str, Any]
+    """The batch that was last begun."""
+
+    def unwrapped(self, model: Any = None) -> Any:
+        """The transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
+        return self.accelerator.unwrap_model(self.model if model is None else model)
+
+    def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
+        def mine(one: dict[str, Any]) -> dict[str, Any]:
+            return one if "label_rows" in one else from_trl(one, self.collator)
+
+        if "micro_batches" in batch:
+            return self._prepare_inputs(batch | {"micro_batches": [mine(one) for one in batch["micro_batches"]]})
+        return self._prepare_inputs(mine(batch))
+
+    def find_head(self, model: nn.Module) -> None:
+        """How the model's head is scored without whole logits; run by all processes where they share its weights.
+
+        Args:
+            model: as it is called, with what engines put around it.
+        """
+        exact = 1e-3 if self.args.mixed_precision == "no" else 0.2
+        plain = self.unwrapped(model)
+        self.head_known = True
+        with autocast(plain):
+            self.head_transform = head_transform(plain, self.args.device, exact, model)
+        head = plain.get_output_embeddings()
+        if self.head_transform is not None and not frozen_linear(head) and not recomputable(head):
+            logger.warning(
+                "the output head is sharded on its own and trained (or quantised, or adapted): whole logits are kept, since its "
+                "weights are not at hand to compute them again in the backward pass"
+            )
+            self.head_transform = None
+
+    def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
+        """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
+        self._running = batch
+        if not self.head_known:
+            self.find_head(model)
+        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        if self.aux_enabled:
+            inputs["output_router_logits"] = True
+        target = LabelRows(batch["label_rows"], batch["label_ids"])
+        unwrapped = self.unwrapped(model)
+        with contextlib.ExitStack() as stack:
+            if "segments" in batch:
+                inputs["orpo_segments"] = batch["segments"]
+                stack.enter_context(packed_attention(base_of(unwrapped)))
+            if self.head_transform is not None:
+                stack.enter_context(score_labels(unwrapped, target, self.head_transform, self.args.head_chunk))
+            output = model(**inputs, use_cache=False)
+        if self.head_transform is None:
+            logps, means = score_logits(output.logits, target)
+        else:
+            logps, means = output.logits.float(), target.means
+            assert means is not None
+        pairs = len(batch["pair_rows"])
+        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
+        return stats, output.aux_loss if self.aux_enabled else None
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Tensor | None = None,
+    ) -> Any:
+        """ORPO loss of a batch of `get_train_dataloader()`, or of TRL's collator.
+
+        With `num_items_in_batch` (NLL labels, pairs and micro-batches of the whole optimizer step, as `get_batch_samples`
+        counts them) the batch's share of the step's loss; without, the loss of the batch on its own.
+        """
+        batches = micro_batches(self._ours(inputs))
+        scale: Any = 1.0
+        if num_items_in_batch is None:
+            means = [one_at_least(inputs["whole"] if "whole" in inputs else count_labels(batches))] * len(batches)
+        else:
+            # engines average gradients over processes, while the shares of a step are to be summed: undone here, once
+            scale = self.accelerator.num_processes
+            if self.args.nll_mean == "window":
+                means = [num_items_in_batch[:2]] * len(batches)
+            else:  # each micro-batch counts the same, those that only fill up count nothing
+                scale = scale / num_items_in_batch[2]
+                means = [one_at_least(one["whole"] if "whole" in one else count_labels([one])) for one in batches]
+        loss, sums = torch.zeros((), device=self.args.device), {}
+        for batch, (labels, pairs) in zip(batches, means, strict=True):
+            stats, aux = self.pair_statistics(model, batch)
+            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * scale
+            if aux is not None:
+                share = len(batch["pair_rows"]) / pairs * scale
+                loss = loss + self.aux_coefficient * aux.to(loss.device) * share
+            part = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
+            sums = {key: sums.get(key, 0) + value for key, value in part.items()}
+        if model.training:
+            self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
+        return (loss, finish_metrics(sums)) if return_outputs else loss
+
+    def get_batch_samples(
+        self, epoch_iterator: Any, num_batches: int, device: torch.device
+    ) -> tuple[list, Tensor | None]:
+        """The micro-batches of one optimizer step, and what they hold on all processes, see `count_step`."""
+        batches = [self._ours(batch) for batch in self._next_items(epoch_iterator, num_batches, device)]
+        if not batches:
+            return batches, None
+        self._window = Window(batches, self._sums, self.args.device)
+        totals = count_step([micro for batch in batches for micro in micro_batches(batch)])
+        return batches, self._total(totals.to(device))
+
+    def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
+        """What the loader gives for an optimizer step; nothing at its end."""
+        return super().get_batch_samples(iterator, count, device)[0]
+
+    def _total(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        total = self.accelerator.reduce(values, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    # ---- passes, and what becomes of them where memory runs out ----------------------------------------------------
+
+    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
+        """Forward and backward of a micro-batch, or of all of a step's, gradients synchronised on the last only.
+
+        Where memory runs out, the optimizer step begins again in smaller micro-batches: the same pairs, gradients and
+        metrics.
+
+        Raises:
+            OutOfMemory: a single pair does not fit, or the step cannot begin again.
+        """
+        window = self._window
+        place = window.place(inputs) if window else None
+        if window:
+            window.begin()
+        items, told = [inputs], torch.zeros((), device=self.args.device)
+        while True:
+            try:
+                loss = sum((self._forward_backward(model, item, num_items_in_batch) for item in items), -told)
+                if window:
+                    window.told += loss
+                return loss
+            except RuntimeError as error:
+                if window is None or place is None or not ran_out(error):
+                    raise
+                why = reason(error)
+            # past the except clause, since the error's traceback holds the graph
+            self._take_less(self.micro_limit, "step", why)
+            model.zero_grad()
+            self._sums = dict(window.sums)
+            window.rewind_random()
+            # with dropout, earlier passes have another loss when done again: the difference goes into this one's
+            items, told = window.items[: place + 1], window.told.clone()
+
+    def _forward_backward(self, model: nn.Module, item: dict[str, Any], num_items_in_batch: Any) -> Tensor:
+        parts = [part for batch in micro_batches(item) for part in self.micro_limit.cut(batch)]
+        loss = torch.zeros((), device=self.args.device)
+        for part in parts[:-1]:
+            with accumulating(self.accelerator, model):
+                loss += super().training_step(model, part, num_items_in_batch)
+        return loss + super().training_step(model, parts[-1], num_items_in_batch)
+
+    def _take_less(self, limit: Limit, passes: str, why: str) -> None:
+        """Lower a limit below the batch that did not fit, and free what it left behind."""
+        batch, step = self._running, self.state.global_step + (passes == "step")
+        what, optim = (
+            f"the {passes} at step {step}" if passes != "step" else f"step {step}",
+            OptimizerNames(self.args.optim).value,
+        )
+        if self.accelerator.distributed_type != DistributedType.NO:
+            raise stuck(what, batch, "in distributed training, where the processes wait for one another", why)
+        if passes == "step" and ("lomo" in optim or "layerwise" in optim):
+            raise stuck(what, batch, f"with {optim}, which changes weights during the backward pass", why)
+        if len(batch["pair_rows"]) < 2:
+            raise too_large(what, batch, self.train_dataset if passes == "step" else None, why)
+        limit.halve(batch, step)
+        logger.warning("%s", smaller(what, limit, why))
+        clear_device_cache(garbage_collection=True)
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss, one row a pair with the columns `COLUMNS`, and zeros for labels; in parts where memory runs out."""
+        inputs = self._ours(inputs)
+        while True:
+            try:
+                found = []
+                with torch.no_grad():
+                    for part in self.eval_limit.cut(inputs):
+                        found.append(self.pair_statistics(model, part))
+                break
+            except RuntimeError as error:
+                if not ran_out(error):
+                    raise
+                why = reason(error)
+            found.clear()
+            self._take_less(self.eval_limit, "evaluation", why)
+        stats = PairStatistics(*map(torch.cat, zip(*(part for part, _ in found), strict=True)))
+        loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
+        aux = [part.nll_sum.new_zeros(()) if aux is None else aux.float() for part, aux in found]
+        aux_column = torch.cat([one.expand(len(part.nll_sum)) for one, (part, _) in zip(aux, found, strict=True)])
+        columns = (stats.chosen_logits, stats.rejected_logits, stats.chosen_logps, stats.rejected_logps,
+                   stats.nll_sum, stats.nll_count, aux_column)  # fmt: skip
+        return loss, torch.stack(columns, 1), torch.zeros(len(stats.nll_sum), device=loss.device)
+
+    def evaluation_loop(
+        self,
+        dataloader: Any,
+        description: str,
+        prediction_loss_only: bool | None = None,
+        ignore_keys: list[str] | None = None,
+        metric_key_prefix: str = "eval",
+    ) -> EvalLoopOutput:
+        """Every held-out pair counts once, whatever the batches and processes."""
+        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        if self.args.generate_during_eval:
+            plain_attention(base_of(self.unwrapped()))
+            self.answers = log_answers(self, dataloader.dataset)
+        self.predictions = output.predictions
+        metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
+        if self.aux_enabled:
+            metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]
+        else:
+            del metrics["aux_loss"]
+        assert output.metrics is not None
+        output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
+        return output
+
+
+def micro_batches(inputs: dict[str, Any]) -> list[dict[str, Any]]:
+    """An item of the training loader as micro-batches: a whole step's, or itself."""
+    return inputs.get("micro_batches", [inputs])
+
+
+def count_labels(batches: list[dict[str, Any]]) -> tuple[Tensor, Tensor]:
+    """NLL labels and pairs of some micro-batches."""
+    labels = torch.stack([(batch["nll_pair"] >= 0).sum() for batch in batches]).sum()
+    return labels, torch.tensor(sum(len(batch["pair_rows"]) for batch in batches), device=labels.device)
+
+
+def count_step(batches: list[dict[str, Any]]) -> Tensor:
+    """NLL labels, pairs, and micro-batches that hold any, of an optimizer step; (3,) int64."""
+    labels, pairs = count_labels(batches)
+    return torch.stack([labels, pairs, pairs.new_tensor(sum(len(batch["pair_rows"]) > 0 for batch in batches))])
+
+
+def one_at_least(counts: tuple[Tensor, Tensor] | Tensor) -> list[Tensor]:
+    """Counts to divide by, where a micro-batch that only fills up holds none."""
+    return [count.clamp(min=1) for count in counts]

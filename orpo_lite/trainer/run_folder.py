@@ -1,0 +1,213 @@
+"""The run folder: one place that every later command takes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import math
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import write_whole
+from orpo_lite.common.lock import LOCK, lock, unlock
+from orpo_lite.recipe import Recipe
+from orpo_lite.trainer.checkpoint_folder import clean, manifest, newest_good
+
+SAME_RESULT = re.compile(
+    r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
+)
+"""Changes that a run can go on with: of what it takes and not what it makes, and of what becomes of steps that fail."""
+OTHER_RUN = re.compile(
+    r"model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
+    r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"
+)
+"""Changes that no run can go on with: other weights, other pairs, another order of them, another optimizer's state."""
+LEFT_BY_A_KILL = {LOCK, "recipe.yaml.part"}
+"""All that a run killed in its first instant leaves in its folder."""
+BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
+
+Resume = bool | Literal["force"]
+
+
+@dataclass
+class RunFolder:
+    """A run's folder and what lies where in it."""
+
+    path: Path
+    checkpoint: Path | None = None
+    """What `create` found to go on from: the newest good checkpoint."""
+    notes: list[str] = field(default_factory=list)
+    """What `create` has to say: damaged checkpoints, changes that were forced."""
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.path / "checkpoints"
+
+    @property
+    def metrics(self) -> Path:
+        return self.path / "metrics.jsonl"
+
+    @property
+    def before(self) -> Path:
+        """Evaluation and samples before training, for a run that goes on."""
+        return self.path / "before.json"
+
+    @property
+    def finished(self) -> bool:
+        """Whether run.json and all that follows it were written to the end."""
+        return (self.path / "run.json").is_file() and self.read().get("finished", True)
+
+    @classmethod
+    def create(cls, recipe: Recipe, resume: Resume = False, processes: int = 1) -> RunFolder:
+        """The folder of a new run, or the one being resumed; locked until `unlock`.
+
+        An unfinished run of the same recipe, settings of memory aside, is gone on with, from its newest good checkpoint
+        if it has one; a folder that holds anything else is left alone and the next free number is appended.
+
+        Args:
+            resume: refuse to start anew; "force" goes on in spite of changes, where that has a meaning.
+            processes: how many take part.
+
+        Raises:
+            RequestError: `resume`, but there is nothing to go on from; the recipe or the number of processes has
+                changed; another process trains in the folder; or it cannot be read or written.
+        """
+        folder = cls(recipe.folder)
+        try:
+            if (folder.path / "recipe.yaml").is_file() and not folder.finished:
+                with contextlib.ExitStack() as stack:
+                    lock(folder.path)
+                    stack.callback(unlock, folder.path)
+                    if folder._goes_on(recipe, resume, processes):
+                        stack.pop_all()
+                        return folder
+            elif resume and (folder.path / "run.json").is_file():
+                raise RequestError(
+                    f"--resume: the run in {folder.path} is finished; start without --resume for a new one"
+                )
+            elif resume:
+                raise RequestError(f"--resume: {folder.path} {nothing([])}")
+            return folder._begin(recipe)
+        except OSError as error:
+            raise RequestError(
+                f"training.output_dir: {error.filename or folder.path} cannot be written ({error.strerror}): choose another "
+                "place, or mount its drive again"
+            ) from None
+
+    def _goes_on(self, recipe: Recipe, resume: Resume, processes: int) -> bool:
+        """Whether this unfinished run is gone on with; then its newest good checkpoint is known and said."""
+        clean(self.checkpoints)
+        self.checkpoint, damaged = newest_good(self.checkpoints)
+        self.notes = [f"damaged, so not gone on with: {line}" for line in damaged]
+        if resume and self.checkpoint is None:
+            raise RequestError(f"--resume: {self.path} {nothing(damaged)}")
+        if self.checkpoint is None:
+            self.notes.append("the run there was stopped before it had a good checkpoint: it begins anew")
+        changes = self.changes(recipe)
+        changed = [line for line in changes if not SAME_RESULT.match(line)]
+        if changed and not resume:
+            return False
+        if self.checkpoint is not None:
+            facts = manifest(self.checkpoint)
+            if facts["processes"] != processes:
+                changed.append(f"processes: was {facts['processes']}, is {processes}")
+            pairs = processes * math.prod(
+                recipe.training.get(name) or default for name, default in zip(BATCH, (8, 1), strict=True)
+            )
+            if facts["pairs_per_step"] != pairs:
+                changed.append(f"pairs an optimizer step: was {facts['pairs_per_step']}, is {pairs}")
+        if changed:
+            never = [line for line in changed if OTHER_RUN.match(line) or line.startswith("pairs an optimizer")]
+            if resume != "force" or never:
+                lines = "\n".join(f"  - {line}" for line in (never if resume == "force" else changed))
+                way = "" if never else ", or go on with them: --resume=force"
+                raise RequestError(
+                    f"--resume: {self.path} was started with another recipe, or in another way:\n{lines}\nundo the changes, "
+                    f"or start without --resume in another training.output_dir{way}"
+                )
+            self.notes += [f"going on with a change: {line}" for line in changed]
+        if changes:
+            recipe.save(self.path / "recipe.yaml")
+        return True
+
+    def _begin(self, recipe: Recipe) -> RunFolder:
+        folder, number = RunFolder(self.path), 2
+        while folder.path.exists() and any(path.name not in LEFT_BY_A_KILL for path in folder.path.iterdir()):
+            folder, number = RunFolder(self.path.with_name(f"{self.path.name}-{number}")), number + 1
+        folder.path.mkdir(parents=True, exist_ok=True)
+        lock(folder.path)
+        if folder.path != recipe.folder:  # its own recipe leads back to it, also to resume
+            recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(folder.path)}})
+        recipe.save(folder.path / "recipe.yaml")
+        folder.checkpoints.mkdir(exist_ok=True)
+        return folder
+
+    def unlock(self) -> None:
+        """Let other processes train in this folder."""
+        unlock(self.path)
+
+    @classmethod
+    def open(cls, path: str | Path) -> RunFolder:
+        """An existing run folder.
+
+        Raises:
+            RequestError: no such folder, or not a run folder.
+        """
+        folder = cls(Path(path))
+        if not (folder.path / "recipe.yaml").is_file():
+            raise RequestError(f"{path}: found no recipe.yaml, expected a run folder that orpo_lite.train has written")
+        return folder
+
+    def recipe(self) -> Recipe:
+        # by its file: a folder may have the name of a shipped recipe
+        return Recipe.load(self.path / "recipe.yaml")
+
+    def changes(self, recipe: Recipe) -> list[str]:
+        """Fields in which the recipe differs from the one that this folder was started with."""
+        return list(differences(self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")))
+
+    def read(self) -> dict[str, Any]:
+        """run.json."""
+        try:
+            return json.loads((self.path / "run.json").read_text("utf-8"))
+        except FileNotFoundError:
+            raise RequestError(
+                f"{self.path}: no run.json, so this run did not finish; train it with --resume first"
+            ) from None
+        except (ValueError, RecursionError) as error:
+            raise RequestError(
+                f"{self.path / 'run.json'} is broken JSON ({error}): copy the run again, or train it again"
+            ) from None
+
+    def read_before(self) -> dict[str, Any] | None:
+        """before.json, or None where there is none that can be read: it can be made again."""
+        try:
+            return json.loads(self.before.read_text("utf-8"))
+        except (OSError, ValueError, RecursionError):
+            return None
+
+    def write(self, facts: dict[str, Any]) -> None:
+        """Write run.json, whole or not at all."""
+        write_whole(self.path / "run.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=True))
+
+
+def nothing(damaged: list[str]) -> str:
+    """That there is no checkpoint to go on from, and why."""
+    if not damaged:
+        return (
+            "holds no checkpoint to go on from (training.save_strategy, save_steps and save_minutes say when one is "
+            "written); start without --resume"
+        )
+    lines = "".join(f"\n  - {line}" for line in damaged)
+    return f"holds no good checkpoint to go on from; start without --resume, from the beginning:{lines}"
+
+
+def differences(old: Any, new: Any, place: str = "") -> list[str]:
+    """One line for every leaf in which two recipes differ."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        keys = dict.fromkeys([*old, *new])
+        return [line for key in keys for line in differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
+    return [] if old == new else [f"{place}: was {old!r}, is {new!r}"]
