@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+import platform
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from huggingface_hub import ModelCardData
 from rich.markup import escape
@@ -33,6 +35,9 @@ from orpo_lite.report.card_usage import Artefact, adapter_usage, gguf_usage, mod
 from orpo_lite.report.licence import find_licence
 from orpo_lite.report.published_recipe import base_name, hub_id, shareable
 from orpo_lite.trainer.run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from orpo_lite.trainer.trainer import ORPOTrainer
 
 Kind = Literal["adapter", "merged", "gguf"]
 
@@ -231,3 +236,54 @@ def has_template(folder: Path) -> bool:
     return (folder / "chat_template.jinja").is_file() or bool(
         read_json(folder / "tokenizer_config.json").get("chat_template")
     )
+
+
+# ---- of a trainer that is used on its own ------------------------------------------------------------------------------
+
+
+def write_trainer_card(
+    trainer: ORPOTrainer,
+    model_name: str | None = None,
+    dataset_name: str | None = None,
+    tags: str | list[str] | None = None,
+) -> None:
+    """Write README.md into `args.output_dir` of a trainer that has no run folder.
+
+    Args:
+        model_name: title of the card; default: the name of the folder.
+        dataset_name: what the model was trained on; linked where it is a dataset on the hub.
+        tags: added to the card's own.
+    """
+    from peft import PeftModel
+
+    args, model = trainer.args, trainer.unwrapped()
+    folder = Path(str(args.output_dir))
+    folder.mkdir(parents=True, exist_ok=True)
+    named = model.config._name_or_path or ""
+    hub = hub_id(named) if named else None
+    name = model_name or folder.resolve().name
+    adapter = isinstance(model, PeftModel)
+    given = [tags] if isinstance(tags, str) else tags or []
+    meta = card_data(
+        "adapter" if adapter else "merged", name=name, base=hub, licence=None,
+        tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if adapter else [])}),
+        datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
+    )  # fmt: skip
+    shown = base_name(named, hub is not None) if named else "a model of its own"
+    logged = {key: value for log in trainer.state.log_history for key, value in log.items()}
+    last = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
+    pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+    rows = [("steps", str(trainer.state.global_step)), ("pairs a step", str(pairs)), ("beta", f"{trainer.beta:g}"),
+            ("learning rate", f"{args.learning_rate:g}"),
+            *((inline(key), f"{logged[key]:.4f}") for key in last if key in logged)]  # fmt: skip
+    packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
+    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    sections = [
+        f"# {inline(name)}",
+        f"{'LoRA adapter for' if adapter else 'Made from'} {link(shown, hub)}, trained with "
+        f"[ORPO](https://arxiv.org/abs/2403.07691){f' on {inline(dataset_name)}' if dataset_name else ''}.",
+        table(rows, ("training", "")),
+        table(((key, inline(value)) for key, value in versions.items()), ("version", "")),
+        citation(),
+    ]
+    (folder / "README.md").write_text(assemble(meta, sections), "utf-8")

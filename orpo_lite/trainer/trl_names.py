@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import platform
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 import torch.nn.functional as F
 from datasets import concatenate_datasets
-from peft import PeftModel
 from torch import Tensor, nn
 
 from orpo_lite.objective.loss import log_odds_ratio
@@ -195,51 +192,10 @@ class TrlNames(ObjectiveTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write README.md into args.output_dir: what was trained on what, and with which versions."""
-        from orpo_lite.common.markdown import inline, table
-        from orpo_lite.report.card_metadata import card_data
-        from orpo_lite.report.card_sections import citation, link
-        from orpo_lite.report.published_recipe import base_name, hub_id
+        from orpo_lite.report.model_card import write_trainer_card
 
-        if not self.is_world_process_zero():
-            return
-        folder = Path(str(self.args.output_dir))
-        folder.mkdir(parents=True, exist_ok=True)
-        model = self.unwrapped()
-        named = model.config._name_or_path or ""
-        hub = hub_id(named) if named else None
-        name = model_name or folder.resolve().name
-        adapter = isinstance(model, PeftModel)
-        given = [tags] if isinstance(tags, str) else tags or []
-        meta = card_data(
-            "adapter" if adapter else "merged", name=name, base=hub, licence=None,
-            tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if adapter else [])}),
-            datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
-        )  # fmt: skip
-        shown = base_name(named, hub is not None) if named else "a model of its own"
-        logged = {key: value for log in self.state.log_history for key, value in log.items()}
-        shown_last = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-        pairs = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        rows = [("steps", str(self.state.global_step)), ("pairs a step", str(pairs)), ("beta", f"{self.beta:g}"),
-                ("learning rate", f"{self.args.learning_rate:g}"),
-                *((inline(key), f"{logged[key]:.4f}") for key in shown_last if key in logged)]  # fmt: skip
-        versions = {"torch": torch.__version__, "python": platform.python_version()} | package_versions()
-        sections = [
-            f"# {inline(name)}",
-            f"{'LoRA adapter for' if adapter else 'Made from'} {link(shown, hub)}, trained with "
-            f"[ORPO](https://arxiv.org/abs/2403.07691){f' on {inline(dataset_name)}' if dataset_name else ''}.",
-            table(rows, ("training", "")),
-            table(((key, inline(value)) for key, value in versions.items()), ("version", "")),
-            citation(),
-        ]
-        text = "\n\n".join(sections)
-        (folder / "README.md").write_text(f"---\n{meta.to_yaml()}\n---\n\n{text}\n", "utf-8")
-
-
-def package_versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    from importlib.metadata import version
-
-    return {name: version(name) for name in ("orpo-lite", "transformers", "peft", "datasets")}
+        if self.is_world_process_zero():
+            write_trainer_card(self, model_name, dataset_name, tags)  # type: ignore[arg-type]  # of the whole class
 
 
 def stored_metrics() -> dict[str, dict[str, list[float]]]:
