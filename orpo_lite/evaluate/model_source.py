@@ -11,7 +11,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.locating import adapter_folder, looks_local
 from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_folder import RunFolder, base_section
 
 EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 
@@ -63,8 +63,6 @@ def find(path: str, trust_remote_code: bool = False) -> Found:
         # run.json stays at home when a run is published, its card goes along; a run that has neither did not finish
         facts = None if not (folder / "run.json").is_file() and published(folder) else RunFolder(folder).read()
     if (folder / "adapter_config.json").is_file():
-        from orpo_lite.merge.source import base_section
-
         base = base_section(folder, None, trust_remote_code)
         return Found(str(folder), "adapter", base, recipe=recipe, facts=facts or {})
     if (folder / "config.json").is_file():

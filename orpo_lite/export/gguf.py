@@ -211,7 +211,7 @@ def read_source(source: Path, trained: bool, base: str | None, trust_remote_code
     from orpo_lite.recipe import ModelSection
 
     if trained:
-        from orpo_lite.merge.source import base_section
+        from orpo_lite.trainer.run_folder import base_section
 
         spec = base_section(source, base, trust_remote_code)
     else:

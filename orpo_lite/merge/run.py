@@ -31,7 +31,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.check import check_merged, probe_tokens
 from orpo_lite.merge.plan import Plan, make_plan
-from orpo_lite.merge.source import as_trained, base_section, tokenizer_of, trained_dtype
+from orpo_lite.merge.source import as_trained, trained_dtype
 from orpo_lite.merge.workers import one_thread_each
 from orpo_lite.merge.write import write_shards
 from orpo_lite.merge.write_4bit import quantise_plan
@@ -40,6 +40,7 @@ from orpo_lite.model.locating import adapter_folder, called
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.report.model_card import model_card
+from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
 SPARE_BYTES = 100 * 10**6
 """Room for tokenizer, configuration and card beside the weights."""

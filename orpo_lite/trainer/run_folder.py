@@ -8,13 +8,16 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_whole
 from orpo_lite.common.lock import LOCK, lock, unlock
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.trainer.checkpoint_folder import clean, manifest, newest_good
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 SAME_RESULT = re.compile(
     r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
@@ -211,3 +214,36 @@ def differences(old: Any, new: Any, place: str = "") -> list[str]:
         keys = dict.fromkeys([*old, *new])
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
     return [] if old == new else [f"{place}: was {old!r}, is {new!r}"]
+
+
+def base_section(folder: Path, base: str | None = None, trust_remote_code: bool = False) -> ModelSection:
+    """Return the model that an adapter belongs to: `base`, else the run's recipe, else what adapter_config.json names.
+
+    Code of its repository runs only where the caller says so, whatever the folder's recipe says.
+
+    Raises:
+        RequestError: nothing names a base, or the adapter cannot be read.
+    """
+    from peft import PeftConfig
+
+    from orpo_lite.model.locating import called, readable
+
+    if (folder / "recipe.yaml").is_file():
+        spec = RunFolder(folder).recipe().model.model_copy(update={"trust_remote_code": trust_remote_code})
+        return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
+    with called("adapter"), readable(str(folder)):
+        config = PeftConfig.from_pretrained(str(folder))
+    name = base or config.base_model_name_or_path
+    if not name:
+        raise RequestError(f"{folder}: adapter_config.json names no base model: give it with --base")
+    return ModelSection(name_or_path=name, revision=None if base else config.revision, quantization="none",
+                        trust_remote_code=trust_remote_code)  # fmt: skip
+
+
+def tokenizer_of(folder: Path, spec: ModelSection) -> PreTrainedTokenizerBase:
+    """Load the tokenizer that the folder was trained with, else the base's."""
+    from orpo_lite.model import load_tokenizer
+
+    if (folder / "tokenizer_config.json").is_file():
+        spec = spec.model_copy(update={"name_or_path": str(folder), "gguf_file": None, "revision": None})
+    return load_tokenizer(spec)
