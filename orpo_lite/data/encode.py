@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import REFUSED, Dropped
-from orpo_lite.model.chat_template import Job, Rendering, TemplateRefused, TemplateUnbounded, render_chat
+from orpo_lite.model.chat_template import Job, TemplateRefused, render_chat, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -103,14 +103,10 @@ class Renderer:
                 "the rows are conversations, but the tokenizer has no chat template: name one with model.chat_template "
                 "(chatml, zephyr, llama-3, or the path of a Jinja file), or set tokenizer.chat_template in Python"
             )
-        self.template_kwargs, self.rendering = template_kwargs, Rendering(tokenizer)
+        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
 
     def triples(self, pairs: Sequence[Pair]) -> list[Texts | Dropped]:
-        """Prompt, prompt + chosen and prompt + rejected of each pair as TRL renders them, or why it cannot be.
-
-        Raises:
-            TemplateUnbounded: a limit stopped the template; its `job` is the index of the pair.
-        """
+        """Prompt, prompt + chosen and prompt + rejected of each pair as TRL renders them, or why it cannot be."""
         plain = self.template_kwargs | {"tools": None}
         asked, wholes = [], []
         for pair in pairs:
@@ -120,11 +116,7 @@ class Renderer:
             prompt: Any = pair.prompt
             wholes += [(prompt + side, options) for side in (pair.chosen, pair.rejected)]
         jobs: list[Job] = asked + wholes
-        try:
-            texts = self.rendering.render(jobs)
-        except TemplateUnbounded as error:
-            number = error.job if error.job < len(pairs) else (error.job - len(pairs)) // 2
-            raise TemplateUnbounded(str(error), number) from None
+        texts = render_chats(self.tokenizer, jobs)
         prompts, sides = texts[: len(pairs)], texts[len(pairs) :]
         return [agreed(triple) for triple in zip(prompts, sides[::2], sides[1::2], strict=True)]
 

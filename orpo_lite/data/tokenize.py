@@ -20,7 +20,6 @@ from orpo_lite.data.dropped_rows import (
 )
 from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, common_prefix, template_text, turn_end
 from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, Pair, to_pair
-from orpo_lite.model.chat_template import TemplateUnbounded
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -113,10 +112,7 @@ class PairTokenizer:
             numbers.append(number)
             pairs.append(pair)
         chunk.digest = digest.hexdigest()
-        try:
-            texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
-        except TemplateUnbounded as error:
-            raise TemplateUnbounded(f"row {numbers[error.job]}: {error}") from None
+        texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
         tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
         for number, pair, triple in zip(numbers, pairs, texts, strict=True):
             if isinstance(triple, Dropped):

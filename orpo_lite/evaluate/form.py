@@ -7,7 +7,7 @@ from typing import Any, Literal
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS
 from orpo_lite.evaluate.model_source import Found
-from orpo_lite.model.chat_template import Rendering, TemplateRefused
+from orpo_lite.model.chat_template import TemplateRefused, render_chats
 
 Turns = list[dict[str, Any]]
 """Messages: system or none, then user and assistant by turns."""
@@ -29,7 +29,6 @@ class Form:
         shapes = {one.get("shape") for one in sources if one.get("section") == "train"}
         if shapes and not (found.recipe and found.recipe.data.apply_template):
             self.kind = "HH" if shapes == {HH} else "plain" if shapes <= {HH, STRINGS, BARE_STRINGS} else self.kind
-        self.rendering = Rendering(tokenizer)
 
     @property
     def note(self) -> str | None:
@@ -49,7 +48,7 @@ class Form:
         if self.kind != "template":
             return [self.plain(turns) for turns in conversations]
         options = self.options | {"add_generation_prompt": True}
-        texts = self.rendering.render([(turns, options) for turns in conversations])
+        texts = render_chats(self.tokenizer, [(turns, options) for turns in conversations])
         for text in texts:
             if isinstance(text, TemplateRefused):
                 raise RequestError(f"the chat template refuses this conversation: {text}")

@@ -8,8 +8,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from orpo_lite.common.errors import RequestError
-from orpo_lite.model.chat_template import Rendering, TemplateRefused
+from orpo_lite.model.chat_template import TemplateRefused, render_chat
 
 CONTEXT = 8192
 """Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""
@@ -94,15 +93,10 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
     """
     if not isinstance(tokenizer.chat_template, str):
         return None
-    with Rendering(tokenizer) as rendering:
-        return turns_of(tokenizer, rendering, adds_bos)
-
-
-def turns_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, adds_bos: bool) -> Turns | None:
     bos = str(tokenizer.bos_token or "")
 
     def jinja(messages: Messages, prompt: bool = True) -> str:
-        return rendering.one(messages, add_generation_prompt=prompt).removeprefix(bos)
+        return render_chat(tokenizer, messages, add_generation_prompt=prompt).removeprefix(bos)
 
     try:
         whole, closed = jinja(chat(USER)), jinja(chat(USER), prompt=False)
@@ -112,9 +106,7 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, adds_bos:
         between = once.split(USER)[1].split(ANSWER)[0]
         middle = once.split(ANSWER)[1].split(AGAIN)[0]
         ended = jinja(chat(USER, ANSWER), prompt=False).split(ANSWER)[1]
-        opened = bool(bos) and rendering.one(chat(USER)).startswith(bos)
-    except RequestError:
-        raise
+        opened = bool(bos) and render_chat(tokenizer, chat(USER)).startswith(bos)
     except (TemplateRefused, ValueError, IndexError):
         return None
     # some templates close a conversation that nothing is to be generated for
@@ -138,8 +130,6 @@ def turns_of(tokenizer: PreTrainedTokenizerBase, rendering: Rendering, adds_bos:
     try:
         lead, rest = jinja(chat(USER, system=SYSTEM)).split(SYSTEM)
         seam = rest.split(USER)[0]
-    except RequestError:
-        raise
     except (TemplateRefused, ValueError):
         candidates.append(Turns(None, start=start, **parts))
     else:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import functools
-import importlib.resources
+import importlib.util
 import logging
 import os
 import re
@@ -15,7 +14,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.chat_template import TemplateRefused, render_chat
 from orpo_lite.model.locating import locate, read_config, readable
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.recipe.loading import chat_templates, find_template, resolve_path
 from orpo_lite.recipe.training_fields import nearest
 
 logger = logging.getLogger(__name__)
@@ -91,32 +90,26 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]
     return [f"padding token: EOS ({tokenizer.eos_token}), for want of another; masks go by length, so EOS is learned"]
 
 
-@functools.cache
-def templates() -> dict[str, Path]:
-    """Name -> Jinja file of every chat template known by name: our own, and those that trl ships."""
-    ours = Path(__file__).parent / "templates"
-    theirs = Path(str(importlib.resources.files("trl"))) / "chat_templates"
-    # trl's *_training variants only add marks for its SFT loss mask
-    found = {p.stem: p for p in sorted(theirs.glob("*.jinja")) if not p.stem.endswith("_training")}
-    return found | {p.stem: p for p in sorted(ours.glob("*.jinja"))}
-
-
-def plain(name: str) -> str:
-    return re.sub(r"[-_. ]", "", name.lower())
-
-
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
-    """Set a template by name or from a Jinja file, and say which of its markers the vocabulary lacks."""
-    known = {plain(stem): path for stem, path in templates().items()}
-    path = known.get(plain(name)) or Path(os.path.expanduser(resolve_path(name)))
+    """Set a template by name or from a Jinja file, and say which of its markers the vocabulary lacks.
+
+    Raises:
+        RequestError: no such template, or one with a syntax error.
+    """
+    known = chat_templates()
+    stem = find_template(name)
+    path = known[stem] if stem else Path(os.path.expanduser(resolve_path(name)))
     if not os.path.isfile(path):
+        more = "" if importlib.util.find_spec("trl") else (
+            "; TRL brings more (gemma, phi3, qwen2.5, qwen3, ...): pip install 'orpo-lite[trl]'"
+        )  # fmt: skip
         raise RequestError(
-            f"model.chat_template: no template {name!r}{nearest(name, templates())}; expected the path of a Jinja file "
-            f"or one of: {', '.join(sorted(templates()))}"
+            f"model.chat_template: no template {name!r}{nearest(name, known)}; expected the path of a Jinja file "
+            f"or one of: {', '.join(sorted(known))}{more}"
         )
     source = path.read_text("utf-8")
     replaced = tokenizer.chat_template is not None and tokenizer.chat_template != source
-    tokenizer.chat_template, tokenizer.orpo_lite_template = source, str(path)
+    tokenizer.chat_template = source
     try:
         render_chat(tokenizer, [{"role": "user", "content": "Hi"}])
     except TemplateRefused as error:

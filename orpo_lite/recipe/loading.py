@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +29,27 @@ class RecipeError(RequestError):
 def resolve_path(value: str) -> str:
     """Turn builtin:quickstart/model into its place in the installed package; anything else is returned as it is."""
     return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
+
+
+@functools.cache
+def chat_templates() -> dict[str, Path]:
+    """Map the name of every known chat template to its Jinja file: ours, and TRL's where TRL is installed."""
+    trl = importlib.util.find_spec("trl")  # located, not imported
+    found: dict[str, Path] = {}
+    for folder in (trl and trl.submodule_search_locations) or ():
+        # TRL's *_training variants only add marks for its SFT loss mask
+        found = {p.stem: p for p in Path(folder, "chat_templates").glob("*.jinja") if not p.stem.endswith("_training")}
+    return dict(sorted(found.items())) | {p.stem: p for p in sorted((PACKAGE / "model" / "templates").glob("*.jinja"))}
+
+
+def find_template(name: str) -> str | None:
+    """Return the known chat template that a name stands for, however it is punctuated (Llama-3: llama3), or None."""
+    known = {_letters(stem): stem for stem in chat_templates()}
+    return known.get(_letters(name))
+
+
+def _letters(name: str) -> str:
+    return re.sub(r"[-_. ]", "", name.lower())
 
 
 def recipes_folder() -> Path:

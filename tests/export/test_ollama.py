@@ -9,7 +9,7 @@ import pytest
 from transformers import GenerationConfig
 
 from orpo_lite.export.ollama import chat, find_turns, modelfile
-from orpo_lite.model.tokenizer import templates
+from orpo_lite.recipe.loading import chat_templates
 from tests.tiny import FAMILIES, base_tokenizer, template_text, tiny_tokenizer
 from tests.training import CHATML
 
@@ -105,9 +105,9 @@ CONVERSATIONS = [
     chat("Hi", "Hello.", "Bye", system="Answer in\nverse."),
 ]
 KNOWN = {
-    **{name: path.read_text("utf-8") for name, path in templates().items() if name in ("chatml", "mistral", "zephyr")},
+    **{name: path.read_text("utf-8") for name, path in chat_templates().items() if name in ("chatml", "mistral", "zephyr")},
     **{name: template_text(f"{name}.jinja") for name in ("llama3", "llama3_2", "gemma", "qwen2_5", "qwen3", "phi3_5")
-       if (Path(templates().get(name, "/nowhere"))).is_file()},
+       if (Path(chat_templates().get(name, "/nowhere"))).is_file()},
     "llama2": LLAMA2,
     "phi3": PHI3,
     "chatml-test": CHATML,

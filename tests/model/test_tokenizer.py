@@ -1,5 +1,6 @@
 """Padding token, chat templates by name, new tokens."""
 
+import importlib.util
 import logging
 import shutil
 import tempfile
@@ -11,6 +12,7 @@ import torch
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter, stop_token_ids, tokenizer_notes
 from orpo_lite.recipe import AdapterSection, ModelSection
+from orpo_lite.recipe.loading import chat_templates
 from tests.model.conftest import CONFIGS, disturb, logits
 from tests.tiny import tiny_model, tiny_tokenizer
 
@@ -115,13 +117,27 @@ def test_templates_by_name(folder, name, text):
     assert rendered(loaded, CHAT[1:2]) != rendered(loaded, CHAT[1:])
 
 
-@pytest.mark.parametrize("name", ["gemma", "phi3", "qwen2.5", "qwen3"])
-def test_trl_ships_the_common_ones(folder, name):
+@pytest.mark.parametrize("name", ["gemma", "qwen2.5"])
+def test_trl_brings_the_common_ones(folder, name):
+    pytest.importorskip("trl")
     assert "Hello" in rendered(load_tokenizer(folder(tiny_tokenizer(bos="<s>"), chat_template=name)), CHAT[1:])
 
 
+def test_without_trl_the_extra_that_brings_a_template_is_named(folder, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "trl" else find(name))
+    chat_templates.cache_clear()
+    try:
+        with pytest.raises(
+            RequestError, match=r"no template 'qwen3'.* chatml, llama3, mistral, zephyr; .*orpo-lite\[trl\]"
+        ):
+            load_tokenizer(folder(tiny_tokenizer(), chat_template="qwen3"))
+    finally:
+        chat_templates.cache_clear()
+
+
 def test_generation_prompt_is_a_prefix_of_the_answer(folder):
-    for name in ("chatml", "zephyr", "mistral"):
+    for name in ("chatml", "zephyr", "mistral", "llama3"):
         loaded = load_tokenizer(folder(tiny_tokenizer(bos="<s>", pad="<pad>"), chat_template=name))
         prompt = loaded.apply_chat_template(CHAT[:2], tokenize=False, add_generation_prompt=True)
         assert rendered(loaded).startswith(prompt)

@@ -1,64 +1,25 @@
-"""Chat templates that raise, loop or write without end: bounded, named, and nothing of them in this process."""
+"""Chat templates of models from anywhere: what they raise, reach for or write is a refusal of that conversation."""
 
 from __future__ import annotations
 
 import datetime
-import os
-import shutil
-import signal
-import time
 from pathlib import Path
 
 import pytest
 from transformers import AutoTokenizer
 
-from orpo_lite.common.errors import RequestError
-from orpo_lite.data.encode import turn_end
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
-from orpo_lite.export.ollama import find_turns
-from orpo_lite.model import chat_template as rendering
-from orpo_lite.model.chat_template import Rendering, TemplateRefused, TemplateUnbounded, render_chat
-from orpo_lite.model.tokenizer import stop_token_ids
-from orpo_lite.recipe.loading import PACKAGE
+from orpo_lite.model import chat_template
+from orpo_lite.model.chat_template import TemplateRefused, render_chat, render_chats
+from orpo_lite.recipe.loading import PACKAGE, resolve_path
 from tests.training import CHATML, rows
 
-MODEL = PACKAGE / "quickstart" / "model"
 CHAT = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello"}]
-LOOP = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
-HOSTILE = {
-    "loops": LOOP,
-    "a-power": "{% set n = messages | length + 7 %}{{ n ** (n ** (n ** n)) % 7 }}",
-    "a-power-of-constants": "{{ 9 ** (9 ** (9 ** 9)) }}",
-    "a-product": "{{ messages[0].content * 10 ** 10 }}",
-    "a-product-of-constants": "{{ 'a' * 10 ** 10 }}",
-    "a-list": "{% set l = [1] * 10 ** 11 %}",
-    "padding": "{{ 'a' | center(10 ** 11) }}",
-    "a-format": "{{ '%99999999999d' % 1 }}",
-    "a-width": "{{ '{:>99999999999}'.format(1) }}",
-    "doubling": "{% set x = 'ab' %}" + "{% set x = x ~ x %}" * 60 + "{{ x }}",
-    "lists-of-lists": "{% set x = [1] %}" + "{% set x = [x, x] %}" * 60 + "{{ x | tojson }}",
-    "replacing": "{% set x = 'a' * 10 ** 5 %}{{ x.replace('a', x).replace('a', x) }}",
-    "much-text": "{% for a in range(99999) %}{% for b in range(9) %}{{ 'a' * 99 }}{% endfor %}{% endfor %}",
-    "a-macro-that-doubles": "{% macro m(n) %}{% if n %}{{ m(n - 1) }}{{ m(n - 1) }}{% endif %}{% endmacro %}{{ m(60) }}",
-}
 
 
 @pytest.fixture
-def tokenizer(monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr(rendering, "SECONDS", 1.0)
-    monkeypatch.setattr(rendering, "MEMORY", 300_000_000)
-    return AutoTokenizer.from_pretrained(MODEL)
-
-
-@pytest.mark.parametrize("name", HOSTILE)
-def test_a_template_without_end_is_stopped_and_named(name: str, tokenizer) -> None:
-    tokenizer.chat_template = HOSTILE[name]
-    started = time.monotonic()
-    with pytest.raises(RequestError, match="model.chat_template: the chat template .*chatml, zephyr, llama-3") as said:
-        render_chat(tokenizer, CHAT)
-    assert time.monotonic() - started < 30
-    assert str(MODEL) in str(said.value)
-    assert any(words in str(said.value) for words in ("processor time", "of memory", "characters", "ended its process"))
+def tokenizer():
+    return AutoTokenizer.from_pretrained(resolve_path("builtin:quickstart/model"))
 
 
 def test_what_a_template_raises_is_passed_on(tokenizer) -> None:
@@ -69,6 +30,7 @@ def test_what_a_template_raises_is_passed_on(tokenizer) -> None:
         "{{ messages.append(1) }}": "unsafe",
         "{{ cycler.__init__.__globals__.os.system('true') }}": "unsafe",
         "{% for a in range(10 ** 9) %}{% endfor %}": "Range too big",
+        "{{ messages[0].content * 10 ** 15 }}": "MemoryError",
     }.items():
         tokenizer.chat_template = template
         with pytest.raises(TemplateRefused, match=words):
@@ -91,77 +53,42 @@ def test_the_text_is_that_of_transformers(tokenizer) -> None:
             *[([{"role": "user", "content": "\ud800é" * n}], {"tools": None}) for n in range(30)],
         ]
         expected = [tokenizer.apply_chat_template(chat, tokenize=False, **options) for chat, options in given]
-        with Rendering(tokenizer) as rendering_:
-            assert rendering_.render(given) == expected
-            assert rendering_.render(given[::-1]) == expected[::-1]
+        assert render_chats(tokenizer, given) == expected
+        assert render_chats(tokenizer, given[::-1]) == expected[::-1]
 
 
 def test_one_that_fails_does_not_fail_its_neighbours(tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
     words = ["a", "no", "b", "no", "no", "c", "d", "e", "f", "g", "no"]
-    with Rendering(tokenizer) as rendering_:
-        found = rendering_.render([([{"role": "user", "content": word}], {}) for word in words])
+    found = render_chats(tokenizer, [([{"role": "user", "content": word}], {}) for word in words])
     assert [str(text) for text in found] == words
     assert [isinstance(text, TemplateRefused) for text in found] == [word == "no" for word in words]
 
 
-def trap(word: str) -> str:
-    return (
-        "{% for m in messages %}{% if '" + word + "' in m.content %}" + LOOP + "{% endif %}{{ m.content }}{% endfor %}"
-    )
-
-
 @pytest.mark.parametrize("num_proc", [None, 2])
-def test_the_row_that_springs_a_trap_is_named(num_proc: int | None, tokenizer, tmp_path: Path) -> None:
-    data = rows(40).map(
-        lambda row, n: row | {"chosen": [{"role": "assistant", "content": f"number {n}!"}]}, with_indices=True
+def test_a_row_for_which_the_template_writes_too_much_is_dropped_by_name(num_proc, tokenizer) -> None:
+    answers = [[{"role": "assistant", "content": f"number {n}!"}] for n in range(40)]
+    data = rows(40).remove_columns("chosen").add_column("chosen", answers)
+    flood = f"{{{{ 'a' * {chat_template.MAX_CHARACTERS + 1} }}}}"
+    tokenizer.chat_template = (
+        "{% for m in messages %}{% if 'number 23!' in m.content %}" + flood + "{% endif %}{{ m.content }}{% endfor %}"
     )
-    tokenizer.chat_template = trap("number 23!")
-    with pytest.raises(TemplateUnbounded, match=r"row 23: model.chat_template: .* more than 1 s of processor time"):
-        tokenize_rows(data, tokenizer, TokenizeOptions(num_proc=num_proc))
-
-
-def test_every_other_place_that_renders_is_bounded(tokenizer) -> None:
-    tokenizer.chat_template = LOOP
-    for place in (stop_token_ids, lambda t: turn_end(t, {}), lambda t: find_turns(t, False)):
-        with pytest.raises(TemplateUnbounded):
-            place(tokenizer)
+    _, report = tokenize_rows(data, tokenizer, TokenizeOptions(num_proc=num_proc))
+    [drop] = report.drops
+    assert drop.row == 23 and "the template writes 10,000,0" in drop.detail
 
 
 def test_no_other_code_renders_by_itself() -> None:
-    """quickstart/build.py renders its own template, which is no model's."""
     callers = {
         str(file.relative_to(PACKAGE))
         for file in PACKAGE.rglob("*.py")
         if ".apply_chat_template(" in file.read_text("utf-8").replace('"inputs = tokenizer.apply_chat_template(', "")
     }
-    assert callers == {"rendering.py", "quickstart/build.py"}
+    assert callers == {"model/chat_template.py"}
 
 
-def test_a_template_file_is_named(tokenizer, tmp_path: Path) -> None:
-    shutil.copytree(MODEL, tmp_path / "base")
-    (tmp_path / "base" / "chat_template.jinja").write_text(LOOP)
-    with pytest.raises(TemplateUnbounded, match="base/chat_template.jinja takes more than"):
-        render_chat(AutoTokenizer.from_pretrained(tmp_path / "base"), CHAT)
-
-
-def test_no_child_is_left(tokenizer) -> None:
-    with Rendering(tokenizer) as rendering_:
-        rendering_.render([(CHAT, {})])
-        os.kill(rendering_.child.pid, signal.SIGKILL)  # as the kernel does when memory runs out
-        assert rendering_.render([(CHAT, {})] * 3) == [render_chat(tokenizer, CHAT)] * 3
-        pid = rendering_.child.pid
-    with pytest.raises(ProcessLookupError):
-        os.kill(pid, 0)
-    with pytest.raises(ChildProcessError):  # and it was waited for
-        os.waitpid(pid, os.WNOHANG)
-
-
-def test_a_pickled_one_starts_its_own_child(tokenizer) -> None:
-    import pickle
-
-    with Rendering(tokenizer) as rendering_:
-        first = rendering_.render([(CHAT, {})])
-        again = pickle.loads(pickle.dumps(rendering_))
-        with again:
-            assert again.child is None and again.render([(CHAT, {})]) == first
+def test_a_template_that_is_a_file_of_the_model_is_sandboxed_too(tokenizer, tmp_path: Path) -> None:
+    tokenizer.save_pretrained(tmp_path)
+    (tmp_path / "chat_template.jinja").write_text("{{ cycler.__init__.__globals__.os.system('true') }}")
+    with pytest.raises(TemplateRefused, match="unsafe"):
+        render_chat(AutoTokenizer.from_pretrained(tmp_path), CHAT)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from orpo_lite.recipe.importers.axolotl_data import convert_data
 from orpo_lite.recipe.importers.axolotl_training import convert_training
-from orpo_lite.recipe.importers.draft import PACKING, Draft, template_name
+from orpo_lite.recipe.importers.draft import PACKING, Draft
+from orpo_lite.recipe.loading import find_template
 
 ATTENTION = (
     "flash_attention",
@@ -140,7 +141,7 @@ def convert_weights(draft: Draft) -> None:
         draft.take("chat_template")
         if template == "tokenizer_default":
             draft.carried_as("chat_template", template, "model.chat_template: null")
-        elif name := template_name(template.removeprefix("tokenizer_default_fallback_")):
+        elif name := find_template(template.removeprefix("tokenizer_default_fallback_")):
             draft.carried_as("chat_template", template, "model.chat_template")
             if template.startswith("tokenizer_default"):
                 draft.differ("chat_template", template, "set whether or not the tokenizer has one of its own")

@@ -154,13 +154,5 @@ def number(value: Any) -> float | None:
     return found if math.isfinite(found) else None
 
 
-def template_name(name: str) -> str | None:
-    """The same chat template by our name, or None."""
-    from orpo_lite.model.tokenizer import plain, templates
-
-    known = {plain(stem): stem for stem in templates()}
-    return known.get(plain(name))
-
-
 PACKING = "the packed and shared layouts (orpo.layout: auto) leave no padding without it"
 """Words about fields that both have."""

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from orpo_lite.recipe.importers.draft import PACKING, Draft, number, template_name
+from orpo_lite.recipe.importers.draft import PACKING, Draft, number
 from orpo_lite.recipe.importers.llamafactory_data import convert_data, listed
+from orpo_lite.recipe.loading import find_template
 
 DEFAULTS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
             "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "save_strategy": "steps", "save_steps": 500,
@@ -158,7 +159,7 @@ def convert_adapter(draft: Draft) -> None:
 def convert_template(draft: Draft) -> None:
     template, thinking = draft.take("template"), draft.take("enable_thinking")
     if isinstance(template, str):
-        if name := template_name(template):
+        if name := find_template(template):
             draft.put("model.chat_template", name)
             draft.carried_as("template", template, "model.chat_template")
         else:
