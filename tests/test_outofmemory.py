@@ -67,7 +67,7 @@ class Seen(TrainerCallback):
     def __init__(self, trainer):
         self.steps, self.step = [], []
         plain, self.plain_zero = trainer.accelerator.backward, trainer.model.zero_grad
-        statistics = trainer.pair_statistics
+        statistics = trainer.objective.statistics
         batch_rows = []
 
         def score(model, batch):
@@ -83,7 +83,7 @@ class Seen(TrainerCallback):
             self.step = []
             self.plain_zero(*args, **kwargs)
 
-        trainer.pair_statistics, trainer.accelerator.backward, trainer.model.zero_grad = score, backward, zero_grad
+        trainer.objective.statistics, trainer.accelerator.backward, trainer.model.zero_grad = score, backward, zero_grad
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         self.steps.append(sorted(self.step))

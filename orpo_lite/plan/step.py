@@ -24,7 +24,7 @@ from orpo_lite.plan.meta_model import build, decoder_layers, hold_model
 from orpo_lite.plan.optimizer_memory import States, states
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.trainer.model_setup import base_of, disable_dropout
-from orpo_lite.trainer.objective import count_step
+from orpo_lite.trainer.objective import Objective, count_step
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 META = torch.device("meta")
@@ -113,7 +113,6 @@ class PlannedTrainer(ORPOTrainer):
     """The trainer's loss over a model that weighs nothing; only what the loss asks for is there."""
 
     def __init__(self, model: Any, recipe: Recipe, transform: HeadTransform | None) -> None:
-        text = model.config.get_text_config(decoder=True)
         self.model = model
         self.args = SimpleNamespace(  # type: ignore[assignment]
             nll_mean=recipe.orpo.nll_mean,
@@ -122,11 +121,7 @@ class PlannedTrainer(ORPOTrainer):
             device=META,
         )
         self.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda wrapped: wrapped)  # type: ignore[assignment]
-        self.head_transform = transform
-        self.aux_enabled = bool(getattr(text, "output_router_logits", False))
-        self.aux_coefficient = (
-            getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
-        )
+        self.objective = Objective(self.args, model.config, transform)
         self._sums = {}
 
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:

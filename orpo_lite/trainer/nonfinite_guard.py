@@ -167,7 +167,7 @@ class WatchingTrainer(ObjectiveTrainer):
         """Loss of a batch on its own, and nothing counted."""
         stats, aux = self.pair_statistics(model, batch)
         loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(batch["pair_rows"]))
-        return loss if aux is None else loss + self.aux_coefficient * aux.to(loss.device)
+        return loss if aux is None else loss + self.objective.router_coefficient * aux.to(loss.device)
 
     def parts(self) -> list[list[dict[str, Any]]]:
         """The step's passes as they were computed: micro-batches of each item of the loader."""

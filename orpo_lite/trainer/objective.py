@@ -7,7 +7,7 @@ import logging
 from typing import Any
 
 import torch
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, extract_model_from_parallel
 from accelerate.utils.memory import clear_device_cache
 from torch import Tensor, nn
 from transformers import Trainer
@@ -31,17 +31,129 @@ logger = logging.getLogger(__name__)
 MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
 
 
+class Objective:
+    """The ORPO loss of batches on a model, without a Trainer: the training loop and the memory plan both call it.
+
+    A plan builds it as `Objective(settings, model.config, head)` and calls `loss(model, [batch], count_step([batch]))`
+    for a training step of one micro-batch, and `statistics(model, batch)` for a batch of an evaluation.
+
+    Args:
+        settings: an ORPOConfig, or anything with its `beta`, `nll_mean` and `head_chunk`; read at each call.
+        config: the model's configuration, which says whether its routers have a loss of their own.
+        head: how the output head is scored without whole logits; None keeps whole logits. See `find_head`.
+        processes: number of processes over which the engine averages gradients.
+    """
+
+    def __init__(self, settings: Any, config: Any, head: HeadTransform | None = None, processes: int = 1) -> None:
+        self.settings, self.head, self.processes = settings, head, processes
+        text = config.get_text_config(decoder=True)
+        self.router_loss = bool(getattr(text, "output_router_logits", False))
+        self.router_coefficient: float = (
+            getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
+        )
+        self.last_batch: dict[str, Any] = {}
+        """The batch whose forward pass was begun last."""
+
+    def find_head(self, model: nn.Module, device: torch.device, exact: float) -> None:
+        """Find how the model's head is scored without whole logits, by a forward pass.
+
+        Every process calls it where they share the head's weights.
+
+        Args:
+            model: the model as it is called, inside any engine's wrapper.
+            device: where the inputs of that pass go.
+            exact: largest difference between logits that still counts as none.
+        """
+        plain = unwrapped(model)
+        with autocast(plain):
+            self.head = head_transform(plain, device, exact, model)
+        layer = plain.get_output_embeddings()
+        if self.head is not None and not frozen_linear(layer) and not recomputable(layer):
+            logger.warning(
+                "the output head is sharded on its own and trained, quantised or adapted: whole logits are kept, since its weights "
+                "are not available to compute them again in the backward pass"
+            )
+            self.head = None
+
+    def statistics(self, model: nn.Module, batch: dict[str, Any]) -> tuple[PairStatistics, Tensor | None]:
+        """Run the forward pass of a batch and reduce it to its pairs.
+
+        Returns:
+            One entry per pair, and the routers' auxiliary loss (a scalar) where they have one.
+        """
+        self.last_batch = batch
+        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
+        if self.router_loss:
+            inputs["output_router_logits"] = True
+        target = LabelRows(batch["label_rows"], batch["label_ids"])
+        plain = unwrapped(model)
+        with contextlib.ExitStack() as stack:
+            if "segments" in batch:
+                inputs["orpo_segments"] = batch["segments"]
+                stack.enter_context(packed_attention(base_of(plain)))
+            if self.head is not None:
+                stack.enter_context(score_labels(plain, target, self.head, self.settings.head_chunk))
+            output = model(**inputs, use_cache=False)
+        if self.head is None:
+            logps, means = score_logits(output.logits, target)
+        else:
+            logps, means = output.logits.float(), target.means
+            assert means is not None
+        pairs = len(batch["pair_rows"])
+        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
+        return stats, output.aux_loss if self.router_loss else None
+
+    def loss(
+        self, model: nn.Module, batches: list[dict[str, Any]], totals: Tensor | None = None
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """Compute the loss of micro-batches, to be added up over the optimizer step.
+
+        Args:
+            batches: micro-batches on the model's device.
+            totals: NLL labels, pairs and micro-batches of the whole optimizer step on all processes, see `count_step`;
+                the result is then the batches' share of the step's loss. Without it, their loss on their own.
+
+        Returns:
+            The loss, a float32 scalar with its graph, and the sums that `metrics.finish_metrics` makes means of.
+        """
+        scale: Any = 1.0
+        if totals is None:
+            whole = batches[0]["whole"] if "whole" in batches[0] else count_labels(batches)
+            means = [at_least_one(whole)] * len(batches)
+        else:
+            # engines average gradients over processes, while the shares of a step are to be summed: undone here, once
+            scale = self.processes
+            if self.settings.nll_mean == "window":
+                means = [list(totals[:2])] * len(batches)
+            else:  # each micro-batch counts the same, those that only fill up count nothing
+                scale = scale / totals[2]
+                means = [at_least_one(one["whole"] if "whole" in one else count_labels([one])) for one in batches]
+        loss, sums = torch.zeros((), device=batches[0]["input_ids"].device), {}
+        for batch, (labels, pairs) in zip(batches, means, strict=True):
+            stats, aux = self.statistics(model, batch)
+            loss = loss + window_loss(stats, self.settings.beta, labels, pairs) * scale
+            if aux is not None:
+                share = len(batch["pair_rows"]) / pairs * scale
+                loss = loss + self.router_coefficient * aux.to(loss.device) * share
+            part = metric_sums(stats, aux, self.settings.beta, batch["attention_mask"])
+            sums = {key: sums.get(key, 0) + value for key, value in part.items()}
+        return loss, sums
+
+
+def unwrapped(model: Any) -> Any:
+    """Return the transformers or PEFT model inside an engine's wrapper."""
+    return extract_model_from_parallel(model)
+
+
 class ObjectiveTrainer(Trainer):
     """transformers.Trainer with the ORPO loss; ORPOTrainer gives it model, data and batches."""
 
     args: ORPOConfig
     model: Any
     collator: PaddedCollator | PackedCollator
-    head_transform: HeadTransform | None
+    objective: Objective
     head_known = True
-    """Whether `head_transform` was found; a model that no process holds whole is looked at once all of them run it."""
-    aux_enabled: bool
-    aux_coefficient: float
+    """Whether `objective.head` was found; a model that no process holds whole is looked at once all of them run it."""
     answers: list[dict[str, str]]
     predictions: Any = None
     """Of the last evaluation: a row a pair, see `metrics.COLUMNS`."""
@@ -50,12 +162,10 @@ class ObjectiveTrainer(Trainer):
     eval_limit: Limit
     _sums: dict[str, Tensor]
     _window: Window | None = None
-    _running: dict[str, Any]
-    """The batch that was last begun."""
 
     def unwrapped(self, model: Any = None) -> Any:
         """The transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
-        return self.accelerator.unwrap_model(self.model if model is None else model)
+        return unwrapped(self.model if model is None else model)
 
     def _ours(self, batch: dict[str, Any]) -> dict[str, Any]:
         def mine(one: dict[str, Any]) -> dict[str, Any]:
@@ -66,49 +176,15 @@ class ObjectiveTrainer(Trainer):
         return self._prepare_inputs(mine(batch))
 
     def find_head(self, model: nn.Module) -> None:
-        """How the model's head is scored without whole logits; run by all processes where they share its weights.
-
-        Args:
-            model: as it is called, with what engines put around it.
-        """
-        exact = 1e-3 if self.args.mixed_precision == "no" else 0.2
-        plain = self.unwrapped(model)
+        """Find how the head of the model, as it is called, is scored; run by all processes where they share its weights."""
         self.head_known = True
-        with autocast(plain):
-            self.head_transform = head_transform(plain, self.args.device, exact, model)
-        head = plain.get_output_embeddings()
-        if self.head_transform is not None and not frozen_linear(head) and not recomputable(head):
-            logger.warning(
-                "the output head is sharded on its own and trained (or quantised, or adapted): whole logits are kept, since its "
-                "weights are not at hand to compute them again in the backward pass"
-            )
-            self.head_transform = None
+        self.objective.find_head(model, self.args.device, 1e-3 if self.args.mixed_precision == "no" else 0.2)
 
     def pair_statistics(self, model: nn.Module, batch: dict[str, Tensor]) -> tuple[PairStatistics, Tensor | None]:
         """Forward pass of a batch, reduced to its pairs; and the router's auxiliary loss where there is one."""
-        self._running = batch
         if not self.head_known:
             self.find_head(model)
-        inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
-        if self.aux_enabled:
-            inputs["output_router_logits"] = True
-        target = LabelRows(batch["label_rows"], batch["label_ids"])
-        unwrapped = self.unwrapped(model)
-        with contextlib.ExitStack() as stack:
-            if "segments" in batch:
-                inputs["orpo_segments"] = batch["segments"]
-                stack.enter_context(packed_attention(base_of(unwrapped)))
-            if self.head_transform is not None:
-                stack.enter_context(score_labels(unwrapped, target, self.head_transform, self.args.head_chunk))
-            output = model(**inputs, use_cache=False)
-        if self.head_transform is None:
-            logps, means = score_logits(output.logits, target)
-        else:
-            logps, means = output.logits.float(), target.means
-            assert means is not None
-        pairs = len(batch["pair_rows"])
-        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], pairs)
-        return stats, output.aux_loss if self.aux_enabled else None
+        return self.objective.statistics(model, batch)
 
     def compute_loss(
         self,
@@ -123,26 +199,9 @@ class ObjectiveTrainer(Trainer):
         counts them) the batch's share of the step's loss; without, the loss of the batch on its own.
         """
         batches = micro_batches(self._ours(inputs))
-        scale: Any = 1.0
-        if num_items_in_batch is None:
-            means = [one_at_least(inputs["whole"] if "whole" in inputs else count_labels(batches))] * len(batches)
-        else:
-            # engines average gradients over processes, while the shares of a step are to be summed: undone here, once
-            scale = self.accelerator.num_processes
-            if self.args.nll_mean == "window":
-                means = [num_items_in_batch[:2]] * len(batches)
-            else:  # each micro-batch counts the same, those that only fill up count nothing
-                scale = scale / num_items_in_batch[2]
-                means = [one_at_least(one["whole"] if "whole" in one else count_labels([one])) for one in batches]
-        loss, sums = torch.zeros((), device=self.args.device), {}
-        for batch, (labels, pairs) in zip(batches, means, strict=True):
-            stats, aux = self.pair_statistics(model, batch)
-            loss = loss + window_loss(stats, self.args.beta, labels, pairs) * scale
-            if aux is not None:
-                share = len(batch["pair_rows"]) / pairs * scale
-                loss = loss + self.aux_coefficient * aux.to(loss.device) * share
-            part = metric_sums(stats, aux, self.args.beta, batch["attention_mask"])
-            sums = {key: sums.get(key, 0) + value for key, value in part.items()}
+        if not self.head_known:
+            self.find_head(model)
+        loss, sums = self.objective.loss(model, batches, num_items_in_batch)
         if model.training:
             self._sums = {key: self._sums.get(key, 0) + value for key, value in sums.items()}
         return (loss, finish_metrics(sums)) if return_outputs else loss
@@ -212,7 +271,7 @@ class ObjectiveTrainer(Trainer):
 
     def _take_less(self, limit: Limit, passes: str, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
-        batch, step = self._running, self.state.global_step + (passes == "step")
+        batch, step = self.objective.last_batch, self.state.global_step + (passes == "step")
         what, optim = (
             f"the {passes} at step {step}" if passes != "step" else f"step {step}",
             OptimizerNames(self.args.optim).value,
@@ -268,8 +327,8 @@ class ObjectiveTrainer(Trainer):
             self.answers = log_answers(self, dataloader.dataset)
         self.predictions = output.predictions
         metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
-        if self.aux_enabled:
-            metrics["loss"] += self.aux_coefficient * metrics["aux_loss"]
+        if self.objective.router_loss:
+            metrics["loss"] += self.objective.router_coefficient * metrics["aux_loss"]
         else:
             del metrics["aux_loss"]
         assert output.metrics is not None
@@ -294,6 +353,6 @@ def count_step(batches: list[dict[str, Any]]) -> Tensor:
     return torch.stack([labels, pairs, pairs.new_tensor(sum(len(batch["pair_rows"]) > 0 for batch in batches))])
 
 
-def one_at_least(counts: tuple[Tensor, Tensor] | Tensor) -> list[Tensor]:
-    """Counts to divide by, where a micro-batch that only fills up holds none."""
+def at_least_one(counts: tuple[Tensor, Tensor] | Tensor) -> list[Tensor]:
+    """Return counts to divide by: a micro-batch that only fills up holds none."""
     return [count.clamp(min=1) for count in counts]

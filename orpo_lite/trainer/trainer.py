@@ -40,7 +40,7 @@ from orpo_lite.trainer.model_setup import (
     pad_token,
     tokenizer_of,
 )
-from orpo_lite.trainer.objective import micro_batches
+from orpo_lite.trainer.objective import Objective, micro_batches
 from orpo_lite.trainer.out_of_memory import Limit
 from orpo_lite.trainer.trackers import check_trackers
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, stored_metrics, with_columns
@@ -197,12 +197,8 @@ class ORPOTrainer(TrlNames, EngineTrainer):
             self.data_collator = self.collator
         # compute_loss normalises over the step itself; transformers must not divide once more
         self.loss_is_scaled_for_ga = True
-        text = self.model.config.get_text_config(decoder=True)
-        self.aux_coefficient = (
-            getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
-        )
-        self.aux_enabled = bool(getattr(text, "output_router_logits", False))
-        if self.aux_enabled and not self.aux_coefficient:
+        self.objective = Objective(args, self.model.config, None, self.accelerator.num_processes)
+        if self.objective.router_loss and not self.objective.router_coefficient:
             logger.warning(
                 "output_router_logits is on, but router_aux_loss_coef is 0: the router's loss counts nothing"
             )

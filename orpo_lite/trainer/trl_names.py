@@ -85,11 +85,11 @@ class TrlNames(ObjectiveTrainer):
 
     @property
     def aux_loss_enabled(self) -> bool:
-        return self.aux_enabled
+        return self.objective.router_loss
 
     @property
     def aux_loss_coef(self) -> float:
-        return self.aux_coefficient
+        return self.objective.router_coefficient
 
     # ---- loss and metrics ------------------------------------------------------------------------------------------
 
