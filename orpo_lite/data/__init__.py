@@ -41,7 +41,7 @@ class Pairs:
     @property
     def lengths(self) -> dict[str, np.ndarray]:
         """Tokens of the training pairs, see `lengths`."""
-        return lengths(self.train)
+        return pair_lengths(self.train)
 
 
 def load_pairs(
@@ -216,7 +216,7 @@ def looked_at(pairs: Pairs, rows: int) -> Pairs:
     return Pairs(datasets.Dataset.from_list(found), pairs.eval, report, pairs.shapes, pairs.fingerprint)
 
 
-def lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
+def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     """Tokens per pair: prompt (the longer of both, should the boundary differ), chosen and rejected completion, total.
 
     total counts the prompt once. Arrays of int64, one entry a pair.

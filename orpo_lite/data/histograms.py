@@ -32,9 +32,9 @@ def histograms(rows: Any) -> dict[str, Any]:
     """As `length_histograms` of one split, all parts with bins of the same width."""
     import numpy as np
 
-    from orpo_lite.data import lengths
+    from orpo_lite.data import pair_lengths
 
-    counted = {name: tokens for name, tokens in lengths(rows).items() if name != "total"}
+    counted = {name: tokens for name, tokens in pair_lengths(rows).items() if name != "total"}
     longest = max(int(tokens.max()) for tokens in counted.values())
     width = next(w for power in range(9) for w in (10**power, 2 * 10**power, 5 * 10**power) if longest // w < BINS)
     found = {}

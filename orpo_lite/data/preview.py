@@ -12,7 +12,7 @@ from rich.text import Text
 
 from orpo_lite.common import console as cli
 from orpo_lite.common.console import console
-from orpo_lite.data import DropReport, Pairs, TooManyDropped, lengths, load_pairs, looked_at
+from orpo_lite.data import DropReport, Pairs, TooManyDropped, load_pairs, looked_at, pair_lengths
 from orpo_lite.recipe import Recipe
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def print_report(
             "sources": shapes,
             "report": report.as_dict(rows=list_drops),
             "pairs": {name: len(rows) for name, rows in splits.items()},
-            "lengths": {name: {k: summary(v) for k, v in lengths(rows).items()} for name, rows in splits.items()},
+            "lengths": {name: {k: summary(v) for k, v in pair_lengths(rows).items()} for name, rows in splits.items()},
             "fingerprint": pairs.fingerprint if pairs else None,
             "examples": shown or [],
         }
@@ -91,7 +91,7 @@ def print_report(
     held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
     cached = " (tokens from the cache)" if report.cached else ""
     console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
-    console.print(lengths_table(lengths(pairs.train)))
+    console.print(lengths_table(pair_lengths(pairs.train)))
     if shown:
         console.print(
             Text.assemble(

@@ -30,10 +30,10 @@ def breakdown(
         Per grouping (prompt_tokens, longer_answer, source) a list of {"bucket", "pairs", "accuracy", "interval" (95%,
         Wilson), "margin" (mean reward margin)}; buckets without pairs are left out.
     """
-    from orpo_lite.data import lengths
+    from orpo_lite.data import pair_lengths
     from orpo_lite.evaluate.held_out import wilson_interval
 
-    counted = lengths(pairs)
+    counted = pair_lengths(pairs)
     longer = np.sign(counted["chosen"] - counted["rejected"])
     words = {1: "chosen longer", 0: "equally long", -1: "chosen shorter"}
     groups = {

@@ -32,9 +32,9 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 def length_baseline(pairs: Dataset) -> float:
     """Accuracy of always preferring the longer answer, in tokens; a tie counts half."""
-    from orpo_lite.data import lengths
+    from orpo_lite.data import pair_lengths
 
-    counted = lengths(pairs)
+    counted = pair_lengths(pairs)
     chosen, rejected = counted["chosen"], counted["rejected"]
     return float((chosen > rejected).sum() + (chosen == rejected).sum() / 2) / max(1, len(pairs))
 

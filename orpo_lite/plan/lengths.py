@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from orpo_lite.data import lengths
+from orpo_lite.data import pair_lengths
 from orpo_lite.data.streaming import PairStream
 from orpo_lite.plan.step import Shape, evaluation_pairs, micro_batch
 from orpo_lite.recipe import DataSection, Recipe
@@ -27,7 +27,7 @@ class Lengths:
     @classmethod
     def of(cls, pairs: Pairs, encoder_decoder: bool) -> Lengths:
         def columns(rows: object) -> np.ndarray:
-            found = lengths(rows)  # type: ignore[arg-type]
+            found = pair_lengths(rows)  # type: ignore[arg-type]
             return np.stack([found[name] for name in ("prompt", "chosen", "rejected")], 1)
 
         held_out = columns(pairs.eval) if pairs.eval is not None else np.empty((0, 3), dtype=np.int64)

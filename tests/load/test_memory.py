@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from orpo_lite.data import lengths
 from orpo_lite.data import lengths as columns
+from orpo_lite.data import pair_lengths
 from orpo_lite.data.collate import common_prefix
 from orpo_lite.data.dropped_rows import Drop, DropList
 from orpo_lite.data.file_formats import read_file
@@ -57,7 +57,7 @@ def test_numbers_of_rows_are_those_of_the_rows():
         expected = [(len(r["chosen_ids"]), r["row"], common_prefix(r["chosen_ids"], r["rejected_ids"])) for r in rows]
         found = zip(columns.list_lengths(rows, "chosen_ids"), columns.numbers(rows, "row"), columns.common_prefixes(rows, "chosen_ids", "rejected_ids"), strict=True)  # fmt: skip
         assert [tuple(map(int, one)) for one in found] == expected
-        assert lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]
+        assert pair_lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]
 
 
 def test_dropped_rows_on_disk_are_a_list(tmp_path):
