@@ -3,7 +3,6 @@ that a run does: logs every 10 steps, checkpoints every 50 (two kept), evaluatio
 
     python -m tests.soak --steps 2000
     python -m tests.soak --steps 2000 --kind budget     # orpo.tokens_per_batch
-    python -m tests.soak --steps 2000 --kind stream     # a streaming data set, read ahead by a worker process
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from orpo_lite.trainer.callbacks import MetricsFile
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, SIZES, config, rows
 
-KINDS = ("pairs", "budget", "stream")
+KINDS = ("pairs", "budget")
 
 
 @dataclass
@@ -66,13 +65,12 @@ def soak(folder: Path, steps: int, kind: str = "pairs", every: int | None = None
     tokenizer = tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
     torch.manual_seed(1)
     model = get_peft_model(tiny_model(LlamaConfig(**SIZES)), LoraConfig(r=4, target_modules="all-linear"))
-    data = rows(300).to_iterable_dataset() if kind == "stream" else rows(300)
-    options = {"budget": {"tokens_per_batch": 150}, "stream": {"dataloader_num_workers": 1}}.get(kind, {})
+    options = {"tokens_per_batch": 150} if kind == "budget" else {}
     args = config(
         folder, max_steps=steps, logging_steps=10, save_strategy="steps", save_steps=50, save_total_limit=2,
         eval_strategy="steps", eval_steps=100, gradient_checkpointing=False, use_cpu=True, **options,
     )  # fmt: skip
-    trainer = ORPOTrainer(model, args, None, data, rows(8, seed=9), tokenizer)
+    trainer = ORPOTrainer(model, args, None, rows(300), rows(8, seed=9), tokenizer)
     watch = Soak(every or max(1, steps // 10))
     trainer.add_callback(watch)
     trainer.add_callback(MetricsFile(folder / "metrics.jsonl", resumed=False))

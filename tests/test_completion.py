@@ -72,7 +72,7 @@ def test_what_is_offered(tmp_path, monkeypatch):
     assert words("orpo-lite train --recipe x --dry") == ["--dry-run"]
     assert words("orpo-lite train --recipe x training.learning") == ["training.learning_rate="]
     assert words("orpo-lite train --recipe x orpo.layout=p") == ["orpo.layout=packed", "orpo.layout=padded"]
-    assert words("orpo-lite train --recipe x data.streaming=t") == ["data.streaming=true"]
+    assert words("orpo-lite train --recipe x data.apply_template=t") == ["data.apply_template=true"]
     assert words("orpo-lite train --recipe x data.train=my") == ["data.train=my pairs.jsonl"]
     assert words("orpo-lite merge x --onto ") == ["original", "quantized"]
     assert words("orpo-lite nothing ") == words('orpo-lite train "open') == []

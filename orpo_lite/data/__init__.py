@@ -18,25 +18,21 @@ if TYPE_CHECKING:
     from orpo_lite.data.token_cache import Tokenized, TokenizeOptions
     from orpo_lite.recipe import DataSection, DataSource
 
-__all__ = ["DropReport", "Pairs", "TooManyDropped", "command", "lengths", "load_pairs", "looked_at"]
-
-LOOKED_AT = 200
-"""Rows of each streamed source that are looked at before training."""
+__all__ = ["DropReport", "Pairs", "TooManyDropped", "command", "lengths", "load_pairs"]
 
 
 @dataclass
 class Pairs:
     """Tokenised pairs, memory-mapped; columns as in `tokenize.tokenize_rows`, `source` counting training sources."""
 
-    train: Any
-    """A `datasets.Dataset`, or with data.streaming a `streaming.PairStream`."""
+    train: datasets.Dataset
     eval: datasets.Dataset | None
     report: DropReport
     """Over all sources."""
     shapes: dict[str, dict[str, Any]]
     """Per source: section, path, files, shape, rows read, pairs kept, whether from the cache."""
     fingerprint: str
-    """Hash of the content of all rows, of how they are sampled and held out; of a stream, of where it comes from."""
+    """Hash of the content of all rows, and of how they are sampled and held out."""
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
@@ -72,8 +68,6 @@ def load_pairs(
         strict=True,
     )
     shapes: dict[str, dict[str, Any]] = {}
-    if spec.streaming:
-        return stream_pairs(spec, tokenizer, options, shapes)
     train = read_section(spec, spec.train, field, spec.max_rows, tokenizer, options, shapes)
     held = (
         read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
@@ -88,39 +82,6 @@ def load_pairs(
                 error.report, error.shapes = report, shapes
                 raise
     return assemble(spec, train, held, report, shapes)
-
-
-def stream_pairs(
-    spec: DataSection, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, shapes: dict[str, dict[str, Any]]
-) -> Pairs:
-    """The training rows as a stream, of which the first are looked at; held-out pairs as ever."""
-    from orpo_lite.data.sources import open_source
-    from orpo_lite.data.streaming import PairStream
-
-    sources = [open_source(one, spec.split, spec.columns, None, "data.train", streaming=True) for one in spec.train]
-    stream = PairStream(sources, tokenizer, options, spec.max_rows)
-    for one, source in zip(spec.train, sources, strict=True):
-        looked_at = PairStream([source], tokenizer, options)
-        _, report = looked_at.first(LOOKED_AT)
-        about = {"section": "train", "path": one.path, "files": source.files, "shape": looked_at.shapes[0]}
-        shapes[source.label] = about | {"rows": report.rows, "kept": report.kept, "weight": 1.0, "cached": False}
-    held = (
-        read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
-    )
-    report = DropReport.merge([done.report for done in held])
-    if held:
-        report.check("data.eval")
-    report.notes.append("data.streaming: training rows are read, checked and counted while training")
-    rows = None
-    if held and spec.eval:
-        import numpy as np
-
-        from orpo_lite.data.splits import sample
-
-        rows, chosen = sample(held, [source.weight for source in spec.eval], np.random.default_rng(spec.seed))
-        rows = rows.select(chosen).remove_columns("key")
-    parts = [[source.path for source in spec.train], [source.revision for source in spec.train], "streaming", [done.digest for done in held]]  # fmt: skip
-    return Pairs(stream, rows, report, shapes, hashlib.sha256(repr(parts).encode()).hexdigest())
 
 
 def read_section(
@@ -200,20 +161,6 @@ def assemble(
         shapes,
         hashlib.sha256(repr(parts).encode()).hexdigest(),
     )
-
-
-def looked_at(pairs: Pairs, rows: int) -> Pairs:
-    """Pairs with a stream's first rows in its place, and their drops in the report; others as they are."""
-    from orpo_lite.data.streaming import PairStream
-
-    if not isinstance(pairs.train, PairStream):
-        return pairs
-    import datasets
-
-    found, report = pairs.train.first(rows)
-    report.check(f"the first {report.rows:,} rows of data.train")
-    report.notes += pairs.report.notes
-    return Pairs(datasets.Dataset.from_list(found), pairs.eval, report, pairs.shapes, pairs.fingerprint)
 
 
 def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:

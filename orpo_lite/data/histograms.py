@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from orpo_lite.data.streaming import PairStream
-
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
 
@@ -17,15 +15,11 @@ def length_histograms(pairs: Pairs) -> dict[str, Any]:
     """Tokens of prompts, chosen and rejected answers of the training ("train") and held-out pairs ("eval").
 
     Returns:
-        By split and part: `width` of a bin in tokens, `counts` of the bins from 0 on, median, p95 and max. A split that
-        is not there, or a stream, whose lengths nobody knows, is left out.
+        By split and part: `width` of a bin in tokens, `counts` of the bins from 0 on, median, p95 and max. A split without rows is
+        left out.
     """
     splits = {"train": pairs.train, "eval": pairs.eval}
-    return {
-        name: histograms(rows)
-        for name, rows in splits.items()
-        if rows is not None and not isinstance(rows, PairStream) and len(rows)
-    }
+    return {name: histograms(rows) for name, rows in splits.items() if rows is not None and len(rows)}
 
 
 def histograms(rows: Any) -> dict[str, Any]:

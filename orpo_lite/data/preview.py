@@ -12,15 +12,12 @@ from rich.text import Text
 
 from orpo_lite.common import console as cli
 from orpo_lite.common.console import console
-from orpo_lite.data import DropReport, Pairs, TooManyDropped, load_pairs, looked_at, pair_lengths
+from orpo_lite.data import DropReport, Pairs, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.recipe import Recipe
 
 if TYPE_CHECKING:
     import numpy as np
     from transformers import PreTrainedTokenizerBase
-
-STREAMED = 1000
-"""Rows of a stream that are shown for all of it."""
 
 
 def command(
@@ -39,7 +36,6 @@ def command(
         # what there is to see is shown all the same; the error comes after it and sets the exit status
         print_report(error.report, error.shapes, None, list_drops, as_json)
         raise
-    pairs = looked_at(pairs, STREAMED)
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
     print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
 

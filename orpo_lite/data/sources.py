@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.file_formats import COMPRESSIONS, FORMATS, file_format, read_file
 from orpo_lite.data.row_shapes import COLUMNS
-from orpo_lite.data.tables import EVERY, Batches, Wanted, dataset_batches, stream_batches
+from orpo_lite.data.tables import BATCH_ROWS, EVERY, Batches, Wanted, dataset_batches, stream_batches
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.recipe import DataSource
 from orpo_lite.recipe.loading import resolve_path
@@ -49,6 +49,8 @@ class Source:
     """Opens the source anew and yields lists of rows, columns renamed; takes `files.Wanted`, or decodes every row."""
     rows: int | None = None
     """How many there are, for a progress bar: about, or unknown."""
+    enough: int | None = None
+    """Usable pairs after which no more is read; None reads to the end."""
 
 
 def open_source(
@@ -105,6 +107,22 @@ def open_source(
         return shaped(batches(wanted), columns, limit, source.path)
 
     return Source(source.path, files, key, opened, count)
+
+
+def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
+    """Return a `datasets.IterableDataset` or a torch one as a source that can be read once.
+
+    Raises:
+        RequestError: it was split by node, so that each process would train on other rows.
+    """
+    if getattr(stream, "_distributed", None) is not None:
+        raise RequestError(
+            f"{name}: the stream was split by node (split_dataset_by_node), but every process reads the same rows and takes "
+            "its own share of every step: give the stream as it was before"
+        )
+    plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
+    size = min(BATCH_ROWS, enough or BATCH_ROWS)
+    return Source(name, [], "", lambda wanted=EVERY: stream_batches(plain, wanted, size=size), enough=enough)
 
 
 def is_local(path: str) -> bool:

@@ -24,9 +24,10 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from orpo_lite.common.console import printable
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropList, DropReport, TooManyDropped
+from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.messages import describe_columns, kind
 from orpo_lite.data.row_shapes import BARE_STRINGS, detect
-from orpo_lite.data.sources import Source
+from orpo_lite.data.sources import Source, stream_source
 from orpo_lite.data.tables import dataset_batches
 from orpo_lite.data.throughput import Throughput
 from orpo_lite.data.tokenize import Chunk, PairTokenizer
@@ -41,6 +42,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DropReport", "TokenizeOptions", "Tokenized", "TooManyDropped", "tokenize_rows", "tokenize_source"]
+
+
+DECIDED = 1000
+"""Rows after which a stream of which more than half was dropped is read no further."""
 
 
 @dataclass(kw_only=True)
@@ -82,13 +87,18 @@ class Tokenized(NamedTuple):
 
 
 def tokenize_rows(
-    rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
+    rows: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    options: TokenizeOptions,
+    source: str = "train",
+    enough: int | None = None,
 ) -> tuple[datasets.Dataset, DropReport]:
     """Tokenise preference rows of any shape.
 
     Args:
         rows: raw rows; columns that are not part of a preference row are left out. A stream (of `datasets` or torch)
             is read once, to disk.
+        enough: usable pairs after which a stream is read no further; None reads it to its end.
         source: names the rows in the report and in errors.
 
     Returns:
@@ -103,9 +113,7 @@ def tokenize_rows(
     from torch.utils.data import IterableDataset
 
     if isinstance(rows, datasets.IterableDataset | IterableDataset):
-        from orpo_lite.data.streaming import rows_of
-
-        given, _ = rows_of(rows, source)
+        given = stream_source(rows, source, enough)
     elif isinstance(rows, datasets.Dataset):
         given = Source(source, [], rows._fingerprint, functools.partial(dataset_batches, rows), len(rows))
     else:
@@ -115,7 +123,26 @@ def tokenize_rows(
         )
     done = tokenize_source(given, tokenizer, options)
     done.report.check(source)
-    return done.rows.remove_columns("key"), done.report
+    pairs = done.rows.remove_columns("key")
+    if given.enough is not None:
+        pairs = pairs.select(range(min(len(pairs), given.enough)))
+        done.report.notes.append(f"{done.report.rows:,} rows of the stream were read for {len(pairs):,} pairs")
+    return pairs, done.report
+
+
+def check_same_stream(pairs: datasets.Dataset, name: str, processes: int) -> None:
+    """Raise RequestError on all processes if they read different pairs of a stream."""
+    if processes == 1:
+        return
+    from accelerate.utils import gather_object
+
+    found = [numbers(pairs, "row"), list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")]
+    digest = hashlib.sha256(b"".join(values.tobytes() for values in found)).hexdigest()
+    if len(set(gather_object([digest]))) > 1:
+        raise RequestError(
+            f"{name}: the processes read different rows of the stream, but each must be given all of it in the same order: "
+            "leave out what splits it by rank or shuffles it without a seed"
+        )
 
 
 def tokenize_source(
@@ -208,10 +235,17 @@ def write(
             counts.update(found)
             digest.update(chunk.digest.encode())
             shown.add(len(columns["row"]) + len(chunk.drops), found["tokens"])
+            if source.enough is not None and (report.kept >= source.enough or hopeless(report)):
+                break
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = work.notes(counts)
     about = {"report": report.as_dict(), "shape": shape, "digest": digest.hexdigest()}
     (folder / "report.json").write_text(json.dumps(about), "utf-8")
+
+
+def hopeless(report: DropReport) -> bool:
+    """Return whether so much of a stream is dropped that reading on, perhaps without an end, makes no sense."""
+    return report.rows >= DECIDED and report.kept < report.rows / 2
 
 
 def source_shape(rows: list[Any], label: str, options: TokenizeOptions) -> str:

@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from orpo_lite.data import pair_lengths
-from orpo_lite.data.streaming import PairStream
 from orpo_lite.plan.step import Shape, evaluation_pairs, micro_batch
 from orpo_lite.recipe import DataSection, Recipe
 
@@ -31,9 +30,7 @@ class Lengths:
             return np.stack([found[name] for name in ("prompt", "chosen", "rejected")], 1)
 
         held_out = columns(pairs.eval) if pairs.eval is not None else np.empty((0, 3), dtype=np.int64)
-        # a stream's lengths are not known: the recipe's own limits are taken
-        train = np.empty((0, 3), dtype=np.int64) if isinstance(pairs.train, PairStream) else columns(pairs.train)
-        return cls(train, held_out, encoder_decoder)
+        return cls(columns(pairs.train), held_out, encoder_decoder)
 
     def shape(self, recipe: Recipe, layout: str) -> Shape:
         """The costliest micro-batch of training and of evaluation; the recipe's own limit where no pair would be left."""

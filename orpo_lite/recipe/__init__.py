@@ -84,11 +84,6 @@ class Recipe(Section):
                 f"adapter is null (full fine-tuning) but model.quantization is {model.quantization}: quantised weights "
                 "cannot be trained; set model.quantization=none or give an adapter"
             )
-        if data.streaming and self.training.get("max_steps", -1) <= 0:
-            problems.append(
-                "data.streaming is true, but training.max_steps is not set: a stream does not say how many rows it has; set "
-                "training.max_steps to the optimizer steps to train"
-            )
         init = adapter.init_lora_weights if adapter else True
         if isinstance(init, str) and init.startswith(("pissa", "olora")) and model.quantization != "none":
             problems.append(

@@ -144,30 +144,19 @@ class DataSection(Section):
     """Seed of the held-out choice and of source sampling."""
     num_proc: Positive | None = None
     """Processes for tokenising."""
-    streaming: bool = False
-    """Read, check and tokenise the training rows while training, in their order, instead of all of them before.
 
-    Nothing is written to disk and a hub data set is not downloaded. A stream does not know its length and is not
-    shuffled: training.max_steps is needed, held-out pairs are data.eval (or data.eval_fraction: 0, none), and rows that
-    are sorted must be shuffled before. Sources are read one after the other; weights stay 1."""
-
-    @model_validator(mode="after")
-    def _what_a_stream_can(self) -> DataSection:
-        problems = []
-        if self.streaming and self.eval is None and self.eval_fraction:
-            problems.append(
-                f"streaming is true and eval_fraction is {self.eval_fraction:g}: a stream cannot hold a share of itself out; "
-                "name held-out pairs in data.eval, or set data.eval_fraction=0"
+    @model_validator(mode="before")
+    @classmethod
+    def _without_streaming(cls, given: Any) -> Any:
+        """Accept recipes of older run folders, which name the removed field `streaming`."""
+        if not isinstance(given, dict) or "streaming" not in given:
+            return given
+        if given["streaming"]:
+            raise ValueError(
+                "streaming was removed: leave it out. Training data is read in batches and its tokens stay on disk, so it may be "
+                "larger than memory"
             )
-        for place, source in enumerate(self.train if self.streaming else []):
-            if source.weight != 1:
-                problems.append(
-                    f"streaming is true and train.{place}.weight is {source.weight:g}: a stream is read once through; leave "
-                    "weight out"
-                )
-        if problems:
-            raise ValueError("\n".join(problems))
-        return self
+        return {name: value for name, value in given.items() if name != "streaming"}
 
 
 class OrpoSection(Section):

@@ -16,7 +16,6 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.memory import held_by, peak_memory_bytes
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.data.histograms import length_histograms
-from orpo_lite.data.streaming import PairStream
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.report.licence import find_licence
@@ -69,9 +68,7 @@ def resolved(
         row("" if i else "base model", sentence.removeprefix("base: "))
     row("adapter", describe_adapter(recipe))
     row("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})")
-    known = None if isinstance(pairs.train, PairStream) else len(pairs.train)
-    training = "a stream of training pairs" if known is None else f"{known:,} training pairs"
-    row("data", f"{training}, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
+    row("data", f"{len(pairs.train):,} training pairs, {len(pairs.eval) if pairs.eval is not None else 0:,} held out")
     for line in str(pairs.report).splitlines():
         row("", line)
     row("layout", f"{trainer.layout.name}: {trainer.layout.why}")
@@ -94,7 +91,7 @@ def resolved(
         )
     row(
         "steps",
-        f"{steps:,} ({f'{steps * batch:,} pairs' if known is None else f'{steps / math.ceil(max(1, known) / batch):.2f} epochs'}), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
+        f"{steps:,} ({steps / math.ceil(max(1, len(pairs.train)) / batch):.2f} epochs), learning rate {args.learning_rate:g}, {name_of(args.lr_scheduler_type)} schedule, {name_of(args.optim)}",
     )
     row("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers"))
     console.print(table)
@@ -184,7 +181,7 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
         "data": {
             "fingerprint": pairs.fingerprint,
             "sources": pairs.shapes,
-            "train_pairs": trained_pairs(pairs, trainer),
+            "train_pairs": len(pairs.train),
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
             "lengths": length_histograms(pairs),
@@ -194,12 +191,6 @@ def record(recipe: Recipe, pairs: Pairs, facts: BaseFacts, trainer: ORPOTrainer)
         "parameters": {"trainable": trainable, "total": total},
         "effective_batch": effective_batch(trainer),
     }
-
-
-def trained_pairs(pairs: Pairs, trainer: ORPOTrainer) -> int:
-    """Training pairs; of a stream, those that were read."""
-    watch = trainer.stream_watch
-    return watch.watched.report.kept if watch is not None else len(pairs.train)
 
 
 def probe_rows(pairs: Pairs) -> list[list[int]]:

@@ -27,7 +27,7 @@ from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError, ToldElsewhere
 from orpo_lite.common.files import disk_of
 from orpo_lite.common.memory import peak_memory_bytes
-from orpo_lite.data import DropReport, Pairs, load_pairs
+from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.model import BaseFacts, attach_adapter, initialise_eva, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
@@ -37,7 +37,7 @@ from orpo_lite.train import printout as announce
 from orpo_lite.train.results import before_training, finish, held_out, record_of, try_rule
 from orpo_lite.trainer import launched
 from orpo_lite.trainer.callbacks import Bar, MetricsFile
-from orpo_lite.trainer.config_from_recipe import DEFAULTS, STREAMED, arguments, checkpointed, field_named
+from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.deepspeed import zero_stage_asked
 from orpo_lite.trainer.distributed import shards_by_launcher
 from orpo_lite.trainer.interrupts import Stopped
@@ -88,8 +88,7 @@ def run(
     """
     started = time.monotonic()
     check_trackers(recipe.training.get("report_to"))
-    defaults = STREAMED if recipe.data.streaming else DEFAULTS
-    recipe = recipe.model_copy(update={"training": defaults | recipe.training})
+    recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
@@ -139,8 +138,6 @@ def run(
         log_table(trainer, "samples", *sample_rows(before.samples, after.samples))
         end_trackers(trainer)
 
-        if trainer.stream_watch is not None:
-            pairs.report = DropReport.merge([trainer.stream_watch.watched.report, pairs.report])
         record = announce.record(recipe, pairs, facts, trainer)
         record |= {
             "steps": outcome.global_step,

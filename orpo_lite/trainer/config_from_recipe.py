@@ -38,8 +38,6 @@ DEFAULTS: dict[str, Any] = {
 """What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
 BITSANDBYTES = ("8bit", "paged", "bnb", "lion", "ademamix")
 """Parts of the names of optimizers that bitsandbytes has, on a GPU only."""
-STREAMED = DEFAULTS | {"eval_strategy": "steps", "eval_steps": 0.1, "save_strategy": "steps", "save_steps": 0.1}
-"""The same for a stream, of which nobody knows when an epoch ends: every tenth of max_steps."""
 
 
 def checkpointed(recipe: Recipe, device: torch.device) -> int | None:

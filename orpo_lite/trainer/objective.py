@@ -210,16 +210,13 @@ class ObjectiveTrainer(Trainer):
         self, epoch_iterator: Any, num_batches: int, device: torch.device
     ) -> tuple[list, Tensor | None]:
         """The micro-batches of one optimizer step, and what they hold on all processes, see `count_step`."""
-        batches = [self._ours(batch) for batch in self._next_items(epoch_iterator, num_batches, device)]
+        items, _ = super().get_batch_samples(epoch_iterator, num_batches, device)
+        batches = [self._ours(batch) for batch in items]
         if not batches:
             return batches, None
         self._window = Window(batches, self._sums, self.args.device)
         totals = count_step([micro for batch in batches for micro in micro_batches(batch)])
         return batches, self._total(totals.to(device))
-
-    def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
-        """What the loader gives for an optimizer step; nothing at its end."""
-        return super().get_batch_samples(iterator, count, device)[0]
 
     def _total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""

@@ -15,7 +15,6 @@ from torch import Tensor
 from orpo_lite.data.dealing import micro_batches
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.split import pair_tokens, select_pairs
-from orpo_lite.data.streaming import PairStream
 
 SAVERS = (
     "let more layers checkpoint (memory.checkpointing=all), keep what they save in the host's memory "
@@ -169,8 +168,6 @@ def stuck(what: str, batch: dict[str, Any], cause: str, why: str) -> OutOfMemory
 def where(batch: dict[str, Any], pairs: Any) -> str:
     """The only pair of a batch, by its place in a tokenised data set and its row in the source."""
     row = int(batch["pair_rows"][0])
-    if isinstance(pairs, PairStream) and row >= 0:
-        return f"row {row} of its source"
     if pairs is None or row < 0 or "row" not in getattr(pairs, "column_names", ()):
         return "whose place in the data is not known"
     found = np.flatnonzero(numbers(pairs, "row") == row)

@@ -17,9 +17,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.data.step_batches import step_loader
-from orpo_lite.data.stream_steps import StreamWatch, stream_loader
-from orpo_lite.data.streaming import PairStream, rows_of
-from orpo_lite.data.token_cache import DropReport, TokenizeOptions, tokenize_rows
+from orpo_lite.data.token_cache import DropReport, TokenizeOptions, check_same_stream, tokenize_rows
 from orpo_lite.data.work import place_weight
 from orpo_lite.model import keep_4bit_differentiable, optimizer_for
 from orpo_lite.model.inspection import outside_text, routers
@@ -53,6 +51,20 @@ def untokenised(rows: Any) -> bool:
     return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
 
 
+def pairs_needed(args: ORPOConfig) -> int:
+    """Return the pairs that `args.max_steps` optimizer steps train on, over all processes.
+
+    Raises:
+        RequestError: max_steps is not set.
+    """
+    if args.max_steps <= 0:
+        raise RequestError(
+            f"ORPOConfig.max_steps: found {args.max_steps}, expected a number above 0: a streaming train_dataset does not "
+            "say how many rows it has, so max_steps says how far it is read"
+        )
+    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
+
+
 class ORPOTrainer(TrlNames, EngineTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
@@ -68,9 +80,8 @@ class ORPOTrainer(TrlNames, EngineTrainer):
         data_collator: replaces our collator; it is given tokenised pairs, by our names and by TRL's, with the other columns
             of the data, and may return batches of TRL's form.
         train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenised already. A
-            streaming one (of `datasets` or torch) is read in its order while training, as often as `args.max_steps`,
-            which it needs, asks for.
-        eval_dataset: the same, or a dict of several. A streaming one is read once, to disk.
+            streaming one (of `datasets` or torch) is read once to disk, as far as `args.max_steps` needs, which must be set.
+        eval_dataset: the same, or a dict of several. A streaming one is read once to disk, to its end.
         processing_class: the tokenizer; left out, the model's own.
         peft_config: adapter to train; quantised models are prepared for it.
         The rest as in transformers.Trainer.
@@ -155,21 +166,22 @@ class ORPOTrainer(TrlNames, EngineTrainer):
             num_proc=args.dataset_num_proc,
         )
         with args.main_process_first(desc="tokenising"):
-            if isinstance(train_dataset, IterableDataset):
-                train_dataset = self._streamed(train_dataset, args)
-            elif train_dataset is not None:
-                train_dataset = self._tokenised(train_dataset, "train")
+            streamed = isinstance(train_dataset, IterableDataset)
+            if train_dataset is not None:
+                train_dataset = self._tokenised(train_dataset, "train", pairs_needed(args) if streamed else None)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {k: self._tokenised(d, k) for k, d in eval_dataset.items()}
             elif eval_dataset is not None:
                 eval_dataset = self._tokenised(eval_dataset, "eval")
+        if streamed:
+            check_same_stream(train_dataset, "train", args.world_size)
 
         if args.ddp_find_unused_parameters is None and model is not None:
             # a search of the graph in every pass, for what only experts and parts beside the language model can be
             base = base_of(model)
             args.ddp_find_unused_parameters = bool(routers(base) or outside_text(base))
         self._accumulation = args.gradient_accumulation_steps
-        if args.tokens_per_batch or isinstance(train_dataset, PairStream) or args.world_size > 1:
+        if args.tokens_per_batch or args.world_size > 1:
             # one item of the loader is an optimizer step: transformers must not count micro-batches itself
             args.per_device_train_batch_size *= args.gradient_accumulation_steps
             args.gradient_accumulation_steps = 1
@@ -206,10 +218,6 @@ class ORPOTrainer(TrlNames, EngineTrainer):
         self.head_known = complete(self.model) and not self.is_fsdp_enabled and zero_stage(self.accelerator) != 3
         if self.head_known:
             self.find_head(self.model)
-        self.stream_watch: StreamWatch | None = None
-        if isinstance(self.train_dataset, PairStream):
-            self.stream_watch = StreamWatch(self.train_dataset, "train", self.is_world_process_zero())
-            self.add_callback(self.stream_watch)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self._sums: dict[str, Tensor] = {}
@@ -238,27 +246,11 @@ class ORPOTrainer(TrlNames, EngineTrainer):
     def call_model_init(self, trial: Any = None) -> Any:
         return self._ready(super().call_model_init(trial), self.args)
 
-    def _streamed(self, rows: IterableDataset, args: ORPOConfig) -> PairStream:
-        if args.max_steps <= 0:
-            raise RequestError(
-                f"ORPOConfig.max_steps: found {args.max_steps}, expected a number above 0: a streaming train_dataset does not "
-                "say how many rows it has, so max_steps says where training ends and the learning rate reaches its end"
-            )
-        if args.nll_mean == "micro" and args.gradient_accumulation_steps > 1:
-            raise RequestError(
-                "ORPOConfig.nll_mean: micro is not there for a streaming train_dataset with gradient_accumulation_steps: "
-                "set nll_mean to window, or gradient_accumulation_steps to 1"
-            )
-        if isinstance(rows, PairStream):
-            return rows
-        source, set_epoch = rows_of(rows, "train")
-        return PairStream([source], self.tokenizer, self._tokenize_options, set_epoch=set_epoch)
-
-    def _tokenised(self, rows: Any, name: str) -> Dataset:
+    def _tokenised(self, rows: Any, name: str, enough: int | None = None) -> Dataset:
         if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
             check_tokenised(rows, name)
             return rows
-        pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
+        pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
         self.drop_reports[name] = report
         logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", name, report)
         return with_columns(pairs, rows) if self._own_collator and isinstance(rows, Dataset) else pairs
@@ -280,25 +272,11 @@ class ORPOTrainer(TrlNames, EngineTrainer):
     def get_train_dataloader(self) -> DataLoader:
         """Micro-batches; with `tokens_per_batch` or several processes whole optimizer steps, of micro-batches by their cost."""
         args, weight = self.args, place_weight(self.model.config)
-        if isinstance(self.train_dataset, PairStream):
-            return stream_loader(
-                self.train_dataset, args, self.layout.name, self.data_collator, self._accumulation, weight
-            )
         if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
         return step_loader(
             self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self._accumulation, weight
         )  # fmt: skip
-
-    def _next_items(self, iterator: Any, count: int, device: torch.device) -> list[dict[str, Any]]:
-        items = super()._next_items(iterator, count, device)
-        if self.stream_watch is None:
-            return items
-        # an item without a step only tells what was dropped
-        while items and not self.stream_watch.take(items[0]):
-            items = super()._next_items(iterator, count, device)
-        self.drop_reports["train"] = self.stream_watch.watched.report
-        return [{"micro_batches": item["micro_batches"]} for item in items]
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
         """transformers' estimate, over all micro-batches of a step."""

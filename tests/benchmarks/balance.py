@@ -74,10 +74,7 @@ def recipe_lengths(recipe: Recipe) -> np.ndarray:
     from orpo_lite.plan.lengths import Lengths
 
     data = recipe.data.model_copy(update={"eval": None, "eval_fraction": 0.0})
-    found = Lengths.of(load_pairs(data, load_tokenizer(recipe.model)), False).train
-    if not len(found):
-        raise RequestError("data.streaming: the lengths of a stream are not known: leave it out")
-    return found
+    return Lengths.of(load_pairs(data, load_tokenizer(recipe.model)), False).train
 
 
 # ---- simulation ------------------------------------------------------------------------------------------------------

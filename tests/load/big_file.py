@@ -3,7 +3,6 @@
     python -m tests.load.big_file --pairs 2000000                    # 3 GB of JSON lines, the first optimizer steps
     python -m tests.load.big_file --pairs 200000 --format parquet    # jsonl, jsonl.gz, csv, parquet, json
     python -m tests.load.big_file --pairs 100000 --command data      # the data check instead
-    python -m tests.load.big_file --pairs 100000 stream              # data.streaming=true: nothing is tokenised ahead
 
 Memory is that of the whole process tree, several times a second: `resident`, the sum of VmRSS as the kernel counts it
 (pages of memory-mapped files and pages that processes share included, these once a process); `private and shared`, the
@@ -157,16 +156,15 @@ def main() -> None:
     parser.add_argument("--command", choices=("train", "data"), default="train")
     parser.add_argument("--folder", type=Path, help="where the file goes (deleted afterwards); a temporary folder")
     parser.add_argument("--show", action="store_true", help="let the command's progress through")
-    parser.add_argument("overrides", nargs="*", help="key=value for the recipe; stream: data.streaming=true")
+    parser.add_argument("overrides", nargs="*", help="key=value for the recipe")
     given = parser.parse_args()
-    extra = [item for word in given.overrides for item in (["data.streaming=true", "data.eval_fraction=0"] if word == "stream" else [word])]  # fmt: skip
     with tempfile.TemporaryDirectory(dir=given.folder) as scratch:
         folder = Path(scratch)
         path = folder / f"pairs.{given.format}"
         started = time.monotonic()
         write(path, given.pairs, given.format, given.characters)
         print(f"{given.pairs:,} pairs, {path.stat().st_size / 1e9:.2f} GB of {given.format}, written in {time.monotonic() - started:.0f} s", flush=True)  # fmt: skip
-        seconds, peaks, text = measure(words(given.command, path, extra), folder, given.show)
+        seconds, peaks, text = measure(words(given.command, path, given.overrides), folder, given.show)
         print(f"{seconds:.0f} s, {given.pairs / seconds:,.0f} rows/s over all")
         print("peak memory of the process tree: " + ", ".join(f"{value / 1e9:.2f} GB {name}" for name, value in peaks.items()))  # fmt: skip
         print("\n".join(text.strip().splitlines()[-40:]))

@@ -16,6 +16,7 @@ ATTENTION = (
     "sage_attention",
 )
 LEFT = {
+    "streaming": "data is read in batches and its tokens stay on disk",
     "tokenizer_type": "the tokenizer is found by the model's own files",
     "model_type": "the model is found by its own config",
     "base_model_config": "the model's own config is taken",

@@ -29,8 +29,6 @@ def convert_data(draft: Draft) -> None:
     draft.put("data.eval_fraction", size)
     for name in ("dataset_num_proc", "dataset_processes"):
         draft.carry(name, "data.num_proc")
-    if draft.source.get("streaming"):
-        draft.carry("streaming", "data.streaming")
     draft.put("data.completion_end", "trl")
 
 

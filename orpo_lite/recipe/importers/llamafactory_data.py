@@ -52,7 +52,6 @@ def convert_data(draft: Draft) -> None:
         if "eval" in draft.recipe["data"]:
             draft.put("data.max_eval_rows", draft.recipe["data"]["max_rows"])
     draft.carry("preprocessing_num_workers", "data.num_proc")
-    draft.carry("streaming", "data.streaming")
 
 
 def dataset_info(draft: Draft) -> tuple[Path, dict[str, Any]]:
