@@ -53,9 +53,9 @@ def finished(tmp_path_factory):
 def whole(tmp_path_factory):
     """One step of full fine-tuning of a local base, nothing held out."""
     place = tmp_path_factory.mktemp("whole")
-    base = shutil.copytree(PACKAGE / "quickstart" / "model", place / "secret-place" / "my-base")
+    base = shutil.copytree(PACKAGE / "data" / "quickstart" / "model", place / "secret-place" / "my-base")
     (base / "README.md").write_text("---\nlicense: cc-by-4.0\n---\n# my base\n")
-    shutil.copy(PACKAGE / "quickstart" / "train.jsonl", place / "secret-place" / "mine.jsonl")
+    shutil.copy(PACKAGE / "data" / "quickstart" / "train.jsonl", place / "secret-place" / "mine.jsonl")
     words = [f"model.name_or_path={base}", "model.quantization=none", "adapter=null", "data.eval=null",
              f"data.train={place}/secret-place/mine.jsonl", "data.eval_fraction=0", "training.max_steps=1", "training.eval_strategy=no",
              f"training.output_dir={place / 'run'}"]  # fmt: skip

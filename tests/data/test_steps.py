@@ -109,7 +109,7 @@ def test_steps_hold_the_same_pairs_whatever_else():
 @pytest.fixture(scope="module")
 def real(shared_data):
     rows = Dataset.from_list([json.loads(line) for line in (shared_data / "train.jsonl").open(encoding="utf-8")])
-    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "quickstart" / "model")
+    tokenizer = AutoTokenizer.from_pretrained(PACKAGE / "data" / "quickstart" / "model")
     return tokenize_rows(rows, tokenizer, TokenizeOptions(max_length=8192), "train")[0]
 
 

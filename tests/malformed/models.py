@@ -17,7 +17,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import PACKAGE
 from tests.malformed.case import Case
 
-MODEL = PACKAGE / "quickstart" / "model"
+MODEL = PACKAGE / "data" / "quickstart" / "model"
 Damage = Callable[[Path], None]
 
 
