@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import importlib
 import re
 import sys
 import types
@@ -187,9 +186,9 @@ def orpo_config() -> str:
 
 def commands() -> str:
     """Usage, arguments and options of every command, from the typer functions themselves."""
-    from orpo_lite.__main__ import COMMANDS
+    from orpo_lite.__main__ import COMMANDS, load
 
-    return "\n\n".join(command_text(name, importlib.import_module(f"orpo_lite.{name}").command) for name in COMMANDS)
+    return "\n\n".join(command_text(name, load(name)) for name in COMMANDS)
 
 
 def command_text(name: str, function: Any) -> str:

@@ -1,12 +1,14 @@
 """`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`.
 
-Help is printed from the table below and a command's module is imported only when it runs, so that --help stays quick.
+Help is printed from the table below, and a command's module is imported only when it runs, so that --help is quick.
 """
 
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from collections.abc import Callable
 from typing import NoReturn
 
 COMMANDS = {
@@ -29,6 +31,8 @@ CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
 }
 """Commands that are packages; the others are modules at the top."""
+COMPLETE = "_ORPO_LITE_COMPLETE"
+"""Set by the shell's script when it asks for completions."""
 
 
 def main() -> None:
@@ -36,32 +40,42 @@ def main() -> None:
     from orpo_lite import __version__
 
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
-    if name in COMMANDS:
+    if COMPLETE in os.environ or name in ("--install-completion", "--show-completion"):
+        complete()
+    elif name in COMMANDS:
         from orpo_lite.common.console import run_command
 
         sys.argv[:2] = [f"orpo-lite {name}"]
-        run_command(importlib.import_module(CODE.get(name) or f"orpo_lite.{name}").command)
-    elif name in ("--complete", "--show-completion", "--install-completion"):
-        from orpo_lite.common import shells
-        from orpo_lite.common.errors import RequestError
-
-        try:
-            shells.main(name, sys.argv[2:], COMMANDS)
-        except RequestError as error:
-            refuse(str(error))
+        run_command(load(name))
     elif name in ("-V", "--version"):
         print(f"orpo-lite {__version__}")
     elif name in ("-h", "--help"):
         width = max(map(len, COMMANDS))
         print("usage: orpo-lite COMMAND [ARGUMENTS]    (orpo-lite COMMAND --help for its arguments)\n")
         print("\n".join(f"  {command:<{width}}  {purpose}" for command, purpose in COMMANDS.items()))
-        print(
-            "\norpo-lite --install-completion [bash|zsh|fish|powershell]    completes commands, recipes and key=value words"
-        )
+        print("\norpo-lite --install-completion [bash|zsh|fish|powershell]    completes commands, options and recipes")
     else:
-        from orpo_lite.recipe.training_fields import nearest
+        from orpo_lite.common.text import nearest
 
         refuse(f"no command {name!r}{nearest(name, COMMANDS)}; orpo-lite --help lists them")
+
+
+def load(name: str) -> Callable[..., None]:
+    """Import a command's function."""
+    return importlib.import_module(CODE.get(name) or f"orpo_lite.{name}").command
+
+
+def complete() -> None:
+    """Let typer install its completion, or answer the shell: only the command on the line is imported."""
+    import typer
+
+    if sys.argv[2:]:  # the shell was named
+        os.environ["_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION"] = "1"
+    words = (os.environ.get("_TYPER_COMPLETE_ARGS") or os.environ.get("COMP_WORDS") or "").split()
+    app = typer.Typer(add_completion=True)
+    for name, purpose in COMMANDS.items():
+        app.command(name, help=purpose)(load(name) if name in words[1:2] else lambda: None)
+    app(prog_name="orpo-lite")
 
 
 def refuse(why: str) -> NoReturn:

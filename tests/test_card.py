@@ -322,7 +322,7 @@ def test_samples_cannot_leave_their_fence(finished, changed):
     assert len(texts) == 12
     for i, hostile in enumerate(HOSTILE[:2]):
         assert texts[3 * i : 3 * i + 3] == [hostile + "\n", hostile[::-1] + "\n", hostile + "\n"]
-    assert "\\u202eright to left\\u202c \u05e9\u05dc\u05d5\u05dd \\u0000\\u001b[31m \\ud800 end" in texts[9]
+    assert "\\u202eright to left\\u202c \u05e9\u05dc\u05d5\u05dd \\x00\\x1b[31m \\ud800 end" in texts[9]
     rendered = MarkdownIt("commonmark").enable("table").render(card.split("---\n", 2)[2])
     assert "<script>" not in rendered and "Pwned</h1>" not in rendered and rendered.count("<img") == 1
     assert front(card).get("license") == "apache-2.0"

@@ -8,8 +8,7 @@ import shutil
 import pytest
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import write_whole
-from orpo_lite.common.lock import lock, unlock
+from orpo_lite.common.files import lock_folder, unlock_folder, write_atomically
 from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, clean, damage, newest_good, place, prune, seal
 
 FACTS = {"step": 1, "processes": 1, "pairs_per_step": 4}
@@ -121,28 +120,28 @@ def test_a_folder_that_cannot_be_read_is_an_error_that_says_so(tmp_path, monkeyp
 
 def test_a_file_is_replaced_whole_or_stays(tmp_path, monkeypatch):
     path = tmp_path / "run.json"
-    write_whole(path, "old")
+    write_atomically(path, "old")
 
     def full(handle):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("os.fsync", full)
     with pytest.raises(OSError, match="No space"):
-        write_whole(path, "new")
+        write_atomically(path, "new")
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["run.json"]
 
 
 def test_one_process_at_a_time_in_a_run_folder(tmp_path):
-    lock(tmp_path)
+    lock_folder(tmp_path)
     child = os.fork()
     if not child:
         try:
-            lock(tmp_path)
+            lock_folder(tmp_path)
         except RequestError as error:
-            os._exit(7 if f"another process ({os.getppid()})" in str(error) else 8)
+            os._exit(7 if f"{tmp_path}: another process is training" in str(error) else 8)
         os._exit(9)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
-    unlock(tmp_path)
+    unlock_folder(tmp_path)
     assert not os.listdir(tmp_path)
-    lock(tmp_path)
-    unlock(tmp_path)
+    lock_folder(tmp_path)
+    unlock_folder(tmp_path)

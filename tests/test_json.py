@@ -1,11 +1,11 @@
 """`--json` on the commands that report: stdout is one JSON document, whatever else is said goes to stderr."""
 
-import importlib
 import json
 import sys
 
 import pytest
 
+from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.run import run
@@ -46,7 +46,7 @@ def test_stdout_is_json_alone(line, keys, trained, tmp_path, monkeypatch, capfd)
     words = line.format(run=trained, new=tmp_path / "new").split()
     monkeypatch.setattr(sys, "argv", [words[0], *words[1:], "--json"])
     try:
-        run_command(importlib.import_module(f"orpo_lite.{words[0]}").command)
+        run_command(load(words[0]))
     except SystemExit as stop:
         assert not stop.code, capfd.readouterr().err
     found = json.loads(capfd.readouterr().out)

@@ -35,9 +35,10 @@ for module, names in ((os, "fork forkpty sched_getaffinity sysconf statvfs getui
                       (signal, "SIGKILL SIGPROF SIGUSR1 SIGHUP SIGALRM SIGQUIT pthread_sigmask setitimer ITIMER_PROF")):
     for name in names.split():
         delattr(module, name)
+from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
 sys.argv = ["train", *sys.argv[1:]]
-run_command(importlib.import_module("orpo_lite.train").command)
+run_command(load("train"))
 """
 
 

@@ -1,6 +1,5 @@
 """`orpo_lite.train` as a user has it: the run folder, what is printed, resuming, and the exit status."""
 
-import importlib
 import json
 import shutil
 import subprocess
@@ -13,6 +12,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from transformers import AutoTokenizer, T5Config
 
+from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
@@ -253,7 +253,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_wrong_requests_exit_2_and_say_what_to_do(words, said, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", words)
     with pytest.raises(SystemExit) as stopped:
-        run_command(importlib.import_module(f"orpo_lite.{words[0]}").command)
+        run_command(load(words[0]))
     out, err = capsys.readouterr()
     assert stopped.value.code == 2
     assert said in err and "Traceback" not in err and out == ""

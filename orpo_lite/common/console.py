@@ -1,4 +1,4 @@
-"""What every command shares: exit status, where errors go, and consoles that no text from data or models acts on."""
+"""Consoles that no text from data or models can act on, and how every command runs: exit status, errors, --json."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import io
 import json
 import logging
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Iterator
@@ -19,33 +18,27 @@ from rich.markup import escape
 from rich.measure import Measurement
 from rich.segment import Segment
 
-from orpo_lite.common.errors import RequestError, ToldElsewhere
-
-# what could move the cursor, set a title, colour, reorder or hide text; line breaks and tabs stay
-ACTS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200b-\u200f\u2028-\u202e\u2060-\u2069\ud800-\udfff\ufeff]")
-
-
-def printable(text: str) -> str:
-    """The text with control and direction characters written out, so that it cannot act on a terminal."""
-    return ACTS.sub(lambda match: match.group().encode("unicode_escape", "surrogatepass").decode(), text)
+from orpo_lite.common.credentials import without_secrets
+from orpo_lite.common.errors import ReportedElsewhere, RequestError
+from orpo_lite.common.text import visible
 
 
 class Harmless:
-    """A renderable whose text has gone through `printable`; colours are rich's own, added later."""
+    """A renderable whose text has gone through `visible`; colors are rich's own, added later."""
 
     def __init__(self, inner: Any):
         self.inner = inner
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> Iterator[Segment]:
         for text, style, control in console.render(self.inner, options):
-            yield Segment(text if control else printable(text), style, control)
+            yield Segment(text if control else visible(text), style, control)
 
     def __rich_measure__(self, console: Console, options: ConsoleOptions) -> Measurement:
         return Measurement.get(console, options, self.inner)
 
 
 class Screen(RenderHook):
-    """Rich strips some control characters from text and lets the escape character through."""
+    """A hook that makes all text visible: rich strips some control characters, but lets the escape character through."""
 
     def process_renderables(self, renderables: list[ConsoleRenderable]) -> list[ConsoleRenderable]:
         return [Harmless(item) for item in renderables]
@@ -59,82 +52,77 @@ for each in (console, errors):
 
 @contextlib.contextmanager
 def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
-    """With --json, send what is printed inside to stderr, and give what prints a value as JSON on stdout.
+    """With --json, send what is printed inside to stderr, and yield a function that prints a value as JSON on stdout.
 
-    So stdout is one JSON document, whatever libraries, progress bars or our own lines have to say meanwhile.
+    So stdout is one JSON document, whatever libraries, progress bars or our own lines print meanwhile.
     """
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield lambda value: print(json.dumps(value, indent=1), file=stdout)
 
 
-def alone_to_tell() -> bool:
-    """Whether this process says what is wrong with the request: one a machine, as all of them find the same until they meet."""
-    met = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
-    return met or os.environ.get("LOCAL_RANK", "0") == "0"
+def reports_errors() -> bool:
+    """Return True if this process reports errors in the request: one per machine until the processes have joined."""
+    joined = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
 
 
-def run_command(function: Callable[..., Any]) -> None:
+def run_command(function: Callable[..., Any], on_usage_error: Callable[[list[str]], None] | None = None) -> None:
     """Run a module's command as `python -m orpo_lite.<name>`: parse the arguments, then `guard`."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
-    guard(app)
+    guard(app, on_usage_error)
 
 
-def guard(app: Callable[..., Any]) -> None:
-    """Call a typer app; 0 done, 1 the run failed, 2 the request was wrong. `--debug` anywhere shows the traceback.
+def guard(app: Callable[..., Any], on_usage_error: Callable[[list[str]], None] | None = None) -> None:
+    """Call a typer app and exit: 0 done, 1 the run failed, 2 the request was wrong; `--debug` shows the traceback.
 
-    Neither it nor an error shows a token.
+    Neither the message nor the traceback shows a token.
+
+    Args:
+        on_usage_error: prints more about a command line that the parser refused; it gets the arguments.
     """
-    from orpo_lite.common.credentials import without_secrets
-
-    # click has no option that may go with a value or without
+    # click has no option that takes a value or none
     arguments = ["--resume-force" if word == "--resume=force" else word for word in sys.argv[1:]]
     debug = "--debug" in arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed, where it is installed, says so on stdout, in the middle of what --json prints
+    # DeepSpeed, where it is installed, prints this on stdout, in the middle of what --json prints
     logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # Windows' pipes speak cp1252: what that lacks is written out
+        if isinstance(stream, io.TextIOWrapper):  # Windows' pipes use cp1252; characters that it lacks are escaped
             stream.reconfigure(errors="backslashreplace")
-
-    def tell(title: str, text: str, trace: bool = False) -> None:
-        several = int(os.environ.get("WORLD_SIZE") or 1) > 1
-        whose = f"rank {os.environ.get('RANK', 0)}: " if several else ""
-        if debug or (trace and several):  # other processes' messages stand in between
-            lines = printable(without_secrets(traceback.format_exc())).splitlines(keepends=True)
-            sys.stderr.write("".join(whose + line for line in lines))
-        errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
-
     try:
         app(args=[word for word in arguments if word != "--debug"], standalone_mode=True)
     except RequestError as error:
-        if alone_to_tell() and not isinstance(error, ToldElsewhere):
-            tell("error", str(error))
+        if reports_errors() and not isinstance(error, ReportedElsewhere):
+            print_error("error", str(error), debug)
         sys.exit(2)
-    except SystemExit as refused:
-        if refused.code == 2 and "--recipe" in arguments:
-            tell_fields(arguments)
+    except SystemExit as stop:
+        if stop.code == 2 and on_usage_error:
+            on_usage_error(arguments)
         raise
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)
     except Exception as error:
-        # a lost connection has its reason in another process
-        tell("failed", f"{type(error).__name__}: {error}", trace=not isinstance(error, ConnectionError))
+        # a lost connection has its reason in another process; messages of other processes come in between
+        trace = several_processes() and not isinstance(error, ConnectionError)
+        print_error("failed", f"{type(error).__name__}: {error}", debug or trace)
         if not debug:
             errors.print("run the same command with --debug for the traceback")
         sys.exit(1)
 
 
-def tell_fields(arguments: list[str]) -> None:
-    """After a refused command line: how a training field is written that was given as a flag, as TRL's scripts take it."""
-    from orpo_lite.recipe.training_fields import training_fields
+def several_processes() -> bool:
+    """Return True in a run that a launcher started with more than one process."""
+    return int(os.environ.get("WORLD_SIZE") or 1) > 1
 
-    for word in arguments:
-        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and name in training_fields():
-            errors.print(
-                f"a recipe's field is a word without dashes: training.{name}={escape(value) or 'VALUE'}", soft_wrap=True
-            )
+
+def print_error(title: str, text: str, trace: bool) -> None:
+    """Print an error on stderr without secrets, after its traceback where asked, each line by rank where there are several."""
+    rank = f"rank {os.environ.get('RANK', 0)}: " if several_processes() else ""
+    if trace:
+        lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
+        sys.stderr.write("".join(rank + line for line in lines))
+    errors.print(f"[bold red]{title}:[/] {rank}{escape(without_secrets(text))}", soft_wrap=True)

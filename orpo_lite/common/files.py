@@ -1,4 +1,4 @@
-"""Files written whole or not at all: aside, synced to the disk, and renamed."""
+"""Files that are replaced as a whole, folders that one process uses at a time, and errors of disks."""
 
 from __future__ import annotations
 
@@ -6,12 +6,20 @@ import errno
 import os
 from pathlib import Path
 
+from filelock import FileLock, Timeout
 
-def write_whole(path: Path, content: str | bytes) -> None:
-    """Replace a file's content, so that a reader, or a run that is killed here, meets the old one or the new one.
+from orpo_lite.common.errors import RequestError
+
+LOCK = ".lock"
+_held: dict[tuple[int, Path], FileLock] = {}
+"""Locks by process and folder: a forked child inherits this table, but not the right to the folder."""
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replace a file's content, so that a reader, or a run that is killed here, finds the old file or the new one.
 
     Raises:
-        OSError: the disk is full, or the place cannot be written; the old file is as it was.
+        OSError: the disk is full, or the path cannot be written; the old file is unchanged.
     """
     aside = path.with_name(path.name + ".part")
     try:
@@ -27,7 +35,7 @@ def write_whole(path: Path, content: str | bytes) -> None:
 
 
 def sync_folder(path: Path) -> None:
-    """Make a folder's new names last through a power cut, where its file system can (Drive's and Windows' cannot)."""
+    """Make a folder's new names survive a power cut, where its file system can (Drive's and Windows' cannot)."""
     try:
         handle = os.open(path, os.O_RDONLY)
     except OSError:
@@ -40,8 +48,59 @@ def sync_folder(path: Path) -> None:
         os.close(handle)
 
 
+def lock_folder(folder: Path) -> None:
+    """Keep other processes out of a run folder until `unlock_folder`, or until this process ends, however it ends.
+
+    On file systems without locks (some network drives) no process is kept out.
+
+    Raises:
+        RequestError: another process is training in it.
+        OSError: the folder cannot be written.
+    """
+    key = (os.getpid(), folder.resolve())
+    if key in _held:  # a notebook may have interrupted a run in this process
+        return
+    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
+    try:
+        lock.acquire()
+    except Timeout:
+        raise RequestError(
+            f"{folder}: another process is training in this folder; wait for it or stop it, or choose another "
+            "training.output_dir"
+        ) from None
+    except NotImplementedError:
+        return
+    except OSError as error:
+        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        return
+    _held[key] = lock
+
+
+def unlock_folder(folder: Path) -> None:
+    """Let other processes in."""
+    if lock := _held.pop((os.getpid(), folder.resolve()), None):
+        (folder / LOCK).unlink(missing_ok=True)
+        lock.release()
+
+
+def is_locked(folder: Path) -> bool:
+    """Return True if a process is training in this folder now; False where that cannot be known."""
+    if (os.getpid(), folder.resolve()) in _held:
+        return True
+    if not os.access(folder / LOCK, os.W_OK):
+        return False
+    try:
+        with FileLock(folder / LOCK, timeout=0, fallback_to_soft=False):
+            return False
+    except Timeout:
+        return True
+    except (OSError, NotImplementedError):
+        return False
+
+
 def disk_of(path: Path) -> int:
-    """The file system that a path is on, or would be once it is made."""
+    """Return the device number of the file system that a path is on, or would be on once it is created."""
     while True:
         try:
             return path.stat().st_dev
@@ -54,14 +113,14 @@ def disk_of(path: Path) -> int:
 def check_mounted(path: Path, disk: int) -> None:
     """Raise OSError if a path is no longer on the file system that `disk_of` gave for it.
 
-    What is written to a bare mount point would be gone with the machine, or hidden by the next mount.
+    Anything written to a bare mount point would be lost with the machine, or hidden by the next mount.
     """
     if disk_of(path) != disk:
         raise OSError(errno.ENODEV, "its drive is no longer mounted", str(path))
 
 
 def disk_trouble(error: Exception) -> str | None:
-    """What went wrong with a disk, by what Python, torch, safetensors and tokenizers raise for it; None if nothing did."""
+    """Return what went wrong with a disk, by what Python, torch, safetensors and tokenizers raise, or None."""
     if isinstance(error, OSError):
         return error.strerror or str(error)
     text = str(error).partition("\n")[0]

@@ -1,20 +1,18 @@
-"""Memory of this process and its accelerator."""
+"""Peak memory of this process and its accelerator."""
 
 from __future__ import annotations
 
 import sys
 from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:  # a report is written without torch
+if TYPE_CHECKING:
     import torch
 
 
 def peak_memory_bytes(device: torch.device | str) -> int:
-    """Peak memory so far: allocated by torch on a CUDA device, else the process's peak resident set."""
-    import torch
-
-    if torch.device(device).type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
+    """Return the peak memory so far: what torch allocated on a CUDA device, else the process's resident set."""
+    if str(device).startswith("cuda"):
+        return sys.modules["torch"].cuda.max_memory_allocated(device)
     if sys.platform == "win32":
         import psutil
 
@@ -29,5 +27,5 @@ def peak_memory_bytes(device: torch.device | str) -> int:
 
 
 def held_by(facts: dict) -> str:
-    """What a run's `peak_memory_bytes` counts, from run.json: on the CPU much more than tensors."""
+    """Say what a run's `peak_memory_bytes` (run.json) counts: on the CPU, much more than tensors."""
     return "in the whole process, libraries included" if facts["device"].startswith("cpu") else "in tensors on the GPU"

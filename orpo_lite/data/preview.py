@@ -10,10 +10,11 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orpo_lite.common import console as cli
 from orpo_lite.common.console import console
+from orpo_lite.common.text import visible
 from orpo_lite.data import DropReport, Pairs, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
 
 if TYPE_CHECKING:
     import numpy as np
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def command(
-    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    recipe: Annotated[str, RECIPE_OPTION],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
     examples: Annotated[int, typer.Option(min=0, help="decoded training pairs to show")] = 2,
     list_drops: Annotated[bool, typer.Option("--list-drops", help="list every dropped row and why")] = False,
@@ -202,5 +203,5 @@ def marked(mark: str, text: str, style: str) -> Text:
 
 
 def printable(text: str) -> str:
-    """The text with control and direction characters written out, so that it cannot act on a terminal."""
-    return cli.printable(text).replace("\t", "\\t")
+    """Write out control and direction characters, tabs included."""
+    return visible(text).replace("\t", "\\t")

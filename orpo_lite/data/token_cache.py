@@ -21,8 +21,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from orpo_lite.common.console import printable
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import visible
 from orpo_lite.data.dropped_rows import DropList, DropReport, TooManyDropped
 from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.messages import describe_columns, kind
@@ -223,7 +223,7 @@ def write(
         pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as arrow,
         (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
-        Throughput(printable(f"tokenising {source.label}"), "rows", source.rows) as shown,
+        Throughput(visible(f"tokenising {source.label}"), "rows", source.rows) as shown,
     ):
         for chunk in in_order(work, numbered, options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}

@@ -10,8 +10,9 @@ import torch
 from rich.table import Table
 from rich.text import Text
 
-from orpo_lite.common.console import console, errors, printable
+from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import visible
 from orpo_lite.evaluate.answering import Answerer, Reply, Sampling
 from orpo_lite.evaluate.chat_preferences import PreferenceFile
 from orpo_lite.evaluate.chat_terminal import Interruptible, Stream, read_key, read_message, write
@@ -124,9 +125,7 @@ class Comparison:
             table = Table(*self.titles(names), expand=True, box=None, padding=(0, 2, 0, 0))
             for column in table.columns:
                 column.ratio = 1
-            ends = [
-                Text(printable(each.text)).append("" if each.ended else f"\n{cut(each)}", "dim") for each in replies
-            ]
+            ends = [Text(visible(each.text)).append("" if each.ended else f"\n{cut(each)}", "dim") for each in replies]
             table.add_row(*ends)
             console.print(table)
         return replies

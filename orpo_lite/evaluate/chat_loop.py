@@ -9,11 +9,11 @@ from typing import Any
 
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest
 from orpo_lite.evaluate.answering import Answerer, Reply, Sampling
 from orpo_lite.evaluate.chat_compare import Comparison
 from orpo_lite.evaluate.chat_terminal import BLOCK, Interruptible, Stream, read_message, write
 from orpo_lite.evaluate.form import Turns
-from orpo_lite.recipe.training_fields import nearest
 
 HELP = {
     "/help": "this list",

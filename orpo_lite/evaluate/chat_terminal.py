@@ -14,7 +14,8 @@ import torch
 from transformers import StoppingCriteria
 from transformers.generation.streamers import BaseStreamer
 
-from orpo_lite.common.console import console, printable
+from orpo_lite.common.console import console
+from orpo_lite.common.text import visible
 
 with contextlib.suppress(ImportError):  # Windows: lines without editing
     import readline  # noqa: F401  # input() edits lines and remembers them once it is there
@@ -28,7 +29,7 @@ INCOMPLETE = "\ufffd"
 def write(text: str) -> None:
     """Text of a model to the terminal, at once and as text: every character that acts is written out by itself, so a
     sequence cannot come together from parts."""
-    console.file.write(printable(text))
+    console.file.write(visible(text))
     console.file.flush()
 
 
@@ -142,6 +143,6 @@ def read_key(prompt: str) -> str:
         termios.tcsetattr(place, termios.TCSADRAIN, before)
     if key in ("\x04", ""):
         raise EOFError
-    console.file.write(f"{printable(key).strip()}\n")
+    console.file.write(f"{visible(key).strip()}\n")
     console.file.flush()
     return key.strip()

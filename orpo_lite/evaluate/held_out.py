@@ -9,11 +9,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.console import console
-from orpo_lite.common.errors import RequestError
-from orpo_lite.common.patterns import Endless, found_in
 from orpo_lite.evaluate.buckets import breakdown
 from orpo_lite.recipe import RuleSection
-from orpo_lite.recipe.training_fields import shown
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -67,19 +64,12 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[s
 
 
 def judge(samples: list[dict[str, str]], rule: RuleSection | None) -> dict[str, float] | None:
-    """Share of answers in the chosen and in the rejected style, by the recipe's rule.
-
-    Raises:
-        RequestError: one of its expressions does not come to an end.
-    """
+    """Return the shares of answers in the chosen and in the rejected style, by the recipe's rule."""
     if rule is None or not samples:
         return None
     shares = {}
     for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected)):
-        try:
-            hits = found_in(pattern, [sample["answer"] for sample in samples], re.IGNORECASE)
-        except Endless as error:
-            raise RequestError(f"evaluation.rule.{style}: found {shown(pattern)}, which {error}") from None
+        hits = [re.search(pattern, sample["answer"], re.IGNORECASE) is not None for sample in samples]
         shares[style] = sum(hits) / len(samples)
     return shares
 

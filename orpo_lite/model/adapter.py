@@ -23,7 +23,6 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.adapter_targets import (
     adapted,
     all_linear,
-    check_ends,
     check_named,
     check_parameters,
     check_patterns,
@@ -156,7 +155,6 @@ def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftMode
         # PEFT asks transformers for a property that 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
-            check_ends(model, config)
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
         except RequestError:
             raise

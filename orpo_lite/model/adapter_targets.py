@@ -12,11 +12,10 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.patterns import Endless, found_in
+from orpo_lite.common.text import nearest
 from orpo_lite.model.inspection import base_name, routers
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import AdapterSection
-from orpo_lite.recipe.training_fields import nearest, shown
 
 logger = logging.getLogger(__name__)
 
@@ -104,22 +103,6 @@ def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
             f"adapter.target_parameters: {base_name(model) or type(model).__name__} has no parameter called "
             f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
         )
-
-
-def check_ends(model: PreTrainedModel, config: LoraConfig) -> None:
-    """Raise RequestError for an expression that does not come to an end on the names of this model's modules."""
-    given = {"target_modules": config.target_modules, "exclude_modules": config.exclude_modules}
-    patterns = [(field, it, rf"^(?:{it})$") for field, it in given.items() if isinstance(it, str)]
-    for field in ("rank_pattern", "alpha_pattern"):
-        patterns += [(field, it, rf"^(.*\.)?({it})$") for it in getattr(config, field)]
-    names = [name for name, _ in model.named_modules()]
-    for field, it, pattern in patterns:
-        if not re.search(r"[*+?{]", it):  # the names that most of them are; EVA writes hundreds
-            continue
-        try:
-            found_in(pattern, names)
-        except Endless as error:
-            raise RequestError(f"adapter.{field}: found {shown(it)}, which {error}") from None
 
 
 def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:

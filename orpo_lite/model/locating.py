@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest
 from orpo_lite.model.untrusted_files import check_model
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import BUILTIN, resolve_path
-from orpo_lite.recipe.training_fields import nearest
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 

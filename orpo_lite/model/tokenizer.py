@@ -11,11 +11,11 @@ from pathlib import Path
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest
 from orpo_lite.model.chat_template import TemplateRefused, render_chat
 from orpo_lite.model.locating import locate, read_config, readable
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import chat_templates, find_template, resolve_path
-from orpo_lite.recipe.training_fields import nearest
 
 logger = logging.getLogger(__name__)
 

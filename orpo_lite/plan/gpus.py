@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.recipe.training_fields import nearest
+from orpo_lite.common.text import nearest
 
 if TYPE_CHECKING:
     from orpo_lite.plan.kernels import Target

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.recipe.training_fields import nearest
+from orpo_lite.common.text import nearest
 
 STATES = {"adamw": 2, "adam": 2, "lamb": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0,
           "stable_adamw": 2, "schedule_free_adamw": 2, "schedule_free_radam": 2, "schedule_free_sgd": 1}  # fmt: skip

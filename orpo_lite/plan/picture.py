@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.style import Style
 from rich.text import Text
 
-from orpo_lite.common.markdown import visible
+from orpo_lite.common.text import visible
 from orpo_lite.plan.allocations import (
     ADAPTER,
     BASE,

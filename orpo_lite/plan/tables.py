@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.common.markdown import visible
+from orpo_lite.common.text import visible
 from orpo_lite.plan.allocations import PARTS
 from orpo_lite.plan.gpus import CARDS, FITS, NOT, SHOWN, TIGHT, Card, verdict
 from orpo_lite.plan.kernels import Target

@@ -14,7 +14,7 @@ from typing import Any
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
 
-from orpo_lite.common.files import write_whole
+from orpo_lite.common.files import write_atomically
 from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml
 from orpo_lite.recipe.schema import (
     AdapterSection,
@@ -148,7 +148,7 @@ class Recipe(Section):
 
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back to the same run."""
-        write_whole(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
 
 
 def json_schema() -> str:

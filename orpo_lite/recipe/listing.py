@@ -1,4 +1,4 @@
-"""`orpo-lite recipes`: the shipped recipes and what each needs."""
+"""`orpo-lite recipes`: the shipped recipes and what each needs; the option that takes one of them."""
 
 from __future__ import annotations
 
@@ -14,6 +14,17 @@ from orpo_lite.common.console import console
 from orpo_lite.recipe import json_schema
 from orpo_lite.recipe.loading import read_yaml, shipped_recipes
 from orpo_lite.recipe.schema import as_sources
+
+
+def matching_recipes(incomplete: str) -> list[str]:
+    """Complete the name of a shipped recipe."""
+    return [name for name in shipped_recipes() if name.startswith(incomplete)]
+
+
+RECIPE_OPTION = typer.Option(
+    help="name of a shipped recipe, path of a YAML file, or run folder", autocompletion=matching_recipes
+)
+"""`--recipe`, as every command that reads one has it."""
 
 
 def command(
@@ -45,6 +56,6 @@ def command(
 
 
 def card_memory(needs: str) -> int:
-    """GB of the cards that a recipe says it needs, together."""
+    """Return the GB of all cards together that a recipe says it needs."""
     cards = re.match(r"(?:(\d+) (?:x|GPUs of) )?(\d+) GB", needs)
     return int(cards[1] or 1) * int(cards[2]) if cards else 0

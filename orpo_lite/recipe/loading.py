@@ -11,7 +11,7 @@ from typing import Any
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
-from orpo_lite.recipe.training_fields import nearest, shown
+from orpo_lite.common.text import nearest, shown
 
 PACKAGE = Path(__file__).parent.parent
 

@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from orpo_lite.recipe.training_fields import nearest, shown, training_fields, wanted
+from orpo_lite.common.text import nearest, shown
+from orpo_lite.recipe.training_fields import training_fields, wanted
 
 UNION_MEMBER = re.compile(
     r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|[A-Z]\w*Section|DataSource",

@@ -12,7 +12,7 @@ import typer
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import write_whole
+from orpo_lite.common.files import write_atomically
 from orpo_lite.report.charts import as_data
 from orpo_lite.report.document import document
 from orpo_lite.report.run_record import Told, known, read_run
@@ -30,7 +30,7 @@ def write_report(folder: RunFolder) -> Path:
         RequestError: there is nothing to report yet, or what is there is broken.
     """
     path = folder.path / "report.html"
-    write_whole(path, encoded(run_page(read_run(folder))))
+    write_atomically(path, encoded(run_page(read_run(folder))))
     return path
 
 
@@ -130,7 +130,7 @@ def command(
     if path.is_dir() or not path.parent.is_dir():
         raise RequestError(f"--output: found {str(path)!r}, expected the name of a file in a folder that is there")
     try:
-        write_whole(path, encoded(run_page(told[0]) if len(told) == 1 else compare_page(told)))
+        write_atomically(path, encoded(run_page(told[0]) if len(told) == 1 else compare_page(told)))
     except OSError as error:
         raise RequestError(f"{path} cannot be written ({error.strerror}): give another place with --output") from None
     console.print(str(path), soft_wrap=True, markup=False)

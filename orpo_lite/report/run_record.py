@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.lock import taken
+from orpo_lite.common.files import is_locked
 from orpo_lite.report.run_shapes import (
     EVALUATION,
     FACTS,
@@ -110,7 +110,7 @@ def unfinished(folder: RunFolder, told: Told) -> None:
             f"{folder.path}: found neither run.json nor a line in metrics.jsonl, so there is nothing to report yet: wait for "
             f"its first log line (training.logging_steps), or train it with --recipe {folder.path}"
         )
-    told.state = "under way" if taken(folder.path) else "stopped"
+    told.state = "under way" if is_locked(folder.path) else "stopped"
     names = [path.name for path in folder.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
     told.checkpoint = max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
     told.facts = {

@@ -19,6 +19,7 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.train.meters import interleaved, peak_over, ratios
 from orpo_lite.trainer.config import CHECKPOINTING, RENAMED
 from orpo_lite.trainer.model_setup import base_of, disable_dropout
@@ -221,7 +222,7 @@ def show_heads(title: str, contestants: dict[str, Any]) -> None:
 
 
 def command(
-    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    recipe: Annotated[str, RECIPE_OPTION],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
     against: Annotated[str, typer.Option(help="trl, and layouts of ours: trl,padded")] = "trl",
     batch: Annotated[str, typer.Option(help="batch sizes in pairs")] = "1,2,4,8",

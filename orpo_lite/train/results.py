@@ -12,8 +12,7 @@ from typing import Any
 from accelerate.utils import gather_object
 
 from orpo_lite.common.console import console
-from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import check_mounted, disk_trouble, write_whole
+from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
 from orpo_lite.data import Pairs
 from orpo_lite.evaluate.held_out import evaluate, judge
 from orpo_lite.model import autocast, save_adapter
@@ -39,17 +38,6 @@ class HeldOut:
     """Greedy answers: prompt, answer, tokens, and its mean log-prob and log-odds under the model that gave it."""
     pairs: dict[str, list[float]] = field(default_factory=dict)
     """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
-
-
-def try_rule(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> None:
-    """Raise RequestError for an expression of the rule that never comes to an end, on the data's own answers."""
-    rule, samples = recipe.evaluation.rule, []
-    if rule is None or pairs.eval is None:
-        return
-    for row in pairs.eval.select(range(min(recipe.evaluation.samples, len(pairs.eval)))):
-        for side in ("chosen", "rejected"):
-            samples.append({"answer": tokenizer.decode(row[f"{side}_ids"][row.get(f"{side}_start", 0) :])})  # type: ignore[call-overload]  # a dict
-    judge(samples, rule)
 
 
 def held_out(
@@ -98,29 +86,22 @@ def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pai
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
     before = held_out(recipe, trainer, pairs, tokenizer)
-    # a rule that never comes to an end is refused before training is paid for
-    judge(before.samples, recipe.evaluation.rule)
     if trainer.is_world_process_zero():
         known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
         with contextlib.suppress(OSError):  # it can be made again
-            write_whole(folder.before, json.dumps(known))
+            write_atomically(folder.before, json.dumps(known))
     return before
 
 
 def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
-    """The part of run.json on held-out pairs; a rule that never comes to an end on the answers is said, and left out."""
+    """Return the part of run.json on held-out pairs."""
     both = {"before": before, "after": after}
-    rule: dict[str, Any] = dict.fromkeys(both)
-    try:
-        rule = {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()}
-    except RequestError as error:
-        console.print(f"{error}. The shares of either style are left out", markup=False)
     return {
         "eval": {when: one.metrics for when, one in both.items()},
         "samples": {
             when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
         },
-        "rule": rule,
+        "rule": {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()},
     }
 
 
@@ -154,7 +135,7 @@ def finish(
         weights(folder.path)
         folder.write(record | {"finished": False})
         if pairs["before"] and pairs["after"]:
-            write_whole(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
+            write_atomically(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
         report(folder)
         write_card(folder)
         folder.write(record)

@@ -24,7 +24,7 @@ from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from orpo_lite.common.console import console
-from orpo_lite.common.errors import RequestError, ToldElsewhere
+from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.data import Pairs, load_pairs
@@ -33,8 +33,9 @@ from orpo_lite.model import BaseFacts, attach_adapter, initialise_eva, load_base
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device, read_config
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.train import printout as announce
-from orpo_lite.train.results import before_training, finish, held_out, record_of, try_rule
+from orpo_lite.train.results import before_training, finish, held_out, record_of
 from orpo_lite.trainer import launched
 from orpo_lite.trainer.callbacks import Bar, MetricsFile
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
@@ -92,7 +93,6 @@ def run(
     tokenizer = load_tokenizer(recipe.model)
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
-    try_rule(recipe, pairs, tokenizer)
     recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
@@ -208,7 +208,7 @@ def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
             made = error
     made = broadcast_object_list([made])[0]
     if isinstance(made, RequestError):
-        raise made if first else ToldElsewhere(str(made))
+        raise made if first else ReportedElsewhere(str(made))
     return made
 
 
@@ -235,9 +235,7 @@ def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.devi
 
 
 def command(
-    recipe: Annotated[
-        str | None, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")
-    ] = None,
+    recipe: Annotated[str | None, RECIPE_OPTION] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
     ] = None,

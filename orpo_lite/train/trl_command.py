@@ -24,6 +24,7 @@ from trl import (
 
 from orpo_lite.common.console import errors, guard
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest
 from orpo_lite.data.file_formats import file_format
 from orpo_lite.data.sources import is_local, load_hub, load_saved, local_files
 from orpo_lite.model.base import without_bitsandbytes
@@ -31,7 +32,6 @@ from orpo_lite.model.locating import called, locate, readable
 from orpo_lite.model.precision import choose_precision
 from orpo_lite.recipe import DataSource, ModelSection
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.recipe.training_fields import nearest
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.model_setup import load_by_name, tokenizer_of
 from orpo_lite.trainer.renamed_fields import GONE, RENAMED, gone

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
-from orpo_lite.common.files import check_mounted, disk_of, write_whole
+from orpo_lite.common.files import check_mounted, disk_of, write_atomically
 from orpo_lite.model.activation_offload import HostMemory, check_count, checkpointing_layers, offload
 
 logger = logging.getLogger(__name__)
@@ -64,7 +64,7 @@ class MetricsFile(TrainerCallback):
         for logs in state.log_history:
             if self._counts(logs):
                 lines.append(json.dumps({"step": logs["step"]} | {k: v for k, v in logs.items() if k != "step"}))
-        write_whole(self.path, "".join(f"{line}\n" for line in lines))
+        write_atomically(self.path, "".join(f"{line}\n" for line in lines))
 
     def _before_training(self) -> list[dict[str, Any]]:
         """What the file has of step 0, which no checkpoint knows of."""

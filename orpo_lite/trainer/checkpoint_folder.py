@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import sync_folder, write_whole
+from orpo_lite.common.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
 NAME = re.compile(r"checkpoint-(\d+)")
@@ -74,7 +74,7 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     for folder in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         sync_folder(folder)
     content = facts | {"files": listed}
-    write_whole(checkpoint / MANIFEST, json.dumps(content | {"sha256": fingerprint(content)}, indent=1))
+    write_atomically(checkpoint / MANIFEST, json.dumps(content | {"sha256": fingerprint(content)}, indent=1))
 
 
 def fingerprint(content: dict[str, Any]) -> str:

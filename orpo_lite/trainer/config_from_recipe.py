@@ -14,10 +14,10 @@ from transformers.training_args import ParallelMode
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest, shown
 from orpo_lite.model import BaseFacts
 from orpo_lite.objective.metrics import COLUMNS, pair_metrics
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.training_fields import nearest, shown
 from orpo_lite.trainer.config import ORPOConfig
 
 SPOKEN = {"saving steps": "save_steps", "evaluation steps": "eval_steps", "Save strategy": "save_strategy",

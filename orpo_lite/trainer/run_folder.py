@@ -11,8 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import write_whole
-from orpo_lite.common.lock import LOCK, lock, unlock
+from orpo_lite.common.files import LOCK, lock_folder, unlock_folder, write_atomically
 from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.trainer.checkpoint_folder import clean, manifest, newest_good
 
@@ -82,8 +81,8 @@ class RunFolder:
         try:
             if (folder.path / "recipe.yaml").is_file() and not folder.finished:
                 with contextlib.ExitStack() as stack:
-                    lock(folder.path)
-                    stack.callback(unlock, folder.path)
+                    lock_folder(folder.path)
+                    stack.callback(unlock_folder, folder.path)
                     if folder._goes_on(recipe, resume, processes):
                         stack.pop_all()
                         return folder
@@ -141,7 +140,7 @@ class RunFolder:
         while folder.path.exists() and any(path.name not in LEFT_BY_A_KILL for path in folder.path.iterdir()):
             folder, number = RunFolder(self.path.with_name(f"{self.path.name}-{number}")), number + 1
         folder.path.mkdir(parents=True, exist_ok=True)
-        lock(folder.path)
+        lock_folder(folder.path)
         if folder.path != recipe.folder:  # its own recipe leads back to it, also to resume
             recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(folder.path)}})
         recipe.save(folder.path / "recipe.yaml")
@@ -150,7 +149,7 @@ class RunFolder:
 
     def unlock(self) -> None:
         """Let other processes train in this folder."""
-        unlock(self.path)
+        unlock_folder(self.path)
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
@@ -194,7 +193,7 @@ class RunFolder:
 
     def write(self, facts: dict[str, Any]) -> None:
         """Write run.json, whole or not at all."""
-        write_whole(self.path / "run.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=True))
+        write_atomically(self.path / "run.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=True))
 
 
 def nothing(damaged: list[str]) -> str:

@@ -17,7 +17,7 @@ from transformers.integrations.integration_utils import (
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.markdown import inline
 from orpo_lite.common.markdown import table as markdown_table
-from orpo_lite.recipe.training_fields import nearest
+from orpo_lite.common.text import nearest
 
 NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
     "azure_ml": (("azureml",), "azureml-core"),

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 import orpo_lite.evaluate.chat as chat
-from orpo_lite.common.console import printable
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import visible
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate import chat_compare as compare
@@ -75,13 +75,13 @@ def typed(monkeypatch):
 )
 def test_a_stream_is_its_whole_text_made_harmless(text):
     told: list[str] = []
-    stream = Stream(Bytes(), lambda part: told.append(printable(part)), lead=False)
+    stream = Stream(Bytes(), lambda part: told.append(visible(part)), lead=False)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for byte in text.encode():
         stream.put(torch.tensor([byte]))
         assert "\ufffd" not in "".join(told) and "\x1b" not in "".join(told)
     stream.end()
-    assert "".join(told) == printable(text)
+    assert "".join(told) == visible(text)
 
 
 def test_bytes_that_never_make_a_character_come_out_in_the_end():

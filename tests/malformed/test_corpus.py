@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import sys
 import time
@@ -12,8 +11,8 @@ from typing import Any
 import datasets
 import pytest
 
+from orpo_lite.__main__ import load
 from orpo_lite.common import console as cli
-from orpo_lite.common import patterns
 from orpo_lite.data.sources import open_source
 from orpo_lite.recipe import DataSource, Recipe
 from tests import commands
@@ -35,13 +34,12 @@ def refused(
     """refused(case) -> what the command says on stderr, having left its folder as it was."""
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path_factory.mktemp("cache")))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(patterns, "SECONDS", 0.5)
 
     def run(case: Case) -> str:
         name, *words = case.make(tmp_path)
         monkeypatch.setattr(sys, "argv", [name, *words])
         before = listing(tmp_path)
-        command = importlib.import_module(f"orpo_lite.{name}").command
+        command = load(name)
         started = time.process_time()
         with pytest.raises(SystemExit) as stop:
             cli.run_command(command)

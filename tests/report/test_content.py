@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.lock import lock, unlock
+from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.report import command, page, write_report
 from orpo_lite.report.charts import Chart, Line, histogram, plain, running_mean, thinned, ticks
 from orpo_lite.report.document import embedded
@@ -194,11 +194,11 @@ def test_a_run_under_way_and_one_that_stopped(written, tmp_path):
     shown = told(folder)
     assert f"train --recipe {folder} --resume" in shown.code and "go on from checkpoint-10" in shown.code
     assert "Why?" in shown.text and "50.0%" in shown.text and "1 lines of metrics.jsonl cannot be read" in shown.text
-    lock(folder)
+    lock_folder(folder)
     try:
         assert "This run is under way" in told(folder).text
     finally:
-        unlock(folder)
+        unlock_folder(folder)
     (folder / "metrics.jsonl").unlink()
     (folder / "before.json").unlink()
     with pytest.raises(RequestError, match=r"neither run\.json nor a line in metrics\.jsonl"):

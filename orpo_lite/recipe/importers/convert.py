@@ -14,13 +14,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.console import console, printable
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import write_whole
+from orpo_lite.common.files import write_atomically
+from orpo_lite.common.text import shown, visible
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.importers import axolotl, llamafactory
 from orpo_lite.recipe.importers.draft import Draft
-from orpo_lite.recipe.training_fields import shown
 
 
 def read(file: Path) -> dict[str, Any]:
@@ -86,7 +86,7 @@ def account(draft: Draft) -> str:
     parts = []
     for title, notes in (("Carried over with another meaning", draft.differs), ("Without an equal", draft.left)):
         parts += [f"{title}:"] * bool(notes) + [f"  {note.field}: {note.value} : {note.why}" for note in notes]
-    return "".join(f"# {printable(part)}\n" for part in parts)
+    return "".join(f"# {visible(part)}\n" for part in parts)
 
 
 def command(
@@ -105,7 +105,7 @@ def command(
     recipe, draft, whose = convert(file, re.sub(r"[^A-Za-z0-9._-]+", "-", place.stem).strip("-.") or stem)
     head = f"# From {whose}'s {file.name}. Look first:\n#   python -m orpo_lite.train --recipe {place} --dry-run\n"
     written = recipe.model_dump(mode="json", exclude_unset=True)
-    write_whole(place, head + account(draft) + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    write_atomically(place, head + account(draft) + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     if as_json:
         carried = [{"field": name, "value": value, "place": where} for name, value, where in draft.carried]
         print(json.dumps({"recipe": str(place), "from": whose, "carried": carried, "differs": [note._asdict() for note in draft.differs],
