@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import re
 import shlex
 from dataclasses import dataclass
@@ -10,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import typer
+
+from orpo_lite.__main__ import load
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / ".docs" / "pages").rglob("*.md"))]
@@ -70,7 +71,7 @@ def words_of(line: str) -> tuple[str, list[str]] | None:
 
 def parser(name: str) -> Any:
     """The real command, to parse arguments with and to ask for its options."""
-    function = importlib.import_module(f"orpo_lite.{name}").command
+    function = load(name)
     app = typer.Typer(add_completion=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
     return typer.main.get_command(app)

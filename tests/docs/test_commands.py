@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import typer
 
+from orpo_lite.__main__ import load
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
@@ -83,12 +84,11 @@ def quickstart(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def shell(line: str, patch: pytest.MonkeyPatch) -> int:
     """Run a command of ours as its own program would, in this process; its exit status."""
-    import importlib
 
     command, words = words_of(line) or ("", [])
     patch.setattr(sys, "argv", [f"orpo-lite {command}", *words])
     try:
-        run_command(importlib.import_module(f"orpo_lite.{command}").command)
+        run_command(load(command))
     except SystemExit as done:
         return int(done.code or 0)
     return 0

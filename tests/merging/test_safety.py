@@ -83,14 +83,14 @@ def test_stopped_politely(adapted, tmp_path, number):
     _, _, adapter = adapted("llama", target_modules="all-linear")
     script = tmp_path / "slow.py"
     script.write_text(
-        "import orpo_lite.merge.write as s, time, signal, orpo_lite.merge as m\n"
+        "import orpo_lite.merge.write as s, time, signal\nfrom orpo_lite.__main__ import load\nfrom orpo_lite.common.console import run_command\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it\n"
         "right = s.Job.parts\n"
         "def slow(self):\n"
         "    print('writing', flush=True); time.sleep(60)\n"
         "    yield from right(self)\n"
         "s.Job.parts = slow\n"
-        "m.run_command(m.command)\n"
+        "run_command(load('merge'))\n"
     )
     there = sorted(os.listdir(tmp_path))
     merging = Command(str(script), adapter, "--output", tmp_path / "merged")

@@ -15,6 +15,7 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 
+from orpo_lite.__main__ import load
 from orpo_lite.trainer.checkpoint_folder import damage, manifest, seal
 from tests.malformed.models import MODEL, adapter, edited, holding, model
 from tests.malformed.models import run as a_run
@@ -111,7 +112,6 @@ def test_a_model(verb: str, name: str, words: str, mark: Path, tmp_path: Path, m
 
 def called(verb: str, words: list[str], place: Path, monkeypatch, capfd) -> tuple[int, str]:
     """Exit status and stderr of a command, run in this process."""
-    import importlib
 
     from orpo_lite.common import console as cli
 
@@ -120,7 +120,7 @@ def called(verb: str, words: list[str], place: Path, monkeypatch, capfd) -> tupl
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setattr("sys.argv", [verb, *words])
     try:
-        cli.run_command(importlib.import_module(f"orpo_lite.{verb}").command)
+        cli.run_command(load(verb))
     except SystemExit as stop:
         return int(stop.code or 0), capfd.readouterr().err
     return 0, capfd.readouterr().err
