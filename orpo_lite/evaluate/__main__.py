@@ -1,21 +1,20 @@
-"""`python -m orpo_lite.evaluate RUN`: held-out pairs, answers to prompts and who wins, or a hand-off."""
+"""`python -m orpo_lite.evaluate RUN`: held-out pairs, answers to prompts and who wins, or lm-evaluation-harness."""
 
 from __future__ import annotations
 
 import gc
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import console, errors, json_alone
+from orpo_lite.common.console import console, errors, json_alone, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.held_out import share, show_sides
+from orpo_lite.evaluate.held_out import show, show_groups
 
-GROUPS = {"prompt_tokens": "prompt, in tokens", "longer_answer": "answers, in tokens", "source": "source"}
-MOST = 12
-"""Sources that are shown."""
+if TYPE_CHECKING:
+    from orpo_lite.evaluate.answering import Sampling
 
 
 def command(
@@ -29,18 +28,17 @@ def command(
     ] = None,
     output: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="with --prompts: write answers there row by row, and go on with it"),
+        typer.Option(metavar="FILE", help="with --prompts: write answers there row by row, and resume from it"),
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="tokens of an answer at most")] = 512,
+    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="draw from the most likely tokens")] = 1.0,
-    seed: Annotated[int, typer.Option(help="of the draws")] = 0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")] = 1.0,
+    seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[
         str | None,
         typer.Option(
-            metavar="MODEL|URL",
-            help="with --prompts: who judges the answers, a model's folder or hub id, or an address",
+            metavar="MODEL|URL", help="with --prompts: who judges the answers, a model's folder, hub id, or address"
         ),
     ] = None,
     judge_url: Annotated[
@@ -64,74 +62,47 @@ def command(
     if judge_url and judge:
         raise RequestError("--judge and --judge-url name two judges: leave one out")
     judge = judge or judge_url
-    asked = {"--output": output, "--judge": judge, "--judge-model": judge_model}
-    for option, given in asked.items():
+    for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
-            raise RequestError(f"{option} goes with --prompts FILE: name the prompts to be answered")
+            raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
     if sum(given is not None for given in (data, prompts, lm_eval)) > 1:
         raise RequestError("--data, --prompts and --lm-eval are three kinds of evaluation: choose one")
     if top_p < 1 and not temperature:
-        raise RequestError("--top-p has a meaning only where tokens are drawn: set --temperature too, such as 0.7")
+        raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
     if lm_eval is not None:
-        harness(run, lm_eval, as_json, trust_remote_code)
+        print_lm_eval(run, lm_eval, as_json, trust_remote_code)
     elif prompts is not None:
         from orpo_lite.trainer.generate import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p)
-        answers(run, prompts, sampling, seed, batch_size, output, (judge, judge_model), as_json, trust_remote_code)
+        answer_prompts(
+            run, prompts, sampling, seed, batch_size, output, (judge, judge_model), as_json, trust_remote_code
+        )
     else:
-        pairs(run, data, as_json, trust_remote_code)
+        evaluate_pairs(run, data, as_json, trust_remote_code)
 
 
-def pairs(run: str, data: str | None, as_json: bool, trust_remote_code: bool) -> None:
-    """Held-out pairs, under every side."""
-    from orpo_lite.evaluate.loading import open_run
+def evaluate_pairs(run: str, data: str | None, as_json: bool, trust_remote_code: bool) -> None:
+    """Evaluate held-out pairs under every side."""
+    from orpo_lite.evaluate.loading import load_for_evaluation
 
-    with json_alone(as_json) as tell:
-        opened = open_run(run, data, trust_remote_code)
-        results = opened.measured()
-        report = opened.pairs.report
+    with json_alone(as_json) as print_json:
+        loaded = load_for_evaluation(run, data, trust_remote_code)
+        results = loaded.evaluate_sides()
+        report = loaded.pairs.report
         if as_json:
-            tell(results | {"drops": report.as_dict()})
+            print_json(results | {"drops": report.as_dict()})
             return
     if report.dropped:
         console.print(str(report), markup=False)
-    show_sides(results)
+    show(results)
     show_groups(results)
 
 
-def show_groups(results: dict[str, dict[str, Any]]) -> None:
-    """Accuracy and margin by length and source, a column for each side."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    first, *_ = results.values()
-    table = Table("reward accuracy by", "pairs", box=None)
-    for name in results:
-        table.add_column(f"{name}")
-        table.add_column("margin", justify="right")
-    for group, title in GROUPS.items():
-        buckets = first["by"].get(group, [])
-        if len(buckets) < 2:
-            continue
-        table.add_row(f"[dim]{title}[/]")
-        for place, bucket in enumerate(buckets[:MOST]):
-            cells = []
-            for result in results.values():
-                one = result["by"][group][place]
-                cells += [share(one["accuracy"], one["interval"]), f"{one['margin']:.4f}"]
-            table.add_row(f"  {escape(bucket['bucket'])}", f"{bucket['pairs']:,}", *cells)
-        if len(buckets) > MOST:
-            table.add_row(f"  and {len(buckets) - MOST} more: --json", f"{sum(b['pairs'] for b in buckets[MOST:]):,}")
-    if table.row_count:
-        console.print()
-        console.print(table)
-
-
-def answers(
+def answer_prompts(
     run: str,
     prompts: str,
-    sampling: Any,
+    sampling: Sampling,
     seed: int,
     batch_size: int,
     output: Path | None,
@@ -139,67 +110,50 @@ def answers(
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
-    """Answers of every side to a file of prompts, and what a judge says of them."""
-    from orpo_lite.evaluate.answer_file import answer_questions
-    from orpo_lite.evaluate.answering import open_answerer
-    from orpo_lite.evaluate.endpoint import Endpoint
-    from orpo_lite.evaluate.judge import TOKENS, LocalJudge, judge_answers, show_summary
-    from orpo_lite.evaluate.model_source import find
-    from orpo_lite.evaluate.prompts import read_questions
+    """Answer a file of prompts with every side, and have the answers judged."""
+    from orpo_lite.evaluate.answer_file import answer_questions, read_questions
+    from orpo_lite.evaluate.answering import load_answerer
+    from orpo_lite.evaluate.judge import LocalJudge, judge_answers, judge_endpoint, show_summary
+    from orpo_lite.evaluate.loading import resolve_model
 
-    who, at = judge
-    found, questions = find(run, trust_remote_code), read_questions(prompts)
-    if who and len(found.names) < 2:
+    source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
+    name, _ = judge
+    if name and len(source.names) < 2:
         raise RequestError(
-            f"--judge: {run} is a whole model, so there is no base whose answers its own could win over: give the run or "
-            "adapter folder that it was merged from"
+            f"--judge: {run} is a whole model, so there is no base to compare its answers with: give the run or adapter "
+            "folder that it was merged from"
         )
-    remote = None
-    if who and who.startswith(("http://", "https://")):
-        if not at:
-            raise RequestError(f"--judge: name the model at {who} with --judge-model")
-        remote = Endpoint(who, at, TOKENS)
-    elif at:
-        raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
-    elif who:
-        find(who, trust_remote_code)  # before the answers are made
+    remote = judge_endpoint(*judge)
+    if name and not remote:
+        resolve_model(name, trust_remote_code)  # fails before the answers are generated
 
-    def say(text: str) -> None:
-        errors.print(text, soft_wrap=True, markup=False)
+    def load(path: str) -> Any:
+        return load_answerer(path, trust_remote_code, say=lambda text: errors.print(text, soft_wrap=True, markup=False))
 
-    def open_judge() -> Any:
-        return remote or LocalJudge(open_answerer(who or "", trust_remote_code, None, say), str(who))
-
-    with json_alone(as_json) as tell:
-        rows = answer_questions(
-            lambda: open_answerer(run, trust_remote_code, None, say),
-            found,
-            questions,
-            sampling,
-            seed,
-            batch_size,
-            output,
-        )
+    with json_alone(as_json) as print_json:
+        rows = answer_questions(lambda: load(run), source, questions, sampling, seed, batch_size, output)
         summary = None
-        if who:
-            gc.collect()  # the models that answered
+        if name:
+            gc.collect()  # frees the models that answered
             verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
-            names = (found.names[0], found.names[1])
-            summary = judge_answers(open_judge, str(remote or who), rows, names, verdicts)
+            sides = (source.names[0], source.names[1])
+            summary = judge_answers(
+                lambda: remote or LocalJudge(load(name), name), str(remote or name), rows, sides, verdicts
+            )
         if as_json:
-            tell({"answers": rows, "judged": summary})
+            print_json({"answers": rows, "judged": summary})
             return
     if summary:
-        show_summary(summary, (found.names[0], found.names[1]))
+        show_summary(summary, sides)
     else:
-        show_answers(rows, found.names)
+        show_answers(rows, source.names)
     if output:
         console.print(f"{len(rows)} rows in {output}", soft_wrap=True, markup=False)
 
 
-def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], most: int = 4) -> None:
-    """The first few questions with their answers, and how long the answers are."""
-    for row in rows[:most]:
+def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int = 4) -> None:
+    """Print the first few questions with their answers, and how long the answers are."""
+    for row in rows[:count]:
         asked = [str(row["prompt"][-1]["content"]), *row["turns"]]
         for turn, question in enumerate(asked):
             console.print(f"\n{question[:300]}", style="dim", markup=False)
@@ -210,26 +164,27 @@ def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], most: int =
     console.print()
     for name in names:
         tokens = [count for row in rows for count in row["tokens"][name] if count is not None]
-        ended = [end for row in rows for end in row["ended"][name] if end is not None]
+        cut = sum(ended is False for row in rows for ended in row["ended"][name])
         console.print(
-            f"{name}: {len(tokens)} answers of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {ended.count(False)} "
-            "cut at --max-new-tokens"
+            f"{name}: {len(tokens)} answers of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {cut} cut at "
+            "--max-new-tokens"
         )
 
 
-def harness(run: str, tasks: str, as_json: bool, trust_remote_code: bool) -> None:
-    """The lm_eval command."""
-    from orpo_lite.evaluate.lm_eval import hand_off
-    from orpo_lite.evaluate.model_source import find
+def print_lm_eval(run: str, tasks: str, as_json: bool, trust_remote_code: bool) -> None:
+    """Print the lm_eval commands."""
+    from orpo_lite.evaluate.lm_eval import lm_eval_commands
+    from orpo_lite.evaluate.loading import resolve_model
 
-    made = hand_off(find(run, trust_remote_code), tasks)
+    found = lm_eval_commands(resolve_model(run, trust_remote_code), tasks)
     if as_json:
-        print(json.dumps(made, indent=1))
+        print(json.dumps(found, indent=1))
         return
-    for text in (f"# {made['install']}", *made["commands"]):
-        console.print(text, soft_wrap=True, markup=False)
-    if made["base"]:
-        for text in ("# the base, to compare with", *made["base"]):
-            console.print(text, soft_wrap=True, markup=False)
-    for note in made["notes"]:
-        console.print(f"# {note}", soft_wrap=True, markup=False)
+    base = ["# the base, to compare with", *found["base"]] if found["base"] else []
+    notes = [f"# {note}" for note in found["notes"]]
+    for line in (f"# {found['install']}", *found["commands"], *base, *notes):
+        console.print(line, soft_wrap=True, markup=False)
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -1,10 +1,13 @@
-"""Answers of every side to a file of questions, in batches, written as they come."""
+"""Answer files of prompts with every side, in batches, writing each row as it is done and resuming where it stopped."""
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
-from collections.abc import Callable
-from dataclasses import replace
+import json
+import os
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,31 +16,181 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from orpo_lite.common.console import errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import Dropped
+from orpo_lite.data.file_formats import read_file
+from orpo_lite.data.messages import describe_columns, messages
+from orpo_lite.data.sources import local_files
 from orpo_lite.evaluate.answering import Answerer, Sampling
-from orpo_lite.evaluate.ledger import Ledger
-from orpo_lite.evaluate.model_source import Found
-from orpo_lite.evaluate.prompts import Question
+from orpo_lite.evaluate.loading import ModelSource
+from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.out_of_memory import named
+
+FORMS = 'expected {"turns": ["...", "..."]}, {"prompt": "..."} or {"prompt": [messages, the last from the user]}'
+
+
+# ---- prompts ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Question:
+    """A conversation to have: how it begins, and what the user says next, whatever the answers are."""
+
+    id: str
+    category: str | None
+    opening: list[dict[str, Any]]
+    follow_ups: list[str]
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the part of an answer's row that says what was asked."""
+        return {"id": self.id, "category": self.category, "prompt": self.opening, "turns": self.follow_ups}
+
+
+def read_questions(path: str) -> list[Question]:
+    """Read questions from a .txt file (one per line) or from rows (.jsonl, .json, .csv, .parquet, compressed, globs).
+
+    Raises:
+        RequestError: no such file, an empty one, or a row that is not a question; it names the row.
+    """
+    name = os.path.expanduser(resolve_path(path))
+    if name.lower().endswith(".txt") and os.path.isfile(name):
+        try:
+            lines = Path(name).read_text("utf-8").splitlines()
+        except UnicodeDecodeError as error:
+            raise RequestError(f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
+        rows: list[Any] = [{"id": number, "prompt": line} for number, line in enumerate(lines, 1) if line.strip()]
+    else:
+        files = local_files(name, "test")
+        if not files:
+            raise RequestError(f"--prompts: {path}: no such file: {FORMS}, or a .txt file with one prompt per line")
+        rows = [row for file in files for batch in read_file(file) for row in batch]
+    if not rows:
+        raise RequestError(f"--prompts: {path} holds no prompt: {FORMS}")
+    return [parse_question(row, number, path) for number, row in enumerate(rows, 1)]
+
+
+def parse_question(row: Any, number: int, path: str) -> Question:
+    """Read one row.
+
+    Raises:
+        RequestError: it is not a question.
+    """
+    place = f"--prompts: {path}: row {number}"
+    if not isinstance(row, dict):
+        raise RequestError(f"{place} is a {type(row).__name__}, {FORMS}")
+    given = row.get("id", row.get("question_id", number))
+    category = row.get("category")
+    turns, prompt = row.get("turns"), row.get("prompt")
+    follow_ups: list[str] = []
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
+        prompt, *follow_ups = turns
+    elif turns is not None:
+        raise RequestError(f"{place}: turns is not a list of texts: {FORMS}")
+    if isinstance(prompt, str) and prompt.strip():
+        opening = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list | dict) and prompt:
+        try:
+            opening = messages(prompt, "prompt", False)
+        except Dropped as error:
+            raise RequestError(f"{place}: {error.detail}: {FORMS}") from None
+    else:
+        raise RequestError(f"{place}: found {describe_columns(row)}: {FORMS}")
+    if opening[-1]["role"] != "user":
+        raise RequestError(f"{place}: the prompt ends with a turn of the {opening[-1]['role']}: {FORMS}")
+    return Question(str(given), None if category is None else str(category), opening, follow_ups)
+
+
+# ---- results ---------------------------------------------------------------------------------------------------------
+
+
+class ResultFile:
+    """A JSON-lines file with one row for each task, in order; or none, where nothing is to be written.
+
+    Rows that are already there are kept if their fields show that they are of the same tasks. A line that a crash left
+    unfinished is removed and done again.
+
+    Args:
+        path: None keeps everything in memory.
+        tasks: fields that each row begins with.
+
+    Raises:
+        RequestError: the file holds other rows, or cannot be written.
+    """
+
+    def __init__(self, path: Path | None, tasks: list[dict[str, Any]]):
+        self.path, self.tasks = path, tasks
+        self.rows: list[dict[str, Any]] = []
+        if path is None:
+            return
+        if path.is_dir() or not path.absolute().parent.is_dir():
+            raise RequestError(f"--output: {path} is not a file that can be written: choose another name")
+        try:
+            content = path.read_bytes() if path.exists() else b""
+            whole = content[: content.rfind(b"\n") + 1]
+            self.rows = [json.loads(line) for line in whole.splitlines()]
+        except (OSError, ValueError) as error:
+            raise RequestError(f"--output: cannot resume from {path} ({error}): choose another file") from None
+        self._check()
+        try:
+            with path.open("r+b" if path.exists() else "xb") as file:
+                file.truncate(len(whole))
+        except OSError as error:
+            raise RequestError(f"--output: {path} cannot be written ({error.strerror}): choose another place") from None
+
+    def _check(self) -> None:
+        """Raise RequestError where a row is of another task."""
+        for number, row in enumerate(self.rows, 1):
+            expected = self.tasks[number - 1] if number <= len(self.tasks) else {}
+            wrong = [key for key in expected if not isinstance(row, dict) or row.get(key) != expected[key]]
+            if wrong or not expected:
+                why = f"in {', '.join(wrong)}" if wrong else "there are more of them"
+                raise RequestError(
+                    f"--output: {self.path} holds other rows than this command would write (line {number}: {why}): choose "
+                    "another file, or remove it"
+                )
+
+    def append(self, results: dict[str, Any]) -> None:
+        """Add the results of the next task; the row is on the disk when this returns."""
+        row = self.tasks[len(self.rows)] | results
+        self.rows.append(row)
+        if self.path is not None:
+            with self.path.open("ab") as file:
+                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
+                file.flush()
+                os.fsync(file.fileno())
+
+    @contextlib.contextmanager
+    def progress(self, doing: str) -> Iterator[Callable[[], None]]:
+        """Show a progress bar over the tasks, and provide the function that updates it."""
+        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+        with Progress(*columns, console=errors, transient=True) as bar:
+            task = bar.add_task(doing, total=len(self.tasks), completed=len(self.rows))
+            yield lambda: bar.update(task, completed=len(self.rows))
+
+
+# ---- answers ---------------------------------------------------------------------------------------------------------
 
 
 def answer_questions(
-    open_answerer: Callable[[], Answerer],
-    found: Found,
+    load: Callable[[], Answerer],
+    source: ModelSource,
     questions: list[Question],
     sampling: Sampling,
     seed: int,
     batch_size: int,
     output: Path | None,
 ) -> list[dict[str, Any]]:
-    """Rows of what was asked, and under `answers`, `tokens` and `ended` what each side said, a list of its turns.
+    """Answer every question with every side.
 
-    Greedy answers depend on nothing but the model; drawn ones on the seed and the batch size too. None stands for an
-    answer for which the conversation left no room.
+    Greedy answers depend on the model alone; sampled ones on the seed and the batch size too.
 
     Args:
-        open_answerer: loads the models; not called where everything is in `output` already.
+        load: loads the models; not called where everything is in `output` already.
+
+    Returns:
+        Rows of the question's fields and of `answers`, `tokens` and `ended`: for each side a list over its turns, in
+        which None stands for an answer that the conversation left no room for.
     """
-    settings = {"model": found.path, "weights": fingerprint(found), "max_new_tokens": sampling.max_new_tokens}
+    settings = {"model": source.path, "weights": fingerprint(source), "max_new_tokens": sampling.max_new_tokens}
     if sampling.temperature:
         settings |= {
             "temperature": sampling.temperature,
@@ -45,69 +198,65 @@ def answer_questions(
             "seed": seed,
             "batch_size": batch_size,
         }
-    ledger = Ledger(output, [one.as_dict() | {"settings": settings} for one in questions])
-    if len(ledger.rows) == len(questions):
-        return ledger.rows
-    answerer = open_answerer()
+    results = ResultFile(output, [one.as_dict() | {"settings": settings} for one in questions])
+    if len(results.rows) == len(questions):
+        return results.rows
+    answerer = load()
     check_room(answerer, questions)
-    columns = (TextColumn("answering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=errors, transient=True) as progress:
-        task = progress.add_task("answering", total=len(questions), completed=len(ledger.rows))
+    with results.progress("answering") as update:
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
-            missing = start + len(part) - len(ledger.rows)
-            if missing <= 0:
+            done = len(results.rows) - start
+            if done >= len(part):
                 continue
             said = {
                 name: converse(answerer, name, part, sampling, (seed, start, n))
                 for n, name in enumerate(answerer.names)
             }
-            for place in range(len(part) - min(missing, len(part)), len(part)):
-                ledger.append(
+            for place in range(max(0, done), len(part)):
+                results.append(
                     {
                         key: {name: [each and each[key] for each in said[name][place]] for name in answerer.names}
                         for key in ("answers", "tokens", "ended")
                     }
                 )
-            progress.update(task, completed=len(ledger.rows))
-    return ledger.rows
+            update()
+    return results.rows
 
 
 def converse(
     answerer: Answerer, name: str, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
 ) -> list[list[dict[str, Any] | None]]:
-    """One side's answers to the turns of each question."""
-    talks = [list(one.opening) for one in questions]
+    """Have one side answer the turns of each question."""
+    conversations = [list(one.opening) for one in questions]
     said: list[list[dict[str, Any] | None]] = [[] for _ in questions]
-    for turn in range(1 + max(len(one.more) for one in questions)):
-        asked = [n for n, one in enumerate(questions) if turn <= len(one.more)]
+    for turn in range(1 + max(len(one.follow_ups) for one in questions)):
+        asked = [n for n, one in enumerate(questions) if turn <= len(one.follow_ups)]
         if turn:
             for n in asked:
-                talks[n].append({"role": "user", "content": questions[n].more[turn - 1]})
-        prompts = dict(zip(asked, answerer.prompts([talks[n] for n in asked]), strict=True))
+                conversations[n].append({"role": "user", "content": questions[n].follow_ups[turn - 1]})
+        prompts = dict(zip(asked, answerer.prompts([conversations[n] for n in asked]), strict=True))
         room = {n: answerer.room(ids, sampling.max_new_tokens) for n, ids in prompts.items()}
-        together = [n for n in asked if room[n] == sampling.max_new_tokens]
-        # a limit of its own for what has less room, so that no answer depends on its neighbours
-        groups = [
-            group for group in (together, *([n] for n in asked if 0 < room[n] < sampling.max_new_tokens)) if group
-        ]
+        # prompts with less room get a batch and a limit of their own, so that no answer depends on its neighbors
+        batch = [n for n in asked if room[n] == sampling.max_new_tokens]
+        short = [[n] for n in asked if 0 < room[n] < sampling.max_new_tokens]
         torch.manual_seed(int.from_bytes(hashlib.sha256(repr((*seeds, turn)).encode()).digest()[:7], "little"))
-        for group in groups:
+        for group in filter(None, (batch, *short)):
             limit = replace(sampling, max_new_tokens=room[group[0]])
             with named("answering", "set a smaller --batch-size or --max-new-tokens"):
                 replies = answerer.replies(name, [prompts[n] for n in group], limit)
             for n, reply in zip(group, replies, strict=True):
                 said[n].append({"answers": reply.text, "tokens": reply.tokens, "ended": reply.ended})
-                talks[n].append({"role": "assistant", "content": reply.text})
+                conversations[n].append({"role": "assistant", "content": reply.text})
         for n in asked:
-            if room[n] < 1:  # and so it is for all that follows
+            if room[n] < 1:  # nor will there be room for the turns that follow
                 said[n].append(None)
-                talks[n].append({"role": "assistant", "content": ""})
+                conversations[n].append({"role": "assistant", "content": ""})
     return said
 
 
 def check_room(answerer: Answerer, questions: list[Question]) -> None:
-    """Raise RequestError for a question that the model cannot be asked, before anything is generated."""
+    """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
     for one in questions:
         try:
             [ids] = answerer.prompts([one.opening])
@@ -119,7 +268,7 @@ def check_room(answerer: Answerer, questions: list[Question]) -> None:
             )
 
 
-def fingerprint(found: Found) -> str | None:
-    """Of an adapter's weights, so that another one's answers are not taken for its own."""
-    file = Path(found.path) / "adapter_model.safetensors"
+def fingerprint(source: ModelSource) -> str | None:
+    """Hash an adapter's weights, so that another adapter's answers are not taken for its own."""
+    file = Path(source.path) / "adapter_model.safetensors"
     return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None

@@ -1,24 +1,30 @@
-"""The models of a run, ready to answer conversations and to say how likely an answer is."""
+"""Answer conversations with the models of a run, in the form they were trained on, and score answers as training does."""
 
 from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from transformers import StoppingCriteria
-from transformers.generation.streamers import BaseStreamer
+import torch
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.form import Form, Turns
+from orpo_lite.data.collate import PaddedCollator
+from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape
+from orpo_lite.data.token_cache import TokenizeOptions
+from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.held_out import base_only
-from orpo_lite.evaluate.model_source import Found, find
-from orpo_lite.evaluate.score import Scorer
-from orpo_lite.model import attach_adapter, autocast, load_base, load_tokenizer
-from orpo_lite.recipe import AdapterSection
+from orpo_lite.evaluate.loading import ModelSource, load_model, load_tokenizer_of, resolve_model
+from orpo_lite.model import autocast, load_base
+from orpo_lite.model.chat_template import TemplateRefused, render_chats
+from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
+from orpo_lite.objective.loss import pair_statistics
 from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
+from orpo_lite.trainer.model_setup import decoder_start
+
+Turns = list[dict[str, Any]]
+"""Messages: an optional system turn, then user and assistant in alternation."""
 
 
 @dataclass(frozen=True)
@@ -27,41 +33,102 @@ class Reply:
 
     text: str
     tokens: int
-    """That were generated, the one that ends the answer included."""
+    """Generated tokens, including the one that ends the answer."""
     ended: bool
     """Whether the model ended it, rather than a limit or Ctrl-C."""
 
 
-class Answerer:
-    """One model, or two of which one is the other's base, under one tokenizer and form.
+class PromptFormat:
+    """How turns become a prompt: by the chat template, as Anthropic HH strings, or as the plain text of the last turn.
 
     Args:
-        found: where they are.
+        tokenizer: as trained with.
+        source: its run.json says which shape the training rows had; a folder without one uses the template if it has any.
+    """
+
+    def __init__(self, tokenizer: Any, source: ModelSource):
+        self.tokenizer = tokenizer
+        self.options: dict[str, Any] = dict(source.recipe.data.template_kwargs) if source.recipe else {}
+        self.kind: Literal["template", "HH", "plain"] = "template" if tokenizer.chat_template else "plain"
+        shapes = source.row_shapes
+        if shapes and not (source.recipe and source.recipe.data.apply_template):
+            self.kind = "HH" if shapes == {HH} else "plain" if shapes <= {HH, STRINGS, BARE_STRINGS} else self.kind
+
+    @property
+    def note(self) -> str | None:
+        """Tell the user how messages are turned into prompts, where that is not by the chat template."""
+        return {
+            "plain": "trained on plain strings, without a chat template: each message is a prompt of its own",
+            "HH": "trained on Anthropic HH strings: turns are written as Human: and Assistant:",
+        }.get(self.kind)
+
+    def texts(self, conversations: list[Turns]) -> list[str]:
+        """Render the prompt of each conversation, up to where the answer starts.
+
+        Raises:
+            RequestError: a conversation that the template refuses, or a system turn where there is no place for one.
+        """
+        if self.kind != "template":
+            return [self.plain(turns) for turns in conversations]
+        options = self.options | {"add_generation_prompt": True}
+        texts = render_chats(self.tokenizer, [(turns, options) for turns in conversations])
+        for text in texts:
+            if isinstance(text, TemplateRefused):
+                raise RequestError(f"the chat template refuses this conversation: {text}")
+        return texts  # type: ignore[return-value]  # refusals are raised
+
+    def plain(self, turns: Turns) -> str:
+        """Render one conversation without a template."""
+        if turns[0]["role"] == "system":
+            raise RequestError("a system turn needs a chat template, and this model was trained without one")
+        if self.kind == "plain":
+            return turns[-1]["content"]
+        names = {"user": "\n\nHuman: ", "assistant": HH_ANSWER + " "}
+        return "".join(names[turn["role"]] + turn["content"] for turn in turns) + HH_ANSWER
+
+    def answer(self, text: str) -> str:
+        """Strip the whitespace around a generated text, which is part of the format; plain strings have none."""
+        return text if self.kind == "plain" else text.strip()
+
+    def row(self, turns: Turns, chosen: str, rejected: str) -> dict[str, Any]:
+        """Build a preference row that `orpo_lite.train` renders to the same prompt: conversations, or strings."""
+        if self.kind == "template":
+            sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+            return {"prompt": turns, "chosen": sides[0], "rejected": sides[1]}
+        space = " " if self.kind == "HH" else ""
+        return {"prompt": self.plain(turns), "chosen": space + chosen, "rejected": space + rejected}
+
+
+class Answerer:
+    """One model, or two of which one is the other's base, under one tokenizer and prompt format.
+
+    Args:
+        source: where they come from.
         model: with the adapter on, or whole.
         tokenizer: as trained with.
     """
 
-    def __init__(self, found: Found, model: Any, tokenizer: Any):
-        self.found, self.model, self.tokenizer = found, model.eval(), tokenizer
-        self.form = Form(tokenizer, found)
-        self.names = found.names
+    def __init__(self, source: ModelSource, model: Any, tokenizer: Any):
+        self.source, self.model, self.tokenizer = source, model.eval(), tokenizer
+        self.format = PromptFormat(tokenizer, source)
+        self.names = source.names
         self.stops = stop_tokens(model, tokenizer)
-        self.scorer = Scorer(tokenizer, self.form, found.recipe)
+        self.transforms: dict[int, HeadTransform | None] = {}
         self.other: Any = None
-        """The base of a fine-tuned model, loaded when it is first asked for."""
+        """The base of a fine-tuned model, loaded at its first use."""
 
     @contextlib.contextmanager
     def side(self, name: str) -> Iterator[Any]:
-        """The model of one of `names`."""
+        """Provide the model of one of `names`."""
         if name == self.names[-1]:
             yield self.model
-        elif self.found.kind == "adapter":
+        elif self.source.kind == "adapter":
             with base_only(self.model):
                 yield self.model
         else:
             if self.other is None:
-                assert self.found.base is not None
-                self.other = load_base(self.found.base, self.tokenizer)[0].eval()
+                assert self.source.base is not None
+                self.other = load_base(self.source.base, self.tokenizer)[0].eval()
             yield self.other
 
     @property
@@ -73,8 +140,8 @@ class Answerer:
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prompts(self, conversations: list[Turns]) -> list[list[int]]:
-        """Token ids of each prompt, as in training: nothing added but a BOS that the tokenizer has and the text lacks."""
-        texts = self.form.texts(conversations)
+        """Tokenize each prompt as training does: nothing is added but a BOS that the tokenizer has and the text lacks."""
+        texts = self.format.texts(conversations)
         if self.model.config.is_encoder_decoder:
             return [self.tokenizer(text)["input_ids"] for text in texts]
         found = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
@@ -82,7 +149,7 @@ class Answerer:
         return [[bos, *ids] if bos is not None and ids[:1] != [bos] else ids for ids in found]
 
     def room(self, ids: list[int], wanted: int) -> int:
-        """How many of `wanted` tokens an answer to this prompt can have; 0 or less where it does not fit."""
+        """Compute how many of `wanted` tokens an answer to this prompt can have; 0 or less where it does not fit."""
         return wanted if self.context is None else min(wanted, self.context - len(ids))
 
     def replies(
@@ -90,15 +157,15 @@ class Answerer:
         name: str,
         prompts: list[list[int]],
         sampling: Sampling,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteria | None = None,
+        streamer: Any = None,
+        stopping: Any = None,
     ) -> list[Reply]:
-        """Answers to some prompts, as a batch."""
+        """Answer prompts as one batch."""
         with self.side(name) as model, autocast(model):
             made = generate(model, self.tokenizer, prompts, sampling, self.stops, streamer, stopping)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [
-            Reply(self.form.answer(text), len(ids), bool(ids) and ids[-1] in (self.stops or ()))
+            Reply(self.format.answer(text), len(ids), bool(ids) and ids[-1] in (self.stops or ()))
             for text, ids in zip(texts, made, strict=True)
         ]
 
@@ -107,10 +174,10 @@ class Answerer:
         name: str,
         turns: Turns,
         sampling: Sampling,
-        streamer: BaseStreamer | None = None,
-        stopping: StoppingCriteria | None = None,
+        streamer: Any = None,
+        stopping: Any = None,
     ) -> Reply:
-        """The answer to one conversation.
+        """Answer one conversation.
 
         Raises:
             RequestError: it does not fit the model's context.
@@ -121,21 +188,67 @@ class Answerer:
             raise RequestError(f"the conversation has {len(ids):,} tokens, and the model takes {self.context:,}")
         return self.replies(name, [ids], replace(sampling, max_new_tokens=room), streamer, stopping)[0]
 
+    # ---- scores ------------------------------------------------------------------------------------------------------
+
     def mean_logps(self, turns: Turns, first: str, second: str) -> dict[str, tuple[float, float]]:
-        """Mean log-prob a completion token, the end included, of two answers under every side, as training has it.
+        """Compute the mean log-prob per completion token, the end included, of two answers under every side.
 
         Raises:
             RequestError: an answer that training would drop.
         """
-        batch = self.scorer.batch(turns, first, second, self.model)
+        batch = self.pair_batch(turns, first, second)
         found = {}
         for name in self.names:
             with self.side(name) as model:
-                found[name] = self.scorer.score(model, batch)
+                found[name] = self.score(model, batch)
         return found
 
+    def pair_batch(self, turns: Turns, first: str, second: str) -> dict[str, Any]:
+        """Tokenize two answers as a row of training data would be, as a batch on the model's device.
 
-def open_answerer(
+        Raises:
+            RequestError: the template refuses it, or an answer has no token.
+        """
+        encoder_decoder, recipe = bool(self.model.config.is_encoder_decoder), self.source.recipe
+        options = TokenizeOptions(
+            max_length=None,
+            max_completion_length=2**20 if encoder_decoder else None,
+            completion_end=recipe.data.completion_end if recipe else "turn",
+            template_kwargs=self.format.options,
+            encoder_decoder=encoder_decoder,
+        )
+        row = self.format.row(turns, first, second)
+        shape = row_shape(row)
+        assert shape is not None
+        chunk = PairTokenizer(self.tokenizer, options, shape)([(0, row)])
+        if chunk.drops:
+            _, reason, detail = chunk.drops[0]
+            raise RequestError(f"training would drop this pair: {reason} ({detail})")
+        start = decoder_start(self.model.config) if encoder_decoder else None
+        collate = PaddedCollator(self.tokenizer.pad_token_id or 0, "chosen", start)
+        pair = {name: values[0] for name, values in chunk.columns.items()}
+        return {key: value.to(self.model.device) for key, value in collate([pair]).items()}
+
+    @torch.no_grad()
+    def score(self, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+        """Compute the mean log-prob of the first and of the second answer under a model as it stands."""
+        names = ("input_ids", "attention_mask", "decoder_input_ids")
+        inputs = {name: batch[name] for name in names if name in batch}
+        target = LabelRows(batch["label_rows"], batch["label_ids"])
+        with autocast(model):
+            if id(model) not in self.transforms:
+                tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
+                self.transforms[id(model)] = head_transform(model, model.device, tolerance)
+            transform = self.transforms[id(model)]
+            with contextlib.nullcontext() if transform is None else score_labels(model, target, transform, None):
+                logits = model(**inputs, use_cache=False).logits
+        logps, means = score_logits(logits, target) if transform is None else (logits.float(), target.means)
+        assert means is not None
+        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], 1)
+        return stats.chosen_logps.item(), stats.rejected_logps.item()
+
+
+def load_answerer(
     path: str,
     trust_remote_code: bool = False,
     compare: str | None = None,
@@ -144,39 +257,19 @@ def open_answerer(
     """Load what a path names.
 
     Args:
-        compare: what asks for two sides, for the error where there is one only.
-        say: told what is loaded, before it is.
+        compare: the option that needs two sides, for the error where there is only one.
+        say: prints what is about to be loaded.
 
     Raises:
-        RequestError: nothing that can answer there.
+        RequestError: no model that can answer there.
     """
-    found = find(path, trust_remote_code)
-    if compare and len(found.names) < 2:
+    source = resolve_model(path, trust_remote_code)
+    if compare and len(source.names) < 2:
         raise RequestError(
-            f"{compare}: {path} is a whole model, so there is no base beside it to compare with: give the run or adapter "
-            "folder that it was merged from"
+            f"{compare}: {path} is a whole model, so there is no base to compare it with: give the run or adapter folder "
+            "that it was merged from"
         )
-    say(f"loading {describe(found)}")
-    folder = Path(found.path)
-    where = found.model
-    if found.kind == "adapter":
-        if (folder / "tokenizer_config.json").is_file():
-            where = where.model_copy(update={"name_or_path": str(folder), "gguf_file": None, "revision": None})
-        tokenizer = load_tokenizer(where)
-        base, _ = load_base(found.model, tokenizer)
-        model: Any = attach_adapter(base, AdapterSection(init_from=found.path), tokenizer=tokenizer)
-    else:
-        tokenizer = load_tokenizer(where)
-        model, _ = load_base(found.model, tokenizer)
-    return Answerer(found, model, tokenizer)
-
-
-def describe(found: Found) -> str:
-    """What it is, in words."""
-    if found.kind == "model":
-        return f"{found.path}, a whole model"
-    if found.kind == "fine-tuned":
-        assert found.base is not None
-        return f"{found.path}, fine-tuned from {found.base.name_or_path}"
-    held = "" if found.model.quantization == "none" else f", {found.model.quantization}"
-    return f"{found.path}, an adapter on {found.model.name_or_path}{held}"
+    say(f"loading {source}")
+    tokenizer = load_tokenizer_of(source)
+    model, _ = load_model(source, source.recipe, tokenizer)
+    return Answerer(source, model, tokenizer)

@@ -1,10 +1,14 @@
-"""Two answers to one message, how likely each side finds them, and the user's choice between them."""
+"""Compare two answers to one message: how likely each side finds them, and the user's choice, kept as training data."""
 
 from __future__ import annotations
 
+import json
+import os
 import random
 import shlex
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
 
 import torch
 from rich.table import Table
@@ -13,14 +17,18 @@ from rich.text import Text
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
-from orpo_lite.evaluate.answering import Answerer, Reply, Sampling
-from orpo_lite.evaluate.chat_preferences import PreferenceFile
-from orpo_lite.evaluate.chat_terminal import Interruptible, Stream, read_key, read_message, write
-from orpo_lite.evaluate.form import Turns
+from orpo_lite.data.row_shapes import row_shape
+from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
+from orpo_lite.evaluate.chat import Interruptible, Stream, read_key, read_message, write
 from orpo_lite.objective.loss import log_odds_ratio
 
-WIDE = 100
-"""Columns of a terminal from which on answers stand side by side."""
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None
+
+MIN_COLUMNS = 100
+"""Width of a terminal from which on answers stand side by side."""
 KEYS = "better: 1 or 2, e to write a better one, any other key skips> "
 
 
@@ -30,7 +38,7 @@ class Comparison:
 
     Args:
         file: where choices go; None asks for none.
-        blind: the sides are shuffled, and told once a choice is made.
+        blind: the sides are shuffled, and revealed once a choice is made.
         order: draws the shuffles.
     """
 
@@ -42,31 +50,31 @@ class Comparison:
     """Side of each answer that was preferred."""
 
     def opening(self) -> str:
-        """Where choices go."""
+        """Say where choices go."""
         assert self.file is not None
-        held = f", which holds {counted(self.file.held)}" if self.file.held else ""
+        held = f", which holds {count_pairs(self.file.held)}" if self.file.held else ""
         return f"your choices are appended to {self.file.path.absolute()}{held}"
 
     def closing(self) -> str:
-        """What came of it."""
+        """Sum up the choices, and say how to train on them."""
         assert self.file is not None
         trained = self.answerer.names[-1]
         if not self.chosen:
             return "no choice was made, and nothing written"
-        found, path = self.answerer.found, shlex.quote(str(self.file.path))
+        source, path = self.answerer.source, shlex.quote(str(self.file.path))
         words = "--recipe RECIPE"
-        if found.recipe and found.kind == "adapter":
-            words = f"--recipe {shlex.quote(found.path)} adapter.init_from={shlex.quote(found.path)}"
+        if source.recipe and source.kind == "adapter":
+            words = f"--recipe {shlex.quote(source.path)} adapter.init_from={shlex.quote(source.path)}"
         return (
-            f"appended to {self.file.path}: {counted(len(self.chosen))}; the answer of {trained} was preferred "
+            f"appended to {self.file.path}: {count_pairs(len(self.chosen))}; the answer of {trained} was preferred "
             f"{self.chosen.count(trained)} times\nto train on them: python -m orpo_lite.train {words} data.train={path}"
         )
 
     def round(self, turns: Turns, sampling: Sampling) -> str | None:
-        """Answer with both sides, show what there is to know, and keep a choice.
+        """Answer with both sides, compare the answers, and keep a choice.
 
         Returns:
-            The answer that the conversation goes on with, or None where Ctrl-C stopped it.
+            The answer that the conversation continues with, or None where Ctrl-C stopped it.
         """
         names = list(self.answerer.names)
         if self.blind:
@@ -75,63 +83,65 @@ class Comparison:
         if replies is None:
             errors.print("(stopped: no comparison)", style="dim")
             return None
-        goes_on = 0 if self.blind else 1
+        default = 0 if self.blind else 1
         equal = replies[0].text == replies[1].text
         if equal:
             console.print("both answers are the same, so they make no pair", style="dim")
         if not self.blind or equal or self.file is None:
-            self.likelihoods(turns, replies, names)
+            self.show_likelihoods(turns, replies, names)
         if equal or self.file is None:
-            return replies[goes_on].text
-        row, kept = self.choose(turns, replies, names)
+            return replies[default].text
+        row, preferred = self.choose(turns, replies, names)
         if row is None:
-            side = f"answer {goes_on + 1}" if self.blind else f"the answer of {names[goes_on]}"
-            console.print(f"not kept; the conversation goes on with {side}", style="dim")
-            return replies[goes_on].text
+            side = f"answer {default + 1}" if self.blind else f"the answer of {names[default]}"
+            console.print(f"not kept; the conversation continues with {side}", style="dim")
+            return replies[default].text
         self.file.append(row)
-        self.chosen.append(kept)
+        self.chosen.append(preferred)
         if self.blind:
             console.print(f"kept; 1 was {names[0]}, 2 was {names[1]}", style="dim")
-            self.likelihoods(turns, replies, names)
+            self.show_likelihoods(turns, replies, names)
         else:
             console.print(f"kept ({len(self.chosen)} in this chat)", style="dim")
         chosen = row["chosen"]
-        return self.answerer.form.answer(chosen if isinstance(chosen, str) else chosen[0]["content"])
-
-    def titles(self, names: list[str]) -> list[str]:
-        return [f"answer {place}" if self.blind else f"{place} {name}" for place, name in enumerate(names, 1)]
+        return self.answerer.format.answer(chosen if isinstance(chosen, str) else chosen[0]["content"])
 
     def answers(self, turns: Turns, sampling: Sampling, names: list[str]) -> list[Reply] | None:
-        """Both answers on the screen: in columns once they are made, or below each other while they are."""
-        wide = console.is_terminal and console.width >= WIDE
-        lead = self.answerer.form.kind != "plain"
+        """Show both answers: in columns once they are complete, or on a narrow terminal one after the other as they
+        are generated."""
+        wide = console.is_terminal and console.width >= MIN_COLUMNS
+        titles = [f"answer {place}" if self.blind else f"{place} {name}" for place, name in enumerate(names, 1)]
         state, replies = torch.get_rng_state(), []
         with Interruptible() as stop:
-            for title, name in zip(self.titles(names), names, strict=True):
-                torch.set_rng_state(state)  # the same luck for both, whichever comes first
+            for title, name in zip(titles, names, strict=True):
+                torch.set_rng_state(state)  # the same draws for both, whichever comes first
                 if wide:
                     with console.status(title):
                         replies.append(self.answerer.reply(name, turns, sampling, None, stop))
                 else:
                     console.print(title, style="bold", markup=False)
-                    shown = Stream(self.answerer.tokenizer, lead=lead)
+                    shown = Stream(self.answerer.tokenizer, strip=self.answerer.format.kind != "plain")
                     replies.append(self.answerer.reply(name, turns, sampling, shown, stop))
                     write("\n")
                     if not replies[-1].ended and not stop.asked:
-                        console.print(cut(replies[-1]), style="dim")
+                        console.print(cut_note(replies[-1]), style="dim")
                 if stop.asked:
                     return None
         if wide:
-            table = Table(*self.titles(names), expand=True, box=None, padding=(0, 2, 0, 0))
+            table = Table(*titles, expand=True, box=None, padding=(0, 2, 0, 0))
             for column in table.columns:
                 column.ratio = 1
-            ends = [Text(visible(each.text)).append("" if each.ended else f"\n{cut(each)}", "dim") for each in replies]
-            table.add_row(*ends)
+            table.add_row(
+                *(
+                    Text(visible(each.text)).append("" if each.ended else f"\n{cut_note(each)}", "dim")
+                    for each in replies
+                )
+            )
             console.print(table)
         return replies
 
-    def likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
-        """Mean log-prob a token of each answer under each side, and its log-odds ratio."""
+    def show_likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
+        """Print the mean log-prob per token of each answer under each side, and its log-odds ratio."""
         try:
             found = self.answerer.mean_logps(turns, replies[0].text, replies[1].text)
         except RequestError as error:
@@ -139,7 +149,7 @@ class Comparison:
             return
         titles = [f"{place} ({name})" for place, name in enumerate(names, 1)]
         table = Table(
-            "mean log-prob a token", *titles, "log-odds ratio, 1 over 2", box=None, padding=(0, 2, 0, 0), style="dim"
+            "mean log-prob per token", *titles, "log-odds ratio, 1 over 2", box=None, padding=(0, 2, 0, 0), style="dim"
         )
         for name, (first, second) in found.items():
             ratio = log_odds_ratio(torch.tensor(first), torch.tensor(second)).item()
@@ -147,7 +157,7 @@ class Comparison:
         console.print(table)
 
     def choose(self, turns: Turns, replies: list[Reply], names: list[str]) -> tuple[dict | None, str]:
-        """The user's choice as a preference row, and whose answer it prefers; None where there is none."""
+        """Ask for the user's choice; return it as a preference row with the preferred side, or None for no choice."""
         texts = [reply.text for reply in replies]
         try:
             key = read_key(KEYS)
@@ -155,13 +165,13 @@ class Comparison:
                 better = int(key) - 1
                 if not all(text.strip() for text in texts):
                     raise RequestError("an empty answer makes no pair")
-                return self.answerer.form.row(turns, texts[better], texts[1 - better]), names[better]
+                return self.answerer.format.row(turns, texts[better], texts[1 - better]), names[better]
             if key == "e":
                 own = read_message("better answer> ")
                 worse = texts[names.index(self.answerer.names[-1])]
                 if not own or own == worse or not worse.strip():
                     raise RequestError("an empty answer, or the same one, makes no pair")
-                return self.answerer.form.row(turns, own, worse), "you"
+                return self.answerer.format.row(turns, own, worse), "you"
         except KeyboardInterrupt:
             console.print()
         except RequestError as error:
@@ -169,10 +179,74 @@ class Comparison:
         return None, ""
 
 
-def cut(reply: Reply) -> str:
-    """A word on an answer that a limit ended."""
+class PreferenceFile:
+    """JSON lines that choices are appended to, each complete and on the disk before the chat continues.
+
+    Several chats may write to one file. Its content stays: a line that a crash left unfinished is closed first.
+
+    Raises:
+        RequestError: the file cannot be written, or holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(os.path.expanduser(path))
+        folder = self.path.absolute().parent
+        if self.path.is_dir() or not folder.is_dir():
+            raise RequestError(f"--preferences: {self.path} is not a file that can be written: choose another name")
+        if not os.access(self.path if self.path.exists() else folder, os.W_OK):
+            raise RequestError(f"--preferences: {self.path} cannot be written: choose another place")
+        self.held = self._count() if self.path.exists() else 0
+        """Pairs that were in it."""
+
+    def _count(self) -> int:
+        held = number = 0
+        try:
+            with self.path.open(encoding="utf-8") as lines:
+                for line in lines:
+                    number += 1
+                    if line.strip():
+                        if row_shape(json.loads(line)) is None:
+                            raise ValueError
+                        held += 1
+        except (ValueError, RecursionError):
+            raise RequestError(
+                f"--preferences: line {number} of {self.path} is not a preference pair in JSON, so nothing is appended to "
+                "it: fix the line, or choose another file"
+            ) from None
+        return held
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row as a line.
+
+        Raises:
+            RequestError: it cannot be written; the file is then as it was.
+        """
+        line = (json.dumps(row, ensure_ascii=False) + "\n").encode()
+        try:
+            with self.path.open("a+b", buffering=0) as file:
+                if fcntl is not None:
+                    fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+                size = file.seek(0, os.SEEK_END)
+                if size and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                    line = b"\n" + line
+                try:
+                    if file.write(line) != len(line):
+                        raise OSError("no room on the disk")
+                    os.fsync(file)
+                except OSError:
+                    file.truncate(size)
+                    raise
+        except OSError as error:
+            raise RequestError(
+                f"{self.path} cannot be written ({error.strerror or error}): the choice is not kept"
+            ) from None
+
+
+def cut_note(reply: Reply) -> str:
+    """Mention the limit that ended an answer."""
     return f"(cut after {reply.tokens:,} tokens)"
 
 
-def counted(pairs: int) -> str:
+def count_pairs(pairs: int) -> str:
+    """Write a number of pairs in words."""
     return "1 pair" if pairs == 1 else f"{pairs:,} pairs"

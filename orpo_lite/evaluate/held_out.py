@@ -1,4 +1,4 @@
-"""Held-out evaluation: base against adapter on the same pairs, with intervals and the length baseline."""
+"""Evaluate held-out pairs: base against adapter, with intervals, the length baseline, and results by group."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ import re
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from orpo_lite.common.console import console
-from orpo_lite.evaluate.buckets import breakdown
 from orpo_lite.recipe import RuleSection
 
 if TYPE_CHECKING:
@@ -17,9 +18,22 @@ if TYPE_CHECKING:
 
     from orpo_lite.trainer.trainer import ORPOTrainer
 
+MIN_PAIRS_TO_SPLIT = 8
+"""With fewer pairs, prompts are not grouped by their length."""
+ROWS = {
+    "rewards/accuracies": "reward accuracy",
+    "rewards/margins": "reward margin",
+    "log_odds_chosen": "log-odds ratio",
+    "nll_loss": "NLL per token",
+    "loss": "ORPO loss",
+}
+GROUPS = {"prompt_tokens": "prompt, in tokens", "longer_answer": "answers, in tokens", "source": "source"}
+MAX_BUCKETS = 12
+"""Rows of each grouping that are printed."""
+
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
-    """95% score interval of a proportion (Wilson 1927): inside [0, 1], and usable at 0% and 100%."""
+    """Compute a proportion's 95% score interval (Wilson 1927): it stays inside [0, 1] and is usable at 0% and 100%."""
     if trials == 0:
         return 0.0, 1.0
     z, p = 1.959964, successes / trials
@@ -28,7 +42,7 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
 
 
 def length_baseline(pairs: Dataset) -> float:
-    """Accuracy of always preferring the longer answer, in tokens; a tie counts half."""
+    """Compute the accuracy of always preferring the longer answer, in tokens; a tie counts half."""
     from orpo_lite.data import pair_lengths
 
     counted = pair_lengths(pairs)
@@ -37,15 +51,15 @@ def length_baseline(pairs: Dataset) -> float:
 
 
 def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[str] | None = None) -> dict[str, Any]:
-    """Metrics of the model as it stands on the held-out pairs, by their plain names.
+    """Evaluate the model as it stands on the held-out pairs.
 
     Args:
         trainer: its `eval_dataset` is used where `pairs` is None.
         sources: the name of each pair's source.
 
     Returns:
-        TRL's metrics, loss, rewards/accuracies_interval (95%, Wilson), accuracies of the length baseline, pairs, and
-        under `by` what `buckets.breakdown` gives.
+        TRL's metrics without their prefix, loss, rewards/accuracies_interval (95%, Wilson), length_baseline (accuracy),
+        pairs (how many), and under `by` the result of `breakdown`.
     """
     from orpo_lite.objective.metrics import COLUMNS
 
@@ -63,14 +77,14 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[s
     return result
 
 
-def judge(samples: list[dict[str, str]], rule: RuleSection | None) -> dict[str, float] | None:
-    """Return the shares of answers in the chosen and in the rejected style, by the recipe's rule."""
+def rule_shares(samples: list[dict[str, str]], rule: RuleSection | None) -> dict[str, float] | None:
+    """Compute the shares of answers that match the recipe's rule for the chosen and for the rejected style."""
     if rule is None or not samples:
         return None
     shares = {}
     for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected)):
-        hits = [re.search(pattern, sample["answer"], re.IGNORECASE) is not None for sample in samples]
-        shares[style] = sum(hits) / len(samples)
+        matching = sum(re.search(pattern, sample["answer"], re.IGNORECASE) is not None for sample in samples)
+        shares[style] = matching / len(samples)
     return shares
 
 
@@ -81,47 +95,105 @@ def base_only(model: Any) -> Iterator[None]:
         yield
 
 
-ROWS = {
-    "rewards/accuracies": "reward accuracy",
-    "rewards/margins": "reward margin",
-    "log_odds_chosen": "log-odds ratio",
-    "nll_loss": "NLL a token",
-    "loss": "ORPO loss",
-}
+def breakdown(
+    chosen: np.ndarray, rejected: np.ndarray, beta: float, pairs: Dataset, sources: list[str] | None = None
+) -> dict[str, list[dict[str, Any]]]:
+    """Compute accuracy and margin by prompt length, by which answer is longer, and by source.
+
+    Args:
+        chosen: mean log-prob of each chosen completion, (N,).
+        rejected: mean log-prob of each rejected completion, (N,).
+        pairs: the tokenized pairs, in the same order.
+        sources: the name of each pair's source.
+
+    Returns:
+        For each grouping (prompt_tokens, longer_answer, source) a list of {"bucket", "pairs", "accuracy", "interval"
+        (95%, Wilson), "margin" (mean reward margin)}; every pair is in one bucket, and empty buckets are left out.
+    """
+    from orpo_lite.data import pair_lengths
+
+    counted = pair_lengths(pairs)
+    longer = np.sign(counted["chosen"] - counted["rejected"])
+    words = {1: "chosen longer", 0: "equally long", -1: "chosen shorter"}
+    groups = {
+        "prompt_tokens": by_length(counted["prompt"]),
+        "longer_answer": [(word, longer == sign) for sign, word in words.items()],
+    }
+    if sources is not None:
+        names = np.array(sources, dtype=object)
+        groups["source"] = [
+            (name, names == name) for name in sorted(set(sources), key=lambda n: (-sources.count(n), n))
+        ]
+    right, margin = chosen > rejected, beta * (chosen - rejected)
+
+    def bucket(name: str, mask: np.ndarray) -> dict[str, Any]:
+        count, hits = int(mask.sum()), int(right[mask].sum())
+        return {"bucket": name, "pairs": count, "accuracy": hits / count, "interval": wilson_interval(hits, count),
+                "margin": float(margin[mask].mean())}  # fmt: skip
+
+    return {group: [bucket(name, mask) for name, mask in parts if mask.any()] for group, parts in groups.items()}
 
 
-def show(before: dict[str, Any], after: dict[str, Any], names: tuple[str, str] = ("before", "after")) -> None:
-    """Table of two evaluations of the same pairs."""
-    show_sides(dict(zip(names, (before, after), strict=True)))
+def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
+    """Split pairs into quarters by the tokens of their prompts; equal lengths stay together."""
+    everything = [("all", np.ones(len(tokens), dtype=bool))]
+    if len(tokens) < MIN_PAIRS_TO_SPLIT:
+        return everything
+    edges = np.unique(np.quantile(tokens, (0.25, 0.5, 0.75), method="inverted_cdf")).tolist()
+    edges = [edge for edge in edges if edge < tokens.max()]
+    if not edges:
+        return everything
+    found = [(f"up to {edges[0]}", tokens <= edges[0])]
+    for low, high in zip(edges, edges[1:], strict=False):
+        name = str(high) if high == low + 1 else f"{low + 1} to {high}"
+        found.append((name, (tokens > low) & (tokens <= high)))
+    return [*found, (f"{edges[-1] + 1} and more", tokens > edges[-1])]
 
 
-def show_sides(results: dict[str, dict[str, Any]]) -> None:
-    """Table of evaluations of the same pairs, a column each."""
+def show(results: dict[str, dict[str, Any]]) -> None:
+    """Print evaluations of the same pairs as a table, a column for each."""
     from rich.table import Table
 
     first = next(iter(results.values()))
     title = f"{first['pairs']} held-out pairs"
     table = Table("held-out pairs", *results, box=None, title=title, title_justify="left")
     for key, label in ROWS.items():
-        cells = []
-        for result in results.values():
-            if key == "rewards/accuracies":
-                cells.append(share(result[key], result["rewards/accuracies_interval"]))
-            else:
-                cells.append(f"{result[key]:.4f}")
+        cells = [f"{result[key]:.4f}" for result in results.values()]
+        if key == "rewards/accuracies":
+            cells = [format_share(result[key], result["rewards/accuracies_interval"]) for result in results.values()]
         table.add_row(label, *cells)
     table.add_row("always the longer answer", f"{first['length_baseline']:.1%}")
     console.print(table)
 
 
-def share(value: float, interval: tuple[float, float]) -> str:
-    """A proportion and its interval."""
+def format_share(value: float, interval: tuple[float, float]) -> str:
+    """Format a proportion and its interval as percentages."""
     return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
 
 
-def __getattr__(name: str) -> Any:
-    if name != "command":
-        raise AttributeError(f"module 'orpo_lite.evaluate' has no attribute {name!r}")
-    from orpo_lite.evaluate.__main__ import command
+def show_groups(results: dict[str, dict[str, Any]]) -> None:
+    """Print accuracy and margin by length and source, two columns for each evaluation."""
+    from rich.markup import escape
+    from rich.table import Table
 
-    return command
+    first, *_ = results.values()
+    table = Table("reward accuracy by", "pairs", box=None)
+    for name in results:
+        table.add_column(name)
+        table.add_column("margin", justify="right")
+    for group, title in GROUPS.items():
+        buckets = first["by"].get(group, [])
+        if len(buckets) < 2:
+            continue
+        table.add_row(f"[dim]{title}[/]")
+        for place, bucket in enumerate(buckets[:MAX_BUCKETS]):
+            cells = []
+            for result in results.values():
+                one = result["by"][group][place]
+                cells += [format_share(one["accuracy"], one["interval"]), f"{one['margin']:.4f}"]
+            table.add_row(f"  {escape(bucket['bucket'])}", f"{bucket['pairs']:,}", *cells)
+        if rest := buckets[MAX_BUCKETS:]:
+            table.add_row(f"  and {len(rest)} more: --json", f"{sum(b['pairs'] for b in rest):,}")
+    if table.row_count:
+        console.print()
+        console.print(table)

@@ -1,72 +1,175 @@
-"""A run, adapter or model brought back with held-out pairs, ready to be evaluated."""
+"""Resolve what a path names (a run, an adapter or a whole model) and load it with held-out pairs, ready to evaluate."""
 
 from __future__ import annotations
 
-import contextlib
 import gc
+import os
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 from transformers import PrinterCallback
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data import Pairs, load_pairs
-from orpo_lite.evaluate.buckets import source_names
+from orpo_lite.data.lengths import numbers
+from orpo_lite.data.sources import local_files, open_source, shorten
 from orpo_lite.evaluate.held_out import base_only, evaluate
-from orpo_lite.evaluate.model_source import Found, find
-from orpo_lite.model import BaseFacts, attach_adapter, load_base, load_tokenizer
+from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.base import read_config
-from orpo_lite.recipe import AdapterSection, DataSource, Recipe
+from orpo_lite.model.locating import adapter_folder, looks_local
+from orpo_lite.recipe import AdapterSection, DataSection, DataSource, ModelSection, Recipe
+from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
+from orpo_lite.trainer.run_folder import RunFolder, base_section, tokenizer_of
 from orpo_lite.trainer.trainer import ORPOTrainer
+
+EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 
 
 @dataclass
-class OpenRun:
+class ModelSource:
+    """Where the weights are, and what is known of how they were trained. Nothing is loaded yet."""
+
+    path: str
+    """The folder, or the hub id of a whole model."""
+    kind: Literal["adapter", "fine-tuned", "model"]
+    """fine-tuned: a run without an adapter; model: any other whole model, such as a merged one."""
+    model: ModelSection
+    """The base of an adapter, or the whole model."""
+    base: ModelSection | None = None
+    """The model that a fine-tuned one started from."""
+    recipe: Recipe | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    """run.json, where there is one."""
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Name the sides that can answer, the trained one last."""
+        return ("model",) if self.kind == "model" else ("base", self.kind)
+
+    @property
+    def row_shapes(self) -> set[str]:
+        """List the shapes of the rows it was trained on; empty where that is not known."""
+        sources = self.facts.get("data", {}).get("sources", {}).values()
+        return {one.get("shape", "") for one in sources if one.get("section", "train") == "train"}
+
+    def __str__(self) -> str:
+        if self.kind == "model":
+            return f"{self.path}, a whole model"
+        if self.base is not None:
+            return f"{self.path}, fine-tuned from {self.base.name_or_path}"
+        quantized = "" if self.model.quantization == "none" else f", {self.model.quantization}"
+        return f"{self.path}, an adapter on {self.model.name_or_path}{quantized}"
+
+
+def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
+    """Find out what a path or hub id names.
+
+    Code of a repository is run only where the caller says so: the folder may be anybody's.
+
+    Raises:
+        RequestError: no model there, or a run that did not finish.
+    """
+    folder = Path(os.path.expanduser(resolve_path(path)))
+    if os.path.isfile(folder):
+        hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
+        raise RequestError(f"{path} is a file, {EXPECTED}{hint}")
+    if not os.path.isdir(folder):
+        if looks_local(path):
+            raise RequestError(f"{path}: there is no such folder: {EXPECTED}")
+        downloaded = adapter_folder(path)
+        if not (downloaded / "adapter_config.json").is_file():
+            return ModelSource(path, "model", whole_model(path, trust_remote_code))
+        folder = downloaded
+    recipe = facts = None
+    if (folder / "recipe.yaml").is_file():
+        recipe = RunFolder.open(folder).recipe()
+        # publishing leaves run.json out and adds a card; a run that has neither did not finish
+        facts = None if not (folder / "run.json").is_file() and is_published(folder) else RunFolder(folder).read()
+    if (folder / "adapter_config.json").is_file():
+        base = base_section(folder, None, trust_remote_code)
+        return ModelSource(str(folder), "adapter", base, recipe=recipe, facts=facts or {})
+    if (folder / "config.json").is_file():
+        after = whole_model(str(folder), trust_remote_code)
+        if recipe is None or recipe.adapter is not None:
+            return ModelSource(str(folder), "model", after)
+        before = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
+        after = after.model_copy(update={"dtype": recipe.model.dtype})
+        return ModelSource(str(folder), "fine-tuned", after, before, recipe, facts or {})
+    if recipe is not None:
+        RunFolder(folder).read()  # raises where the run did not finish
+        raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
+    raise RequestError(f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}")
+
+
+def is_published(folder: Path) -> bool:
+    """Check for the model card of a run, which the cards that PEFT writes are not."""
+    card = folder / "README.md"
+    return card.is_file() and "\n- orpo\n" in card.read_text("utf-8", "replace").partition("\n---\n")[0]
+
+
+def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
+    """Describe a model as its files have it."""
+    return ModelSection(name_or_path=path, quantization="none", trust_remote_code=trust_remote_code)
+
+
+def load_model(source: ModelSource, recipe: Recipe | None, tokenizer: Any) -> tuple[Any, BaseFacts]:
+    """Load the weights, with the adapter on where there is one."""
+    model, facts = load_base(source.model, tokenizer)
+    if source.kind == "adapter":
+        section = (recipe and recipe.adapter or AdapterSection()).model_copy(update={"init_from": source.path})
+        model = attach_adapter(model, section, tokenizer=tokenizer, checkpointing=False)
+    return model, facts
+
+
+def load_tokenizer_of(source: ModelSource) -> Any:
+    """Load the tokenizer that came with an adapter or a model."""
+    return tokenizer_of(Path(source.path), source.model)
+
+
+# ---- with held-out pairs ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class LoadedRun:
     """A model, with its adapter on where it has one, its tokenizer, held-out pairs, and a trainer to evaluate with."""
 
-    found: Found
+    source: ModelSource
     recipe: Recipe
     model: Any
     tokenizer: Any
     pairs: Pairs
     trainer: ORPOTrainer
-    sources: list[str]
-    """Where each held-out pair comes from."""
+    pair_sources: list[str]
+    """The source of each held-out pair."""
 
-    def base(self) -> contextlib.AbstractContextManager[None]:
-        """The base alone, the adapter switched off."""
-        return base_only(self.model)
-
-    def measured(self) -> dict[str, dict[str, Any]]:
-        """`evaluate` of each side by its name, the base first. The base of a fine-tuned model takes the model's place."""
+    def evaluate_sides(self) -> dict[str, dict[str, Any]]:
+        """Evaluate each side, the base first. The base of a fine-tuned model takes the model's place in memory."""
         results = {}
-        if self.found.kind == "adapter":
-            with self.base():
-                results["base"] = evaluate(self.trainer, sources=self.sources)
-        trained = evaluate(self.trainer, sources=self.sources)
-        if self.found.kind == "fine-tuned":
-            assert self.found.base is not None
+        if self.source.kind == "adapter":
+            with base_only(self.model):
+                results["base"] = evaluate(self.trainer, sources=self.pair_sources)
+        trained = evaluate(self.trainer, sources=self.pair_sources)
+        if self.source.base is not None:
             del self.trainer, self.model
             gc.collect()
-            self.model, facts = load_base(self.found.base, self.tokenizer)
-            self.trainer = evaluating(self.recipe, self.model, facts, self.pairs, self.tokenizer)
-            results["base"] = evaluate(self.trainer, sources=self.sources)
-        return results | {self.found.names[-1]: trained}
+            self.model, facts = load_base(self.source.base, self.tokenizer)
+            self.trainer = evaluation_trainer(self.recipe, self.model, facts, self.pairs, self.tokenizer)
+            results["base"] = evaluate(self.trainer, sources=self.pair_sources)
+        return results | {self.source.names[-1]: trained}
 
 
-def open_run(path: str, data: str | None = None, trust_remote_code: bool = False) -> OpenRun:
+def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: bool = False) -> LoadedRun:
     """Load a run folder for evaluation; `data` replaces its held-out pairs. An adapter's or model's folder needs `data`.
 
-    Code of the base's repository is run only where the caller says so: the folder may be anybody's.
-
     Raises:
-        RequestError: nothing of the kind, no held-out pairs, or unusable data.
+        RequestError: no model there, no held-out pairs, or unusable data.
     """
-    found = find(path, trust_remote_code)
-    recipe = found.recipe or made_up(found, data, path)
+    source = resolve_model(path, trust_remote_code)
+    recipe = source.recipe or default_recipe(source, data, path)
     recipe.model = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
     if data is not None:
         recipe.data.eval = [DataSource(path=data)]
@@ -74,51 +177,68 @@ def open_run(path: str, data: str | None = None, trust_remote_code: bool = False
         raise RequestError(
             f"{path}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
         )
-    adapter, where = found.kind == "adapter", found.model
-    if adapter and (Path(found.path) / "tokenizer_config.json").is_file():
-        where = where.model_copy(update={"name_or_path": found.path, "gguf_file": None, "revision": None})
-    tokenizer = load_tokenizer(where)
-    encoder_decoder = bool(read_config(found.model).is_encoder_decoder)
-    held = recipe.data.eval or recipe.data.train
-    if recipe.data.eval is not None:
-        # only the held-out side is looked at: reading the training pairs as well would be waste
-        section = recipe.data.model_copy(
-            update={
-                "train": recipe.data.eval,
-                "eval": None,
-                "eval_fraction": 0.0,
-                "max_rows": recipe.data.max_eval_rows,
-            }
-        )
-        field = "data.eval" if data is None else "--data"
-        pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder, field=field)
-        pairs.eval = pairs.train
-    else:
-        pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
-    assert pairs.eval is not None
-    sources = source_names(recipe.data, held, pairs.eval)
-    model, facts = load_base(found.model, tokenizer)
-    if adapter:
-        section = (recipe.adapter or AdapterSection()).model_copy(update={"init_from": found.path})
-        model = attach_adapter(model, section, tokenizer=tokenizer, checkpointing=False)
-    trainer = evaluating(recipe, model, facts, pairs, tokenizer)
-    return OpenRun(found, recipe, model, tokenizer, pairs, trainer, sources)
+    tokenizer = load_tokenizer_of(source)
+    pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
+    names = source_names(recipe.data, recipe.data.eval or recipe.data.train, pairs.eval)
+    model, facts = load_model(source, recipe, tokenizer)
+    trainer = evaluation_trainer(recipe, model, facts, pairs, tokenizer)
+    return LoadedRun(source, recipe, model, tokenizer, pairs, trainer, names)
 
 
-def made_up(found: Found, data: str | None, path: str) -> Recipe:
-    """A recipe for what came without one: its model, and the pairs given."""
+def default_recipe(source: ModelSource, data: str | None, path: str) -> Recipe:
+    """Make a recipe for a folder that has none: its model, and the given pairs."""
     if data is None:
         raise RequestError(
             f"{path}: there is no recipe.yaml, so nothing says which pairs are held out; give --data FILE"
         )
-    content = {"name": "given", "model": found.model.model_dump(), "data": {"train": data}}
-    return Recipe.parse(content | ({} if found.kind == "adapter" else {"adapter": None}), path)
+    content = {"name": "given", "model": source.model.model_dump(), "data": {"train": data}}
+    return Recipe.parse(content | ({} if source.kind == "adapter" else {"adapter": None}), path)
 
 
-def evaluating(recipe: Recipe, model: Any, facts: BaseFacts, pairs: Pairs, tokenizer: Any) -> ORPOTrainer:
-    """A trainer that only evaluates."""
+def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: str) -> Pairs:
+    """Load the held-out pairs, without reading the training pairs where the two come from different data."""
+    encoder_decoder = bool(read_config(source.model).is_encoder_decoder)
+    if recipe.data.eval is None:
+        return load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
+    changes = {
+        "train": recipe.data.eval,
+        "eval": None,
+        "eval_fraction": 0.0,
+        "max_rows": recipe.data.max_eval_rows,
+    }
+    section = recipe.data.model_copy(update=changes)
+    pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder, field=field)
+    pairs.eval = pairs.train
+    return pairs
+
+
+def evaluation_trainer(recipe: Recipe, model: Any, facts: BaseFacts, pairs: Pairs, tokenizer: Any) -> ORPOTrainer:
+    """Make a trainer that only evaluates."""
     with tempfile.TemporaryDirectory() as scratch:
         args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
         trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
     trainer.remove_callback(PrinterCallback)  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
     return trainer
+
+
+def source_names(spec: DataSection, sources: list[DataSource], pairs: Any) -> list[str]:
+    """Name the source of each pair: its row's `source` column where the data have one, else the path in the recipe."""
+    which, rows = numbers(pairs, "source"), numbers(pairs, "row")
+    names = np.empty(len(pairs), dtype=object)
+    for number, one in enumerate(sources):
+        places = np.flatnonzero(which == number)
+        names[places] = shorten(one.path)
+        if not len(places) or not local_files(resolve_path(one.path), one.split or spec.split):
+            continue  # of hub data sets only the columns that matter are read
+        by_row: dict[int, list[int]] = {}
+        for place in places.tolist():
+            by_row.setdefault(int(rows[place]), []).append(place)
+        start = 0
+        for batch in open_source(one, spec.split, spec.columns, streaming=True).batches():
+            for row in by_row.keys() & range(start, start + len(batch)):
+                raw = batch[row - start]
+                name = raw.get("source") if isinstance(raw, dict) else None
+                if isinstance(name, str) and name.strip():
+                    names[by_row[row]] = shorten(name.strip())
+            start += len(batch)
+    return names.tolist()

@@ -14,7 +14,7 @@ from accelerate.utils import gather_object
 from orpo_lite.common.console import console
 from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
 from orpo_lite.data import Pairs
-from orpo_lite.evaluate.held_out import evaluate, judge
+from orpo_lite.evaluate.held_out import evaluate, rule_shares
 from orpo_lite.model import autocast, save_adapter
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
@@ -101,7 +101,7 @@ def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]
         "samples": {
             when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
         },
-        "rule": {when: judge(one.samples, recipe.evaluation.rule) for when, one in both.items()},
+        "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in both.items()},
     }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import random
+import resource
 import shutil
 import threading
 
@@ -18,16 +18,11 @@ from orpo_lite.common.text import visible
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate import chat_compare as compare
-from orpo_lite.evaluate import chat_loop as loop
-from orpo_lite.evaluate.answering import Reply, Sampling, open_answerer
-from orpo_lite.evaluate.chat_compare import Comparison
-from orpo_lite.evaluate.chat_loop import Chat
-from orpo_lite.evaluate.chat_preferences import PreferenceFile
-from orpo_lite.evaluate.chat_terminal import Stream
-from orpo_lite.evaluate.form import Form
-from orpo_lite.evaluate.held_out import evaluate
-from orpo_lite.evaluate.loading import open_run
-from orpo_lite.evaluate.model_source import find
+from orpo_lite.evaluate.answering import PromptFormat, Reply, Sampling, load_answerer
+from orpo_lite.evaluate.chat import Chat, Stream
+from orpo_lite.evaluate.chat_compare import Comparison, PreferenceFile
+from orpo_lite.evaluate.held_out import base_only, evaluate
+from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.run import run
@@ -45,7 +40,7 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def answerer(trained):
-    return open_answerer(str(trained))
+    return load_answerer(str(trained))
 
 
 @pytest.fixture
@@ -60,7 +55,7 @@ def typed(monkeypatch):
                 raise EOFError
             return left.pop(0)
 
-        for place in (loop, compare):
+        for place in (chat, compare):
             monkeypatch.setattr(place, "read_message", read)
         monkeypatch.setattr(compare, "read_key", read)
 
@@ -75,7 +70,7 @@ def typed(monkeypatch):
 )
 def test_a_stream_is_its_whole_text_made_harmless(text):
     told: list[str] = []
-    stream = Stream(Bytes(), lambda part: told.append(visible(part)), lead=False)
+    stream = Stream(Bytes(), lambda part: told.append(visible(part)), strip=False)
     stream.put(torch.tensor([[1, 2, 3]]))  # the prompt
     for byte in text.encode():
         stream.put(torch.tensor([byte]))
@@ -100,8 +95,8 @@ def test_bytes_that_never_make_a_character_come_out_in_the_end():
 @pytest.mark.parametrize("family", [name for name, family in FAMILIES.items() if family.template])
 def test_a_prompt_is_what_training_has_before_the_answer(family, trained):
     tokenizer = base_tokenizer(family)
-    found = find(str(trained))
-    form = Form(tokenizer, found)
+    found = resolve_model(str(trained))
+    form = PromptFormat(tokenizer, found)
     turns = [*ASK, {"role": "assistant", "content": "It is 9."}, {"role": "user", "content": "And twice that?"}]
     row = form.row(turns, "18 it is.", "Who knows?")
     work = PairTokenizer(
@@ -117,9 +112,9 @@ def test_a_prompt_is_what_training_has_before_the_answer(family, trained):
 
 
 def test_strings_are_prompted_as_they_were_trained(answerer, trained):
-    found = find(str(trained))
+    found = resolve_model(str(trained))
     found.facts = {"data": {"sources": {"a": {"section": "train", "shape": "Anthropic HH strings"}}}}
-    form = Form(answerer.tokenizer, found)
+    form = PromptFormat(answerer.tokenizer, found)
     turns = [
         {"role": "user", "content": "Hi"},
         {"role": "assistant", "content": "Yes?"},
@@ -131,21 +126,21 @@ def test_strings_are_prompted_as_they_were_trained(answerer, trained):
     with pytest.raises(RequestError, match="system turn"):
         form.texts([[{"role": "system", "content": "S"}, *turns]])
     found.facts["data"]["sources"]["a"]["shape"] = "strings, explicit prompt"
-    form = Form(answerer.tokenizer, found)
-    assert form.texts([turns]) == ["Bye"] and "each time anew" in str(form.note) and form.answer(" x") == " x"
+    form = PromptFormat(answerer.tokenizer, found)
+    assert form.texts([turns]) == ["Bye"] and "a prompt of its own" in str(form.note) and form.answer(" x") == " x"
     assert found.recipe is not None
     found.recipe.data.apply_template = True
-    assert Form(answerer.tokenizer, found).kind == "template"
+    assert PromptFormat(answerer.tokenizer, found).kind == "template"
 
 
 def test_log_probs_are_those_of_the_trainer(answerer, trained, tmp_path):
-    row = answerer.form.row(ASK, "Certainly. The answer is 9.", "Obviously. Leave me alone, it is 9.")
+    row = answerer.format.row(ASK, "Certainly. The answer is 9.", "Obviously. Leave me alone, it is 9.")
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
-    opened = open_run(str(trained), str(tmp_path / "one.jsonl"))
+    loaded = load_for_evaluation(str(trained), str(tmp_path / "one.jsonl"))
     found = answerer.mean_logps(ASK, row["chosen"][0]["content"], row["rejected"][0]["content"])
-    adapter = evaluate(opened.trainer)
-    with opened.base():
-        base = evaluate(opened.trainer)
+    adapter = evaluate(loaded.trainer)
+    with base_only(loaded.model):
+        base = evaluate(loaded.trainer)
     for name, metrics in (("base", base), ("adapter", adapter)):
         assert found[name] == pytest.approx((metrics["logps/chosen"], metrics["logps/rejected"]), abs=1e-5)
     assert abs(found["base"][0] - found["adapter"][0]) > 1e-2  # so the two could be told apart
@@ -162,27 +157,27 @@ def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
         (tmp_path / "adapter" / name).unlink()
     merged = merge(trained, tmp_path / "merged")
     for folder, kind in ((tmp_path / "adapter", "adapter"), (merged, "model")):
-        other = open_answerer(str(folder))
-        assert other.found.kind == kind
+        other = load_answerer(str(folder))
+        assert other.source.kind == kind
         assert other.reply(kind, ASK, Sampling(24)) == said, folder
     with pytest.raises(RequestError, match="--compare: .*whole model"):
-        open_answerer(str(merged), compare="--compare")
+        load_answerer(str(merged), compare="--compare")
 
 
 def test_a_published_run_has_a_card_and_no_run_json(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (copy / "run.json").unlink()
-    assert find(str(copy)).kind == "adapter" and find(str(copy)).recipe is not None
+    assert resolve_model(str(copy)).kind == "adapter" and resolve_model(str(copy)).recipe is not None
     (copy / "README.md").write_text("---\nlibrary_name: peft\ntags:\n- lora\n---\n- orpo\n")  # such as PEFT writes
     with pytest.raises(RequestError, match="no run.json, so this run did not finish"):
-        find(str(copy))
+        resolve_model(str(copy))
 
 
 def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
     words = ["model.quantization=none", "adapter=null", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=8",
              "training.learning_rate=3e-3", "training.eval_strategy=no", f"training.output_dir={tmp_path / 'full'}"]  # fmt: skip
     run(Recipe.load("quickstart", words))
-    full = open_answerer(str(tmp_path / "full"), compare="--compare")
+    full = load_answerer(str(tmp_path / "full"), compare="--compare")
     assert full.names == ("base", "fine-tuned")
     found = full.mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.")
     assert found["fine-tuned"][0] - found["fine-tuned"][1] > found["base"][0] - found["base"][1] + 0.1
@@ -198,13 +193,13 @@ def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
 )
 def test_folders_that_cannot_talk_are_named(make, words, tmp_path):
     with pytest.raises(RequestError, match=words):
-        find(str(make(tmp_path)))
+        resolve_model(str(make(tmp_path)))
 
 
 def test_a_run_that_did_not_finish_is_named(trained, tmp_path):
     (tmp_path / "recipe.yaml").write_text((trained / "recipe.yaml").read_text())
     with pytest.raises(RequestError, match="did not finish"):
-        find(str(tmp_path))
+        resolve_model(str(tmp_path))
 
 
 # ---- the conversation -------------------------------------------------------------------------------------------------
@@ -349,17 +344,20 @@ def test_files_that_hold_something_else_are_left_alone(tmp_path):
             PreferenceFile(tmp_path / name)
         assert (tmp_path / name).read_text() == content
     for place in (tmp_path, tmp_path / "gone" / "x.jsonl"):
-        with pytest.raises(RequestError, match="no file that could be written"):
+        with pytest.raises(RequestError, match="is not a file that can be written"):
             PreferenceFile(place)
 
 
-def test_a_full_disk_leaves_the_file_as_it_was(tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_file_as_it_was(tmp_path):
     file = PreferenceFile(tmp_path / "full.jsonl")
     row = {"prompt": ASK, "chosen": "a", "rejected": "b"}
     file.append(row)
     before = file.path.read_bytes()
-    write = os.write
-    monkeypatch.setattr(os, "write", lambda handle, data: write(handle, data[:5]))
-    with pytest.raises(RequestError, match="no room on the disk"):
-        file.append(row)
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 5, limit[1]))
+    try:
+        with pytest.raises(RequestError, match="no room on the disk"):
+            file.append(row)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
     assert file.path.read_bytes() == before

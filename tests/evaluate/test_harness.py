@@ -8,10 +8,10 @@ import shutil
 
 import pytest
 
-import orpo_lite.evaluate.held_out as evaluate
+import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.lm_eval import hand_off
-from orpo_lite.evaluate.model_source import find
+from orpo_lite.evaluate.lm_eval import lm_eval_commands
+from orpo_lite.evaluate.loading import resolve_model
 
 
 def arguments(line):
@@ -31,15 +31,15 @@ def arguments(line):
 
 @pytest.fixture
 def found(trained):
-    return find(str(trained))
+    return resolve_model(str(trained))
 
 
 def test_an_adapter_on_a_base_that_is_not_quantised(found, trained):
-    made = hand_off(found, "ifeval,gsm8k")
+    made = lm_eval_commands(found, "ifeval,gsm8k")
     [line] = made["commands"]
     given = arguments(line)
     assert given["model_args"] == {
-        "pretrained": str(find("builtin:quickstart/model").path), "peft": str(trained), "tokenizer": str(trained),
+        "pretrained": str(resolve_model("builtin:quickstart/model").path), "peft": str(trained), "tokenizer": str(trained),
         "dtype": "float32"}  # fmt: skip
     assert given["chat"] and given["tasks"] == "ifeval,gsm8k" and given["output_path"] == str(trained / "lm_eval")
     [base] = made["base"]
@@ -50,7 +50,7 @@ def test_an_adapter_on_a_base_that_is_not_quantised(found, trained):
 def test_a_quantised_base_is_merged_as_trained_or_loaded_in_4_bits(found, trained):
     found.model = found.model.model_copy(update={"quantization": "nf4"})
     found.facts["base_model"] = {"dtype": "bfloat16"}
-    made = hand_off(found, "ifeval")
+    made = lm_eval_commands(found, "ifeval")
     merge, line = made["commands"]
     assert merge == f"python -m orpo_lite.merge {trained} --output {trained}-merged-quantized --onto quantized"
     assert arguments(line)["model_args"] == {"pretrained": f"{trained}-merged-quantized", "dtype": "bfloat16"}
@@ -65,7 +65,7 @@ def test_trained_embeddings_are_merged_first(found, trained):
     before = path.read_text()
     try:
         path.write_text(json.dumps(json.loads(before) | {"modules_to_save": ["lm_head"]}))
-        made = hand_off(found, "ifeval")
+        made = lm_eval_commands(found, "ifeval")
         assert made["commands"][0].startswith("python -m orpo_lite.merge") and "--onto" not in made["commands"][0]
         assert "lm_head" in made["notes"][0]
     finally:
@@ -77,24 +77,24 @@ def test_what_the_template_takes_and_awkward_paths_travel_as_json(found, trained
     found.model = found.model.model_copy(
         update={"name_or_path": "owner/name", "revision": "abc", "trust_remote_code": True}
     )
-    args = arguments(hand_off(found, "ifeval")["commands"][0])["model_args"]
+    args = arguments(lm_eval_commands(found, "ifeval")["commands"][0])["model_args"]
     assert args["chat_template_args"] == {"enable_thinking": False} and args["pretrained"] == "owner/name"
     assert args["revision"] == "abc" and args["trust_remote_code"] is True
     found.recipe.data.template_kwargs = {}
     found.path = str(shutil.copytree(trained, tmp_path / "a,b"))
-    assert arguments(hand_off(found, "ifeval")["commands"][0])["model_args"]["peft"] == str(tmp_path / "a,b")
+    assert arguments(lm_eval_commands(found, "ifeval")["commands"][0])["model_args"]["peft"] == str(tmp_path / "a,b")
 
 
 def test_strings_get_no_template(found):
     for one in found.facts["data"]["sources"].values():
         one["shape"] = "strings, explicit prompt"
-    assert not arguments(hand_off(found, "ifeval")["commands"][0])["chat"]
+    assert not arguments(lm_eval_commands(found, "ifeval")["commands"][0])["chat"]
 
 
 def test_a_gguf_base_is_refused(found):
     found.model = found.model.model_copy(update={"gguf_file": "q4.gguf"})
     with pytest.raises(RequestError, match="merge first"):
-        hand_off(found, "ifeval")
+        lm_eval_commands(found, "ifeval")
 
 
 def test_a_whole_model(babbling, capsys):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from datasets import Dataset
 
-import orpo_lite.evaluate.held_out as evaluate
+import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.buckets import breakdown, by_length
-from orpo_lite.evaluate.loading import open_run
+from orpo_lite.evaluate.held_out import breakdown, by_length
+from orpo_lite.evaluate.loading import load_for_evaluation
 from orpo_lite.merge.run import merge
 from tests.quickstart.corpus import preference_rows
 
@@ -59,10 +59,10 @@ def test_sources_are_named_by_their_rows(trained, tmp_path):
     rows = [row | {"source": f"part {n % 3}"} for n, row in enumerate(preference_rows(0)["heldout"][:8])]
     rows[1]["chosen"] = rows[1]["rejected"]
     del rows[5]["source"]
-    opened = open_run(str(trained), write(tmp_path / "held.jsonl", rows))
+    loaded = load_for_evaluation(str(trained), write(tmp_path / "held.jsonl", rows))
     expected = [row.get("source", str(tmp_path / "held.jsonl")) for n, row in enumerate(rows) if n != 1]
-    assert opened.sources == expected
-    results = opened.measured()
+    assert loaded.pair_sources == expected
+    results = loaded.evaluate_sides()
     assert list(results) == ["base", "adapter"]
     for result in results.values():
         for group in result["by"].values():

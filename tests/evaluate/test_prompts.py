@@ -7,12 +7,11 @@ from typing import Any
 
 import pytest
 
-import orpo_lite.evaluate.held_out as evaluate
+import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.answer_file import answer_questions
-from orpo_lite.evaluate.answering import Sampling, open_answerer
-from orpo_lite.evaluate.model_source import find
-from orpo_lite.evaluate.prompts import Question, read_questions
+from orpo_lite.evaluate.answer_file import Question, answer_questions, read_questions
+from orpo_lite.evaluate.answering import Sampling, load_answerer
+from orpo_lite.evaluate.loading import resolve_model
 
 ROWS = [
     {"id": "a", "category": "sums", "turns": ["How much is 4 plus 5?", "And the capital of Peru?"]},
@@ -35,7 +34,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def answerer(trained):
-    return open_answerer(str(trained))
+    return load_answerer(str(trained))
 
 
 def test_forms(file, tmp_path, shared_data):
@@ -51,7 +50,7 @@ def test_forms(file, tmp_path, shared_data):
     (tmp_path / "p.json").write_text(json.dumps(ROWS))
     assert read_questions(str(tmp_path / "p.json")) == questions
     bench = read_questions(str(shared_data / "eval_prompts.jsonl"))
-    assert len(bench) == 155 and sum(bool(one.more) for one in bench) >= 70 and bench[0].category == "writing"
+    assert len(bench) == 155 and sum(bool(one.follow_ups) for one in bench) >= 70 and bench[0].category == "writing"
 
 
 @pytest.mark.parametrize(
@@ -85,7 +84,7 @@ def test_files_that_are_none(tmp_path):
 
 def answers(answerer, questions, batch_size, output=None, sampling=None, seed=0) -> Any:
     rows = answer_questions(
-        lambda: answerer, answerer.found, questions, sampling or Sampling(20), seed, batch_size, output
+        lambda: answerer, answerer.source, questions, sampling or Sampling(20), seed, batch_size, output
     )
     return [row["answers"] for row in rows]
 
@@ -99,7 +98,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(answerer, file):
     assert any(row["base"] != row["adapter"] for row in alone)
     # the second turn is asked in the conversation that the side itself had
     turns = [*questions[0].opening, {"role": "assistant", "content": alone[0]["adapter"][0]}]
-    turns.append({"role": "user", "content": questions[0].more[0]})
+    turns.append({"role": "user", "content": questions[0].follow_ups[0]})
     assert answerer.reply("adapter", turns, Sampling(20)).text == alone[0]["adapter"][1]
 
 
@@ -134,7 +133,7 @@ def test_what_is_written_is_gone_on_with(answerer, file, tmp_path):
     def never() -> Any:
         raise AssertionError("loaded for nothing")
 
-    answer_questions(never, answerer.found, questions, Sampling(20), 0, 2, output)
+    answer_questions(never, answerer.source, questions, Sampling(20), 0, 2, output)
     for other, words in ((Sampling(21), "line 1: in settings"), (Sampling(20, 0.5), "line 1: in settings")):
         with pytest.raises(RequestError, match=words):
             answers(answerer, questions, 2, output, other)
@@ -147,7 +146,7 @@ def test_a_conversation_without_room_is_left_unanswered(answerer, file, monkeypa
     questions = read_questions(str(file))[:2]
     first = len(answerer.prompts([questions[0].opening])[0])
     monkeypatch.setattr(type(answerer), "context", first + 6)
-    rows = answer_questions(lambda: answerer, answerer.found, questions, Sampling(20), 0, 2, None)
+    rows = answer_questions(lambda: answerer, answerer.source, questions, Sampling(20), 0, 2, None)
     assert rows[0]["answers"]["base"][1] is None and 0 < rows[0]["tokens"]["base"][0] <= 6
     monkeypatch.setattr(type(answerer), "context", 5)
     with pytest.raises(RequestError, match="a has .* tokens, and the model takes 5: leave it out"):
@@ -164,4 +163,4 @@ def test_the_command(trained, file, tmp_path, capsys):
     assert (
         found["answers"] == [json.loads(line) for line in output.read_text().splitlines()] and found["judged"] is None
     )
-    assert find(str(trained)).names == ("base", "adapter")
+    assert resolve_model(str(trained)).names == ("base", "adapter")
