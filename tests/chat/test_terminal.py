@@ -56,7 +56,7 @@ def test_choices_become_training_data(trained, terminal, tmp_path):
     chat.send("Why?\n")
     chat.expect("better: 1 or 2")
     chat.send("s")
-    chat.expect("not kept; the conversation goes on with the answer of adapter")
+    chat.expect("not kept; the conversation continues with the answer of adapter")
     chat.send("Really?\n")
     chat.expect("better: 1 or 2")
     chat.send("e")
