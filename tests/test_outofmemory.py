@@ -14,9 +14,8 @@ from transformers import LlamaConfig, MixtralConfig, T5Config, TrainerCallback
 
 from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.data.split import pair_tokens, select_pairs
-from orpo_lite.data.work import pair_costs
+from orpo_lite.data.collate import PackedCollator, PaddedCollator, pair_tokens, select_pairs
+from orpo_lite.data.lengths import pair_costs
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.callbacks import MetricsFile
 from orpo_lite.trainer.checkpoint_folder import seal

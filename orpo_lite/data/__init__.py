@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
+from orpo_lite.data.lengths import pair_lengths
 
 if TYPE_CHECKING:
     import datasets
@@ -161,24 +162,6 @@ def assemble(
         shapes,
         hashlib.sha256(repr(parts).encode()).hexdigest(),
     )
-
-
-def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
-    """Tokens per pair: prompt (the longer of both, should the boundary differ), chosen and rejected completion, total.
-
-    total counts the prompt once. Arrays of int64, one entry a pair.
-    """
-    import numpy as np
-
-    from orpo_lite.data.lengths import list_lengths, numbers
-
-    chosen, rejected = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
-    if "prompt_ids" in pairs.column_names:
-        prompt = list_lengths(pairs, "prompt_ids")
-    else:
-        starts = numbers(pairs, "chosen_start"), numbers(pairs, "rejected_start")
-        prompt, chosen, rejected = np.maximum(*starts), chosen - starts[0], rejected - starts[1]
-    return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "total": prompt + chosen + rejected}
 
 
 def __getattr__(name: str) -> Any:

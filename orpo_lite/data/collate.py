@@ -1,4 +1,4 @@
-"""Tokenised pairs -> one batch. Every layout hands the loss the same thing: which rows carry which label for whom."""
+"""Tokenized pairs -> one batch. Every layout gives the loss the same: which rows carry which label for which pair."""
 
 from __future__ import annotations
 
@@ -9,11 +9,14 @@ import torch
 from torch import Tensor
 
 Row = dict[str, Any]
-
-
+Label = tuple[int, int, int, int, int]
+"""The fields of LABEL_FIELDS, see `PaddedCollator`."""
+LABEL_FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
 Segment = tuple[int, int, int, int]
-"""Where a pair lies in the packed row, in tokens: start, common prefix, rest of chosen, rest of rejected. A plain tuple,
-since what moves batches to a device rebuilds tuples from an iterator, which a NamedTuple does not take."""
+"""Where a pair lies in the packed row, in tokens: start, common prefix, rest of chosen, rest of rejected.
+
+A plain tuple: accelerate rebuilds tuples from an iterator when it moves batches to a device, which a NamedTuple does not
+allow."""
 
 
 @dataclass
@@ -45,34 +48,27 @@ class PaddedCollator:
         starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
         batch = self._pad(sequences)
         width = batch["input_ids"].shape[1]
-        labels = LabelList()
+        labels: list[Label] = []
         for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
             pair, chosen = i % len(pairs), i < len(pairs)
-            # a row predicts the token after it, so the first token of a sequence is nobody's label
+            # a row predicts the token after it, so the first token of a sequence is never a label
             first = 1 if chosen and self.nll_scope == "prompt+chosen" else max(start, 1)
             for t in range(first, len(ids)):
-                mine = pair if t >= start else -1
-                labels.add(
-                    i * width + t - 1, ids[t], mine if chosen else -1, -1 if chosen else mine, pair if chosen else -1
-                )
-        return batch | labels.tensors() | {"pair_rows": pair_rows(pairs)}
+                counted = pair if t >= start else -1
+                sides = (counted, -1, pair) if chosen else (-1, counted, -1)
+                labels.append((i * width + t - 1, ids[t], *sides))
+        return batch | label_tensors(labels) | {"pair_rows": pair_rows(pairs)}
 
     def _encoder_decoder(self, pairs: list[Row], start_token: int) -> dict[str, Tensor]:
         batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
         completions = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
         decoder = self._pad([[start_token, *ids[:-1]] for ids in completions])["input_ids"]
-        labels = LabelList()
+        labels: list[Label] = []
         for i, ids in enumerate(completions):
             pair, chosen = i % len(pairs), i < len(pairs)
-            for t, token in enumerate(ids):
-                labels.add(
-                    i * decoder.shape[1] + t,
-                    token,
-                    pair if chosen else -1,
-                    -1 if chosen else pair,
-                    pair if chosen else -1,
-                )
-        return batch | {"decoder_input_ids": decoder} | labels.tensors() | {"pair_rows": pair_rows(pairs)}
+            sides = (pair, -1, pair) if chosen else (-1, pair, -1)
+            labels += [(i * decoder.shape[1] + t, token, *sides) for t, token in enumerate(ids)]
+        return batch | {"decoder_input_ids": decoder} | label_tensors(labels) | {"pair_rows": pair_rows(pairs)}
 
     def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
@@ -85,19 +81,19 @@ class PaddedCollator:
 
 @dataclass
 class PackedCollator:
-    """Pairs end to end in one row, nothing padded: `[common prefix | rest of chosen | rest of rejected]` a pair.
+    """Pairs end to end in one row without padding, each as `[common prefix | rest of chosen | rest of rejected]`.
 
-    The prefix is the longest common token prefix of the two sequences, so completions that open alike share that too.
-    With `share` off both sequences stand whole, each seeing only itself.
+    The prefix is the longest common token prefix of the two sequences, so completions that begin alike share that as well.
+    With `share` off both sequences are whole, and each attends only to itself.
 
     Args:
         nll_scope: prompt+chosen or chosen.
         share: compute the prefix once for both sequences.
 
     A batch holds what PaddedCollator's does, and
-        input_ids, position_ids: (1, T); positions restart at each pair, and the rejected branch goes on from the prefix.
+        input_ids, position_ids: (1, T); positions restart at each pair, and the rejected branch continues from the prefix.
         attention_mask: (1, T), 2 where a token stands for both sequences, so that a router's auxiliary loss, which
-            weighs by it, counts what it counts in the padded layout.
+            is weighted by it, equals that of the padded layout.
         segments: a `Segment` for each pair.
     """
 
@@ -109,7 +105,7 @@ class PackedCollator:
         positions: list[int] = []
         weights: list[int] = []
         segments: list[Segment] = []
-        labels = LabelList()
+        labels: list[Label] = []
         for pair, row in enumerate(pairs):
             chosen, rejected = list(row["chosen_ids"]), list(row["rejected_ids"])
             prefix = common_prefix(chosen, rejected) if self.share else 0
@@ -120,50 +116,41 @@ class PackedCollator:
             weights += [2] * prefix + [1] * (len(chosen) + len(rejected) - 2 * prefix)
         tensors = {"input_ids": ids, "position_ids": positions, "attention_mask": weights}
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in tensors.items()}
-        return batch | labels.tensors() | {"pair_rows": pair_rows(pairs), "segments": segments}
+        return batch | label_tensors(labels) | {"pair_rows": pair_rows(pairs), "segments": segments}
 
-    def _label(self, labels: LabelList, pair: int, row: Row, start: int, prefix: int) -> None:
+    def _label(self, labels: list[Label], pair: int, row: Row, start: int, prefix: int) -> None:
         chosen = row["chosen_ids"]
         first = 1 if self.nll_scope == "prompt+chosen" else max(row["chosen_start"], 1)
-        # a label inside the prefix belongs to both sequences, and may start counting for either first
+        # a label inside the prefix belongs to both sequences, and either may be the first to count it
         for t in range(max(1, min(first, row["chosen_start"], row["rejected_start"])), len(chosen)):
             for_chosen = pair if t >= row["chosen_start"] else -1
             for_rejected = pair if row["rejected_start"] <= t < prefix else -1
             in_nll = pair if t >= first else -1
             if (for_chosen, for_rejected, in_nll) != (-1, -1, -1):
-                labels.add(start + t - 1, chosen[t], for_chosen, for_rejected, in_nll)
+                labels.append((start + t - 1, chosen[t], for_chosen, for_rejected, in_nll))
         for t in range(max(1, prefix, row["rejected_start"]), len(row["rejected_ids"])):
             before = t - 1 if t == prefix else len(chosen) + t - 1 - prefix
-            labels.add(start + before, row["rejected_ids"][t], -1, pair, -1)
+            labels.append((start + before, row["rejected_ids"][t], -1, pair, -1))
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
-    """Length of the longest common prefix."""
+    """Return the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-class LabelList:
-    """Label rows as they are laid out, one column a field."""
-
-    FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[int, ...]] = []
-
-    def add(self, row: int, label: int, chosen_pair: int, rejected_pair: int, nll_pair: int) -> None:
-        self.entries.append((row, label, chosen_pair, rejected_pair, nll_pair))
-
-    def tensors(self) -> dict[str, Tensor]:
-        columns = torch.tensor(self.entries, dtype=torch.int64).reshape(-1, len(self.FIELDS))
-        return {name: columns[:, i].contiguous() for i, name in enumerate(self.FIELDS)}
+def label_tensors(labels: list[Label]) -> dict[str, Tensor]:
+    """Return the fields of the labels as tensors, (N,) int64 each."""
+    columns = torch.tensor(labels, dtype=torch.int64).reshape(-1, len(LABEL_FIELDS))
+    return {name: columns[:, i].contiguous() for i, name in enumerate(LABEL_FIELDS)}
 
 
 def pair_rows(pairs: list[Row]) -> Tensor:
+    """Return the index of each pair in its source, (B,) int64; -1 where it is not known."""
     return torch.tensor([p.get("row", -1) for p in pairs], dtype=torch.int64)
 
 
 def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
-    """A batch of TRL's DPO collator (or a user's own of that form) as one of ours."""
+    """Convert a batch of TRL's DPO collator, or of a user's own of that form, to one of `collator`."""
     encoder_decoder = "chosen_input_ids" not in batch
 
     def unpad(name: str, i: int, keep: Tensor) -> list[int]:
@@ -184,3 +171,75 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -
             pair["prompt_ids"] = unpad("prompt_input_ids", i, batch["prompt_attention_mask"])
         pairs.append(pair)
     return collator(pairs)
+
+
+# ---- parts of a batch: the batch that a collator would have made of some of its pairs ---------------------------------
+
+
+def pair_tokens(batch: dict[str, Any]) -> list[int]:
+    """Return the tokens that each pair of a batch costs, as `lengths.pair_costs` counts them."""
+    if "segments" in batch:
+        return [prefix + chosen + rejected for _, prefix, chosen, rejected in batch["segments"]]
+    lengths = batch["attention_mask"].sum(1)
+    if "decoder_input_ids" in batch:
+        lengths = lengths + _decoder_lengths(batch)
+    return (2 * lengths.view(2, -1).amax(0)).tolist()
+
+
+def select_pairs(batch: dict[str, Any], pairs: list[int]) -> dict[str, Any]:
+    """Return the batch that the collator would have made of these pairs, tensor for tensor.
+
+    Args:
+        batch: of one of the collators.
+        pairs: indexes of the pairs in the batch, in rising order.
+    """
+    index = torch.tensor(pairs, device=batch["pair_rows"].device)
+    part, moved = _packed(batch, pairs) if "segments" in batch else _padded(batch, index)
+    kept = moved[batch["label_rows"]] >= 0
+    part["label_rows"] = moved[batch["label_rows"]][kept]
+    part["label_ids"] = batch["label_ids"][kept]
+    # the last entry stands for -1, a label that counts for no pair
+    number = torch.full((len(batch["pair_rows"]) + 1,), -1, device=index.device)
+    number[index] = torch.arange(len(pairs), device=index.device)
+    for name in LABEL_FIELDS[2:]:
+        part[name] = number[batch[name]][kept]
+    return part | {"pair_rows": batch["pair_rows"][index]}
+
+
+def _packed(batch: dict[str, Any], pairs: list[int]) -> tuple[dict[str, Any], Tensor]:
+    """Return the inputs of the pairs' segments, and where each token has gone (-1: left out)."""
+    segments, tokens, start = [], [], 0
+    for pair in pairs:
+        first, *lengths = batch["segments"][pair]
+        segments.append((start, *lengths))
+        tokens.append(torch.arange(first, first + sum(lengths)))
+        start += sum(lengths)
+    index = torch.cat(tokens).to(batch["input_ids"].device)
+    part: dict[str, Any] = {name: batch[name][:, index] for name in ("input_ids", "position_ids", "attention_mask")}
+    return part | {"segments": segments}, _places(batch["input_ids"].shape[1], index)
+
+
+def _padded(batch: dict[str, Any], pairs: Tensor) -> tuple[dict[str, Any], Tensor]:
+    """Return the inputs of the pairs' rows without padding that only others needed, and where each state has gone."""
+    rows = torch.cat([pairs, pairs + len(batch["input_ids"]) // 2])
+    mask = batch["attention_mask"][rows]
+    width = int(mask.sum(1).max())
+    part = {"input_ids": batch["input_ids"][rows, :width], "attention_mask": mask[:, :width]}
+    states = batch["input_ids"]
+    if "decoder_input_ids" in batch:
+        states, width = batch["decoder_input_ids"], int(_decoder_lengths(batch)[rows].max())
+        part["decoder_input_ids"] = states[rows, :width]
+    index = rows[:, None] * states.shape[1] + torch.arange(width, device=rows.device)
+    return part, _places(states.numel(), index.flatten())
+
+
+def _decoder_lengths(batch: dict[str, Any]) -> Tensor:
+    """Return the tokens of each completion, all of which are labels."""
+    rows, width = batch["decoder_input_ids"].shape
+    return torch.bincount(batch["label_rows"] // width, minlength=rows)
+
+
+def _places(count: int, kept: Tensor) -> Tensor:
+    places = torch.full((count,), -1, device=kept.device)
+    places[kept] = torch.arange(len(kept), device=kept.device)
+    return places

@@ -1,16 +1,18 @@
 """Whole optimizer steps: which pairs each process computes, in which micro-batches.
 
-A step's pairs are the next of a seeded permutation, whatever the layout, the budget or the number of processes. They
-are dealt to the processes by cost, and each process's share is cut into micro-batches of nearly equal cost. Every
-process plans the same, so nothing is communicated; all have the same number of micro-batches, with a filler that
-weighs nothing where one has fewer. No pair is repeated to fill a step up, as a sharded sampler does.
+The pairs of a step are the next ones of a seeded permutation, whatever the layout, the budget or the number of
+processes. They are dealt to the processes by cost, and each process's share is cut into micro-batches of nearly equal
+cost. Every process computes the same plan, so nothing is communicated. All processes have the same number of
+micro-batches; where one has fewer, a filler that weighs nothing takes the place of the missing ones. No pair is
+repeated to fill up a step, as a sharded sampler would do.
 
-A plan holds three integers a pair, 24 bytes, on each process: 24 MB for a million pairs. The pairs themselves are
-memory-mapped, one copy a node.
+A plan holds three integers per pair (24 bytes) on each process. The pairs themselves stay memory-mapped.
 """
 
 from __future__ import annotations
 
+import bisect
+import heapq
 import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -21,30 +23,192 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.data.dealing import MicroBatches, cut_by_pairs, cut_step
-from orpo_lite.data.work import pair_costs, pair_work
+from orpo_lite.data.lengths import pair_costs, pair_work
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.config import ORPOConfig
 
 logger = logging.getLogger(__name__)
 
+MicroBatches = list[list[int]]
+"""The pairs of each micro-batch, by index."""
+
+
+# ---- dealing pairs to processes and micro-batches --------------------------------------------------------------------
+
+
+def deal(costs: np.ndarray, bins: int, max_items: int | None = None) -> list[list[int]]:
+    """Spread items over bins so that the costliest bin costs little more than the mean.
+
+    The costliest item goes first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum). Then
+    the costliest bin exchanges items with the others as long as that helps and it is 0.1% above the mean.
+
+    Args:
+        costs: (N,) int64.
+        bins: number of bins.
+        max_items: the most items of a bin; bins x max_items must hold all of them.
+
+    Returns:
+        The items of each bin, by index.
+    """
+    order = np.argsort(-costs, kind="stable")
+    heap = [(0, b) for b in range(bins)]
+    dealt: list[list[int]] = [[] for _ in range(bins)]
+    for item in order.tolist():
+        load, b = heapq.heappop(heap)
+        dealt[b].append(item)
+        if max_items is None or len(dealt[b]) < max_items:
+            heapq.heappush(heap, (load + int(costs[item]), b))
+    loads = np.array([costs[items].sum() for items in dealt], dtype=np.int64)
+    for _ in range(4 * bins):
+        top = int(np.argmax(loads))
+        if loads[top] <= 1.001 * loads.mean() or not _exchange(dealt, loads, costs, top, max_items):
+            break
+    return dealt
+
+
+def _exchange(dealt: list[list[int]], loads: np.ndarray, costs: np.ndarray, top: int, max_items: int | None) -> bool:
+    """Swap an item of the costliest bin `top` for a cheaper one elsewhere, or move it where there is room.
+
+    Changes `dealt` and `loads`; returns False if nothing lowers the larger of the two bins.
+    """
+    best = (0, -1, -1, -1)
+    for b in np.flatnonzero(loads < loads[top] - 1).tolist():
+        gap = loads[top] - loads[b]
+        # moving d = cost(a) - cost(other) leaves the two bins at top - d and b + d: best at half the gap
+        mine, theirs = costs[dealt[top]], costs[dealt[b]]
+        if max_items is None or len(dealt[b]) < max_items:
+            theirs = np.append(theirs, 0)
+        difference = mine[:, None] - theirs[None]
+        gain = np.where((difference > 0) & (difference < gap), np.minimum(difference, gap - difference), 0)
+        i, j = divmod(int(gain.argmax()), max(1, len(theirs)))
+        if gain.size and gain[i, j] > best[0]:
+            best = (int(gain[i, j]), b, i, j)
+    gain, b, i, j = best
+    if gain == 0:
+        return False
+    moved = [dealt[top].pop(i)]
+    if j < len(dealt[b]):
+        dealt[top].append(dealt[b].pop(j))
+    dealt[b] += moved
+    loads[[top, b]] = costs[dealt[top]].sum(), costs[dealt[b]].sum()
+    return True
+
+
+def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool = False) -> MicroBatches:
+    """Cut pairs into at least `count` micro-batches of nearly equal cost, as few as the budget allows.
+
+    A pair that costs more than the budget stands alone. Padded pairs are cut in the order of their length, so that
+    pairs of similar length are padded to each other.
+    """
+    if padded:
+        count = max(count, len(_runs(costs, budget)))
+        limits = range(1, budget + 1)
+        limit = limits[bisect.bisect_left(limits, True, key=lambda limit: len(_runs(costs, limit)) <= count)]
+        parts = _runs(costs, limit)
+    else:
+        count = max(count, min(len(costs), -(-int(costs.sum()) // budget)))
+        parts = deal(costs, count)
+        while any(len(part) > 1 and costs[part].sum() > budget for part in parts):
+            count += 1
+            parts = deal(costs, count)
+    return [sorted(part) for part in parts] + [[]] * (count - len(parts))
+
+
+def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
+    """Return runs of neighbors in length, longest first, each within the limit when padded to its longest pair."""
+    runs: MicroBatches = []
+    longest = 0
+    for item in np.argsort(-costs, kind="stable").tolist():
+        if runs and (len(runs[-1]) + 1) * longest <= limit:
+            runs[-1].append(item)
+        else:
+            runs.append([item])
+            longest = int(costs[item])
+    return runs
+
+
+def cut_by_tokens(
+    costs: np.ndarray, processes: int, budget: int, padded: bool = False, work: np.ndarray | None = None
+) -> list[MicroBatches]:
+    """Cut the pairs of one optimizer step into micro-batches of at most `budget` tokens.
+
+    Args:
+        costs: tokens of each pair, (N,) int64, which the budget counts.
+        processes: number of processes.
+        budget: tokens per micro-batch.
+        padded: whether the layout pads the pairs of a micro-batch to each other.
+        work: time of each pair, by which the processes get their share; by default its tokens.
+
+    Returns:
+        The micro-batches of each process: the same number on all, some of them empty.
+    """
+    dealt = [np.array(d, dtype=np.int64) for d in deal(costs if work is None else work, processes)]
+    cut = [micro_batches(costs[d], budget, 1, padded) for d in dealt]
+    count = max(map(len, cut))
+    cut = [
+        c if len(c) == count else micro_batches(costs[d], budget, count, padded)
+        for c, d in zip(cut, dealt, strict=True)
+    ]
+    count = max(map(len, cut))
+    return [[d[batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)]
+
+
+def cut_by_pairs(
+    work: np.ndarray, processes: int, pairs: int, padded: bool = False, whole: bool = False
+) -> list[MicroBatches]:
+    """Cut the pairs of one optimizer step into micro-batches of at most `pairs` pairs, as few as hold them all.
+
+    Args:
+        work: time or tokens of each pair, (N,) int64.
+        processes: number of processes.
+        pairs: pairs per micro-batch.
+        padded: whether the layout pads the pairs of a micro-batch to each other.
+        whole: keep the micro-batches that a single process would form and deal those: a mean of micro-batch means
+            depends on them.
+
+    Returns:
+        As `cut_by_tokens`.
+    """
+    if whole:
+        parts = [list(range(len(work)))[i : i + pairs] for i in range(0, len(work), pairs)]
+        sums = np.array([work[part].sum() for part in parts], dtype=np.int64)
+        count = -(-len(parts) // processes)
+        dealt = deal(sums, processes, max_items=count)
+        return [[parts[i] for i in sorted(share)] + [[]] * (count - len(share)) for share in dealt]
+    rounds = -(-len(work) // (processes * pairs))
+    shares = [np.array(share, dtype=np.int64) for share in deal(work, processes, max_items=rounds * pairs)]
+    count = max(-(-len(share) // pairs) for share in shares)
+    cut: list[MicroBatches] = []
+    for share in shares:
+        if padded:  # pairs of similar length are padded to each other
+            size = max(1, -(-len(share) // count))
+            share = share[np.argsort(-work[share], kind="stable")]
+            parts = [share[i : i + size].tolist() for i in range(0, len(share), size)]
+        else:
+            parts = [share[part].tolist() for part in deal(work[share], count, max_items=pairs)]
+        cut.append([sorted(part) for part in parts] + [[]] * (count - len(parts)))
+    return cut
+
+
+# ---- the steps of an epoch -------------------------------------------------------------------------------------------
+
 
 @dataclass
 class StepPlan:
-    """All steps of every epoch, worked out one at a time.
+    """All steps of every epoch, computed one at a time.
 
     Args:
         costs: tokens of each pair in the layout, (N,) int64.
-        pairs_per_step: pairs of an optimizer step on all processes together.
-        tokens_per_batch: tokens of a micro-batch, at most, where it holds more than one pair; None goes by pairs.
+        pairs_per_step: pairs per optimizer step on all processes together.
+        tokens_per_batch: the most tokens of a micro-batch of several pairs; None goes by pairs.
         processes: number of processes.
         seed: of the permutation; None keeps the pairs in their order.
         padded: whether the layout pads the pairs of a micro-batch to each other.
-        drop_last: leave out the pairs that do not fill a last step, or, without a budget, micro-batches on all processes.
-        pairs_per_batch: pairs of a micro-batch without a budget.
-        whole: keep the micro-batches of one process, see `cut_by_pairs`.
-        work: time of each pair, (N,) int64, by which processes get their share; tokens where it is None.
+        drop_last: leave out the pairs that do not fill a last step or, without a budget, micro-batches on all processes.
+        pairs_per_batch: pairs per micro-batch without a budget.
+        whole: keep the micro-batches of a single process, see `cut_by_pairs`.
+        work: time of each pair, (N,) int64, by which the processes get their share; by default its tokens.
     """
 
     costs: np.ndarray
@@ -60,7 +224,7 @@ class StepPlan:
     _order: tuple[int, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
-        """Optimizer steps of an epoch."""
+        """Count the optimizer steps of an epoch."""
         if self.drop_last and not self.tokens_per_batch:
             return -(-self.used // self.pairs_per_step)
         whole, rest = divmod(len(self.costs), self.pairs_per_step)
@@ -68,13 +232,13 @@ class StepPlan:
 
     @property
     def used(self) -> int:
-        """Pairs of an epoch, the last of its order left out where `drop_last` and no budget say so."""
+        """Pairs of an epoch; with `drop_last` and without a budget, the last of its order are left out."""
         count, at_once = len(self.costs), self.pairs_per_batch * self.processes
         return count // at_once * at_once if self.drop_last and not self.tokens_per_batch else count
 
     def order(self, epoch: int) -> np.ndarray:
-        """The pairs of an epoch in the order of training, that of transformers' Trainer: the same with and without budget."""
-        if self._order is None or self._order[0] != epoch:  # drawn once an epoch, not once a step
+        """Return the pairs of an epoch in the order of training, the same as that of transformers' Trainer."""
+        if self._order is None or self._order[0] != epoch:  # drawn once per epoch, not once per step
             self._order = epoch, self._draw(epoch)
         return self._order[1]
 
@@ -85,22 +249,25 @@ class StepPlan:
         return torch.randperm(len(self.costs), generator=torch.Generator().manual_seed(self.seed + epoch)).numpy()
 
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
-        """Micro-batches of each process in one optimizer step; the same number on all of them."""
-        mine = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        work = self.costs[mine] if self.work is None else self.work[mine]
+        """Return the micro-batches of each process in one optimizer step; the same number on all of them."""
+        pairs = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        work = self.costs[pairs] if self.work is None else self.work[pairs]
         if self.tokens_per_batch:
-            cut = cut_step(self.costs[mine], self.processes, self.tokens_per_batch, self.padded, work)
+            cut = cut_by_tokens(self.costs[pairs], self.processes, self.tokens_per_batch, self.padded, work)
         else:
             cut = cut_by_pairs(work, self.processes, self.pairs_per_batch, self.padded, self.whole)
-        return [[mine[batch].tolist() if batch else [] for batch in batches] for batches in cut]
+        return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
 class StepDataset(Dataset):
     """Optimizer steps of one process: (epoch, step) -> {"micro_batches": [batch, ...]}.
 
     Args:
-        collator: makes the batches, a user's own perhaps.
-        ours: makes the fillers.
+        pairs: tokenized pairs.
+        plan: of all processes.
+        collator: makes the batches; it may be a user's own.
+        process: the index of this process.
+        own_collator: makes the fillers; by default `collator`.
     """
 
     def __init__(
@@ -109,10 +276,10 @@ class StepDataset(Dataset):
         plan: StepPlan,
         collator: Any,
         process: int,
-        ours: PaddedCollator | PackedCollator | None = None,
+        own_collator: PaddedCollator | PackedCollator | None = None,
     ):
         self.pairs, self.plan, self.collator, self.process = pairs, plan, collator, process
-        self.ours = ours or collator
+        self.own_collator = own_collator or collator
 
     def __len__(self) -> int:
         return len(self.pairs)
@@ -124,16 +291,11 @@ class StepDataset(Dataset):
     def _collate(self, batch: list[int]) -> dict[str, Any]:
         if batch:
             return self.collator([self.pairs[i] for i in batch])
-        # a backward pass has to run on every process: one short pair
-        return filler(self.ours, self.pairs[int(self.plan.costs.argmin())])
-
-
-def filler(collator: PaddedCollator | PackedCollator, pair: dict[str, Any]) -> dict[str, Any]:
-    """A micro-batch that weighs nothing: one pair, none of whose labels count."""
-    batch = collator([pair])
-    for name in ("chosen_pair", "rejected_pair", "nll_pair"):
-        batch[name] = torch.full_like(batch[name], -1)
-    return batch | {"pair_rows": batch["pair_rows"][:0]}
+        # a backward pass has to run on every process: take one short pair, of which no label counts
+        filler = self.own_collator([self.pairs[int(self.plan.costs.argmin())]])
+        for name in ("chosen_pair", "rejected_pair", "nll_pair"):
+            filler[name] = torch.full_like(filler[name], -1)
+        return filler | {"pair_rows": filler["pair_rows"][:0]}
 
 
 class StepSampler:
@@ -145,6 +307,7 @@ class StepSampler:
         self.steps, self.epoch = steps, 0
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch that the keys name."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -156,12 +319,14 @@ class StepSampler:
 
 
 class StepLoader(DataLoader):
-    """One item an optimizer step; the epoch travels in the keys, so that workers and resuming need no state."""
+    """One item per optimizer step; the epoch travels in the keys, so that workers and resuming need no state."""
 
     def __init__(self, dataset: StepDataset, **options: Any):
-        super().__init__(dataset, batch_sampler=StepSampler(len(dataset.plan)), collate_fn=_only, **options)  # type: ignore[arg-type]
+        sampler = StepSampler(len(dataset.plan))
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=_only, **options)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose steps come next."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
 
 
@@ -174,16 +339,19 @@ def step_loader(
     args: ORPOConfig,
     layout: str,
     collator: Any,
-    ours: Any = None,
+    own_collator: Any = None,
     accumulation: int = 1,
     weight: float = 0.0,
 ) -> StepLoader:
-    """The training loader of `tokens_per_batch`, and of several processes, from a trainer's arguments.
+    """Return the training loader for `tokens_per_batch` or several processes, from a trainer's arguments.
 
     Args:
-        collator, ours: see `StepDataset`.
+        pairs: tokenized pairs.
+        args: of the trainer.
+        layout: shared, packed or padded.
+        collator, own_collator: see `StepDataset`.
         accumulation: micro-batches that `args.train_batch_size` holds, without a budget.
-        weight: tokens that a place of attention costs, see `work.place_weight`.
+        weight: tokens that one place of attention costs, see `lengths.place_weight`.
     """
     budget = args.tokens_per_batch
     costs = pair_costs(pairs, layout)
@@ -210,7 +378,7 @@ def step_loader(
         work=pair_work(pairs, layout, weight) if args.world_size > 1 else None,
     )
     return StepLoader(
-        StepDataset(pairs, plan, collator, args.process_index, ours),
+        StepDataset(pairs, plan, collator, args.process_index, own_collator),
         num_workers=args.dataloader_num_workers,
         pin_memory=args.dataloader_pin_memory,
         prefetch_factor=args.dataloader_prefetch_factor if args.dataloader_num_workers else None,

@@ -15,7 +15,7 @@ from rich.table import Table
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.memory import held_by, peak_memory_bytes
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
-from orpo_lite.data.histograms import length_histograms
+from orpo_lite.data.lengths import length_histograms
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.report.licence import find_licence

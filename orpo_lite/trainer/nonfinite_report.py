@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from orpo_lite.data.split import pair_tokens, select_pairs
+from orpo_lite.data.collate import pair_tokens, select_pairs
 
 IN_A_ROW, IN_ALL = 5, 20
 """Steps that on_nonfinite=skip leaves out before it gives up: one after another, and in a run."""

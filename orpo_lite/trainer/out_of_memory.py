@@ -12,9 +12,9 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import Tensor
 
-from orpo_lite.data.dealing import micro_batches
+from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.split import pair_tokens, select_pairs
+from orpo_lite.data.step_batches import micro_batches
 
 SAVERS = (
     "let more layers checkpoint (memory.checkpointing=all), keep what they save in the host's memory "

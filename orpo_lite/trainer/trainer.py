@@ -16,9 +16,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
+from orpo_lite.data.lengths import place_weight
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, TokenizeOptions, check_same_stream, tokenize_rows
-from orpo_lite.data.work import place_weight
 from orpo_lite.model import keep_4bit_differentiable, optimizer_for
 from orpo_lite.model.inspection import outside_text, routers
 from orpo_lite.objective.layout import choose_layout

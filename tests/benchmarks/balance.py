@@ -3,7 +3,7 @@
 The lengths of real pairs vary twenty-fold, and an optimizer step ends when the last GPU is done. What a pair takes is
 `a + b * tokens + c * attention` seconds, measured (`--measure`): tokens as the layout counts them, attention as the
 number of (query, key) places that are computed, so the sum of squares. Steps are those of the trainer's own `StepPlan`,
-dealt by tokens and places (`data.work`), and by tokens alone; a plain sharded sampler gives each GPU the next pairs of the
+dealt by tokens and places (`data.lengths`), and by tokens alone; a plain sharded sampler gives each GPU the next pairs of the
 same order.
 """
 
@@ -20,8 +20,8 @@ import typer
 
 from orpo_lite.common.console import console, errors, run_command
 from orpo_lite.common.errors import RequestError
+from orpo_lite.data.lengths import place_weight, places
 from orpo_lite.data.step_batches import StepPlan
-from orpo_lite.data.work import place_weight, places
 from orpo_lite.recipe import Recipe
 
 GPUS = (2, 4, 8, 16, 32, 64, 128, 256, 512, 1024)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_lite.data.collate import LabelList, PackedCollator, PaddedCollator
+from orpo_lite.data.collate import LABEL_FIELDS, PackedCollator, PaddedCollator
 from orpo_lite.objective.head import HeadTransform, token_logps
 from orpo_lite.objective.loss import orpo_loss, pair_statistics, window_loss
 from orpo_lite.train.meters import interleaved, peak_over, ratios
@@ -107,7 +107,7 @@ def race_liger(model: Any, pairs: list[dict[str, Any]], repeats: int) -> dict[st
     target[padded["label_rows"][answers]] = padded["label_ids"][answers]
     nll_target[padded["label_rows"][scope]] = padded["label_ids"][scope]
     fused = LigerFusedLinearORPOLoss(compiled=weight.is_cuda)
-    batch = {key: packed[key].to(device) for key in LabelList.FIELDS}
+    batch = {key: packed[key].to(device) for key in LABEL_FIELDS}
 
     def ours(rows: Tensor) -> Tensor:
         logps, means = token_logps(rows[batch["label_rows"]], weight, batch["label_ids"], chunk=CHUNK, with_means=True)

@@ -22,7 +22,7 @@ import typer
 
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.dealing import deal
+from orpo_lite.data.step_batches import deal
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.bench import Contest, random_model, trl_row

@@ -10,10 +10,9 @@ from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.data.dealing import deal, micro_batches
-from orpo_lite.data.step_batches import StepDataset, StepLoader, StepPlan
+from orpo_lite.data.lengths import pair_costs
+from orpo_lite.data.step_batches import StepDataset, StepLoader, StepPlan, deal, micro_batches
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
-from orpo_lite.data.work import pair_costs
 from orpo_lite.recipe.loading import PACKAGE
 
 COSTS = st.lists(st.integers(2, 4000), max_size=40).map(lambda values: np.array(values, dtype=np.int64))

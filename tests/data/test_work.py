@@ -10,8 +10,8 @@ from datasets import Dataset
 from transformers import AutoConfig, PretrainedConfig
 from typer.testing import CliRunner
 
+from orpo_lite.data.lengths import pair_costs, pair_work, place_weight, places
 from orpo_lite.data.step_batches import step_loader
-from orpo_lite.data.work import pair_costs, pair_work, place_weight, places
 from orpo_lite.plan.configs import base_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config import ORPOConfig
