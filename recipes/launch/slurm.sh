@@ -9,17 +9,17 @@
 #SBATCH --open-mode=append
 #SBATCH --signal=B:TERM@120
 #
-# One training run on the nodes of a SLURM job: one torchrun a node, one process a GPU. No container is needed: the nodes
+# One training run on the nodes of a SLURM job: one torchrun per node, one process per GPU. No container is needed: the nodes
 # share the folder that this is submitted from, and the environment that is active there.
 #
 #   sbatch recipes/launch/slurm.sh --recipe mistral-qlora data.train=my.jsonl
 #   sbatch --nodes=4 --export=ALL,ACCELERATE_CONFIG=recipes/accelerate/fsdp2-qlora-multinode.yaml recipes/launch/slurm.sh ...
 #
-# What follows the script is python -m orpo_lite.train's. Without ACCELERATE_CONFIG the processes are data parallel (DDP).
+# Arguments after the script go to python -m orpo_lite.train. Without ACCELERATE_CONFIG the processes are data parallel (DDP).
 #
-# Two minutes before the time limit, and when SLURM preempts the job, the run is sent SIGTERM: it ends the step at hand,
-# writes a checkpoint and stops, and the job goes into the queue again, where the same command goes on from there. torchrun
-# gives its processes 30 seconds for it, and a node may fail without a word, so set training.save_minutes as well.
+# Two minutes before the time limit, and when SLURM preempts the job, the run receives SIGTERM: it finishes the
+# current step, writes a checkpoint and stops; the job is requeued, and the same command resumes from there. torchrun
+# gives its processes 30 seconds for it, and a node may fail without warning, so set training.save_minutes as well.
 
 set -euo pipefail
 
