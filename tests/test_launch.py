@@ -122,7 +122,7 @@ def test_several_machines_meet_at_the_first(name):
 
 def test_the_wheel_ships_them():
     wheel = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["hatch"]["build"]["targets"]["wheel"]
-    assert wheel["force-include"]["recipes"] == "orpo_lite/recipes"  # folders below it come along
+    assert wheel["force-include"]["recipes"] == "orpo_lite/recipe/shipped"  # folders below it come along
     assert (ROOT / "recipes" / "accelerate").is_dir() and not (ROOT / "recipes" / "accelerate").is_symlink()
 
 

@@ -4,14 +4,17 @@ import json
 import re
 import subprocess
 import sys
+from enum import Enum
+from typing import get_args, get_type_hints
 
 import pytest
 import yaml
+from transformers import TrainingArguments
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe, json_schema
 from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml, shipped_recipes
-from orpo_lite.recipe.training_fields import check_training_field, training_fields
+from orpo_lite.recipe.training_fields import check_training_field, choices_of, declared_fields, training_fields
 
 SHIPPED = shipped_recipes()
 REQUIRED = {
@@ -305,3 +308,28 @@ def test_no_recipe_publishes():
         with pytest.raises(ValueError, match=f"training.{name}: .*leave it out"):
             check_training_field(name, "me/x")
     assert check_training_field("push_to_hub", False) is False
+
+
+def test_training_fields_read_off_the_source_are_transformers_own():
+    """Names, plain types and choices of TrainingArguments, which recipes are checked by without importing it."""
+    hints = {key: hint for key, hint in get_type_hints(TrainingArguments).items() if not key.startswith("_")}
+    found = declared_fields()
+    assert found.keys() == hints.keys()
+    for key, hint in hints.items():
+        enums = [kind for kind in get_args(hint) if isinstance(kind, type) and issubclass(kind, Enum)]
+        if enums:
+            assert choices_of(key) == [choice.value for choice in enums[0]], key
+        elif key not in ("parallelism_config", "debug"):  # of classes that are not imported
+            assert found[key][0] == hint, key
+        listed = TrainingArguments.__dataclass_fields__[key].metadata.get("choices")
+        assert not listed or set(choices_of(key)) <= set(listed), key
+
+
+def test_a_recipe_is_loaded_and_checked_without_torch():
+    script = (
+        "import sys; from orpo_lite.recipe import Recipe, json_schema; from orpo_lite.common import memory; "
+        "Recipe.load('mistral-qlora', ['training.optim=adamw_8bit']); json_schema(); "
+        "print(*{'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys())"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    assert not done.stdout.strip()

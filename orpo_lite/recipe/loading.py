@@ -1,4 +1,4 @@
-"""Where recipes come from: shipped ones, files, run folders, and overrides on the command line."""
+"""Where recipes come from: shipped ones, files and run folders; overrides on the command line; paths in the package."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BUILTIN = "builtin:"  # a path inside the installed package, for example builtin
 
 
 class RecipeError(RequestError):
-    """A recipe that cannot be run. The message lists every problem found, one a line."""
+    """A recipe that cannot be run; the message lists every problem found, one per line."""
 
     def __init__(self, source: str, problems: list[str]):
         self.problems = problems
@@ -27,7 +27,7 @@ class RecipeError(RequestError):
 
 
 def resolve_path(value: str) -> str:
-    """Turn builtin:quickstart/model into its place in the installed package; anything else is returned as it is."""
+    """Return the path of builtin:quickstart/model in the installed package; anything else is returned as it is."""
     return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
 
 
@@ -53,18 +53,22 @@ def _letters(name: str) -> str:
 
 
 def recipes_folder() -> Path:
-    """The shipped recipes: inside the installed package, or beside it in a checkout."""
-    inside = PACKAGE / "recipes"
+    """Return the folder of the shipped recipes: inside the installed package, or beside it in a checkout."""
+    inside = PACKAGE / "recipe" / "shipped"
     return inside if inside.is_dir() else PACKAGE.parent / "recipes"
 
 
 def shipped_recipes() -> dict[str, Path]:
-    """Name -> path of every shipped recipe, sorted."""
+    """Map the name of every shipped recipe to its path, sorted."""
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
 
 
 def find_recipe(source: str | Path) -> Path:
-    """The YAML file behind a shipped name, a path or a run folder."""
+    """Return the YAML file of a shipped name, a path or a run folder.
+
+    Raises:
+        RecipeError: there is no such recipe; the message lists the shipped ones.
+    """
     path, shipped = Path(source), shipped_recipes()
     if str(source) in shipped:  # before the folders, so that a run folder called quickstart does not hide the recipe
         return shipped[str(source)]
@@ -83,10 +87,10 @@ def find_recipe(source: str | Path) -> Path:
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A recipe's YAML mapping.
+    """Read a recipe's YAML mapping.
 
     Raises:
-        RecipeError: not readable, see `safe_yaml`, or something else than a mapping.
+        RecipeError: the file cannot be read, see `safe_yaml`, or holds something other than a mapping.
     """
     try:
         content = safe_yaml.read(path)
@@ -100,7 +104,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
 
 
 def apply_override(content: dict[str, Any], word: str) -> str:
-    """Set one dotted key=value in place; the value is read as YAML (`null`, lists and numbers work). Returns the key."""
+    """Set one dotted key=value in place and return the key; the value is read as YAML (`null`, lists and numbers work)."""
     key, equals, value = word.partition("=")
     if not equals or not key:
         raise RecipeError(

@@ -1,4 +1,4 @@
-"""Sections of a recipe: every field, what it may be, and what it does (its docstring is the reference's text)."""
+"""Sections of a recipe: every field, its values, and what it does (its docstring is the text of the reference)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from orpo_lite.recipe.training_fields import checked_pattern
+from orpo_lite.recipe.values import checked_pattern
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -26,12 +26,12 @@ class ModelSection(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub id."""
     gguf_file: str | None = None
-    """File name of a GGUF checkpoint inside name_or_path (a local folder or hub id); dequantised once into a cached
-    safetensors folder, which is then quantised and trained on as the recipe says."""
+    """File name of a GGUF checkpoint inside name_or_path (a local folder or hub id); dequantized once into a cached
+    safetensors folder, which is then quantized and trained on as the recipe says."""
     quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
-    """How the frozen base is held. A repository that is quantised already is used as it is."""
+    """Quantization of the frozen base. A repository that is already quantized is used as it is."""
     double_quant: bool = True
-    """Quantise the 4-bit quantisation constants too (about 0.4 bits a parameter less)."""
+    """Quantize the 4-bit quantization constants too (saves about 0.4 bits per parameter)."""
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = "auto"
     """Compute dtype. auto: bfloat16 from compute capability 8.0, float16 below, float32 on the CPU."""
     attention: Literal["auto", "sdpa", "flex_attention", "flash_attention_2", "eager"] = "auto"
@@ -46,7 +46,7 @@ class ModelSection(Section):
 
 class AdapterSection(Section):
     init_from: str | None = None
-    """Go on from this existing LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
+    """Continue training this LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
     r: Positive = 16
     """LoRA rank."""
     alpha: Annotated[float, Field(gt=0)] = 32
@@ -54,7 +54,7 @@ class AdapterSection(Section):
     dropout: Fraction = 0.0
     """Dropout on the adapter's input (active only with orpo.disable_dropout: false)."""
     target_modules: Modules = "all-linear"
-    """Module names, a regular expression, or all-linear (which leaves output head and routers out)."""
+    """Module names, a regular expression, or all-linear (which leaves out the output head and routers)."""
     exclude_modules: Modules | None = None
     """Module names or a regular expression never to adapt."""
     target_parameters: list[str] | None = None
@@ -68,13 +68,13 @@ class AdapterSection(Section):
     bias: Literal["none", "all", "lora_only"] = "none"
     """Which biases are trained."""
     use_rslora: bool = False
-    """Rank-stabilised scaling, alpha / sqrt(r)."""
+    """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA: also trains the magnitude of each output."""
     init_lora_weights: bool | str = True
     """true, gaussian, orthogonal, eva, pissa, pissa_niter_N or olora; the last three need quantization: none."""
     eva_batches: Positive = 16
-    """Micro-batches of training data that an EVA initialisation looks at."""
+    """Micro-batches of training data that an EVA initialization uses."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: learning rate of B over that of A; 16 is the paper's."""
 
@@ -92,13 +92,13 @@ class DataSource(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """Times the source is seen an epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
+    """How often the source is seen per epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
     columns: Columns | None = None
     """Column map of this source; the section's `columns` if null."""
 
 
 def as_sources(given: Any) -> Any:
-    """One path, one mapping or a list of either -> a list of mappings."""
+    """Turn one path, one mapping or a list of either into a list of mappings."""
     if isinstance(given, str | dict | DataSource):
         given = [given]
     return [{"path": item} if isinstance(item, str) else item for item in given] if isinstance(given, list) else given
@@ -121,13 +121,13 @@ class DataSection(Section):
     split: str = "train"
     """Split of hub data sets."""
     columns: Columns | None = None
-    """Names of the columns where they are not prompt, chosen, rejected, tools, system."""
+    """Names of the columns, where they differ from prompt, chosen, rejected, tools, system."""
     apply_template: bool = False
     """Wrap plain-string rows into the chat template as one user and one assistant turn."""
     template_kwargs: dict[str, Any] = {}
     """Variables given to the chat template, for example enable_thinking: false."""
     completion_end: Literal["trl", "turn"] = "turn"
-    """trl: all that the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
+    """trl: everything the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
     max_length: Positive | None = 1024
     """Tokens of prompt and completion together."""
     max_prompt_length: Positive | None = None
@@ -135,7 +135,7 @@ class DataSection(Section):
     max_completion_length: Positive | None = None
     """Tokens of the completion (encoder-decoder models: 128 if null)."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What to do with a pair longer than that. Both are counted."""
+    """What to do with a longer pair; either way it is counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the training data (before anything is dropped)."""
     max_eval_rows: Positive | None = None
@@ -143,7 +143,7 @@ class DataSection(Section):
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the held-out choice and of source sampling."""
     num_proc: Positive | None = None
-    """Processes for tokenising."""
+    """Processes for tokenizing."""
 
     @model_validator(mode="before")
     @classmethod
@@ -165,30 +165,30 @@ class OrpoSection(Section):
     nll_scope: Literal["prompt+chosen", "chosen"] = "prompt+chosen"
     """Tokens in the NLL term: prompt and chosen answer as in the paper's code and TRL, or the answer only."""
     nll_mean: Literal["window", "micro"] = "window"
-    """window: normalised over the whole optimizer step; micro: TRL's mean of micro-batch means."""
+    """window: normalized over the whole optimizer step; micro: TRL's mean of micro-batch means."""
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
     """How pairs become a batch; auto takes the fastest layout that is exact for the model.
 
     shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
-    padded: two right-padded rows a pair, as in TRL."""
+    padded: two right-padded rows per pair, as in TRL."""
     tokens_per_batch: Positive | None = None
-    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs each.
+    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs.
 
-    An optimizer step keeps its pairs (per_device_train_batch_size x gradient_accumulation_steps x processes), dealt to
-    processes and micro-batches by cost."""
+    An optimizer step keeps its pairs (per_device_train_batch_size x gradient_accumulation_steps x processes), dealt out
+    to processes and micro-batches by cost."""
     disable_dropout: bool = True
     """Set every dropout in the model to 0."""
 
 
 class MemorySection(Section):
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
-    """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card that is there."""
+    """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card in this machine."""
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Layers whose activations are recomputed in the backward pass; auto is all on a GPU and none on the CPU."""
     head_chunk: Literal["auto"] | Positive = "auto"
-    """Rows of logits held at a time; auto keeps them near 64 MB."""
+    """Rows of logits in memory at a time; auto keeps them near 64 MB."""
     offload_activations: bool = False
-    """Keep what checkpointed layers save in the host's memory until their backward pass (CUDA only)."""
+    """Keep what checkpointed layers save in host memory until their backward pass (CUDA only)."""
 
     @model_validator(mode="after")
     def _something_to_offload(self) -> MemorySection:
@@ -211,6 +211,6 @@ class EvaluationSection(Section):
     samples: Annotated[int, Field(ge=0)] = 4
     """Held-out prompts answered greedily before and after training."""
     max_new_tokens: Positive = 128
-    """Tokens of a sample answer at most."""
+    """Maximum tokens of a sample answer."""
     rule: RuleSection | None = None
-    """Judge of sample answers: the share in either style is reported before and after."""
+    """Styles of sample answers: the share in either style is reported before and after."""

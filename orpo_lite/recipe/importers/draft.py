@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import shown
-from orpo_lite.recipe.training_fields import HUB_WORD, check_training_field, training_fields, unfit
+from orpo_lite.recipe.training_fields import HUB_WORD, check_training_field, training_fields
+from orpo_lite.recipe.values import unfit
 
 PRIVATE = re.compile(r"(^|_)(token|api_key|secret|password)$")
 NOTHING = object()

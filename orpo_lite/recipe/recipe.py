@@ -1,0 +1,159 @@
+"""Class Recipe: load, override, validate and save the description of a run."""
+
+from __future__ import annotations
+
+import json
+import re
+import typing
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import Field, ValidationError, field_validator, model_validator
+
+from orpo_lite.common.files import write_atomically
+from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml
+from orpo_lite.recipe.schema import (
+    AdapterSection,
+    DataSection,
+    EvaluationSection,
+    MemorySection,
+    ModelSection,
+    OrpoSection,
+    Section,
+)
+from orpo_lite.recipe.training_fields import check_training_field, training_fields
+from orpo_lite.recipe.validation_messages import describe
+from orpo_lite.recipe.values import leaves, unfit
+
+
+class Recipe(Section):
+    """One complete run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """Name of the run; its folder is outputs/<name>."""
+    description: str = ""
+    """The purpose of the run, in a sentence."""
+    needs: str = ""
+    """Its requirements: card, memory, disk."""
+    model: ModelSection
+    """The base model, its quantization and precision."""
+    adapter: AdapterSection | None = AdapterSection()
+    """null: full fine-tuning (needs quantization: none)."""
+    data: DataSection
+    """The pairs, and how they become tokens."""
+    orpo: OrpoSection = OrpoSection()
+    """The loss and its batches."""
+    training: dict[str, Any] = {}
+    """Any field of transformers.TrainingArguments, by its own name, and on_nonfinite.
+
+    on_nonfinite: what happens at a step whose loss or gradients are not finite: stop (the default), or skip, which leaves it
+    out and stops after 5 in a row or 20 in all."""
+    memory: MemorySection = MemorySection()
+    """Trades of speed for memory."""
+    evaluation: EvaluationSection = EvaluationSection()
+    """Sample answers before and after training."""
+
+    @field_validator("training")
+    @classmethod
+    def _training_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
+        problems, clean = [], {}
+        for key, value in given.items():
+            try:
+                clean[key] = check_training_field(key, value)
+            except ValueError as error:
+                problems.append(str(error))
+        if problems:
+            raise ValueError("\n".join(problems))
+        return clean
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Recipe:
+        problems = []
+        model, adapter, data = self.model, self.adapter, self.data
+        if adapter is None and model.quantization != "none":
+            problems.append(
+                f"adapter is null (full fine-tuning) but model.quantization is {model.quantization}: quantized weights "
+                "cannot be trained; set model.quantization=none or give an adapter"
+            )
+        init = adapter.init_lora_weights if adapter else True
+        if isinstance(init, str) and init.startswith(("pissa", "olora")) and model.quantization != "none":
+            problems.append(
+                f"adapter.init_lora_weights is {init}, which changes the base weights, but model.quantization is "
+                f"{model.quantization}: set model.quantization=none or adapter.init_lora_weights=true"
+            )
+        if isinstance(init, str) and not init.startswith(("gaussian", "orthogonal", "eva", "pissa", "olora")):
+            problems.append(
+                f"adapter.init_lora_weights: found {init!r}, expected true, false, gaussian, orthogonal, eva, pissa, "
+                "pissa_niter_N or olora"
+            )
+        if data.max_prompt_length and data.max_length and data.max_prompt_length >= data.max_length:
+            problems.append(
+                f"data.max_prompt_length ({data.max_prompt_length}) leaves no room for an answer in data.max_length "
+                f"({data.max_length}): make it smaller"
+            )
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    @property
+    def folder(self) -> Path:
+        """Return the run folder: training.output_dir, or `outputs/<name>`."""
+        return Path(self.training.get("output_dir") or Path("outputs") / self.name)
+
+    @classmethod
+    def load(cls, source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
+        """Read a recipe and apply `key=value` overrides in dotted form.
+
+        Args:
+            source: name of a shipped recipe, path of a YAML file, or a run folder.
+            overrides: for example ["training.learning_rate=5e-6", "data.train=my.jsonl"]; values are YAML.
+
+        Raises:
+            RecipeError: no such recipe, YAML that does not parse, or fields that do not fit; all at once.
+        """
+        path = find_recipe(source)
+        content = read_yaml(path)
+        content.setdefault("name", path.stem)
+        return cls.parse(content, str(path), [apply_override(content, word) for word in overrides])
+
+    @classmethod
+    def parse(cls, content: dict[str, Any], source: str = "recipe", overridden: typing.Sequence[str] = ()) -> Recipe:
+        """Validate a plain dict; `source` names it in the error, except for the `overridden` fields.
+
+        Raises:
+            RecipeError: fields that do not fit, all at once.
+        """
+        problems = [f"{place}: {wrong}" for place, value in leaves(content) if (wrong := unfit(value))]
+        recipe = None
+        try:
+            recipe = cls.model_validate(content)
+        except ValidationError as error:
+            known = tuple(line.partition(" ")[0] for line in problems)
+            problems += (
+                [line for line in describe(error, cls) if not line.startswith(known)] if known else describe(error, cls)
+            )
+        except UnicodeEncodeError:  # half a character in a key: pydantic's own failure, and a problem already
+            assert problems
+        if recipe and not problems:
+            return recipe
+        mentions = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w])") for key in overridden]
+        own = [any(mention.search(line) for mention in mentions) for line in problems]
+        if all(own):
+            raise RecipeError("command line", problems)
+        lines = [f"command line, {line}" if mine else line for line, mine in zip(problems, own, strict=True)]
+        raise RecipeError(source, sorted(lines, key=lambda line: line.startswith("command line, ")))
+
+    def save(self, path: Path) -> None:
+        """Write every field, defaults included, so that the file loads back as the same run."""
+        write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
+
+
+def json_schema() -> str:
+    """Return the schema as JSON Schema, with the training fields listed, so that editors complete and check recipes."""
+    schema = Recipe.model_json_schema()
+    schema["properties"]["training"] |= {
+        "properties": {key: {} for key in training_fields()},
+        "additionalProperties": False,
+    }
+    return json.dumps(schema, indent=1)
