@@ -1,12 +1,18 @@
-"""`python -m orpo_lite.bench --recipe NAME [--against trl]`: our trainer and TRL's on the same pairs, in one run."""
+"""`python -m orpo_lite.bench --recipe NAME [--against trl]`: our trainer and TRL's on the same pairs, in one run.
+
+Memory is that of live tensors, on any device; times are taken in turn, so that other programs slow down all alike.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import statistics
 import tempfile
+import time
 import warnings
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -14,13 +20,15 @@ from typing import TYPE_CHECKING, Annotated, Any
 import torch
 import typer
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
-from orpo_lite.train.meters import interleaved, peak_over, ratios
 from orpo_lite.trainer.config import CHECKPOINTING, RENAMED
 from orpo_lite.trainer.model_setup import base_of, disable_dropout
 
@@ -30,7 +38,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
-    """The recipe with a random model of its base's shape and `layers` layers: a benchmark that needs no weights."""
+    """Give the recipe a random model of its base's shape with `layers` layers, so that no weights are needed."""
     from transformers import AutoModelForCausalLM
 
     from orpo_lite.model import load_tokenizer
@@ -39,9 +47,10 @@ def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
 
     tokenizer = load_tokenizer(recipe.model)
     config: Any = base_config(recipe.model.name_or_path) or read_config(recipe.model)
-    config.num_hidden_layers = layers
-    if getattr(config, "layer_types", None):
-        config.layer_types = config.layer_types[:layers]
+    decoder = config.get_text_config(decoder=True)
+    decoder.num_hidden_layers = layers
+    if getattr(decoder, "layer_types", None):
+        decoder.layer_types = decoder.layer_types[:layers]
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
@@ -51,7 +60,13 @@ def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
 
 
 class Contest:
-    """The recipe's model with its adapter, the pairs, and the trainers that compute the same steps on them."""
+    """The recipe's model with its adapter, the pairs, and the trainers that compute the same steps on them.
+
+    Args:
+        pairs: how many of the recipe's training pairs to take, drawn by its seed.
+        against: trl, or layouts of ours.
+        checkpointing: recompute all layers in the backward pass.
+    """
 
     def __init__(self, recipe: Recipe, pairs: int, against: list[str], checkpointing: bool):
         from orpo_lite.data import load_pairs
@@ -97,14 +112,14 @@ class Contest:
         }  # fmt: skip
 
     def steps(self, name: str, batch_size: int) -> Callable[[], float]:
-        """Forward and backward over all pairs, in batches, and one optimizer step: work to be timed."""
+        """Build the work to time: forward and backward over all pairs, in batches, and one optimizer step."""
         trainer: Any = self.trainers[name]
         shape = trl_row if name == "trl" else dict
         rows = [shape(row) for row in self.rows]
         trainer.optimizer = None
         optimizer = trainer.create_optimizer()
         for group in optimizer.param_groups:
-            group["lr"] = 0.0  # the same work, and every contestant goes on with the same weights
+            group["lr"] = 0.0  # the same work each time, and the same weights for every contestant
 
         def work() -> float:
             if name == "trl":
@@ -121,7 +136,7 @@ class Contest:
         return work
 
     def check(self, batch_size: int) -> dict[str, float]:
-        """Every contestant's mean loss; they must agree before their times mean anything."""
+        """Compute every contestant's mean loss; they must agree before their times mean anything, else RuntimeError."""
         losses = {name: self.steps(name, batch_size)() for name in self.trainers}
         spread = max(losses.values()) - min(losses.values())
         allowed = 1e-4 if self.facts.precision.dtype is torch.float32 else 5e-2
@@ -130,7 +145,7 @@ class Contest:
         return losses
 
     def race(self, batch_size: int, repeats: int) -> dict[str, Any]:
-        """Times, throughput, memory and their ratios at one batch size."""
+        """Measure times, throughput and memory at one batch size, with their ratios."""
         losses = self.check(batch_size)
         seconds = interleaved({name: self.steps(name, batch_size) for name in self.trainers}, repeats)
         peaks = {name: self.peak(name, batch_size) for name in self.trainers}
@@ -148,7 +163,7 @@ class Contest:
         return result
 
     def peak(self, name: str, batch_size: int) -> int:
-        """Bytes over the weights that the largest batch takes, gradients and optimizer states aside from both."""
+        """Measure the bytes over the weights that the batch with the most tokens takes."""
         size = [len(row["chosen_ids"]) + len(row["rejected_ids"]) for row in self.rows]
         largest = max(range(0, len(size), batch_size), key=lambda start: sum(size[start : start + batch_size]))
         rows, self.rows = self.rows, self.rows[largest : largest + batch_size]
@@ -159,7 +174,7 @@ class Contest:
 
 
 def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings: Any) -> Any:
-    """TRL's ORPOTrainer around the same model, with the same precision, and further settings of its ORPOConfig."""
+    """Make TRL's ORPOTrainer around the same model, with the same precision and further settings of its ORPOConfig."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from trl.experimental.orpo import ORPOConfig as TRLConfig
@@ -172,7 +187,7 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
                        dataloader_pin_memory=torch.cuda.is_available(), **checkpointing, **settings)  # fmt: skip
     row = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    disable_progress_bars()  # of one row being tokenised
+    disable_progress_bars()  # for tokenizing a single row
     try:
         return TRLTrainer(model, config, train_dataset=row, processing_class=tokenizer)
     finally:
@@ -180,7 +195,7 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
 
 
 def trl_row(row: dict[str, Any]) -> dict[str, Any]:
-    """A tokenised pair in the form that TRL's collator takes."""
+    """Convert a tokenized pair to the columns that TRL's collator takes."""
     made: dict[str, Any] = {}
     for side in ("chosen", "rejected"):
         ids, start = list(row[f"{side}_ids"]), row[f"{side}_start"]
@@ -190,7 +205,83 @@ def trl_row(row: dict[str, Any]) -> dict[str, Any]:
     return made | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
+class AllocationMeter(TorchDispatchMode):
+    """Counts, while open, the bytes of the storages that torch operations allocate: `live` now, `peak` at most.
+
+    Storages from before, such as the model's weights, are not counted. Scratch memory inside an operation is not seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.live = 0
+        self.peak = 0
+        self._known: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        # a storage that first appears as an input was there before
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, new=False)
+        output = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(output):
+            if isinstance(leaf, Tensor):
+                self._count(leaf, new=True)
+        return output
+
+    def _count(self, tensor: Tensor, new: bool) -> None:
+        storage = tensor.untyped_storage()
+        key, size = storage._cdata, storage.nbytes() if new else 0
+        if key in self._known:
+            return
+
+        def freed(_: Any) -> None:
+            self._known.pop(key, None)
+            self.live -= size
+
+        self._known[key] = weakref.ref(storage, freed)
+        self.live += size
+        self.peak = max(self.peak, self.live)
+
+
+def peak_over(work: Callable[[], Any], device: torch.device) -> int:
+    """Measure the peak bytes that `work` allocates: by the allocator's count on CUDA, by AllocationMeter elsewhere."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with AllocationMeter() as meter:
+        work()
+    return meter.peak
+
+
+def interleaved(
+    works: dict[str, Callable[[], Any]], repeats: int, clock: Callable[[], float] = time.perf_counter
+) -> dict[str, list[float]]:
+    """Time the contestants in turn, in seconds by a clock, after one round that is not counted."""
+    wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
+    seconds: dict[str, list[float]] = {name: [] for name in works}
+    for repeat in range(repeats + 1):
+        for name, work in works.items():
+            wait()
+            started = clock()
+            work()
+            wait()
+            if repeat:
+                seconds[name].append(clock() - started)
+    return seconds
+
+
+def ratios(reference: list[float], other: list[float]) -> dict[str, float]:
+    """Compute how many times as fast `other` is: median, lowest and highest over the repeats."""
+    each = [a / b for a, b in zip(reference, other, strict=True)]
+    return {"median": statistics.median(each), "min": min(each), "max": max(each)}
+
+
 def show(setting: dict[str, Any], races: list[dict[str, Any]]) -> None:
+    """Print the setting and a table of the contestants at each batch size."""
     from rich.table import Table
 
     for key, value in setting.items():
@@ -208,61 +299,38 @@ def show(setting: dict[str, Any], races: list[dict[str, Any]]) -> None:
     console.print(table)
 
 
-def show_heads(title: str, contestants: dict[str, Any]) -> None:
-    from rich.table import Table
-
-    console.print(f"\n{title}, forward and backward:")
-    table = Table("", "seconds", "MB", "ours takes, of its time", "of its memory", box=None)
-    for name, c in contestants.items():
-        share = c.get("ours_time_share")
-        table.add_row(name, f"{statistics.median(c['seconds']):.2f}", f"{c['peak_bytes'] / 1e6:,.0f}",
-                      f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if share else "",
-                      f"{c['ours_memory_share']:.3f}" if share else "")  # fmt: skip
-    console.print(table)
-
-
 def command(
     recipe: Annotated[str, RECIPE_OPTION],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
     against: Annotated[str, typer.Option(help="trl, and layouts of ours: trl,padded")] = "trl",
     batch: Annotated[str, typer.Option(help="batch sizes in pairs")] = "1,2,4,8",
-    pairs: Annotated[int, typer.Option(help="pairs of each measurement")] = 16,
+    pairs: Annotated[int, typer.Option(help="pairs in each measurement")] = 16,
     repeats: Annotated[int, typer.Option(help="repeats of each measurement, the contestants in turn")] = 5,
     layers: Annotated[
-        int | None, typer.Option(help="a random model of the base's shape with so many layers, instead of its weights")
+        int | None,
+        typer.Option(help="take a random model of the base's shape with this many layers instead of its weights"),
     ] = None,
     checkpointing: Annotated[bool, typer.Option(help="recompute all layers in the backward pass")] = False,
-    head: Annotated[bool, typer.Option(help="compare the output head alone as well")] = True,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
     """Time our trainer against TRL's on the recipe's own pairs, model and adapter."""
-    from tests.benchmarks.head import race_heads, race_liger
-
     names = [name for name in against.split(",") if name]
     unknown = set(names) - {"trl", "padded", "packed", "shared"}
     if unknown:
         raise RequestError(f"--against: found {', '.join(sorted(unknown))}, expected trl, padded, packed or shared")
+    if "trl" in names and importlib.util.find_spec("trl") is None:
+        raise RequestError('--against trl: trl is not installed: pip install "orpo_lite[trl]"')
     sizes = [int(size) if size.strip().isdigit() else 0 for size in batch.split(",")]
     if not all(0 < size <= pairs for size in sizes):
         raise RequestError(f"--batch: found {batch!r}, expected numbers from 1 to {pairs} (--pairs), such as 1,2,4")
     chosen = Recipe.load(recipe, overrides or [])
     with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
         contest = Contest(spec, pairs, names, checkpointing)
-        heads = race_heads(base_of(contest.model), repeats) if head else None
-        liger = race_liger(base_of(contest.model), contest.rows[:4], repeats) if head else None
         races = []
         for size in sizes:
             errors.print(f"measuring batches of {size}")
             races.append(contest.race(size, repeats))
     if as_json:
-        print(json.dumps({"setting": contest.setting, "races": races, "head": heads, "liger": liger}, indent=1))
+        print(json.dumps({"setting": contest.setting, "races": races}, indent=1))
     else:
         show(contest.setting, races)
-        if heads:
-            show_heads(f"head alone, {heads['shape']}, chunk {heads['chunk']}", heads["contestants"])
-            for name, why in heads["absent"].items():
-                console.print(f"{name}: not compared, {why}")
-        if isinstance(liger, str):
-            console.print(f"liger: not compared, {liger}")
-        elif liger:
-            show_heads("head and loss, the first 4 pairs: ours shared, Liger's padded", liger)

@@ -166,7 +166,7 @@ def measure(layers: int = 6, repeats: int = 5) -> tuple[Cost, float, dict[str, A
     from orpo_lite.model import attach_adapter, load_tokenizer
     from orpo_lite.plan.step import Shape
     from orpo_lite.recipe import AdapterSection
-    from orpo_lite.train.meters import interleaved
+    from orpo_lite.train.bench import interleaved
     from orpo_lite.trainer.config import ORPOConfig
     from orpo_lite.trainer.trainer import ORPOTrainer
 

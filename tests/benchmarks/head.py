@@ -1,25 +1,32 @@
-"""The output head alone, against full logits and the kernels of TRL and Liger, on the model's own head."""
+"""`python -m tests.benchmarks.head --recipe NAME`: the output head alone, against full logits and TRL's and Liger's kernels."""
 
 from __future__ import annotations
 
+import contextlib
+import json
+import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Annotated, Any
 
 import torch
 import torch.nn.functional as F
+import typer
 from torch import Tensor
 
+from orpo_lite.common.console import console, run_command
 from orpo_lite.data.collate import LABEL_FIELDS, PackedCollator, PaddedCollator
 from orpo_lite.objective.head import HeadTransform, token_logps
 from orpo_lite.objective.loss import orpo_loss, pair_statistics, window_loss
-from orpo_lite.train.meters import interleaved, peak_over, ratios
+from orpo_lite.recipe import Recipe
+from orpo_lite.train.bench import Contest, interleaved, peak_over, random_model, ratios
+from orpo_lite.trainer.model_setup import base_of
 
 ROWS, PAIRS, CHUNK = 2048, 4, 256
 """Label rows as 4 pairs of 2 x 256 tokens."""
 
 
 def race_heads(model: Any, repeats: int) -> dict[str, Any]:
-    """Forward and backward of the ORPO loss of 2,048 label rows through a frozen head, from the hidden states on."""
+    """Race forward and backward of the ORPO loss of 2,048 label rows through a frozen head, from the hidden states on."""
     weight: Tensor = model.get_output_embeddings().weight.detach()
     if not weight.is_floating_point():
         return {
@@ -52,7 +59,7 @@ def race_heads(model: Any, repeats: int) -> dict[str, Any]:
 
 
 def race(losses: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]], repeats: int) -> dict[str, Any]:
-    """Forward and backward of each loss from its hidden states, after a check that the losses agree."""
+    """Race forward and backward of each loss from its hidden states, after a check that the losses agree."""
     works: dict[str, Callable[[], float]] = {}
     for name, (hidden, loss) in losses.items():
 
@@ -78,7 +85,7 @@ def race(losses: dict[str, tuple[Tensor, Callable[[Tensor], Tensor]]], repeats: 
 
 
 def race_liger(model: Any, pairs: list[dict[str, Any]], repeats: int) -> dict[str, Any] | str:
-    """Our head and loss against Liger's fused ORPO on the same pairs: it takes them padded, ours shared.
+    """Race our head and loss against Liger's fused ORPO on the same pairs: it takes them padded, ours shared.
 
     Returns:
         The contestants, or why there is no race.
@@ -123,14 +130,59 @@ def race_liger(model: Any, pairs: list[dict[str, Any]], repeats: int) -> dict[st
 
 
 def loss_of(logps: Tensor) -> Tensor:
-    """ORPO loss of the rows as pairs: the first half of the sequences chosen, each row a label of the answer."""
+    """Compute the ORPO loss of the rows as pairs: the first half of the sequences is chosen, each row a label of an answer."""
     chosen, rejected = logps.view(2, PAIRS, -1).mean(-1)
     return orpo_loss(chosen, rejected, -chosen.mean())
 
 
 def full_logits(hidden: Tensor, weight: Tensor, labels: Tensor, transform: HeadTransform) -> Tensor:
-    """What a plain implementation does: all logits in float32, then a log-softmax."""
+    """Compute log-probs as a plain implementation does: all logits in float32, then a log-softmax."""
     z = F.linear(hidden, weight).float() * transform.scale
     if transform.softcap:
         z = torch.tanh(z / transform.softcap) * transform.softcap
     return z.log_softmax(-1).gather(1, labels[:, None]).squeeze(1)
+
+
+def show(title: str, contestants: dict[str, Any]) -> None:
+    """Print the contestants as a table."""
+    from rich.table import Table
+
+    console.print(f"\n{title}, forward and backward:")
+    table = Table("", "seconds", "MB", "ours takes, of its time", "of its memory", box=None)
+    for name, c in contestants.items():
+        share = c.get("ours_time_share")
+        table.add_row(name, f"{statistics.median(c['seconds']):.2f}", f"{c['peak_bytes'] / 1e6:,.0f}",
+                      f"{share['median']:.2f} ({share['min']:.2f} to {share['max']:.2f})" if share else "",
+                      f"{c['ours_memory_share']:.3f}" if share else "")  # fmt: skip
+    console.print(table)
+
+
+def command(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
+    repeats: Annotated[int, typer.Option(help="repeats of each measurement, the contestants in turn")] = 5,
+    layers: Annotated[
+        int | None, typer.Option(help="take a random model of the base's shape with this many layers")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Time the output head of a recipe's model against full logits, TRL's kernel and Liger's loss."""
+    chosen = Recipe.load(recipe, overrides or [])
+    with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
+        contest = Contest(spec, 4, [], False)
+        heads = race_heads(base_of(contest.model), repeats)
+        liger = race_liger(base_of(contest.model), contest.rows, repeats)
+    if as_json:
+        print(json.dumps({"head": heads, "liger": liger}, indent=1))
+        return
+    show(f"head alone, {heads['shape']}, chunk {heads['chunk']}", heads["contestants"])
+    for name, why in heads["absent"].items():
+        console.print(f"{name}: not compared, {why}")
+    if isinstance(liger, str):
+        console.print(f"liger: not compared, {liger}")
+    else:
+        show("head and loss of 4 pairs: ours shared, Liger's padded", liger)
+
+
+if __name__ == "__main__":
+    run_command(command)

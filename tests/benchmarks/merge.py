@@ -28,7 +28,7 @@ from transformers import MistralConfig, PreTrainedTokenizerFast
 
 from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.train.meters import ratios
+from orpo_lite.train.bench import ratios
 
 PEFT_MERGE = """
 import sys, torch

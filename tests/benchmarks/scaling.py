@@ -25,8 +25,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.data.step_batches import deal
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import Contest, random_model, trl_row
-from orpo_lite.train.meters import interleaved, ratios
+from orpo_lite.train.bench import Contest, interleaved, random_model, ratios, trl_row
 from orpo_lite.trainer.model_setup import base_of
 
 

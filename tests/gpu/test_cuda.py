@@ -8,7 +8,7 @@ from transformers import LlamaConfig, MistralConfig
 from orpo_lite import ORPOTrainer
 from orpo_lite.model.activation_offload import HostMemory, checkpointing_layers, offload
 from orpo_lite.objective.head import token_logps
-from orpo_lite.train.meters import peak_over
+from orpo_lite.train.bench import peak_over
 from tests.tiny import tiny_model
 from tests.training import config, gradients, rows
 

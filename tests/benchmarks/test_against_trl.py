@@ -5,18 +5,16 @@ import json
 import pytest
 import torch
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import Contest, random_model
-from orpo_lite.train.meters import interleaved, ratios
+from orpo_lite.train import bench
+from orpo_lite.train.bench import Contest, interleaved, random_model, ratios
 from tests.commands import command
 
 
-def bench(*words):
-    return command("bench", "--recipe", "quickstart", *words, COLUMNS="160")
-
-
 def test_races_trl_and_prints_json():
-    done = bench("--json", "--batch", "2", "--pairs", "4", "--repeats", "1", "--against", "trl,padded", "--no-head")
+    words = ["--json", "--batch", "2", "--pairs", "4", "--repeats", "1", "--against", "trl,padded"]
+    done = command("bench", "--recipe", "quickstart", *words)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
     (race,) = result["races"]
@@ -31,9 +29,12 @@ def test_races_trl_and_prints_json():
         assert result["setting"][key], key
 
 
-def test_unknown_contestants_are_refused():
-    done = bench("--against", "axolotl")
-    assert done.returncode == 2 and "axolotl" in done.stderr and "trl" in done.stderr
+def test_contestants_that_are_unknown_or_not_installed_are_refused(monkeypatch):
+    with pytest.raises(RequestError, match="found axolotl, expected trl, padded"):
+        bench.command("quickstart", against="axolotl")
+    monkeypatch.setattr(bench.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r'pip install "orpo_lite\[trl\]"'):
+        bench.command("quickstart")
 
 
 def test_losses_that_differ_stop_the_race():
@@ -59,7 +60,7 @@ def test_head_alone_takes_a_twelfth_of_the_memory():
     from tests.benchmarks.head import race_heads
 
     torch.manual_seed(0)
-    head = torch.nn.Linear(64, 49152, bias=False)
+    head = torch.nn.Linear(64, 4096, bias=False)
     result = race_heads(SimpleNamespace(get_output_embeddings=lambda: head, config=LlamaConfig()), 1)
     assert result["contestants"]["full logits"]["ours_memory_share"] <= 1 / 12
 
