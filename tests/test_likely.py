@@ -6,8 +6,7 @@ import pytest
 import torch
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.trainer.generate import answer
-from orpo_lite.trainer.likely import score_answers
+from orpo_lite.trainer.generate import answer, score_answers
 from tests.test_trainer import adapted, flat
 from tests.training import config, rows
 

@@ -14,8 +14,13 @@ import yaml
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data import command
-from orpo_lite.model.base import held_plain, load_base, quantization_config, without_bitsandbytes
-from orpo_lite.model.precision import choose_precision
+from orpo_lite.model.base import load_base
+from orpo_lite.model.precision import (
+    bitsandbytes_unavailable,
+    choose_precision,
+    quantization_settings,
+    quantization_skipped_reason,
+)
 from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.train.run import run
 
@@ -51,7 +56,7 @@ def test_a_run_without_bitsandbytes_goes_on_in_plain_weights_and_says_so(tmp_pat
             )
         )
     [word] = [line for line in caplog.messages if "model.quantization" in line]
-    assert "nf4 is left out, since bitsandbytes does not work here" in word and "4 GB for each billion" in word
+    assert "nf4 is skipped, since bitsandbytes does not work here" in word and "4 GB per billion" in word
     assert done.facts["base_model"]["quantization"] == "none"
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]["quantization"] == "none"
 
@@ -59,16 +64,16 @@ def test_a_run_without_bitsandbytes_goes_on_in_plain_weights_and_says_so(tmp_pat
 def test_on_macos_the_reason_is_macos(monkeypatch):
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert without_bitsandbytes() == "bitsandbytes is not made for macOS"
+    assert bitsandbytes_unavailable() == "bitsandbytes is not available for macOS"
     spec = ModelSection(name_or_path="builtin:quickstart/model")
-    assert "since bitsandbytes is not made for macOS: the weights stay in 32 bits" in (
-        held_plain(spec, torch.device("mps")) or ""
+    assert "since bitsandbytes is not available for macOS: the weights stay in 32 bits" in (
+        quantization_skipped_reason(spec, torch.device("mps")) or ""
     )
-    assert held_plain(spec.model_copy(update={"quantization": "none"}), torch.device("mps")) is None
+    assert quantization_skipped_reason(spec.model_copy(update={"quantization": "none"}), torch.device("mps")) is None
     # beside a CUDA device bitsandbytes can be had, and the memory was planned with it
-    assert held_plain(spec, torch.device("cuda")) is None
+    assert quantization_skipped_reason(spec, torch.device("cuda")) is None
     with pytest.raises(RequestError, match="model.quantization: nf4 needs bitsandbytes"):
-        quantization_config(spec, choose_precision("auto", "cpu"))
+        quantization_settings(spec, torch.float32)
     model, facts = load_base(spec, device="cpu")
     assert facts.quantization == "none" and facts.quantized_share is None
 

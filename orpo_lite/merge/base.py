@@ -18,9 +18,9 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.quantised_base import RoundTrip, dequantised, quantised_modules
 from orpo_lite.merge.safetensors_blocks import Cast, Source, Stored, blocks, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
-from orpo_lite.model.base import quantization_config, read_config, shipped_quantization
-from orpo_lite.model.locating import locate, readable
-from orpo_lite.model.precision import choose_precision
+from orpo_lite.model.base import read_config, shipped_quantization
+from orpo_lite.model.locating import hub_errors_in_words, locate
+from orpo_lite.model.precision import quantization_settings
 from orpo_lite.recipe import ModelSection
 
 
@@ -83,7 +83,7 @@ class Base:
         """The model without its weights, computing in float32."""
         config = copy.deepcopy(self.config)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with init_empty_weights(include_buffers=False), readable(self.spec.name_or_path):
+        with init_empty_weights(include_buffers=False), hub_errors_in_words(self.spec.name_or_path):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code)
         return model.eval()
 
@@ -118,7 +118,7 @@ class Base:
     def quantise(self, trained: torch.dtype) -> None:
         """Round what transformers quantises in training to 4 or 8 bits and back."""
         spec = self.spec
-        settings = quantization_config(spec, choose_precision("float32", torch.device("cpu")))
+        settings = quantization_settings(spec, torch.float32)
         names = quantised_modules(self.skeleton(), settings)
         for key, links in self.keys.links.items():
             path, _, leaf = links[0].parameter.rpartition(".") if links else ("", "", "")
@@ -148,7 +148,7 @@ def weight_files(spec: ModelSection) -> list[Path]:
     """
     name = locate(spec)
     options = {"revision": spec.revision, "_raise_exceptions_for_missing_entries": False}
-    with readable(spec.name_or_path):
+    with hub_errors_in_words(spec.name_or_path):
         index = cached_file(name, "model.safetensors.index.json", **options)
         if index:
             shards, _ = get_checkpoint_shard_files(name, index, revision=spec.revision)

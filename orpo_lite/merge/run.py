@@ -36,7 +36,7 @@ from orpo_lite.merge.workers import one_thread_each
 from orpo_lite.merge.write import write_shards
 from orpo_lite.merge.write_4bit import quantise_plan
 from orpo_lite.model import stop_token_ids
-from orpo_lite.model.locating import adapter_folder, called
+from orpo_lite.model.locating import adapter_folder, renaming_field
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.report.model_card import model_card
@@ -116,7 +116,7 @@ def merge(
     trained = torch.bfloat16 if trained_dtype(source, spec) == "bfloat16" else torch.float32
     named = f"{source / 'adapter_config.json'}, base_model_name_or_path"
     named = "--base" if base else "model.name_or_path" if (source / "recipe.yaml").is_file() else named
-    with called(named, "" if base else " (--base names another base)"):
+    with renaming_field(named, "" if base else " (--base names another base)"):
         tokenizer = tokenizer_of(source, spec)
         origin = Base(spec, onto, trained)
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]

@@ -1,17 +1,15 @@
-"""The model side of a run: tokenizer, precision, (quantised) base, adapter, optimizer."""
+"""The model side of a run: tokenizer, precision, base (quantized or not) and adapter."""
 
-from orpo_lite.model.adapter import attach_adapter, load_adapter, save_adapter
-from orpo_lite.model.adapter_init import initialise_eva
+from orpo_lite.model.adapter import attach_adapter, initialize_eva, load_adapter, save_adapter
 from orpo_lite.model.base import BaseFacts, load_base, read_config
 from orpo_lite.model.inspection import (
     base_name,
     base_revision,
-    check_quantised_share,
+    check_quantized_share,
     keep_4bit_differentiable,
     routers,
     trainable_share,
 )
-from orpo_lite.model.optimizer import optimizer_for
 from orpo_lite.model.precision import Precision, autocast, choose_precision
 from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
 
@@ -22,14 +20,13 @@ __all__ = [
     "autocast",
     "base_name",
     "base_revision",
-    "check_quantised_share",
+    "check_quantized_share",
     "choose_precision",
-    "initialise_eva",
+    "initialize_eva",
     "keep_4bit_differentiable",
     "load_adapter",
     "load_base",
     "load_tokenizer",
-    "optimizer_for",
     "read_config",
     "routers",
     "save_adapter",

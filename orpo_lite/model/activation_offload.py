@@ -7,6 +7,7 @@ own work; the copy back is a few per cent of what the layer's recomputation take
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,11 +15,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import outside_text, unwrap
+
+logger = logging.getLogger(__name__)
 
 SMALLEST = 1 << 20
 """Bytes below which a tensor stays where it is: a copy would cost more than the room it frees."""
@@ -111,3 +114,26 @@ def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
             "and leave out memory.offload_activations"
         )
     return layers
+
+
+class CheckpointedLayers(TrainerCallback):
+    """Recompute only the first layers in the backward pass, or keep what they save in the host's memory, or both.
+
+    Args:
+        count: layers that recompute their activations, the first ones; None for all. The others keep them.
+        offload: send what those layers keep to the host's memory until their backward pass.
+    """
+
+    def __init__(self, count: int | None, offload: bool = False):
+        self.count, self.offload = count, offload
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
+        layers = checkpointing_layers(model)
+        check_count(self.count, len(layers))
+        count = len(layers) if self.count is None else self.count
+        for i, layer in enumerate(layers):
+            layer.gradient_checkpointing = i < count
+        if self.offload and args.device.type == "cuda":
+            offload(layers[:count], HostMemory())
+        elif self.offload:
+            logger.warning("memory.offload_activations: the CPU's own memory holds the activations: nothing to offload")

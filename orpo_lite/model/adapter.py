@@ -1,4 +1,4 @@
-"""LoRA and its relatives on a base: attach, continue, save."""
+"""LoRA and its relatives on a base: attach, initialize from data, continue, save."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import os
 import re
 import tempfile
 import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model
+from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import save_file
@@ -31,8 +32,9 @@ from orpo_lite.model.adapter_targets import (
     token_rows,
 )
 from orpo_lite.model.base import grow_embeddings, grow_vocabulary
-from orpo_lite.model.inspection import base_name, base_revision, is_quantised, outside_text, routers
-from orpo_lite.model.locating import adapter_folder, called, readable
+from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
+from orpo_lite.model.locating import adapter_folder, hub_errors_in_words, renaming_field
+from orpo_lite.model.precision import autocast
 from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.loading import resolve_path
@@ -40,9 +42,9 @@ from orpo_lite.recipe.loading import resolve_path
 logger = logging.getLogger(__name__)
 
 CHANGES_BASE = ("pissa", "olora")
-"""Initialisations that take the adapter's starting product out of the base weights."""
+"""Initializations that take the adapter's starting product out of the base weights."""
 CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
-"""Initialisations of foreign adapters that changed their base in a way that the adapter alone does not tell."""
+"""Initializations of foreign adapters that changed their base in a way that the adapter alone does not record."""
 
 
 def attach_adapter(
@@ -52,34 +54,32 @@ def attach_adapter(
     tokenizer: PreTrainedTokenizerBase | None = None,
     checkpointing: bool = False,
 ) -> PeftModel | PreTrainedModel:
-    """Make a base trainable: a new LoRA adapter, an existing one to go on from, or (None) all of its weights.
+    """Make a base trainable: a new LoRA adapter, an existing one to continue, or (None) all of its weights.
 
     Trainable parameters are float32 whatever the base computes in: 16-bit ones round small updates away, and loss
-    scaling refuses float16 gradients. With init_lora_weights eva the adapter is empty until `initialise_eva`.
+    scaling refuses float16 gradients. With init_lora_weights eva the adapter is empty until `initialize_eva`.
 
     Args:
         tokenizer: from load_tokenizer; its new tokens get trained embeddings.
         checkpointing: activations will be recomputed, so gradients must start at the embeddings.
 
     Raises:
-        RequestError: modules that do not exist, full fine-tuning or a base-changing initialisation on a quantised
+        RequestError: modules that do not exist, full fine-tuning or a base-changing initialization on a quantized
             base, an existing adapter that does not fit.
     """
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
     if adapter is None:
-        if is_quantised(model):
+        if is_quantized(model):
             raise RequestError(
-                "adapter: null asks for full fine-tuning, but the base is quantised and quantised weights cannot be "
-                "trained: set model.quantization=none on an unquantised model, or give an adapter"
+                "adapter: null asks for full fine-tuning, but the base is quantized and quantized weights cannot be "
+                "trained: set model.quantization=none on an unquantized model, or give an adapter"
             )
         return model.float().requires_grad_(True)
     if adapter.init_from:
         peft_model = load_adapter(model, adapter.init_from, trainable=True)
         kept: LoraConfig = peft_model.peft_config["default"]  # type: ignore[assignment]  # load_adapter takes no other
-        logger.info(
-            f"adapter: going on from {adapter.init_from} with its own shape, r={kept.r} alpha={kept.lora_alpha}"
-        )
+        logger.info(f"adapter: continuing {adapter.init_from} with its own shape, r={kept.r} alpha={kept.lora_alpha}")
     else:
         peft_model = new_adapter(model, adapter, tokenizer)
     prepare_frozen(peft_model)
@@ -91,18 +91,18 @@ def attach_adapter(
 def new_adapter(
     model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
 ) -> PeftModel:
-    """A fresh adapter as the section says."""
+    """Attach a new adapter as the recipe's section says."""
     init = adapter.init_lora_weights
     changes_base = isinstance(init, str) and init.startswith(CHANGES_BASE)
-    if changes_base and is_quantised(model):
+    if changes_base and is_quantized(model):
         raise RequestError(
-            f"adapter.init_lora_weights: {init} changes the base weights, which a quantised base does not allow: set "
+            f"adapter.init_lora_weights: {init} changes the base weights, which a quantized base does not allow: set "
             "model.quantization=none, or adapter.init_lora_weights=true"
         )
     if changes_base and adapter.use_rslora and (adapter.rank_pattern or adapter.alpha_pattern):
         raise RequestError(
             f"adapter.init_lora_weights: {init} with use_rslora and a rank or alpha pattern cannot be saved as a plain "
-            "adapter: leave one of the three out"
+            "adapter: remove one of the three"
         )
     avoid = {name for name in routers(model) if not is_named(adapter, name)} | outside_text(model)
     targets = adapter.target_modules
@@ -131,7 +131,7 @@ def new_adapter(
         eva_config=EvaConfig() if init == "eva" else None,
         revision=base_revision(model),
     )
-    # EVA replaces what it is given, so PEFT advises to give it nothing
+    # EVA replaces the initial weights, so PEFT advises to create none
     peft_model = wrap(model, config, low_cpu_mem_usage=init == "eva")
     check_patterns(peft_model, adapter)
     hit = sorted(name for name in adapted(peft_model) if name in avoid)
@@ -150,25 +150,23 @@ def new_adapter(
 
 
 def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftModel:
-    """get_peft_model, with what PEFT refuses as a RequestError; of expressions that never come to an end too."""
+    """Call get_peft_model, and raise what PEFT refuses as a RequestError."""
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
-        except RequestError:
-            raise
         except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
             raise RequestError(f"adapter: {' '.join(str(error).split())}") from error
 
 
 def prepare_frozen(model: PeftModel) -> None:
-    """Settle the dtypes: what is trained in float32, and in a quantised base the norms too.
+    """Turn trained parameters into float32, and the norms of a quantized base too.
 
     PEFT's prepare_model_for_kbit_training also turns embeddings and output head to float32, 2 GB more for Llama-3-8B
     on a 16 GB card; QLoRA's own code keeps those in the compute dtype, as here.
     """
-    norms_too = is_quantised(model)
+    norms_too = is_quantized(model)
     for module in model.modules():
         norm = norms_too and "norm" in type(module).__name__.lower()
         for parameter in module.parameters(recurse=False):
@@ -177,8 +175,47 @@ def prepare_frozen(model: PeftModel) -> None:
                 parameter.data = parameter.data.float()
 
 
+def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
+    """Run EVA's data pass (arXiv 2410.07170): A from the principal directions of each layer's inputs, ranks reallocated.
+
+    Args:
+        batches: input_ids, attention_mask and, optionally, labels (B, T); positions that are masked out or labeled
+            -100 are not counted. The batches are repeated until every layer's directions settle.
+
+    Raises:
+        RequestError: encoder-decoder base, no batches, or batches with too few tokens for the rank.
+    """
+    config: LoraConfig = model.peft_config["default"]  # type: ignore[assignment]
+    batches = [dict(batch) for batch in batches]
+    if model.config.is_encoder_decoder:
+        raise RequestError("adapter.init_lora_weights: eva is not supported for encoder-decoder models")
+    needed = round(max([config.r, *(config.rank_pattern or {}).values()]) * (config.eva_config or EvaConfig()).rho)
+    fewest = min((eva_tokens(batch) for batch in batches), default=0)
+    if fewest < needed:
+        raise RequestError(
+            f"adapter.init_lora_weights: eva at rank {config.r} needs at least {needed} tokens per batch, found {fewest}: "
+            "raise training.per_device_train_batch_size or lower adapter.r"
+        )
+    passes = iter(range(100 * len(batches)))
+
+    def forward(peft_model: PeftModel, batch: dict[str, Any]) -> None:
+        if next(passes, None) is None:
+            raise RequestError("adapter.init_lora_weights: eva did not settle in 100 passes: raise adapter.eva_batches")
+        with autocast(peft_model):
+            peft_model(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+
+    initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
+    prepare_frozen(model)
+
+
+def eva_tokens(batch: Mapping[str, torch.Tensor]) -> int:
+    """Count the positions of a batch that EVA uses."""
+    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
+    return int((mask & (batch["labels"] != -100)).sum() if "labels" in batch else mask.sum())
+
+
 def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool = False) -> PeftModel:
-    """Put an existing LoRA adapter (folder or hub id) on a base, every tensor of it and nothing less.
+    """Put an existing LoRA adapter (folder or hub id) on a base, with every one of its tensors.
 
     Unlike PeftModel.from_pretrained, keys that the adapter lacks or the base has no place for are errors, and the
     adapter is never rounded to the base's 16 bits on the way.
@@ -189,36 +226,36 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     source = str(adapter_folder(resolve_path(str(source))))
     config = lora_config(source)
     init = str(config.init_lora_weights).lower()
-    if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantised(model)):
+    if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantized(model)):
         raise RequestError(changed_base(source, init))
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
-    config.auto_mapping = None  # names a library to import; a run's own adapter is not to pass it on
+    config.auto_mapping = None  # names a library to import; a run's own adapter must not pass it on
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
     if trained_on and base_name(model) and trained_on != base_name(model):
-        logger.warning(f"adapter: {source} was trained on {trained_on}, and goes on {base_name(model)} here")
+        logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
     grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
     try:
-        with called("adapter"), readable(source):
+        with renaming_field("adapter"), hub_errors_in_words(source):
             peft_model = wrap(model, config)
             result = peft_model.load_adapter(source, "default", is_trainable=trainable)
     except (RequestError, RuntimeError, SafetensorError) as error:
         raise RequestError(
-            f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}: is it of another base?"
+            f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}: check that this is its base"
         ) from error
     wrong = [("lacks", k) for k in result.missing_keys] + [("has no place for", k) for k in result.unexpected_keys]
     if wrong:
         whose = {"lacks": f"{source} lacks", "has no place for": f"{base_name(model)} has no place for"}
         raise RequestError(
             f"adapter: {source} does not fit {base_name(model)}: {len(wrong)} tensor(s) differ, first: "
-            f"{whose[wrong[0][0]]} {wrong[0][1]}: is it of another base?"
+            f"{whose[wrong[0][0]]} {wrong[0][1]}: check that this is its base"
         )
     return peft_model
 
 
 def lora_config(source: str) -> LoraConfig:
-    """Configuration of an existing adapter.
+    """Read the configuration of an existing adapter.
 
     Raises:
         RequestError: no adapter there, or not LoRA.
@@ -229,7 +266,7 @@ def lora_config(source: str) -> LoraConfig:
             f"adapter: there is no folder {source}: give the folder of an adapter, or a hub id USER/NAME"
         )
     check_adapter(folder)
-    with called("adapter"), readable(source):
+    with renaming_field("adapter"), hub_errors_in_words(source):
         config = PeftConfig.from_pretrained(source)
     if not isinstance(config, LoraConfig):
         raise RequestError(f"adapter: {source} is of type {config.peft_type}, expected LORA")
@@ -237,21 +274,21 @@ def lora_config(source: str) -> LoraConfig:
 
 
 def changed_base(source: str, init: str) -> str:
-    """Why an adapter with such an initialisation cannot go on an unchanged base."""
+    """Say why an adapter with such an initialization does not fit an unchanged base."""
     return (
-        f"adapter: {source} was initialised with {init}, which changed its base weights, and this base does not have "
+        f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
         "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
     )
 
 
 def trained_rows(config: LoraConfig) -> list[int]:
-    """Ids of the tokens whose embeddings the adapter holds itself."""
+    """List the ids of the tokens whose embeddings are in the adapter itself."""
     rows = config.trainable_token_indices or []
     return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
 def first_mismatch(error: Exception) -> str:
-    """The first module of torch's or PEFT's list of shapes that differ, in one line."""
+    """Return the first module of torch's or PEFT's list of different shapes, in one line."""
     text = " ".join(str(error).split()).removeprefix("adapter: ")
     found = re.search(r"size mismatch for (\S+):[^.]*\.?", text)
     return found.group(0) if found else text
@@ -260,11 +297,14 @@ def first_mismatch(error: Exception) -> str:
 def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT's own files; a fully fine-tuned model as transformers' own.
 
-    What starts by changing the base (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that, on the
-    original base, gives the same outputs: [B, -B0] [A; A0] for a start of B0 A0.
+    An adapter that started by changing the base (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that, on
+    the original base, gives the same outputs: [B, -B0] [A; A0] for a start of B0 A0.
 
     Args:
-        weights: what is trained, whole, where the model itself holds shards of it.
+        weights: the trained weights, gathered, where the model itself holds shards of them.
+
+    Raises:
+        RequestError: PiSSA or OLoRA on a sharded base.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]  # a transformers model
@@ -276,8 +316,8 @@ def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.
         return
     if weights is not None:
         raise RequestError(
-            "adapter.init_lora_weights: PiSSA and OLoRA change the base, which takes the whole of it to write down, and here "
-            "it is sharded: set adapter.init_lora_weights=true, or train with DDP"
+            "adapter.init_lora_weights: PiSSA and OLoRA change the base, and converting them back needs all of it on one "
+            "process, but here it is sharded: set adapter.init_lora_weights=true, or train with DDP"
         )
     with tempfile.TemporaryDirectory() as aside:
         start = Path(aside) / "initial"

@@ -1,4 +1,4 @@
-"""Which modules of a base an adapter lands on, and which it must leave alone."""
+"""Modules of a base that an adapter targets, and those that it must leave alone."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_named(adapter: AdapterSection, router: str) -> bool:
-    """True where the recipe's targets spell out this router."""
+    """Return True where the recipe's targets spell out this router."""
     targets = adapter.target_modules
     text = (
         " ".join([targets] if isinstance(targets, str) else targets) + " " + " ".join(adapter.target_parameters or [])
@@ -30,9 +30,9 @@ def is_named(adapter: AdapterSection, router: str) -> bool:
 
 
 def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
-    """PEFT's all-linear, or for a mixture of experts the names that it stands for here.
+    """Return PEFT's all-linear, or for a mixture of experts the names that it stands for here.
 
-    There PEFT's own would take in router and fused experts, as in transformers 4, when those were linear modules.
+    On those, PEFT's own all-linear would include router and fused experts, which were linear modules in transformers 4.
     """
     if not routers(model):
         return "all-linear"
@@ -55,20 +55,20 @@ def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
     left = [name for name in names if name not in kept]
     logger.warning(
         f"adapter: all-linear adapts {', '.join(kept)} here, not the fused experts"
-        + (f", nor {', '.join(left)}, by which PEFT would understand the experts" if left else "")
+        + (f", nor {', '.join(left)}, which PEFT takes for names of the experts" if left else "")
         + "; adapter.target_parameters reaches experts"
     )
     return kept
 
 
 def adapted(model: PeftModel) -> list[str]:
-    """Names, within the base, of the modules that carry LoRA."""
+    """List the names, within the base, of the modules that carry LoRA."""
     prefix = "base_model.model."
     return [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, LoraLayer)]
 
 
 def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -> str | list[str] | None:
-    """exclude_modules with the linear routers that the recipe does not name."""
+    """Return exclude_modules with the linear routers that the recipe does not name."""
     own = adapter.exclude_modules
     aside = sorted(name for name, module in model.named_modules() if name in avoid and isinstance(module, nn.Linear))
     if not aside:
@@ -79,7 +79,7 @@ def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -
 
 
 def check_named(model: PreTrainedModel, field: str, names: str | list[str] | None) -> None:
-    """Every listed module must exist: PEFT leaves out silently those that do not."""
+    """Refuse names of modules that do not exist, which PEFT would skip silently."""
     if not isinstance(names, list):
         return
     known = [name for name, _ in model.named_modules() if name]
@@ -93,8 +93,8 @@ def check_named(model: PreTrainedModel, field: str, names: str | list[str] | Non
 
 
 def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
-    """Every listed parameter must exist, by PEFT's own rule: it warns of those that do not, and goes on."""
-    # fused experts held in 4 bits are parametrised
+    """Refuse names of parameters that do not exist, by PEFT's own rule, which only warns of them."""
+    # fused experts held in 4 bits are parametrized
     known = [name.replace(".parametrizations.", ".").removesuffix(".original") for name, _ in model.named_parameters()]
     unknown = [name for name in names or () if not any(k == name or k.endswith(f".{name}") for k in known)]
     if unknown:
@@ -106,7 +106,7 @@ def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
 
 
 def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
-    """Every rank or alpha pattern must hit an adapted module, by PEFT's own rule."""
+    """Refuse a rank or alpha pattern that matches no adapted module, by PEFT's own rule."""
     names = adapted(model)
     for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
@@ -117,7 +117,7 @@ def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
 def token_rows(
     model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
 ) -> dict[str, list[int]] | None:
-    """Embedding rows (and, where it is not tied, output rows) of the new tokens, to be trained."""
+    """Return the embedding rows (and output rows, where those are not tied) of the new tokens, to be trained."""
     tokens = new_tokens(tokenizer)
     if not tokens or tokenizer is None:
         return None

@@ -1,11 +1,12 @@
-"""The frozen base: loaded quantised or not, with the attention and precision that the device has."""
+"""The frozen base: loaded quantized or not, with the attention and precision that the device has."""
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import re
-import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,26 +14,30 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.inspection import base_revision, check_quantised_share, keep_4bit_differentiable
-from orpo_lite.model.locating import locate, read_config, readable
-from orpo_lite.model.precision import Precision, choose_precision, default_device
+from orpo_lite.model.inspection import base_revision, check_quantized_share, keep_4bit_differentiable
+from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
+from orpo_lite.model.precision import (
+    Precision,
+    choose_precision,
+    default_device,
+    quantization_settings,
+    quantization_skipped_reason,
+)
 from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.recipe import ModelSection
-from orpo_lite.trainer.deepspeed import loading_whole
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class BaseFacts:
-    """What load_base decided; `sentences` says it in words."""
+    """Decisions of load_base; `sentences` puts them into words."""
 
     name: str
     revision: str | None
@@ -40,7 +45,7 @@ class BaseFacts:
     attention: str
     attention_why: str
     quantization: str
-    """nf4, fp4, int8 or none; for a repository that came quantised, its own method."""
+    """nf4, fp4, int8 or none; for a repository that came quantized, its own method."""
     quantized_share: float | None
     """Share of the weights of linear layers and experts in 4 or 8 bits; None where bitsandbytes is not involved."""
     sentences: list[str]
@@ -58,33 +63,34 @@ def load_base(
     Args:
         tokenizer: from load_tokenizer; needed where the recipe has new tokens.
         device: default: this process's GPU, else the CPU.
-        to_shard: FSDP or ZeRO-3 is going to spread the weights over the processes: they stay in the host's memory until
-            then, and 4-bit ones are stored as numbers of the compute dtype, which FSDP can cut and gather like any others.
+        to_shard: FSDP or ZeRO-3 will spread the weights over the processes: they stay in host memory until then, and
+            4-bit weights are stored as numbers of the compute dtype.
 
     Raises:
-        RequestError: missing, gated, broken or unsupported model; quantisation or attention that cannot be had.
+        RequestError: missing, gated, broken or unsupported model; quantization or attention that is not available.
     """
     device = torch.device(device) if device is not None else local_device()
     precision = choose_precision(spec.dtype, device)
     config = read_config(spec)
     shipped = shipped_quantization(config)
     if shipped and shipped.get("quant_method") == "bitsandbytes":
-        # the repository's own compute dtype (bfloat16 as a rule) is wrong on a T4 and slow on a CPU
+        # the repository's own compute dtype (usually bfloat16) is wrong on a T4 and slow on a CPU
         shipped["bnb_4bit_compute_dtype"] = str(precision.dtype).removeprefix("torch.")
-    plain = None if shipped else held_plain(spec, device)
-    if plain:
-        logger.warning("%s", plain)
+    skipped = None if shipped else quantization_skipped_reason(spec, device)
+    if skipped:
+        logger.warning("%s", skipped)
         spec = spec.model_copy(update={"quantization": "none"})
-    asked = None if shipped or spec.quantization == "none" else quantization_config(spec, precision, to_shard)
+    quantizes = not shipped and spec.quantization != "none"
+    settings = quantization_settings(spec, precision.dtype, to_shard) if quantizes else None
     if to_shard and shipped and shipped.get("load_in_4bit"):
         check_storage(spec, shipped, precision)
-    with loading_whole():
+    with unsharded_loading():
         model = read_model(
             spec,
             config,
             dtype=precision.dtype,
             device_map={"": "cpu" if to_shard else device},
-            quantization_config=asked,
+            quantization_config=settings,
             attn_implementation=None if spec.attention == "auto" else spec.attention,
         )
         if tokenizer is not None:
@@ -92,12 +98,12 @@ def load_base(
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise RequestError(
-            f"model.name_or_path: {spec.name_or_path} is quantised with {shipped and shipped.get('quant_method')}, which "
-            "adapters cannot be trained on: take the repository with the 16-bit weights"
+            f"model.name_or_path: {spec.name_or_path} is quantized with {shipped and shipped.get('quant_method')}, which "
+            "adapters cannot be trained on: use the repository with the 16-bit weights"
         )
     method = method_name(shipped) if shipped else spec.quantization
-    by_bitsandbytes = asked is not None or (shipped or {}).get("quant_method") == "bitsandbytes"
-    share = check_quantised_share(model) if by_bitsandbytes else None
+    counted = quantizes or (shipped or {}).get("quant_method") == "bitsandbytes"
+    share = check_quantized_share(model) if counted else None
     if to_shard:
         move_scales(model, device)
     if tokenizer is not None:
@@ -120,8 +126,25 @@ def load_base(
     return model, facts
 
 
+@contextlib.contextmanager
+def unsharded_loading() -> Iterator[None]:
+    """Let transformers load whole models inside, even where ZeRO-3's settings are already known.
+
+    It would partition weights while it loads them (and cannot, if they are quantized), which growing a vocabulary or
+    counting weights would have to allow for; the trainer partitions them later.
+    """
+    from transformers.integrations import deepspeed
+
+    kept = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed._hf_deepspeed_config_weak_ref = None
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = kept
+
+
 def local_device() -> torch.device:
-    """This process's device: the one accelerate has chosen, else the GPU of the launcher's LOCAL_RANK."""
+    """Return this process's device: the one accelerate has chosen, else the GPU of the launcher's LOCAL_RANK."""
     from accelerate import PartialState
 
     # creating the state here would settle the backend and use_cpu before TrainingArguments can
@@ -132,7 +155,7 @@ def local_device() -> torch.device:
 
 
 def shipped_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
-    """The quantisation that a repository ships with, as a dict that may be edited in place."""
+    """Return the quantization that a repository ships with, as a dict that may be edited in place, or None."""
     shipped = getattr(config, "quantization_config", None)
     if shipped is not None and not isinstance(shipped, dict):
         shipped = config.quantization_config = shipped.to_dict()
@@ -140,88 +163,36 @@ def shipped_quantization(config: PreTrainedConfig) -> dict[str, Any] | None:
 
 
 def method_name(shipped: dict[str, Any]) -> str:
-    """A repository's quantisation by the recipe's names where it has one."""
+    """Name a repository's quantization, in the recipe's words where it has one."""
     if shipped.get("load_in_8bit"):
         return "int8"
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
 def check_storage(spec: ModelSection, shipped: dict[str, Any], precision: Precision) -> None:
-    """Raise RequestError where a repository's own 4-bit weights cannot be sharded."""
+    """Refuse a repository whose own 4-bit weights cannot be sharded."""
     storage, wanted = shipped.get("bnb_4bit_quant_storage", "uint8"), str(precision.dtype).removeprefix("torch.")
     if storage != wanted:
         raise RequestError(
             f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which cannot be spread over "
-            f"processes beside {wanted}: take the repository with the 16-bit weights and model.quantization=nf4, or train with DDP"
+            f"processes beside {wanted}: use the repository with the 16-bit weights and model.quantization=nf4, or train "
+            "with DDP"
         )
 
 
 def move_scales(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the scales of 4-bit weights to where the weights will be computed with: engines know of the weights only."""
+    """Move the scales of 4-bit weights to the device that will compute: sharding engines move the weights only."""
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one
         if state is not None:
             state.to(device)
 
 
-def without_bitsandbytes() -> str | None:
-    """Why bitsandbytes cannot quantise here; None where it can."""
-    try:
-        import bitsandbytes  # noqa: F401  # is it there, and does its library load?
-        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
-
-        validate_bnb_backend_availability(raise_exception=True)
-    except (ImportError, RuntimeError, OSError) as error:
-        why = " ".join(str(error).split()) or type(error).__name__
-        return (
-            "bitsandbytes is not made for macOS"
-            if sys.platform == "darwin"
-            else f"bitsandbytes does not work here ({why})"
-        )
-    return None
-
-
-def held_plain(spec: ModelSection, device: torch.device) -> str | None:
-    """Why the recipe's quantisation is left out, and what that costs; None where it is done or not asked for.
-
-    Only on a CPU or an Apple GPU: beside other GPUs bitsandbytes can be had, and memory was planned with it.
-    """
-    if spec.quantization == "none" or device.type not in ("cpu", "mps") or not (why := without_bitsandbytes()):
-        return None
-    size = choose_precision(spec.dtype, device).dtype.itemsize
-    return (
-        f"model.quantization: {spec.quantization} is left out, since {why}: the weights stay in {size * 8} bits, {size} GB for "
-        f"each billion of them where {spec.quantization} takes {1.1 if spec.quantization == 'int8' else 0.6} GB"
-    )
-
-
-def quantization_config(spec: ModelSection, precision: Precision, to_shard: bool = False) -> BitsAndBytesConfig:
-    """bitsandbytes' settings for the recipe; to be sharded, 4-bit weights are stored as numbers of the compute dtype."""
-    if why := without_bitsandbytes():
-        raise RequestError(
-            f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
-            "pip install -U bitsandbytes"
-        )
-    if spec.quantization == "int8" and to_shard:
-        raise RequestError(
-            "model.quantization: int8 weights cannot be sharded by FSDP or ZeRO-3: set model.quantization=nf4, or train with DDP"
-        )
-    if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=spec.quantization,
-        bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=precision.dtype,
-        bnb_4bit_quant_storage=precision.dtype if to_shard else torch.uint8,
-    )
-
-
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """from_pretrained by the right Auto class, from safetensors only, with every weight of the model in the files."""
+    """Load by the right Auto class, from safetensors only, with every weight of the model in the files."""
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     try:
-        with readable(spec.name_or_path):
+        with hub_errors_in_words(spec.name_or_path):
             model, info = auto.from_pretrained(
                 locate(spec),
                 config=config,
@@ -234,7 +205,7 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
     except RequestError as error:
         if options.get("attn_implementation") and re.search(r"attention|attn|flash", str(error), re.IGNORECASE):
             raise RequestError(
-                f"model.attention: {options['attn_implementation']} cannot be had for {spec.name_or_path}: set "
+                f"model.attention: {options['attn_implementation']} is not available for {spec.name_or_path}: set "
                 f"model.attention=auto ({error.__cause__})"
             ) from error
         raise
@@ -248,8 +219,8 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
         missing = sorted(info["missing_keys"])
         raise RequestError(
             f"model.name_or_path: {spec.name_or_path} lacks {len(missing)} weight(s) of {type(model).__name__}, which "
-            f"would start out random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: is this the whole "
-            "model, and a language model?"
+            f"would start out random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: check that this is "
+            "the whole model, and a language model"
         )
     keep_4bit_differentiable(model)
     return model
@@ -262,7 +233,7 @@ def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) 
 
 
 def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
-    """Give embeddings and output head at least this many rows, each new one the mean of those that were there."""
+    """Give embeddings and output head at least this many rows, each new one the mean of the existing ones."""
     inside: Any = model.get_input_embeddings()
     rows: int = inside.weight.shape[0]
     if needed <= rows:
@@ -277,6 +248,7 @@ def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
 
 
 def explain_attention(model: PreTrainedModel, spec: ModelSection, attention: str) -> str:
+    """Say why the model computes with this attention."""
     if spec.attention != "auto":
         return "as model.attention asks"
     supports = "supports it" if attention == "sdpa" else "has no exact sdpa"
@@ -284,17 +256,16 @@ def explain_attention(model: PreTrainedModel, spec: ModelSection, attention: str
 
 
 def describe(facts: BaseFacts, spec: ModelSection, shipped: bool) -> list[str]:
-    """The facts in sentences for the screen."""
+    """Put the facts into sentences for the screen."""
     if shipped:
         held = f"{facts.quantization}, as the repository ships it"
         if spec.quantization != facts.quantization:
             held += f" (model.quantization={spec.quantization} does not apply)"
     elif facts.quantization == "none":
-        held = "not quantised"
+        held = "not quantized"
     else:
-        held = facts.quantization + (
-            " with double quantisation" if spec.double_quant and "4" in facts.quantization else ""
-        )
+        double = spec.double_quant and "4" in facts.quantization
+        held = facts.quantization + (" with double quantization" if double else "")
     if facts.quantized_share is not None:
         held += f"; {facts.quantized_share:.1%} of the weights of linear layers and experts"
     return [

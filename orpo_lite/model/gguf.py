@@ -1,6 +1,6 @@
-"""GGUF bases: dequantised once, tensor by tensor, into a plain safetensors folder that everything else loads.
+"""GGUF bases: dequantized once, tensor by tensor, into a plain safetensors folder that everything else loads.
 
-transformers can read a GGUF file, but then neither quantises nor saves the model.
+transformers can read a GGUF file, but then it neither quantizes nor saves the model.
 """
 
 from __future__ import annotations
@@ -18,40 +18,37 @@ from typing import Any
 
 import torch
 from filelock import FileLock
-from huggingface_hub import constants, hf_hub_download
+from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.locating import looks_local, readable
-from orpo_lite.model.untrusted_files import check_links
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 256 * 10**6  # a shard is in memory while it is written
-FORMAT = 1  # of the cached folder: raise it when what is written below changes
+SHARD_BYTES = 256 * 10**6
+"""Size of a shard, which is in memory while it is written."""
+FORMAT = 1
+"""Version of the cached folder: raise it when the code below writes something else."""
 
 
-def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Path:
-    """Model folder with the dequantised weights, configuration and tokenizer of a GGUF file; made at first use.
+def cached_folder(path: Path) -> Path:
+    """Return the model folder of a GGUF file: dequantized weights, configuration and tokenizer, made at first use.
 
-    It lies in the Hugging Face cache (HF_HOME/orpo_lite/gguf), under the file's SHA-256, and appears there whole or
-    not at all.
-
-    Args:
-        name: folder or hub id that holds the file.
+    The folder is in the Hugging Face cache (HF_HOME/orpo_lite/gguf), under the file's SHA-256, and appears there whole
+    or not at all.
 
     Raises:
-        RequestError: no such file, not GGUF, one part of a split file, an architecture that transformers cannot read.
+        RequestError: one part of a split file, or an architecture that transformers cannot read.
+        OSError, ValueError: whatever transformers raises while it reads the file.
     """
-    path = find(name, gguf_file, revision)
     folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / f"{fingerprint(path, path.stat().st_mtime_ns)}-{FORMAT}"
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
-            logger.info(f"GGUF: dequantising {path.name} once, into {folder}")
+            logger.info(f"GGUF: dequantizing {path.name} once, into {folder}")
             aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
             try:
                 convert(path, aside)
@@ -62,37 +59,9 @@ def cached_folder(name: str, gguf_file: str, revision: str | None = None) -> Pat
     return folder
 
 
-def find(name: str, gguf_file: str, revision: str | None) -> Path:
-    """The GGUF file on this disk, downloaded if `name` is a hub id."""
-    folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
-    if folder.is_file() or file.is_absolute() or ".." in file.parts:
-        right = folder if folder.is_file() else file
-        raise RequestError(
-            f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
-            f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
-        )
-    if folder.is_dir():
-        check_links(folder)
-        path = folder / file
-        if not path.is_file():
-            there = sorted(p.name for p in folder.glob("*.gguf"))
-            raise RequestError(
-                f"model.gguf_file: {path} does not exist; GGUF files there: {', '.join(there) or 'none'}"
-            )
-    elif looks_local(name):
-        raise RequestError(f"model.name_or_path: there is no folder {name} (model.gguf_file names a file inside it)")
-    else:
-        with readable(name):
-            path = Path(hf_hub_download(name, gguf_file, revision=revision))
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise RequestError(f"model.gguf_file: {path} is not a GGUF file")
-    return path
-
-
 @functools.cache
 def fingerprint(path: Path, mtime_ns: int) -> str:
-    """SHA-256 of the file; the modification time only keys the memory of this process."""
+    """Compute the SHA-256 of the file; the modification time is only a key of this process's cache."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -105,13 +74,12 @@ def convert(path: Path, folder: Path) -> None:
         raise RequestError(
             "model.gguf_file: reading GGUF needs the gguf package: pip install 'orpo-lite[export]'"
         ) from error
-    with readable(str(path)):
-        config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-        with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False)
-        dtypes = write_shards(path, model, folder)
+    config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
+    with torch.device("meta"):
+        model = auto.from_config(config, trust_remote_code=False)
+    dtypes = write_shards(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined]
@@ -123,10 +91,10 @@ def convert(path: Path, folder: Path) -> None:
 
 
 def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[torch.dtype]:
-    """Dequantise tensor by tensor and write shards; how many weights came out in which dtype.
+    """Dequantize tensor by tensor and write shards; returns how many weights came out in which dtype.
 
-    Blocks are dequantised in float32 as scale times small integer (plus offset), with a float16 scale: float16 keeps
-    three bits more of that than bfloat16 does. What the file holds as float keeps its own type.
+    Blocks are dequantized in float32 as scale times small integer (plus offset), with a float16 scale: float16 keeps
+    three more bits of that than bfloat16 does. Floats of the file keep their own type.
     """
     from gguf import GGMLQuantizationType, GGUFReader, dequantize
     from transformers import modeling_gguf_pytorch_utils as reading
@@ -175,13 +143,13 @@ def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[to
     if lacking:
         raise RequestError(
             f"model.gguf_file: {path.name} ({architecture}) lacks {len(lacking)} weight(s) of {type(model).__name__}, "
-            f"first {lacking[0]}: transformers cannot read this architecture from GGUF; take its safetensors repository"
+            f"first {lacking[0]}: transformers cannot read this architecture from GGUF; use its safetensors repository"
         )
     return done
 
 
 class ShardWriter:
-    """Collects tensors and writes a safetensors shard whenever enough have come together, and the index at the end."""
+    """Collects tensors, writes a safetensors shard whenever there are enough of them, and the index at the end."""
 
     def __init__(self, folder: Path):
         self.folder = folder

@@ -1,4 +1,4 @@
-"""Where a base lies, and what to tell the user when it cannot be read."""
+"""Where a base or an adapter is found (folder, hub, GGUF file), and what to do when it cannot be read."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from huggingface_hub import errors as hub
-from huggingface_hub import snapshot_download
+from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
-from orpo_lite.model.untrusted_files import check_model
+from orpo_lite.model.untrusted_files import check_links, check_model
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import BUILTIN, resolve_path
 
@@ -22,7 +22,7 @@ ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.y
 
 
 def locate(spec: ModelSection) -> str:
-    """Folder or hub id to load from. A GGUF base is dequantised into its cached folder first.
+    """Return the folder or hub id to load from. A GGUF base is dequantized into its cached folder first.
 
     Raises:
         RequestError: a path that does not exist, is no model folder, or lacks weight files its index names.
@@ -31,7 +31,9 @@ def locate(spec: ModelSection) -> str:
     if spec.gguf_file:
         from orpo_lite.model.gguf import cached_folder
 
-        return str(cached_folder(name, spec.gguf_file, spec.revision))
+        path = find_gguf(name, spec.gguf_file, spec.revision)
+        with hub_errors_in_words(str(path)):
+            return str(cached_folder(path))
     folder = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
     if os.path.isdir(folder):
         check_model(folder)
@@ -48,8 +50,40 @@ def locate(spec: ModelSection) -> str:
     return name
 
 
+def find_gguf(name: str, gguf_file: str, revision: str | None) -> Path:
+    """Find a GGUF file on this disk, or download it if `name` is a hub id.
+
+    Raises:
+        RequestError: no such folder or file, or not GGUF.
+    """
+    folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
+    if folder.is_file() or file.is_absolute() or ".." in file.parts:
+        right = folder if folder.is_file() else file
+        raise RequestError(
+            f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
+            f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
+        )
+    if folder.is_dir():
+        check_links(folder)
+        path = folder / file
+        if not path.is_file():
+            there = sorted(p.name for p in folder.glob("*.gguf"))
+            raise RequestError(
+                f"model.gguf_file: {path} does not exist; GGUF files there: {', '.join(there) or 'none'}"
+            )
+    elif looks_local(name):
+        raise RequestError(f"model.name_or_path: there is no folder {name} (model.gguf_file names a file inside it)")
+    else:
+        with hub_errors_in_words(name):
+            path = Path(hf_hub_download(name, gguf_file, revision=revision))
+    with path.open("rb") as stream:
+        if stream.read(4) != b"GGUF":
+            raise RequestError(f"model.gguf_file: {path} is not a GGUF file")
+    return path
+
+
 def adapter_folder(source: str | Path) -> Path:
-    """Folder of a run or an adapter; a hub id is downloaded, its adapter and tokenizer alone.
+    """Return the folder of a run or an adapter; of a hub id, adapter and tokenizer are downloaded.
 
     Raises:
         RequestError: neither on this disk nor on the hub.
@@ -60,31 +94,35 @@ def adapter_folder(source: str | Path) -> Path:
     near = nearest(folder.name, [path.name for path in folder.parent.glob("*/")])
     if near or folder.parent.name == "outputs":
         raise RequestError(f"{folder}: there is no such folder in {folder.parent}{near}")
-    with called("adapter"), readable(str(source)):
+    with renaming_field("adapter"), hub_errors_in_words(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 
 
 def read_config(spec: ModelSection) -> PreTrainedConfig:
-    """The base's configuration."""
+    """Read the base's configuration.
+
+    Raises:
+        RequestError: see `locate`; or sizes that no model has.
+    """
     name = locate(spec)
-    with readable(spec.name_or_path):
+    with hub_errors_in_words(spec.name_or_path):
         try:
             return AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
-        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:  # sizes that no model has
+        except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise RequestError(
-                f"model.name_or_path: config.json of {spec.name_or_path} describes no model ({type(error).__name__}: "
+                f"model.name_or_path: config.json of {spec.name_or_path} does not describe a model ({type(error).__name__}: "
                 f"{error}): copy or download it again"
             ) from error
 
 
 def looks_local(name: str) -> bool:
-    """True for what can only be a path, never a hub id (user/name)."""
+    """Return True for a name that can only be a path, never a hub id (user/name)."""
     return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
 
 
 @contextlib.contextmanager
-def called(field: str, hint: str = "") -> Iterator[None]:
-    """Errors about a base by the name of what the user gave, where that is not the recipe's model.name_or_path."""
+def renaming_field(field: str, hint: str = "") -> Iterator[None]:
+    """Report errors about a base by the name of what the user gave, where that is not model.name_or_path."""
     try:
         yield
     except RequestError as error:
@@ -92,7 +130,7 @@ def called(field: str, hint: str = "") -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def readable(name: str) -> Iterator[None]:
+def hub_errors_in_words(name: str) -> Iterator[None]:
     """Turn what transformers and the hub raise while reading `name` into a RequestError that says what to do."""
     try:
         yield
@@ -103,7 +141,7 @@ def readable(name: str) -> Iterator[None]:
 
 
 def explain(name: str, error: BaseException) -> str:
-    """The error in words, by the hub's exception that lies behind it."""
+    """Put an error into words, by the hub's exception behind it."""
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
@@ -132,10 +170,10 @@ def explain(name: str, error: BaseException) -> str:
         )
     if text.startswith("Unrecognized configuration class"):
         kind = text.partition("configuration class <class '")[2].partition("'")[0].rpartition(".")[2]
-        return f"model.name_or_path: {name} is described by a {kind}: take a model that writes text"
+        return f"model.name_or_path: {name} is described by a {kind}: use a model that writes text"
     if text.startswith("Couldn't instantiate the backend tokenizer"):
         return (
-            f"model.name_or_path: {name} has no tokenizer that can be read: copy the tokenizer's files (tokenizer.json and "
+            f"model.name_or_path: {name} has no readable tokenizer: copy the tokenizer's files (tokenizer.json and "
             "tokenizer_config.json, or tokenizer.model) there; for the latter pip install sentencepiece"
         )
     if any(isinstance(c, hub.EntryNotFoundError) for c in chain):
@@ -143,6 +181,6 @@ def explain(name: str, error: BaseException) -> str:
     if "trust_remote_code" in text:
         return (
             f"model.trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
-            "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code, where a command takes a folder)"
+            "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code for commands that take a folder)"
         )
     return f"model.name_or_path: {name} cannot be loaded: {text[:400]}"

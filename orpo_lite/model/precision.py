@@ -1,18 +1,24 @@
-"""Compute dtype and mixed precision, chosen by what the device really has."""
+"""Numbers that a model is held and computed in: the dtype by what the device has, quantization as the recipe asks."""
 
 from __future__ import annotations
 
 import contextlib
+import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
+from transformers import BitsAndBytesConfig
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.recipe import ModelSection
 
 
 @dataclass(frozen=True)
 class Precision:
-    """dtype of the frozen weights and of computing; fp16 and bf16 are the TrainingArguments fields of those names."""
+    """dtype of frozen weights and of computing; fp16 and bf16 are the fields of TrainingArguments with those names."""
 
     dtype: torch.dtype
     fp16: bool
@@ -21,7 +27,7 @@ class Precision:
 
 
 def default_device() -> torch.device:
-    """The device a run uses: CUDA, XPU or MPS where there is one, else the CPU."""
+    """Return the device that a run uses: CUDA, XPU or MPS where there is one, else the CPU."""
     for kind in ("cuda", "xpu", "mps"):
         if getattr(torch, kind).is_available():
             return torch.device(kind)
@@ -29,7 +35,7 @@ def default_device() -> torch.device:
 
 
 def choose_precision(dtype: str = "auto", device: torch.device | str | None = None) -> Precision:
-    """Precision for `model.dtype` on a device (default: the one a run uses).
+    """Choose the precision for `model.dtype` on a device (default: the one a run uses).
 
     CUDA goes by compute capability alone: torch.cuda.is_bf16_supported() is true on a T4, which only emulates bfloat16.
 
@@ -59,10 +65,116 @@ def choose_precision(dtype: str = "auto", device: torch.device | str | None = No
 
 
 def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[object]:
-    """Autocast for forward or generate outside a Trainer: norms, adapters and saved modules are float32 in a 16-bit
-    model, and its plain matrix products refuse mixed inputs. A no-op for float32 models."""
+    """Autocast a forward pass or generation outside a Trainer; a no-op for float32 models.
+
+    Norms, adapters and saved modules of a 16-bit model are float32, and its plain matrix products refuse mixed inputs.
+    """
     weight = model.get_input_embeddings().weight  # type: ignore[operator]  # a transformers or PEFT model
     frozen = {p.dtype for p in model.parameters() if not p.requires_grad and p.dtype in (torch.float16, torch.bfloat16)}
     if not frozen:
         return contextlib.nullcontext()
     return torch.autocast(weight.device.type, dtype=frozen.pop())
+
+
+# ---- quantization of the frozen base: a backend is an entry of BACKENDS --------------------------------------------
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A value of `model.quantization`."""
+
+    settings: Callable[[ModelSection, torch.dtype, bool], Any]
+    """(section, compute dtype, to be sharded) -> transformers' quantization_config."""
+    unavailable: Callable[[], str | None]
+    """Why it cannot be used on this machine, or None."""
+    package: str
+    gigabytes: float
+    """Memory per billion weights."""
+    shardable: bool = True
+    """FSDP and ZeRO-3 can spread its weights over processes."""
+
+
+def bitsandbytes_unavailable() -> str | None:
+    """Return why bitsandbytes cannot quantize here; None where it can."""
+    try:
+        import bitsandbytes  # noqa: F401  # is it installed, and does its library load?
+        from transformers.integrations.bitsandbytes import validate_bnb_backend_availability
+
+        validate_bnb_backend_availability(raise_exception=True)
+    except (ImportError, RuntimeError, OSError) as error:
+        if sys.platform == "darwin":
+            return "bitsandbytes is not available for macOS"
+        return f"bitsandbytes does not work here ({' '.join(str(error).split()) or type(error).__name__})"
+    return None
+
+
+def _four_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type=spec.quantization,
+        bnb_4bit_use_double_quant=spec.double_quant,
+        bnb_4bit_compute_dtype=dtype,
+        # stored as numbers of the compute dtype, FSDP can cut and gather them like any other weights
+        bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
+    )
+
+
+def _eight_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsAndBytesConfig:
+    return BitsAndBytesConfig(load_in_8bit=True)
+
+
+BACKENDS = {
+    "nf4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 0.6),
+    "fp4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 0.6),
+    "int8": Backend(_eight_bits, bitsandbytes_unavailable, "bitsandbytes", 1.1, shardable=False),
+}
+
+
+def is_quantized_parameter(parameter: Tensor) -> bool:
+    """Return True for a weight that one of the backends holds in 4 or 8 bits."""
+    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
+        return False
+    # 4-bit weights keep their state, in whatever dtype they are stored
+    return getattr(parameter, "quant_state", None) is not None or not parameter.dtype.is_floating_point
+
+
+def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str | None:
+    """Return why the recipe's quantization is skipped and what that costs; None where it is done or not asked for.
+
+    It is skipped only on a CPU or an Apple GPU: for other GPUs the backend can be installed, and memory was planned
+    with it.
+    """
+    if spec.quantization == "none" or device.type not in ("cpu", "mps"):
+        return None
+    backend = BACKENDS[spec.quantization]
+    if not (why := backend.unavailable()):
+        return None
+    size = choose_precision(spec.dtype, device).dtype.itemsize
+    return (
+        f"model.quantization: {spec.quantization} is skipped, since {why}: the weights stay in {size * 8} bits, "
+        f"{size} GB per billion weights instead of {backend.gigabytes} GB"
+    )
+
+
+def quantization_settings(spec: ModelSection, dtype: torch.dtype, to_shard: bool = False) -> Any:
+    """Return transformers' quantization_config for the recipe.
+
+    Args:
+        dtype: computed in.
+        to_shard: the weights will be spread over processes.
+
+    Raises:
+        RequestError: the backend does not work here, or its weights cannot be sharded.
+    """
+    backend = BACKENDS[spec.quantization]
+    if why := backend.unavailable():
+        raise RequestError(
+            f"model.quantization: {spec.quantization} needs {backend.package}, and {why}: set model.quantization=none, or "
+            f"pip install -U {backend.package}"
+        )
+    if to_shard and not backend.shardable:
+        raise RequestError(
+            f"model.quantization: {spec.quantization} weights cannot be sharded by FSDP or ZeRO-3: set "
+            "model.quantization=nf4, or train with DDP"
+        )
+    return backend.settings(spec, dtype, to_shard)

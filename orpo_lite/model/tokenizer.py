@@ -13,7 +13,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.chat_template import TemplateRefused, render_chat
-from orpo_lite.model.locating import locate, read_config, readable
+from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import chat_templates, find_template, resolve_path
 
@@ -35,11 +35,11 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
     folder = Path(os.path.expanduser(resolve_path(spec.name_or_path)))
     if all(os.path.isfile(folder / name) for name in ("adapter_config.json", "tokenizer_config.json")):
         # a run folder's tokenizer is as it was trained with: template, padding and new tokens are in it
-        with readable(str(folder)):
+        with hub_errors_in_words(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         return remember(tokenizer, [], spec.new_tokens)
     name = locate(spec)
-    with readable(spec.name_or_path):
+    with hub_errors_in_words(spec.name_or_path):
         config = read_config(spec).get_text_config()
         tokenizer = AutoTokenizer.from_pretrained(
             name, revision=spec.revision, trust_remote_code=spec.trust_remote_code

@@ -19,7 +19,6 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.objective.packed_attention import inner_attention, packed_attention, plain_attention
-from orpo_lite.trainer.model_setup import disable_dropout
 
 logger = logging.getLogger(__name__)
 
@@ -186,6 +185,16 @@ def small_model(
                 else:  # norms, biases, sinks: near what the class made of them, but not all alike
                     parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
+
+
+def disable_dropout(model: nn.Module) -> None:
+    """Set every dropout to 0: the modules, and the probabilities that attention keeps as plain numbers."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+        for name, value in vars(module).items():
+            if "dropout" in name and isinstance(value, float):
+                setattr(module, name, 0.0)
 
 
 SMALL = {

@@ -23,6 +23,7 @@ from transformers import (
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import shipped_quantization
+from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
 from orpo_lite.plan.configs import base_config
 from orpo_lite.plan.kernels import Target
@@ -105,16 +106,7 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
         known: dict[str, Any] = {k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
         known["bnb_4bit_compute_dtype"] = dtype
         return BitsAndBytesConfig(**known)
-    if spec.quantization == "none":
-        return None
-    if spec.quantization == "int8":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True,
-        bnb_4bit_quant_type=spec.quantization,
-        bnb_4bit_use_double_quant=spec.double_quant,
-        bnb_4bit_compute_dtype=dtype,
-    )
+    return None if spec.quantization == "none" else BACKENDS[spec.quantization].settings(spec, dtype, False)
 
 
 @contextlib.contextmanager

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from orpo_lite.model.activation_offload import check_count
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.layout import choose_layout
 from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment
 from orpo_lite.plan.extrapolate import Stacks, period
@@ -19,7 +20,6 @@ from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.meta_model import build, compute_dtype, find_config, signatures
 from orpo_lite.plan.step import COPYING, PlannedTrainer, Shape, Traced, micro_batch, scoring, trace
 from orpo_lite.recipe import Recipe
-from orpo_lite.trainer.model_setup import base_of
 
 CONTEXT, MARGIN, LIBRARIES = "CUDA context", "fragmentation margin", "libraries' own memory"
 CONTEXT_BYTES = {"cuda": 500_000_000, "cpu": 0}
@@ -160,7 +160,7 @@ class Study:
         self.config = find_config(recipe.model)
         self.dtype = compute_dtype(recipe.model, target)
         self.model = _skeleton(recipe, self.config, self.dtype)
-        base = base_of(self.model)
+        base = unwrap(self.model)
         self.layout = choose_layout(base, recipe.orpo.layout)
         if callable(shape):
             shape = shape(self.layout.name)

@@ -16,14 +16,14 @@ from torch.autograd.graph import _engine_run_backward
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.model.activation_offload import SMALLEST, check_count, checkpointing_layers, offload
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
-from orpo_lite.objective.layout import small_model
+from orpo_lite.objective.layout import disable_dropout, small_model
 from orpo_lite.plan.allocations import GRADIENTS, MOVED, OPTIMIZER, Segment, Timeline
 from orpo_lite.plan.kernels import Kernels, Target, cuda_workspace, no_workspace
 from orpo_lite.plan.meta_model import build, decoder_layers, hold_model
 from orpo_lite.plan.optimizer_memory import States, states
 from orpo_lite.recipe import DataSection, Recipe
-from orpo_lite.trainer.model_setup import base_of, disable_dropout
 from orpo_lite.trainer.objective import Objective, count_step
 from orpo_lite.trainer.trainer import ORPOTrainer
 
@@ -104,7 +104,7 @@ def accumulates(recipe: Recipe) -> bool:
 
 def scoring(model: Any) -> HeadTransform | None:
     """How the trainer will score the model's head, found as it finds it, on a small model of the kind."""
-    base = base_of(model)
+    base = unwrap(model)
     small = small_model(type(base), base.config, base.config._attn_implementation or "eager", torch.float32)
     return head_transform(small, torch.device("cpu"), 1e-3)
 
@@ -188,7 +188,7 @@ def trace(
     timeline.take(held.device, OPTIMIZER)
     kernels = Kernels(target)
     trainer = kind(model, recipe, transform)
-    mark_layers(timeline, base_of(model))
+    mark_layers(timeline, unwrap(model))
     with timeline, kernels.standing_in():
         if dtype != torch.float32:  # as accelerate wraps a prepared model
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(model.forward))
@@ -233,7 +233,7 @@ def run(
             timeline.hold(parameter.grad, GRADIENTS)
     on_device, model = moved(batch), trainer.model
     loss = trainer.micro_batch_loss(on_device)
-    timeline.segment = ("backward", "end" if decoder_layers(base_of(model)) is not None else "start")
+    timeline.segment = ("backward", "end" if decoder_layers(unwrap(model)) is not None else "start")
     # loss.backward() would run outside of the function mode, and recompute layers without autocast
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
     for parameter in trained:
@@ -281,7 +281,7 @@ def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> N
     """Recompute activations of the first so many layers, and offload what they keep, as the trainer does."""
     if recomputed == 0:
         return
-    base = base_of(model)
+    base = unwrap(model)
     options = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

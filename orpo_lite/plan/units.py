@@ -9,10 +9,10 @@ from typing import Any
 from torch import nn
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.plan.extrapolate import period
 from orpo_lite.plan.meta_model import build, label_of
 from orpo_lite.plan.predict import Study
-from orpo_lite.trainer.model_setup import base_of
 
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 SHARDED = ("fsdp2", "zero3")
@@ -133,7 +133,7 @@ def units_of(study: Study, spread: Spread) -> Units:
         )
     kinds = period(study.layers) if study.layers else None
     model = build(recipe, study.config, dtype, kinds, False)
-    base = base_of(model)
+    base = unwrap(model)
     names = set(base._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     deepspeed = spread.strategy.startswith("zero")

@@ -26,11 +26,12 @@ from torch.utils._pytree import tree_leaves
 
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model.inspection import unwrap
+from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.trainer.config import CHECKPOINTING, RENAMED
-from orpo_lite.trainer.model_setup import base_of, disable_dropout
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trainer import ORPOTrainer
@@ -123,7 +124,7 @@ class Contest:
 
         def work() -> float:
             if name == "trl":
-                plain_attention(base_of(self.model))
+                plain_attention(unwrap(self.model))
             loss = 0.0
             for start in range(0, len(rows), batch_size):
                 batch = trainer.data_collator(rows[start : start + batch_size])

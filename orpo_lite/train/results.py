@@ -22,8 +22,7 @@ from orpo_lite.report import write_report
 from orpo_lite.report.model_card import write_card
 from orpo_lite.train import printout as announce
 from orpo_lite.trainer.distributed import sharded
-from orpo_lite.trainer.generate import answer
-from orpo_lite.trainer.likely import score_answers
+from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.out_of_memory import named
 from orpo_lite.trainer.run_folder import RunFolder
 from orpo_lite.trainer.trainer import ORPOTrainer

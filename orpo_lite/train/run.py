@@ -29,14 +29,14 @@ from orpo_lite.common.files import disk_of
 from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.collate import PaddedCollator
-from orpo_lite.model import BaseFacts, attach_adapter, initialise_eva, load_base, load_tokenizer
+from orpo_lite.model import BaseFacts, attach_adapter, initialize_eva, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device, read_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.train import printout as announce
 from orpo_lite.train.results import before_training, finish, held_out, record_of
-from orpo_lite.trainer import launched
+from orpo_lite.trainer import distributed
 from orpo_lite.trainer.callbacks import Bar, MetricsFile
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.deepspeed import zero_stage_asked
@@ -98,7 +98,7 @@ def run(
     model, facts, checkpointing = load_model(recipe, pairs, tokenizer)
     if facts.quantization == "none":  # where bitsandbytes is missing, whatever the recipe asked for
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
-    launched.meet(recipe.training.get("ddp_timeout", 1800), bool(recipe.training.get("use_cpu")))
+    distributed.init_process_group(recipe.training.get("ddp_timeout", 1800), bool(recipe.training.get("use_cpu")))
 
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -173,7 +173,7 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
         check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
     if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
-        initialise_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
+        initialize_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
     return model, facts, checkpointing
 
 
@@ -275,8 +275,8 @@ def command(
         raise RequestError(
             "found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), a YAML file or a run folder"
         )
-    launched.from_slurm()
-    if launched.rank():
+    distributed.from_slurm()
+    if distributed.rank():
         speak_no_more()
     resume_mode: Resume = "force" if resume_force else resume
     if dry_run and resume_mode:
@@ -294,6 +294,6 @@ def command(
     except Stopped as stop:
         raise typer.Exit(128 + stop.number) from None  # as a shell has it for a process that a signal ended
     except RuntimeError as error:
-        if gone := launched.lost(error):
+        if gone := distributed.as_lost_peer(error):
             raise gone from error
         raise

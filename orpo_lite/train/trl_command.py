@@ -27,14 +27,12 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.data.file_formats import file_format
 from orpo_lite.data.sources import is_local, load_hub, load_saved, local_files
-from orpo_lite.model.base import without_bitsandbytes
-from orpo_lite.model.locating import called, locate, readable
-from orpo_lite.model.precision import choose_precision
+from orpo_lite.model.locating import hub_errors_in_words, locate, renaming_field
+from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
 from orpo_lite.recipe import DataSource, ModelSection
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.config import REMOVED_FIELDS, RENAMED_FIELDS, ORPOConfig, outdated_fields
 from orpo_lite.trainer.model_setup import load_by_name, tokenizer_of
-from orpo_lite.trainer.renamed_fields import GONE, RENAMED, gone
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
@@ -96,7 +94,7 @@ def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArgum
     known = [f.name for kind in (ScriptArguments, ORPOConfig, ModelArguments) for f in fields(kind)]
     unknown = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
     if rest:
-        lines = [gone([name], known)[0] if name in RENAMED | GONE else f"no flag --{name}{nearest(name, known)}"
+        lines = [outdated_fields([name], known)[0] if name in RENAMED_FIELDS | REMOVED_FIELDS else f"no flag --{name}{nearest(name, known)}"
                  for name in unknown] or [f"found {' '.join(rest)} without a flag before it"]  # fmt: skip
         raise RequestError("; ".join(lines))
     return tuple(parsed)  # type: ignore[return-value]  # one of each kind
@@ -105,7 +103,7 @@ def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArgum
 def current(word: str) -> str:
     """A flag by its present name, said on screen where it had another."""
     name, equals, value = word.partition("=")
-    new = RENAMED.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
+    new = RENAMED_FIELDS.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
     if new is None:
         return word
     errors.print(f"{escape(name)} is called --{new} now: taken as that")
@@ -124,7 +122,7 @@ def rows_of(script: ScriptArguments, split: str) -> Any:
     if not name:
         raise RequestError("--dataset_name is missing: give a file, a folder, or a data set of the hub as owner/name")
     path = os.path.expanduser(resolve_path(name))
-    with called("--dataset_name"):
+    with renaming_field("--dataset_name"):
         if any(os.path.isfile(os.path.join(path, kept)) for kept in ("state.json", "dataset_dict.json")):
             saved = load_saved(path, split)
             return saved.to_iterable_dataset() if streaming else saved
@@ -173,14 +171,14 @@ def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments)
     """The trainer that TRL's script makes, with the ModelConfig's dtype, attention and quantisation applied."""
     if not model.model_name_or_path:
         raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
-    with called("--model_name_or_path"):
+    with renaming_field("--model_name_or_path"):
         name = locate(ModelSection(name_or_path=model.model_name_or_path))
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
         raise RequestError(
             f"--load_in_{'4' if model.load_in_4bit else '8'}bit: quantised weights cannot be trained themselves: add "
             "--use_peft, or leave it out"
         )
-    if (model.load_in_4bit or model.load_in_8bit) and (why := without_bitsandbytes()):
+    if (model.load_in_4bit or model.load_in_8bit) and (why := bitsandbytes_unavailable()):
         errors.print(f"--load_in_{'4' if model.load_in_4bit else '8'}bit: {escape(why)}")
         model.load_in_4bit = model.load_in_8bit = False
     if model.load_in_4bit and model.dtype in (None, "auto"):
@@ -192,7 +190,7 @@ def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments)
     args.model_init_kwargs = {key: value for key, value in given.items() if value is not None} | own
     train, test = rows_of(script, script.dataset_train_split), held_out(script, args)
     adapter = get_peft_config(model)
-    with called("--model_name_or_path"), readable(name):
+    with renaming_field("--model_name_or_path"), hub_errors_in_words(name):
         base = load_by_name(name, args, adapter is not None)
         tokenizer = tokenizer_of(base, args)
     args.model_init_kwargs = None

@@ -13,7 +13,6 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite.common.files import check_mounted, disk_of, write_atomically
-from orpo_lite.model.activation_offload import HostMemory, check_count, checkpointing_layers, offload
 
 logger = logging.getLogger(__name__)
 
@@ -110,26 +109,3 @@ class MetricsFile(TrainerCallback):
                 logger.warning("%s cannot be written (%s): its lines wait until it can", self.path, error.strerror)
             return
         self.waiting.clear()
-
-
-class CheckpointedLayers(TrainerCallback):
-    """Recompute only the first layers in the backward pass, or keep what they save in the host's memory, or both.
-
-    Args:
-        count: layers that recompute their activations, the first ones; None for all. The others keep them.
-        offload: send what those layers keep to the host's memory until their backward pass.
-    """
-
-    def __init__(self, count: int | None, offload: bool = False):
-        self.count, self.offload = count, offload
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, model: Any = None, **kwargs: Any) -> None:
-        layers = checkpointing_layers(model)
-        check_count(self.count, len(layers))
-        count = len(layers) if self.count is None else self.count
-        for i, layer in enumerate(layers):
-            layer.gradient_checkpointing = i < count
-        if self.offload and args.device.type == "cuda":
-            offload(layers[:count], HostMemory())
-        elif self.offload:
-            logger.warning("memory.offload_activations: the CPU's own memory holds the activations: nothing to offload")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -11,13 +12,46 @@ from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
 from orpo_lite.model import choose_precision
-from orpo_lite.trainer.renamed_fields import gone
 
 logger = logging.getLogger(__name__)
 
 CHECKPOINTING = "activation_checkpointing"
 """transformers 5.23 renamed gradient_checkpointing to this; before, only the old name exists."""
 RENAMED = CHECKPOINTING in {f.name for f in fields(TrainingArguments)}
+
+RENAMED_FIELDS = {
+    "dataset": "dataset_name",
+    "dataset_test_name": "dataset_test_split",
+    "dataset_train_name": "dataset_train_split",
+    "evaluation_strategy": "eval_strategy",
+    "no_cuda": "use_cpu",
+    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
+    "per_gpu_train_batch_size": "per_device_train_batch_size",
+    "push_to_hub_model_id": "hub_model_id",
+    "push_to_hub_token": "hub_token",
+    "torch_dtype": "dtype",
+    "use_nested_quant": "use_bnb_nested_quant",
+    "warmup_ratio": "warmup_steps",
+}
+"""Name of older versions -> the name that means the same now (warmup_steps below 1 is a share of all steps)."""
+REMOVED_FIELDS = {
+    "dataset_batch_size": "rows are always tokenized in batches",
+    "fp16_backend": "autocast is torch's",
+    "group_by_length": "set tokens_per_batch, which puts pairs of like length together inside each step",
+    "half_precision_backend": "autocast is torch's",
+    "include_inputs_for_metrics": "predictions are one row a pair (orpo_lite.objective.metrics.COLUMNS)",
+    "label_pad_token_id": "labels go by length, so no id stands for padding",
+    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
+    "overwrite_output_dir": "files in output_dir never stop a run",
+    "save_safetensors": "safetensors is the only format",
+    "truncation_mode": "the completion is cut at its end, or the pair dropped with overlong='drop'; with max_prompt_length a "
+    "longer prompt loses its beginning",
+    "use_ipex": "transformers removed it",
+    "use_logits_to_keep": "logits are only ever computed where there is a label",
+    "use_mps_device": "an Apple GPU is used where there is one",
+    "use_num_logits_to_keep": "logits are only ever computed where there is a label",
+}
+"""Name that older versions of TRL and transformers took -> what happens without it."""
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -95,7 +129,7 @@ class ORPOConfig(TrainingArguments):
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __new__(cls, *args: Any, **given: Any) -> ORPOConfig:
-        if lines := gone(given, cls.__dataclass_fields__):
+        if lines := outdated_fields(given, cls.__dataclass_fields__):
             raise TypeError("ORPOConfig: " + "; ".join(lines))
         return super().__new__(cls)
 
@@ -179,3 +213,16 @@ class ORPOConfig(TrainingArguments):
                     self.gradient_checkpointing_kwargs,
                     None,
                 )
+
+
+def outdated_fields(names: Iterable[str], known: Iterable[str]) -> list[str]:
+    """Write a sentence for each name that is no longer a field."""
+    lines, fields = [], set(known)
+    for name in names:
+        if name in fields:
+            continue
+        if name in RENAMED_FIELDS:
+            lines.append(f"{name} is now called {RENAMED_FIELDS[name]}")
+        elif name in REMOVED_FIELDS:
+            lines.append(f"{name} no longer exists: remove it ({REMOVED_FIELDS[name]})")
+    return lines

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import os
-from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -42,23 +40,6 @@ def zero_stage_asked(settings: Any = None) -> int | None:
             f"{name}: found {asked!r}, expected DeepSpeed's settings or a JSON file of them "
             f"({' '.join(str(error).split())[:200]})"
         ) from None
-
-
-@contextlib.contextmanager
-def loading_whole() -> Iterator[None]:
-    """While open, transformers loads models whole, also where ZeRO-3's settings are known already.
-
-    It would cut them up as they are loaded (and cannot, if they are quantised), which growing a vocabulary or counting
-    weights would have to allow for; `partition` does the same later.
-    """
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
 
 
 def partition(model: nn.Module, config: dict[str, Any], device: torch.device) -> None:

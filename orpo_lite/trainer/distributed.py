@@ -1,71 +1,78 @@
-"""What trains on several processes: DDP, FSDP2 or DeepSpeed, all of them accelerate's; what the trainer must know of each.
+"""Training on several processes: DDP, FSDP2 or DeepSpeed, all by accelerate, started by torchrun, accelerate or SLURM.
 
 Every engine divides the sum of the processes' gradients by their number: DDP in its all-reduce, FSDP2 in its
 reduce-scatter, DeepSpeed in its own reduction (accelerate switches off its division by accumulation steps). The shares
-of a step's loss are to be summed, so that `compute_loss` multiplies by that number once, whatever the engine.
+of a step's loss must be summed, so `compute_loss` multiplies by that number once, whatever the engine.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import re
 from collections.abc import Iterator
+from datetime import timedelta
 from typing import Any
 
 import torch
+from accelerate import PartialState
 from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model.precision import default_device
+
+LOST_PEER = ("closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket closed")
+"""Parts of messages by which gloo and NCCL report that a process is gone; they have no error class for it."""
 
 
 def sharded(model: nn.Module) -> bool:
-    """Whether parameters are spread over the processes: FSDP2's are DTensors, ZeRO-3's carry its marks."""
+    """Return True where parameters are sharded over the processes: FSDP2's are DTensors, ZeRO-3's carry its marks."""
     return any(isinstance(p, DTensor) or hasattr(p, "ds_id") for p in model.parameters())
 
 
 def complete(model: nn.Module) -> bool:
-    """Whether this process holds every weight, so that it can run the model alone."""
+    """Return True where this process holds every weight, so that it can run the model alone."""
     return not sharded(model) and not any(p.is_meta for p in model.parameters())
 
 
 def frozen_linear(head: nn.Module) -> bool:
-    """Whether an output head is a plain linear layer that does not train, also one that FSDP2 has made a class of its own of."""
+    """Return True for an output head that is a plain linear layer without training, also of the class that FSDP2 makes."""
     plain = type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear)
     return plain and not any(p.requires_grad for p in head.parameters())
 
 
 def recomputable(head: nn.Module) -> bool:
-    """Whether a head's weights are at hand in the backward pass, for its chunks to be computed again.
+    """Return True where a head's weights are there in the backward pass, for its chunks to be recomputed.
 
-    Not where the head is gathered for its forward pass alone and no gradient of its output will gather it again.
+    They are not where the head is gathered for its forward pass alone and no gradient of its output gathers it again.
     """
     apart = isinstance(head, FSDPModule) or any(hasattr(p, "ds_id") for p in head.parameters())
     return not apart
 
 
 def zero_stage(accelerator: Any) -> int | None:
-    """DeepSpeed's stage; None without DeepSpeed."""
+    """Return DeepSpeed's stage; None without DeepSpeed."""
     found = accelerator.distributed_type == DistributedType.DEEPSPEED
     return accelerator.state.deepspeed_plugin.zero_stage if found else None
 
 
 def shards_by_launcher() -> bool:
-    """Whether the launcher asks for FSDP; known before any library has looked."""
+    """Return True where the launcher asks for FSDP, as its environment variable says before any library reads it."""
     return os.environ.get("ACCELERATE_USE_FSDP", "false").lower() == "true"
 
 
 def check_data_parallel(accelerator: Any) -> None:
-    """Raise RequestError where processes would share pairs: tensor, context and sequence parallelism, and FSDP1."""
+    """Refuse what would share pairs between processes: tensor, context and sequence parallelism; and FSDP1."""
     parallelism = getattr(accelerator, "parallelism_config", None)  # accelerate 1.10 has none
     names = {"tp": "tensor", "cp": "context", "sp": "sequence"}
     found = [words for name, words in names.items() if getattr(parallelism, f"{name}_enabled", False)]
     if found:
         raise RequestError(
             f"{' and '.join(found)} parallelism is asked for, but only data parallelism is supported, where each process has "
-            "pairs of its own: leave parallelism_config out, and use fsdp2 or zero3 for models that one GPU cannot hold"
+            "its own pairs: remove parallelism_config, and use fsdp2 or zero3 for models that one GPU cannot hold"
         )
     if accelerator.distributed_type == DistributedType.FSDP and accelerator.state.fsdp_plugin.fsdp_version != 2:
         raise RequestError(
@@ -76,9 +83,9 @@ def check_data_parallel(accelerator: Any) -> None:
 
 @contextlib.contextmanager
 def accumulating(accelerator: Any, model: nn.Module) -> Iterator[None]:
-    """While open, backward passes keep their gradients to their process: more of the step's are to follow."""
+    """Keep the gradients of backward passes inside on their process: more passes of the step follow."""
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
-        state = accelerator.gradient_state  # accelerate tells DeepSpeed by it whether to take a step
+        state = accelerator.gradient_state  # by which accelerate tells DeepSpeed whether to take a step
         synced = state.sync_gradients
         state._set_sync_gradients(False)
         try:
@@ -97,9 +104,9 @@ def accumulating(accelerator: Any, model: nn.Module) -> Iterator[None]:
 
 
 def reshard(model: nn.Module) -> None:
-    """Give FSDP2's whole weights back that a forward pass without a backward pass leaves standing.
+    """Free the unsharded weights that FSDP2 keeps after a forward pass without a backward pass.
 
-    Modules show those in the place of the sharded ones: an optimizer or a checkpoint made now would take them for parameters.
+    Modules show them in place of the sharded ones: an optimizer or a checkpoint made now would take them for parameters.
     """
     for module in model.modules():
         if isinstance(module, FSDPModule):
@@ -108,12 +115,12 @@ def reshard(model: nn.Module) -> None:
 
 @torch.no_grad()
 def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
-    """What is trained, whole and on the CPU, one tensor at a time; the frozen base is never gathered.
+    """Gather the trained weights on the CPU, one tensor at a time; the frozen base is never gathered.
 
     All processes call it together.
 
     Args:
-        keep: whether this process wants the result; the others get an empty one.
+        keep: this process wants the result; the others get an empty one.
     """
     reshard(model)
     found = {}
@@ -136,7 +143,7 @@ def gathered(model: nn.Module, keep: bool) -> dict[str, Tensor]:
 
 
 def world(accelerator: Any) -> dict[str, Any]:
-    """What run.json says of the processes: how many, on how many machines, joined by what."""
+    """Describe the processes for run.json: how many, on how many machines, with which strategy and backend."""
     here = int(os.environ.get("LOCAL_WORLD_SIZE") or 1)
     processes = accelerator.num_processes
     if accelerator.distributed_type == DistributedType.DEEPSPEED:
@@ -157,7 +164,139 @@ def world(accelerator: Any) -> dict[str, Any]:
 
 
 def launcher() -> str:
-    """What has started this process."""
+    """Name the launcher of this process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
     return "slurm" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 else "python"
+
+
+# ---- processes: who started them, how they meet, and what is said when one is gone ------------------------------
+
+
+class LostPeer(ConnectionError):
+    """Another process of the run has ended or does not answer."""
+
+
+def rank() -> int:
+    """Return this process's number among all, 0 where it is alone."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def processes() -> int:
+    """Return the number of processes."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def from_slurm() -> None:
+    """Set torchrun's environment variables from SLURM's, where srun alone has started this process.
+
+    srun sets SLURM_PROCID, SLURM_LOCALID and the number of tasks; MASTER_ADDR is the first node of the list unless it is
+    given, MASTER_PORT is derived from the job's number.
+
+    Raises:
+        RequestError: a variable that is not a number, or not a list of nodes.
+    """
+    found = os.environ
+    if "RANK" in found or "SLURM_PROCID" not in found or "SLURM_LOCALID" not in found:
+        return
+    tasks = number("SLURM_STEP_NUM_TASKS" if "SLURM_STEP_NUM_TASKS" in found else "SLURM_NTASKS", 1)
+    if tasks <= 1:
+        return
+    nodes = next(
+        (found[n] for n in ("SLURM_STEP_NODELIST", "SLURM_JOB_NODELIST", "SLURM_NODELIST") if found.get(n)), ""
+    )
+    host = found.get("MASTER_ADDR") or first_node(nodes)
+    per_node = re.match(r"\d+", found.get("SLURM_STEP_TASKS_PER_NODE") or found.get("SLURM_TASKS_PER_NODE") or "")
+    here = int(per_node.group()) if per_node else number("SLURM_NTASKS_PER_NODE", tasks // number("SLURM_NNODES", 1))
+    found |= {
+        "RANK": str(number("SLURM_PROCID", 0)),
+        "LOCAL_RANK": str(number("SLURM_LOCALID", 0)),
+        "WORLD_SIZE": str(tasks),
+        "LOCAL_WORLD_SIZE": str(max(1, here)),
+        "MASTER_ADDR": host,
+        "MASTER_PORT": found.get("MASTER_PORT") or str(15000 + number("SLURM_JOB_ID", 0) % 10000),
+    }
+
+
+def number(name: str, default: int) -> int:
+    """Read an environment variable that srun sets to a number."""
+    value = os.environ.get(name)
+    if not value:
+        return default
+    if not value.isdigit():
+        raise RequestError(
+            f"{name}: found {value!r}, expected a number, as srun sets it: unset it, or start with torchrun"
+        )
+    return int(value)
+
+
+def first_node(nodes: str) -> str:
+    """Return the first host of SLURM's list, such as gpu[03-05,07],cpu1 -> gpu03."""
+    match = re.match(r"([^,\[\]]+)(?:\[(\d+))?", nodes)
+    if match is None:
+        raise RequestError(
+            f"SLURM_JOB_NODELIST: found {nodes!r}, expected nodes such as gpu[01-04]: set MASTER_ADDR to the first node's name"
+        )
+    return match[1] + (match[2] or "")
+
+
+def init_process_group(seconds: float, use_cpu: bool = False) -> None:
+    """Join the other processes.
+
+    Args:
+        seconds: time for each of them to answer, now and in every step.
+
+    Raises:
+        RequestError: FSDP or DeepSpeed without a GPU, where accelerate would silently train with DDP.
+        LostPeer: not all of them join in time.
+    """
+    cpu = use_cpu or default_device().type in ("cpu", "mps")
+    for name, words in (("ACCELERATE_USE_FSDP", "FSDP"), ("ACCELERATE_USE_DEEPSPEED", "DeepSpeed")):
+        if cpu and os.environ.get(name, "false").lower() == "true":
+            raise RequestError(
+                f"{words} is asked for ({name}), but there is no GPU, and accelerate would silently use DDP instead: start "
+                "with torchrun or with recipes/accelerate/ddp.yaml"
+            )
+    if processes() == 1:
+        return
+    if cpu:
+        os.environ["ACCELERATE_USE_CPU"] = "true"  # otherwise accelerate takes each process for a run of its own
+    try:
+        PartialState(cpu=cpu, timeout=timedelta(seconds=seconds), **restart_store(seconds))
+    except torch.distributed.DistError as error:
+        at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        raise LostPeer(
+            f"process {rank()} of {processes()} did not meet the others at {at} within {seconds:g} seconds "
+            f"({' '.join(str(error).split())[:200]}): check that all of them are started, with the same WORLD_SIZE (SLURM_NTASKS)"
+        ) from None
+
+
+def restart_store(seconds: float) -> dict[str, Any]:
+    """Return the store where processes meet after a restart by torchrun on one machine; nothing at the first start.
+
+    torchrun (2.13, c10d rendezvous) keeps its store over restarts, with the addresses of dead processes. Agents of
+    several machines count restarts separately, so their processes share no name for a new store:
+    TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 gives them one (the guide says so).
+    """
+    from torch.distributed import PrefixStore, TCPStore  # pyright: ignore[reportPrivateImportUsage]  # its documented place
+
+    given, attempt = os.environ, os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+    shared = given.get("TORCHELASTIC_USE_AGENT_STORE") == "True" and given.get("GROUP_WORLD_SIZE") == "1"
+    if attempt == "0" or not shared or given.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        return {}
+    wait = timedelta(seconds=seconds)
+    store = TCPStore(given["MASTER_ADDR"], int(given["MASTER_PORT"]), processes(), False, wait)
+    place = PrefixStore(f"attempt-{attempt}", store)
+    return {"store": place, "rank": rank(), "world_size": processes()}
+
+
+def as_lost_peer(error: BaseException) -> LostPeer | None:
+    """Put an error into words if it comes from another process that is gone."""
+    text = " ".join(str(error).split())
+    gone = isinstance(error, RuntimeError) and any(words in text.lower() for words in LOST_PEER)
+    if processes() == 1 or not (gone or isinstance(error, torch.distributed.DistError)):
+        return None
+    return LostPeer(
+        f"another process of the run has ended or does not answer, and training cannot continue without it ({text[:200]}). "
+        "Its own message says why; the same command resumes from the newest checkpoint"
+    )

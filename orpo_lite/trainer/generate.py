@@ -1,4 +1,4 @@
-"""Answers of the model as it stands: to any prompts, and to those of tokenised pairs."""
+"""Answers of the model in training: sampled for any prompts or those of tokenized pairs, and scored."""
 
 from __future__ import annotations
 
@@ -11,6 +11,10 @@ import torch
 from transformers import StoppingCriteriaList
 
 from orpo_lite.model import stop_token_ids
+from orpo_lite.model.inspection import unwrap
+from orpo_lite.objective.loss import log1mexp
+from orpo_lite.objective.metrics import COLUMNS
+from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.trainer.trackers import log_table
 
 if TYPE_CHECKING:
@@ -18,21 +22,23 @@ if TYPE_CHECKING:
     from transformers import StoppingCriteria
     from transformers.generation.streamers import BaseStreamer
 
+    from orpo_lite.trainer.trainer import ORPOTrainer
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn; a checkpoint's own settings have no say."""
+    """How answers are sampled; a checkpoint's own settings are ignored."""
 
     max_new_tokens: int
     temperature: float = 0.0
     """0 takes the most likely token each time."""
     top_p: float = 1.0
-    """Only the most likely tokens that together have this probability are drawn from."""
+    """Sample only from the most likely tokens that together have this probability."""
 
     def options(self) -> dict[str, Any]:
-        """Options of transformers' generate."""
+        """Return the options of transformers' generate."""
         drawn = self.temperature > 0
         return {
             "max_new_tokens": self.max_new_tokens,
@@ -53,13 +59,13 @@ def generate(
     streamer: BaseStreamer | None = None,
     stopping: StoppingCriteria | None = None,
 ) -> list[list[int]]:
-    """New tokens after each prompt, the one that ends an answer included and nothing after it.
+    """Generate the new tokens after each prompt, up to and including the one that ends an answer.
 
     Args:
         prompts: token ids; for encoder-decoders the encoder's.
         stops: tokens that end an answer, from `stop_tokens`.
-        streamer: told each token; for one prompt.
-        stopping: asked after each token.
+        streamer: receives each token; for one prompt only.
+        stopping: checked after each token.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     width = max(map(len, prompts))
@@ -86,14 +92,14 @@ def generate(
 
 
 def up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """Ids up to and with the first that ends an answer; what follows in a batch is padding."""
+    """Cut ids after the first that ends an answer; what follows in a batch is padding."""
     return ids[: next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))]
 
 
 def answer(
     model: Any, tokenizer: Any, pairs: Dataset, count: int, max_new_tokens: int, batch_size: int = 8
 ) -> list[dict[str, Any]]:
-    """Greedy answers to the first `count` held-out prompts: [{"prompt": ..., "answer": ..., "ids": new tokens}, ...]."""
+    """Answer the first `count` held-out prompts greedily: [{"prompt": ..., "answer": ..., "ids": new tokens}, ...]."""
     rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
     prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
     stops = stop_tokens(model, tokenizer)
@@ -110,14 +116,14 @@ def answer(
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """Where an answer ends: EOS, the template's end of turn, and whatever the model's generation config names."""
+    """List the tokens that end an answer: EOS, the template's end of turn, and those of the model's generation config."""
     given = getattr(model.generation_config, "eos_token_id", None)
     ids = {*stop_token_ids(tokenizer), *(given if isinstance(given, list) else [given])} - {None}
     return sorted(ids) or None
 
 
 def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
-    """Greedy answers to a batch of held-out prompts, as TRL's generate_during_eval: to the log and to trackers, by TRL's names."""
+    """Answer a batch of held-out prompts, as TRL's generate_during_eval, to the log and to trackers, by TRL's names."""
     args, step = trainer.args, trainer.state.global_step
     count = min(args.eval_batch_size, len(pairs))
     rows = pairs.select(random.Random(step).sample(range(len(pairs)), count))
@@ -130,3 +136,62 @@ def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
         logger.info("step %d: %s -> %s", step, sample["prompt"][-200:], sample["answer"])
     log_table(trainer, "game_log", ["Prompt", "Policy"], [[sample["prompt"], sample["answer"]] for sample in answers])
     return answers
+
+
+def score_answers(
+    trainer: ORPOTrainer, pairs: Dataset, samples: list[dict[str, Any]], before: list[dict[str, Any]]
+) -> None:
+    """Add to each sample its number of tokens, and its mean log-prob and log-odds under the present model.
+
+    Args:
+        pairs: the tokenized pairs whose first prompts were answered.
+        samples: the model's own answers, with their `ids`: tokens, logp, log_odds.
+        before: answers of the untrained model to the same prompts, which get logp_trained and log_odds_trained. Those
+            without ids, of an older version's run, stay as they are.
+    """
+    old: list[dict[str, Any]] = (
+        before if len(before) == len(samples) and all("ids" in one for one in before) else samples
+    )
+    rows: Any = pairs.with_format(None).select(range(len(samples)))
+    scored = []
+    size = max(1, trainer.args.per_device_eval_batch_size)
+    was_training = trainer.model.training
+    trainer.model.eval()
+    try:
+        for start in range(0, len(samples), size):
+            part = [
+                answered(rows[i], samples[i]["ids"], old[i]["ids"])
+                for i in range(start, min(start + size, len(samples)))
+            ]
+            scored.append(trainer.prediction_step(trainer.model, trainer.collator(part), False)[1])
+    finally:
+        trainer.model.train(was_training)
+        plain_attention(unwrap(trainer.unwrapped()))
+    if not scored:
+        return
+    columns = torch.cat(scored).double().cpu()
+    chosen, rejected = (columns[:, COLUMNS.index(name)] for name in ("logps/chosen", "logps/rejected"))
+    for sample, p, odds in zip(samples, chosen.tolist(), log_odds(chosen).tolist(), strict=True):
+        sample |= {"tokens": len(sample["ids"]), "logp": p, "log_odds": odds}
+    if old is not samples:
+        for sample, p, odds in zip(old, rejected.tolist(), log_odds(rejected).tolist(), strict=True):
+            sample |= {"logp_trained": p, "log_odds_trained": odds}
+
+
+def answered(row: dict[str, Any], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
+    """Return a tokenized pair with other answers to its prompt."""
+    if "prompt_ids" in row:
+        return row | {"chosen_ids": chosen, "rejected_ids": rejected}
+    prompt = list(row["chosen_ids"][: row["chosen_start"]])
+    start = len(prompt)
+    return row | {
+        "chosen_ids": prompt + chosen,
+        "chosen_start": start,
+        "rejected_ids": prompt + rejected,
+        "rejected_start": start,
+    }
+
+
+def log_odds(logps: torch.Tensor) -> torch.Tensor:
+    """Compute log(p / (1 - p)) of mean log-probs, the paper's odds of an answer."""
+    return logps - log1mexp(logps)

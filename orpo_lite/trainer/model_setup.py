@@ -9,7 +9,6 @@ import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -100,21 +99,6 @@ def check_tokenised(pairs: Dataset, name: str) -> None:
                 f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
                 f"{len(empty) - 1} other rows: leave them out"
             )
-
-
-def disable_dropout(model: nn.Module) -> None:
-    """Set every dropout to 0: the modules, and the probabilities that attention keeps as plain numbers."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        for name, value in vars(module).items():
-            if "dropout" in name and isinstance(value, float):
-                setattr(module, name, 0.0)
-
-
-def base_of(model: Any) -> Any:
-    """The transformers model inside a PEFT one."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def pad_token(args: ORPOConfig, tokenizer: Any) -> int:

@@ -16,6 +16,7 @@ from transformers.training_args import OptimizerNames
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator, from_trl
 from orpo_lite.model import autocast
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
 from orpo_lite.objective.loss import PairStatistics, pair_statistics, window_loss
 from orpo_lite.objective.metrics import finish_metrics, metric_sums, pair_metrics
@@ -23,7 +24,6 @@ from orpo_lite.objective.packed_attention import packed_attention, plain_attenti
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import accumulating, frozen_linear, recomputable
 from orpo_lite.trainer.generate import log_answers
-from orpo_lite.trainer.model_setup import base_of
 from orpo_lite.trainer.out_of_memory import Limit, Window, ran_out, reason, smaller, stuck, too_large
 
 logger = logging.getLogger(__name__)
@@ -90,7 +90,7 @@ class Objective:
         with contextlib.ExitStack() as stack:
             if "segments" in batch:
                 inputs["orpo_segments"] = batch["segments"]
-                stack.enter_context(packed_attention(base_of(plain)))
+                stack.enter_context(packed_attention(unwrap(plain)))
             if self.head is not None:
                 stack.enter_context(score_labels(plain, target, self.head, self.settings.head_chunk))
             output = model(**inputs, use_cache=False)
@@ -320,7 +320,7 @@ class ObjectiveTrainer(Trainer):
         """Every held-out pair counts once, whatever the batches and processes."""
         output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         if self.args.generate_during_eval:
-            plain_attention(base_of(self.unwrapped()))
+            plain_attention(unwrap(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)
         self.predictions = output.predictions
         metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)

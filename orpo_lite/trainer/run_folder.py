@@ -225,12 +225,12 @@ def base_section(folder: Path, base: str | None = None, trust_remote_code: bool 
     """
     from peft import PeftConfig
 
-    from orpo_lite.model.locating import called, readable
+    from orpo_lite.model.locating import hub_errors_in_words, renaming_field
 
     if (folder / "recipe.yaml").is_file():
         spec = RunFolder(folder).recipe().model.model_copy(update={"trust_remote_code": trust_remote_code})
         return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
-    with called("adapter"), readable(str(folder)):
+    with renaming_field("adapter"), hub_errors_in_words(str(folder)):
         config = PeftConfig.from_pretrained(str(folder))
     name = base or config.base_model_name_or_path
     if not name:

@@ -19,26 +19,25 @@ from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.data.lengths import place_weight
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, TokenizeOptions, check_same_stream, tokenize_rows
-from orpo_lite.model import keep_4bit_differentiable, optimizer_for
-from orpo_lite.model.inspection import outside_text, routers
-from orpo_lite.objective.layout import choose_layout
+from orpo_lite.model import keep_4bit_differentiable
+from orpo_lite.model.activation_offload import CheckpointedLayers
+from orpo_lite.model.inspection import outside_text, routers, unwrap
+from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.objective.metrics import finish_metrics
 from orpo_lite.objective.packed_attention import plain_attention
-from orpo_lite.trainer.callbacks import CheckpointedLayers
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import check_data_parallel, complete, zero_stage
 from orpo_lite.trainer.engine_trainer import EngineTrainer
 from orpo_lite.trainer.model_setup import (
     adapt,
-    base_of,
     check_tokenised,
     decoder_start,
-    disable_dropout,
     load_by_name,
     pad_token,
     tokenizer_of,
 )
 from orpo_lite.trainer.objective import Objective, micro_batches
+from orpo_lite.trainer.optimizer import optimizer_for
 from orpo_lite.trainer.out_of_memory import Limit
 from orpo_lite.trainer.trackers import check_trackers
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, stored_metrics, with_columns
@@ -178,7 +177,7 @@ class ORPOTrainer(TrlNames, EngineTrainer):
 
         if args.ddp_find_unused_parameters is None and model is not None:
             # a search of the graph in every pass, for what only experts and parts beside the language model can be
-            base = base_of(model)
+            base = unwrap(model)
             args.ddp_find_unused_parameters = bool(routers(base) or outside_text(base))
         self._accumulation = args.gradient_accumulation_steps
         if args.tokens_per_batch or args.world_size > 1:
@@ -198,7 +197,7 @@ class ORPOTrainer(TrlNames, EngineTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        self.layout = choose_layout(base_of(self.model), args.layout)
+        self.layout = choose_layout(unwrap(self.model), args.layout)
         self.collator: PaddedCollator | PackedCollator
         if self.layout.name == "padded":
             start = decoder_start(self.model.config) if encoder_decoder else None
@@ -308,12 +307,12 @@ class ORPOTrainer(TrlNames, EngineTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            plain_attention(base_of(self.unwrapped()))
+            plain_attention(unwrap(self.unwrapped()))
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started, clock = time.monotonic(), self._clock
         metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
         if not self.is_in_train:
-            plain_attention(base_of(self.unwrapped()))
+            plain_attention(unwrap(self.unwrapped()))
         self._clock = clock + time.monotonic() - started  # evaluation is no part of the training throughput
         return metrics

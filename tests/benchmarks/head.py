@@ -15,11 +15,11 @@ from torch import Tensor
 
 from orpo_lite.common.console import console, run_command
 from orpo_lite.data.collate import LABEL_FIELDS, PackedCollator, PaddedCollator
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, token_logps
 from orpo_lite.objective.loss import orpo_loss, pair_statistics, window_loss
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.bench import Contest, interleaved, peak_over, random_model, ratios
-from orpo_lite.trainer.model_setup import base_of
 
 ROWS, PAIRS, CHUNK = 2048, 4, 256
 """Label rows as 4 pairs of 2 x 256 tokens."""
@@ -170,8 +170,8 @@ def command(
     chosen = Recipe.load(recipe, overrides or [])
     with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
         contest = Contest(spec, 4, [], False)
-        heads = race_heads(base_of(contest.model), repeats)
-        liger = race_liger(base_of(contest.model), contest.rows, repeats)
+        heads = race_heads(unwrap(contest.model), repeats)
+        liger = race_liger(unwrap(contest.model), contest.rows, repeats)
     if as_json:
         print(json.dumps({"head": heads, "liger": liger}, indent=1))
         return

@@ -23,10 +23,10 @@ import typer
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.step_batches import deal
+from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.bench import Contest, interleaved, random_model, ratios, trl_row
-from orpo_lite.trainer.model_setup import base_of
 
 
 class Scaling:
@@ -52,7 +52,7 @@ class Scaling:
 
         def work() -> None:
             if name == "trl":
-                plain_attention(base_of(self.contest.model))
+                plain_attention(unwrap(self.contest.model))
             batch, total = trainer.data_collator(rows), ()
             trainer.current_gradient_accumulation_steps = 1
             if counted:

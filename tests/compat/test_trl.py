@@ -251,12 +251,12 @@ def test_a_loss_built_on_trls_methods_is_the_trainers_own(base, settings):
 @pytest.mark.parametrize(
     ("old", "word"),
     [
-        ({"evaluation_strategy": "no"}, "evaluation_strategy is called eval_strategy now"),
-        ({"warmup_ratio": 0.1}, "warmup_ratio is called warmup_steps now"),
-        ({"truncation_mode": "keep_end"}, "truncation_mode is gone: leave it out .the completion is cut"),
+        ({"evaluation_strategy": "no"}, "evaluation_strategy is now called eval_strategy"),
+        ({"warmup_ratio": 0.1}, "warmup_ratio is now called warmup_steps"),
+        ({"truncation_mode": "keep_end"}, "truncation_mode no longer exists: remove it .the completion is cut"),
         (
             {"label_pad_token_id": -100, "overwrite_output_dir": True},
-            "label_pad_token_id is gone.*overwrite_output_dir is gone",
+            "label_pad_token_id no longer.*overwrite_output_dir no longer",
         ),
     ],
     ids=lambda value: str(value)[:20],

@@ -94,7 +94,7 @@ def test_files_folders_and_saved_data_sets_are_data_sets(place, tmp_path):
     ("more", "message"),
     [
         (["--lora_alfa", "8"], "no flag --lora_alfa .did you mean lora_alpha"),
-        (["--truncation_mode", "keep_end"], "truncation_mode is gone: leave it out"),
+        (["--truncation_mode", "keep_end"], "truncation_mode no longer exists: remove it"),
         (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
         (["--beta", "-1"], "beta: found -1.0, expected a number from 0 up"),
         (["--load_in_4bit"], "--load_in_4bit: quantised weights cannot be trained themselves: add --use_peft"),

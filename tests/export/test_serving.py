@@ -84,7 +84,7 @@ def same_as_transformers(
 @pytest.mark.slow
 def test_smollm2_in_llama_cpp(converter, llama_cpp, gguf_file, tmp_path, monkeypatch):  # noqa: F811
     monkeypatch.setattr(cache.constants, "HF_HOME", str(tmp_path / "cache"))
-    source = cache.cached_folder(str(gguf_file.parent), gguf_file.name)
+    source = cache.cached_folder(gguf_file)
     monkeypatch.undo()
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(source)

@@ -69,7 +69,7 @@ def test_a_router_or_expert_that_is_named_is_adapted(attach):
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
         (
             {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 8}},
-            "leave one of the three out",
+            "remove one of the three",
         ),
     ],
 )

@@ -13,7 +13,7 @@ import torch
 from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import attach_adapter, base_name, check_quantised_share, load_base, routers, trainable_share
+from orpo_lite.model import attach_adapter, base_name, check_quantized_share, load_base, routers, trainable_share
 from orpo_lite.recipe import AdapterSection, ModelSection
 from tests.model.conftest import CONFIGS, SIZES, logits
 from tests.tiny import tiny_model
@@ -105,7 +105,7 @@ def test_share_counts_weights_not_modules(section):
     model, _ = load_base(section("llama", quantization="nf4"))
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
     with pytest.raises(RequestError) as e:
-        check_quantised_share(model)
+        check_quantized_share(model)
     assert f"{1 - 64 * 128 / LINEAR:.1%}" in str(e.value) and "model.layers.0.mlp.up_proj.weight" in str(e.value)
 
 
@@ -226,7 +226,7 @@ def test_without_bitsandbytes(section, monkeypatch, caplog):
     """tests/test_platforms.py has the rest."""
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     model, _ = load_base(section("llama", quantization="nf4"))
-    assert "nf4 is left out, since bitsandbytes does not work here" in caplog.text
+    assert "nf4 is skipped, since bitsandbytes does not work here" in caplog.text
     assert {weight.dtype for weight in model.parameters()} == {torch.float32}
     load_base(section("llama"))
 

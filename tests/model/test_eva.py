@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import initialise_eva, save_adapter
+from orpo_lite.model import initialize_eva, save_adapter
 from tests.model.conftest import disturb, logits
 
 
@@ -17,7 +17,7 @@ def batches(count=4, width=40):
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_eva_looks_at_data(attach, base_folder, tmp_path, quantization):
     model = attach("llama", quantization, init_lora_weights="eva", use_rslora=True)
-    initialise_eva(model, batches())
+    initialize_eva(model, batches())
     base = logits(attach("llama", quantization))
     torch.testing.assert_close(logits(model), base)  # B is zero
     parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
@@ -35,11 +35,11 @@ def test_eva_looks_at_data(attach, base_folder, tmp_path, quantization):
 
 
 def test_eva_says_what_it_needs(attach):
-    with pytest.raises(RequestError, match="at least 8 tokens a batch, found 6"):
-        initialise_eva(attach("llama", init_lora_weights="eva"), batches(width=3))
+    with pytest.raises(RequestError, match="at least 8 tokens per batch, found 6"):
+        initialize_eva(attach("llama", init_lora_weights="eva"), batches(width=3))
     with pytest.raises(RequestError, match="encoder-decoder"):
-        initialise_eva(attach("t5", init_lora_weights="eva"), batches())
+        initialize_eva(attach("t5", init_lora_weights="eva"), batches())
     batch = batches(1)[0]
     batch["labels"] = batch["input_ids"].masked_fill(torch.arange(40) < 38, -100)
     with pytest.raises(RequestError, match="found 4"):
-        initialise_eva(attach("llama", init_lora_weights="eva"), [batch])
+        initialize_eva(attach("llama", init_lora_weights="eva"), [batch])

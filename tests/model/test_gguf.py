@@ -158,12 +158,12 @@ def test_dequantised_once_by_the_files_content(tmp_path, cache, caplog):
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "a.gguf", tmp_path / "elsewhere" / "b.gguf")
     with caplog.at_level(logging.INFO):
-        first = module.cached_folder(str(tmp_path), "a.gguf")
-        assert module.cached_folder(str(tmp_path), "a.gguf") == first
-        assert module.cached_folder(str(tmp_path / "elsewhere"), "b.gguf") == first
-    assert caplog.text.count("dequantising") == 1
+        first = module.cached_folder(tmp_path / "a.gguf")
+        assert module.cached_folder(tmp_path / "a.gguf") == first
+        assert module.cached_folder(tmp_path / "elsewhere" / "b.gguf") == first
+    assert caplog.text.count("dequantizing") == 1
     write_gguf(tmp_path / "a.gguf", Q.Q8_0)
-    assert module.cached_folder(str(tmp_path), "a.gguf") != first
+    assert module.cached_folder(tmp_path / "a.gguf") != first
 
 
 def test_many_shards_hold_the_same(tmp_path, cache, monkeypatch):
@@ -179,9 +179,9 @@ def test_a_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch):
     with monkeypatch.context() as broken:
         broken.setattr(module.ShardWriter, "finish", lambda self: 1 / 0)
         with pytest.raises(ZeroDivisionError):
-            module.cached_folder(str(tmp_path), "a.gguf")
+            module.cached_folder(tmp_path / "a.gguf")
     assert [p for p in cache.iterdir() if p.is_dir()] == []
-    assert module.cached_folder(str(tmp_path), "a.gguf").is_dir()
+    assert module.cached_folder(tmp_path / "a.gguf").is_dir()
 
 
 def test_every_wrong_way_to_name_the_file_shows_the_right_one(tmp_path, cache):

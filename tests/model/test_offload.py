@@ -8,8 +8,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.activation_offload import Away, HostMemory, checkpointing_layers, offload
-from orpo_lite.trainer.callbacks import CheckpointedLayers
+from orpo_lite.model.activation_offload import Away, CheckpointedLayers, HostMemory, checkpointing_layers, offload
 
 LLAMA = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
 

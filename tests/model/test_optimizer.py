@@ -5,7 +5,8 @@ import torch
 from transformers import TrainingArguments
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import attach_adapter, load_base, optimizer_for
+from orpo_lite.model import attach_adapter, load_base
+from orpo_lite.trainer.optimizer import optimizer_for
 from tests.model.conftest import disturb
 
 

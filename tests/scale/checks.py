@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from orpo_lite import ORPOTrainer
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.model.adapter import prepare_frozen
+from orpo_lite.model.base import unsharded_loading
 from orpo_lite.model.precision import Precision
 from orpo_lite.trainer import config as orpo_config
 from orpo_lite.trainer import zero_states
-from orpo_lite.trainer.deepspeed import loading_whole
 from orpo_lite.trainer.distributed import gathered
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
@@ -59,7 +59,7 @@ def load(folder, base="float", at_once=False, dtype=torch.float32, **lora):
             bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
         )  # fmt: skip
         options["device_map"] = {"": "cpu"}
-    with contextlib.nullcontext() if at_once else loading_whole():
+    with contextlib.nullcontext() if at_once else unsharded_loading():
         model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     torch.manual_seed(1)
     lora = dict(r=4, target_modules="all-linear", init_lora_weights=False) | lora
@@ -219,13 +219,13 @@ def recipe_run(words):
     """run.json of a recipe's run under DeepSpeed, and what share of the weights its engines found cut up already."""
     from orpo_lite.recipe import Recipe
     from orpo_lite.train.run import run
-    from orpo_lite.trainer import launched
+    from orpo_lite.trainer import distributed
 
     shares = []
     if "WORLD_SIZE" in os.environ:
         as_deepspeed()
         # the rest of it refuses DeepSpeed on a CPU
-        launched.meet = lambda seconds, cpu: PartialState(timeout=timedelta(seconds=seconds))
+        distributed.init_process_group = lambda seconds, cpu: PartialState(timeout=timedelta(seconds=seconds))
         from deepspeed.runtime.engine import DeepSpeedEngine
 
         made = DeepSpeedEngine._configure_distributed_model

@@ -20,7 +20,9 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_happen
     assert status == 0, said[-4000:]
     assert (tmp_path / "harmed").exists()
     # torchrun's SIGTERM may come first, while the checkpoint of step 4 is put into its place: then it ends with that
-    assert "rank 0: Lost: another process of the run has ended" in said or "SIGTERM: stopping after this step" in said
+    assert (
+        "rank 0: LostPeer: another process of the run has ended" in said or "SIGTERM: stopping after this step" in said
+    )
     assert "going on from checkpoint-4" in said
     one, other = load_file(whole[0] / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
@@ -40,7 +42,7 @@ def test_the_others_end_within_a_minute_and_say_why(tmp_path, harm):
     status, said = torchrun(tmp_path / "run", words=words, HARM=f"{harm}:1:3", HARMED=str(tmp_path / "harmed"))
     assert status != 0
     assert time.time() - (tmp_path / "harmed").stat().st_mtime < 60, said[-3000:]
-    assert "rank 0: Lost: another process of the run has ended, or does not answer" in said
+    assert "rank 0: LostPeer: another process of the run has ended or does not answer" in said
     if harm == "raise":
         assert "rank 1: Traceback" in said and "rank 1: RuntimeError: harmed" in said
 

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.export.publish import pack
-from orpo_lite.model.gguf import find
+from orpo_lite.model.locating import find_gguf
 from orpo_lite.model.tokenizer import load_tokenizer
 from orpo_lite.model.untrusted_files import check_adapter, check_model
 from orpo_lite.recipe import ModelSection, Recipe
@@ -83,7 +83,7 @@ def test_a_gguf_file(name: str, tmp_path: Path) -> None:
     (tmp_path / "folder").mkdir()
     (tmp_path / "x.gguf").write_bytes(b"GGUF")
     with pytest.raises(RequestError, match="model.gguf_file: found .*expected the name of a file inside"):
-        find(str(tmp_path / "folder"), name, None)
+        find_gguf(str(tmp_path / "folder"), name, None)
 
 
 @pytest.mark.parametrize("name", ["../run", "/run", "a/b", "..", ".hidden", "run\n", "a\\b", "C:run", ""])

@@ -2,31 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from peft import PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
+from transformers import Trainer, TrainingArguments
 
 from orpo_lite.common.errors import RequestError
-
-if TYPE_CHECKING:
-    from transformers import TrainingArguments
 
 
 def optimizer_for(
     model: nn.Module, args: TrainingArguments, loraplus_lr_ratio: float | None = None
 ) -> torch.optim.Optimizer:
-    """Optimizer over the trainable parameters: args.optim, its learning rate and weight decay (none on norms, biases).
+    """Make the optimizer of the trainable parameters: args.optim, its learning rate and weight decay (none on norms, biases).
 
     With a ratio, every B matrix learns at ratio times the learning rate (LoRA+, arXiv 2402.12354).
 
     Raises:
         RequestError: a ratio without a LoRA adapter, or an optimizer that builds its own parameter groups.
     """
-    from transformers import Trainer  # brings datasets along, which commands that do not train can do without
-
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     if {"params", "model", "optimizer_dict"} & set(options):
         raise RequestError(
@@ -44,7 +40,7 @@ def optimizer_for(
             lr=options.pop("lr"),
             **options,
         )
-        # PEFT makes a group for every kind of parameter, there or not, and some optimizers stumble over empty ones
+        # PEFT makes a group for every kind of parameter, and some optimizers fail on empty groups
         optimizer.param_groups = [group for group in optimizer.param_groups if group["params"]]
         return full_precision_embeddings(optimizer, model)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
@@ -57,7 +53,7 @@ def optimizer_for(
 
 
 def full_precision_embeddings(optimizer: torch.optim.Optimizer, model: nn.Module) -> torch.optim.Optimizer:
-    """Keep 32-bit states for embeddings under an 8-bit optimizer, as transformers' Trainer does: 8 are unstable there."""
+    """Keep 32-bit states for embeddings under an 8-bit optimizer, as transformers' Trainer does: 8 bits are unstable there."""
     if type(optimizer).__module__.startswith("bitsandbytes"):
         from bitsandbytes.optim.optimizer import GlobalOptimManager
 
