@@ -1,8 +1,8 @@
-"""Kept activations in the host's memory: what checkpointing saves of each layer waits off the card for its backward pass.
+"""Activation checkpointing: which layers recompute, and their saved inputs in host memory until the backward pass.
 
-A checkpointed layer keeps its input alone, rows x hidden size. For two sequences of 4,096 tokens in a model of 32 layers
-and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses for. The copy out runs beside the layer's
-own work; the copy back is a few per cent of what the layer's recomputation takes.
+A checkpointed layer keeps only its input, rows x hidden size. For two sequences of 4,096 tokens in a model of 32 layers
+and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses for. The copy to the host overlaps with the
+layer's own work; the copy back takes a few percent of the layer's recomputation.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from orpo_lite.model.inspection import outside_text, unwrap
 logger = logging.getLogger(__name__)
 
 SMALLEST = 1 << 20
-"""Bytes below which a tensor stays where it is: a copy would cost more than the room it frees."""
+"""Bytes below which a tensor stays where it is: a copy would cost more than the memory it frees."""
 
 
 @dataclass
 class Away:
-    """A tensor that waits elsewhere."""
+    """A tensor that waits in host memory."""
 
     host: Tensor
     device: torch.device
@@ -41,7 +41,7 @@ class HostMemory:
     """Copies tensors to page-locked memory of the host and back, bit for bit.
 
     Args:
-        smallest: bytes from which on a tensor goes.
+        smallest: bytes of the smallest tensor that is moved.
     """
 
     def __init__(self, smallest: int = SMALLEST) -> None:
@@ -49,7 +49,7 @@ class HostMemory:
         self._stream: Any = None
 
     def pack(self, tensor: Tensor) -> Tensor | Away:
-        """Send a tensor away; small ones stay."""
+        """Copy a tensor to the host; small ones stay."""
         if tensor.nbytes < self.smallest or isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.device.type != "cuda":
@@ -60,11 +60,11 @@ class HostMemory:
         self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
         with torch.cuda.stream(self._stream):
             host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)  # its memory is not given out again before the copy is done
+        tensor.record_stream(self._stream)  # its memory is not reused before the copy is done
         return Away(host, tensor.device, self._stream.record_event())
 
     def unpack(self, kept: Tensor | Away) -> Tensor:
-        """Bring it back."""
+        """Copy a tensor back to its device."""
         if isinstance(kept, Tensor):
             return kept
         if kept.copied is not None:
@@ -73,16 +73,16 @@ class HostMemory:
 
 
 def offload(layers: Sequence[nn.Module], place: Any) -> None:
-    """Let layers that checkpoint send what they keep to `place` (a HostMemory, or what stands for one).
+    """Make checkpointed layers keep their saved tensors in `place`: a HostMemory, or an object with its pack and unpack.
 
-    Has to be called anew whenever checkpointing is switched on, which gives layers their function.
+    Must be called again whenever checkpointing is switched on, which replaces the layers' checkpointing function.
     """
     for layer in layers:
         plain: Callable[..., Any] = layer._gradient_checkpointing_func  # type: ignore[assignment]
         plain = getattr(plain, "orpo_plain", plain)
 
         def away(*args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
-            # what the layer's inside saves goes to checkpoint's own hooks, which are entered later
+            # tensors saved inside the layer go to checkpoint's own hooks, which are entered later
             with saved_tensors_hooks(place.pack, place.unpack):
                 return plain(*args, **kwargs)
 
@@ -91,7 +91,7 @@ def offload(layers: Sequence[nn.Module], place: Any) -> None:
 
 
 def check_count(count: int | None, layers: int) -> None:
-    """Raise RequestError where more layers are to checkpoint than there are."""
+    """Refuse a number of checkpointed layers that is higher than the number of layers."""
     if count is not None and count > layers:
         raise RequestError(
             f"memory.checkpointing: found {count}, but the model has {layers} layers: set all, or a number up to {layers}"
@@ -99,10 +99,10 @@ def check_count(count: int | None, layers: int) -> None:
 
 
 def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
-    """Layers that text passes through and that can recompute their activations, in the order of the forward pass.
+    """List the layers that process text and can recompute their activations, in the order of the forward pass.
 
     Raises:
-        RequestError: there are none, as in models whose own code, not transformers', checkpoints them all or none.
+        RequestError: there are none, as in models whose own code, not transformers', checkpoints all layers or none.
     """
     base = unwrap(model)
     other = outside_text(base) if isinstance(base, PreTrainedModel) else set()
@@ -110,18 +110,18 @@ def checkpointing_layers(model: nn.Module) -> list[GradientCheckpointingLayer]:
     layers = [module for name, module in named if name not in other]
     if not layers:
         raise RequestError(
-            f"memory: {type(model).__name__} does not let its layers checkpoint one by one: set memory.checkpointing to all or none, "
-            "and leave out memory.offload_activations"
+            f"memory: {type(model).__name__} cannot checkpoint its layers one by one: set memory.checkpointing to all or none, "
+            "and remove memory.offload_activations"
         )
     return layers
 
 
 class CheckpointedLayers(TrainerCallback):
-    """Recompute only the first layers in the backward pass, or keep what they save in the host's memory, or both.
+    """Recompute only the first layers in the backward pass, or keep their saved inputs in host memory, or both.
 
     Args:
-        count: layers that recompute their activations, the first ones; None for all. The others keep them.
-        offload: send what those layers keep to the host's memory until their backward pass.
+        count: number of layers, from the first, that recompute their activations; None for all. The others keep them.
+        offload: keep the saved inputs of those layers in host memory until their backward pass.
     """
 
     def __init__(self, count: int | None, offload: bool = False):
@@ -136,4 +136,6 @@ class CheckpointedLayers(TrainerCallback):
         if self.offload and args.device.type == "cuda":
             offload(layers[:count], HostMemory())
         elif self.offload:
-            logger.warning("memory.offload_activations: the CPU's own memory holds the activations: nothing to offload")
+            logger.warning(
+                "memory.offload_activations: activations are in the CPU's memory already: nothing to offload"
+            )

@@ -25,7 +25,7 @@ def locate(spec: ModelSection) -> str:
     """Return the folder or hub id to load from. A GGUF base is dequantized into its cached folder first.
 
     Raises:
-        RequestError: a path that does not exist, is no model folder, or lacks weight files its index names.
+        RequestError: a path that does not exist, is not a model folder, or lacks weight files that its index names.
     """
     name = resolve_path(spec.name_or_path)
     if spec.gguf_file:

@@ -25,9 +25,9 @@ MARKER = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>")
 
 
 def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
-    """Tokenizer of the base, ready for training: padding token, chat template and new tokens set. A run folder works too.
+    """Load the base's tokenizer and set padding token, chat template and new tokens. A run folder works too.
 
-    What was decided is logged once and kept: `tokenizer_notes(tokenizer)` lists it.
+    The decisions are logged once and kept: `tokenizer_notes(tokenizer)` lists them.
 
     Raises:
         RequestError: no such model, template or EOS token.
@@ -47,7 +47,7 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
     if tokenizer.eos_token_id is None:
         raise RequestError(
             f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with: "
-            "name one as eos_token in its tokenizer_config.json"
+            "set eos_token in its tokenizer_config.json"
         )
     notes = choose_pad_token(tokenizer, config.vocab_size)
     if spec.chat_template:
@@ -60,17 +60,18 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
 
 
 def remember(tokenizer: PreTrainedTokenizerBase, notes: list[str], added: list[str]) -> PreTrainedTokenizerBase:
+    """Keep notes and new tokens on the tokenizer."""
     tokenizer.orpo_lite_notes, tokenizer.orpo_lite_new_tokens = notes, list(added)
     return tokenizer
 
 
 def tokenizer_notes(tokenizer: PreTrainedTokenizerBase) -> list[str]:
-    """Sentences on what load_tokenizer decided; none for a tokenizer from elsewhere."""
+    """Return load_tokenizer's decisions in sentences; none for a tokenizer from elsewhere."""
     return list(getattr(tokenizer, "orpo_lite_notes", []))
 
 
 def new_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
-    """Tokens whose embeddings have to be trained; none for a tokenizer from elsewhere."""
+    """Return the tokens whose embeddings are trained; none for a tokenizer from elsewhere."""
     return list(getattr(tokenizer, "orpo_lite_new_tokens", []))
 
 
@@ -87,7 +88,7 @@ def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]
     tokenizer.pad_token = found or tokenizer.eos_token
     if found:
         return [f"padding token: {found} (the tokenizer's own was {current or 'missing'})"]
-    return [f"padding token: EOS ({tokenizer.eos_token}), for want of another; masks go by length, so EOS is learned"]
+    return [f"padding token: EOS ({tokenizer.eos_token}), for lack of another; masks go by length, so EOS is learned"]
 
 
 def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
@@ -115,7 +116,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     except TemplateRefused as error:
         if error.lineno:
             raise RequestError(f"model.chat_template: {path}, line {error.lineno}: {error}") from None
-        # any other may well refuse this conversation; the data report counts what it refuses
+        # any template may refuse this conversation; the data report counts the rows that it refuses
     note = f"chat template: {name}" + (", in place of the model's own" if replaced else "")
     vocabulary = tokenizer.get_vocab()
     missing = sorted({m for m in MARKER.findall(source) if m not in vocabulary})
@@ -128,7 +129,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
 
 
 def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:
-    """Add tokens. Those that the chat template writes are control tokens, which decoding can leave out."""
+    """Add tokens. Those that the chat template writes are control tokens, which decoding can skip."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in template) for t in tokens if t not in known])
@@ -137,7 +138,7 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[st
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: EOS, and the special token that the chat template writes right after one."""
+    """List the tokens that end an answer: EOS, and the special token that the chat template writes after one."""
     ids: list[int] = [tokenizer.eos_token_id]  # type: ignore[list-item]
     if tokenizer.chat_template is None:
         return ids

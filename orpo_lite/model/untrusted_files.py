@@ -1,4 +1,4 @@
-"""Files of a model or an adapter on this disk, looked at before a library fails on them in its own words."""
+"""Files of a model, an adapter or a checkpoint from anywhere, checked before a library reads them."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from orpo_lite.common.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 INDEX_OF_SHARDS = ".metadata"
-"""What torch.distributed.checkpoint pickles beside its shards."""
+"""Index that torch.distributed.checkpoint pickles beside its shards."""
 SHARDED = {
     "collections.OrderedDict",
     "pathlib.PosixPath",
@@ -28,16 +28,23 @@ SHARDED = {
     "deepspeed.runtime.zero.config.ZeroStageEnum",
     "deepspeed.utils.tensor_fragment.fragment_address",
 }
-"""Plain records that FSDP2's and DeepSpeed's checkpoints hold beside tensors."""
+"""Plain records that checkpoints of FSDP2 and DeepSpeed hold beside tensors."""
+NUMBERS = {
+    "numpy._core.multiarray._reconstruct",
+    "numpy.core.multiarray._reconstruct",
+    "numpy.ndarray",
+    "numpy.dtype",
+    "_codecs.encode",
+}
 PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
 AGAIN = "copy or download it again"
 
 
 def read_object(path: Path) -> dict[str, Any]:
-    """A JSON object.
+    """Read a JSON object.
 
     Raises:
-        RequestError: not readable, no JSON, or another kind of value.
+        RequestError: not readable, not JSON, or another kind of value.
     """
     try:
         content = json.loads(path.read_text("utf-8"))
@@ -51,7 +58,7 @@ def read_object(path: Path) -> dict[str, Any]:
 
 
 def check_safetensors(path: Path) -> None:
-    """Raise RequestError for a file that is not whole."""
+    """Refuse a safetensors file that is not complete."""
     try:
         safe_open(path, "pt").__enter__()
     except (SafetensorError, OSError) as error:
@@ -65,37 +72,37 @@ def check_safetensors(path: Path) -> None:
 
 
 def check_links(folder: Path) -> None:
-    """Raise RequestError for a file that leads out of the folder: somebody else's folder could name any file of this
-    machine, which a run would copy and a push would publish. Those of the hub's cache lead to its own blobs."""
+    """Refuse links that lead out of the folder; those of the hub's cache lead to its own blobs.
+
+    A stranger's folder could name any file of this machine, which a run would copy and a push would publish.
+    """
     home = folder.resolve()
     home = home.parents[1] if home.parent.name == "snapshots" else home
     for path in sorted(folder.iterdir()):
         if path.is_symlink() and not path.resolve().is_relative_to(home):
             raise RequestError(
-                f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there if it is meant"
+                f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there if that is intended"
             )
 
 
 def check_torch_files(folder: Path) -> None:
-    """Raise RequestError for a file of torch.save in a checkpoint that would run code, or that is none at all.
+    """Refuse a file of torch.save in a checkpoint that would run code, or that torch.save has not written.
 
-    Nothing is loaded: the names that the pickle asks for are read off its instructions. Beside numbers, tensors and
-    containers there are none in what a trainer saves.
+    Nothing is loaded: the names that the pickle would import are read from its instructions. A trainer saves nothing
+    but numbers, tensors and containers.
     """
-    numbers = {"numpy._core.multiarray._reconstruct", "numpy.core.multiarray._reconstruct", "numpy.ndarray",
-               "numpy.dtype", "_codecs.encode"}  # fmt: skip
     for path in sorted(folder.rglob("*")):
         index = path.name == INDEX_OF_SHARDS
         if not path.is_file() or not (index or path.suffix in PICKLES):
             continue
-        remedy = "remove this checkpoint to go on from the one before, or start anew"
+        remedy = "remove this checkpoint to resume from the previous one, or start a new run"
         try:
             names = named_in_pickle(path) if index else set(get_unsafe_globals_in_checkpoint(str(path)))
-            names -= numbers | SHARDED
+            names -= NUMBERS | SHARDED
         except Exception as error:  # whatever pickletools and torch find wrong
             raise RequestError(
-                f"{path} is no file that torch.save has written ({' '.join(str(error).split())[:200]}); another pickle "
-                f"could run code and is never loaded: {remedy}, or write its tensors with safetensors.torch.save_file"
+                f"{path} was not written by torch.save ({' '.join(str(error).split())[:200]}); any other pickle could run "
+                f"code and is never loaded: {remedy}, or write its tensors with safetensors.torch.save_file"
             ) from None
         names = {name for name in names if not name.startswith(("numpy.dtypes.", "torch."))}
         if names and path.name != "training_args.bin":  # which nothing loads
@@ -106,7 +113,7 @@ def check_torch_files(folder: Path) -> None:
 
 
 def named_in_pickle(path: Path) -> set[str]:
-    """What a bare pickle would import, read off its instructions without running any."""
+    """List what a bare pickle would import, read from its instructions without running any."""
     names, texts, memo, last = set[str](), list[str | None](), dict[int, str | None](), None
     with path.open("rb") as stream:
         for code, value, _ in pickletools.genops(stream):
@@ -126,17 +133,17 @@ def named_in_pickle(path: Path) -> set[str]:
 
 
 def check_model(folder: Path) -> None:
-    """Raise RequestError for what is missing, broken or leads elsewhere in a local model folder."""
+    """Refuse a local model folder with files that are missing, broken or outside of it."""
     check_links(folder)
     if not (folder / "config.json").is_file():
         if (folder / "adapter_config.json").is_file():
             raise RequestError(
                 f"model.name_or_path: {folder} holds an adapter, not a model: put its base there, and set "
-                f"adapter.init_from={folder} to go on training it"
+                f"adapter.init_from={folder} to continue training it"
             )
         found = next(folder.glob("*.gguf"), None)
         hint = f"for its GGUF file set model.gguf_file={found.name}" if found else AGAIN
-        raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is no model folder: {hint}")
+        raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is not a model folder: {hint}")
     kind = read_object(folder / "config.json")
     name = kind.get("model_type")
     if "auto_map" not in kind and (not isinstance(name, str) or name not in CONFIG_MAPPING):
@@ -152,14 +159,18 @@ def check_model(folder: Path) -> None:
 
 
 def shards(folder: Path) -> list[str]:
-    """Names of a local model's weight files; RequestError where one is missing, pickled or outside of the folder."""
+    """List a local model's weight files.
+
+    Raises:
+        RequestError: one is missing, pickled or outside of the folder.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.is_file():
         found = [path.name for path in folder.glob("*.safetensors")]
         if not found and list(folder.glob("*.bin")):
             raise RequestError(
-                f"model.name_or_path: {folder} holds pickled weights only (*.bin), which are never loaded because a "
-                "pickle can run code: where you trust it, convert it with transformers' "
+                f"model.name_or_path: {folder} holds only pickled weights (*.bin), which are never loaded because a "
+                "pickle can run code: if you trust it, convert it with transformers' "
                 f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained(NEW_FOLDER)"
             )
         if not found:
@@ -174,7 +185,7 @@ def shards(folder: Path) -> list[str]:
     for name in names:
         if not isinstance(name, str) or Path(name).is_absolute() or ".." in Path(name).parts or "\\" in name:
             raise RequestError(
-                f"model.name_or_path: {index} names {name!r}, expected files inside of the folder: mend the index"
+                f"model.name_or_path: {index} names {name!r}, expected files inside of the folder: fix the index"
             )
         if not (folder / name).is_file():
             raise RequestError(
@@ -184,22 +195,22 @@ def shards(folder: Path) -> list[str]:
 
 
 def check_adapter(folder: Path) -> None:
-    """Raise RequestError for an adapter folder whose files are missing, broken, pickled, not finite, or name code."""
+    """Refuse an adapter folder whose files are missing, broken, pickled, not finite, or name code."""
     if folder.is_dir():
         check_links(folder)
     path, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is no adapter folder")
+        raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is not an adapter folder")
     config = read_object(path)
     kind, rank = config.get("peft_type"), config.get("r")
     if kind != PeftType.LORA:
-        raise RequestError(f"adapter: {folder} is of type {kind}, expected LORA: train one, or take another adapter")
+        raise RequestError(f"adapter: {folder} is of type {kind}, expected LORA: train one, or use another adapter")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise RequestError(f"adapter: {path}: r is {rank!r}, expected a whole number above 0: {AGAIN}")
     if config.get("megatron_config") or config.get("megatron_core", "megatron.core") != "megatron.core":
         raise RequestError(
-            f"adapter: {path}: megatron_config and megatron_core name Python code to import, and no adapter's own say is "
-            "taken for that: remove both if this is a plain LoRA adapter"
+            f"adapter: {path}: megatron_config and megatron_core name Python code to import, which an adapter is not "
+            "allowed to do: remove both if this is a plain LoRA adapter"
         )
     if not weights.is_file():
         old = folder / "adapter_model.bin"
@@ -216,9 +227,10 @@ def check_adapter(folder: Path) -> None:
     if bad:
         raise RequestError(
             f"adapter: {weights}: {len(bad)} of {len(names)} tensors are not finite (NaN or infinity), first {bad[0]}: "
-            "its training failed; take an earlier checkpoint, or train again with a lower training.learning_rate"
+            "its training failed; use an earlier checkpoint, or train again with a lower training.learning_rate"
         )
 
 
 def finite(tensor: torch.Tensor) -> bool:
+    """Return True for a tensor without NaN and infinity."""
     return not tensor.is_floating_point() or bool(tensor.float().isfinite().all())

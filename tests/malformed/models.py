@@ -174,7 +174,7 @@ MODELS = [
          "model.name_or_path", "no folder ~nobody-here/base", "give the path of a model folder, or a hub id"),
     Case("a-file", lambda folder: [(folder / "base").write_text("x") and "train", "--recipe", "quickstart",
          "model.name_or_path=./base"], "model.name_or_path", "is a file", "give its folder"),
-    Case("no-config", base(without("config.json")), "base has no config.json", "no model folder", "copy or download it again"),
+    Case("no-config", base(without("config.json")), "base has no config.json", "not a model folder", "copy or download it again"),
     Case("config-cut", base(cut("config.json", 0.5)), "base/config.json", "broken JSON", "copy or download it again"),
     Case("config-a-list", base(holding("config.json", b"[]")), "base/config.json", "a list", "copy or download it again"),
     Case("config-without-type", base(edited("config.json", model_type=None)), "base/config.json", "model_type",
@@ -220,7 +220,7 @@ MODELS = [
 ADAPTERS = [
     Case("no-such-folder", lambda _: ["train", "--recipe", "quickstart", "adapter.init_from=./gone"],
          "adapter", "no folder gone", "give the folder of an adapter, or a hub id"),
-    Case("no-config", continued(without(CONFIG)), "adapter: ", "no adapter_config.json", "no adapter folder"),
+    Case("no-config", continued(without(CONFIG)), "adapter: ", "no adapter_config.json", "not an adapter folder"),
     Case("config-cut", continued(cut(CONFIG, 0.5)), f"adapter/{CONFIG}", "broken JSON", "copy or download it again"),
     Case("not-lora", continued(edited(CONFIG, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])),
          "adapter: ", "type", "expected LORA"),

@@ -251,7 +251,7 @@ class Hub(BaseHTTPRequestHandler):
 
 ASK = """
 import sys
-from orpo_lite.errors import RequestError
+from orpo_lite.common.errors import RequestError
 from orpo_lite.model import load_base, load_tokenizer
 from orpo_lite.recipe import AdapterSection, ModelSection
 for name in sys.argv[1:]:

@@ -105,7 +105,7 @@ def test_models_without_such_layers_are_refused_by_name():
     class Own(torch.nn.Module):
         pass
 
-    with pytest.raises(RequestError, match="Own does not let its layers checkpoint one by one"):
+    with pytest.raises(RequestError, match="Own cannot checkpoint its layers one by one"):
         checkpointing_layers(Own())
 
 
