@@ -46,7 +46,8 @@ def main() -> None:
         from orpo_lite.common.console import run_command
 
         sys.argv[:2] = [f"orpo-lite {name}"]
-        run_command(load(name))
+        function = load(name)
+        run_command(function, vars(sys.modules[function.__module__]).get("on_usage_error"))
     elif name in ("-V", "--version"):
         print(f"orpo-lite {__version__}")
     elif name in ("-h", "--help"):

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer, T5Config
 from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.run import run
 from tests.commands import command
@@ -259,9 +260,42 @@ def test_wrong_requests_exit_2_and_say_what_to_do(words, said, monkeypatch, caps
     assert said in err and "Traceback" not in err and out == ""
 
 
+HEAVY = {"torch", "transformers", "datasets", "peft", "bitsandbytes"}
+
+
+@pytest.mark.parametrize(
+    ("words", "status"),
+    [
+        (["train", "--help"], 0),
+        (["train", "--recipe", "quickstrat"], 2),
+        (["train", "--recipe", "quickstart", "training.learning_rat=1"], 2),
+        (["train", "--recipe", "quickstart", "orpo.beta=-1"], 2),
+        (["train", "--recipe", "quickstart", "data.train=absent.jsonl"], 2),
+        (["train", "--recipe", "quickstart", "data.eval=absent/*.jsonl"], 2),
+        (["train", "--recipe", "quickstart", "model.name_or_path=/absent/model"], 2),
+        (["train", "--recipe", "quickstart", "--dry-run", "--resume"], 2),
+        (["train", "--recipe", "quickstart", "training.output_dir={busy}"], 2),
+        (["train", "--learning_rate=1"], 2),
+    ],
+)
+def test_help_and_errors_load_no_torch(words, status, tmp_path):
+    lock_folder(tmp_path)
+    script = (
+        "import sys; from orpo_lite.__main__ import main\n"
+        "try: main()\n"
+        f"finally: print(*({HEAVY} & sys.modules.keys()), file=open({str(tmp_path / 'loaded')!r}, 'w'))"
+    )
+    words = [word.format(busy=tmp_path) for word in words]
+    done = subprocess.run([sys.executable, "-c", script, *words], capture_output=True, text=True)
+    unlock_folder(tmp_path)
+    assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+    assert not (tmp_path / "loaded").read_text().strip()
+    assert ("another process is training in this folder" in done.stderr) == (str(tmp_path) in str(words))
+
+
 @pytest.mark.parametrize("arguments", [["-c", "import orpo_lite"], ["-m", "orpo_lite", "--help"]])
-def test_import_and_help_load_no_torch(arguments):
+def test_import_and_help_load_next_to_nothing(arguments):
     done = subprocess.run([sys.executable, "-X", "importtime", *arguments], capture_output=True, text=True)
     assert done.returncode == 0
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
-    assert not modules & {"torch", "transformers", "datasets", "numpy", "pydantic"}
+    assert not modules & {*HEAVY, "numpy", "pydantic"}

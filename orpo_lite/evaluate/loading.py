@@ -19,9 +19,9 @@ from orpo_lite.data.sources import local_files, open_source, shorten
 from orpo_lite.evaluate.held_out import base_only, evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.base import read_config
-from orpo_lite.model.locating import adapter_folder, looks_local
+from orpo_lite.model.locating import adapter_folder
 from orpo_lite.recipe import AdapterSection, DataSection, DataSource, ModelSection, Recipe
-from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section, tokenizer_of
 from orpo_lite.trainer.trainer import ORPOTrainer

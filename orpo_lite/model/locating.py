@@ -16,7 +16,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.untrusted_files import check_links, check_model
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.loading import BUILTIN, resolve_path
+from orpo_lite.recipe.loading import check_model_path, looks_local, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 
@@ -43,10 +43,7 @@ def locate(spec: ModelSection) -> str:
             "give its folder, or a hub id"
         )  # fmt: skip
         raise RequestError(f"model.name_or_path: {name} is a file, expected a model folder: {hint}")
-    if looks_local(spec.name_or_path):
-        raise RequestError(
-            f"model.name_or_path: there is no folder {name}: give the path of a model folder, or a hub id USER/NAME"
-        )
+    check_model_path(spec.name_or_path)
     return name
 
 
@@ -113,11 +110,6 @@ def read_config(spec: ModelSection) -> PreTrainedConfig:
                 f"model.name_or_path: config.json of {spec.name_or_path} does not describe a model ({type(error).__name__}: "
                 f"{error}): copy or download it again"
             ) from error
-
-
-def looks_local(name: str) -> bool:
-    """Return True for a name that can only be a path, never a hub id (user/name)."""
-    return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
 
 
 @contextlib.contextmanager

@@ -31,6 +31,20 @@ def resolve_path(value: str) -> str:
     return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
 
 
+def looks_local(name: str) -> bool:
+    """Return True for a model's name that can only be a path, never a hub id (user/name)."""
+    return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
+
+
+def check_model_path(name: str) -> None:
+    """Raise RequestError for a model that can only be a local path, if nothing is there."""
+    path = resolve_path(name)
+    if looks_local(name) and not os.path.exists(os.path.expanduser(path)):
+        raise RequestError(
+            f"model.name_or_path: there is no folder {path}: give the path of a model folder, or a hub id USER/NAME"
+        )
+
+
 @functools.cache
 def chat_templates() -> dict[str, Path]:
     """Map the name of every known chat template to its Jinja file: ours, and TRL's where TRL is installed."""

@@ -9,9 +9,8 @@ import yaml
 from huggingface_hub.errors import HFValidationError
 from huggingface_hub.utils import validate_repo_id
 
-from orpo_lite.model.locating import looks_local
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.loading import BUILTIN
+from orpo_lite.recipe.loading import BUILTIN, looks_local
 
 
 def hub_id(name: str) -> str | None:

@@ -1,7 +1,107 @@
-"""`python -m orpo_lite.train`."""
+"""`python -m orpo_lite.train --recipe NAME [key=value ...]`: one recipe, one run folder.
 
-from orpo_lite.common.console import run_command
-from orpo_lite.train.run import command
+Recipe, arguments and local files are checked before torch is imported, so that a mistake is reported within a second.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.markup import escape
+
+from orpo_lite.common.console import errors, run_command
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import is_locked, lock_folder
+from orpo_lite.data.sources import is_local, local_files, open_source
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
+from orpo_lite.recipe.loading import check_model_path, resolve_path
+from orpo_lite.recipe.training_fields import training_fields
+from orpo_lite.trainer.launcher import from_slurm, rank
+
+if TYPE_CHECKING:
+    from orpo_lite.trainer.run_folder import Resume
+
+
+def command(
+    recipe: Annotated[str | None, RECIPE_OPTION] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
+    ] = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
+    ] = False,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume",
+            help="resume from the newest good checkpoint, as the same command does by itself, and never start over; "
+            "--resume=force resumes in spite of changes",
+        ),
+    ] = False,
+    resume_force: Annotated[bool, typer.Option("--resume-force", hidden=True)] = False,
+    plan: Annotated[
+        bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU in this machine")] = False,
+) -> None:
+    """Train an adapter with ORPO as a recipe says."""
+    if recipe is None:
+        raise RequestError(
+            "found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), a YAML file or a run folder"
+        )
+    resume_mode: Resume = "force" if resume_force else resume
+    if dry_run and resume_mode:
+        raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
+    from_slurm()  # before anything is refused: one process on each machine reports it
+    chosen = Recipe.load(recipe, overrides or [])
+    check_local_files(chosen)
+    if not dry_run and rank() == 0 and is_locked(chosen.folder):
+        lock_folder(chosen.folder)  # raises, and names the folder
+    again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
+    train(chosen, dry_run, resume_mode, plan, force, again)
+
+
+def check_local_files(recipe: Recipe) -> None:
+    """Raise RequestError for a local data file or model folder that does not exist; the hub is not asked."""
+    check_model_path(recipe.model.name_or_path)
+    for source in [*recipe.data.train, *(recipe.data.eval or [])]:
+        path = os.path.expanduser(resolve_path(source.path))
+        split = source.split or recipe.data.split
+        if is_local(source.path) and not os.path.isdir(path) and not local_files(path, split):
+            open_source(source, split, None)  # raises, and says what was expected
+
+
+def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool, again: str) -> None:
+    """Import what training needs, and train; a signal ends the command as a shell expects."""
+    from orpo_lite.train.run import run, silence_other_ranks
+    from orpo_lite.trainer.distributed import as_lost_peer
+    from orpo_lite.trainer.interrupts import Stopped
+
+    if rank():
+        silence_other_ranks()
+    try:
+        run(recipe, dry_run=dry_run, resume=resume, plan=plan, force=force, again=again)
+    except Stopped as stop:
+        raise typer.Exit(128 + stop.number) from None
+    except RuntimeError as error:
+        if gone := as_lost_peer(error):
+            raise gone from error
+        raise
+
+
+def on_usage_error(arguments: list[str]) -> None:
+    """Show how a training field is written that was given as a flag, as TRL's scripts take it."""
+    for word in arguments:
+        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and name in training_fields():
+            errors.print(
+                f"a recipe's field is a word without dashes: training.{name}={escape(value) or 'VALUE'}", soft_wrap=True
+            )
+
 
 if __name__ == "__main__":
-    run_command(command)
+    run_command(command, on_usage_error)

@@ -5,17 +5,15 @@ from __future__ import annotations
 import contextlib
 import itertools
 import logging
-import shlex
 import tempfile
 import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import typer
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from transformers import PrinterCallback
@@ -33,7 +31,6 @@ from orpo_lite.model import BaseFacts, attach_adapter, initialize_eva, load_base
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device, read_config
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.train import printout as announce
 from orpo_lite.train.results import before_training, finish, held_out, record_of
 from orpo_lite.trainer import distributed
@@ -41,7 +38,6 @@ from orpo_lite.trainer.callbacks import Bar, MetricsFile
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.deepspeed import zero_stage_asked
 from orpo_lite.trainer.distributed import shards_by_launcher
-from orpo_lite.trainer.interrupts import Stopped
 from orpo_lite.trainer.nonfinite_report import NonFinite
 from orpo_lite.trainer.out_of_memory import OutOfMemory, named
 from orpo_lite.trainer.run_folder import Resume, RunFolder
@@ -212,8 +208,8 @@ def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
     return made
 
 
-def speak_no_more() -> None:
-    """What the first process says is not said again by this one; its errors are."""
+def silence_other_ranks() -> None:
+    """Print nothing but errors in this process: the first one prints for all of them."""
     console.quiet = True
     logging.getLogger("orpo_lite").setLevel(logging.ERROR)
     set_verbosity_error()
@@ -232,68 +228,3 @@ def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.devi
         batch = collate(first[start : start + size])
         batches.append({key: batch[key].to(device) for key in ("input_ids", "attention_mask")})
     return batches
-
-
-def command(
-    recipe: Annotated[str | None, RECIPE_OPTION] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="go on from the newest good checkpoint, as the same command does by itself, and never start anew; "
-            "--resume=force goes on in spite of changes",
-        ),
-    ] = False,
-    resume_force: Annotated[bool, typer.Option("--resume-force", hidden=True)] = False,
-    reproduce: Annotated[
-        Path | None,
-        typer.Option(
-            "--reproduce", metavar="FILE", help="do a step again that was not finite, from a run's reproduce-step-N.zip"
-        ),
-    ] = None,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
-    ] = False,
-    force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU that is there")] = False,
-) -> None:
-    """Train an adapter with ORPO as a recipe says."""
-    if reproduce is not None:
-        if recipe is not None or dry_run or resume or resume_force or plan:
-            raise RequestError(
-                "--reproduce takes its recipe from the file: leave --recipe, --dry-run, --resume and --plan out"
-            )
-        from orpo_lite.train.reproduce import reproduce as again_from
-
-        raise typer.Exit(again_from(reproduce, overrides or []))
-    if recipe is None:
-        raise RequestError(
-            "found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), a YAML file or a run folder"
-        )
-    distributed.from_slurm()
-    if distributed.rank():
-        speak_no_more()
-    resume_mode: Resume = "force" if resume_force else resume
-    if dry_run and resume_mode:
-        raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
-    again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
-    try:
-        run(
-            Recipe.load(recipe, overrides or []),
-            dry_run=dry_run,
-            resume=resume_mode,
-            plan=plan,
-            force=force,
-            again=again,
-        )
-    except Stopped as stop:
-        raise typer.Exit(128 + stop.number) from None  # as a shell has it for a process that a signal ended
-    except RuntimeError as error:
-        if gone := distributed.as_lost_peer(error):
-            raise gone from error
-        raise

@@ -8,7 +8,7 @@ from pathlib import Path
 from transformers import TrainerCallback
 
 from orpo_lite.common.console import run_command
-from orpo_lite.train import run as train
+from orpo_lite.train.__main__ import command
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 
@@ -36,4 +36,4 @@ if os.environ.get("HARM"):
     ORPOTrainer.__init__ = harmed
 
 if __name__ == "__main__":
-    run_command(train.command)
+    run_command(command)

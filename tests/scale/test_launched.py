@@ -7,7 +7,7 @@ import re
 import pytest
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.trainer import distributed
+from orpo_lite.trainer import distributed, launcher
 
 
 @pytest.mark.slow
@@ -32,15 +32,15 @@ def test_slurm_variables_say_who_takes_part(monkeypatch):
     for name, value in {"SLURM_PROCID": "3", "SLURM_LOCALID": "1", "SLURM_NTASKS": "4", "SLURM_NNODES": "2",
                         "SLURM_JOB_NODELIST": "gpu[07-08],cpu1", "SLURM_JOB_ID": "123456"}.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    distributed.from_slurm()
+    launcher.from_slurm()
     found = {name: os.environ[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")}  # fmt: skip
     assert found == {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "gpu07", "MASTER_PORT": "18456"}  # fmt: skip
-    assert (distributed.rank(), distributed.processes()) == (3, 4)
+    assert (launcher.rank(), launcher.processes()) == (3, 4)
 
 
 @pytest.mark.parametrize(("nodes", "first"), [("n1", "n1"), ("n[1-3]", "n1"), ("a-b[007,9]", "a-b007"), ("x,y[1-2]", "x")])  # fmt: skip
 def test_the_first_node_of_a_list(nodes, first):
-    assert distributed.first_node(nodes) == first
+    assert launcher.first_node(nodes) == first
 
 
 def test_a_launcher_that_speaks_is_believed(monkeypatch):
@@ -49,8 +49,8 @@ def test_a_launcher_that_speaks_is_believed(monkeypatch):
     monkeypatch.setenv("SLURM_PROCID", "0")
     monkeypatch.setenv("SLURM_LOCALID", "0")
     monkeypatch.setenv("SLURM_NTASKS", "8")
-    distributed.from_slurm()
-    assert distributed.processes() == 2
+    launcher.from_slurm()
+    assert launcher.processes() == 2
 
 
 @pytest.mark.parametrize("name", ["ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED"])
