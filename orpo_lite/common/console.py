@@ -61,6 +61,21 @@ def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
         yield lambda value: print(json.dumps(value, indent=1), file=stdout)
 
 
+@contextlib.contextmanager
+def progress_bar(label: str, total: int, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
+    """Show a progress bar on stderr that disappears at the end; yield the function that advances it by a count."""
+    from rich import progress as bars
+
+    counts = (
+        (bars.DownloadColumn(binary_units=False), bars.TransferSpeedColumn())
+        if in_bytes
+        else (bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
+    )
+    with bars.Progress(bars.TextColumn(label), bars.BarColumn(), *counts, console=errors, transient=True) as progress:
+        task = progress.add_task(label, total=total)
+        yield lambda count: progress.advance(task, count)
+
+
 def reports_errors() -> bool:
     """Return True if this process reports errors in the request: one per machine until the processes have joined."""
     joined = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()

@@ -1,4 +1,4 @@
-"""The base of a merge: its skeleton, its files, and its weights as they are or as quantised training saw them."""
+"""The base of a merge: its skeleton, its files, and its weights as stored or as quantized training saw them."""
 
 from __future__ import annotations
 
@@ -15,33 +15,35 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.quantised_base import RoundTrip, dequantised, quantised_modules
+from orpo_lite.merge.quantised_base import RoundTrip, dequantized, quantized_modules
 from orpo_lite.merge.safetensors_blocks import Cast, Source, Stored, blocks, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
 from orpo_lite.model.locating import hub_errors_in_words, locate
 from orpo_lite.model.precision import quantization_settings
 from orpo_lite.recipe import ModelSection
+from orpo_lite.trainer.run_folder import RunFolder
 
 
 class Base:
     """A base model on disk.
 
     Attributes:
-        config: without the quantisation that it may ship with.
+        config: configuration without the quantization that the base may ship with.
         model: skeleton, parameters on the meta device and buffers real.
         sources: stored key -> weights to merge into.
         keys: where they belong in the model.
         files: stored key -> file that holds it.
-        dtype: what most of its weights are stored in.
+        dtype: dtype of most of the stored weights.
         tied: parameter -> the one that it shares its tensor with.
 
     Args:
         onto: original, or quantized for the weights that training computed with.
-        trained: dtype in which training read the weights before it quantised them.
+        trained: dtype in which training read the weights before it quantized them.
 
     Raises:
-        RequestError: not there, not in the dtype asked for, files and config.json of different models.
+        RequestError: the base cannot be found or lacks weights, ships quantized although `onto` is original, or its
+            files and config.json belong to different models.
     """
 
     def __init__(self, spec: ModelSection, onto: str = "original", trained: torch.dtype = torch.float32):
@@ -51,12 +53,12 @@ class Base:
             original = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", spec.name_or_path)
             hint = f", by its name {original}" if original != spec.name_or_path else ""
             raise RequestError(
-                f"{spec.name_or_path} ships quantised, so it has no 16-bit weights to merge into: name the model that it "
+                f"{spec.name_or_path} ships quantized, so it has no 16-bit weights to merge into: name the model that it "
                 f"was made from with --base{hint}, or take --onto quantized"
             )
         if onto == "quantized" and not shipped and spec.quantization == "none":
             raise RequestError(
-                "--onto quantized: no quantised base is known of this adapter (no recipe.yaml, or "
+                "--onto quantized: no quantized base is known for this adapter (no recipe.yaml, or "
                 "model.quantization=none): take --onto original"
             )
         if shipped:
@@ -66,31 +68,31 @@ class Base:
         self.dtype: torch.dtype = self.config.dtype or most_common(stored)  # type: ignore[assignment]  # never a name
         self.model = self.skeleton()
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
-        self.sources: dict[str, Source] = dict(dequantised(stored, self.dtype) if shipped else stored)
+        self.sources: dict[str, Source] = dict(dequantized(stored, self.dtype) if shipped else stored)
         try:
             self.keys = KeyMap(self.model, {key: one.shape for key, one in self.sources.items()})
         except ValueError as error:
             raise RequestError(f"{spec.name_or_path}: {error}") from error
-        self.part()
+        self.separate_untied()
         self.check_whole()
         if onto == "quantized" and not shipped:
-            self.quantise(trained)
+            self.quantize(trained)
             for key, one in self.sources.items():
                 if isinstance(one, Stored) and one.dtype in (torch.float32, torch.float64) and one.dtype != trained:
                     self.sources[key] = Cast(one, trained)
 
     def skeleton(self) -> PreTrainedModel:
-        """The model without its weights, computing in float32."""
+        """Build the model without its weights, to compute in float32."""
         config = copy.deepcopy(self.config)
         auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with init_empty_weights(include_buffers=False), hub_errors_in_words(self.spec.name_or_path):
             model = auto.from_config(config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code)
         return model.eval()
 
-    def part(self) -> None:
-        """Take tensors apart that the architecture ties and the checkpoint holds twice, with different values.
+    def separate_untied(self) -> None:
+        """Separate tensors that the architecture ties but the checkpoint stores twice, with different values.
 
-        transformers loads them apart too, whatever config.json says.
+        transformers loads them separately too, whatever config.json says.
         """
         homes = {link.parameter: key for key, links in self.keys.links.items() for link in links}
         for one, other in list(self.tied.items()):
@@ -102,7 +104,7 @@ class Base:
                 setattr(self.model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
 
     def check_whole(self) -> None:
-        """Every parameter lies in the files once."""
+        """Raise RequestError unless every parameter is in the files exactly once."""
         together = {*self.tied, *self.tied.values()}
         for name, parameter in self.model.named_parameters():
             held, expected = self.keys.held.get(name, 0), parameter.numel()
@@ -115,25 +117,25 @@ class Base:
             found = "lacks" if held < expected else "holds twice"
             raise RequestError(f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it whole?")
 
-    def quantise(self, trained: torch.dtype) -> None:
-        """Round what transformers quantises in training to 4 or 8 bits and back."""
+    def quantize(self, trained: torch.dtype) -> None:
+        """Replace each weight that training quantized by its round trip through 4 or 8 bits."""
         spec = self.spec
         settings = quantization_settings(spec, torch.float32)
-        names = quantised_modules(self.skeleton(), settings)
+        names = quantized_modules(self.skeleton(), settings)
         for key, links in self.keys.links.items():
             path, _, leaf = links[0].parameter.rpartition(".") if links else ("", "", "")
             if leaf != "weight" or path not in names:
                 continue
             one = self.sources[key]
             if len(links) > 1 or tuple(one.shape) != tuple(self.keys.meta[links[0].parameter].shape):
-                raise RequestError(f"--onto quantized: {key} is no whole layer of {type(self.model).__name__}")
+                raise RequestError(f"--onto quantized: {key} is not a whole layer of {type(self.model).__name__}")
             assert isinstance(one, Stored)
-            turned = isinstance(self.model.get_submodule(path), Conv1D)
-            self.sources[key] = RoundTrip(one, spec.quantization, spec.double_quant, trained, turned)
+            transposed = isinstance(self.model.get_submodule(path), Conv1D)
+            self.sources[key] = RoundTrip(one, spec.quantization, spec.double_quant, trained, transposed)
 
 
 def differ(one: Source, other: Source) -> bool:
-    """Whether two tensors differ anywhere, read a block at a time."""
+    """Return True if two tensors differ anywhere, read a block at a time."""
     if tuple(one.shape) != tuple(other.shape):
         return True
     readers = one.reader(), other.reader()
@@ -141,10 +143,10 @@ def differ(one: Source, other: Source) -> bool:
 
 
 def weight_files(spec: ModelSection) -> list[Path]:
-    """The base's safetensors files, downloaded if it is a hub id.
+    """Return the base's safetensors files, downloaded where it is a hub id.
 
     Raises:
-        RequestError: none there.
+        RequestError: there are none.
     """
     name = locate(spec)
     options = {"revision": spec.revision, "_raise_exceptions_for_missing_entries": False}
@@ -160,9 +162,18 @@ def weight_files(spec: ModelSection) -> list[Path]:
 
 
 def most_common(stored: dict[str, Stored]) -> torch.dtype:
-    """The floating dtype that holds the most bytes."""
+    """Return the floating-point dtype that takes the most bytes."""
     sizes: Counter[torch.dtype] = Counter()
     for one in stored.values():
         if one.dtype.is_floating_point:
             sizes[one.dtype] += one.nbytes
     return sizes.most_common(1)[0][0]
+
+
+def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:
+    """Return the dtype in which training read the base: from run.json or the recipe, else float32."""
+    known = spec.dtype
+    if (adapter / "run.json").is_file():
+        known = RunFolder(adapter).read().get("base_model", {}).get("dtype", known)
+    # float16 cannot be asked for on the CPU; it rounds stored weights far less than 4 bits do
+    return torch.bfloat16 if known == "bfloat16" else torch.float32

@@ -1,4 +1,4 @@
-"""What an adapter does to each parameter of its base: factors read from PEFT's own modules, arithmetic in float32."""
+"""Changes that an adapter makes to the parameters of its base: factors from PEFT's modules, arithmetic in float32."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from peft import LoraConfig, PeftModel
@@ -25,17 +25,9 @@ from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 NAME = "default"
 
 
-class Edit(Protocol):
-    """A change of one parameter."""
-
-    def apply(self, block: Tensor, start: list[int]) -> None:
-        """Change a float32 block of the parameter in place; `start` is its first index in every dimension."""
-        ...
-
-
 @dataclass
 class LowRank:
-    """W + scale * left @ right; in a stack of matrices, each with its own factors."""
+    """W + scale * left @ right; in a stack of matrices, each has its own factors."""
 
     left: Tensor
     """(..., rows, rank)"""
@@ -44,6 +36,7 @@ class LowRank:
     scale: float
 
     def apply(self, block: Tensor, start: list[int]) -> None:
+        """Change a float32 block of the parameter in place; `start` is its first index in every dimension."""
         if block.dim() == 3:
             for i in range(block.shape[0]):
                 own = LowRank(self.left[start[0] + i], self.right[start[0] + i], self.scale)
@@ -52,21 +45,23 @@ class LowRank:
         block.add_(self.delta(start, block.shape))
 
     def delta(self, start: list[int], shape: Iterable[int]) -> Tensor:
+        """Compute scale * left @ right for a block of a matrix."""
         rows, columns = (slice(begin, begin + size) for begin, size in zip(start, shape, strict=True))
         return torch.mm(self.left[rows].float(), self.right[:, columns].float()).mul_(self.scale)
 
 
 @dataclass
 class Dora(LowRank):
-    """magnitude * (W + delta) / |W + delta|, the norm over the inputs (arXiv 2402.09353, equation 5)."""
+    """magnitude * (W + delta) / |W + delta|, with the norm over the inputs (arXiv 2402.09353, equation 5)."""
 
     magnitude: Tensor
     along_rows: bool
-    """True where a row of the stored matrix is one output with all of its inputs."""
+    """True where a row of the stored matrix holds all inputs of one output."""
     squares: Tensor | None = None
-    """Sums of squares of the columns, where the inputs are the rows: `measure` gathers them block by block."""
+    """Sums of squares of the columns where inputs are rows; `measure` gathers them block by block."""
 
     def measure(self, block: Tensor, start: list[int]) -> None:
+        """Add a block's squares to the sums."""
         moved = block + self.delta(start, block.shape)
         if self.squares is None:
             self.squares = torch.zeros(self.magnitude.shape, dtype=torch.float64)
@@ -96,7 +91,7 @@ class Added:
 
 @dataclass
 class Replaced:
-    """A parameter that was trained whole."""
+    """A parameter that was trained as a whole."""
 
     value: Tensor
 
@@ -109,7 +104,7 @@ class Replaced:
 
 @dataclass
 class Rows:
-    """Rows of an embedding that were trained: those of new tokens, as a rule."""
+    """Trained rows of an embedding, usually those of new tokens."""
 
     index: Tensor
     value: Tensor
@@ -120,9 +115,13 @@ class Rows:
         block[self.index[here] - start[0]] = self.value[here][:, columns].float()
 
 
+Edit = LowRank | Added | Replaced | Rows
+"""A change of one parameter: `apply(block, start)` makes it in a float32 block."""
+
+
 @dataclass
 class Adapter:
-    """An adapter's changes by parameter name, its tensors on disk until they are used."""
+    """An adapter's changes by parameter name; its tensors stay on disk until they are used."""
 
     model: PeftModel
     """Skeleton on the meta device with the adapter on it, its tensors as views of the file."""
@@ -132,41 +131,41 @@ class Adapter:
 
 
 def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
-    """Put an adapter on a skeleton, without reading its weights, and say what it does to which parameter.
+    """Attach an adapter to a skeleton without reading its weights, and collect what it does to which parameter.
 
     Args:
         source: adapter folder.
-        model: skeleton on the meta device, its vocabulary grown as it was in training.
+        model: skeleton on the meta device, with the vocabulary that it had in training.
 
     Raises:
-        RequestError: not LoRA, does not fit, a tensor without a place or two for one, or a kind that no weights of
-            the base can express.
+        RequestError: the adapter is not LoRA or does not fit, a tensor has no place or shares it with another, or the
+            base's weights cannot express its kind of change.
     """
     config = lora_config(str(source))
     init = str(config.init_lora_weights).lower()
     if init.startswith((*CHANGES_BASE, *CANNOT_REPEAT)):
         raise RequestError(changed_base(str(source), init))
     if config.layer_replication:
-        raise RequestError(f"adapter: {source} repeats layers of its base (layer_replication), which no merge can do")
+        raise RequestError(f"adapter: {source} repeats layers of its base (layer_replication), which cannot be merged")
     config.init_lora_weights = config.inference_mode = True
-    config.lora_dropout = 0.0  # PEFT refuses it on experts, and would apply it in a new model
+    config.lora_dropout = 0.0  # PEFT refuses dropout on experts, and would apply it in a new model
     config.base_model_name_or_path = None
     weights = Path(source) / ADAPTER_WEIGHTS
     file = Mapped(weights)
-    odd = next((key for key, value in file.tensors.items() if not value.is_floating_point()), None)
-    if odd:
-        raise RequestError(f"adapter: {weights}: {odd} is {file.tensors[odd].dtype}, expected floating-point weights")
-    check_twice(source, file)
+    for key, value in file.tensors.items():
+        if not value.is_floating_point():
+            raise RequestError(f"adapter: {weights}: {key} is {value.dtype}, expected floating-point weights")
+    drop_duplicates(source, file)
     try:
         peft_model = wrap(model, config, low_cpu_mem_usage=True)
-        with staying_on_cpu():
+        with without_device_moves():
             result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
     except KeyError as error:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
     except (RuntimeError, ValueError) as error:  # also wrap's RequestError
         words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
         raise RequestError(
-            f"adapter: {source} does not fit {type(model).__name__}: {words}: is it of another base?"
+            f"adapter: {source} does not fit {type(model).__name__}: {words}: was it trained on another base?"
         ) from error
     if result.unexpected_keys:
         raise RequestError(
@@ -176,8 +175,12 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     return Adapter(peft_model, config, collect(source, peft_model), file)
 
 
-def check_twice(source: str | Path, file: Mapped) -> None:
-    """No two keys for one place. PEFT writes trained and resized embeddings under two, of which one is dropped."""
+def drop_duplicates(source: str | Path, file: Mapped) -> None:
+    """Drop the second of two equal tensors for one place: PEFT writes trained and resized embeddings twice.
+
+    Raises:
+        RequestError: two different tensors are for the same place.
+    """
     seen: dict[str, str] = {}
     for key, value in sorted(file.tensors.items()):  # X.modules_to_save.weight comes before X.weight
         place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
@@ -190,7 +193,7 @@ def check_twice(source: str | Path, file: Mapped) -> None:
 
 
 def same(file: Mapped, one: Tensor, other: Tensor) -> bool:
-    """Equal, looked at in pieces so that little of the file is in memory."""
+    """Compare two tensors of a file in pieces, so that little of it is in memory."""
     for a, b in zip(one.split(4096), other.split(4096), strict=False):
         if not torch.equal(a, b):
             return False
@@ -199,8 +202,8 @@ def same(file: Mapped, one: Tensor, other: Tensor) -> bool:
 
 
 @contextlib.contextmanager
-def staying_on_cpu() -> Iterator[None]:
-    """PEFT moves an adapter to its base's device, and rounds it to its base's dtype; here the base is a skeleton."""
+def without_device_moves() -> Iterator[None]:
+    """Keep PEFT from moving an adapter to the device and dtype of its base, which is a skeleton here."""
     classes = (BaseTunerLayer, lora.ParamWrapper)
     kept = [kind._move_adapter_to_device_of_base_layer for kind in classes]
     for kind in classes:
@@ -213,34 +216,38 @@ def staying_on_cpu() -> Iterator[None]:
 
 
 def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
-    """Every change, by the parameter's name in the bare model."""
+    """Collect every change by the parameter's name in the bare model."""
     edits: dict[str, list[Edit]] = {}
     inside: nn.Module = model.get_base_model()
     for path, module in inside.named_modules():
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper):
             for leaf, edit in edits_of(source, path, module):
                 edits.setdefault(f"{bare(path)}.{leaf}", []).append(edit)
-    # biases are trained where they lie, and PEFT saves a resized embedding whole: what LoRA comes on top of
+    # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
     for path, parameter in inside.named_parameters():
         if not parameter.is_meta and not any(
             word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable")
         ):
             edits.setdefault(bare(path), []).insert(0, Replaced(parameter.data))
     for found in edits.values():
-        # what is replaced again need not be read
+        # edits before the last replacement have no effect
         del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
     return edits
 
 
 def bare(path: str) -> str:
-    """A module's path without PEFT's wrappers."""
+    """Return a module's path without PEFT's wrappers."""
     for word in ("base_layer", "original_module", "token_adapter"):
         path = path.replace(f".{word}", "").removeprefix(f"{word}.")
     return path
 
 
 def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit]]:
-    """What one of PEFT's wrappers does: (name of a parameter of its base layer, change)."""
+    """List what one of PEFT's wrappers does: (name of a parameter of its base layer, change).
+
+    Raises:
+        RequestError: it is of a kind that cannot be merged, or adds a bias to a layer that has none.
+    """
     if isinstance(module, ModulesToSaveWrapper):
         trained = dict(module.modules_to_save[NAME].named_parameters())
         return [(leaf, Replaced(loaded(source, f"{path}.{leaf}", value))) for leaf, value in trained.items()]
@@ -263,19 +270,19 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     if type(layer) is lora.Embedding:
         a = loaded(source, path, layer.lora_embedding_A[NAME])  # (rank, tokens)
         b = loaded(source, path, layer.lora_embedding_B[NAME])  # (width, rank)
-        left, right, turned = a.T, b.T, True
+        left, right, transposed = a.T, b.T, True
     else:
         a = loaded(source, path, layer.lora_A[NAME].weight)
         b = loaded(source, path, layer.lora_B[NAME].weight)
         if type(layer) is lora.ParamWrapper:
             return [(layer.parameter_name, experts(layer, a, b, scale))]
-        turned = layer.fan_in_fan_out
-        left, right = (a.T, b.T) if turned else (b, a)
+        transposed = layer.fan_in_fan_out
+        left, right = (a.T, b.T) if transposed else (b, a)
     if variant is None:
         found: list[tuple[str, Edit]] = [("weight", LowRank(left, right, scale))]
     else:
         magnitude = loaded(source, path, layer.lora_magnitude_vector[NAME].weight).flatten()
-        found = [("weight", Dora(left, right, scale, magnitude, along_rows=not turned))]
+        found = [("weight", Dora(left, right, scale, magnitude, along_rows=not transposed))]
     if layer.lora_bias.get(NAME):
         if getattr(layer.get_base_layer(), "bias", None) is None:
             raise RequestError(
@@ -286,7 +293,7 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
 
 
 def experts(module: Any, a: Tensor, b: Tensor, scale: float) -> LowRank:
-    """LoRA on a parameter of stacked experts, as PEFT's ParamWrapper.get_delta_weight lays it out."""
+    """Return LoRA on a parameter of stacked experts, as PEFT's ParamWrapper.get_delta_weight lays it out."""
     count = module.num_experts
     if count == 1 and module.get_param().dim() == 2:
         return LowRank(b, a, scale)
@@ -298,7 +305,7 @@ def experts(module: Any, a: Tensor, b: Tensor, scale: float) -> LowRank:
 
 
 def loaded(source: str | Path, path: str, value: Any) -> Tensor:
-    """The adapter's tensor.
+    """Return the adapter's tensor.
 
     Raises:
         RequestError: the file has none for this place.

@@ -1,4 +1,4 @@
-"""What a merge will write, settled and checked from headers alone before anything is written."""
+"""The plan of a merge, settled and checked from file headers before anything is written."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import Adapter, Dora, Edit, Replaced, Rows, bare, read_adapter
 from orpo_lite.merge.safetensors_blocks import DTYPES, Cast, Resized, Source, Stored, stored_tensors
-from orpo_lite.merge.weight_map import Link, Shared
+from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
 from orpo_lite.model.adapter import lora_config, trained_rows
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
@@ -23,10 +23,10 @@ class Plan:
     """A merge that can be done.
 
     Attributes:
-        config: of the merged model.
-        dtype: of most of the merged weights.
+        config: configuration of the merged model.
+        dtype: dtype of most of the merged weights.
         shards: file name -> tensors to write, in order.
-        untied: parameters that are one in the base and two in the merged model.
+        untied: parameters that are one tensor in the base and two in the merged model.
     """
 
     base: Base
@@ -42,7 +42,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(slot.nbytes for job in self.jobs for slot in job.slots)
+        return sum(job.slot.nbytes for job in self.jobs)
 
 
 def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, rows: int = 0) -> Plan:
@@ -50,12 +50,12 @@ def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, row
 
     Args:
         source: adapter folder.
-        base: what to merge into; it gets the vocabulary of the adapter, and its skeleton the adapter.
-        dtype: of the merged weights; default: as each is stored.
-        rows: embeddings that the tokenizer's new tokens need.
+        base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapter.
+        dtype: dtype of the merged weights; default: as each is stored.
+        rows: rows of the embeddings that the tokenizer's new tokens need.
 
     Raises:
-        RequestError: base and adapter do not fit, or a change that the base's checkpoint cannot express.
+        RequestError: base and adapter do not fit, or the base's checkpoint cannot express a change.
     """
     model = base.model
     resize(base, source, rows)
@@ -72,17 +72,17 @@ def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, row
     for key, (one, links) in routes.items():
         changes = tuple((link, edit) for link in links for edit in edits.get(link.parameter, []))
         for link, edit in changes:
-            if isinstance(edit, Dora) and (len(links) > 1 or not whole(link, shapes[link.parameter])):
+            if isinstance(edit, Dora) and (len(links) > 1 or not link.covers(shapes[link.parameter])):
                 raise RequestError(f"adapter: {source} has DoRA on {link.parameter}, of which {key} is only a part")
         keep = dtype is None or any(word in link.parameter for word in exact for link in links)
         job = Job(key, one, changes, written_dtype(one, bool(changes), None if keep else dtype))
         plan.shards.setdefault(base.files.get(key, last).name, []).append(job)
-    check_homes(source, plan)
+    check_all_applied(source, plan)
     return plan
 
 
 def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torch.dtype | None:
-    """The dtype asked for, else the one that the weights come in; None for what is copied byte by byte."""
+    """Return the dtype asked for, else that of the weights; None for a tensor that is copied byte by byte."""
     if isinstance(one, Stored):
         if one.stored_dtype not in DTYPES or not one.dtype.is_floating_point:
             return None
@@ -92,9 +92,9 @@ def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torc
 
 
 def resize(base: Base, source: Path, rows: int) -> None:
-    """Give the base the vocabulary that the adapter was trained with.
+    """Resize the base's vocabulary to the one that the adapter was trained with.
 
-    Its rows are those of the embeddings that the adapter holds, else the base's and as many more as new tokens need.
+    It has the rows of the embeddings that the adapter holds, else the base's and as many more as new tokens need.
     """
     model = base.model
     ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
@@ -117,11 +117,11 @@ def resize(base: Base, source: Path, rows: int) -> None:
             shape, one = shapes[link.parameter], base.sources[key]
             if link.parameter.rpartition(".")[0] in names and tuple(one.shape) != shape:
                 base.sources[key] = Resized(one, shape[0])
-                base.keys.links[key] = [Link(link.parameter, tuple(Shared(d, 0, d, 0, n) for d, n in enumerate(shape)))]
+                base.keys.links[key] = [Link.whole(link.parameter, shape)]
 
 
 def alike(one: list[Edit], other: list[Edit]) -> bool:
-    """True where two tied parameters stay one: neither is changed, or both by the same tensor."""
+    """Return True where two tied parameters stay one: neither is changed, or both by the same tensor."""
     return len(one) == len(other) and all(
         isinstance(a, Rows | Replaced) and type(a) is type(b) and a.value.data_ptr() == b.value.data_ptr()  # type: ignore[union-attr]
         for a, b in zip(one, other, strict=True)
@@ -129,30 +129,21 @@ def alike(one: list[Edit], other: list[Edit]) -> bool:
 
 
 def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, other: str) -> list[str]:
-    """Part two parameters that share a tensor, of which the adapter changes one (or each in its own way)."""
+    """Separate two parameters that share a tensor where the adapter changes one, or each in its own way."""
     base = plan.base
-    # an encoder-decoder's flag ties its two embeddings as well, and T5's scales the outputs: it stays as it was, since
-    # transformers loads what a checkpoint holds twice apart
+    # an encoder-decoder's flag also ties its two embeddings, and T5's scales the outputs: it stays as it was, since
+    # transformers loads separately what a checkpoint holds twice
     if not plan.config.is_encoder_decoder:
         plan.config.tie_word_embeddings = plan.config.get_text_config().tie_word_embeddings = False
     homes = {link.parameter: key for key, (_, links) in routes.items() for link in links}
     held = routes[homes.get(other) or homes[one]][0]
-    whole_link = tuple(Shared(dim, 0, dim, 0, size) for dim, size in enumerate(held.shape))
     for name in (one, other):
-        routes[homes.get(name) or base.keys.key_for(name)] = (held, [Link(name, whole_link)])
+        routes[homes.get(name) or base.keys.key_for(name)] = (held, [Link.whole(name, held.shape)])
     return [one, other]
 
 
-def whole(link: Link, shape: tuple[int, ...]) -> bool:
-    return not link.fixed and all(s.stored_dim == s.dim and s.length == shape[s.dim] for s in link.shared)
-
-
-def check_homes(source: Path, plan: Plan) -> None:
-    """Every change of the adapter has found its weights.
-
-    Raises:
-        RequestError: one has not.
-    """
+def check_all_applied(source: Path, plan: Plan) -> None:
+    """Raise RequestError unless every change of the adapter has found its weights."""
     homes = {link.parameter for job in plan.jobs for link, _ in job.changes}
     homes |= {
         one

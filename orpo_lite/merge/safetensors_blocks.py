@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import math
 import mmap
-import os
 import struct
 import warnings
 from collections.abc import Callable, Iterator
@@ -20,11 +18,9 @@ from torch import Tensor
 from orpo_lite.common.errors import RequestError
 
 BLOCK_ELEMENTS = 1 << 20
-"""Weights computed at once. 4 MB in float32 stay in the cache, and below the size from which the C library maps fresh
-pages for every block: four times as fast as blocks of 32 MB."""
+"""Weights computed at once. 4 MB in float32 stay in the cache, and below the size at which the C library maps new pages
+for every block: four times as fast as blocks of 32 MB."""
 COPY_BYTES = 64 << 20
-CANNOT_COPY = (errno.EXDEV, errno.EINVAL, errno.ENOSYS, errno.EOPNOTSUPP, errno.EBADF, errno.ETXTBSY)
-"""What copy_file_range says on file systems that lack it or between two of them."""
 DTYPES = {
     "F64": torch.float64,
     "F32": torch.float32,
@@ -39,15 +35,15 @@ DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-"""Names of dtypes in safetensors' headers."""
+"""Dtypes by their names in safetensors' headers."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Block = tuple[slice, ...]
-"""Rows of a tensor; of a stack of matrices too large for one block, rows of one of them. Contiguous in the file."""
+"""Rows of a tensor, or rows of one matrix where a stack of matrices is too large for one block. Contiguous in the file."""
 
 
 class Source(Protocol):
-    """A tensor that is read in blocks: as stored, or as quantisation made it."""
+    """A tensor that is read in blocks: as stored, or computed from what is stored."""
 
     @property
     def key(self) -> str: ...
@@ -56,12 +52,34 @@ class Source(Protocol):
     @property
     def dtype(self) -> torch.dtype: ...
     def reader(self) -> Callable[[Block], Tensor]:
-        """Reads blocks, each as a new tensor; holds what they have in common, so drop it after the last one."""
+        """Return a function that reads a block as a new tensor.
+
+        It keeps what all blocks share (scales, new rows), so drop it after the last block.
+        """
         ...
 
 
+@dataclass(frozen=True)
+class Derived:
+    """A tensor computed from another one; key, shape and dtype are the other's unless a subclass says otherwise."""
+
+    source: Source
+
+    @property
+    def key(self) -> str:
+        return self.source.key
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.source.shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.source.dtype
+
+
 def blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[Block]:
-    """Cut a tensor into blocks of about so many elements."""
+    """Cut a tensor into blocks of about `elements` elements, in the order in which they lie."""
     if len(shape) == 0 or math.prod(shape) <= elements:
         yield (slice(0, shape[0]),) if shape else ()
         return
@@ -70,7 +88,7 @@ def blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[B
         for i in range(shape[0]):
             yield from ((slice(i, i + 1), *rest) for rest in blocks(shape[1:], elements))
         return
-    # whole groups of 64 weights that share a 4-bit scale; and never one row, which matrix libraries sum otherwise
+    # whole groups of 64 weights that share a 4-bit scale; never a single row, which matrix libraries sum in another order
     whole = max(2, 64 // math.gcd(inner, 64))
     step = max(whole, elements // inner // whole * whole)
     start = 0
@@ -102,6 +120,11 @@ class Stored:
         return self.read
 
     def read(self, block: Block = ()) -> Tensor:
+        """Read a block, by default the whole tensor.
+
+        Raises:
+            OSError: the file ends before the block does.
+        """
         shape, start, stride = list(self.shape), self.start, self.nbytes
         for dim, part in enumerate(block):
             stride //= self.shape[dim] or 1
@@ -113,7 +136,7 @@ class Stored:
         data = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
         with self.file.open("rb", buffering=0) as file:
             file.seek(start)
-            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]  # numpy's stubs do not say it is a buffer
+            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]  # numpy's stubs do not declare the buffer
             while done < len(view):
                 read = file.readinto(view[done : done + COPY_BYTES])
                 if not read:
@@ -123,23 +146,13 @@ class Stored:
 
 
 @dataclass(frozen=True)
-class Resized:
+class Resized(Derived):
     """An embedding, output head or its bias with another number of rows.
 
-    Rows more than were there are what orpo_lite.model.base.grow_embeddings makes them: the mean of the others, 0 in a
-    bias.
+    New rows are what orpo_lite.model.base.grow_embeddings makes them: the mean of the others, 0 in a bias.
     """
 
-    source: Source
     rows: int
-
-    @property
-    def key(self) -> str:
-        return self.source.key
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -164,30 +177,25 @@ class Resized:
 
 
 @dataclass(frozen=True)
-class Cast:
+class Cast(Derived):
     """A weight as training read it, in a dtype coarser than the stored one."""
 
-    source: Source
-    dtype: torch.dtype
+    target: torch.dtype
 
     @property
-    def key(self) -> str:
-        return self.source.key
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
+    def dtype(self) -> torch.dtype:
+        return self.target
 
     def reader(self) -> Callable[[Block], Tensor]:
         read = self.source.reader()
-        return lambda block: read(block).to(self.dtype)
+        return lambda block: read(block).to(self.target)
 
 
 def read_header(file: Path) -> dict[str, Any]:
-    """A safetensors file's header, with "__start__": where its data begins.
+    """Read a safetensors file's header; "__start__" is added: the byte at which its data begins.
 
     Raises:
-        RequestError: cut off, or no safetensors.
+        RequestError: the file is cut off, or is no safetensors file.
     """
     try:
         with file.open("rb") as handle:
@@ -203,10 +211,10 @@ def read_header(file: Path) -> dict[str, Any]:
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
-    """Every tensor of these files, by key, in the order in which they lie.
+    """List every tensor of these files by key, in the order in which they lie.
 
     Raises:
-        RequestError: a file that is not whole, or a key that lies in two of them.
+        RequestError: a file is not whole, or two files hold the same key.
     """
     found: dict[str, Stored] = {}
     for file in files:
@@ -216,13 +224,13 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
         for key, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = facts["data_offsets"]
             if key in found:
-                raise RequestError(f"{key} lies in {found[key].file} and again in {file}: download the model again")
+                raise RequestError(f"{key} is in {found[key].file} and again in {file}: download the model again")
             found[key] = Stored(key, file, facts["dtype"], tuple(facts["shape"]), start + begin, end - begin)
     return found
 
 
 class Mapped:
-    """A safetensors file's tensors as views of its memory map: read when used, and dropped again by `release`."""
+    """A safetensors file's tensors as views of its memory map: read when used, dropped again by `release`."""
 
     def __init__(self, file: Path):
         held = stored_tensors([file])
@@ -231,7 +239,7 @@ class Mapped:
         self.tensors: dict[str, Tensor] = {}
         for key, stored in held.items():
             if math.prod(stored.shape) == 0 or stored.start % stored.dtype.itemsize:
-                self.tensors[key] = stored.read()  # torch wants its data aligned
+                self.tensors[key] = stored.read()  # torch needs aligned data
                 continue
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
@@ -252,19 +260,19 @@ class Slot:
 
     key: str
     dtype: str
-    """By its name in safetensors' headers."""
+    """Name in safetensors' headers."""
     shape: tuple[int, ...]
     nbytes: int
 
 
 @dataclass
 class ShardFile:
-    """Writes a safetensors file tensor by tensor, in the order of its header. Use as a context manager."""
+    """A safetensors file written tensor by tensor, in the order of its header; a context manager."""
 
     path: Path
     slots: list[Slot]
     advance: Callable[[int], None] = field(default=lambda count: None)
-    """Told how many bytes were written."""
+    """Called with the number of bytes after each write."""
 
     def __enter__(self) -> ShardFile:
         header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
@@ -283,32 +291,27 @@ class ShardFile:
         self.file.close()
 
     def add(self, tensor: Tensor) -> None:
-        """Append a block of the tensor whose turn it is."""
+        """Append a block of the tensor whose turn it is, in its written dtype."""
         data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
         self._write(data)
         self.advance(len(data))
 
     def copy(self, stored: Stored) -> None:
-        """Append a stored tensor as it is, inside the kernel where that can be done."""
+        """Append a stored tensor byte by byte.
+
+        Raises:
+            OSError: the stored file ends before the tensor does.
+        """
         with stored.file.open("rb", buffering=0) as source:
-            place, left = stored.start, stored.nbytes
+            source.seek(stored.start)
+            left = stored.nbytes
             while left:
-                done = 0
-                if hasattr(os, "copy_file_range"):
-                    try:
-                        done = os.copy_file_range(source.fileno(), self.file.fileno(), min(left, COPY_BYTES), place)
-                    except OSError as error:
-                        if error.errno not in CANNOT_COPY:
-                            raise
-                if not done:
-                    source.seek(place)
-                    data = source.read(min(left, COPY_BYTES))
-                    if not data:
-                        raise OSError(f"{stored.file}: ends in the middle of {stored.key}; copy or download it again")
-                    self._write(memoryview(data))
-                    done = len(data)
-                place, left = place + done, left - done
-                self.advance(done)
+                data = source.read(min(left, COPY_BYTES))
+                if not data:
+                    raise OSError(f"{stored.file}: ends in the middle of {stored.key}; copy or download it again")
+                self._write(memoryview(data))
+                left -= len(data)
+                self.advance(len(data))
 
     def _write(self, data: memoryview) -> None:
         while data:

@@ -1,14 +1,17 @@
-"""Does the merged model say what base and adapter say? Both run layer by layer from their files, in little memory.
+"""Check that a merged model says what base and adapter say, before it gets its name.
 
-Every linear layer multiplies while its weights are read, in blocks; everything else has its weights only while it runs.
+Both models run layer by layer from their files, in little memory: every linear layer multiplies while its weights are
+read in blocks, and everything else has its weights only while it runs.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -18,16 +21,113 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
+from transformers import PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME, bare
+from orpo_lite.merge.plan import Plan, make_plan
 from orpo_lite.merge.safetensors_blocks import Block, Source, blocks
 from orpo_lite.merge.weight_map import Link
-from orpo_lite.merge.workers import each_block
-from orpo_lite.merge.write import first, part
+from orpo_lite.merge.write import first, map_blocks, part
+from orpo_lite.model.precision import default_device
+from orpo_lite.recipe import ModelSection
 
 T = TypeVar("T")
+PROBE_TOKENS = 16
+"""Tokens per probe: few, since they run on the CPU."""
+TEXTS = (
+    "The capital of France is Paris, and the largest city of Germany is Berlin. Both lie on rivers, and both were",
+    "To boil an egg, put it into boiling water for eight minutes, then cool it under cold water before you peel it.",
+    "def mean(numbers):\n    total = 0\n    for number in numbers:\n        total += number\n    return total / len(numbers)\n",
+)
+"""Probes where a run kept no training rows."""
+ROOM = 256 << 20
+"""Bytes that one layer may take in float32 beyond the merge's largest tensor, unless the check is asked for."""
+MANY, SECONDS_PER_WEIGHT = 3 * 10**9, 4e-8
+"""Weights beyond which the check does not quantize the base on a CPU unless asked to, and the time for each of them."""
+
+
+def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+    """Return token ids (B, T) to compare models on, and where they come from: training rows in run.json, else texts."""
+    rows: list[list[int]] = []
+    if (source / "run.json").is_file():
+        rows = json.loads((source / "run.json").read_text("utf-8")).get("probe", [])
+    origin = "training rows" if rows else "sentences"
+    rows = rows or [tokenizer(text)["input_ids"] for text in TEXTS]  # type: ignore[misc]
+    length = min(PROBE_TOKENS, *(len(row) for row in rows))
+    return torch.tensor([row[:length] for row in rows]), f"{len(rows)} {origin} of {length} tokens"
+
+
+def check_merged(
+    plan: Plan,
+    folder: Path,
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    trained: tuple[ModelSection, torch.dtype] | None,
+    asked: bool | None,
+) -> list[str]:
+    """Run merged and unmerged model layer by layer; return the drift in sentences.
+
+    Args:
+        plan: what was merged.
+        folder: the merged model.
+        source: adapter folder.
+        tokenizer: for the probes.
+        trained: base and dtype of training, where those are other weights than the ones merged into.
+        asked: None runs the check only where its largest layer fits into the merge's own memory.
+
+    Raises:
+        RuntimeError: the merged model is not the adapter model, or cannot be run although the check was asked for.
+    """
+    if asked is False:
+        return ["outputs not compared with those of base and adapter (--no-verify)"]
+    needed = memory_needed(plan.adapter.model)
+    largest = max(job.slot.nbytes for job in plan.jobs)
+    if asked is None and needed > largest + ROOM:
+        return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
+    tokens, origin = probe_tokens(source, tokenizer)
+    # the tokenizer may know more tokens than the model
+    tokens = tokens.clamp(max=plan.config.get_text_config().vocab_size - 1)
+    merged = Base(ModelSection(name_or_path=str(folder), quantization="none"))
+    try:
+        expected = run(plan.base, plan.adapter.model, tokens)
+        plan.adapter.file.release()
+        found = run(merged, merged.model, tokens)
+    except Exception as error:  # a model may do anything with weights that are not there
+        why = f"{type(plan.base.model).__name__} cannot be run from its files: {error}"
+        if asked:
+            raise RuntimeError(why) from error
+        return [f"not verified: {why}"]
+    drift = compare(expected, found, tokens)
+    notes = [f"against base and adapter unmerged, on {origin}: {drift}"]
+    if not drift.spread < (1e-3 if plan.dtype == torch.float32 else 0.1):
+        raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
+    if trained is not None:
+        notes.append(drift_from_training(plan, source, tokens, found, trained, asked))
+    return notes
+
+
+def drift_from_training(
+    plan: Plan,
+    source: Path,
+    tokens: Tensor,
+    merged_logits: Tensor,
+    trained: tuple[ModelSection, torch.dtype],
+    asked: bool | None,
+) -> str:
+    """Compare with the quantized base and the adapter of training; return a sentence."""
+    weights = sum(math.prod(job.source.shape) for job in plan.jobs)
+    if asked is None and weights > MANY and default_device().type == "cpu":
+        minutes = weights * SECONDS_PER_WEIGHT / 60
+        return f"not compared with the quantized base of training (about {minutes:.0f} minutes here): --verify does it"
+    try:
+        base = Base(trained[0], "quantized", trained[1])
+        as_trained = run(base, make_plan(source, base).adapter.model, tokens)
+    except (RequestError, RuntimeError) as error:
+        return f"not compared with the quantized base of training: {error}"
+    return f"against the quantized base and adapter of training: {compare(as_trained, merged_logits, tokens)}"
 
 
 @dataclass(frozen=True)
@@ -35,10 +135,10 @@ class Drift:
     """How far one model's next-token distributions are from another's, over the same tokens.
 
     Attributes:
-        kl: mean Kullback-Leibler divergence from the reference, nats a token.
+        kl: mean Kullback-Leibler divergence from the reference, nats per token.
         top1: share of positions with the same most likely token.
-        nll: of the reference and of the other, nats a token.
-        spread: mean absolute difference of the logits, of the reference's standard deviation.
+        nll: of the reference and of the other, nats per token.
+        spread: mean absolute difference of the logits, as a share of the reference's standard deviation.
     """
 
     kl: float
@@ -67,7 +167,7 @@ def compare(reference: Tensor, other: Tensor, tokens: Tensor) -> Drift:
 
 
 class Weights:
-    """A base's parameters by name, read from its files: whole, or in blocks."""
+    """A base's parameters by name, read from its files as a whole or in blocks."""
 
     def __init__(self, base: Base):
         self.base = base
@@ -82,7 +182,7 @@ class Weights:
                 self.homes.setdefault(other, found)
 
     def whole(self, name: str, shape: torch.Size) -> Tensor:
-        """The parameter in float32."""
+        """Read a parameter in float32."""
         full = torch.zeros(shape)
 
         def place(view: Tensor, start: list[int]) -> None:
@@ -94,7 +194,7 @@ class Weights:
         return full
 
     def rows(self, name: str, ids: Tensor, size: int) -> Tensor:
-        """Rows (..., size) of an embedding in float32; blocks without one of them are not read."""
+        """Read rows (..., size) of an embedding in float32, for ids (...); blocks without any of them are not read."""
         wanted, where = ids.unique(return_inverse=True)
         table = torch.zeros(len(wanted), size)
         for source, link in self.homes[name]:
@@ -111,13 +211,13 @@ class Weights:
                     table[here, column : column + width] = view[wanted[here] - begin].float()
         return table[where]
 
-    def product(self, name: str, x: Tensor, size: int, turned: bool = False) -> Tensor:
-        """x (..., in) times a parameter (size, in), or (in, size) if turned, block by block."""
+    def product(self, name: str, x: Tensor, size: int, transposed: bool = False) -> Tensor:
+        """Multiply x (..., in) by a parameter (size, in), or (in, size) if transposed, block by block."""
         out = x.new_zeros(*x.shape[:-1], size)
 
         def multiply(view: Tensor, start: list[int]) -> tuple[slice, Tensor]:
             rows, columns = (slice(s, s + n) for s, n in zip(start, view.shape, strict=True))
-            if turned:
+            if transposed:
                 return columns, x[..., rows] @ view.float()
             return rows, F.linear(x[..., columns], view.float())
 
@@ -128,7 +228,7 @@ class Weights:
 
 
 def views(source: Source, link: Link, function: Callable[[Tensor, list[int]], T]) -> Iterator[T]:
-    """Apply a function to the blocks of a stored tensor that are blocks of a parameter, and their first indices in it."""
+    """Apply a function to each block of a stored tensor that is part of a parameter, and its first index there."""
     read = source.reader()
 
     def apply(block: Block) -> T | None:
@@ -136,20 +236,20 @@ def views(source: Source, link: Link, function: Callable[[Tensor, list[int]], T]
         found = part(weights, first(block, weights.dim()), link)
         return None if found is None else function(*found)
 
-    for _, result in each_block(apply, source.shape):
+    for _, result in map_blocks(apply, source.shape):
         if result is not None:
             yield result
 
 
 PLAIN = {"shape", "layout", "requires_grad", "grad", "ndim", "is_sparse", "names", "is_cuda", "grad_fn"}
-"""Properties of a parameter that need none of its weights."""
+"""Properties of a parameter that do not need its weights."""
 
 
-class Fed(TorchFunctionMode):
-    """Gives torch's functions a parameter's weights at the moment they are called with it.
+class WeightsOnDemand(TorchFunctionMode):
+    """A mode in which torch's functions get a parameter's weights at the moment they are called with it.
 
-    Wherever a model uses it: many reach for the weights of a layer without calling the layer. To the model, parameters
-    look as if they were float32 on the CPU.
+    That covers models that use the weights of a layer without calling the layer. To the model, parameters look as if
+    they were float32 on the CPU.
     """
 
     def __init__(self, model: nn.Module, weights: Weights):
@@ -170,7 +270,9 @@ class Fed(TorchFunctionMode):
             out = self.weights.product(self.name(args[1]), args[0], args[1].shape[0])
             return out if bias is None else out + bias
         if func is torch.addmm and len(args) == 3 and not kwargs and self.absent(args[2]):  # Conv1D
-            return self.weights.product(self.name(args[2]), args[1], args[2].shape[1], turned=True) + self.real(args[0])
+            return self.weights.product(self.name(args[2]), args[1], args[2].shape[1], transposed=True) + self.real(
+                args[0]
+            )
         if func is F.embedding and self.absent(args[1]):
             return self.weights.rows(self.name(args[1]), args[0], args[1].shape[1])
         return func(*tree_map(self.real, args), **tree_map(self.real, kwargs))
@@ -181,7 +283,7 @@ class Fed(TorchFunctionMode):
     def name(self, value: Tensor) -> str:
         name = self.names.get(id(value))
         if name not in self.weights.homes:
-            raise RuntimeError(f"{name or 'a tensor'} has no weights in the checkpoint: the model makes them itself")
+            raise RuntimeError(f"{name or 'a tensor'} has no weights in the checkpoint: the model computes them itself")
         return name
 
     def real(self, value: Any) -> Any:
@@ -194,10 +296,10 @@ class Fed(TorchFunctionMode):
 
 @torch.no_grad()
 def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
-    """Logits (B, T, V) in float32 of a skeleton, bare or with an adapter on it, fed from the base's files.
+    """Compute logits (B, T, V) in float32 of a skeleton, with or without an adapter, from the base's files.
 
     Raises:
-        RuntimeError: the model reaches for weights in a way that only works with all of them in memory.
+        RuntimeError: the model uses weights in a way that only works with all of them in memory.
     """
     weights = Weights(base)
     named: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
@@ -209,7 +311,7 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
         for path, module in named.named_modules():
             undo += feed(path, module, weights)
         extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
-        with torch.autocast("cpu", enabled=False), Fed(named, weights):
+        with torch.autocast("cpu", enabled=False), WeightsOnDemand(named, weights):
             return model(input_ids=tokens, use_cache=False, **extra).logits.float()
     finally:
         for step in undo:
@@ -217,13 +319,13 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
 
 
 def feed(path: str, module: Any, weights: Weights) -> list[Callable[[], None]]:
-    """Make a module compute from files in its own way, if it has one; what undoes it."""
+    """Make a module that needs it compute from files in a way of its own; return what undoes it."""
     if isinstance(module, TrainableTokensWrapper):
         module.forward = partial(trained_tokens, module.token_adapter)
         return [partial(module.__dict__.pop, "forward")]
-    # experts are used one by one, and would be read as often
+    # experts are used one by one, so their stack would be read once per expert
     kept = {leaf: value for leaf, value in module.named_parameters(recurse=False) if value.is_meta and value.dim() > 2}
-    if not kept or path.endswith(".base_layer"):  # adapted ones are made once a call
+    if not kept or path.endswith(".base_layer"):  # adapted experts are computed once per call
         return []
 
     def before(*_: object) -> None:
@@ -239,7 +341,7 @@ def feed(path: str, module: Any, weights: Weights) -> list[Callable[[], None]]:
 
 
 def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
-    """An embedding or tied head of which some rows were trained, without a copy of the whole of it."""
+    """Compute an embedding or tied head with some trained rows, without a copy of the whole matrix."""
     own = adapter.tied_adapter or adapter
     index, rows = torch.tensor(own.token_indices[NAME]), own.trainable_tokens_delta[NAME].float()
     out = adapter.base_layer(x)
@@ -252,14 +354,14 @@ def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
     return out
 
 
-def need(model: nn.Module) -> int:
-    """Bytes of float32 weights that `run` holds at once at most, for the module of the model that takes most."""
+def memory_needed(model: nn.Module) -> int:
+    """Return the most bytes of float32 weights that `run` holds at once, for the largest module of the model."""
     named: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     largest = 0
     for each in named.modules():
         module: Any = each
         if isinstance(module, lora.LoraLayer) and NAME in module.lora_variant:
-            # PEFT's DoRA: weights, change, their sum, its square and a copy
+            # PEFT's DoRA holds weights, change, their sum, its square and a copy
             held = 5 * sum(math.prod(p.shape) for p in module.get_base_layer().parameters(recurse=False))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue

@@ -1,8 +1,8 @@
-"""Which part of which parameter a stored tensor is, by transformers' own conversion rules.
+"""Map stored tensors to the parts of parameters that they are, by transformers' own conversion rules.
 
-A checkpoint's keys need not be the model's parameter names: transformers renames them, stacks experts, cuts fused
-projections apart. The rules are run on tensors without data; where a rule only takes views, the views' strides tell
-which block of the one is which block of the other, and weights can be changed where they lie.
+A checkpoint's keys need not be the model's parameter names: transformers renames them, stacks experts, splits fused
+projections. The rules are run on tensors without data; where a rule only takes views, the views' strides show which
+block of a stored tensor is which block of a parameter, so weights can be changed where they lie.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ VIEWS = {
 
 @dataclass(frozen=True)
 class Shared:
-    """A dimension that a stored tensor and a parameter have in common, and which part of it."""
+    """A dimension that a stored tensor and a parameter have in common, and the part of it that they share."""
 
     stored_dim: int
     stored_start: int
@@ -63,21 +63,30 @@ class Link:
     fixed: tuple[tuple[int, int], ...] = ()
     """(dimension, index) of the parameter where the block is one slice of it: an expert of a stack."""
 
+    @classmethod
+    def whole(cls, parameter: str, shape: tuple[int, ...]) -> Link:
+        """Link a stored tensor that is the whole parameter."""
+        return cls(parameter, tuple(Shared(dim, 0, dim, 0, size) for dim, size in enumerate(shape)))
+
+    def covers(self, shape: tuple[int, ...]) -> bool:
+        """Return True if the block is the whole of a parameter of this shape, dimension by dimension."""
+        return not self.fixed and all(s.stored_dim == s.dim and s.length == shape[s.dim] for s in self.shared)
+
 
 class KeyMap:
-    """Where in the model every stored tensor belongs.
+    """The place of every stored tensor in the model.
 
     Attributes:
-        links: stored key -> blocks of it that are blocks of parameters; empty for what the model does not use.
-        unclear: parameter -> why no link leads there although the checkpoint holds it.
-        held: parameter -> how many of its elements the links cover.
+        links: stored key -> blocks of it that are blocks of parameters; empty for tensors that the model does not use.
+        unclear: parameter -> why it has no link although the checkpoint holds it.
+        held: parameter -> number of its elements that the links cover.
 
     Args:
         model: skeleton on the meta device, with the vocabulary of the checkpoint.
         shapes: stored key -> shape.
 
     Raises:
-        ValueError: a stored tensor whose shape is not its parameter's.
+        ValueError: the shape of a stored tensor is not its parameter's.
     """
 
     def __init__(self, model: PreTrainedModel, shapes: dict[str, tuple[int, ...]]):
@@ -100,11 +109,10 @@ class KeyMap:
             elif tuple(self.meta[name].shape) != tuple(shapes[key]):
                 raise ValueError(
                     f"{key} has shape {list(shapes[key])}, but {name} of {type(model).__name__} has "
-                    f"{list(self.meta[name].shape)}: config.json and weights are not of one model"
+                    f"{list(self.meta[name].shape)}: config.json and weights belong to different models"
                 )
             else:
-                whole = tuple(Shared(dim, 0, dim, 0, size) for dim, size in enumerate(shapes[key]))
-                self.links[key] = [Link(name, whole)]
+                self.links[key] = [Link.whole(name, shapes[key])]
         for name, members in groups.items():
             self.convert(name, by_pattern[members[0][1]], members, shapes)
         self.held: Counter[str] = Counter()
@@ -113,7 +121,7 @@ class KeyMap:
                 self.held[link.parameter] += math.prod(shared.length for shared in link.shared)
 
     def name_of(self, key: str) -> tuple[str, str | None]:
-        """Name of the (first) parameter that a stored key becomes, and the pattern of the conversion if there is one."""
+        """Return the (first) parameter that a stored key becomes, and the pattern of its conversion if it has one."""
         prefix = self.model.base_model_prefix
         name, pattern = rename_source_key(key, self.renamings, self.converters, prefix, self.meta)
         if name not in self.meta and key in self.meta:
@@ -121,10 +129,10 @@ class KeyMap:
         return name, pattern
 
     def key_for(self, name: str) -> str:
-        """The stored key that a parameter without one gets: its own name, or what leads back to it.
+        """Return a key under which a parameter that has none can be stored: its own name, or one renamed to it.
 
         Raises:
-            ValueError: no name that transformers would read back as this parameter.
+            ValueError: transformers would read no such key back as this parameter.
         """
         backward: list[Any] = [rule.reverse_transform() for rule in self.renamings[::-1]]
         for key in (name, apply_renamings(name, backward)):
@@ -134,18 +142,17 @@ class KeyMap:
 
     def convert(self, name: str, rule: Any, members: list[tuple[str, str]], shapes: dict[str, tuple[int, ...]]) -> None:
         """Link the stored tensors of one conversion with the parameters that it makes."""
-        forward, parts = copy.deepcopy(rule), {}
+        forward = copy.deepcopy(rule)
         for key, pattern in members:
-            parts[key] = torch.empty(shapes[key], device="meta")
-            forward.add_tensor(name, key, pattern, parts[key])
+            forward.add_tensor(name, key, pattern, torch.empty(shapes[key], device="meta"))
         made, only_views = self.traced(forward, name)
         made = {target: value[0] if isinstance(value, list) else value for target, value in made.items()}
         odd = [t for t, value in made.items() if t not in self.meta or self.meta[t].shape != value.shape]
         if odd:
             self.unclear |= dict.fromkeys(made, f"{members[0][0]} makes {odd[0]}, which does not fit this model")
             return
-        if only_views and len(parts) == 1:
-            (key,) = parts
+        if only_views and len(members) == 1:
+            key = members[0][0]
             regions = {target: region(shapes[key], value) for target, value in made.items()}
             if all(found is not None for found in regions.values()):
                 for target, found in regions.items():
@@ -162,7 +169,7 @@ class KeyMap:
             self.unclear[target] = f"the checkpoint stores it in another order of its elements ({kinds})"
 
     def convert_back(self, name: str, rule: Any, members: list[tuple[str, str]]) -> bool:
-        """Link by the reverse conversion, which cuts one parameter into the stored tensors; False where it does more."""
+        """Link by the reverse conversion, which cuts one parameter into stored tensors; return False if it does more."""
         backward = rule.reverse_transform()
         parameter = torch.empty(self.meta[name].shape, device="meta")
         first, pattern = backward.rename_source_key(name)
@@ -196,7 +203,7 @@ class KeyMap:
         return True
 
     def traced(self, rule: Any, name: str) -> tuple[dict[str, Any], bool]:
-        """What a conversion makes of tensors without data, and whether it is all views of them."""
+        """Run a conversion on tensors without data; return its results, and True if all of them are views."""
         again = copy.deepcopy(rule)
         with Views() as views:
             try:
@@ -207,7 +214,7 @@ class KeyMap:
 
 
 class Views(TorchDispatchMode):
-    """Keeps copies views of their input, and notes whether anything else than a view was made."""
+    """A mode in which copies stay views of their input, and which records whether anything but views was made."""
 
     only_views = True
 
@@ -219,7 +226,7 @@ class Views(TorchDispatchMode):
 
 
 def offsets(shape: tuple[int, ...], offset: int) -> list[int]:
-    """Index of the element at this place in a contiguous tensor."""
+    """Return the index of the element at this offset in a contiguous tensor."""
     index = []
     for dim in range(len(shape)):
         stride = math.prod(shape[dim + 1 :])
@@ -229,9 +236,9 @@ def offsets(shape: tuple[int, ...], offset: int) -> list[int]:
 
 
 def region(shape: tuple[int, ...], view: torch.Tensor) -> list[tuple[int, int, int]] | None:
-    """For every dimension of a view on a contiguous tensor: which dimension of that tensor, from where, how many.
+    """Return (dimension of the tensor, start, length) for every dimension of a view of a contiguous tensor.
 
-    None where the view is no block with (perhaps) exchanged dimensions.
+    None where the view is not a block, if perhaps with its dimensions permuted.
     """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
     starts = offsets(shape, int(view.storage_offset()))

@@ -1,12 +1,17 @@
-"""The merge itself: every stored tensor read in blocks, changed in float32, cast once and written."""
+"""The merge itself: every stored tensor is read in blocks, changed in float32, cast once and written."""
 
 from __future__ import annotations
 
 import json
 import math
+import os
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,7 +19,44 @@ from torch import Tensor
 from orpo_lite.merge.lora_edits import Dora, Edit
 from orpo_lite.merge.safetensors_blocks import NAMES, Block, ShardFile, Slot, Source, Stored, blocks
 from orpo_lite.merge.weight_map import Link
-from orpo_lite.merge.workers import each_block
+
+T = TypeVar("T")
+THREADS = min(4, os.cpu_count() or 1)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Let torch use one thread per operation while blocks are computed side by side.
+
+    Torch splits every operation over all cores and waits for the slowest; on blocks that fit into the cache the
+    waiting costs more than the work, above all on a busy machine.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def map_blocks(function: Callable[[Block], T], shape: tuple[int, ...]) -> Iterator[tuple[Block, T]]:
+    """Apply a function to every block of a tensor, on a few threads; yield (block, result) in order."""
+    every = list(blocks(shape))
+    if len(every) == 1:
+        yield every[0], function(every[0])
+        return
+    pool = ThreadPoolExecutor(THREADS)
+    pending: deque[tuple[Block, Future[T]]] = deque()
+    try:
+        for block in every:
+            pending.append((block, pool.submit(function, block)))
+            if len(pending) > THREADS:
+                done, result = pending.popleft()
+                yield done, result.result()
+        for done, result in pending:
+            yield done, result.result()
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 @dataclass(frozen=True)
@@ -25,7 +67,7 @@ class Job:
         key: its name in the checkpoint.
         source: where its weights come from.
         changes: (link, edit) in the order in which they apply.
-        dtype: as it is written; None for what is only copied.
+        dtype: as it is written; None for a tensor that is only copied.
     """
 
     key: str
@@ -35,19 +77,14 @@ class Job:
 
     @property
     def slot(self) -> Slot:
+        shape = self.source.shape
         if self.dtype is None:
             assert isinstance(self.source, Stored)
-            return Slot(self.key, self.source.stored_dtype, self.source.shape, self.source.nbytes)
-        shape = self.source.shape
+            return Slot(self.key, self.source.stored_dtype, shape, self.source.nbytes)
         return Slot(self.key, NAMES[self.dtype], shape, math.prod(shape) * self.dtype.itemsize)
 
-    @property
-    def slots(self) -> list[Slot]:
-        """Everything that is written for it, in order."""
-        return [self.slot]
-
-    def parts(self) -> Iterator[Tensor]:
-        """The merged weights in `dtype`, block by block.
+    def merged_blocks(self) -> Iterator[Tensor]:
+        """Yield the merged weights in `dtype`, block by block.
 
         Raises:
             RuntimeError: a weight that is not finite, or too large for the dtype.
@@ -55,61 +92,58 @@ class Job:
         read = self.source.reader()
         self.measure_norms(read)
 
-        def merged(block: Block) -> Tensor:
-            weights = exact(read(block))
-            self.change(weights, first(block, weights.dim()))
+        def merge_block(block: Block) -> Tensor:
+            weights = as_computed(read(block))
+            for link, edit in self.changes:
+                found = part(weights, first(block, weights.dim()), link)
+                if found is not None:
+                    edit.apply(*found)
             return self.cast(weights)
 
-        for _, weights in each_block(merged, self.source.shape):
+        for _, weights in map_blocks(merge_block, self.source.shape):
             yield weights
 
-    def change(self, weights: Tensor, start: list[int]) -> None:
-        """Apply every change to a block in place."""
-        for link, edit in self.changes:
-            found = part(weights, start, link)
-            if found is not None:
-                edit.apply(*found)
-
     def measure_norms(self, read: Callable[[Block], Tensor]) -> None:
-        """DoRA's norms over rows need all of them before the first one can be written."""
+        """Gather DoRA's norms along columns, which need all rows before the first one can be written."""
         for link, edit in self.changes:
             if isinstance(edit, Dora) and not edit.along_rows:
                 edit.squares = None
                 for block in blocks(self.source.shape):
-                    weights = exact(read(block))
+                    weights = as_computed(read(block))
                     found = part(weights, first(block, weights.dim()), link)
                     if found is not None:
                         edit.measure(*found)
 
     def cast(self, weights: Tensor) -> Tensor:
+        """Round a block to the written dtype, refusing what it cannot hold."""
         assert self.dtype is not None
-        if self.changes or self.dtype == torch.float16:
-            low, high = torch.aminmax(weights) if weights.numel() else (torch.zeros(()), torch.zeros(()))
+        if weights.numel() and (self.changes or self.dtype == torch.float16):
+            low, high = torch.aminmax(weights)
             largest = max(-low.item(), high.item())
             if not largest <= torch.finfo(self.dtype).max:
                 raise RuntimeError(
-                    f"merging makes NaN or infinity in {self.key}: are base and adapter sound?"
+                    f"merging gives NaN or infinity in {self.key}: are base and adapter intact?"
                     if not math.isfinite(largest)
-                    else f"merging makes {largest:.3g} in {self.key}, more than {str(self.dtype).removeprefix('torch.')} "
+                    else f"merging gives {largest:.3g} in {self.key}, more than {str(self.dtype).removeprefix('torch.')} "
                     "can hold: try --dtype bfloat16"
                 )
         return weights.to(self.dtype)
 
 
-def exact(weights: Tensor) -> Tensor:
-    """In float32, or float64 where they come so."""
+def as_computed(weights: Tensor) -> Tensor:
+    """Return weights in float32, or float64 where they are stored so."""
     return weights if weights.dtype == torch.float64 else weights.float()
 
 
 def first(block: Block, dims: int) -> list[int]:
-    """First index of a block in every dimension."""
+    """Return the first index of a block in every dimension."""
     return [p.start for p in block] + [0] * (dims - len(block))
 
 
 def part(weights: Tensor, start: list[int], link: Link) -> tuple[Tensor, list[int]] | None:
-    """What a block of a stored tensor is in the parameter: (view with the parameter's dimensions, its first index).
+    """Return what a block of a stored tensor is in the parameter: (view in its dimensions, first index of the view).
 
-    None where the block and the link do not meet.
+    None where block and link do not meet.
     """
     begin: dict[int, int] = dict(link.fixed)
     order: list[tuple[int, int]] = []
@@ -131,28 +165,31 @@ def part(weights: Tensor, start: list[int], link: Link) -> tuple[Tensor, list[in
 def write_shards(
     folder: Path, shards: dict[str, list[Job]], advance: Callable[[int], None], release: Callable[[], None]
 ) -> None:
-    """Write the shards, and their index where it is not the one file that needs none.
+    """Write the shards, and an index unless there is only the file that needs none.
 
     Args:
         shards: file name -> tensors in the order in which they lie.
-        advance: told of every write how many bytes it was.
-        release: called after every changed tensor, to give back what its changes held.
+        advance: called after every write with the number of bytes.
+        release: called after every changed tensor, to give back the memory of its changes.
     """
     for name, jobs in shards.items():
-        with ShardFile(folder / name, [slot for job in jobs for slot in job.slots], advance) as file:
+        with ShardFile(folder / name, [job.slot for job in jobs], advance) as file:
             for job in jobs:
                 if job.dtype is None:
                     assert isinstance(job.source, Stored)
                     file.copy(job.source)
-                else:
-                    for weights in job.parts():
-                        file.add(weights)
-                    release()
+                    continue
+                for weights in job.merged_blocks():
+                    file.add(weights)
+                release()
     if set(shards) != {"model.safetensors"}:
-        places = {slot.key: name for name, jobs in shards.items() for job in jobs for slot in job.slots}
+        every = [(name, job) for name, jobs in shards.items() for job in jobs]
         sizes = {
-            "total_parameters": sum(math.prod(job.source.shape) for jobs in shards.values() for job in jobs),
-            "total_size": sum(slot.nbytes for jobs in shards.values() for job in jobs for slot in job.slots),
+            "total_parameters": sum(math.prod(job.source.shape) for _, job in every),
+            "total_size": sum(job.slot.nbytes for _, job in every),
         }
-        index = {"metadata": sizes, "weight_map": dict(sorted(places.items()))}
+        index = {
+            "metadata": sizes,
+            "weight_map": {job.key: name for name, job in sorted(every, key=lambda e: e[1].key)},
+        }
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")

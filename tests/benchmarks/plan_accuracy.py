@@ -35,7 +35,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from orpo_lite.common.console import console, run_command
-from orpo_lite.merge.workers import one_thread_each
+from orpo_lite.merge.write import one_torch_thread
 from orpo_lite.model import attach_adapter, load_base
 from orpo_lite.plan.allocations import Timeline
 from orpo_lite.plan.kernels import Target, no_workspace
@@ -185,7 +185,7 @@ def compare(case: Case) -> Held:
     """Plan a case and train it."""
     with (
         tempfile.TemporaryDirectory() as scratch,
-        one_thread_each(),
+        one_torch_thread(),
         quiet(),
         torch.backends.mkldnn.flags(enabled=False),
     ):  # kernels' scratch memory grows with the threads, and oneDNN's bfloat16 takes more: plans leave it out

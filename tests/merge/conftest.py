@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from tests.model.conftest import base_folder, disturb  # noqa: F401  # fixture
+from tests.model.conftest import base_folder, disturb, section  # noqa: F401  # fixtures
 
 
 def weights(folder: Path) -> dict[str, torch.Tensor]:

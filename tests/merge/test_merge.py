@@ -16,19 +16,20 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.__main__ import command
 from orpo_lite.merge.lora_edits import LowRank
-from orpo_lite.merge.run import command, merge
+from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests import commands
-from tests.model.conftest import base_folder, disturb, logits, section  # noqa: F401  # fixtures
+from tests.model.conftest import disturb, logits
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 NEW = ["<|im_start|>", "<|im_end|>", *(f"<extra{i}>" for i in range(30))]
 
 
 @pytest.fixture
-def trained(section, tmp_path):  # noqa: F811
+def trained(section, tmp_path):
     """trained(family, model fields, **adapter fields) -> (adapter model after some 'training', its run folder)."""
 
     def make(family: str, model: dict[str, Any] | None = None, run: bool = True, **fields: Any):
@@ -70,8 +71,12 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2", "t5"])
+FAMILIES = {"llama": VARIANTS, "gpt2": VARIANTS, "t5": ["lora", "dora", "bias"], "qwen2": ["lora", "dora"],
+            "gemma2": ["lora", "bias"]}  # fmt: skip
+"""Untied, transposed layers, encoder-decoder, tied with biases, tied and scaled."""
+
+
+@pytest.mark.parametrize(("family", "variant"), [(family, v) for family in FAMILIES for v in FAMILIES[family]])
 def test_merged_is_the_adapter_model(trained, tmp_path, family, variant):
     model, run = trained(family, **VARIANTS[variant])
     expected = logits(model)
@@ -112,7 +117,7 @@ def test_lora_on_one_end_of_tied_embeddings(trained, tmp_path, family, end):
     [{"target_modules": ["q", "lm_head"]}, {"modules_to_save": ["lm_head"]}, {"modules_to_save": ["shared"]}],
     ids=["lora", "head", "embedding"],
 )
-def test_ends_of_an_encoder_decoder(trained, base_folder, tmp_path, fields, apart):  # noqa: F811
+def test_ends_of_an_encoder_decoder(trained, base_folder, tmp_path, fields, apart):
     """T5's embeddings and head are one tensor, scaled; T5 1.1 and Flan-T5 store a head of its own under the same flag."""
     base = shutil.copytree(base_folder("t5"), tmp_path / "base")
     if apart:
@@ -148,9 +153,11 @@ def test_new_tokens_in_embeddings_trained_whole(trained, tmp_path):
     same(logits(plain(merge(run, tmp_path / "merged"))), logits(model))
 
 
-@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-@pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
-def test_onto_original_and_onto_quantized(trained, section, tmp_path, family, method):  # noqa: F811
+@pytest.mark.parametrize(
+    ("family", "method"),
+    [("llama", "nf4"), ("llama", "fp4"), ("llama", "int8"), ("gpt2", "nf4"), ("gpt2", "int8"), ("gemma2", "nf4")],
+)
+def test_onto_original_and_onto_quantized(trained, section, tmp_path, family, method):
     model, run = trained(family, {"quantization": method})
     expected = logits(model)
     quantized = plain(merge(run, tmp_path / "quantized", onto="quantized"))
@@ -166,8 +173,8 @@ def test_onto_original_and_onto_quantized(trained, section, tmp_path, family, me
     assert (logits(original) - logits(quantized)).abs().max() > 1e-3
 
 
-def test_onto_weights_that_a_bfloat16_run_quantised(trained, tmp_path):
-    """A float32 checkpoint that was read in bfloat16 and then quantised is not the float32 one quantised."""
+def test_onto_weights_that_a_bfloat16_run_quantized(trained, tmp_path):
+    """A float32 checkpoint that was read in bfloat16 and then quantized is not the float32 one quantized."""
     model, run = trained("llama", {"quantization": "nf4", "dtype": "bfloat16"})
     layer = model.get_base_model().model.layers[0].mlp.up_proj
     from bitsandbytes.functional import dequantize_4bit
@@ -179,16 +186,16 @@ def test_onto_weights_that_a_bfloat16_run_quantised(trained, tmp_path):
     torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-2)
 
 
-def test_a_quantised_repository(section, tmp_path):  # noqa: F811
-    """No original weights to merge into, unless --base names them; its own are there dequantised."""
-    quantised, _ = load_base(section("llama", quantization="nf4"))
-    quantised.save_pretrained(tmp_path / "model-bnb-4bit")
+def test_a_quantized_repository(section, tmp_path):
+    """No original weights to merge into, unless --base names them; its own are there dequantized."""
+    quantized, _ = load_base(section("llama", quantization="nf4"))
+    quantized.save_pretrained(tmp_path / "model-bnb-4bit")
     spec = ModelSection(name_or_path=str(tmp_path / "model-bnb-4bit"))
     AutoTokenizer.from_pretrained(section("llama").name_or_path).save_pretrained(spec.name_or_path)
     model = attach_adapter(load_base(spec)[0], AdapterSection(r=4))
     disturb(model)
     save_adapter(model, tmp_path / "adapter")
-    with pytest.raises(RequestError, match=r"ships quantised.*--base.*--onto quantized"):
+    with pytest.raises(RequestError, match=r"ships quantized.*--base.*--onto quantized"):
         merge(tmp_path / "adapter", tmp_path / "merged")
     assert not (tmp_path / "merged").exists()
     out = merge(tmp_path / "adapter", tmp_path / "merged", onto="quantized")
@@ -199,7 +206,7 @@ def test_a_quantised_repository(section, tmp_path):  # noqa: F811
     same(logits(plain(out)), logits(full))
 
 
-def test_bare_adapter_of_peft_alone(base_folder, tmp_path):  # noqa: F811
+def test_bare_adapter_of_peft_alone(base_folder, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
     model = get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj", "down_proj"]))
     disturb(model)
@@ -207,7 +214,7 @@ def test_bare_adapter_of_peft_alone(base_folder, tmp_path):  # noqa: F811
     out = merge(tmp_path / "adapter", tmp_path / "merged")
     same(logits(plain(out)), logits(model))
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
-    with pytest.raises(RequestError, match="no quantised base"):
+    with pytest.raises(RequestError, match="no quantized base"):
         merge(tmp_path / "adapter", tmp_path / "other", onto="quantized")
 
 
@@ -229,7 +236,7 @@ def test_tied_weights_are_written_once(trained, tmp_path):
     assert merged.get_output_embeddings().weight is merged.get_input_embeddings().weight
 
 
-def test_tokenizer_template_and_generation_config(trained, base_folder, tmp_path):  # noqa: F811
+def test_tokenizer_template_and_generation_config(trained, base_folder, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(base_folder("llama"), folder)
     # as some published models have it: sampling settings beside do_sample false, which transformers will not write
@@ -300,7 +307,7 @@ def test_a_run_folder_called_as_a_recipe(trained, tmp_path, monkeypatch):
     same(logits(plain(merge("quickstart", "merged"))), logits(model))
 
 
-def test_what_cannot_be_merged_is_said(trained, section, tmp_path):  # noqa: F811
+def test_what_cannot_be_merged_is_said(trained, section, tmp_path):
     out = tmp_path / "merged"
     with pytest.raises(RequestError, match=r"no adapter_config\.json.*expected a run or adapter folder"):
         merge(tmp_path, out)

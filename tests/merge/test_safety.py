@@ -16,7 +16,7 @@ import torch
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.run import merge
 from tests.commands import Command
-from tests.merging.conftest import weights
+from tests.merge.conftest import weights
 
 
 def digest(folder: Path) -> str:
@@ -85,11 +85,11 @@ def test_stopped_politely(adapted, tmp_path, number):
     script.write_text(
         "import orpo_lite.merge.write as s, time, signal\nfrom orpo_lite.__main__ import load\nfrom orpo_lite.common.console import run_command\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)  # a background job's tests ignore it\n"
-        "right = s.Job.parts\n"
+        "right = s.Job.merged_blocks\n"
         "def slow(self):\n"
         "    print('writing', flush=True); time.sleep(60)\n"
         "    yield from right(self)\n"
-        "s.Job.parts = slow\n"
+        "s.Job.merged_blocks = slow\n"
         "run_command(load('merge'))\n"
     )
     there = sorted(os.listdir(tmp_path))

@@ -13,7 +13,7 @@ from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, save_adapter
 from orpo_lite.model.base import grow_embeddings
 from orpo_lite.recipe import AdapterSection, ModelSection
-from tests.merging.conftest import weights
+from tests.merge.conftest import weights
 from tests.model.conftest import disturb, logits
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -83,8 +83,14 @@ ENDS = {
 }
 
 
-@pytest.mark.parametrize("family", ["llama-tied", "gemma2", "llama"])
-@pytest.mark.parametrize("end", ENDS)
+SCALED = ("lora on both", "lora on the embedding", "dora on the embedding", "some rows")
+"""Ends that differ where the embedding's outputs are scaled, as in Gemma."""
+
+
+@pytest.mark.parametrize(
+    ("family", "end"),
+    [(family, end) for family in ("llama-tied", "llama") for end in ENDS] + [("gemma2", end) for end in SCALED],
+)
 def test_embedding_and_head_as_one_and_as_two(adapted, tmp_path, family, end):
     """PEFT's merge is wrong on tied ends: the outputs that count are those of the unmerged model."""
     model, base, adapter = adapted(family, **ENDS[end])
