@@ -3,9 +3,9 @@
     with HubServer() as hub:
         HfApi(endpoint=hub.url, token=hub.token).create_repo("me/model")
 
-Repositories and branches hold commits of whole file tables; large files are objects by sha256, sent by the LFS protocol
-in one piece or in parts (`part_size`). `requests` and `received` record what was asked for and every byte that came in,
-and `faults` makes chosen requests fail. Xet is not spoken: set HF_HUB_DISABLE_XET=1.
+Repositories and branches hold commits of whole file tables; large files are objects by sha256, sent by the LFS protocol.
+`requests` and `received` record what was asked for and every byte that came in, and `faults` makes chosen requests fail.
+Xet is not supported: set HF_HUB_DISABLE_XET=1.
 """
 
 from __future__ import annotations
@@ -73,36 +73,28 @@ class Repo:
 
 @dataclass
 class Fault:
-    """Requests whose 'METHOD /path' the pattern finds fail, `times` times after the first `skip`."""
+    """Requests whose 'METHOD /path' the pattern finds are answered `times` times with this status and error."""
 
     pattern: str
-    status: int | None = None
-    """Answer with this status and `error`; None: drop the connection after `after` bytes of the body."""
+    status: int
     error: str = "trouble"
     headers: dict[str, str] = field(default_factory=dict)
-    after: int = 0
     times: int = 1
-    skip: int = 0
-    late: bool = False
-    """Do what was asked, then drop the connection instead of answering."""
 
 
 class HubServer:
     """The hub; a context manager that serves from entering to leaving, on a free port."""
 
-    def __init__(self, user: str = "me", token: str = "hf_" + "T0ken" * 7, part_size: int | None = None):
-        self.user, self.token, self.part_size = user, token, part_size
+    def __init__(self, user: str = "me", token: str = "hf_" + "T0ken" * 7):
+        self.user, self.token = user, token
         self.repos: dict[str, Repo] = {}
         self.objects: dict[str, bytes] = {}
-        self.parts: dict[tuple[str, int], bytes] = {}
         self.requests: list[str] = []
         self.received: Counter[str] = Counter()
-        """Bytes of each object (by its sha256) that ever came in, those of broken uploads too."""
+        """Bytes of each object (by its sha256) that ever came in."""
         self.bodies: list[tuple[str, bytes]] = []
         """Path and body of every request that is not an upload of an object."""
         self.faults: list[Fault] = []
-        self.ignored: set[str] = set()
-        """Files that a .gitignore in the repository keeps out of commits."""
         self.lock = threading.RLock()
         handler = type("Bound", (Handler,), {"hub": self})
         self.server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
@@ -125,16 +117,9 @@ class HubServer:
         with self.lock:
             for fault in self.faults:
                 if fault.times and re.search(fault.pattern, request):
-                    if fault.skip:
-                        fault.skip -= 1
-                        continue
                     fault.times -= 1
                     return fault
         return None
-
-
-class Dropped(Exception):
-    """The connection is gone."""
 
 
 class Refused(Exception):
@@ -161,33 +146,24 @@ class Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {self.path}"
         with self.hub.lock:
             self.hub.requests.append(request)
-        fault = self.hub.fault(request)
+        fault, body = self.hub.fault(request), self.body()
         try:
-            if fault and fault.status is None and not fault.late:
-                self.body(fault.after)
-                raise Dropped
-            body = self.body()
-            if fault and fault.status:
+            if fault:
                 raise Refused(fault.status, fault.error, **fault.headers)
             with self.hub.lock:
                 status, answer, headers = self.route(self.path.strip("/").split("/"), query, body)
-            if fault:
-                raise Dropped
             self.answer(status, answer, headers)
         except Refused as refused:
             self.answer(refused.status, {"error": str(refused)}, refused.headers)
-        except Dropped:
-            self.close_connection = True
-            self.connection.close()
 
     do_GET = do_POST = do_PUT = do_HEAD = do_DELETE = serve
 
-    def body(self, limit: int | None = None) -> bytes:
-        """The request's body, or what there is of its first `limit` bytes; uploads are entered in the record."""
+    def body(self) -> bytes:
+        """Read the request's body, and record it."""
         length = int(self.headers.get("Content-Length") or 0)
         data = b"".join(self.chunks()) if self.headers.get("Transfer-Encoding") == "chunked" else b""
         if not data:
-            data = self.rfile.read(length if limit is None else min(limit, length))
+            data = self.rfile.read(length)
         with self.hub.lock:
             if self.path.startswith("/_objects/") and self.command == "PUT":
                 self.hub.received[self.path.split("/")[2]] += len(data)
@@ -285,7 +261,7 @@ class Handler(BaseHTTPRequestHandler):
         if action == "preupload":
             files = json.loads(body)["files"]
             return 200, {"files": [{
-                "path": f["path"], "shouldIgnore": f["path"] in self.hub.ignored, "uploadMode": "lfs" if large(f["path"], f["size"]) else "regular",
+                "path": f["path"], "shouldIgnore": False, "uploadMode": "lfs" if large(f["path"], f["size"]) else "regular",
                 "oid": head.files[f["path"]].oid if f["path"] in head.files else None,
             } for f in files]}, {}  # fmt: skip
         if action == "commit":
@@ -332,28 +308,18 @@ class Handler(BaseHTTPRequestHandler):
         self.authorise()
         objects = []
         for item in wanted["objects"]:
-            href, size = f"{self.hub.url}/_objects/{item['oid']}", self.hub.part_size
-            action: dict[str, Any] = {"href": href}
-            if size and item["size"] > size:
-                parts = {str(i + 1): f"{href}/{i + 1}" for i in range(-(-item["size"] // size))}
-                action = {"href": f"{href}/complete", "header": {"chunk_size": str(size), **parts}}
+            href = f"{self.hub.url}/_objects/{item['oid']}"
             here = item["oid"] in self.hub.objects
-            verify = {"verify": {"href": f"{href}/verify"}}
-            objects.append(item if here else item | {"actions": {"upload": action, **verify}})
+            actions = {"upload": {"href": href}, "verify": {"href": f"{href}/verify"}}
+            objects.append(item if here else item | {"actions": actions})
         return 200, {"transfer": "basic", "objects": objects}, {}
 
     def store(self, oid: str, parts: list[str], body: bytes) -> tuple[int, Any, dict[str, str]]:
-        """An object whole, a part of one, the word that all parts are there, or the question whether it is."""
+        """Store an object, or say whether it is there."""
         if parts == ["verify"]:
             if len(self.hub.objects.get(oid, b"")) != json.loads(body)["size"]:
                 raise Refused(400, "object is not here")
             return 200, {}, {}
-        if parts == ["complete"]:
-            numbers = [part["partNumber"] for part in json.loads(body)["parts"]]
-            body = b"".join(self.hub.parts[oid, number] for number in numbers)
-        elif parts:
-            self.hub.parts[oid, int(parts[0])] = body
-            return 200, b"", {"ETag": hashlib.md5(body).hexdigest()}
         if hashlib.sha256(body).hexdigest() != oid:
             raise Refused(400, "sha256 does not match")
         self.hub.objects[oid] = body

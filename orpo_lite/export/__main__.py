@@ -1,7 +1,60 @@
-"""`python -m orpo_lite.export`."""
+"""`python -m orpo_lite.export RUN_OR_DIR --output FILE.gguf`: a file for llama.cpp, Ollama and LM Studio."""
 
-from orpo_lite.common.console import run_command
-from orpo_lite.export.gguf import command
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from orpo_lite.common.console import json_alone, run_command
+from orpo_lite.common.errors import RequestError
+
+
+def show_architectures(wanted: bool) -> None:
+    if wanted:
+        from orpo_lite.export.llama_cpp import run_converter
+
+        print(run_converter({"task": "architectures"}), end="")
+        raise typer.Exit
+
+
+def command(
+    source: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="run, adapter or model folder")],
+    output: Annotated[str, typer.Option(help="GGUF file to write; must not exist")],
+    quant: Annotated[
+        str,
+        typer.Option(
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0; q4_k_m and its like with llama.cpp's "
+            "quantizer; auto: 16 bits, bf16 where the weights are"
+        ),
+    ] = "auto",
+    adapter: Annotated[bool, typer.Option("--adapter", help="the adapter alone, as a LoRA file")] = False,
+    ollama: Annotated[bool, typer.Option("--ollama", help="write a Modelfile beside it")] = False,
+    llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="llama.cpp's llama-quantize")] = None,
+    base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
+    onto: Annotated[str, typer.Option(help="original or quantized, as in orpo_lite.merge")] = "original",
+    trust_remote_code: Annotated[
+        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
+    ] = False,
+    architectures: Annotated[
+        bool,
+        typer.Option("--architectures", is_eager=True, callback=show_architectures, help="list what can be converted"),
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
+) -> None:
+    """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
+    from orpo_lite.export.gguf import export
+
+    if onto not in ("original", "quantized"):
+        raise RequestError(f"--onto: found {onto}, expected original or quantized")
+    with json_alone(as_json) as print_json:
+        file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
+                      onto=onto, trust_remote_code=trust_remote_code)  # fmt: skip
+        if as_json:
+            modelfile = file.with_name("Modelfile") if ollama else None
+            print_json({"output": str(file), "bytes": file.stat().st_size, "quant": quant, "adapter": adapter,
+                        "modelfile": str(modelfile) if modelfile else None})  # fmt: skip
+
 
 if __name__ == "__main__":
     run_command(command)

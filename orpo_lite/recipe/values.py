@@ -7,13 +7,8 @@ import re
 import typing
 from typing import Any
 
+from orpo_lite.common.credentials import looks_like_secret
 from orpo_lite.common.text import shown
-
-SECRET = re.compile(
-    r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}|\b[a-z][a-z0-9+.-]*://[^\s/:@]+:[^\s/@]+@|\bgh[pousr]_[A-Za-z0-9]{20,}"
-    r"|(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}"
-)
-"""Shapes of credentials that a field may hold by mistake; `publish.SECRETS` has more, for whole files."""
 
 
 def leaves(value: Any, place: str = "") -> typing.Iterator[tuple[str, Any]]:
@@ -40,7 +35,7 @@ def unfit(value: Any) -> str | None:
         return f"found {shown(value)}, which holds a NUL character: leave it out"
     if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
         return f"found {shown(value)}, which holds half a character: write the character itself, not its escapes"
-    if isinstance(value, str) and SECRET.search(value):
+    if isinstance(value, str) and looks_like_secret(value):
         return (
             "holds what looks like a token or password, and recipes are kept, shown and published: leave it out, and log in "
             "with `hf auth login` or set HF_TOKEN (WANDB_API_KEY) instead"

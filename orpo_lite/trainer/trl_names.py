@@ -154,7 +154,7 @@ class TrlNames(ObjectiveTrainer):
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
         revision: str | None = None, private: bool | None = None, **card: Any,
     ) -> Any:  # fmt: skip
-        """Publish adapter or model, tokenizer and a model card: the files of `orpo_lite.export.publish`'s allow-list and no others.
+        """Publish adapter or model, tokenizer and a model card: the allow-listed files and no others.
 
         Args:
             card: for `create_model_card`.
@@ -167,7 +167,8 @@ class TrlNames(ObjectiveTrainer):
         """
         from huggingface_hub import HfApi
 
-        from orpo_lite.export.publish import GOES, find_secrets, match, refuse, walk
+        from orpo_lite.common.credentials import find_secrets
+        from orpo_lite.common.published_files import ALLOWED, match, refuse, walk
 
         token = token or self.args.hub_token
         if self.hub_model_id is None:
@@ -178,8 +179,8 @@ class TrlNames(ObjectiveTrainer):
         card.setdefault("model_name", str(self.hub_model_id).split("/")[-1])
         self.create_model_card(**card)
         folder = Path(str(self.args.output_dir))
-        goes = GOES["adapter"] | GOES["merged"]
-        files = {name: path for name, path in walk(folder) if match(name, goes)}
+        allowed = ALLOWED["adapter"] | ALLOWED["merged"]
+        files = {name: path for name, path in walk(folder) if match(name, allowed)}
         refuse(folder, [f"{name}, {line}" for name, path in files.items() for line in find_secrets(path, token)])
         return HfApi().upload_folder(
             repo_id=str(self.hub_model_id), folder_path=folder, allow_patterns=list(files), token=token,

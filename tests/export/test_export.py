@@ -92,7 +92,7 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
 
 def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
     source = model_folder("llama")
-    monkeypatch.setattr("orpo_lite.export.llama_cpp.run_converter", lambda *a: pytest.fail("converted"))
+    monkeypatch.setattr("orpo_lite.export.gguf.run_converter", lambda *a: pytest.fail("converted"))
     (tmp_path / "there.gguf").touch()
     (tmp_path / "Modelfile").touch()
     for words, options in {
@@ -100,7 +100,7 @@ def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
         "there.gguf exists": {"output": tmp_path / "there.gguf"},
         "Modelfile exists": {"ollama": True},
         "no type 'q9'": {"quant": "q9"},
-        r"--llama-quantize PATH/llama-quantize, or pip install llama-cpp-python": {"quant": "Q4_K_M"},
+        r"--llama-quantize PATH/llama-quantize": {"quant": "Q4_K_M"},
         "is not a program": {"quant": "q4_k_m", "llama_quantize": str(tmp_path)},
         "holds a whole model": {"adapter": True},
         "neither adapter_config.json nor config.json": {"source": tmp_path},
@@ -130,18 +130,18 @@ def test_converters_last_lines_are_shown(converter, tmp_path):
 
 
 def test_llama_quantize_is_run_and_its_failure_shown(tmp_path):
-    from orpo_lite.export.gguf_types import quantise
+    from orpo_lite.export.gguf_types import quantize_file
 
     program = tmp_path / "llama-quantize"
     program.write_text('#!/bin/sh\necho "$3 is bad" >&2\ncp "$1" "$2"\nexit ${STATUS:-0}\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     kind = kind_of("q4_k_m", str(program))
-    quantise(tmp_path / "a.gguf", tmp_path / "b.gguf", kind, str(program))
+    quantize_file(tmp_path / "a.gguf", tmp_path / "b.gguf", kind, str(program))
     assert (tmp_path / "b.gguf").read_bytes() == b"GGUF"
     program.write_text(program.read_text().replace("${STATUS:-0}", "3"))
     with pytest.raises(RuntimeError, match=r"status 3.*\n  Q4_K_M is bad"):
-        quantise(tmp_path / "a.gguf", tmp_path / "c.gguf", kind, str(program))
+        quantize_file(tmp_path / "a.gguf", tmp_path / "c.gguf", kind, str(program))
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -172,7 +172,7 @@ def test_block_types_hold_the_weights(tmp_path, name, stored):
 
 def test_splitting_rules():
     assert splitting_rule(tiny_tokenizer()) == "qwen2"
-    quickstart = Path(orpo_lite.__file__).parent / "quickstart" / "model"
+    quickstart = Path(orpo_lite.__file__).parent / "data" / "quickstart" / "model"
     assert splitting_rule(AutoTokenizer.from_pretrained(quickstart)) == "gpt-2"
     odd = tiny_tokenizer()
     odd.backend_tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()

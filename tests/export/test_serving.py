@@ -27,7 +27,7 @@ from tests.model.conftest import disturb
 from tests.test_smollm2 import gguf_file  # noqa: F401  # fixture
 from tests.tiny import CORPUS, tiny_model
 
-QUICKSTART = Path(orpo_lite.__file__).parent / "quickstart" / "model"
+QUICKSTART = Path(orpo_lite.__file__).parent / "data" / "quickstart" / "model"
 TEXTS = [
     "Hello world, how's it going? I've 12345 apples.\n\nNew  line\ttab",
     "naïve café 日本語 😀 x",

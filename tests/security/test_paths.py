@@ -11,7 +11,7 @@ import pytest
 from transformers import AutoModelForCausalLM
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.export.publish import pack
+from orpo_lite.export.upload_plan import plan_upload
 from orpo_lite.model.locating import find_gguf
 from orpo_lite.model.tokenizer import load_tokenizer
 from orpo_lite.model.untrusted_files import check_adapter, check_model
@@ -100,7 +100,7 @@ def test_what_is_published(name: str, tmp_path: Path) -> None:
     (tmp_path / "run" / name).unlink(missing_ok=True)
     os.symlink(tmp_path / "secret", tmp_path / "run" / name)
     with pytest.raises(RequestError, match=f"{name}: a link that leads out of the folder"):
-        pack(tmp_path / "run")
+        plan_upload(tmp_path / "run")
 
 
 def test_an_index_of_a_merged_model_that_is_published(tmp_path: Path) -> None:
@@ -110,7 +110,7 @@ def test_an_index_of_a_merged_model_that_is_published(tmp_path: Path) -> None:
     content["weight_map"] = dict.fromkeys(content["weight_map"], "../../secret.safetensors")
     index.write_text(json.dumps(content))
     with pytest.raises(RequestError):
-        pack(folder)
+        plan_upload(folder)
 
 
 def test_a_tokenizers_own_file_names(tmp_path: Path) -> None:
