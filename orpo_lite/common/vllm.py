@@ -1,4 +1,4 @@
-"""Whether vLLM's `--enable-lora` can serve an adapter folder as it is."""
+"""Check that vLLM's `--enable-lora` can serve an adapter folder as it is."""
 
 from __future__ import annotations
 
@@ -9,22 +9,22 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-"""Values that vLLM takes for --max-lora-rank."""
+"""Values that vLLM accepts for --max-lora-rank."""
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
 REFUSED = {"router": "MoE routers", "shared_expert_gate": "expert gates"}
 
 
 def vllm_rank(adapter_folder: str | Path) -> int:
-    """The smallest --max-lora-rank that serves this adapter."""
+    """Return the smallest --max-lora-rank that serves this adapter."""
     rank = json.loads((Path(adapter_folder) / "adapter_config.json").read_text("utf-8"))["r"]
     return next(allowed for allowed in RANKS if allowed >= rank)
 
 
 def vllm_problems(adapter_folder: str | Path) -> list[str]:
-    """Reasons why vLLM would refuse the adapter, or serve something else than was trained; none: it can serve it.
+    """List the reasons why vLLM would refuse the adapter, or serve something else than was trained.
 
-    The contract, from vllm-project/vllm: `vllm/lora/peft_helper.py` (PEFTHelper: no DoRA, modules_to_save or bias, rank
+    An empty list means that it can serve it. The contract, from vllm-project/vllm: `vllm/lora/peft_helper.py` (PEFTHelper: no DoRA, modules_to_save or bias, rank
     at most max_lora_rank, and one scale, lora_alpha / r or lora_alpha / sqrt(r), for all modules: rank_pattern and
     alpha_pattern are not read), `vllm/config/lora.py` (MaxLoRARanks), `vllm/lora/lora_model.py` (adapter_model.safetensors
     beside adapter_config.json; tensors named base_model.model.MODULE.lora_A.weight; modules must be ones that vLLM's
@@ -40,7 +40,7 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
     if config.get("use_dora"):
         problems.append("use_dora: vLLM does not support DoRA")
     if config.get("bias", "none") != "none":
-        problems.append(f"bias={config['bias']}: vLLM takes no trained biases")
+        problems.append(f"bias={config['bias']}: vLLM does not support trained biases")
     if config.get("modules_to_save"):
         problems.append(f"modules_to_save={', '.join(config['modules_to_save'])}: vLLM takes LoRA matrices only")
     if config.get("trainable_token_indices"):

@@ -37,7 +37,7 @@ class Kind:
     limit: float
     """Largest relative error that the type may cause in a weight tensor."""
     by: str
-    """What writes it: converter, gguf or llama.cpp."""
+    """Its writer: converter, gguf or llama.cpp."""
 
 
 CONVERTER = {

@@ -32,7 +32,7 @@ TEXTS = ("README.md", "Modelfile", "recipe.yaml", "adapter_config.json", "config
 
 @dataclass
 class UploadPlan:
-    """What is uploaded, what is kept and why, and what the user should know.
+    """The files to upload, those that are kept and why, and notes for the user.
 
     Attributes:
         files: name in the repository -> a file, or the content where it differs from the file.

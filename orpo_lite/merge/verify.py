@@ -132,7 +132,7 @@ def drift_from_training(
 
 @dataclass(frozen=True)
 class Drift:
-    """How far one model's next-token distributions are from another's, over the same tokens.
+    """The distance of one model's next-token distributions from another's, over the same tokens.
 
     Attributes:
         kl: mean Kullback-Leibler divergence from the reference, nats per token.
