@@ -155,7 +155,7 @@ def test_axolotls_fields(place):
                 "report_to": ["wandb"], "run_name": "first"}  # fmt: skip
     assert {key: recipe.training[key] for key in expected} == expected and "tf32" not in recipe.training
     left = {note.field: (note.value, note.why) for note in draft.left}
-    assert left["a_field_of_tomorrow"] == (7, "nothing here answers to it")
+    assert left["a_field_of_tomorrow"] == (7, "no equivalent here")
     assert "WANDB_PROJECT" in left["wandb_project"][1] and left["comet_api_key"][0] == "(not shown)"
     assert {"sample_packing", "special_tokens", "deepspeed", "trust_remote_code", "datasets.0.ds_type"} <= left.keys()
     assert {note.field for note in draft.differs} == {"bf16", "flash_attention", "gradient_accumulation_steps"}
@@ -266,14 +266,14 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
     shell.command()(app)
     done = CliRunner().invoke(shell, [str(file)])
     assert done.exit_code == 0, done.output
-    assert "without an equal" in done.output and "theirs-recipe.yaml --dry-run" in done.output
+    assert "no equivalent" in done.output and "theirs-recipe.yaml --dry-run" in done.output
     recipe = Recipe.load(str(place / "theirs-recipe.yaml"))
     assert run(recipe, dry_run=True) is None
-    assert "Without an equal" in (place / "theirs-recipe.yaml").read_text()
+    assert "No equivalent" in (place / "theirs-recipe.yaml").read_text()
     again = CliRunner().invoke(shell, [str(file)])
-    assert isinstance(again.exception, RequestError) and "is there already" in str(again.exception)
+    assert isinstance(again.exception, RequestError) and "exists already" in str(again.exception)
     told = CliRunner().invoke(shell, [str(file), "--overwrite", "--json"])
-    assert {"recipe", "from", "carried", "differs", "without_equal", "unset"} == json.loads(told.stdout).keys()
+    assert {"recipe", "from", "carried", "differs", "no_equivalent", "unset"} == json.loads(told.stdout).keys()
 
 
 @pytest.mark.parametrize(
@@ -284,7 +284,7 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
         (FACTORY | {"pref_loss": "sigmoid"}, "stage is 'dpo' and pref_loss 'sigmoid', expected"),
         (FACTORY | {"stage": "sft"}, "stage is 'sft'"),
         ({"model_name_or_path": "x", "beta": 0.1}, "trl_orpo --config"),
-        ({"model": {"name_or_path": "x"}, "data": {"train": "y"}}, "a recipe already"),
+        ({"model": {"name_or_path": "x"}, "data": {"train": "y"}}, "already a recipe"),
         ({"a": 1}, "found a, expected an ORPO configuration"),
         (["x"], "at the top"),
         (AXOLOTL | {"lora_r": "many"}, "adapter.r: found 'many'"),

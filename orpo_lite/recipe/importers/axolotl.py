@@ -2,12 +2,53 @@
 
 from __future__ import annotations
 
-from orpo_lite.recipe.importers.axolotl_data import convert_data
-from orpo_lite.recipe.importers.axolotl_training import convert_training
-from orpo_lite.recipe.importers.draft import PACKING, Draft
-from orpo_lite.recipe.loading import find_template
+from typing import Any
 
-ATTENTION = (
+from orpo_lite.recipe.importers import draft as words
+from orpo_lite.recipe.importers.draft import PACKING, RecipeDraft, as_list, number
+from orpo_lite.recipe.loading import find_template
+from orpo_lite.recipe.training_fields import check_training_field
+
+PLACES = {
+    "revision_of_model": "model.revision",
+    "tokens": "model.new_tokens",
+    "chat_template_kwargs": "data.template_kwargs",
+    "sequence_len": "data.max_length",
+    "dataset_num_proc": "data.num_proc",
+    "dataset_processes": "data.num_proc",
+    "num_epochs": "training.num_train_epochs",
+    "micro_batch_size": "training.per_device_train_batch_size",
+    "eval_batch_size": "training.per_device_eval_batch_size",
+    "learning_rate": "training.learning_rate",
+    "max_grad_norm": "training.max_grad_norm",
+    "wandb_name": "training.run_name",
+    "early_stopping_patience": "training.early_stopping_patience",
+}
+ADAPTER = {
+    "lora_r": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "lora_modules_to_save": "adapter.modules_to_save",
+    "lora_rank_pattern": "adapter.rank_pattern",
+    "lora_alpha_pattern": "adapter.alpha_pattern",
+    "peft_use_dora": "adapter.use_dora",
+    "peft_use_rslora": "adapter.use_rslora",
+    "peft_init_lora_weights": "adapter.init_lora_weights",
+    "loraplus_lr_ratio": "adapter.loraplus_lr_ratio",
+}
+TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
+            "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "optim": "adamw_torch_fused", "weight_decay": 0.0,
+            "save_strategy": "epoch", "save_total_limit": 4, "report_to": "none"}  # fmt: skip
+"""axolotl's defaults."""
+TRACKERS = {
+    "wandb": ("use_wandb", "wandb_project"),
+    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
+    "tensorboard": ("use_tensorboard", ""),
+    "comet_ml": ("use_comet", "comet_project_name"),
+    "trackio": ("use_trackio", "trackio_project_name"),
+}
+"""Tracker -> the flag that switches it on, and the field whose presence does."""
+KERNELS = (
     "flash_attention",
     "sdp_attention",
     "flex_attention",
@@ -15,177 +56,300 @@ ATTENTION = (
     "xformers_attention",
     "sage_attention",
 )
+VARIABLES = ("wandb_project", "wandb_entity", "wandb_watch", "wandb_log_model", "wandb_mode", "wandb_run_id",
+             "mlflow_tracking_uri", "mlflow_experiment_name", "comet_api_key")  # fmt: skip
+MODELS = ("model_type", "base_model_config", "is_llama_derived_model", "is_mistral_derived_model",
+          "is_falcon_derived_model", "is_qwen_derived_model")  # fmt: skip
+WATCHDOG = "a loss that is not finite stops the run (training.on_nonfinite); warnings report other trouble"
 LEFT = {
-    "streaming": "data is read in batches and its tokens stay on disk",
+    **{name: f"set the environment variable {name.upper()}" for name in VARIABLES},
+    **dict.fromkeys(MODELS, "the model's own config is used"),
+    **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "pad_to_multiple_of"), PACKING),
+    **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"), WATCHDOG),
     "tokenizer_type": "the tokenizer is found by the model's own files",
-    "model_type": "the model is found by its own config",
-    "base_model_config": "the model's own config is taken",
-    "tokenizer_config": "the model's own tokenizer is taken; put another beside the weights",
-    "is_llama_derived_model": "the model is found by its own config",
-    "is_mistral_derived_model": "the model is found by its own config",
-    "is_falcon_derived_model": "the model is found by its own config",
-    "is_qwen_derived_model": "the model is found by its own config",
-    "remove_unused_columns": "columns that are not trained on are left out by themselves",
-    "dataset_prepared_path": "tokens are cached by themselves, beside those of `datasets`",
+    "tokenizer_config": "the model's own tokenizer is used; put another one beside the weights",
+    "dataset_prepared_path": "tokens are cached automatically, beside those of `datasets`",
     "train_on_inputs": "the scope of the NLL is orpo.nll_scope",
-    "sample_packing": PACKING,
-    "eval_sample_packing": PACKING,
-    "pad_to_sequence_len": PACKING,
-    "pad_to_multiple_of": PACKING,
-    "group_by_length": "set orpo.tokens_per_batch, which puts pairs of like length together inside each step",
-    "max_prompt_len": "axolotl does not hand it to ORPO either; data.max_prompt_length is there",
+    "group_by_length": "set orpo.tokens_per_batch, which puts pairs of similar length together inside each step",
+    "max_prompt_len": "axolotl does not hand it to ORPO either; the recipe's field is data.max_prompt_length",
     "lora_fan_in_fan_out": "found by the layers themselves",
     "lora_on_cpu": "the adapter is small beside the base",
-    "loss_watchdog_threshold": "a loss that is not finite stops the run (training.on_nonfinite); alarms tell of the rest",
-    "loss_watchdog_patience": "a loss that is not finite stops the run (training.on_nonfinite); alarms tell of the rest",
-    "resume_from_checkpoint": "give --resume to train, or the same command again",
-    "auto_resume_from_checkpoints": "the same command goes on by itself",
+    "auto_resume_from_checkpoints": "the same command resumes by itself",
     "hf_use_auth_token": "log in with `hf auth login`",
     "save_safetensors": "safetensors is the only format",
-    "trust_remote_code": "set model.trust_remote_code: true yourself once you have read the repository's code",
-    "deepspeed": "start with `accelerate launch`, configured for it",
-    "fsdp": "start with `accelerate launch`, configured for it",
-    "fsdp_config": "start with `accelerate launch`, configured for it",
-    "plugins": "the head is computed in chunks already, and attention without padding",
-    "special_tokens": "the tokenizer's own are kept; a padding token is chosen that is not EOS, and masks go by length",
+    "plugins": "the head is computed in chunks anyway, and attention without padding",
+    "special_tokens": "the tokenizer's own are kept; a padding token other than EOS is chosen, and masks follow the lengths",
     "default_system_message": "write system turns into the data",
     "eot_tokens": "answers end at the chat template's own end of turn",
     "chat_template_jinja": "save the template as a file and set model.chat_template to its path",
-    "xformers_attention": "sdpa takes its place",
-    "wandb_project": "set the environment variable WANDB_PROJECT",
-    "wandb_entity": "set the environment variable WANDB_ENTITY",
-    "wandb_watch": "set the environment variable WANDB_WATCH",
-    "wandb_log_model": "set the environment variable WANDB_LOG_MODEL",
-    "wandb_mode": "set the environment variable WANDB_MODE",
-    "wandb_run_id": "set the environment variable WANDB_RUN_ID",
-    "mlflow_tracking_uri": "set the environment variable MLFLOW_TRACKING_URI",
-    "mlflow_experiment_name": "set the environment variable MLFLOW_EXPERIMENT_NAME",
-    "comet_api_key": "set the environment variable COMET_API_KEY",
     "trackio_project_name": "set training.project",
     "shuffle_merged_datasets": "rows are shuffled by training.seed",
-    "torch_compile": "not with the packed layouts",
+    "gradient_checkpointing_kwargs": "checkpointing is always non-reentrant",
+    "streaming": "rows are tokenized once and cached on disk; files larger than memory are read as they are",
+    "ds_type": "the format is told by the file itself",
 }
+SHAPE = "the shape of the rows is detected from the rows: see `python -m orpo_lite.data --recipe FILE`"
+NO_PAIRS = "there are no held-out pairs (val_set_size, test_datasets)"
 
 
-def convert(draft: Draft) -> None:
+def convert(draft: RecipeDraft) -> None:
     """Fill the draft's recipe from an axolotl configuration."""
-    draft.carry("base_model", "model.name_or_path", change=lambda path: draft.place_of(str(path)))
-    draft.carry("revision_of_model", "model.revision")
-    draft.carried_as("rl", draft.take("rl"), "orpo")
-    inside = draft.source.get("trl")
-    if isinstance(inside, dict):
-        draft.take("trl")
-        for name, value in inside.items():
-            draft.source[f"trl.{name}"] = value
+    draft.carry("base_model", "model.name_or_path", draft.place_of)
+    draft.note("rl", draft.take("rl"), "orpo")
+    if isinstance(draft.source.get("trl"), dict):
+        draft.source.update({f"trl.{name}": value for name, value in draft.take("trl").items()})
+    draft.carry_all(PLACES, {"orpo.beta": 0.1, "data.max_length": 512, "data.completion_end": "trl"})
     betas = [name for name in ("trl.beta", "rl_beta", "orpo_alpha") if name in draft.source]
-    draft.carry(betas[0] if betas else "orpo_alpha", "orpo.beta", 0.1)
+    for name in betas[:1]:
+        draft.carry(name, "orpo.beta")
     for name in betas[1:]:
-        draft.leave(name, f"{betas[0]} goes before it, as in axolotl")
+        draft.leave(name, f"{betas[0]} takes precedence, as in axolotl")
     convert_weights(draft)
+    convert_attention(draft)
+    convert_template(draft)
     convert_data(draft)
-    convert_training(draft, LEFT)
+    convert_training(draft)
     draft.rest(LEFT)
 
 
-def convert_weights(draft: Draft) -> None:
-    """Quantisation, adapter, precision and attention."""
+def convert_weights(draft: RecipeDraft) -> None:
+    """Convert quantization, adapter and precision."""
     adapter, four, eight = draft.take("adapter"), draft.flag("load_in_4bit"), draft.flag("load_in_8bit")
-    kind = "none"
-    if adapter and (four or four is None and adapter == "qlora"):
-        kind = "nf4"
-    elif adapter and eight:
-        kind = "int8"
-    options = draft.take("bnb_config_kwargs", {})
-    if kind == "nf4" and isinstance(options, dict) and options:
+    nf4 = adapter and (four or four is None and adapter == "qlora")
+    draft.put("model.quantization", "nf4" if nf4 else "int8" if adapter and eight else "none")
+    options = draft.source.get("bnb_config_kwargs")
+    if nf4 and isinstance(options, dict) and options:
+        draft.note("bnb_config_kwargs", draft.take("bnb_config_kwargs"), "model.quantization")
+        known = {"bnb_4bit_quant_type": "model.quantization", "bnb_4bit_use_double_quant": "model.double_quant"}
         for name, value in options.items():
-            if name == "bnb_4bit_quant_type":
-                kind = value
-            elif name == "bnb_4bit_use_double_quant":
-                draft.put("model.double_quant", value)
+            if name in known:
+                draft.put(known[name], value)
             else:
                 draft.leave_value(f"bnb_config_kwargs.{name}", value, "chosen by the device")
-        draft.carried_as("bnb_config_kwargs", options, "model.quantization")
     for name, value in (("adapter", adapter), ("load_in_4bit", four), ("load_in_8bit", eight)):
         if value is not None:
-            draft.carried_as(name, value, "model.quantization")
-    draft.put("model.quantization", kind)
-    if not adapter:
-        draft.put("adapter", None)
-        if four or eight:
-            draft.differ("adapter", None, "quantised weights cannot be trained whole: model.quantization is none")
-        for name in [name for name in draft.source if name.startswith(("lora_", "peft_"))]:
-            draft.leave(name, "no adapter is trained")
-    else:
+            draft.note(name, value, "model.quantization")
+    if adapter:
         if adapter not in ("lora", "qlora"):
             draft.differ("adapter", adapter, "a LoRA is trained in its place")
         convert_adapter(draft)
-    for name in ("bf16", "fp16", "bfloat16", "float16", "float32"):
-        if name in draft.source and (wanted := draft.take(name)) is not None:
-            if name == "float32" and wanted:
-                draft.put("model.dtype", "float32")
-                draft.carried_as(name, wanted, "model.dtype")
-            elif wanted:
-                draft.differ(name, wanted, "model.dtype: auto takes bfloat16 where the card has it, float16 on older ones, float32 on a CPU")  # fmt: skip
-            else:
-                draft.carried_as(name, wanted, "model.dtype")
-    if "attn_implementation" in draft.source:
-        convert_attention(draft, "attn_implementation", draft.take("attn_implementation"))
-    for name in ATTENTION:
-        if name in draft.source:
-            wanted = draft.flag(name)
-            convert_attention(
-                draft, name, {"eager_attention": "eager", "sdp_attention": "sdpa"}.get(name, name) if wanted else None
-            )
-    draft.carry("tokens", "model.new_tokens")
-    template = draft.source.get("chat_template")
-    if isinstance(template, str):
-        draft.take("chat_template")
-        if template == "tokenizer_default":
-            draft.carried_as("chat_template", template, "model.chat_template: null")
-        elif name := find_template(template.removeprefix("tokenizer_default_fallback_")):
-            draft.carried_as("chat_template", template, "model.chat_template")
-            if template.startswith("tokenizer_default"):
-                draft.differ("chat_template", template, "set whether or not the tokenizer has one of its own")
-            draft.put("model.chat_template", name)
-        else:
-            draft.leave_value("chat_template", template, "not known by this name: the tokenizer's own is taken; if it has none, set model.chat_template to a Jinja file")  # fmt: skip
-    draft.carry("chat_template_kwargs", "data.template_kwargs")
-
-
-def convert_attention(draft: Draft, name: str, wanted: str | None) -> None:
-    if wanted == "eager":
-        draft.put("model.attention", "eager")
-        draft.carried_as(name, wanted, "model.attention")
-    elif wanted in (None, "sdpa"):
-        draft.carried_as(name, wanted or False, "model.attention: auto")
     else:
-        draft.differ(name, True if wanted == name else wanted, "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that is installed")  # fmt: skip
+        draft.put("adapter", None)
+        if four or eight:
+            draft.differ("adapter", None, "quantized weights cannot be trained in full: model.quantization is none")
+        for name in [name for name in draft.source if name.startswith(("lora_", "peft_"))]:
+            draft.leave(name, "no adapter is trained")
+    if draft.source.get("float32"):
+        draft.put("model.dtype", "float32")
+        draft.note("float32", draft.take("float32"), "model.dtype")
+    draft.dtypes("bf16", "fp16", "bfloat16", "float16", "float32")
 
 
-def convert_adapter(draft: Draft) -> None:
-    draft.carry("lora_model_dir", "adapter.init_from", change=lambda path: draft.place_of(str(path)))
-    draft.carry("lora_r", "adapter.r")
-    draft.carry("lora_alpha", "adapter.alpha")
-    draft.carry("lora_dropout", "adapter.dropout", 0.0)
+def convert_adapter(draft: RecipeDraft) -> None:
+    """Convert LoRA's own settings."""
+    draft.carry("lora_model_dir", "adapter.init_from", draft.place_of)
+    draft.carry_all(ADAPTER, {"adapter.dropout": 0.0})
+    draft.carry("lora_target_parameters", "adapter.target_parameters", lambda it: [it] if isinstance(it, str) else it)
     linear, targets = draft.flag("lora_target_linear"), draft.take("lora_target_modules")
-    if linear:
-        draft.put("adapter.target_modules", "all-linear")
-        draft.carried_as("lora_target_linear", linear, "adapter.target_modules: all-linear")
-        if targets:
-            draft.carried_as("lora_target_modules", targets, "adapter.target_modules: all-linear, which has them")
-    elif linear is not None:
-        draft.carried_as("lora_target_linear", linear, "adapter.target_modules")
-    if targets and not linear:
-        draft.carried_as("lora_target_modules", targets, "adapter.target_modules")
-        draft.put("adapter.target_modules", targets)
-    elif not linear:
-        draft.differ(
-            "lora_target_modules", None, "not given: all linear layers are adapted, where PEFT chooses by the model"
-        )
-    draft.carry(
-        "lora_target_parameters", "adapter.target_parameters", change=lambda it: [it] if isinstance(it, str) else it
+    place = "adapter.target_modules" + (": all-linear" if linear else "")
+    for name, value in (("lora_target_linear", linear), ("lora_target_modules", targets or None)):
+        if value is not None:
+            draft.note(name, value, place)
+    if linear or targets:
+        draft.put("adapter.target_modules", "all-linear" if linear else targets)
+    else:
+        draft.differ("lora_target_modules", None, "not given: all linear layers are adapted, where PEFT chooses by the model")  # fmt: skip
+
+
+def convert_attention(draft: RecipeDraft) -> None:
+    """Convert the choice of an attention kernel, which axolotl spells in two ways."""
+    chosen = (
+        [("attn_implementation", draft.take("attn_implementation"))] if "attn_implementation" in draft.source else []
     )
-    for theirs, ours in (("lora_modules_to_save", "modules_to_save"), ("lora_rank_pattern", "rank_pattern"),
-                         ("lora_alpha_pattern", "alpha_pattern"), ("peft_use_dora", "use_dora"), ("peft_use_rslora", "use_rslora"),
-                         ("peft_init_lora_weights", "init_lora_weights"), ("loraplus_lr_ratio", "loraplus_lr_ratio")):  # fmt: skip
-        draft.carry(theirs, f"adapter.{ours}")
+    for name in KERNELS:
+        if name in draft.source:
+            wanted = {"eager_attention": "eager", "sdp_attention": "sdpa"}.get(name, name)
+            chosen.append((name, wanted if draft.flag(name) else None))
+    for name, wanted in chosen:
+        if wanted == "eager":
+            draft.put("model.attention", "eager")
+            draft.note(name, wanted, "model.attention")
+        elif wanted in (None, "sdpa"):
+            draft.note(name, wanted or False, "model.attention: auto")
+        else:
+            draft.differ(name, True if wanted == name else wanted, words.ATTENTION)
+
+
+def convert_template(draft: RecipeDraft) -> None:
+    """Convert the chat template, if it is known by its name."""
+    template = draft.source.get("chat_template")
+    if not isinstance(template, str):
+        return
+    draft.take("chat_template")
+    if template == "tokenizer_default":
+        draft.note("chat_template", template, "model.chat_template: null")
+    elif name := find_template(template.removeprefix("tokenizer_default_fallback_")):
+        draft.put("model.chat_template", name)
+        draft.note("chat_template", template, "model.chat_template")
+        if template.startswith("tokenizer_default"):
+            draft.differ("chat_template", template, "set whether or not the tokenizer has one of its own")
+    else:
+        draft.leave_value("chat_template", template, "not known by this name: the tokenizer's own is used; if it has none, set model.chat_template to a Jinja file")  # fmt: skip
+
+
+def convert_data(draft: RecipeDraft) -> None:
+    """Convert data sets and the treatment of long pairs."""
+    draft.put("data.train", sources_of(draft, "datasets"))
+    if "test_datasets" in draft.source:
+        draft.put("data.eval", sources_of(draft, "test_datasets"))
+    wanted = draft.take("excess_length_strategy")
+    if wanted is not None:
+        draft.note("excess_length_strategy", wanted, "data.overlong")
+    if wanted == "raise":
+        draft.differ("excess_length_strategy", wanted, "pairs that are too long are dropped and counted")
+    draft.put("data.overlong", "truncate" if wanted == "truncate" else "drop")
+    draft.held_out("val_set_size")
+
+
+def sources_of(draft: RecipeDraft, field: str) -> list[dict[str, Any]]:
+    """Convert the entries of `datasets` or `test_datasets` into data sources."""
+    found: list[dict[str, Any]] = []
+    for place, given in enumerate(as_list(draft.take(field, []))):
+        entry, where = dict(given) if isinstance(given, dict) else {"path": str(given)}, f"{field}.{place}"
+        path, source = entry.pop("path", None), {}
+        files = [str(file) for file in as_list(entry.pop("data_files", None) or [])]
+        local = path in (None, "json", "jsonl", "csv", "parquet", "text") or draft.place_of(path).startswith(("/", "."))
+        if files and not local:
+            draft.leave_value(f"{where}.data_files", files, "whole splits are read: name the split, or download the files and give their paths")  # fmt: skip
+            files = []
+        if path:
+            draft.note(f"{where}.path", path, "data path")
+        for name in ("name", "split", "revision"):
+            if entry.get(name) is not None:
+                source[name] = entry.pop(name)
+                draft.note(f"{where}.{name}", source[name], name)
+        if columns := columns_of(draft, where, entry):
+            source["columns"] = columns
+        for name, value in entry.items():
+            if value is not None:
+                draft.leave_value(f"{where}.{name}", value, LEFT.get(name, SHAPE))
+        found += [{"path": draft.place_of(file)} | source for file in files or [path]]
+    return found
+
+
+def columns_of(draft: RecipeDraft, where: str, entry: dict[str, Any]) -> dict[str, str]:
+    """Take the names of columns and the type off a data set's entry."""
+    kind = entry.pop("type", None)
+    inside = dict(kind) if isinstance(kind, dict) else {}
+    columns = {}
+    for ours in ("prompt", "chosen", "rejected", "system", "tools"):
+        given = [
+            one for one in (entry.pop(f"field_{ours}", None), inside.pop(f"field_{ours}", None)) if one is not None
+        ]
+        if given:
+            columns[ours] = str(given[-1])
+            draft.note(f"{where}.field_{ours}", columns[ours], f"columns.{ours}")
+    for name, value in inside.items():
+        if value is not None:
+            draft.leave_value(f"{where}.type.{name}", value, "the chat template writes the turns: set data.apply_template for plain text, or write the text into the data")  # fmt: skip
+    if kind in ("chat_template.argilla", "chat_template"):
+        draft.note(f"{where}.type", kind, "detected from the rows")
+    elif kind is not None and not isinstance(kind, dict):
+        draft.leave_value(f"{where}.type", kind, SHAPE)
+    return columns
+
+
+def convert_training(draft: RecipeDraft) -> None:
+    """Convert batches, optimizer, schedule, checkpointing and logging."""
+    training = draft.recipe.setdefault("training", {})
+    training.setdefault("per_device_eval_batch_size", training.get("per_device_train_batch_size", 1))
+    ratio, steps = draft.take("warmup_ratio"), draft.take("warmup_steps")
+    if steps is not None:
+        draft.note("warmup_steps", steps, "training.warmup_steps")
+        if ratio is not None:
+            draft.leave_value("warmup_ratio", ratio, "warmup_steps takes precedence")
+    elif ratio is not None:
+        draft.note("warmup_ratio", ratio, "training.warmup_steps, below 1 a share of all steps")
+    if ratio is not None or steps is not None:
+        training["warmup_steps"] = ratio if steps is None else steps
+    convert_optimizer(draft)
+    convert_checkpointing(draft)
+    found = []
+    for name, (flag, project) in TRACKERS.items():
+        if (wanted := draft.flag(flag)) is not None:
+            draft.note(flag, wanted, "training.report_to")
+        if wanted or wanted is None and draft.source.get(project):
+            found.append(name)
+    if found:
+        training["report_to"] = found
+    convert_pace(draft)
+    if draft.source.get("tf32") == "auto":
+        draft.leave("tf32", "set training.tf32: true on a card that has it")
+    elif not draft.source.get("tf32", True):  # false is the default, and a card without it refuses the field
+        draft.note("tf32", draft.take("tf32"), "training.tf32")
+    draft.training(TRAINING)
+    accumulation = draft.recipe["training"]["gradient_accumulation_steps"]
+    if (number(accumulation) or 1) > 1:
+        draft.put("orpo.nll_mean", "micro")
+        draft.differ("gradient_accumulation_steps", accumulation, "axolotl hands ORPO to TRL, whose NLL is a mean of micro-batch means: orpo.nll_mean is micro; with window, the default here, batch 8 x 1 and 1 x 8 are the same")  # fmt: skip
+
+
+def convert_optimizer(draft: RecipeDraft) -> None:
+    """Convert optimizer and schedule, where transformers has one of that name."""
+    for theirs, ours in (("optimizer", "optim"), ("lr_scheduler", "lr_scheduler_type")):
+        if (wanted := draft.take(theirs)) is None:
+            continue
+        try:
+            draft.put(f"training.{ours}", check_training_field(ours, "adamw_torch" if wanted == "adamw_hf" else wanted))
+            draft.note(theirs, wanted, f"training.{ours}")
+        except ValueError:
+            draft.leave_value(theirs, wanted, f"transformers has none of this name: training.{ours} is {TRAINING[ours]}, axolotl's default")  # fmt: skip
+    schedule = draft.recipe["training"].get("lr_scheduler_type", "cosine")
+    if schedule == "cosine" and (floor := draft.take("cosine_min_lr_ratio")) is not None:
+        draft.put("training.lr_scheduler_type", "cosine_with_min_lr")
+        draft.put("training.lr_scheduler_kwargs", {"min_lr_rate": floor})
+        draft.note("cosine_min_lr_ratio", floor, "training.lr_scheduler_kwargs.min_lr_rate")
+
+
+def convert_checkpointing(draft: RecipeDraft) -> None:
+    """Convert gradient checkpointing and the offload of activations."""
+    wanted, offload = draft.take("gradient_checkpointing"), draft.source.get("activation_offloading")
+    draft.put("memory.checkpointing", "all" if wanted or offload else "none")
+    if wanted is not None:
+        draft.note("gradient_checkpointing", wanted, "memory.checkpointing")
+    if wanted == "offload_disk":
+        draft.differ("gradient_checkpointing", wanted, "offloaded to host memory instead (memory.offload_activations)")
+    if offload:
+        draft.note("activation_offloading", draft.take("activation_offloading"), "memory.offload_activations")
+    if offload or wanted in ("offload", "offload_disk"):
+        draft.put("memory.offload_activations", True)
+
+
+def convert_pace(draft: RecipeDraft) -> None:
+    """Convert when to evaluate and to save: axolotl counts by epoch, transformers by a share of all steps."""
+    training = draft.recipe["training"]
+    epochs = number(training.get("num_train_epochs")) or 1
+    for kind, field in (("eval", "evals_per_epoch"), ("save", "saves_per_epoch")):
+        times, steps = draft.take(field), draft.source.get(f"{kind}_steps")
+        count = number(times)
+        if steps:
+            if times is not None:
+                draft.leave_value(field, times, f"{kind}_steps takes precedence")
+            if not count:
+                training[f"{kind}_strategy"] = "steps"
+        elif count and count != 1 and 1 / (count * epochs) < 1:
+            training |= {f"{kind}_strategy": "steps", f"{kind}_steps": 1 / (count * epochs)}
+            draft.note(field, times, f"training.{kind}_steps, a share of all steps")
+        elif count:
+            training[f"{kind}_strategy"] = "epoch"
+            draft.note(field, times, f"training.{kind}_strategy")
+        elif times is not None:
+            draft.leave_value(field, times, f"not a number of times: {kind}_steps and {kind}_strategy are used")
+    if not draft.recipe["data"]["eval_fraction"] and "eval" not in draft.recipe["data"]:
+        training["eval_strategy"] = "no"
+        draft.leave("eval_strategy", NO_PAIRS)
+        draft.leave("eval_steps", NO_PAIRS)
+        training.pop("eval_steps", None)
+    elif "eval_strategy" not in training and "eval_strategy" not in draft.source:
+        training["eval_strategy"] = "no"
+        draft.leave_value("eval_strategy", None, "not given, so nothing is evaluated during training, as in axolotl; before and after training it is")  # fmt: skip

@@ -20,14 +20,14 @@ from orpo_lite.common.files import write_atomically
 from orpo_lite.common.text import shown, visible
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.importers import axolotl, llamafactory
-from orpo_lite.recipe.importers.draft import Draft
+from orpo_lite.recipe.importers.draft import RecipeDraft
 
 
 def read(file: Path) -> dict[str, Any]:
-    """The file's mapping.
+    """Read the file's mapping.
 
     Raises:
-        RequestError: not there, not YAML, or no mapping.
+        RequestError: it does not exist, or is not YAML or not a mapping.
     """
     try:
         content = safe_yaml.read(file)
@@ -40,51 +40,54 @@ def read(file: Path) -> dict[str, Any]:
     return content
 
 
-def trainer_of(content: dict[str, Any], file: Path) -> tuple[str, Callable[[Draft], None]]:
-    """Whose file it is, and what converts it.
+def trainer_of(content: dict[str, Any], file: Path) -> tuple[str, Callable[[RecipeDraft], None]]:
+    """Return the name of the trainer whose file it is, and the function that converts it.
 
     Raises:
-        RequestError: neither axolotl's nor LLaMA-Factory's, or of another method than ORPO.
+        RequestError: neither axolotl's nor LLaMA-Factory's, or of a method other than ORPO.
     """
     if "base_model" in content:
         if content.get("rl") != "orpo":
             found = f"rl is {content['rl']!r}" if content.get("rl") else "rl is missing, so this is supervised training"
-            raise RequestError(f"{file}: {found}, expected rl: orpo: other methods are not trained here")
+            raise RequestError(f"{file}: {found}, expected rl: orpo (other methods are not trained here)")
         return "axolotl", axolotl.convert
     if "stage" in content or "finetuning_type" in content or "pref_loss" in content:
         old = content.get("stage") == "orpo"  # until 0.7
         if not old and (content.get("stage") != "dpo" or content.get("pref_loss", "sigmoid") != "orpo"):
             raise RequestError(
                 f"{file}: stage is {content.get('stage')!r} and pref_loss {content.get('pref_loss', 'sigmoid')!r}, expected "
-                "stage: dpo with pref_loss: orpo: other methods are not trained here"
+                "stage: dpo with pref_loss: orpo (other methods are not trained here)"
             )
         return "LLaMA-Factory", llamafactory.convert
     if {"model", "data"} <= content.keys():
-        raise RequestError(f"{file}: a recipe already: python -m orpo_lite.train --recipe {file}")
+        raise RequestError(f"{file}: already a recipe: python -m orpo_lite.train --recipe {file}")
     if "model_name_or_path" in content:
         raise RequestError(f"{file}: TRL's fields: python -m orpo_lite.compat.trl_orpo --config {file}")
     raise RequestError(f"{file}: found {', '.join(list(content)[:8])}, expected an ORPO configuration of axolotl (base_model, rl: orpo) or LLaMA-Factory (stage: dpo, pref_loss: orpo)")  # fmt: skip
 
 
-def convert(file: Path, name: str) -> tuple[Recipe, Draft, str]:
-    """A recipe called `name` out of another trainer's file, the account of its fields, and whose it was.
+def convert(file: Path, name: str) -> tuple[Recipe, RecipeDraft, str]:
+    """Convert another trainer's file into a recipe called `name`.
+
+    Returns:
+        The recipe, the draft with the account of every field, and the trainer's name.
 
     Raises:
-        RequestError: not such a file, or values that no recipe takes.
+        RequestError: no such file, or values that no recipe takes.
     """
     content = read(file)
     whose, fill = trainer_of(content, file)
-    draft = Draft(content, file.resolve().parent, file=str(file))
+    draft = RecipeDraft(content, file.resolve().parent, str(file))
     draft.put("name", name)
     draft.put("description", f"Converted from {whose}'s {file.name}.")
     fill(draft)
     return Recipe.parse(draft.recipe, f"{file}, as a recipe"), draft, whose
 
 
-def account(draft: Draft) -> str:
-    """What has no equal, or another meaning, as YAML comments for the head of the recipe."""
+def account(draft: RecipeDraft) -> str:
+    """Return what has another meaning or no equivalent, as YAML comments for the head of the recipe."""
     parts = []
-    for title, notes in (("Carried over with another meaning", draft.differs), ("Without an equal", draft.left)):
+    for title, notes in (("Carried over with another meaning", draft.differs), ("No equivalent", draft.left)):
         parts += [f"{title}:"] * bool(notes) + [f"  {note.field}: {note.value} : {note.why}" for note in notes]
     return "".join(f"# {visible(part)}\n" for part in parts)
 
@@ -101,7 +104,7 @@ def command(
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-.") or "imported"
     place = output or Path(f"{stem}-recipe.yaml")
     if place.exists() and not overwrite:
-        raise RequestError(f"{place} is there already: name another with --output, or add --overwrite")
+        raise RequestError(f"{place} exists already: name another with --output, or add --overwrite")
     recipe, draft, whose = convert(file, re.sub(r"[^A-Za-z0-9._-]+", "-", place.stem).strip("-.") or stem)
     head = f"# From {whose}'s {file.name}. Look first:\n#   python -m orpo_lite.train --recipe {place} --dry-run\n"
     written = recipe.model_dump(mode="json", exclude_unset=True)
@@ -109,13 +112,13 @@ def command(
     if as_json:
         carried = [{"field": name, "value": value, "place": where} for name, value, where in draft.carried]
         print(json.dumps({"recipe": str(place), "from": whose, "carried": carried, "differs": [note._asdict() for note in draft.differs],
-                          "without_equal": [note._asdict() for note in draft.left], "unset": draft.unset}, indent=1))  # fmt: skip
+                          "no_equivalent": [note._asdict() for note in draft.left], "unset": draft.unset}, indent=1))  # fmt: skip
         return
     console.print(f"[bold]{escape(whose)}[/]: {len(draft.carried)} fields carried over")
     show("carried over with another meaning", draft.differs)
-    show("without an equal", draft.left)
+    show("no equivalent", draft.left)
     if draft.unset:
-        console.print(f"without a value, so without effect: {escape(', '.join(draft.unset))}")
+        console.print(f"no value, so no effect: {escape(', '.join(draft.unset))}")
     console.print(
         f"\nwritten: {escape(str(place))}\nnext: python -m orpo_lite.train --recipe {escape(str(place))} --dry-run",
         soft_wrap=True,
@@ -123,6 +126,7 @@ def command(
 
 
 def show(title: str, notes: list[Any]) -> None:
+    """Print a table of notes."""
     if not notes:
         return
     table = Table("field", "value", box=None, title=title, title_justify="left", padding=(0, 1))

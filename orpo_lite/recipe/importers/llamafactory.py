@@ -2,67 +2,88 @@
 
 from __future__ import annotations
 
-from orpo_lite.recipe.importers.draft import PACKING, Draft, number
-from orpo_lite.recipe.importers.llamafactory_data import convert_data, listed
+import json
+from pathlib import Path
+from typing import Any
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.recipe.importers import draft as words
+from orpo_lite.recipe.importers.draft import PACKING, RecipeDraft, number, spelled
 from orpo_lite.recipe.loading import find_template
 
-DEFAULTS = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
+PLACES = {
+    "model_revision": "model.revision",
+    "double_quantization": "model.double_quant",
+    "cutoff_len": "data.max_length",
+    "max_samples": "data.max_rows",
+    "preprocessing_num_workers": "data.num_proc",
+    "early_stopping_steps": "training.early_stopping_patience",
+}
+ADAPTER = {
+    "lora_rank": "adapter.r",
+    "lora_alpha": "adapter.alpha",
+    "lora_dropout": "adapter.dropout",
+    "use_rslora": "adapter.use_rslora",
+    "use_dora": "adapter.use_dora",
+    "loraplus_lr_ratio": "adapter.loraplus_lr_ratio",
+}
+TRAINING = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
             "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "save_strategy": "steps", "save_steps": 500,
             "eval_strategy": "no", "report_to": "none"}  # fmt: skip
-"""What LLaMA-Factory does where the file is silent."""
+"""LLaMA-Factory's defaults."""
+CHUNKS = "the head is computed in chunks anyway, and each prompt once for both answers"
+WEIGHTS = "sources are read one after the other; give each a weight in data.train, which says how often it is seen"
 LEFT = {
+    **dict.fromkeys(("packing", "neat_packing"), PACKING),
+    **dict.fromkeys(("enable_liger_kernel", "use_unsloth"), CHUNKS),
+    **dict.fromkeys(("mix_strategy", "interleave_probs"), WEIGHTS),
+    **dict.fromkeys(("streaming", "buffer_size"), "rows are tokenized once and cached on disk"),
     "do_train": "training is what `train` does",
     "do_eval": "held-out pairs are evaluated before and after training",
     "do_predict": "answers to held-out prompts are in the run folder (evaluation.samples)",
-    "overwrite_output_dir": "a finished run is never written over: the next one goes to NAME-2",
+    "overwrite_output_dir": "a finished run is never overwritten: the next one goes to NAME-2",
     "overwrite_cache": "tokens are cached by the content of data, tokenizer and settings",
     "plot_loss": "curves are in report.html and curves.png",
-    "trust_remote_code": "set model.trust_remote_code: true yourself once you have read the repository's code",
-    "resume_from_checkpoint": "give --resume to train, or the same command again",
-    "deepspeed": "start with `accelerate launch`, configured for it",
-    "fsdp": "start with `accelerate launch`, configured for it",
-    "fsdp_config": "start with `accelerate launch`, configured for it",
-    "packing": PACKING,
-    "neat_packing": PACKING,
-    "use_fast_tokenizer": "the fast one is taken",
+    "use_fast_tokenizer": "the fast one is used",
     "low_cpu_mem_usage": "weights are read one by one",
     "cache_dir": "set the environment variable HF_HOME",
     "hf_hub_token": "log in with `hf auth login`",
-    "enable_liger_kernel": "the head is computed in chunks already",
-    "use_unsloth": "the head is computed in chunks already, and each prompt once for both answers",
     "use_unsloth_gc": "set memory.offload_activations: true",
     "ref_model": "ORPO has no reference model",
     "pref_ftx": "ORPO has an NLL term already, of weight 1",
     "default_system": "write system turns into the data",
-    "mix_strategy": "sources are read one after the other; weight says how often each is seen",
-    "interleave_probs": "give each source a weight in data.train",
-    "streaming": "data is read in batches and its tokens stay on disk",
-    "buffer_size": "rows are shuffled over the whole data set",
-    "preprocessing_batch_size": "rows are tokenised in batches by themselves",
-    "mask_history": "only the last turn is scored, always",
+    "preprocessing_batch_size": "rows are tokenized in batches anyway",
+    "mask_history": "only the last turn is ever scored",
     "train_on_prompt": "the scope of the NLL is orpo.nll_scope",
-    "remove_unused_columns": "columns that are not trained on are left out by themselves",
-    "additional_target": "set adapter.modules_to_save",
-    "dataset_dir": "the data sets are found by it",
     "media_dir": "text only",
     "ignore_pad_token_for_loss": "padding is never scored",
-    "include_num_input_tokens_seen": "tokens per second are logged always",
-    "upcast_layernorm": "norms beside quantised weights are in float32 by themselves",
-    "quantization_device_map": "the whole model lies on one card",
-    "moe_aux_loss_coef": "the model's own config says so (output_router_logits, router_aux_loss_coef)",
-    "torch_compile": "not with the packed layouts",
+    "include_num_input_tokens_seen": "tokens per second are always logged",
+    "upcast_layernorm": "norms beside quantized weights are in float32 anyway",
+    "quantization_device_map": "the whole model is on one card",
+    "moe_aux_loss_coef": "the model's own config has it (output_router_logits, router_aux_loss_coef)",
 }
+INFO = {"num_samples": "set data.max_rows", "folder": "give data.train the files", "ms_hub_url": "the Hugging Face hub is used",
+        "om_hub_url": "the Hugging Face hub is used", "script_url": "code of a data set is never run",
+        "cloud_file_name": "download it, and give its path", "tags": "the names of roles and contents are detected from the rows"}  # fmt: skip
+STANDARD = {
+    "alpaca": {"prompt": "instruction", "query": "input", "history": "history", "system": "system", "chosen": "chosen",
+               "rejected": "rejected"},
+    "sharegpt": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "system": "system", "tools": "tools"},
+}  # fmt: skip
+"""Column names that are detected from the rows, by LLaMA-Factory's names for them."""
+NO_PAIRS = "there are no held-out pairs (val_size, eval_dataset)"
+NLL = "LLaMA-Factory's NLL is the mean over the answer's tokens of each pair, then over the pairs; "
 
 
-def convert(draft: Draft) -> None:
+def convert(draft: RecipeDraft) -> None:
     """Fill the draft's recipe from a LLaMA-Factory configuration."""
     for name in ("stage", "pref_loss"):
         if name in draft.source:
-            draft.carried_as(name, draft.take(name), "orpo")
-    draft.carry("model_name_or_path", "model.name_or_path", change=lambda path: draft.place_of(str(path)))
-    draft.carry("model_revision", "model.revision")
-    draft.carry("orpo_beta" if "orpo_beta" in draft.source else "pref_beta", "orpo.beta", 0.1)
-    draft.put("orpo.nll_scope", "chosen")
+            draft.note(name, draft.take(name), "orpo")
+    draft.carry("model_name_or_path", "model.name_or_path", draft.place_of)
+    silent = {"orpo.beta": 0.1, "orpo.nll_scope": "chosen", "data.max_length": 2048, "data.overlong": "truncate"}
+    draft.carry_all(PLACES, silent)
+    draft.carry("orpo_beta" if "orpo_beta" in draft.source else "pref_beta", "orpo.beta")
     convert_weights(draft)
     convert_template(draft)
     convert_data(draft)
@@ -70,35 +91,15 @@ def convert(draft: Draft) -> None:
     draft.rest(LEFT)
 
 
-def convert_weights(draft: Draft) -> None:
-    kind, bits, method = (
-        draft.take("finetuning_type", "lora"),
-        draft.take("quantization_bit"),
-        draft.take("quantization_method", "bnb"),
-    )
-    draft.carried_as("finetuning_type", kind, "adapter")
-    held = "none"
-    if bits is not None and str(method) not in ("bnb", "bitsandbytes"):
-        draft.leave_value(
-            "quantization_method",
-            method,
-            "bitsandbytes quantises here; take a repository that is quantised already, or go without",
-        )
-        draft.leave_value("quantization_bit", bits, f"of {method}: model.quantization is none")
-    elif bits is not None:
-        quant_type = draft.take("quantization_type", "nf4")
-        held = {4: quant_type, 8: "int8"}.get(int(number(bits) or 0), "none")
-        draft.carried_as("quantization_bit", bits, "model.quantization")
-        if held == "none":
-            draft.differ("quantization_bit", bits, "bitsandbytes has 4 and 8 bits: model.quantization is none")
-        if str(method) != "bnb" or bits is not None:
-            draft.carried_as("quantization_method", method, "model.quantization")
-    draft.carry("double_quantization", "model.double_quant")
+def convert_weights(draft: RecipeDraft) -> None:
+    """Convert quantization, adapter, precision, attention and new tokens."""
+    kind, held = draft.take("finetuning_type", "lora"), quantization_of(draft)
+    draft.note("finetuning_type", kind, "adapter")
     if kind == "full":
         draft.put("adapter", None)
         if held != "none":
             draft.differ(
-                "quantization_bit", bits, "quantised weights cannot be trained whole: model.quantization is none"
+                "quantization_bit", held, "quantized weights cannot be trained in full: model.quantization is none"
             )
             held = "none"
     else:
@@ -106,102 +107,203 @@ def convert_weights(draft: Draft) -> None:
             draft.differ("finetuning_type", kind, "a LoRA is trained in its place")
         convert_adapter(draft)
     draft.put("model.quantization", held)
-    for name in ("bf16", "fp16", "pure_bf16"):
-        if name in draft.source:
-            wanted = draft.take(name)
-            if wanted:
-                draft.differ(name, wanted, "model.dtype: auto takes bfloat16 where the card has it, float16 on older ones, float32 on a CPU")  # fmt: skip
-            else:
-                draft.carried_as(name, wanted, "model.dtype")
+    draft.dtypes("bf16", "fp16", "pure_bf16")
     wanted = draft.take("flash_attn")
     if wanted in ("disabled", False):
         draft.put("model.attention", "eager")
     if wanted in ("fa2", "fa3"):
-        draft.differ("flash_attn", wanted, "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that is installed")  # fmt: skip
+        draft.differ("flash_attn", wanted, words.ATTENTION)
     elif wanted is not None:
-        draft.carried_as("flash_attn", wanted, "model.attention")
+        draft.note("flash_attn", wanted, "model.attention")
     off = draft.flag("disable_gradient_checkpointing")
     draft.put("memory.checkpointing", "none" if off else "all")
     if off:
-        draft.carried_as("disable_gradient_checkpointing", off, "memory.checkpointing")
-    tokens = [word for name in ("add_tokens", "add_special_tokens") for word in listed(draft, name, "model.new_tokens")]
+        draft.note("disable_gradient_checkpointing", off, "memory.checkpointing")
+    tokens = [word for name in ("add_tokens", "add_special_tokens") for word in draft.names(name, "model.new_tokens")]
     if tokens:
         draft.put("model.new_tokens", tokens)
-        if draft.source.pop("resize_vocab", None) is not None:
-            draft.carried_as("resize_vocab", True, "model.new_tokens")
+        if draft.take("resize_vocab") is not None:
+            draft.note("resize_vocab", True, "model.new_tokens")
 
 
-def convert_adapter(draft: Draft) -> None:
-    folders = listed(draft, "adapter_name_or_path", "adapter.init_from")
+def quantization_of(draft: RecipeDraft) -> str:
+    """Return the recipe's quantization for the file's bits and method."""
+    bits, method = draft.take("quantization_bit"), draft.take("quantization_method", "bnb")
+    if bits is None:
+        return "none"
+    if str(method) not in ("bnb", "bitsandbytes"):
+        draft.leave_value(
+            "quantization_method",
+            method,
+            "bitsandbytes quantizes here; use a repository that is already quantized, or none",
+        )
+        draft.leave_value("quantization_bit", bits, f"of {method}: model.quantization is none")
+        return "none"
+    held = {4: draft.take("quantization_type", "nf4"), 8: "int8"}.get(int(number(bits) or 0), "none")
+    draft.note("quantization_bit", bits, "model.quantization")
+    draft.note("quantization_method", method, "model.quantization")
+    if held == "none":
+        draft.differ("quantization_bit", bits, "bitsandbytes has 4 and 8 bits: model.quantization is none")
+    return held
+
+
+def convert_adapter(draft: RecipeDraft) -> None:
+    """Convert LoRA's own settings."""
+    folders = draft.names("adapter_name_or_path", "adapter.init_from")
     if folders:
         draft.put("adapter.init_from", draft.place_of(folders[0]))
     for folder in folders[1:]:
         draft.leave_value(
-            "adapter_name_or_path", folder, "one adapter is gone on with: merge the others into the base first"
+            "adapter_name_or_path",
+            folder,
+            "only one adapter can be trained further: merge the others into the base first",
         )
-    draft.carry("lora_rank", "adapter.r", 8)
-    alpha = 2 * (number(draft.recipe["adapter"]["r"]) or 8)
-    draft.carry("lora_alpha", "adapter.alpha", alpha)
-    draft.carry("lora_dropout", "adapter.dropout", 0.0)
-    targets = listed(draft, "lora_target", "adapter.target_modules") or ["all"]
+    rank = number(draft.source.get("lora_rank", 8)) or 8
+    draft.carry_all(ADAPTER, {"adapter.r": 8, "adapter.alpha": 2 * rank, "adapter.dropout": 0.0})
+    targets = draft.names("lora_target", "adapter.target_modules") or ["all"]
     draft.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets)
-    if more := listed(draft, "additional_target", "adapter.modules_to_save"):
+    if more := draft.names("additional_target", "adapter.modules_to_save"):
         draft.put("adapter.modules_to_save", more)
-    for name in ("use_rslora", "use_dora", "loraplus_lr_ratio"):
-        draft.carry(name, f"adapter.{name}")
     if draft.flag("pissa_init"):
         steps = draft.take("pissa_iter", 16)
         draft.put("adapter.init_lora_weights", f"pissa_niter_{steps}" if (number(steps) or 0) > 0 else "pissa")
-        draft.carried_as("pissa_init", True, "adapter.init_lora_weights")
+        draft.note("pissa_init", True, "adapter.init_lora_weights")
         if draft.take("pissa_convert") is not None:
-            draft.carried_as("pissa_convert", True, "the adapter is written as a plain LoRA, always")
+            draft.note("pissa_convert", True, "the adapter is always written as a plain LoRA")
 
 
-def convert_template(draft: Draft) -> None:
+def convert_template(draft: RecipeDraft) -> None:
+    """Convert the chat template, if it is known by its name, and the thinking mode."""
     template, thinking = draft.take("template"), draft.take("enable_thinking")
     if isinstance(template, str):
         if name := find_template(template):
             draft.put("model.chat_template", name)
-            draft.carried_as("template", template, "model.chat_template")
+            draft.note("template", template, "model.chat_template")
         else:
-            draft.leave_value("template", template, "the tokenizer's own chat template is taken; if it has none, set model.chat_template")  # fmt: skip
+            draft.leave_value(
+                "template",
+                template,
+                "the tokenizer's own chat template is used; if it has none, set model.chat_template",
+            )
         if template.endswith("_nothink") and thinking is None:
             thinking = False
     if thinking is not None:
         draft.put("data.template_kwargs", {"enable_thinking": thinking})
-        draft.carried_as("enable_thinking", thinking, "data.template_kwargs")
+        draft.note("enable_thinking", thinking, "data.template_kwargs")
 
 
-def convert_training(draft: Draft) -> None:
+def convert_data(draft: RecipeDraft) -> None:
+    """Convert data sets, by dataset_info.json, and their sizes."""
+    folder, info = dataset_info(draft)
+    for field, place in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
+        names = draft.names(field, place)
+        if names or field == "dataset":
+            draft.put(place, [source_of(draft, name, folder, info) for name in names])
+    data = draft.recipe["data"]
+    draft.differ("cutoff_len", data["max_length"], "the answer of a longer pair is cut at its end (data.overlong: truncate); LLaMA-Factory shares the cut between prompt and answer")  # fmt: skip
+    draft.held_out("val_size")
+    if "max_rows" in data:
+        if len(data["train"]) > 1:
+            draft.differ("max_samples", data["max_rows"], "of all sources together, in their order, where LLaMA-Factory means each")  # fmt: skip
+        if "eval" in data:
+            data["max_eval_rows"] = data["max_rows"]
+
+
+def dataset_info(draft: RecipeDraft) -> tuple[Path, dict[str, Any]]:
+    """Return the folder of the data sets and the content of its dataset_info.json, empty where there is none.
+
+    Raises:
+        RequestError: the file is not JSON, or not a mapping.
+    """
+    given = draft.take("dataset_dir")
+    if given is not None:
+        draft.note("dataset_dir", given, "paths in data.train")
+    places = [] if given is None else [Path(str(given)), draft.folder / str(given)]
+    places += [Path("data"), draft.folder / "data", draft.folder]
+    for place in places:
+        file = place / "dataset_info.json"
+        if file.is_file():
+            try:
+                info = json.loads(file.read_text("utf-8"))
+            except (ValueError, OSError, RecursionError) as error:
+                raise RequestError(f"{file}: not readable as JSON ({error}): fix it") from error
+            if not isinstance(info, dict):
+                raise RequestError(f"{file}: found {type(info).__name__}, expected names of data sets")
+            return place, info
+    return places[0], {}
+
+
+def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
+    """Convert a named data set into a data source."""
+    if not isinstance(info.get(name), dict):
+        draft.differ("dataset", name, "no dataset_info.json beside the file names it: taken as a path or a data set of the hub; give its file in data.train")  # fmt: skip
+        return {"path": draft.place_of(name)}
+    about, where = dict(info[name]), f"dataset_info.{name}"
+    hub, file = about.pop("hf_hub_url", None), about.pop("file_name", None)
+    source: dict[str, Any] = {"path": str(hub or (folder / str(file) if file else name))}
+    draft.note(f"{where}.{'hf_hub_url' if hub else 'file_name'}", hub or file, "data path")
+    if hub and file:
+        draft.leave_value(f"{where}.file_name", file, "hf_hub_url takes precedence, as in LLaMA-Factory")
+    for theirs, ours in (("subset", "name"), ("split", "split")):
+        if (value := about.pop(theirs, None)) is not None:
+            draft.note(f"{where}.{theirs}", value, ours)
+            source |= {ours: value} if hub else {}
+    if not spelled("ranking", about.pop("ranking", False)):
+        draft.differ(f"{where}.ranking", False, "not marked as preference data: its rows must have chosen and rejected")
+    columns, formatting = about.pop("columns", None), str(about.pop("formatting", "alpaca"))
+    if names := columns_of(draft, where, formatting, columns if isinstance(columns, dict) else {}):
+        source["columns"] = names
+    for key, value in about.items():
+        draft.leave_value(f"{where}.{key}", value, INFO.get(key, "no equivalent here"))
+    return source
+
+
+def columns_of(draft: RecipeDraft, where: str, formatting: str, given: dict[str, Any]) -> dict[str, str]:
+    """Return the column map of a data set whose columns do not have their usual names."""
+    usual = STANDARD.get(formatting, STANDARD["sharegpt"])
+    found: dict[str, str] = {}
+    for theirs, actual in given.items():
+        ours = "prompt" if theirs == "messages" else theirs
+        if usual.get(theirs) == actual:
+            draft.note(f"{where}.columns.{theirs}", actual, "detected from the rows")
+        elif ours in ("prompt", "chosen", "rejected", "system", "tools"):
+            found[ours] = str(actual)
+            draft.note(f"{where}.columns.{theirs}", actual, f"columns.{ours}")
+        else:
+            why = f"name the column {usual[theirs]} in the data" if theirs in usual else "not used for pairs of text"
+            draft.leave_value(f"{where}.columns.{theirs}", actual, why)
+    if "prompt" in found and formatting == "alpaca":
+        draft.put("data.apply_template", True)
+    return found
+
+
+def convert_training(draft: RecipeDraft) -> None:
+    """Convert batches, schedule and evaluation."""
     if "warmup_ratio" in draft.source:
         ratio = draft.take("warmup_ratio")
-        if "warmup_steps" in draft.source and draft.source["warmup_steps"]:
-            draft.leave_value("warmup_ratio", ratio, "warmup_steps goes before it")
+        if draft.source.get("warmup_steps"):
+            draft.leave_value("warmup_ratio", ratio, "warmup_steps takes precedence")
         else:
-            draft.put("training.warmup_steps", ratio)
-            draft.carried_as("warmup_ratio", ratio, "training.warmup_steps, below 1 a share of all steps")
             draft.take("warmup_steps")
+            draft.put("training.warmup_steps", ratio)
+            draft.note("warmup_ratio", ratio, "training.warmup_steps, below 1 a share of all steps")
     if "evaluation_strategy" in draft.source:
         draft.source["eval_strategy"] = draft.take("evaluation_strategy")
-    if "early_stopping_steps" in draft.source:
-        draft.carry("early_stopping_steps", "training.early_stopping_patience")
-    held = draft.recipe["data"]["eval_fraction"] or "eval" in draft.recipe["data"]
-    if not held:
+    if not draft.recipe["data"]["eval_fraction"] and "eval" not in draft.recipe["data"]:
         for name in ("eval_strategy", "eval_steps"):
-            draft.leave(name, "there are no held-out pairs (val_size, eval_dataset)")
+            draft.leave(name, NO_PAIRS)
     for name in [name for name in draft.source if name in LEFT]:
         draft.leave(name, LEFT[name])
-    if (many := draft.source.get("disable_shuffling")) is not None:
-        draft.flag("disable_shuffling")
-        draft.carried_as("disable_shuffling", many, "training.train_sampling_strategy")
-        draft.put("training.train_sampling_strategy", "sequential" if many else "random")
-    draft.training(DEFAULTS)
-    batch = number(draft.recipe["training"]["per_device_train_batch_size"]) or 1
-    word = "LLaMA-Factory's NLL is the mean over the answer's tokens of each pair, then over the pairs; "
+    if (sequential := draft.flag("disable_shuffling")) is not None:
+        draft.note("disable_shuffling", sequential, "training.train_sampling_strategy")
+        draft.put("training.train_sampling_strategy", "sequential" if sequential else "random")
+    draft.training(TRAINING)
+    training = draft.recipe["training"]
+    batch = int(number(training["per_device_train_batch_size"]) or 1)
     if batch == 1:
         draft.put("orpo.nll_mean", "micro")
-        draft.differ("pref_loss", "orpo", word + "one pair a micro-batch and orpo.nll_mean: micro are the same")
+        draft.differ("pref_loss", "orpo", NLL + "one pair per micro-batch and orpo.nll_mean: micro are the same")
     else:
-        draft.differ("pref_loss", "orpo", word + "here it is one mean over all answer tokens of the step, in which longer answers weigh more. For the same, set "
-                     f"training.per_device_train_batch_size=1 training.gradient_accumulation_steps={int(batch * (number(draft.recipe['training']['gradient_accumulation_steps']) or 1))} "
-                     "orpo.nll_mean=micro")  # fmt: skip
+        steps = batch * int(number(training["gradient_accumulation_steps"]) or 1)
+        draft.differ("pref_loss", "orpo", NLL + "here it is one mean over all answer tokens of the step, in which longer answers weigh more. "
+                     f"For the same, set training.per_device_train_batch_size=1 training.gradient_accumulation_steps={steps} orpo.nll_mean=micro")  # fmt: skip
