@@ -1,4 +1,4 @@
-"""Every allocation of a step, when it was made and freed: a peak that can be taken apart, in time and by what it is."""
+"""A log of every allocation of a step, from which a peak can be broken down by time and by purpose."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.plan.quantised import AS_KERNEL, DEQUANTISE, PRODUCTS
+from orpo_lite.plan.kernels import DEQUANTIZE, INT8_FLOPS, REPLACEMENTS
 
 aten = torch.ops.aten
 
 Segment = tuple[str, int | str]
-"""A stretch of the step: its phase, and a layer's number, `start` (before the layers) or `end` (after them)."""
+"""A part of the step: its phase, and a layer's index, `start` (before the layers) or `end` (after them)."""
 
 BASE, CONSTANTS, ENDS, ADAPTER = "base weights", "quantisation constants", "embeddings and head", "adapter"
 GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimizer", "kept activations"
@@ -26,11 +26,11 @@ LAYER, HEAD, WORKSPACE = "layer recompute", "head chunk", "kernel workspace"
 LOADING = "matrix being loaded"
 GATHERED, BUFFERS = "gathered weights", "communication buffers"
 PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING, GATHERED, BUFFERS)
-"""What memory is held for, in the order in which it is shown."""
+"""Purposes of memory, in the order in which they are shown."""
 
 FLOPS, UNPACKED, MOVED = "FLOPs", "weights unpacked", "activations on the host"
-"""What a step takes beside memory: floating point operations of products and attention, quantised weights turned into 16
-bits for a product, bytes that wait in the host's memory."""
+"""Costs of a step other than memory: floating point operations of products and attention, quantized weights dequantized to
+16 bits for a product, bytes of activations offloaded to the host."""
 
 COMPOSED = (aten.linear.default, aten.matmul.default)
 
@@ -39,15 +39,15 @@ INPLACE = {
     aten.scatter_add.default: aten.scatter_add_.default,
     aten.index_add.default: aten.index_add_.default,
 }
-"""What autograd does in place unless a dispatch mode looks on; see `Timeline._owned_by_engine`."""
+"""Operations that autograd runs in place except under a dispatch mode; see `Timeline._owned_by_engine`."""
 
 
 class Timeline(TorchDispatchMode):
-    """While open, logs each storage that torch operations make and when it goes, on meta tensors as on real ones.
+    """A mode that logs every storage that torch operations make, and when it is freed, on meta tensors as on real ones.
 
     Args:
-        block: bytes that an allocation is rounded up to; 512 as CUDA's allocator does, 1 as on the CPU.
-        workspace: bytes that an operation takes for its own use while it runs, from its name, arguments and output.
+        block: bytes that an allocation is rounded up to: 512 for CUDA's allocator, 1 for the CPU's.
+        workspace: bytes that an operation allocates for itself while it runs, from the operation, its arguments and output.
     """
 
     def __init__(self, block: int, workspace: Callable[[Any, tuple, Any], int]) -> None:
@@ -55,16 +55,16 @@ class Timeline(TorchDispatchMode):
         self.block, self.workspace = block, workspace
         self.segment: Segment = ("static", "")
         self.events: list[tuple[int, int, Segment]] = []
-        """(allocation, bytes gained or lost, when)."""
+        """(index of the allocation, bytes gained or lost, segment)."""
         self.labels: dict[int, str] = {}
         self.work: Counter[str] = Counter()
-        """What the training step computes: FLOPs of its products, and how many quantised weights it unpacks."""
+        """Work of the training step: its FLOPs, and how many quantized weights it unpacks."""
         self._known: dict[int, int] = {}
 
-    # ---- what is there ---------------------------------------------------------------------------------------------
+    # ---- memory that is there already ------------------------------------------------------------------------------
 
     def hold(self, tensor: Tensor, label: str | None = None) -> None:
-        """Log a tensor's storage, once; with a label, say what it is for."""
+        """Log a tensor's storage once; a label names its purpose."""
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
@@ -83,7 +83,7 @@ class Timeline(TorchDispatchMode):
             self.labels[self._known[key]] = label
 
     def take(self, size: int, label: str) -> None:
-        """Log bytes that no tensor here stands for and that stay."""
+        """Log bytes that stay allocated and that no tensor of the meta run stands for."""
         if size:
             self.labels[self._add(size)] = label
 
@@ -92,22 +92,22 @@ class Timeline(TorchDispatchMode):
         self.events.append((number, size, self.segment))
         return number
 
-    # ---- what operations make --------------------------------------------------------------------------------------
+    # ---- memory that operations allocate ---------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         if func is aten._local_scalar_dense.default and args[0].is_meta:
             if args[0].dtype != torch.bool:
-                raise NotImplementedError("the model reads a number out of its tensors, which a plan does not have")
-            return True  # transformers asks whether a mask has no padding: the plan's has none
+                raise NotImplementedError("the model reads a value from its tensors, and a plan has none")
+            return True  # transformers asks whether a mask is free of padding, as the plan's is
         name = func._schema.name
-        kernel = AS_KERNEL.get(name)
+        kernel = REPLACEMENTS.get(name)
         if kernel is not None and args[0].is_meta:
-            if name in PRODUCTS:
-                self._worked(FLOPS, PRODUCTS[name](*args))
+            if name in INT8_FLOPS:
+                self._count(FLOPS, INT8_FLOPS[name](*args))
             with self:
                 return kernel(*args, **kwargs)
-        if func in COMPOSED:  # where autograd is off they come whole
+        if func in COMPOSED:  # without autograd they arrive undecomposed
             with self:
                 return func.decompose(*args, **kwargs)
         if func in INPLACE and self.segment[0] == "backward" and self._owned_by_engine(func, args):
@@ -117,9 +117,9 @@ class Timeline(TorchDispatchMode):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)
         if func._overloadpacket in flop_registry:
-            self._worked(FLOPS, flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
-        elif name == DEQUANTISE:
-            self._worked(UNPACKED, output.numel())
+            self._count(FLOPS, flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
+        elif name == DEQUANTIZE:
+            self._count(UNPACKED, output.numel())
         extra = self.workspace(func, args, output)
         if extra:
             number = self._add(extra)
@@ -127,17 +127,17 @@ class Timeline(TorchDispatchMode):
             self.events.append((number, -extra, self.segment))
         return output
 
-    def _worked(self, what: str, amount: int) -> None:
+    def _count(self, what: str, amount: int) -> None:
         if self.segment[0] in ("forward", "backward"):
             self.work[what] += amount
 
     @staticmethod
     def _owned_by_engine(func: Any, args: tuple) -> bool:
-        """Whether autograd would have worked in place had nobody looked on.
+        """Check whether autograd would have run the operation in place without a dispatch mode.
 
-        Gradients that meet are summed in place where the engine alone owns the first, and under any dispatch mode its
-        Python wrapper is a second owner; derivative formulas avoid in-place operations under a mode altogether. Either
-        shows one gradient too many.
+        The engine sums gradients in place where it alone owns the first; under a dispatch mode the Python wrapper is a
+        second owner. Derivative formulas avoid in-place operations under a mode altogether. Either would show one
+        gradient too many.
         """
         if torch.is_grad_enabled():
             return False
@@ -148,15 +148,15 @@ class Timeline(TorchDispatchMode):
             return False
         return torch._C._storage_Use_Count(first.untyped_storage()._cdata) <= 2
 
-    # ---- what it comes to ------------------------------------------------------------------------------------------
+    # ---- results ---------------------------------------------------------------------------------------------------
 
     def peaks(self) -> dict[Segment, Counter[str]]:
-        """The fullest moment of each segment: bytes by part."""
+        """Return the fullest moment of each segment, as bytes by purpose."""
         freed = {number: segment for number, size, segment in self.events if size < 0}
         now: Counter[str] = Counter()
         total, highest = 0, dict[Segment, int]()
         found: dict[Segment, Counter[str]] = {}
-        for number, size, segment in self._each():
+        for number, size, segment in self._events_with_starts():
             now[self._part(number, freed)] += size
             total += size
             if total > highest.get(segment, -1):
@@ -164,8 +164,8 @@ class Timeline(TorchDispatchMode):
                 found[segment] = Counter(now)
         return found
 
-    def _each(self) -> Iterator[tuple[int, int, Segment]]:
-        """The events, and at the start of every segment what it found there."""
+    def _events_with_starts(self) -> Iterator[tuple[int, int, Segment]]:
+        """Iterate over the events, with an empty one at the start of each segment: it may be the fullest moment there."""
         last: Segment | None = None
         for number, size, segment in self.events:
             if segment != last:
@@ -174,7 +174,7 @@ class Timeline(TorchDispatchMode):
             yield number, size, segment
 
     def _part(self, number: int, freed: dict[int, Segment]) -> str:
-        """What an allocation is for; activations that outlive the layer that made them are kept ones."""
+        """Name an allocation's purpose; activations that outlive the segment that made them are kept ones."""
         if number in self.labels:
             return self.labels[number]
         born: Segment = self.events[number][2]

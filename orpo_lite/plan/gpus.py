@@ -1,4 +1,4 @@
-"""Graphics cards by name and by size, and how a plan stands to them."""
+"""Graphics cards by name and size, the one in this machine, and whether a plan fits a card."""
 
 from __future__ import annotations
 
@@ -10,13 +10,20 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 
 if TYPE_CHECKING:
+    import torch
+
     from orpo_lite.plan.kernels import Target
     from orpo_lite.plan.predict import Plan
+
+MARGIN = "fragmentation margin"
+"""The assumption without which a plan still fits, if only tightly."""
+CONTEXT_BYTES = 500_000_000
+"""ASSUMED. Memory that the driver and CUDA's modules take outside the allocator: 0.3 to 0.6 GB on recent cards."""
 
 
 @dataclass(frozen=True)
 class Card:
-    """A card. Its memory is what the driver says is there, where that is less than the name promises."""
+    """A card; its memory is what the driver reports, where that is less than the name promises."""
 
     name: str
     gigabytes: float
@@ -31,82 +38,54 @@ class Card:
 
     @property
     def target(self) -> Target:
-        """What the step would run on. Cards of a generation take the same kernels, and so the same memory."""
+        """The device to plan for. Cards of a generation use the same kernels, and so need the same memory."""
         from orpo_lite.plan.kernels import Target
 
         return Target("cuda", (8, 6) if self.capability >= (8, 0) else (7, 5))
 
+    def fitted_name(self, recipe: str) -> str:
+        """Name a recipe that was fitted to the card."""
+        return f"{recipe}-{re.sub(r'[^a-z0-9.-]', '', self.name.lower())}"
 
-AMPERE, ADA, HOPPER, BLACKWELL, TURING = (8, 6), (8, 9), (9, 0), (12, 0), (7, 5)
+
+GENERATIONS = {
+    (6, 0): {"p100": 16},
+    (6, 1): {"gtx-1080-ti": 11},
+    (7, 0): {"v100-16gb": 16, "v100-32gb": 32},
+    (7, 5): {"rtx-2060": 6, "rtx-2070": 8, "rtx-2080": 8, "rtx-2080-ti": 11, "t4": 15.8},
+    (8, 0): {"a100-40gb": 40, "a100-80gb": 80},
+    (8, 6): {"rtx-3050": 8, "rtx-3060": 12, "rtx-3060-ti": 8, "rtx-3070": 8, "rtx-3080": 10, "rtx-3080-12gb": 12,
+             "rtx-3090": 24, "rtx-a4000": 16, "rtx-a5000": 24, "rtx-a6000": 48, "a10": 23.6, "a10g": 23.6, "a40": 47.6},
+    (8, 9): {"rtx-4060": 8, "rtx-4060-ti": 8, "rtx-4060-ti-16gb": 16, "rtx-4070": 12, "rtx-4070-ti": 12,
+             "rtx-4070-ti-super": 16, "rtx-4080": 16, "rtx-4090": 24, "l4": 23.6, "l40s": 47.6, "rtx-6000-ada": 48},
+    (9, 0): {"h100": 80, "h200": 141},
+    (12, 0): {"rtx-5060-ti-16gb": 16, "rtx-5070": 12, "rtx-5070-ti": 16, "rtx-5080": 16, "rtx-5090": 32},
+}  # fmt: skip
+"""Gigabytes of cards by name, by their compute capability."""
 CARDS = {
-    card.name: card
-    for card in (
-        Card("gtx-1080-ti", 11, (6, 1)),
-        Card("rtx-2060", 6, TURING),
-        Card("rtx-2070", 8, TURING),
-        Card("rtx-2080", 8, TURING),
-        Card("rtx-2080-ti", 11, TURING),
-        Card("rtx-3050", 8),
-        Card("rtx-3060", 12),
-        Card("rtx-3060-ti", 8),
-        Card("rtx-3070", 8),
-        Card("rtx-3080", 10),
-        Card("rtx-3080-12gb", 12),
-        Card("rtx-3090", 24),
-        Card("rtx-4060", 8, ADA),
-        Card("rtx-4060-ti", 8, ADA),
-        Card("rtx-4060-ti-16gb", 16, ADA),
-        Card("rtx-4070", 12, ADA),
-        Card("rtx-4070-ti", 12, ADA),
-        Card("rtx-4070-ti-super", 16, ADA),
-        Card("rtx-4080", 16, ADA),
-        Card("rtx-4090", 24, ADA),
-        Card("rtx-5060-ti-16gb", 16, BLACKWELL),
-        Card("rtx-5070", 12, BLACKWELL),
-        Card("rtx-5070-ti", 16, BLACKWELL),
-        Card("rtx-5080", 16, BLACKWELL),
-        Card("rtx-5090", 32, BLACKWELL),
-        Card("t4", 15.8, TURING),
-        Card("p100", 16, (6, 0)),
-        Card("v100-16gb", 16, (7, 0)),
-        Card("v100-32gb", 32, (7, 0)),
-        Card("rtx-a4000", 16),
-        Card("rtx-a5000", 24),
-        Card("rtx-a6000", 48),
-        Card("a10", 23.6),
-        Card("a10g", 23.6),
-        Card("l4", 23.6, ADA),
-        Card("a40", 47.6),
-        Card("l40s", 47.6, ADA),
-        Card("rtx-6000-ada", 48, ADA),
-        Card("a100-40gb", 40, (8, 0)),
-        Card("a100-80gb", 80, (8, 0)),
-        Card("h100", 80, HOPPER),
-        Card("h200", 141, HOPPER),
-    )
+    name: Card(name, size, capability) for capability, cards in GENERATIONS.items() for name, size in cards.items()
 }
-SIZES = (8, 12, 16, 24, 32, 48, 80)
-"""Gigabytes of the cards that recipes are written for."""
-SHOWN = [*(Card(f"{size} GB", size) for size in SIZES), CARDS["t4"]]
+SIZES = [Card(f"{size} GB", size) for size in (8, 12, 16, 24, 32, 48, 80)]
+"""The sizes of card that recipes are written for."""
 
 FITS, TIGHT, NOT = "fits", "tight", "does not fit"
 
 
 def find_cards(wish: str) -> list[Card]:
-    """The cards behind a name, a size such as 12GB, or `all`.
+    """Return the cards that a name, a size such as 12GB, or `all` stands for.
 
     Raises:
-        RequestError: neither; the message names the nearest.
+        RequestError: none of these; the message suggests the nearest name.
     """
     word = re.sub(r"[\s_]+", "-", wish.strip().lower()).removeprefix("nvidia-").removeprefix("geforce-")
     if word == "all":
-        return sorted([*SHOWN[:-1], *CARDS.values()], key=lambda card: card.gigabytes)
+        return sorted([*SIZES, *CARDS.values()], key=lambda card: card.gigabytes)
     size = re.fullmatch(r"(\d+(?:\.\d+)?)-?(gi?b?)?", word)
     if size and 0 < float(size[1]) <= 1000:
         gigabytes = round(float(size[1]) * (2**30 / 1e9 if "i" in (size[2] or "") else 1), 2)
         return [Card(f"{gigabytes:g} GB", gigabytes)]
-    spelt = {re.sub(r"\W", "", name): card for name, card in CARDS.items()}
-    found = spelt.get(re.sub(r"\W", "", word)) or spelt.get("rtx" + re.sub(r"\W", "", word))
+    spelled = {re.sub(r"\W", "", name): card for name, card in CARDS.items()}
+    found = spelled.get(re.sub(r"\W", "", word)) or spelled.get("rtx" + re.sub(r"\W", "", word))
     if found is None:
         raise RequestError(
             f"--gpu: found {wish!r}{nearest(word, CARDS)}, expected all, a size such as 12GB, or one of {', '.join(CARDS)}"
@@ -114,10 +93,20 @@ def find_cards(wish: str) -> list[Card]:
     return [found]
 
 
-def verdict(plan: Plan, card: Card) -> str:
-    """fits: with every margin; tight: only if the allocator wastes next to nothing; else it does not."""
-    from orpo_lite.plan.predict import MARGIN
+def card_here(device: torch.device) -> tuple[Card, int]:
+    """Return this machine's card with the memory that this process can use, and the bytes that other processes hold."""
+    import torch
 
+    free, total = torch.cuda.mem_get_info(device)
+    # asking created this process's own CUDA context, which a plan counts itself
+    ours = CONTEXT_BYTES + torch.cuda.memory_reserved(device)
+    others = max(0, total - free - ours)
+    name, capability = torch.cuda.get_device_name(device), torch.cuda.get_device_capability(device)
+    return Card(name, (total - others) / 1e9, capability), others
+
+
+def verdict(plan: Plan, card: Card) -> str:
+    """Judge a plan: it fits with every margin, tightly if the allocator wastes next to nothing, or not at all."""
     room = card.gigabytes * 1e9
     if plan.needed <= room:
         return FITS

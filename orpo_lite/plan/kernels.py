@@ -1,7 +1,7 @@
-"""What a device makes of an operation: autocast, the attention kernel it would pick, and the kernels' own memory.
+"""Emulation of a target device on meta tensors: autocast, the attention kernel it would pick, and kernel workspaces.
 
-Tensors on the meta device have no autocast, and their attention is always the plain formula. Both are put right here,
-at the level where the real ones work: above autograd, so that casts and kernels show in the backward pass too.
+Tensors on the meta device have no autocast, and their attention is always the plain formula. Both are corrected here, at
+the level where the real ones work: above autograd, so that casts and kernels appear in the backward pass too.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ aten = torch.ops.aten
 
 LOWER = {"linear", "matmul", "__matmul__", "__rmatmul__", "mm", "bmm", "addmm", "baddbmm", "addbmm", "mv", "addmv",
          "einsum", "conv1d", "conv2d", "conv3d", "scaled_dot_product_attention"}  # fmt: skip
-"""Functions that autocast computes in 16 bits."""
+"""Functions that autocast runs in 16 bits."""
 RAISED = {"layer_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "exp", "log", "norm", "cumsum", "cumprod",
           "sum", "prod", "softplus", "cross_entropy", "nll_loss", "reciprocal", "group_norm"}  # fmt: skip
-"""Functions that CUDA's autocast computes in float32; the CPU's leaves them as they come."""
+"""Functions that CUDA's autocast runs in float32; the CPU's leaves them in the dtype of their inputs."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
 
@@ -38,7 +38,7 @@ class Target:
     kind: str
     """cuda or cpu."""
     capability: tuple[int, int] = (8, 6)
-    """CUDA compute capability; decides kernels and the 16-bit dtype."""
+    """CUDA compute capability; it decides the kernels and the 16-bit dtype."""
 
     @property
     def block(self) -> int:
@@ -47,14 +47,14 @@ class Target:
 
 
 def lower_right(queries: int, keys: int) -> Tensor:
-    """Stands for torch's causal_lower_right, a tensor subclass that cannot be made while a ledger looks on."""
+    """Stand in for torch's causal_lower_right, a tensor subclass that cannot be made under a dispatch mode."""
     mask = torch.ones((), dtype=torch.bool, device="meta").expand(queries, keys)
     mask.lower_right = True  # type: ignore[attr-defined]
     return mask
 
 
 class Kernels(TorchFunctionMode):
-    """While open, functions on meta tensors run as they would on the target."""
+    """A mode under which functions on meta tensors run as they would on the target."""
 
     def __init__(self, target: Target) -> None:
         super().__init__()
@@ -68,7 +68,7 @@ class Kernels(TorchFunctionMode):
             return GroupedProduct.apply(args[0], args[1])
         if name not in LOWER and name not in RAISED:
             return func(*args, **kwargs)
-        if torch.is_autocast_enabled("cpu"):  # the flag stands for the target's autocast: meta tensors ignore it
+        if torch.is_autocast_enabled("cpu"):  # stands for the target's autocast, since meta tensors ignore it
             if name in LOWER:
                 args, kwargs = _converted(self._lower, args, kwargs)
             elif self.target.kind == "cuda" and kwargs.get("dtype") is None:
@@ -90,8 +90,8 @@ class Kernels(TorchFunctionMode):
         return self._cast_weights[id(value)]
 
     @contextlib.contextmanager
-    def standing_in(self) -> Iterator[None]:
-        """Let autocast, and what asks for it or for the device, take meta tensors for the target's."""
+    def emulate(self) -> Iterator[None]:
+        """Make autocast, and code that asks for it or for the device, treat meta tensors as the target's."""
         plain, enabled, clear = torch.autocast, torch.is_autocast_enabled, torch.clear_autocast_cache
 
         class Autocast(plain):
@@ -99,12 +99,12 @@ class Kernels(TorchFunctionMode):
                 super().__init__("cpu" if device_type == "meta" else device_type, *args, **kwargs)
 
         def is_enabled(*device: str) -> bool:
-            # without a device the question is for CUDA's
+            # asked without a device, torch answers for CUDA
             if device and device[0] != "meta":
                 return enabled(*device)
             return enabled("cpu") if device or self.target.kind == "cuda" else enabled()
 
-        def forget() -> None:
+        def clear_cache() -> None:
             self._cast_weights.clear()
             clear()
 
@@ -112,7 +112,7 @@ class Kernels(TorchFunctionMode):
         with (
             mock.patch.object(torch, "autocast", Autocast),
             mock.patch.object(torch, "is_autocast_enabled", is_enabled),
-            mock.patch.object(torch, "clear_autocast_cache", forget),
+            mock.patch.object(torch, "clear_autocast_cache", clear_cache),
             mock.patch.object(attention, "LOWER_RIGHT", branches),
             mock.patch.object(attention, "causal_lower_right", lower_right),
             self,
@@ -139,7 +139,11 @@ def attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """scaled_dot_product_attention by the kernel that the target picks, which is what holds memory."""
+    """Run scaled_dot_product_attention with the kernel that the target would pick, since kernels differ in what they keep.
+
+    Args:
+        query: (batch, heads, queries, width); key and value: (batch, key heads, keys, width).
+    """
     if target.kind == "cpu":
         if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
             attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
@@ -156,7 +160,7 @@ def attend(
             )[0]
         if not grouped:
             bias = None
-            if from_right:  # this kernel has it as a flag as well
+            if from_right:  # this kernel takes it as a flag
                 is_causal = True
             elif attn_mask is not None:
                 bias = attn_mask
@@ -175,9 +179,9 @@ def attend(
 
 
 class GroupedProduct(torch.autograd.Function):
-    """Fused experts' product, each token's row by its expert's matrix: its own meta kernel takes bfloat16 alone.
+    """Product of fused experts, each token's row with its expert's matrix; torch's own meta kernel accepts only bfloat16.
 
-    However the rows are dealt to experts, input, output and gradients have these sizes, and take these products.
+    However rows are routed, inputs, outputs, gradients and the count of operations have these sizes.
     """
 
     @staticmethod
@@ -197,7 +201,7 @@ class GroupedProduct(torch.autograd.Function):
 
 
 def cpu_flash(query: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> bool:
-    """Whether this machine's CPU takes its flash kernel, asked of torch on a tensor of the same kind."""
+    """Ask torch whether this machine's CPU would use its flash kernel, with a small tensor of the same kind."""
     small = torch.zeros(1, query.shape[1], 2, query.shape[-1], dtype=query.dtype)
     with torch._C.DisableTorchFunction():
         bias = None if mask is None else torch.zeros(1, 1, 2, 2, dtype=query.dtype)
@@ -205,17 +209,17 @@ def cpu_flash(query: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> 
         return choose(small, small, small, bias, dropout, False, enable_gqa=gqa) == 1
 
 
-# ---- memory that a kernel takes for itself -------------------------------------------------------------------------
+# ---- kernel workspaces -----------------------------------------------------------------------------------------------
 
 
 def cuda_workspace(func: Any, args: tuple, output: Any) -> int:
-    """Bytes of attention's backward kernels; by the layout of their C++ sources, so an assumption here."""
+    """Count the bytes that attention's backward kernels allocate; derived from their C++ sources, so an assumption."""
     if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, length, width = query.shape
         rows = -(-length // 128) * 128
         size = 4 * batch * heads * rows * (1 + -(-width // 32) * 32)  # row sums and the query's gradient, float32
-        if key.shape[1] != heads:  # keys' and values' gradients come for every query head first
+        if key.shape[1] != heads:  # gradients of keys and values are first made for every query head
             size += 2 * batch * heads * key.shape[2] * width * key.element_size()
         return size
     if func is aten._scaled_dot_product_efficient_attention_backward.default:
@@ -225,5 +229,48 @@ def cuda_workspace(func: Any, args: tuple, output: Any) -> int:
 
 
 def no_workspace(func: Any, args: tuple, output: Any) -> int:
-    """On the CPU what operations take for themselves is small, and shows in the comparison with real steps."""
+    """Return 0: on the CPU workspaces are small; the comparison with real steps shows how small."""
     return 0
+
+
+# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
+
+
+# bitsandbytes' own meta kernels show an output, but none of the memory in between: these run in their place
+
+
+def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:
+    """Dequantise the whole matrix, then multiply, as every device does for more than a few hundred rows."""
+    from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
+
+    return _gemm_4bit_default_impl(*args, **kwargs)
+
+
+def int8_vectorwise_quant(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes, scales, and no outlier columns, whose number depends on the data."""
+    return (
+        torch.empty(rows.shape, dtype=torch.int8, device=rows.device),
+        torch.empty(rows.numel() // rows.shape[-1], dtype=torch.float32, device=rows.device),
+        torch.empty(0, dtype=torch.int64, device=rows.device),
+    )
+
+
+def int8_mixed_scaled_mm(rows: Tensor, codes: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
+    """Make the int32 product, then the scaled one."""
+    shape = (*codes.shape[:-1], weight.shape[0])
+    product = torch.empty(shape, dtype=torch.int32, device=rows.device)
+    return product.to(rows.dtype), None
+
+
+REPLACEMENTS = {
+    "bitsandbytes::gemm_4bit": gemm_4bit,
+    "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant,
+    "bitsandbytes::int8_mixed_scaled_mm": int8_mixed_scaled_mm,
+}
+"""Operations by name, and the functions that run in their place on meta tensors."""
+
+DEQUANTIZE = "bitsandbytes::dequantize_4bit"
+INT8_FLOPS = {
+    "bitsandbytes::int8_mixed_scaled_mm": lambda rows, codes, weight, *_: 2 * codes.numel() * weight.shape[0],
+}
+"""FLOPs of replaced operations that are not made of torch's own products."""

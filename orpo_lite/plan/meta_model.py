@@ -1,10 +1,11 @@
-"""The model of a recipe on the meta device: shapes and dtypes as training has them, and no memory."""
+"""A recipe's model on the meta device, with the shapes and dtypes of training and no memory; and its optimizer's states."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +19,11 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
+    TrainingArguments,
 )
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import shipped_quantization
 from orpo_lite.model.precision import BACKENDS
@@ -32,7 +35,7 @@ from orpo_lite.recipe.loading import resolve_path
 
 
 def find_config(spec: ModelSection) -> PretrainedConfig:
-    """Configuration of a recipe's base: one that travels with the kit, a folder, a config file, or the hub's cache.
+    """Find the configuration of a recipe's base: shipped with the kit, in a folder, a config file, or the hub's cache.
 
     Raises:
         RequestError: none of these; nothing is downloaded.
@@ -56,7 +59,7 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
 
 
 def compute_dtype(spec: ModelSection, target: Target) -> torch.dtype:
-    """dtype that `choose_precision` takes on the target, which need not be here.
+    """Return the dtype that `choose_precision` would pick on the target, which need not be this machine.
 
     Raises:
         RequestError: float16 on the CPU.
@@ -68,14 +71,14 @@ def compute_dtype(spec: ModelSection, target: Target) -> torch.dtype:
 
 
 def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, recompute: bool) -> Any:
-    """Base and adapter on the meta device, by the functions that training uses.
+    """Build base and adapter on the meta device, with the functions that training uses.
 
     Args:
-        layers: keep only so many of the decoder's layers; None keeps all.
-        recompute: whether any layer checkpoints its activations.
+        layers: keep only this many of the decoder's layers; None keeps all.
+        recompute: any layer checkpoints its activations.
 
     Raises:
-        RequestError: a quantisation that a plan does not know, or an adapter that does not fit.
+        RequestError: an unsupported quantization, or an adapter that does not match the model.
     """
     config = copy.deepcopy(config)
     settings = quantization(recipe.model, config, dtype)
@@ -88,19 +91,19 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
         shorten(model, layers)
     if settings is not None:
         with real_code_map():
-            quantise(model, settings, dtype)
+            quantize(model, settings, dtype)
     with torch.device("meta"):
         model = attach(model, recipe, recompute)
     return model.train()
 
 
 def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtype) -> BitsAndBytesConfig | None:
-    """How the frozen base is held; None for 16 or 32 bits."""
+    """Return how the frozen base is quantized; None for 16 or 32 bits."""
     shipped = shipped_quantization(config)
     if shipped and shipped.get("quant_method") != "bitsandbytes":
         raise RequestError(
-            f"model.name_or_path: {spec.name_or_path} is quantised with {shipped.get('quant_method')}, which cannot be "
-            "planned: take the repository with the 16-bit weights"
+            f"model.name_or_path: {spec.name_or_path} is quantized with {shipped.get('quant_method')}, which cannot be "
+            "planned: use the repository with the 16-bit weights"
         )
     if shipped:
         known: dict[str, Any] = {k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
@@ -111,7 +114,7 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
 
 @contextlib.contextmanager
 def real_code_map() -> Iterator[None]:
-    """Leave bitsandbytes' table of codes as it was: filled from a meta tensor, it would poison real quantisation."""
+    """Restore bitsandbytes' table of codes afterwards: filled from a meta tensor, it would spoil real quantization."""
     from bitsandbytes.functional import name2qmap
 
     kept = dict(name2qmap)
@@ -122,8 +125,8 @@ def real_code_map() -> Iterator[None]:
         name2qmap.update(kept)
 
 
-def quantise(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:
-    """Put bitsandbytes' own layers in, chosen by transformers' quantiser, with quantised meta weights."""
+def quantize(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:
+    """Insert bitsandbytes' own layers where transformers' quantizer would, with quantized meta weights."""
     from bitsandbytes.functional import quantize_4bit
     from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
     from transformers.quantizers.auto import AutoHfQuantizer
@@ -155,7 +158,7 @@ def quantise(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
-    """The recipe's adapter, its start left plain: only shapes count."""
+    """Attach the recipe's adapter without its special initialization, since only shapes matter."""
     section = recipe.adapter
     if section is not None and section.init_from:
         config = lora_config(resolve_path(section.init_from))
@@ -172,7 +175,7 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
 
 
 class _NewTokens:
-    """The little of a tokenizer that attaching an adapter asks for: new tokens, each a row after the others."""
+    """The part of a tokenizer that attaching an adapter uses: new tokens, each a row after the existing ones."""
 
     def __init__(self, spec: ModelSection, model: Any) -> None:
         self.orpo_lite_new_tokens = list(spec.new_tokens)
@@ -186,7 +189,7 @@ class _NewTokens:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList | None:
-    """The list of a decoder's layers; None where there is not exactly one of the length that the config says."""
+    """Return a decoder's list of layers; None unless there is exactly one of the length that the config names."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     found = [
         module
@@ -199,7 +202,7 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
 
 
 def shorten(model: Any, count: int) -> None:
-    """Keep a decoder's first layers, and what its config says of them."""
+    """Keep only a decoder's first layers, and adapt its config."""
     layers = decoder_layers(model)
     assert layers is not None
     text, whole = model.config.get_text_config(decoder=True), len(layers)
@@ -210,8 +213,8 @@ def shorten(model: Any, count: int) -> None:
     text.num_hidden_layers = count
 
 
-def signatures(model: Any) -> list[str]:
-    """What each layer is made of and set to, so that like layers have like text."""
+def layer_signatures(model: Any) -> list[str]:
+    """Describe each layer's modules and settings, so that equal layers have equal texts."""
     layers = decoder_layers(model)
     if layers is None:
         return []
@@ -229,11 +232,11 @@ def signatures(model: Any) -> list[str]:
     return result
 
 
-# ---- what is held all the time ---------------------------------------------------------------------------------------
+# ---- memory of the model itself --------------------------------------------------------------------------------------
 
 
 def hold_model(timeline: Timeline, model: Any) -> None:
-    """Log the model's tensors, each by what it is for."""
+    """Log the model's tensors with their purposes."""
     ends = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
     for name, module in model.named_modules():
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
@@ -247,14 +250,14 @@ def hold_model(timeline: Timeline, model: Any) -> None:
 
 
 def label_of(model: Any, name: str, tensor: Tensor, at_an_end: bool) -> str:
-    """What a tensor of the model is for; at an end are embeddings and head."""
+    """Name the purpose of a model's tensor; embeddings and head are at an end."""
     if "lora_" in name or (tensor.requires_grad and isinstance(model, PeftModel)):
         return ADAPTER
     return ENDS if at_an_end else BASE
 
 
 def constants(weight: Tensor) -> list[Tensor]:
-    """Tensors that bitsandbytes keeps beside a quantised weight."""
+    """Return the tensors that bitsandbytes keeps beside a quantized weight."""
     state: Any = getattr(weight, "quant_state", None)
     found = [getattr(weight, "SCB", None)]
     if state is not None:
@@ -262,3 +265,78 @@ def constants(weight: Tensor) -> list[Tensor]:
         if state.nested:
             found += [state.state2.absmax, state.state2.code]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
+
+
+# ---- memory of the optimizer ---------------------------------------------------------------------------------------
+
+STATES = {"adamw": 2, "adam": 2, "lamb": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0,
+          "stable_adamw": 2, "schedule_free_adamw": 2, "schedule_free_radam": 2, "schedule_free_sgd": 1}  # fmt: skip
+"""Numbers that an optimizer keeps per trained weight, by its family's name."""
+SMALL_8BIT, BLOCK_8BIT, CODES = 4096, 256, 2 * 256 * 4
+"""bitsandbytes keeps 32-bit states for tensors with fewer elements, one float32 scale per block, and two code tables."""
+SMALL_PAGED = 100_000
+"""bitsandbytes pages only tensors with at least this many elements."""
+
+
+@dataclass(frozen=True)
+class OptimizerStates:
+    """Bytes of an optimizer."""
+
+    device: int
+    """On the card, at all times after the first step."""
+    host: int
+    """Paged: in the host's memory, moved to the card for a step where there is room."""
+    step: int
+    """On the card only during a step."""
+    why: str
+
+
+def optimizer_name(recipe: Recipe) -> str:
+    """Return training.optim, or transformers' default."""
+    default = TrainingArguments.__dataclass_fields__["optim"].default
+    return str(recipe.training.get("optim") or default or TrainingArguments.default_optim)
+
+
+def optimizer_states(optim: str, trained: Iterable[Tensor], cuda: bool) -> OptimizerStates:
+    """Count the states of one of transformers' optimizers over trained float32 tensors.
+
+    Args:
+        optim: a name of TrainingArguments.optim.
+        cuda: it runs on a GPU; on the CPU there is no paging, and adamw_torch replaces 8-bit optimizers.
+
+    Raises:
+        RequestError: an optimizer whose states are not known here.
+    """
+    trained = list(trained)
+    sizes = [tensor.numel() for tensor in trained]
+    if "8bit" in optim and not cuda:
+        optim = "adamw_torch"
+    paged = optim.startswith("paged_") and cuda
+    family = optim.removeprefix("paged_")
+    for ending in ("_8bit", "_32bit", "_bnb", "_torch_fused", "_torch", "_apex_fused", "_anyprecision"):
+        family = family.removesuffix(ending)
+    if family == "adafactor":
+        rows = sum(sum(t.shape) if t.ndim > 1 else t.numel() for t in trained)
+        return OptimizerStates(4 * rows, 0, 4 * max(sizes, default=0), "adafactor: a row and a column per matrix")
+    if family not in STATES:
+        raise RequestError(
+            f"training.optim: the states of {optim} are not known, so it cannot be planned{nearest(family, STATES)}; known: "
+            f"{', '.join(STATES)}, with _8bit, paged_ and _torch as transformers spells them"
+        )
+    count = STATES[family]
+    device = host = 0
+    for size in sizes:
+        held = count * 4 * size
+        if "8bit" in optim and size >= SMALL_8BIT:
+            held = count * (size + 4 * -(-size // BLOCK_8BIT))
+        if paged and size >= SMALL_PAGED:
+            host += held
+        else:
+            device += held
+    if "8bit" in optim:
+        device += CODES
+    # torch's plain AdamW takes the square roots of all second moments at once on a GPU
+    step = 4 * sum(sizes) if optim in ("adamw_torch", "adam_torch") and cuda else 0
+    bits = "8" if "8bit" in optim else "32"
+    why = f"{optim}: {count} {bits}-bit states" + (", paged in the host's memory" if paged else "")
+    return OptimizerStates(device, host, step, why)

@@ -1,4 +1,4 @@
-"""One optimizer step of a recipe on meta tensors, by the trainer's own code, with every allocation logged."""
+"""Run one optimizer step of a recipe on meta tensors, with the trainer's own objective and every allocation logged."""
 
 from __future__ import annotations
 
@@ -15,35 +15,36 @@ from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.model.activation_offload import SMALLEST, check_count, checkpointing_layers, offload
+from orpo_lite.model.activation_offload import SMALLEST, CheckpointedLayers, checkpointing_layers, offload
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
 from orpo_lite.objective.layout import disable_dropout, small_model
 from orpo_lite.plan.allocations import GRADIENTS, MOVED, OPTIMIZER, Segment, Timeline
 from orpo_lite.plan.kernels import Kernels, Target, cuda_workspace, no_workspace
-from orpo_lite.plan.meta_model import build, decoder_layers, hold_model
-from orpo_lite.plan.optimizer_memory import States, states
+from orpo_lite.plan.meta_model import build, decoder_layers, hold_model, optimizer_name, optimizer_states
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.trainer.objective import Objective, count_step
-from orpo_lite.trainer.trainer import ORPOTrainer
 
 META = torch.device("meta")
 COPYING = 2
-"""ASSUMED. Tensors still on the card while they are copied to the host, beside the work of their layer and the next."""
+"""ASSUMED. Tensors that are still on the card while they are copied to the host."""
+
+
+# ---- the micro-batch that is planned for -----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Shape:
-    """Pairs of a micro-batch, each by its tokens: prompt in common, then the chosen and the rejected answer (one number
-    where they are of one length)."""
+    """The pairs of a micro-batch, each as its tokens: shared prompt, chosen answer, rejected answer (one number where both
+    answers have the same length)."""
 
     pairs: tuple[tuple[int, ...], ...]
     why: str
     held_out: tuple[tuple[int, ...], ...] = ()
-    """Pairs of an evaluation's batch; left out, as many of the first as the recipe says."""
+    """Pairs of an evaluation batch; if empty, the first pair as often as the recipe's evaluation batch says."""
 
     @property
-    def batch(self) -> list[dict[str, Any]]:
+    def rows(self) -> list[dict[str, Any]]:
         """Pairs as the collators take them; the answers differ from their first token on."""
         return [
             {
@@ -58,9 +59,9 @@ class Shape:
 
 
 def longest_pair(data: DataSection, encoder_decoder: bool = False) -> tuple[int, int]:
-    """Prompt and answer of the pair that takes the most memory of those that the data section lets through.
+    """Return prompt and answer tokens of the pair that takes the most memory among those that the data section allows.
 
-    Both sequences fill max_length, and as little as the limits allow is common to them.
+    Both sequences fill max_length, and share as short a prompt as the limits allow.
     """
     length = data.max_length or 512
     if encoder_decoder:
@@ -70,89 +71,88 @@ def longest_pair(data: DataSection, encoder_decoder: bool = False) -> tuple[int,
 
 
 def pair_tokens(pair: tuple[int, ...], layout: str) -> int:
-    """Tokens of a pair of a Shape, as a layout counts them."""
+    """Count the tokens of a pair of a Shape in a layout."""
     prompt, *answers = pair
     if layout == "padded":
         return 2 * (prompt + max(answers))
     return (1 if layout == "shared" else 2) * prompt + answers[0] + answers[-1]
 
 
+def batch_sizes(recipe: Recipe) -> tuple[int, int]:
+    """Return pairs per micro-batch and micro-batches per optimizer step, before tokens_per_batch cuts them otherwise."""
+    training = recipe.training
+    return training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+
+
 def micro_batch(recipe: Recipe, layout: str, encoder_decoder: bool) -> Shape:
-    """The largest micro-batch that the recipe can meet: all its pairs are the longest one."""
+    """Return the largest micro-batch that the recipe allows: all its pairs are the longest one."""
     prompt, answer = pair = longest_pair(recipe.data, encoder_decoder)
-    count, why = recipe.training.get("per_device_train_batch_size", 8), "training.per_device_train_batch_size"
+    count, why = batch_sizes(recipe)[0], "training.per_device_train_batch_size"
     budget = recipe.orpo.tokens_per_batch
     if budget:
         count, why = max(1, budget // pair_tokens(pair, layout)), f"orpo.tokens_per_batch of {budget:,}"
-    words = f"{answer:,} tokens of answer a side after {prompt:,} of prompt, the split that takes the most"
-    return Shape((pair,) * count, f"{count} x the longest pair that data lets through ({words}); {why}")
+    words = f"{prompt:,} prompt and 2 x {answer:,} answer tokens, the split that takes the most memory"
+    return Shape((pair,) * count, f"{count} x the longest pair that data allows ({words}); {why}")
 
 
 def evaluation_pairs(recipe: Recipe) -> int:
-    """Pairs of an evaluation's batch; 0 where nothing is held out."""
+    """Return the pairs of an evaluation batch; 0 where nothing is held out."""
     if recipe.data.eval is None and not recipe.data.eval_fraction:
         return 0
     return recipe.training.get("per_device_eval_batch_size", 8)
 
 
 def accumulates(recipe: Recipe) -> bool:
-    """Whether gradients of earlier micro-batches are there when one begins."""
-    return recipe.training.get("gradient_accumulation_steps", 1) > 1 or (
-        recipe.orpo.tokens_per_batch is not None and recipe.training.get("per_device_train_batch_size", 8) > 1
-    )
+    """Check whether gradients of earlier micro-batches exist when another begins."""
+    pairs, steps = batch_sizes(recipe)
+    return steps > 1 or (recipe.orpo.tokens_per_batch is not None and pairs > 1)
+
+
+# ---- the step --------------------------------------------------------------------------------------------------------
 
 
 def scoring(model: Any) -> HeadTransform | None:
-    """How the trainer will score the model's head, found as it finds it, on a small model of the kind."""
+    """Find how training would score the model's head, on a small model of the same kind."""
     base = unwrap(model)
     small = small_model(type(base), base.config, base.config._attn_implementation or "eager", torch.float32)
     return head_transform(small, torch.device("cpu"), 1e-3)
 
 
-class PlannedTrainer(ORPOTrainer):
-    """The trainer's loss over a model that weighs nothing; only what the loss asks for is there."""
+class Passes:
+    """The collator and the two passes of training with the ORPO objective, over a model on the meta device."""
 
     def __init__(self, model: Any, recipe: Recipe, transform: HeadTransform | None) -> None:
-        self.model = model
-        self.args = SimpleNamespace(  # type: ignore[assignment]
-            nll_mean=recipe.orpo.nll_mean,
-            beta=recipe.orpo.beta,
-            head_chunk=None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
-            device=META,
-        )
-        self.accelerator = SimpleNamespace(num_processes=1, unwrap_model=lambda wrapped: wrapped)  # type: ignore[assignment]
-        self.objective = Objective(self.args, model.config, transform)
-        self._sums = {}
-
-    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
-        return inputs
+        chunk = None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk
+        settings = SimpleNamespace(beta=recipe.orpo.beta, nll_mean=recipe.orpo.nll_mean, head_chunk=chunk)
+        self.model, self.objective = model, Objective(settings, model.config, transform)
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
-        """The shape's pairs as the collator makes them a batch."""
-        collator: Any = PaddedCollator(0, recipe.orpo.nll_scope, 0 if self.model.config.is_encoder_decoder else None)
+        """Collate the pairs of a shape."""
+        encoder_decoder = self.model.config.is_encoder_decoder
+        collator: Any = PaddedCollator(0, recipe.orpo.nll_scope, 0 if encoder_decoder else None)
         if layout != "padded":
             collator = PackedCollator(recipe.orpo.nll_scope, share=layout == "shared")
-        pairs = shape.batch
-        if self.model.config.is_encoder_decoder:  # the prompt is the encoder's alone
-            for pair in pairs:
-                pair |= {side: pair[side][pair["chosen_start"] :] for side in ("chosen_ids", "rejected_ids")}
-        return collator(pairs)
+        rows = shape.rows
+        if encoder_decoder:  # only the encoder sees the prompt
+            for row in rows:
+                row |= {side: row[side][row["chosen_start"] :] for side in ("chosen_ids", "rejected_ids")}
+        return collator(rows)
 
-    def micro_batch_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Loss of a micro-batch, the only one of its optimizer step."""
-        return self.compute_loss(self.model, batch, num_items_in_batch=count_step([batch]))
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Compute the loss of a micro-batch that makes up its optimizer step."""
+        return self.objective.loss(self.model, [batch], count_step([batch]))[0]
 
-    def score(self, batch: dict[str, Any]) -> None:
-        """What an evaluation makes of a batch."""
-        self.pair_statistics(self.model, batch)
+    def evaluate(self, batch: dict[str, Any]) -> None:
+        """Run an evaluation's forward pass."""
+        self.objective.statistics(self.model, batch)
 
 
 @dataclass
 class Traced:
-    """What a step of a model with some of its layers holds."""
+    """The memory and work of a step of a model with some of its layers."""
 
     peaks: dict[Segment, Counter[str]]
-    """Bytes by part at the fullest moment of each segment."""
+    """Bytes by purpose at the fullest moment of each segment."""
     facts: Counter[str]
     """Numbers that grow with the layers: parameters, trained ones, bytes of the optimizer by place, and the work of the
     micro-batch's forward and backward pass."""
@@ -169,97 +169,86 @@ def trace(
     transform: HeadTransform | None,
     layers: int | None = None,
     recomputed: int | None = None,
-    kind: Callable[..., Any] = PlannedTrainer,
+    passes: Callable[..., Any] = Passes,
 ) -> Traced:
-    """Run one step with `layers` of the decoder's layers (None: all), `recomputed` of them checkpointed (None: all).
+    """Run one step with `layers` of the decoder's layers (None: all), the first `recomputed` of them checkpointed.
 
-    `kind` makes the trainer of model, recipe and transform; it has what PlannedTrainer adds to the real one.
+    `passes` makes the collator and passes to trace, from model, recipe and transform.
     """
     model = build(recipe, config, dtype, layers, recomputed != 0)
     if recipe.orpo.disable_dropout:
         disable_dropout(model)
-    host = HostOfPlan() if recipe.memory.offload_activations and target.kind == "cuda" else None
-    checkpoint(model, recomputed, host)
     cuda = target.kind == "cuda"
+    host = HostOfPlan() if recipe.memory.offload_activations and cuda else None
+    checkpoint(model, recomputed, host)
     timeline = Timeline(target.block, cuda_workspace if cuda else no_workspace)
     hold_model(timeline, model)
     trained = [p for p in model.parameters() if p.requires_grad]
-    held = states(optimizer_name(recipe), trained, cuda)
-    timeline.take(held.device, OPTIMIZER)
-    kernels = Kernels(target)
-    trainer = kind(model, recipe, transform)
+    states = optimizer_states(optimizer_name(recipe), trained, cuda)
+    timeline.take(states.device, OPTIMIZER)
+    made = passes(model, recipe, transform)
     mark_layers(timeline, unwrap(model))
-    with timeline, kernels.standing_in():
+    with timeline, Kernels(target).emulate():
         if dtype != torch.float32:  # as accelerate wraps a prepared model
             model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(model.forward))
         held_out = evaluation_pairs(recipe)
         if held_out:
             longest = Shape(shape.held_out or shape.pairs[:1] * held_out, shape.why)
-            evaluate(timeline, trainer, trainer.batch(longest, recipe, layout))
-        run(timeline, trainer, trained, trainer.batch(shape, recipe, layout), accumulates(recipe), held)
-    weights = sum(unpacked(p) for p in model.parameters())
-    facts = Counter({"parameters": weights, "trained": sum(p.numel() for p in trained),
-                     "optimizer on the host": held.host, "optimizer on the device": held.device})  # fmt: skip
-    facts |= timeline.work | Counter({MOVED: host.bytes if host else 0})
-    return Traced(timeline.peaks(), facts, held.why)
+            evaluation(timeline, made, made.batch(longest, recipe, layout))
+        training_step(timeline, made, trained, made.batch(shape, recipe, layout), accumulates(recipe))
+        timeline.take(states.step, OPTIMIZER)
+    facts = timeline.work | Counter({
+        "parameters": sum(map(weights, model.parameters())), "trained": sum(p.numel() for p in trained),
+        "optimizer on the host": states.host, "optimizer on the device": states.device, MOVED: host.bytes if host else 0,
+    })  # fmt: skip
+    return Traced(timeline.peaks(), facts, states.why)
 
 
-def moved(batch: dict[str, Any]) -> dict[str, Any]:
+def to_meta(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to(META) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def evaluate(timeline: Timeline, trainer: PlannedTrainer, batch: dict[str, Any]) -> None:
-    """A batch of an evaluation between two steps: no gradients, nothing kept for a backward pass."""
+def evaluation(timeline: Timeline, passes: Any, batch: dict[str, Any]) -> None:
+    """Run an evaluation batch between two steps: without gradients, and with nothing kept for a backward pass."""
     timeline.segment = ("evaluation", "start")
-    trainer.model.eval()
+    passes.model.eval()
     with torch.no_grad():
-        trainer.score(moved(batch))
-    trainer.model.train()
+        passes.evaluate(to_meta(batch))
+    passes.model.train()
 
 
-def run(
-    timeline: Timeline,
-    trainer: PlannedTrainer,
-    trained: list[Tensor],
-    batch: dict[str, Any],
-    accumulated: bool,
-    held: States,
+def training_step(
+    timeline: Timeline, passes: Any, trained: list[Tensor], batch: dict[str, Any], accumulated: bool
 ) -> None:
-    """Forward, backward, step: what transformers' Trainer does with a micro-batch, the last of its window."""
+    """Run forward and backward pass of a micro-batch, the last of its step, and gradient clipping."""
     timeline.segment = ("forward", "start")
     if accumulated:
         for parameter in trained:
             parameter.grad = torch.zeros_like(parameter)
-            timeline.hold(parameter.grad, GRADIENTS)
-    on_device, model = moved(batch), trainer.model
-    loss = trainer.micro_batch_loss(on_device)
-    timeline.segment = ("backward", "end" if decoder_layers(unwrap(model)) is not None else "start")
-    # loss.backward() would run outside of the function mode, and recompute layers without autocast
+    hold_gradients(timeline, trained)
+    loss = passes.loss(to_meta(batch))
+    timeline.segment = ("backward", "end" if decoder_layers(unwrap(passes.model)) is not None else "start")
+    # loss.backward() would leave the function mode, and recompute layers without autocast
     _engine_run_backward((loss,), (torch.ones_like(loss),), False, False, (), True, True)
+    hold_gradients(timeline, trained)
+    timeline.segment = ("step", "")
+    torch.nn.utils.clip_grad_norm_(trained, 1.0)
+
+
+def hold_gradients(timeline: Timeline, trained: list[Tensor]) -> None:
     for parameter in trained:
         if parameter.grad is not None:
             timeline.hold(parameter.grad, GRADIENTS)
-    timeline.segment = ("step", "")
-    torch.nn.utils.clip_grad_norm_(trained, 1.0)
-    timeline.take(held.step, OPTIMIZER)
 
 
-def optimizer_name(recipe: Recipe) -> str:
-    """training.optim, or transformers' default."""
-    from transformers import TrainingArguments
-
-    default = TrainingArguments.__dataclass_fields__["optim"].default
-    return str(recipe.training.get("optim") or default or TrainingArguments.default_optim)
-
-
-def unpacked(parameter: Tensor) -> int:
-    """Number of weights a parameter stands for: 4-bit ones are packed."""
+def weights(parameter: Tensor) -> int:
+    """Count the weights that a parameter stands for: 4-bit ones are packed."""
     state: Any = getattr(parameter, "quant_state", None)
     return state.shape.numel() if state is not None else parameter.numel()
 
 
 class HostOfPlan:
-    """The host's memory, as a plan sees it: tensors are gone until they come back, but for the last that were sent."""
+    """The host's memory in a plan: offloaded tensors are gone until they return, except the last ones sent."""
 
     def __init__(self) -> None:
         self.bytes = 0
@@ -278,7 +267,7 @@ class HostOfPlan:
 
 
 def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> None:
-    """Recompute activations of the first so many layers, and offload what they keep, as the trainer does."""
+    """Recompute activations of the first layers, and offload the rest of what they keep, as the trainer does."""
     if recomputed == 0:
         return
     base = unwrap(model)
@@ -287,19 +276,14 @@ def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> N
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
     else:
         base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
-    if recomputed is None and host is None:
-        return
-    layers = checkpointing_layers(base)
-    check_count(recomputed, len(layers))
-    count = len(layers) if recomputed is None else recomputed
-    for i, layer in enumerate(layers):
-        layer.gradient_checkpointing = i < count  # type: ignore[assignment]
+    if recomputed is not None:
+        CheckpointedLayers(recomputed).on_train_begin(None, None, None, base)
     if host:
-        offload(layers[:count], host)
+        offload(checkpointing_layers(base)[:recomputed], host)
 
 
 def mark_layers(timeline: Timeline, base: Any) -> None:
-    """Let the timeline's segment follow the step from layer to layer, forward and back."""
+    """Make the timeline's segment follow the step from layer to layer, forward and backward."""
     layers = decoder_layers(base)
     if layers is None:
         return

@@ -1,82 +1,101 @@
-"""Plans on the screen, as JSON and as the recipes' table."""
+"""Plans on screen and as JSON, and fitted recipes as files."""
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
+import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.common.text import visible
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import format_gb, visible
 from orpo_lite.plan.allocations import PARTS
-from orpo_lite.plan.gpus import CARDS, FITS, NOT, SHOWN, TIGHT, Card, verdict
-from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.multi_gpu import SpreadPlan
-from orpo_lite.plan.picture import gigabytes
+from orpo_lite.plan.gpus import FITS, TIGHT
+from orpo_lite.plan.multi_gpu import ParallelPlan
 from orpo_lite.plan.predict import PHASES, Plan
-from orpo_lite.plan.remedies import Planner, Verdict
-from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.loading import shipped_recipes
+from orpo_lite.plan.search import FETCHING, UNPACKING, Choice, Fit, Verdict
 
-BEGIN, END = "<!-- plan: begin (python -m orpo_lite.plan --all-recipes) -->", "<!-- plan: end -->"
+SMALL = 5e6
+"""Bytes below which a part gets no row of its own."""
 
 
-def plan(console: Console, made: Plan) -> None:
-    """The plan by phase and part, with its assumptions named as such."""
-    facts = Table(box=None, show_header=False, pad_edge=False)
-    facts.add_column(style="bold")
-    trained, whole = made.facts["trained"], made.facts["parameters"]
-    device = (
-        "the CPU"
-        if made.target.kind == "cpu"
-        else "CUDA, kernels of compute capability {}.{} {}".format(
-            *made.target.capability, "and later" if made.target.capability >= (8, 0) else "and before"
-        )
+# ---- one plan --------------------------------------------------------------------------------------------------------
+
+
+def show_plan(console: Console, made: Plan) -> None:
+    """Print a plan by phase and part, and what it assumes."""
+    console.print(facts_table(made))
+    phases = [phase for phase in PHASES if phase in made.phases]
+    table = numbers_table("GB (10^9 bytes)", phases)
+    for part in PARTS:
+        cells = [made.phases[phase][part] for phase in phases]
+        if any(size >= SMALL for size in cells):
+            table.add_row(part, *(gigabytes(size) if size >= SMALL else "" for size in cells))
+    totals = {phase: gigabytes(made.phases[phase].total()) for phase in phases}
+    bold = (f"[bold]{total}[/]" if phase == made.fullest else total for phase, total in totals.items())
+    table.add_row("[bold]in tensors[/]", *bold)
+    console.print(table)
+    console.print("layer recompute: what one layer holds while it is computed, the first time or again", style="dim")
+    for name, size in made.assumed.items():
+        console.print(f"{name}: {format_gb(size, 2)} (assumed)")
+    console.print(
+        f"[bold]peak {format_gb(made.peak, 2)} in tensors, in the {made.fullest} phase; {format_gb(made.needed, 2)} with "
+        "everything assumed[/]"
     )
+    host = f"host: {format_gb(made.load_host, 2)} while loading"
+    paged = made.facts["optimizer on the host"]
+    console.print(host + (f", {format_gb(paged, 2)} of paged optimizer states" if paged else ""))
+    if isinstance(made, ParallelPlan) and made.host_training:
+        console.print(f"host: {format_gb(made.host_training, 2)} of offloaded shards and optimizer states in training")
+    for sentence in made.assumptions:
+        if not sentence.startswith("CUDA context"):  # printed above
+            console.print(f"assumed: {sentence}", style="dim")
+
+
+def facts_table(made: Plan) -> Table:
+    """List what was planned: model, device, micro-batch and settings."""
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="bold")
+    device = "the CPU"
+    if made.target.kind != "cpu":
+        major, minor = made.target.capability
+        later = "and later" if major >= 8 else "and earlier"
+        device = f"CUDA, with the kernels of compute capability {major}.{minor} {later}"
+    shared = f"; one of {made.parallelism}" if isinstance(made, ParallelPlan) else ""
     for name, text in (
         ("recipe", made.recipe),
-        ("model", f"{made.model}, {whole:,} parameters, {trained:,} trained"),
-        ("on", f"{device}, {made.dtype}" + (f"; one of {made.spread}" if isinstance(made, SpreadPlan) else "")),
+        ("model", f"{made.model}, {made.facts['parameters']:,} parameters, {made.facts['trained']:,} trained"),
+        ("on", f"{device}, {made.dtype}{shared}"),
         ("micro-batch", made.shape.why),
         ("layout", f"{made.layout} ({made.layout_why})"),
         ("checkpointing", made.recomputed),
         ("optimizer", made.optimizer),
     ):
-        facts.add_row(name, escape(visible(text)))
-    console.print(facts)
-    phases = [phase for phase in PHASES if phase in made.phases]
-    table = Table("GB (10^9 bytes)", *phases, box=None)
+        table.add_row(name, escape(visible(text)))
+    return table
+
+
+def gigabytes(size: float) -> str:
+    """Format bytes for a table's cell."""
+    return format_gb(size, 2).removesuffix(" GB")
+
+
+def numbers_table(first: str, columns: list[str]) -> Table:
+    """Make a table whose columns but the first are aligned right."""
+    table = Table(first, *columns, box=None)
     for column in table.columns[1:]:
         column.justify = "right"
-    for part in PARTS:
-        cells = [made.phases[phase][part] for phase in phases]
-        if any(size >= 5e6 for size in cells):
-            table.add_row(part, *(gigabytes(size) if size >= 5e6 else "" for size in cells))
-    totals = [gigabytes(made.phases[phase].total()) for phase in phases]
-    table.add_row(
-        "[bold]in tensors[/]",
-        *(f"[bold]{t}[/]" if p == made.fullest else t for p, t in zip(phases, totals, strict=True)),
-    )
-    console.print(table)
-    console.print("layer recompute: what one layer holds while it is computed, the first time or again", style="dim")
-    for name, size in made.assumed.items():
-        console.print(f"{name}: {gigabytes(size)} GB (assumed)")
-    console.print(
-        f"[bold]peak {gigabytes(made.peak)} GB in tensors, in the {made.fullest} phase; {gigabytes(made.needed)} GB with what "
-        "is assumed[/]"
-    )
-    host = f"host: {gigabytes(made.load_host)} GB while loading"
-    paged = made.facts["optimizer on the host"]
-    console.print(host + (f", {gigabytes(paged)} GB of paged optimizer states" if paged else ""))
-    for sentence in made.assumptions:
-        if sentence.startswith("CUDA context"):  # the lines above
-            continue
-        console.print(f"assumed: {sentence}", style="dim")
+    return table
 
 
-def cards(console: Console, verdicts: list[Verdict]) -> None:
-    """Which cards it fits, and what would make it fit the others; cards that come to the same stand together."""
+# ---- cards -----------------------------------------------------------------------------------------------------------
+
+
+def show_cards(console: Console, verdicts: list[Verdict]) -> None:
+    """Print which cards a recipe fits, and what would make it fit the others; equal rows share a line."""
     table = Table("GB", "needs", "verdict", box=None)
     table.add_column("cards", overflow="fold")
     groups: dict[tuple[str, str, str], list[str]] = {}
@@ -86,48 +105,25 @@ def cards(console: Console, verdicts: list[Verdict]) -> None:
         groups.setdefault(row, []).append(one.card.name)
         if one.remedy is not None:
             need = (
-                f"it takes {gigabytes(one.remedied.needed)} GB with" if one.remedied else "nothing that was tried fits"
+                f"it needs {format_gb(one.remedied.needed, 2)} with" if one.remedied else "nothing that was tried fits"
             )
             remedies.setdefault(f"{need} {one.remedy}".rstrip(), []).append(one.card.name)
     for (total, needs, words), names in groups.items():
         style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
         table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names))
     console.print(table)
-    for words, names in remedies.items():  # not in the table, where lines too long to copy would break
+    for words, names in remedies.items():  # below the table, whose wrapped lines could not be copied
         console.print(f"on {', '.join(names)} {words}", soft_wrap=True, markup=False)
     if len({one.plan.target for one in verdicts}) > 1:
         console.print(
-            "Cards of before compute capability 8.0 compute in float16 and by other kernels, so that the same recipe takes another "
+            "Cards before compute capability 8.0 compute in float16 and with other kernels, so the same recipe needs another "
             "amount on them.",
             style="dim",
         )
 
 
-def traffic(console: Console, made: SpreadPlan, advice: list[str]) -> None:
-    """What travels in an optimizer step, how long that may take, and what more GPUs are worth."""
-    table = Table("an optimizer step of each GPU", "GB", "how it is counted", box=None)
-    table.columns[1].justify = "right"
-    for one in made.transfers:
-        link = "" if one.link == "between the GPUs" else f" ({one.link})"
-        table.add_row(one.what + link, f"{one.size / 1e9:.3f}", one.formula)
-    table.add_row(
-        "[bold]sent to other GPUs[/]", f"[bold]{made.traffic / 1e9:.3f}[/]", f"micro-batches: {made.micro_batches}"
-    )
-    console.print(table)
-    work, moving = made.seconds
-    console.print(
-        f"computing {work:.2f} s, moving {moving:.2f} s a step by the assumed rates: {made.spread.gpus} GPUs do about "
-        f"{made.speedup:.1f} times the pairs a second of one, where nothing overlaps",
-        soft_wrap=True,
-    )
-    if made.host_training:
-        console.print(f"host while training: {gigabytes(made.host_training)} GB of shards and optimizer states, pinned")
-    for line in advice:
-        console.print(line, style="bold", soft_wrap=True, markup=False)
-
-
-def as_dict(one: Verdict) -> dict[str, Any]:
-    """A verdict as plain numbers and words."""
+def verdict_as_dict(one: Verdict) -> dict[str, Any]:
+    """Return a verdict as plain numbers and words."""
     return {
         "card": one.card.name,
         "total_bytes": int(one.card.gigabytes * 1e9),
@@ -138,32 +134,77 @@ def as_dict(one: Verdict) -> dict[str, Any]:
     }
 
 
-def all_recipes() -> str:
-    """The table of recipes/README.md, between its markers."""
-    planner = Planner()
-    lines = [
-        BEGIN,
-        "",
-        "| recipe | longest pair | pairs a micro-batch | peak in tensors, GB | with margins, GB | smallest card | T4 | host, loading, GB |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for name in shipped_recipes():
-        recipe = Recipe.load(name)
-        made = planner(recipe, Target("cuda"))
-        fitting = [card for card in SHOWN[:-1] if verdict(made, card) == FITS]
-        tight = [card for card in SHOWN[:-1] if verdict(made, card) != NOT]
-        smallest = fitting[0].name if fitting else "none of 80 GB and less"
-        if tight and tight[0] != (fitting or [None])[0]:
-            smallest += f" ({tight[0].name}: tight)"
-        t4 = CARDS["t4"]
-        length = sum(made.shape.pairs[0])
-        lines.append(
-            f"| {name} | 2 x {length:,} | {len(made.shape.pairs)} | {made.peak / 1e9:.1f} | {made.needed / 1e9:.1f} | {smallest} | "
-            f"{_verdict_on(recipe, t4, planner)} | {made.load_host / 1e9:.1f} |"
-        )
-    return "\n".join([*lines, "", END])
+# ---- a fitted recipe -------------------------------------------------------------------------------------------------
 
 
-def _verdict_on(recipe: Recipe, card: Card, planner: Planner) -> str:
-    made = planner(recipe, card.target)
-    return f"{verdict(made, card)}, {made.needed / 1e9:.1f}"
+def write_fit(found: Fit, path: Path) -> None:
+    """Write the fitted recipe: the fields that differ from their defaults, and a header that says where they come from.
+
+    Raises:
+        RequestError: the file exists already, or cannot be written.
+    """
+    made = found.choice.plan
+    content = found.recipe.model_dump(mode="json", exclude_defaults=True)
+    header = (
+        f"# {found.before.plan.recipe}, fitted to {found.card.title} by python -m orpo_lite.plan --fit:\n"
+        f"# planned peak {format_gb(made.peak, 2)} in tensors, {format_gb(made.needed, 2)} with everything assumed.\n"
+        "# An optimizer step has per_device_train_batch_size x gradient_accumulation_steps pairs; tokens_per_batch cuts it into\n"
+        "# micro-batches.\n"
+    )
+    try:
+        with path.open("x", encoding="utf-8") as file:
+            file.write(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
+    except FileExistsError:
+        raise RequestError(f"{path}: exists already; give another file with --output, or remove it") from None
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
+
+
+def show_fit(console: Console, found: Fit, written: Path) -> None:
+    """Print the recipe as it stands and as fitted, and where the fitted one was written."""
+    before, choice, card = found.before, found.choice, escape(found.card.title)
+    table = numbers_table(f"on {card}", ["pairs", "checkpointing", "needs GB", "FLOPs", "time"])
+    for name, one in (("as it stands" + ("" if before.fits else ", does not fit"), before), ("fitted", choice)):
+        layers = f"{one.checkpointing} layers" if one.checkpointing.isdigit() else one.checkpointing
+        relative = (f"{one.flops / before.flops:.2f}", f"{one.cost / before.cost:.2f}")
+        table.add_row(name, str(one.pairs), layers, gigabytes(one.plan.needed), *relative)
+    console.print(table)
+    console.print(
+        "pairs: of the longest that data allows, per micro-batch; FLOPs: of an optimizer step, recomputation included; time: "
+        f"assumes that unpacking a 4-bit weight costs as much as {UNPACKING:.0f} FLOPs, fetching a byte from the host {FETCHING:.0f}",
+        style="dim",
+    )
+    console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
+    left = found.card.gigabytes * 1e9 - choice.plan.needed
+    console.print(
+        f"{format_gb(left, 2)} of the card remain, by figures that were not measured on one; a screen on the card takes some of "
+        "them: name a size that is free, such as --gpu 11GB"
+    )
+    lengths = " ".join(word for word in choice.words if word.startswith("data."))
+    if lengths:
+        console.print(f"[yellow]{lengths} changes what is trained on: nothing fits with the recipe's own lengths[/]")
+    console.print(f"written: {escape(str(written))}", soft_wrap=True)
+    console.print(f"to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)
+
+
+def fit_as_dict(found: Fit, written: Path) -> dict[str, Any]:
+    """Return a fit as plain numbers and words."""
+
+    def plain(choice: Choice) -> dict[str, Any]:
+        return {
+            "overrides": list(choice.words),
+            "pairs": choice.pairs,
+            "checkpointing": choice.checkpointing,
+            "needed_bytes": choice.plan.needed,
+            "fits": choice.fits,
+            "step_flops": choice.flops,
+            "relative_time": choice.cost / found.before.cost,
+        }
+
+    return {
+        "card": found.card.name,
+        "total_bytes": int(found.card.gigabytes * 1e9),
+        "recipe": str(written),
+        "chosen": plain(found.choice),
+        "as_it_stands": plain(found.before),
+    }

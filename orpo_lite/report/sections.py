@@ -242,27 +242,31 @@ def data(run: Told) -> tuple[str, list[Chart]]:
 
 
 def memory(run: Told) -> str:
-    """The plan that training began with, and what it then took."""
+    """Show the plan that training began with beside what was measured."""
     plan = run.facts.get("plan") or {}
     if not plan.get("phases"):
         return ""
     if not drawable(plan):
-        return part("Memory: the plan", "<p class=note>run.json holds a part of the plan only, so it is not drawn.</p>")
-    from orpo_lite.plan.drawing import html
-    from orpo_lite.plan.picture import picture
-
+        return part("Memory: the plan", "<p class=note>run.json holds only a part of the plan, so it is not shown.</p>")
     took, planned = (plan.get("measured") or {}).get("allocated_bytes"), plan["peak_bytes"]
-    if not took:
-        return "<h2>Memory: the plan</h2>" + html(picture(plan))
-    return (
-        "<h2>Memory: plan against measured</h2>"
-        f"<p>{planned / 1e9:.2f} GB in tensors were planned, {took / 1e9:.2f} GB measured: the plan was "
-        f"{abs(planned / took - 1):.1%} {'over' if planned >= took else 'under'}.</p>" + html(picture(plan))
-    )
+    body = f"<p>Peak {planned / 1e9:.2f} GB in tensors, in the {escape(plan['fullest_phase'])} phase; {plan['needed_bytes'] / 1e9:.2f} GB with what is assumed.</p>"
+    if took:
+        body = (
+            f"<p>{planned / 1e9:.2f} GB in tensors were planned, {took / 1e9:.2f} GB measured: the plan was "
+            f"{abs(planned / took - 1):.1%} {'over' if planned >= took else 'under'}.</p>"
+        )
+    phases = plan["phases"]
+    names = dict.fromkeys(name for parts in phases.values() for name in parts if name != "total")
+    rows = [
+        (escape(name), *(f"{parts[name] / 1e9:.2f}" if parts.get(name) else "" for parts in phases.values()))
+        for name in [*names, "total"]
+    ]
+    title = "Memory: plan against measured" if took else "Memory: the plan"
+    return part(title, body + table(("GB (10^9 bytes)", *phases), rows, kind="cards"))
 
 
 def drawable(plan: dict[str, Any]) -> bool:
-    """Whether all is there that its picture shows."""
+    """Check that the plan holds everything that its table shows."""
     phases, measured = plan["phases"].values(), plan.get("measured") or {"allocated_bytes": 0}
     parts = [*phases, plan.get("assumed")]
     return (

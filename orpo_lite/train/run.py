@@ -180,15 +180,14 @@ def plan_memory(
     device = local_device()
     if device.type != "cuda" and not asked and not recipe.memory.gpu_gb:
         return recipe, None
-    from orpo_lite.plan.before_training import before_loading, fitted
-    from orpo_lite.plan.lengths import Lengths
+    from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
 
     again = again or f"python -m orpo_lite.train --recipe {recipe.name}"
     lengths = Lengths.of(pairs, encoder_decoder)
-    recipe = fitted(recipe, lengths, device)
+    recipe = fit_to_card(recipe, lengths, device)
     if device.type != "cuda" and not asked:
         return recipe, None
-    return recipe, before_loading(recipe, lengths, device, force, again)
+    return recipe, plan_before_loading(recipe, lengths, device, force, again)
 
 
 def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:

@@ -71,7 +71,7 @@ def recipe_lengths(recipe: Recipe) -> np.ndarray:
     """Lengths of a recipe's training pairs, (N, 3) int64."""
     from orpo_lite.data import load_pairs
     from orpo_lite.model import load_tokenizer
-    from orpo_lite.plan.lengths import Lengths
+    from orpo_lite.plan.before_training import Lengths
 
     data = recipe.data.model_copy(update={"eval": None, "eval_fraction": 0.0})
     return Lengths.of(load_pairs(data, load_tokenizer(recipe.model)), False).train

@@ -1,8 +1,8 @@
-"""TRL's training step planned beside ours: its own code on the same pair, base, adapter and optimizer, weighing nothing.
+"""`python -m tests.benchmarks.trl_memory --recipe NAME [key=value ...]`: plan TRL's training step beside ours.
 
-What TRL does otherwise and so holds otherwise: both completions with their prompt, padded (no prompt in common); logits
-of the whole vocabulary at every position, which accelerate turns into float32 where the model computes in 16 bits; and
-all layers checkpointed or none.
+TRL's own code runs on meta tensors with the same pairs, base, adapter and optimizer. It differs in memory because it pads
+both completions with their prompt (no shared prompt), keeps logits of the whole vocabulary at every position, which
+accelerate converts to float32 where the model computes in 16 bits, and checkpoints all layers or none.
 """
 
 from __future__ import annotations
@@ -10,25 +10,29 @@ from __future__ import annotations
 import contextlib
 import functools
 import importlib.metadata
+import json
 import warnings
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import replace
 from types import SimpleNamespace
-from typing import Any
+from typing import Annotated, Any
 from unittest import mock
 
 import torch
+import typer
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 from trl.trainer import utils as trl_utils
 
+from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import HEAD, PARTS
-from orpo_lite.plan.gpus import FITS, SHOWN, verdict
+from orpo_lite.plan.gpus import FITS, SIZES, find_cards, verdict
+from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.meta_model import find_config
-from orpo_lite.plan.predict import Plan, Study
+from orpo_lite.plan.predict import Plan, Study, plan
 from orpo_lite.plan.step import META, Shape
 from orpo_lite.plan.tables import gigabytes
 from orpo_lite.recipe import Recipe
@@ -42,8 +46,8 @@ with warnings.catch_warnings():
 VERSION = importlib.metadata.version("trl")
 
 
-class PlannedTrlTrainer(TrlTrainer):
-    """TRL's loss over a model that weighs nothing; only what the loss asks for is there."""
+class TrlPasses(TrlTrainer):
+    """TRL's collator and loss over a model on the meta device, with only the attributes that the loss uses."""
 
     def __init__(self, model: Any, recipe: Recipe, transform: Any, cuda: bool) -> None:
         self.model = model
@@ -58,11 +62,11 @@ class PlannedTrlTrainer(TrlTrainer):
         self._stored_metrics = defaultdict(lambda: defaultdict(list))
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
-        """The shape's pairs as TRL's collator pads them."""
-        return DPODataCollatorWithPadding(pad_token_id=0)([trl_row(row) for row in shape.batch])
+        """Collate the pairs of a shape as TRL pads them."""
+        return DPODataCollatorWithPadding(pad_token_id=0)([trl_row(row) for row in shape.rows])
 
-    def micro_batch_loss(self, batch: dict[str, Any]) -> Tensor:
-        """Loss of a micro-batch."""
+    def loss(self, batch: dict[str, Any]) -> Tensor:
+        """Compute the loss of a micro-batch."""
         with fused_kernel() if self.cuda else contextlib.nullcontext():
             loss = self.compute_loss(self.model, batch)
         assert isinstance(loss, Tensor)
@@ -70,13 +74,13 @@ class PlannedTrlTrainer(TrlTrainer):
 
 
 def number(tensor: Tensor) -> Tensor:
-    """A metric's tensor as one that has a value: TRL reads its metrics out, and nothing depends on them."""
+    """Replace a metric's tensor by one with values: TRL reads its metrics, and nothing depends on them."""
     return torch.zeros(tensor.shape)
 
 
 class FusedLogProbs(torch.autograd.Function):
-    """What TRL's Triton kernel for log-probabilities holds, after its source: four numbers a row, and a gradient like
-    the logits."""
+    """Stand-in for TRL's Triton kernel for log-probabilities; by its source it keeps four numbers per row, and a gradient
+    like the logits."""
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, index: Tensor) -> tuple[Tensor, Tensor]:
@@ -92,7 +96,7 @@ class FusedLogProbs(torch.autograd.Function):
 
 @contextlib.contextmanager
 def fused_kernel() -> Iterator[None]:
-    """Let TRL take its CUDA kernel for meta tensors, in the versions that have one."""
+    """Make TRL use its CUDA kernel for meta tensors, in the versions that have one."""
     if not hasattr(trl_utils, "_supports_trl_loss_kernel"):
         yield
         return
@@ -116,16 +120,15 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
     no evaluation phase.
 
     Args:
-        recipe: what `ours` is the plan of.
-        whole: run every layer instead of working a deep model out from a few.
+        recipe: the recipe that `ours` plans.
+        whole: run every layer instead of extrapolating a deep model from a few.
 
     Raises:
         RequestError: a model that TRL's step cannot be planned for.
     """
     if find_config(recipe.model).is_encoder_decoder:
         raise RequestError(
-            f"--beside-trl: {recipe.model.name_or_path} is an encoder-decoder model, for which TRL's step is not planned: leave "
-            "--beside-trl out"
+            f"{recipe.model.name_or_path} is an encoder-decoder model, for which TRL's step cannot be planned"
         )
     recomputed = 0 if ours.recomputed == "no layer" else None
     theirs = recipe.model_copy(
@@ -137,13 +140,10 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
     )
     cuda = ours.target.kind == "cuda"
     try:
-        made = Study(theirs, ours.target, whole, ours.shape, functools.partial(PlannedTrlTrainer, cuda=cuda)).plan(
-            recomputed
-        )
+        made = Study(theirs, ours.target, whole, ours.shape, functools.partial(TrlPasses, cuda=cuda)).plan(recomputed)
     except NotImplementedError as error:
         raise RequestError(
-            f"--beside-trl: the step of TRL {VERSION} with {recipe.model.name_or_path} cannot be planned ({error}): leave "
-            "--beside-trl out"
+            f"the step of TRL {VERSION} with {recipe.model.name_or_path} cannot be planned: {error}"
         ) from error
     return replace(
         made, layout_why="TRL pads, and repeats the prompt", assumptions=[*made.assumptions, *assumptions(cuda)]
@@ -151,7 +151,7 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
 
 
 def assumptions(cuda: bool) -> list[str]:
-    """What is assumed of TRL's step beyond what is of ours, in sentences."""
+    """List what is assumed of TRL's step in addition to ours, in sentences."""
     found = [
         "TRL: base, adapter and optimizer as here; given a peft_config instead of a model with its adapter, TRL holds the "
         "embeddings, head and norms of a quantised base in float32, and with bf16 the adapter in 16 bits",
@@ -166,12 +166,12 @@ def assumptions(cuda: bool) -> list[str]:
 
 
 def training_step(made: Plan) -> Plan:
-    """The plan without its evaluation, which TRL's has not either."""
+    """Leave out the plan's evaluation, since TRL's has none."""
     return replace(made, phases={name: parts for name, parts in made.phases.items() if name != "evaluation"})
 
 
 def as_dict(ours: Plan, theirs: Plan) -> dict[str, Any]:
-    """TRL's plan as plain numbers (bytes) and words, and what it comes to beside ours."""
+    """Return TRL's plan as plain numbers (bytes) and words, beside ours."""
     ours = training_step(ours)
     return {
         "version": VERSION,
@@ -182,7 +182,7 @@ def as_dict(ours: Plan, theirs: Plan) -> dict[str, Any]:
 
 
 def show(console: Console, ours: Plan, theirs: Plan) -> None:
-    """Both training steps by phase and part, and their peaks."""
+    """Print both training steps by phase and purpose, and their peaks."""
     ours = training_step(ours)
     sides, phases = {"ours": ours, "TRL's": theirs}, ("forward", "backward")
     console.print(f"\nTRL {VERSION} on the same micro-batch, padded, {theirs.recomputed} checkpointed:")
@@ -198,7 +198,7 @@ def show(console: Console, ours: Plan, theirs: Plan) -> None:
     table.add_row("[bold]in tensors[/]", *totals)
     console.print(table)
     for who, made in sides.items():
-        card = next((card.name for card in SHOWN[:-1] if verdict(made, card) == FITS), "none of 80 GB and less")
+        card = next((card.name for card in SIZES if verdict(made, card) == FITS), "none of 80 GB and less")
         console.print(
             f"{who}: peak {gigabytes(made.peak)} GB in tensors, in the {made.fullest} phase; {gigabytes(made.needed)} GB with "
             f"what is assumed; smallest card: {card}"
@@ -207,3 +207,24 @@ def show(console: Console, ours: Plan, theirs: Plan) -> None:
     for sentence in theirs.assumptions:
         if sentence not in ours.assumptions:
             console.print(f"assumed: {sentence}", style="dim")
+
+
+def command(
+    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.max_length=2048")] = None,
+    gpu: Annotated[str | None, typer.Option(help="a card such as t4; cpu plans for the CPU")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables (bytes)")] = False,
+) -> None:
+    """Plan the training step of TRL's ORPOTrainer and ours, on the same pairs."""
+    loaded = Recipe.load(recipe, overrides or [])
+    target = Target("cpu") if gpu == "cpu" else find_cards(gpu)[0].target if gpu else Target("cuda")
+    ours = plan(loaded, target)
+    theirs = plan_trl(loaded, ours)
+    if as_json:
+        print(json.dumps(as_dict(ours, theirs), indent=1))
+    else:
+        show(console, ours, theirs)
+
+
+if __name__ == "__main__":
+    run_command(command)

@@ -92,6 +92,16 @@ def test_every_part_is_there(written, tmp_path):
     assert (low, high) == (pytest.approx(0.352, abs=1e-3), pytest.approx(0.648, abs=1e-3))
 
 
+def test_the_plan_stands_beside_what_was_measured():
+    plan = {"recipe": "mine", "model": "base", "peak_bytes": 6e9, "needed_bytes": 7e9, "fullest_phase": "backward", "assumed": {},
+            "phases": {"load": {"weights": 3e9, "total": 3e9}, "backward": {"weights": 3e9, "<i>kept": 3e9, "total": 6e9}}}  # fmt: skip
+    assert "Memory" not in page(facts(plan=None), [])
+    text = page(facts(plan=plan), [])
+    assert "Memory: the plan</h2>" in text and "&lt;i&gt;kept" in text and "<i>kept" not in text
+    text = page(facts(plan=plan | {"measured": {"allocated_bytes": 5e9, "reserved_bytes": 6e9}}), [])
+    assert "6.00 GB in tensors were planned, 5.00 GB measured: the plan was 20.0% over" in text
+
+
 def test_margins_are_of_each_pair(written, tmp_path):
     held = {"beta": 0.1, "before": {"logps/chosen": [-2.0, -2.0, -1.0, -1.0], "logps/rejected": [-1.0, -1.0, -2.0, -2.0]},
             "after": {"logps/chosen": [-1.0, -3.0, -1.0, NAN], "logps/rejected": [-2.0, -1.0, -2.0, -2.0]}}  # fmt: skip

@@ -31,7 +31,7 @@ RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "
 RUN["data"]["drops"] |= {"dropped": {"empty prompt": 3}, "notes": ["a note"]}
 LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies": 0.6}]
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
-            "Memory: ": "plan", "part-how-to-go-on": ""}  # fmt: skip
+            "part-memory-": "plan", "part-how-to-go-on": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
 UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|licence|hub_id|dtype)"
                     r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip

@@ -19,14 +19,11 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
-from orpo_lite.plan.drawing import html
-from orpo_lite.plan.picture import picture
-from orpo_lite.report import document as whole
 from orpo_lite.report import write_report
 from orpo_lite.report.document import asset
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.commands import Command
-from tests.security.conftest import ATTACKS, SCRIPT, command, quick
+from tests.security.conftest import ATTACKS, SCRIPT, quick
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WITHOUT = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
@@ -160,19 +157,6 @@ def test_the_report_of_a_run_on_hostile_rows(attacked, tmp_path: Path, server) -
         shown = re.sub(r"\s+", " ", sample["prompt"]).strip()
         assert shown[:40] in re.sub(r"\s+", " ", document.text), shown
     assert SCRIPT in document.text
-
-
-@needs_browser
-def test_a_picture_of_a_plan_with_a_hostile_name(tmp_path: Path, server) -> None:
-    address, asked = server
-    attack = f"'\"></title></svg>{SCRIPT}<img src={address}/asked onerror=\"document.title='owned'\">"
-    plans = command("plan", "--recipe", "quickstart", "--gpu", "8GB", "--json", cwd=tmp_path)
-    content = json.loads(plans.stdout)
-    page = tmp_path / "plan.html"
-    page.write_text(whole(attack, html(picture(content | {"recipe": attack}))), "utf-8")
-    document = Document(dom(page, tmp_path / "profile"))
-    harmless(document)
-    assert "document.title" in document.title and not asked
 
 
 def test_the_card_of_a_run_on_hostile_rows(attacked) -> None:

@@ -5,16 +5,16 @@ import json
 import pytest
 from transformers import LlamaConfig, T5Config
 
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.plan import __main__ as plan_command
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, GRADIENTS, HEAD, OPTIMIZER
 from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.predict import Plan, plan
 from orpo_lite.recipe import Recipe
 from tests.benchmarks.plan_accuracy import Case
-from tests.benchmarks.trl_memory import PlannedTrlTrainer, as_dict, plan_trl, training_step
-from tests.planning.test_plan import SIZES, near, recipe
-from tests.planning.test_truth import check
+from tests.benchmarks.trl_memory import TrlPasses, as_dict, command, plan_trl, show, training_step
+from tests.plan.test_accuracy import check
+from tests.plan.test_plan import SIZES, near, recipe
 
 VOCABULARY, LENGTH = 20_000, 128
 CUDA = Target("cuda")
@@ -26,7 +26,7 @@ CUDA = Target("cuda")
     ids=lambda case: case.name,
 )
 def test_plan_is_what_trl_s_step_takes(case):
-    check(case)  # the slow tests of test_truth.py have more of them
+    check(case)  # the slow tests of test_accuracy.py have more of them
 
 
 def saved(folder, layers: int):
@@ -104,17 +104,17 @@ def test_trl_checkpoints_all_layers_or_none(base):
 
 def test_command_prints_both(base, tmp_path, capsys):
     path = tmp_path / "one.yaml"
-    path.write_text(
-        f"name: one\nmodel: {{name_or_path: {base}}}\ndata: {{train: x.jsonl, max_length: {LENGTH}, eval_fraction: 0}}\n"
-    )
-    plan_command.command(recipe=str(path), beside_trl=True, as_json=True)
+    recipe(base, data={"max_length": LENGTH, "eval_fraction": 0}).save(path)
+    command(str(path), as_json=True)
     found = json.loads(capsys.readouterr().out)
-    assert found["trl"]["peak_bytes"] > found["peak_bytes"] and found["trl"]["layout"] == "padded"
-    assert found["trl"]["peak_bytes"] == max(phase["total"] for phase in found["trl"]["phases"].values())
-    assert found["trl"]["times_ours"]["peak"] == found["trl"]["peak_bytes"] / found["peak_bytes"]
-    assert found["trl"]["ours"]["needed_bytes"] == found["needed_bytes"]
-    assert any(sentence.startswith("TRL: ") for sentence in found["trl"]["assumptions"])
-    plan_command.command(recipe=str(path), beside_trl=True)
+    assert found["peak_bytes"] > found["ours"]["peak_bytes"] and found["layout"] == "padded"
+    assert found["peak_bytes"] == max(phase["total"] for phase in found["phases"].values())
+    assert found["times_ours"]["peak"] == found["peak_bytes"] / found["ours"]["peak_bytes"]
+    assert any(sentence.startswith("TRL: ") for sentence in found["assumptions"])
+
+
+def test_both_stand_side_by_side(both, capsys):
+    show(console, *both[1:])
     assert "times our memory" in capsys.readouterr().out
 
 
@@ -130,16 +130,14 @@ def test_what_cannot_be_planned_is_told(base, tmp_path, monkeypatch):
     T5Config(vocab_size=500, d_model=64, d_ff=128, num_layers=2, num_heads=4, d_kv=16,
              decoder_start_token_id=0, architectures=["T5ForConditionalGeneration"]).save_pretrained(tmp_path)  # fmt: skip
     asked = recipe(tmp_path, model={"quantization": "none"})
-    with pytest.raises(RequestError, match=r"--beside-trl.*encoder-decoder"):
+    with pytest.raises(RequestError, match="encoder-decoder"):
         plan_trl(asked, plan(asked, CUDA))
-    with pytest.raises(RequestError, match="--recipe NAME"):
-        plan_command.command(all_recipes=True, beside_trl=True)
 
     def reads(self, model, inputs):
         return model(inputs["chosen_input_ids"]).logits.mean().item()
 
     asked = recipe(base)
     ours = plan(asked, CUDA)
-    monkeypatch.setattr(PlannedTrlTrainer, "compute_loss", reads)
+    monkeypatch.setattr(TrlPasses, "compute_loss", reads)
     with pytest.raises(RequestError, match=r"step of TRL .* cannot be planned"):
         plan_trl(asked, ours)

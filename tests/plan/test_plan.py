@@ -1,29 +1,32 @@
 """Plans: whole models from short ones, what a setting changes, optimizers, cards, remedies and the command."""
 
+import io
 import json
 import re
 import subprocess
 import sys
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import bitsandbytes as bnb
 import pytest
 import torch
+from rich.console import Console
 from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.plan import tables as show
 from orpo_lite.plan.allocations import CONSTANTS, GRADIENTS, KEPT, OPTIMIZER
-from orpo_lite.plan.extrapolate import period
 from orpo_lite.plan.gpus import CARDS, FITS, NOT, TIGHT, Card, find_cards, verdict
 from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.optimizer_memory import states
-from orpo_lite.plan.predict import plan
-from orpo_lite.plan.remedies import Planner, changed, judge
+from orpo_lite.plan.meta_model import optimizer_states as states
+from orpo_lite.plan.predict import period, plan
+from orpo_lite.plan.search import Planner, changed, judge
 from orpo_lite.plan.step import longest_pair
+from orpo_lite.plan.tables import show_plan
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.recipe.loading import recipes_folder
+from tests.benchmarks import recipes_table
 from tests.commands import command
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
@@ -174,6 +177,14 @@ def test_planning_leaves_bitsandbytes_and_torch_as_they_were(bases):
     assert torch.autocast.__module__.startswith("torch") and not torch.is_autocast_enabled("cpu")
 
 
+def test_hostile_names_stay_text(bases):
+    made = replace(planned(recipe(bases["llama"]), Target("cuda")), model="[bold red]x[/]\x1b[31m\x07\u202e")
+    out = io.StringIO()
+    show_plan(Console(file=out, width=400), made)
+    assert "\x1b" not in out.getvalue() and "[bold red]x[/]" in out.getvalue()
+    assert not re.search("[\x00-\x08\x0b-\x1f\u202e]", out.getvalue())
+
+
 # ---- optimizers ------------------------------------------------------------------------------------------------------
 
 
@@ -283,8 +294,8 @@ def test_command_prints_json_and_the_card(bases):
 
 
 def test_mistakes_are_told():
-    done = run("--recipe", "mistral-qlora", "--all-recipes")
-    assert done.returncode == 2 and "one of --recipe" in done.stderr and "Traceback" not in done.stderr
+    done = run("--recipe", "mistral-qlora", "--gpu", "rtx-3099")
+    assert done.returncode == 2 and "rtx-3090" in done.stderr and "Traceback" not in done.stderr
 
 
 def test_a_model_that_is_not_here_is_told(tmp_path):
@@ -316,5 +327,5 @@ def test_a_7b_plan_is_quick_and_small():
 @pytest.mark.slow
 def test_the_recipes_table_is_the_planner_s():
     text = (recipes_folder() / "README.md").read_text("utf-8")
-    found = re.search(re.escape(show.BEGIN) + ".*" + re.escape(show.END), text, re.DOTALL)
-    assert found and found.group(0) == show.all_recipes()
+    found = re.search(re.escape(recipes_table.BEGIN) + ".*" + re.escape(recipes_table.END), text, re.DOTALL)
+    assert found and found.group(0) == recipes_table.all_recipes()

@@ -10,10 +10,10 @@ from transformers import LlamaConfig
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan import before_training as start
-from orpo_lite.plan import cache
+from orpo_lite.plan.before_training import Lengths, costliest
+from orpo_lite.plan.gpus import CONTEXT_BYTES
 from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.lengths import Lengths, worst
-from orpo_lite.plan.predict import CONTEXT_BYTES, plan
+from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout as announce
@@ -37,7 +37,7 @@ def recipe(tmp_path, monkeypatch):
             "data": {"train": "x.jsonl", "max_length": 128},
             "training": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         }
-        from orpo_lite.plan.remedies import changed
+        from orpo_lite.plan.search import changed
 
         made = changed(Recipe.parse(content), list(words))
         assert made is not None
@@ -56,7 +56,7 @@ def card(monkeypatch):
     """A CUDA card by mocked calls: total and free bytes, and what torch holds of it."""
 
     def make(total, others=0, reserved=0, allocated=0, name="Test Card"):
-        free = total - others - reserved - CONTEXT_BYTES["cuda"]
+        free = total - others - reserved - CONTEXT_BYTES
         monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device=None: (int(free), int(total)))
         monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: name)
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 6))
@@ -71,13 +71,13 @@ def card(monkeypatch):
 
 def test_the_costliest_pairs_of_each_layout():
     # shared: 60 50 63 24 96; packed: 70 90 68 32 116; padded: 80 90 110 32 120
-    assert worst(PAIRS, "shared", 2, None) == ((20, 40, 36), (5, 50, 8))
-    assert worst(PAIRS, "packed", 2, None) == ((20, 40, 36), (40, 5, 5))
-    assert worst(PAIRS, "padded", 9, None)[:3] == ((20, 40, 36), (5, 50, 8), (40, 5, 5))
-    assert worst(PAIRS, "shared", 9, 160) == ((20, 40, 36), (5, 50, 8))
-    assert worst(PAIRS, "shared", 9, 150) == ((20, 40, 36), (40, 5, 5))
-    assert worst(PAIRS, "padded", 9, 359) == ((20, 40, 36), (5, 50, 8))  # a third would be padded to 120
-    assert worst(PAIRS, "shared", 9, 1) == ((20, 40, 36),)  # alone, though it is over the budget
+    assert costliest(PAIRS, "shared", 2, None) == ((20, 40, 36), (5, 50, 8))
+    assert costliest(PAIRS, "packed", 2, None) == ((20, 40, 36), (40, 5, 5))
+    assert costliest(PAIRS, "padded", 9, None)[:3] == ((20, 40, 36), (5, 50, 8), (40, 5, 5))
+    assert costliest(PAIRS, "shared", 9, 160) == ((20, 40, 36), (5, 50, 8))
+    assert costliest(PAIRS, "shared", 9, 150) == ((20, 40, 36), (40, 5, 5))
+    assert costliest(PAIRS, "padded", 9, 359) == ((20, 40, 36), (5, 50, 8))  # a third would be padded to 120
+    assert costliest(PAIRS, "shared", 9, 1) == ((20, 40, 36),)  # alone, though it is over the budget
 
 
 def test_shape_is_of_the_data_and_of_tighter_limits(recipe, lengths):
@@ -90,7 +90,7 @@ def test_shape_is_of_the_data_and_of_tighter_limits(recipe, lengths):
     cut = lengths.shape(recipe("data.max_length=50", "data.overlong=truncate"), "shared")
     assert cut.pairs[0] == (20, 30, 30)
     nothing = lengths.shape(recipe("data.max_length=8", "data.overlong=drop"), "shared")
-    assert "that data lets through" in nothing.why
+    assert "that data allows" in nothing.why
 
 
 def test_a_plan_of_unequal_answers_and_held_out_pairs_moves_with_both(recipe):
@@ -110,15 +110,15 @@ def test_a_plan_of_unequal_answers_and_held_out_pairs_moves_with_both(recipe):
 
 
 def test_cache_gives_the_plan_back_and_knows_what_it_depends_on(recipe, lengths, monkeypatch):
-    made = cache.cached_plan(recipe(), Target("cuda"), lengths)
-    (file,) = cache.folder().iterdir()
+    made = start.cached_plan(recipe(), Target("cuda"), lengths)
+    (file,) = start.cache_folder().iterdir()
 
     def unasked(*args, **kwargs):
         raise AssertionError("planned anew")
 
     with monkeypatch.context() as patch:
-        patch.setattr(cache, "plan", unasked)
-        again = cache.cached_plan(recipe("training.learning_rate=1", "data.seed=3"), Target("cuda"), lengths)
+        patch.setattr(start, "plan", unasked)
+        again = start.cached_plan(recipe("training.learning_rate=1", "data.seed=3"), Target("cuda"), lengths)
         assert again == made and again.as_dict() == made.as_dict() and again.needed == made.needed
         longer = Lengths(PAIRS + 1, PAIRS[:2])
         for changed, target, pairs in (
@@ -130,40 +130,34 @@ def test_cache_gives_the_plan_back_and_knows_what_it_depends_on(recipe, lengths,
             (recipe(), Target("cuda"), longer),
         ):
             with pytest.raises(AssertionError, match="planned anew"):
-                cache.cached_plan(changed, target, pairs)
-        patch.setattr(cache, "version", lambda name: "another")
+                start.cached_plan(changed, target, pairs)
+        patch.setattr(start, "installed", lambda name: "another")
         with pytest.raises(AssertionError, match="planned anew"):
-            cache.cached_plan(recipe(), Target("cuda"), lengths)
+            start.cached_plan(recipe(), Target("cuda"), lengths)
     whole = file.read_text()
-    for damaged in (
-        "",
-        whole[: len(whole) // 2],
-        "[]",
-        json.dumps({"recipe": "small"}),
-        whole.replace('"backward"', '"back"'),
-    ):
+    for damaged in ("", whole[: len(whole) // 2], "[]", json.dumps({"recipe": "small"})):
         file.write_text(damaged)
-        assert cache.cached_plan(recipe(), Target("cuda"), lengths).needed == made.needed
+        assert start.cached_plan(recipe(), Target("cuda"), lengths).needed == made.needed
         assert file.read_text() == whole
-    assert [path.name for path in cache.folder().iterdir()] == [file.name]
+    assert [path.name for path in start.cache_folder().iterdir()] == [file.name]
 
 
 def test_cache_that_cannot_be_written_is_done_without(recipe, lengths, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "file"))
-    assert cache.cached_plan(recipe(), Target("cuda"), lengths).needed
+    assert start.cached_plan(recipe(), Target("cuda"), lengths).needed
     monkeypatch.delenv("ORPO_LITE_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert cache.folder() == tmp_path / "orpo_lite" / "plans"
+    assert start.cache_folder() == tmp_path / "orpo_lite" / "plans"
 
 
 def test_a_card_with_room_gets_a_line(recipe, lengths, card, capsys):
-    made = start.before_loading(recipe(), lengths, card(12e9), False, "again")
+    made = start.plan_before_loading(recipe(), lengths, card(12e9), False, "again")
     assert made is not None
     line = capsys.readouterr().out.strip()
     assert (
         line.startswith("memory: planned ")
-        and f"of 12.0 GB (tensors {made.peak / 1e9:.3f}" in line
+        and f"of 12.0 GB (tensors {made.peak / 1e9:.2f} GB" in line
         and ", fits; 4 of" in line
     )
 
@@ -173,34 +167,34 @@ def test_what_cannot_fit_is_refused_with_a_remedy_that_works(recipe, lengths, ca
     device = card(int(needs.needed - needs.assumed["fragmentation margin"] - 1e6))
     command = "python -m orpo_lite.train --recipe small"
     with pytest.raises(RequestError, match="small needs") as caught:
-        start.before_loading(recipe(), lengths, device, False, command)
+        start.plan_before_loading(recipe(), lengths, device, False, command)
     message = str(caught.value)
     assert "Test Card has" in message and "--force" in message and "held by" not in message
     words = message.split(command)[1].split("\n")[0].split()
     assert words and "=" in words[0]
-    start.before_loading(recipe(*words), lengths, device, False, command)  # it does fit
-    assert start.before_loading(recipe(), lengths, device, True, command) is not None
-    assert "going on, since --force says so" in caplog.text
+    start.plan_before_loading(recipe(*words), lengths, device, False, command)  # it does fit
+    assert start.plan_before_loading(recipe(), lengths, device, True, command) is not None
+    assert "starting anyway because of --force" in caplog.text
 
 
 def test_who_else_is_on_the_card_is_said(recipe, lengths, card):
     device = card(12e9, others=11.6e9)
     with pytest.raises(RequestError) as caught:
-        start.before_loading(recipe(), lengths, device, False, "again")
+        start.plan_before_loading(recipe(), lengths, device, False, "again")
     message = str(caught.value)
     assert "0.4 GB left of 12.0 GB, since 11.6 GB are held by python, 4242, 800 MiB" in message
-    assert "It fits once those have ended" in message and "Nothing that was tried makes it fit" in message
+    assert "It fits once those programs have ended" in message and "Nothing that was tried makes it fit" in message
 
 
 def test_a_plan_that_fails_stops_nothing(recipe, lengths, card, capsys, tmp_path):
     gone = recipe(f"model.name_or_path={tmp_path / 'nothing'}")
-    assert start.before_loading(gone, lengths, card(12e9), False, "again") is None
+    assert start.plan_before_loading(gone, lengths, card(12e9), False, "again") is None
     out = capsys.readouterr().out
-    assert "memory: no plan, since model.name_or_path" in out and "training goes on without" in out
+    assert "memory: no plan, because model.name_or_path" in out and "training continues without" in out
 
 
 def test_measured_beside_planned(recipe, lengths, card, capsys):
-    made = cache.cached_plan(recipe(), Target("cuda"), lengths)
+    made = start.cached_plan(recipe(), Target("cuda"), lengths)
     device = card(12e9, allocated=made.peak * 2, reserved=made.peak * 3)
     record = announce.memory(made, device)
     assert record == made.as_dict() | {
@@ -226,17 +220,17 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
 def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, monkeypatch):
     lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
     asked = recipe("memory.gpu_gb=12", "memory.checkpointing=all")
-    found = start.fitted(asked, lengths, card(24e9))
+    found = start.fit_to_card(asked, lengths, card(24e9))
     assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
     # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
     assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
     assert "memory.gpu_gb=12: fitted with memory.checkpointing=none" in capsys.readouterr().out
     monkeypatch.setattr(start, "fit", None)
-    assert start.fitted(asked, lengths, card(24e9)) == found
-    assert start.fitted(recipe(), lengths, card(24e9)) == recipe()
+    assert start.fit_to_card(asked, lengths, card(24e9)) == found
+    assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
 
 
 def test_gpu_gb_without_a_gpu_leaves_the_recipe(recipe, lengths, capsys):
     asked = recipe("memory.gpu_gb=12")
-    assert start.fitted(asked, lengths, torch.device("cpu")) == asked
+    assert start.fit_to_card(asked, lengths, torch.device("cpu")) == asked
     assert "there is no GPU here" in capsys.readouterr().out

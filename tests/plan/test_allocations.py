@@ -72,7 +72,7 @@ def test_gradients_that_meet_are_summed_in_place_as_they_are_when_nobody_looks()
 def kind_of(function, dtype=torch.bfloat16, target="cuda"):
     kernels = Kernels(Target(target))
     x = torch.ones(4, 4, device=META)
-    with kernels.standing_in(), torch.autocast("cpu", dtype=dtype):
+    with kernels.emulate(), torch.autocast("cpu", dtype=dtype):
         return function(x).dtype
 
 
@@ -83,7 +83,7 @@ def test_autocast_lowers_products_and_raises_norms_as_cuda_does():
     assert kind_of(lambda x: x + x) == torch.float32
     assert kind_of(lambda x: torch.nn.functional.layer_norm(half(x), (4,))) == torch.float32
     assert kind_of(lambda x: torch.nn.functional.layer_norm(half(x), (4,)), target="cpu") == torch.bfloat16
-    with Kernels(Target("cuda")).standing_in(), torch.autocast("meta", dtype=torch.float16):
+    with Kernels(Target("cuda")).emulate(), torch.autocast("meta", dtype=torch.float16):
         x = torch.ones(4, 4, device=META)
         assert torch.is_autocast_enabled() and (x @ x).dtype == torch.float16
         with torch.autocast("meta", enabled=False):
@@ -102,7 +102,7 @@ def attention_operations(target: Target, query_heads: int, key_heads: int, dtype
 
     query = torch.empty(1, query_heads, 64, 32, dtype=dtype, device=META)
     key = torch.empty(1, key_heads, 64, 32, dtype=dtype, device=META)
-    with Watch(512, no_workspace), Kernels(target).standing_in():
+    with Watch(512, no_workspace), Kernels(target).emulate():
         torch.nn.functional.scaled_dot_product_attention(
             query, key, key, mask, is_causal=mask is None, enable_gqa=query_heads != key_heads
         )
