@@ -62,18 +62,17 @@ def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
 
 
 @contextlib.contextmanager
-def progress_bar(label: str, total: int, in_bytes: bool = False) -> Iterator[Callable[[int], None]]:
-    """Show a progress bar on stderr that disappears at the end; yield the function that advances it by a count."""
-    from rich import progress as bars
+def progress_bar(label: str, total: int | None, in_bytes: bool = False) -> Iterator[Callable[[int], Any]]:
+    """Show a progress bar on stderr that disappears at the end; yield the function that advances it by a count.
 
-    counts = (
-        (bars.DownloadColumn(binary_units=False), bars.TransferSpeedColumn())
-        if in_bytes
-        else (bars.MofNCompleteColumn(), bars.TimeRemainingColumn())
-    )
-    with bars.Progress(bars.TextColumn(label), bars.BarColumn(), *counts, console=errors, transient=True) as progress:
-        task = progress.add_task(label, total=total)
-        yield lambda count: progress.advance(task, count)
+    Where no bar can be drawn, as in a notebook or a log file, print a line every 10 seconds.
+    """
+    from tqdm import tqdm
+
+    scaled = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if in_bytes else {}
+    rare = {} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
+    with tqdm(desc=visible(label), total=total, leave=False, **scaled, **rare) as bar:  # type: ignore[call-overload]
+        yield bar.update
 
 
 def reports_errors() -> bool:

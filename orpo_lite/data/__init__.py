@@ -1,4 +1,4 @@
-"""Preference data: rows in any shape in, tokenised pairs out, every row left out counted."""
+"""Preference data: rows of any shape in, tokenized pairs out, every row left out counted."""
 
 from __future__ import annotations
 
@@ -6,55 +6,61 @@ import hashlib
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 from orpo_lite.data.lengths import pair_lengths
+from orpo_lite.data.sources import open_source
 
 if TYPE_CHECKING:
     import datasets
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.preview import command
-    from orpo_lite.data.sources import Source
     from orpo_lite.data.token_cache import Tokenized, TokenizeOptions
     from orpo_lite.recipe import DataSection, DataSource
 
-__all__ = ["DropReport", "Pairs", "TooManyDropped", "command", "lengths", "load_pairs"]
+__all__ = ["DropReport", "Pairs", "TooManyDropped", "load_pairs", "pair_lengths"]
+
+Shapes = dict[str, dict[str, Any]]
+"""Per source: section, path, files, shape, rows read, pairs kept, weight, whether from the cache."""
 
 
 @dataclass
 class Pairs:
-    """Tokenised pairs, memory-mapped; columns as in `tokenize.tokenize_rows`, `source` counting training sources."""
+    """Tokenized pairs, memory-mapped; columns as in `tokenize_rows`, where `source` counts the training sources."""
 
     train: datasets.Dataset
     eval: datasets.Dataset | None
     report: DropReport
     """Over all sources."""
-    shapes: dict[str, dict[str, Any]]
-    """Per source: section, path, files, shape, rows read, pairs kept, whether from the cache."""
+    shapes: Shapes
     fingerprint: str
     """Hash of the content of all rows, and of how they are sampled and held out."""
 
     @property
     def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of the training pairs, see `lengths`."""
+        """Tokens of the training pairs, see `pair_lengths`."""
         return pair_lengths(self.train)
 
 
 def load_pairs(
     spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False, field: str = "data.train"
 ) -> Pairs:
-    """Read, convert, tokenise and split the data of a recipe.
+    """Read, convert, tokenize and split the data of a recipe.
 
     Args:
-        field: what errors call the training pairs.
+        spec: the recipe's `data` section.
+        tokenizer: the model's, with its chat template.
+        encoder_decoder: whether the model is one.
+        field: name of the training pairs in errors.
 
     Raises:
         RequestError: data that cannot be found, read or understood; no chat template where one is needed.
         TooManyDropped: more than half of the training or of the held-out rows dropped, or none left; its report covers
             every source read.
     """
-    from orpo_lite.data.token_cache import TokenizeOptions
+    from orpo_lite.data.token_cache import TokenizeOptions  # which imports torch
 
     options = TokenizeOptions(
         max_length=spec.max_length,
@@ -68,21 +74,20 @@ def load_pairs(
         num_proc=spec.num_proc,
         strict=True,
     )
-    shapes: dict[str, dict[str, Any]] = {}
+    shapes: Shapes = {}
     train = read_section(spec, spec.train, field, spec.max_rows, tokenizer, options, shapes)
-    held = (
-        read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes) if spec.eval else []
-    )
-    reports = [done.report for done in train], [done.report for done in held]
-    report = DropReport.merge(reports[0] + reports[1])
-    for name, section in zip((field, "data.eval"), reports, strict=True):
-        if section:
-            try:
-                DropReport.merge(section).check(name)
-            except TooManyDropped as error:
-                error.report, error.shapes = report, shapes
-                raise
-    return assemble(spec, train, held, report, shapes)
+    held_out: list[Tokenized] = []
+    if spec.eval:
+        held_out = read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes)
+    report = DropReport.merge([done.report for done in train + held_out])
+    for name, section in ((field, train), ("data.eval", held_out)):
+        try:
+            if section:
+                DropReport.merge([done.report for done in section]).check(name)
+        except TooManyDropped as error:
+            error.report, error.shapes = report, shapes
+            raise
+    return assemble(spec, train, held_out, report, shapes)
 
 
 def read_section(
@@ -92,10 +97,9 @@ def read_section(
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
-    shapes: dict[str, dict[str, Any]],
+    shapes: Shapes,
 ) -> list[Tokenized]:
-    """Tokenise each source; `limit` is over all of them in their order."""
-    from orpo_lite.data.sources import open_source
+    """Tokenize each source and describe it in `shapes`; `limit` is over all of them in their order."""
     from orpo_lite.data.token_cache import tokenize_source
 
     done: list[Tokenized] = []
@@ -105,9 +109,9 @@ def read_section(
         if left == 0:
             done[-1].report.notes.append(f"{field}: the row limit left {source.path} and what follows unread")
             break
-        # a recipe's built-in held-out pairs stay as they are when the training pairs are a user's
+        # a recipe's built-in held-out pairs keep their columns when the training pairs are a user's
         columns = None if field == "data.eval" and source.path.startswith("builtin:") else spec.columns
-        opened: Source = open_source(source, spec.split, columns, left, field)
+        opened = open_source(source, spec.split, columns, left, field)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"
         one = tokenize_source(opened, tokenizer, options, number)
@@ -126,23 +130,15 @@ def read_section(
 
 
 def assemble(
-    spec: DataSection,
-    train: list[Tokenized],
-    held: list[Tokenized],
-    report: DropReport,
-    shapes: dict[str, dict[str, Any]],
+    spec: DataSection, train: list[Tokenized], held_out: list[Tokenized], report: DropReport, shapes: Shapes
 ) -> Pairs:
     """Sample sources by weight and hold pairs out."""
-    import numpy as np
-
-    from orpo_lite.data.splits import hold_out, prompt_keys, sample
-
     random = np.random.default_rng(spec.seed)
     pool, indices = sample(train, [source.weight for source in spec.train], random)
     keys = prompt_keys(pool)[indices]
     held_rows = None
-    if held and spec.eval:
-        held_rows, chosen = sample(held, [source.weight for source in spec.eval], random)
+    if held_out and spec.eval:
+        held_rows, chosen = sample(held_out, [source.weight for source in spec.eval], random)
         shared = int(np.isin(prompt_keys(held_rows)[chosen], keys).sum())
         if shared:
             report.notes.append(
@@ -153,7 +149,7 @@ def assemble(
         out = hold_out(keys, spec.eval_fraction, spec.max_eval_rows, random)
         held_rows = pool.select(np.unique(indices[out]))
         indices = indices[~out]
-    parts = [[done.digest for done in train], [done.digest for done in held], spec.seed, spec.eval_fraction,
+    parts = [[done.digest for done in train], [done.digest for done in held_out], spec.seed, spec.eval_fraction,
              spec.max_eval_rows, [source.weight for source in spec.train]]  # fmt: skip
     return Pairs(
         pool.select(indices).remove_columns("key"),
@@ -164,9 +160,60 @@ def assemble(
     )
 
 
-def __getattr__(name: str) -> Any:
-    if name != "command":
-        raise AttributeError(f"module 'orpo_lite.data' has no attribute {name!r}")
-    from orpo_lite.data.preview import command
+def sample(
+    done: list[Tokenized], weights: list[float], random: np.random.Generator
+) -> tuple[datasets.Dataset, np.ndarray]:
+    """Return all sources end to end, and the rows that an epoch sees: weight 0.5 is a seeded half, 2 each row twice."""
+    import datasets
 
-    return command
+    parts, start = [], 0
+    for one, weight in zip(done, weights, strict=False):
+        rows = len(one.rows)
+        extra = random.permutation(rows)[: round((weight - int(weight)) * rows)] if weight % 1 else np.arange(0)
+        if rows and not int(weight) and not len(extra):
+            extra = np.arange(1)  # every source that is named is seen
+        parts.append(start + np.sort(np.concatenate([np.tile(np.arange(rows), int(weight)), extra])))
+        start += rows
+    rows = datasets.concatenate_datasets([one.rows for one in done]) if len(done) > 1 else done[0].rows
+    return rows, np.concatenate(parts).astype(np.int64)
+
+
+def prompt_keys(rows: datasets.Dataset) -> np.ndarray:
+    """Return the hash of each row's prompt, (N,) int64."""
+    return rows.data.column("key").to_numpy()
+
+
+def hold_out(keys: np.ndarray, fraction: float, limit: int | None, random: np.random.Generator) -> np.ndarray:
+    """Choose rows to hold out, whole prompts at a time, so that no prompt is on both sides.
+
+    Args:
+        keys: (N,) hash of each row's prompt.
+        fraction: share of the rows, at least one row.
+        limit: the most rows.
+        random: decides which prompts.
+
+    Returns:
+        (N,) bool, true where held out.
+
+    Raises:
+        RequestError: all rows share one prompt, so that nothing could be trained on.
+    """
+    unique, group, sizes = np.unique(keys, return_inverse=True, return_counts=True)
+    if len(unique) < 2:
+        raise RequestError(
+            f"data.eval_fraction is {fraction}, but {'the only row' if len(keys) == 1 else 'all rows'} kept "
+            "would have to be held out, since there is one prompt only: set data.eval_fraction=0 or name data.eval"
+        )
+    wanted = min(max(1, round(fraction * len(keys))), limit or len(keys))
+    # in a seeded order of the prompts' hashes: a row added to the data moves no other row to the other side
+    order = np.argsort(unique ^ random.integers(2**63, dtype=np.int64))
+    chosen, taken = np.zeros(len(unique), bool), 0
+    for place in order:
+        if taken + sizes[place] <= wanted and taken + sizes[place] < len(keys):
+            chosen[place] = True
+            taken += sizes[place]
+            if taken == wanted:
+                break
+    if not taken:
+        chosen[np.argmin(sizes)] = True
+    return chosen[group]

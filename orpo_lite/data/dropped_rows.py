@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,13 +24,13 @@ WRONG_TYPES = "wrong types"
 REFUSED = "refused by the template"
 NO_LABELS = "no completion tokens left"
 WITHOUT_TEMPLATE = (
-    "plain strings get no chat template, though the tokenizer has one; a chat model that is trained so answers badly in "
+    "plain strings get no chat template, though the tokenizer has one; a chat model trained that way answers badly in "
     "chats: data.apply_template=true writes them as a user's and an assistant's turn"
 )
 
 
 class Dropped(Exception):
-    """Raised while a row is converted or tokenised: the row is left out and counted."""
+    """Raised while a row is converted or tokenized: the row is left out and counted."""
 
     def __init__(self, reason: str, detail: str):
         super().__init__(reason, detail)
@@ -47,38 +46,6 @@ class Drop(NamedTuple):
     detail: str
 
 
-class DropList(Sequence[Drop]):
-    """Dropped rows in their order, read from files as they are looked at: there may be as many as there are rows.
-
-    Args:
-        files: (path, source, drops in it) of each; a line is the JSON list [row, reason, detail].
-    """
-
-    def __init__(self, files: Iterable[tuple[Path, str, int]] = ()):
-        self.files = list(files)
-
-    def __len__(self) -> int:
-        return sum(count for _, _, count in self.files)
-
-    def __iter__(self) -> Iterator[Drop]:
-        for path, source, count in self.files:
-            if count:
-                with path.open(encoding="utf-8") as lines:
-                    yield from (Drop(source, *json.loads(line)) for line in lines)
-
-    def __getitem__(self, index: Any) -> Any:
-        if isinstance(index, slice):
-            return list(self)[index]
-        place = range(len(self))[index]  # IndexError outside of it
-        return next(itertools.islice(self, place, None))
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Sequence) and len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))  # fmt: skip
-
-    def __repr__(self) -> str:
-        return f"<{len(self)} dropped rows>"
-
-
 @dataclass
 class DropReport:
     """Rows kept, cut and dropped, over one source or several."""
@@ -86,19 +53,20 @@ class DropReport:
     kept: int = 0
     counts: Counter[str] = field(default_factory=Counter)
     """Reason -> dropped rows."""
-    drops: Sequence[Drop] = field(default_factory=DropList)
-    """Every dropped row; of a stream the first ones."""
+    files: list[tuple[Path, str]] = field(default_factory=list)
+    """Files of dropped rows and the source of each; a line is the JSON list [row, reason, detail]."""
     prompt_cut: int = 0
     """Pairs whose prompt lost its oldest content."""
     completion_cut: int = 0
     """Pairs of which at least one completion lost its end."""
     notes: list[str] = field(default_factory=list)
-    """What else the user should know, one sentence each."""
+    """Whatever else the user should know, one sentence each."""
     cached: bool = False
     """Whether the tokens came from the cache."""
 
     @property
     def rows(self) -> int:
+        """Rows read, kept or dropped."""
         return self.kept + self.counts.total()
 
     @property
@@ -111,44 +79,56 @@ class DropReport:
         """Reason -> dropped rows, most frequent first."""
         return dict(self.counts.most_common())
 
+    @property
+    def drops(self) -> list[Drop]:
+        """Every dropped row, in order."""
+        return list(self.read_drops())
+
+    def read_drops(self) -> Iterator[Drop]:
+        """Yield the dropped rows, in order, from disk: there may be as many as there are rows."""
+        for path, source in self.files:
+            with path.open(encoding="utf-8") as lines:
+                yield from (Drop(source, *json.loads(line)) for line in lines)
+
     @classmethod
     def merge(cls, reports: list[DropReport]) -> DropReport:
-        """Sum of several reports; cached only if all of them were."""
+        """Return the sum of several reports; cached only if all of them were."""
         counts: Counter[str] = Counter()
         for report in reports:
             counts.update(report.counts)
-        lists = [report.drops for report in reports]
-        on_disk = [drops for drops in lists if isinstance(drops, DropList)]
-        files = [file for drops in on_disk for file in drops.files]
         return cls(
             kept=sum(report.kept for report in reports),
             counts=counts,
-            drops=DropList(files) if len(on_disk) == len(lists) else [drop for drops in lists for drop in drops],
+            files=[file for report in reports for file in report.files],
             prompt_cut=sum(report.prompt_cut for report in reports),
             completion_cut=sum(report.completion_cut for report in reports),
             notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
             cached=bool(reports) and all(report.cached for report in reports),
         )
 
+    def mostly_dropped(self) -> bool:
+        """Return whether nothing, or less than half of the rows, is left."""
+        return not self.kept or self.counts.total() > self.rows / 2
+
     def check(self, what: str) -> None:
-        """Raise TooManyDropped if nothing or less than half is left; `what` names the data in the message."""
-        if self.kept and self.counts.total() <= self.rows / 2:
+        """Raise TooManyDropped if nothing, or less than half, is left; `what` names the data in the message."""
+        if not self.mostly_dropped():
             return
         if not self.rows:
             raise TooManyDropped(f"{what}: no rows at all", self)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        first = self.drops[0]
+        first = next(self.read_drops())
         raise TooManyDropped(
             f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}), which is "
-            f"{'all of them' if not self.kept else 'more than half'}; the first: row {first.row} of {first.source}, "
-            f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; mend the "
+            f"{'more than half' if self.kept else 'all of them'}; the first: row {first.row} of {first.source}, "
+            f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; fix the "
             "data, map its columns (data.columns), or if length is the reason raise max_length, or cut the prompts "
             "(max_prompt_length, with overlong=truncate); in a recipe these are data.max_length and so on",
             self,
         )
 
     def as_dict(self, rows: bool = False) -> dict[str, Any]:
-        """Plain values for run.json; with `rows`, every dropped row as well."""
+        """Return plain values for run.json; with `rows`, every dropped row as well."""
         content: dict[str, Any] = {
             "rows": self.rows,
             "kept": self.kept,
@@ -157,20 +137,7 @@ class DropReport:
             "notes": self.notes,
             "cached": self.cached,
         }
-        return content | {"drops": [drop._asdict() for drop in self.drops]} if rows else content
-
-    @classmethod
-    def from_dict(cls, content: dict[str, Any], drops: Sequence[Drop] = ()) -> DropReport:
-        """The inverse of `as_dict`; the rows are given apart."""
-        return cls(
-            kept=content["kept"],
-            counts=Counter(content["dropped"]),
-            drops=drops,
-            prompt_cut=content["truncated"]["prompt"],
-            completion_cut=content["truncated"]["completion"],
-            notes=content["notes"],
-            cached=content["cached"],
-        )
+        return content | {"drops": [drop._asdict() for drop in self.read_drops()]} if rows else content
 
     def __str__(self) -> str:
         lines = [f"{self.kept:,} of {self.rows:,} rows kept" + (" (tokens from the cache)" if self.cached else "")]
@@ -182,27 +149,23 @@ class DropReport:
         return "\n".join(lines + [f"  note: {note}" for note in self.notes])
 
     def table(self) -> Table:
-        """The counts as a rich table, with the first rows of each reason."""
+        """Return the counts as a rich table, with the first rows of each reason."""
         from rich.table import Table
 
-        table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
-        first: dict[str, list[str]] = {reason: [] for reason in self.counts}
-        wanted = {reason: min(8, count) for reason, count in self.counts.items()}
-        for drop in self.drops:
-            if wanted.get(drop.reason):
+        first: dict[str, list[str]] = {reason: [] for reason in self.dropped}
+        for drop in self.read_drops():
+            if len(first[drop.reason]) < 8:
                 first[drop.reason].append(str(drop.row))
-                wanted[drop.reason] -= 1
-            if not any(wanted.values()):
-                break
-        for reason, count in self.dropped.items():
-            rows = first[reason]
+        table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
+        for reason, rows in first.items():
+            count = self.counts[reason]
             places = ", ".join(rows) + (", ..." if count > len(rows) else "")
             table.add_row(reason, f"{count:,}", f"{count / self.rows:.1%}", places)
         return table
 
 
 class TooManyDropped(RequestError):
-    """More than half of the rows, or all, were dropped. `report` says which and why, `shapes` is that of Pairs."""
+    """More than half of the rows, or all, were dropped. `report` has which and why; `shapes` is that of Pairs."""
 
     def __init__(self, message: str, report: DropReport):
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Messages and tools as data sets write them -> role/content messages and function schemas; text that is checked."""
+"""Messages and tools in the forms of many data sets -> role/content messages and function schemas."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Messages = list[dict[str, Any]]
 
 
 def text_turns(prompt: str) -> Messages:
-    """A prompt string as messages: the turns of an HH string, else one user turn."""
+    """Return a prompt string as messages: the turns of an HH string, else one user turn."""
     if not prompt.lstrip().startswith("Human:"):
         return [{"role": "user", "content": prompt}]
     parts = HH_TURN.split("\n\n" + prompt.lstrip())
@@ -29,7 +29,7 @@ def text_turns(prompt: str) -> Messages:
 
 
 def messages(value: Any, place: str, tool_calls: bool) -> Messages:
-    """Messages in role/content or from/value form -> role/content, without null fields."""
+    """Convert messages in role/content or from/value form to role/content, without null fields."""
     if isinstance(value, str):
         value = [{"role": "assistant", "content": value}]
     elif isinstance(value, dict):
@@ -40,6 +40,7 @@ def messages(value: Any, place: str, tool_calls: bool) -> Messages:
 
 
 def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
+    """Convert one message; `place` names it in errors."""
     if not isinstance(item, dict):
         raise Dropped(WRONG_TYPES, f"{place} is {kind(item)}, expected a message")
     fields = {key: value for key, value in item.items() if value is not None}
@@ -67,7 +68,7 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
 
 
 def parse_calls(content: str) -> list[dict[str, Any]] | None:
-    """ShareGPT's function_call text as OpenAI-style tool calls; None if it is something else."""
+    """Convert ShareGPT's function_call text to OpenAI-style tool calls; None if it is something else."""
     try:
         calls = json.loads(content)
     except (ValueError, RecursionError):
@@ -79,7 +80,7 @@ def parse_calls(content: str) -> list[dict[str, Any]] | None:
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:
-    """The tools column: a list of schemas, of JSON strings, or one JSON string; None if empty."""
+    """Convert the tools column (a list of schemas or JSON strings, or one JSON string); None if it is empty."""
     try:
         value = json.loads(value) if isinstance(value, str) and value.strip() else value
         value = [value] if isinstance(value, dict) else value or None
@@ -92,6 +93,7 @@ def read_tools(value: Any) -> list[dict[str, Any]] | None:
 
 
 def checked_text(value: Any, place: str) -> str:
+    """Return the text, or raise Dropped if it is no text or not valid Unicode."""
     if not isinstance(value, str):
         raise Dropped(WRONG_TYPES, f"{place} is {kind(value)}, expected text")
     try:
@@ -104,10 +106,12 @@ def checked_text(value: Any, place: str) -> str:
 
 
 def kind(value: Any) -> str:
+    """Return what a value is, in words."""
     names = {dict: "a mapping", list: "a list", str: "text", type(None): "null", bool: "true/false",
              int: "a number", float: "a number"}  # fmt: skip
     return names.get(type(value), f"a {type(value).__name__}")
 
 
 def describe_columns(row: dict[Any, Any]) -> str:
+    """Return the names of a row's columns."""
     return ", ".join(str(key)[:40] for key in list(row)[:12]) or "none"

@@ -1,10 +1,11 @@
-"""`orpo-lite data`: what a recipe will be trained on: counts, drops, lengths, decoded examples with their labels."""
+"""`orpo-lite data`: show counts, drops, lengths and decoded examples of the data that a recipe trains on."""
 
 from __future__ import annotations
 
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.console import Group
 from rich.table import Table
@@ -12,12 +13,11 @@ from rich.text import Text
 
 from orpo_lite.common.console import console
 from orpo_lite.common.text import visible
-from orpo_lite.data import DropReport, Pairs, TooManyDropped, load_pairs, pair_lengths
+from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
 if TYPE_CHECKING:
-    import numpy as np
     from transformers import PreTrainedTokenizerBase
 
 
@@ -34,7 +34,7 @@ def command(
     try:
         pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
     except TooManyDropped as error:
-        # what there is to see is shown all the same; the error comes after it and sets the exit status
+        # show the counts before the error, which sets the exit status
         print_report(error.report, error.shapes, None, list_drops, as_json)
         raise
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
@@ -42,7 +42,7 @@ def command(
 
 
 def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """The recipe's tokenizer, and whether its model is an encoder-decoder."""
+    """Return the recipe's tokenizer, and whether its model is an encoder-decoder."""
     from orpo_lite.model import load_tokenizer
     from orpo_lite.model.base import read_config
 
@@ -51,12 +51,21 @@ def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
 
 def print_report(
     report: DropReport,
-    shapes: dict[str, dict[str, Any]],
+    shapes: Shapes,
     pairs: Pairs | None,
     list_drops: bool,
     as_json: bool,
     shown: list[dict[str, Any]] | None = None,
 ) -> None:
+    """Print what was read, as tables or as JSON.
+
+    Args:
+        report, shapes: as in `Pairs`.
+        pairs: None if they cannot be used.
+        list_drops: print every dropped row.
+        as_json: print one JSON document.
+        shown: decoded examples.
+    """
     splits = {"train": pairs.train} | ({"eval": pairs.eval} if pairs.eval is not None else {}) if pairs else {}
     if as_json:
         content = {
@@ -73,7 +82,7 @@ def print_report(
     if report.counts:
         console.print(report.table(), "")
     if list_drops:
-        for drop in report.drops:
+        for drop in report.read_drops():
             line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
             console.print(Text(printable(line).replace("\n", " ")), soft_wrap=True)
         console.print()
@@ -90,22 +99,14 @@ def print_report(
     console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
     console.print(lengths_table(pair_lengths(pairs.train)))
     if shown:
-        console.print(
-            Text.assemble(
-                "\n",
-                (". prompt, no label", "dim"),
-                "   ",
-                ("+ chosen label", "green"),
-                "   ",
-                ("- rejected label", "red"),
-                "   ⏎ line break",
-            )
-        )
+        marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")
+        console.print(Text.assemble("\n", *marks, "⏎ line break"))
     for number, pair in enumerate(shown or [], 1):
         console.print("", example_text(number, pair), soft_wrap=True)
 
 
-def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Table:
+def sources_table(report: DropReport, shapes: Shapes) -> Table:
+    """Return rows read, kept and dropped of each source."""
     table = Table(box=None)
     for name in ("source", "for", "shape of its rows"):
         table.add_column(name, overflow="fold")
@@ -120,9 +121,7 @@ def sources_table(report: DropReport, shapes: dict[str, dict[str, Any]]) -> Tabl
 
 
 def summary(tokens: np.ndarray) -> dict[str, float]:
-    """Median, 95th percentile, largest and sum of token counts."""
-    import numpy as np
-
+    """Return median, 95th percentile, maximum and sum of token counts."""
     if not len(tokens):
         return {"median": 0, "p95": 0, "max": 0, "sum": 0}
     middle, high = (float(value) for value in np.percentile(tokens, [50, 95]))
@@ -130,11 +129,9 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
 
 
 def lengths_table(counted: dict[str, np.ndarray]) -> Table:
-    """Histogram of tokens a pair, one column a part, and its median, 95th percentile and maximum."""
-    import numpy as np
-
+    """Return a histogram of tokens per pair with median, 95th percentile and maximum, one column for each part."""
     top = max(int(tokens.max()) for tokens in counted.values())
-    # edges double: real lengths vary twentyfold
+    # edges double, since real lengths vary twentyfold
     edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
     width = max(3, min(24, (console.width - 20) // len(counted) - 10))
     table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
@@ -149,12 +146,12 @@ def lengths_table(counted: dict[str, np.ndarray]) -> Table:
 
 
 def bar(count: int, largest: int, width: int) -> str:
-    """A bar of at most `width` blocks and the count behind it, held together by a space that does not break."""
+    """Return a bar of at most `width` blocks and the count, joined by a space that does not break."""
     return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """One pair decoded: what both sequences open with, and the labels of either."""
+    """Return one pair decoded: the prompt of both sequences, and the labels of each."""
     if "prompt_ids" in row:
         prompts, labels = [row["prompt_ids"]] * 2, [row["chosen_ids"], row["rejected_ids"]]
     else:
@@ -177,7 +174,7 @@ def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def example_text(number: int, pair: dict[str, Any]) -> Group:
-    """The pair with a letter in front of each line: . prompt (no label), + chosen label, - rejected label."""
+    """Return the pair with a mark before each line: . prompt (no label), + chosen label, - rejected label."""
     tokens = pair["tokens"]
     title = (
         f"example {number}: row {pair['row']} of source {pair['source']}: {tokens['prompt']} prompt, "
@@ -192,6 +189,7 @@ def example_text(number: int, pair: dict[str, Any]) -> Group:
 
 
 def marked(mark: str, text: str, style: str) -> Text:
+    """Return the text with the mark before each line."""
     lines = printable(text).split("\n")
     result = Text()
     for number, line in enumerate(lines):

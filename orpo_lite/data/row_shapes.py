@@ -1,6 +1,8 @@
 """Every shape of preference row -> one Pair: prompt, chosen, rejected, tools.
 
-A row's shape is read off its columns and types; `to_pair` converts it or raises Dropped with the reason.
+A row's columns and their types determine its shape; `to_pair` converts it or raises Dropped with the reason. To add a
+shape: name it, put it into a family and its columns into COLUMNS, recognize it in `row_shape` and convert it in
+`conversation_sides` or `string_sides`.
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import EMPTY, EMPTY_PROMPT, EQUAL, PROMPTS_DIFFER, WRONG_TYPES, Dropped
 from orpo_lite.data.messages import (
     HH_TURN,
@@ -32,7 +35,7 @@ STRINGS = "strings, explicit prompt"
 BARE_STRINGS = "strings, implicit prompt"
 HH = "Anthropic HH strings"
 
-# a source holds rows of one family: within it shapes may mix, across it the answers would be rendered differently
+# a source holds rows of one family: within a family shapes may mix, across families answers are rendered differently
 FAMILY = dict.fromkeys((EXPLICIT, IMPLICIT, ULTRAFEEDBACK, SHAREGPT, ALPACA), "conversations") | {
     shape: shape for shape in (STRINGS, BARE_STRINGS, HH)
 }
@@ -42,7 +45,7 @@ HH_ANSWER = "\n\nAssistant:"
 
 
 class Pair(NamedTuple):
-    """A preference pair. Messages get the chat template; strings are tokenised as they are."""
+    """A preference pair. Messages get the chat template; strings are tokenized as they are."""
 
     prompt: Messages | str
     chosen: Messages | str
@@ -52,17 +55,18 @@ class Pair(NamedTuple):
 
     @property
     def chat(self) -> bool:
+        """Whether the pair is a conversation."""
         return isinstance(self.prompt, list)
 
     @property
     def prompt_text(self) -> str:
-        """The prompt's words without template, system turns and outer space: equal for equal prompts in any shape."""
+        """The prompt's words without template, system turns and outer spaces: equal for equal prompts in any shape."""
         turns = self.prompt if isinstance(self.prompt, list) else text_turns(self.prompt)
         return "\0".join(str(turn.get("content", "")).strip() for turn in turns if turn["role"] != "system")
 
 
 def row_shape(row: Any) -> str | None:
-    """The shape of one row, or None if it is not a preference row."""
+    """Return the shape of one row, or None if it is not a preference row."""
     if not isinstance(row, dict):
         return None
     sides = [row.get("chosen"), row.get("rejected")]
@@ -83,18 +87,53 @@ def row_shape(row: Any) -> str | None:
     return BARE_STRINGS if prompt is None else STRINGS if isinstance(prompt, str) else None
 
 
+def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
+    """Return the most frequent shape among a source's first rows.
+
+    Raises:
+        RequestError: none of them is a preference row, or apply_template is set where nothing shows the prompt.
+    """
+    if not rows:
+        raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
+    shape = detect(rows[:200]) or detect(rows)
+    there = [any(isinstance(row, dict) and side in row for row in rows) for side in ("chosen", "rejected")]
+    if shape is None or sum(there) == 1:
+        check_kinds(rows[0], label)
+        found = describe_columns(rows[0]) if isinstance(rows[0], dict) else f"rows that are {type(rows[0]).__name__}"
+        raise RequestError(
+            f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
+            "map other names with data.columns, for example {prompt: question, chosen: good, rejected: bad}"
+        )
+    if shape == BARE_STRINGS and apply_template:
+        raise RequestError(
+            f"{label}: data.apply_template is set, but the rows are strings without a prompt column, so nothing shows "
+            "where the answers start; name the prompt's column with data.columns.prompt or leave apply_template out"
+        )
+    return shape
+
+
 def detect(rows: Iterable[Any]) -> str | None:
-    """The most frequent shape among the rows; None if none of them is a preference row."""
+    """Return the most frequent shape among the rows; None if none of them is a preference row."""
     counts = Counter(shape for row in rows if (shape := row_shape(row)))
     return counts.most_common(1)[0][0] if counts else None
 
 
-def to_pair(row: Any, source_shape: str, *, strict: bool, apply_template: bool, tool_calls: bool) -> Pair:
+def check_kinds(row: Any, label: str) -> None:
+    """Raise RequestError for a row with the right columns and the wrong values in them."""
+    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
+        for side in ("chosen", "rejected", "prompt"):
+            if side in row and not isinstance(row[side], str | list | dict):
+                raise RequestError(
+                    f"{label}: row 0: {side} is {kind(row[side])}, expected text or messages: fix the data"
+                )
+
+
+def to_pair(row: Any, of_source: str, *, strict: bool, apply_template: bool, tool_calls: bool) -> Pair:
     """Convert one row.
 
     Args:
         row: as read, columns already renamed to the standard names.
-        source_shape: the shape of its source; a row of another family is refused.
+        of_source: the shape of its source; a row of another family is refused.
         strict: drop what a curated data set should not hold (empty turns, equal sides, prompts that differ); without
             it rows are taken as TRL takes them.
         apply_template: turn plain strings into one user and one assistant turn, HH strings into their turns.
@@ -110,20 +149,19 @@ def to_pair(row: Any, source_shape: str, *, strict: bool, apply_template: bool, 
                 raise Dropped(EMPTY, f"{side} is missing")
             if not isinstance(row[side], str | list | dict):
                 raise Dropped(WRONG_TYPES, f"{side} is {kind(row[side])}, expected text or messages")
-    if shape is None or FAMILY[shape] != FAMILY[source_shape]:
+    if shape is None or FAMILY[shape] != FAMILY[of_source]:
         found = f"columns {describe_columns(row)}" if isinstance(row, dict) else kind(row)
-        raise Dropped(WRONG_TYPES, f"found {shape or found}, the source is {source_shape}")
+        raise Dropped(WRONG_TYPES, f"found {shape or found}, the source is {of_source}")
     if FAMILY[shape] == "conversations":
         prompt, chosen, rejected = conversation_sides(row, shape, strict, tool_calls)
     else:
         prompt, chosen, rejected = string_sides(row, shape, strict)
         if apply_template:
-            system = [{"role": "system", "content": row["system"]}] if isinstance(row.get("system"), str) else []
-            turns = text_turns(prompt)
-            prompt = (system if turns[0]["role"] != "system" and system and system[0]["content"] else []) + turns
-            chosen, rejected = (
-                [{"role": "assistant", "content": side.strip() if shape == HH else side}] for side in (chosen, rejected)
-            )
+            system = row.get("system")
+            named = isinstance(system, str) and system
+            prompt = ([{"role": "system", "content": system}] if named else []) + text_turns(prompt)
+            texts = (side.strip() if shape == HH else side for side in (chosen, rejected))
+            chosen, rejected = ([{"role": "assistant", "content": text}] for text in texts)
     kwargs = row.get("chat_template_kwargs") or {}
     if not isinstance(kwargs, dict):
         raise Dropped(WRONG_TYPES, f"chat_template_kwargs is {kind(kwargs)}, expected a mapping")
@@ -139,6 +177,7 @@ def to_pair(row: Any, source_shape: str, *, strict: bool, apply_template: bool, 
 def conversation_sides(
     row: dict[str, Any], shape: str, strict: bool, tool_calls: bool
 ) -> tuple[Messages, Messages, Messages]:
+    """Return prompt, chosen and rejected of a row whose answers are messages."""
     chosen = messages(row["chosen"], "chosen", tool_calls)
     rejected = messages(row["rejected"], "rejected", tool_calls)
     system: Messages = []
@@ -150,20 +189,13 @@ def conversation_sides(
         prompt = messages(row["conversations"], "conversations", tool_calls)
     elif shape == EXPLICIT:
         prompt = messages(row["prompt"], "prompt", tool_calls)
-    elif (
-        shape == ULTRAFEEDBACK
-        and row["prompt"].strip()
-        and all(s and s[0]["role"] == "assistant" for s in (chosen, rejected))
-    ):
+    elif shape == ULTRAFEEDBACK and row["prompt"].strip() and both_answer(chosen, rejected):
         prompt = [{"role": "user", "content": checked_text(row["prompt"], "prompt")}]
     else:
         prompt = None
-    # the answers of some data sets open with the prompt, or with the part of it that the prompt column lacks
-    if (
-        prompt is not None
-        and strict
-        and all(side and side[0]["role"] in ("system", "user") for side in (chosen, rejected))
-    ):
+    # the answers of some data sets begin with the prompt, or with the part of it that the prompt column lacks
+    repeated = all(side and side[0]["role"] in ("system", "user") for side in (chosen, rejected))
+    if prompt is not None and strict and repeated:
         chosen, rejected = (side if side[: len(prompt)] == prompt else prompt + side for side in (chosen, rejected))
         prompt = None
     if prompt is None:
@@ -171,6 +203,11 @@ def conversation_sides(
     if system and (not prompt or prompt[0]["role"] != "system"):
         prompt = system + prompt
     return prompt, chosen, rejected
+
+
+def both_answer(chosen: Messages, rejected: Messages) -> bool:
+    """Return whether both sides begin with an assistant turn."""
+    return all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
 
 
 def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> tuple[Messages, Messages, Messages]:
@@ -186,11 +223,12 @@ def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> t
     while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
         common += 1
     if strict or not common:
-        raise Dropped(PROMPTS_DIFFER, f"chosen and rejected part at turn {common + 1}, before the last answer")
+        raise Dropped(PROMPTS_DIFFER, f"chosen and rejected differ from turn {common + 1}, before the last answer")
     return chosen[:common], chosen[common:], rejected[common:]
 
 
 def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, str, str]:
+    """Return prompt, chosen and rejected of a row whose answers are text."""
     chosen, rejected = (checked_text(row[side], side) for side in ("chosen", "rejected"))
     if shape == STRINGS:
         return checked_text(row["prompt"], "prompt"), chosen, rejected
@@ -204,7 +242,9 @@ def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, st
         if not strict:
             return split_strings(chosen, rejected)
         place = len(os.path.commonprefix([chosen, rejected]))
-        raise Dropped(PROMPTS_DIFFER, f"they part at {chosen[place : place + 30]!r} / {rejected[place : place + 30]!r}")
+        raise Dropped(
+            PROMPTS_DIFFER, f"they differ from {chosen[place : place + 30]!r} / {rejected[place : place + 30]!r}"
+        )
     answers = chosen[cuts[0] :], rejected[cuts[1] :]
     if strict:
         for side, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -215,20 +255,22 @@ def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, st
 
 
 def split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
-    """TRL's rule for strings without a prompt column: the common prefix, less a space at its end."""
+    """Split strings without a prompt column by TRL's rule: the prompt is their common prefix without a last space."""
     cut = len(os.path.commonprefix([chosen, rejected]))
     if cut == min(len(chosen), len(rejected)):
-        cut -= 1  # one string opens the other: TRL leaves at least a character
+        cut -= 1  # one string begins with the other: TRL leaves at least a character
     elif cut and chosen[cut - 1] == " ":
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
 
 
 def is_hh(text: str) -> bool:
+    """Return whether the text has turns as Anthropic's HH data."""
     return text.lstrip().startswith("Human:") and HH_ANSWER in text
 
 
 def alpaca_prompt(row: dict[str, Any]) -> Messages:
+    """Return the messages of instruction, input and history."""
     turns: Messages = []
     for past in row.get("history") or []:
         if not (isinstance(past, list | tuple) and len(past) == 2 and all(isinstance(text, str) for text in past)):
@@ -244,7 +286,7 @@ def alpaca_prompt(row: dict[str, Any]) -> Messages:
 
 
 def check(pair: Pair, strict: bool) -> None:
-    """Raise Dropped for what is in no state to be rendered, and if strict for what should not be trained on."""
+    """Raise Dropped for a pair that cannot be rendered and, if strict, for one that should not be trained on."""
     if isinstance(pair.prompt, list):
         if not pair.prompt:
             raise Dropped(EMPTY_PROMPT, "the prompt holds no turn")
@@ -269,6 +311,7 @@ def check(pair: Pair, strict: bool) -> None:
 
 
 def check_turns(turns: Messages) -> None:
+    """Raise Dropped if a user or assistant turn of the prompt is empty."""
     for number, turn in enumerate(turns, 1):
         spoken = turn["role"] in ("user", "assistant") and not turn.get("tool_calls")
         if spoken and not turn.get("content", "").strip():

@@ -1,4 +1,4 @@
-"""The sources of a recipe: local files in any common form, or a hub data set through `datasets`.
+"""The sources of a recipe: local files in any common format, or a hub data set through `datasets`.
 
 Each has a hash of its content, so that its tokens can be cached.
 """
@@ -11,16 +11,24 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
+from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.file_formats import COMPRESSIONS, FORMATS, file_format, read_file
+from orpo_lite.data.file_formats import (
+    BATCH_ROWS,
+    COMPRESSIONS,
+    FORMATS,
+    Batches,
+    file_format,
+    read_file,
+    without_nulls,
+)
 from orpo_lite.data.row_shapes import COLUMNS
-from orpo_lite.data.tables import BATCH_ROWS, EVERY, Batches, Wanted, dataset_batches, stream_batches
-from orpo_lite.data.throughput import Throughput
 from orpo_lite.recipe import DataSource
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.recipe.schema import Columns
@@ -35,22 +43,25 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
+EXPECTED = (
+    f"{' '.join(FORMATS)}, each also as {' '.join(COMPRESSIONS)}, a glob, a folder of these, or a hub id owner/name"
+)
 
 
 @dataclass
 class Source:
-    """What can be read of one entry of data.train or data.eval."""
+    """One entry of data.train or data.eval, ready to be read."""
 
     label: str
     files: list[str]
     content: str
-    """Hash of the content, the column map included."""
-    batches: Callable[..., Batches]
-    """Opens the source anew and yields lists of rows, columns renamed; takes `files.Wanted`, or decodes every row."""
+    """Hash of the content and the column map; empty where it is not known before the source is read."""
+    batches: Callable[[], Batches]
+    """Opens the source anew and yields lists of rows, columns renamed."""
     rows: int | None = None
-    """How many there are, for a progress bar: about, or unknown."""
+    """Approximate number of rows, for a progress bar; None if unknown."""
     enough: int | None = None
-    """Usable pairs after which no more is read; None reads to the end."""
+    """Usable pairs after which reading stops; None reads to the end."""
 
 
 def open_source(
@@ -59,54 +70,51 @@ def open_source(
     default: Columns | None,
     limit: int | None = None,
     field: str = "data.train / data.eval",
-    streaming: bool = False,
+    hashed: bool = True,
 ) -> Source:
     """Find a source's files or its hub data set.
 
     Args:
         source: as in the recipe.
-        split: data.split, of a hub data set or folder, where the source names none.
+        split: data.split, for a hub data set or folder, where the source names none.
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
         field: where the path was given, for the error.
-        streaming: look at no more than the names: no hash of the content, no download of a hub data set.
+        hashed: False leaves out the hash of local files, which reads them once more.
 
     Raises:
-        RequestError: nothing there, or not readable as what it says it is.
+        RequestError: nothing is there, or it cannot be read.
     """
     columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
     path = os.path.expanduser(resolve_path(source.path))
-    # unlike Path's, these are false for what can be no path
     where, asked = ("split", source.split) if source.split else ("data.split", split)
+    files: list[str] = []
+    # unlike Path's methods, os.path's are false for a name that no file can have
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         if asked != "train" and not os.path.isfile(os.path.join(path, "dataset_dict.json")):
             raise RequestError(no_splits(source, where, asked, "one table"))
-        files, rows = [path], load_saved(path, source.split or split)
-        content, count, batches = rows._fingerprint, len(rows), lambda wanted: dataset_batches(rows, columns, wanted)
-    elif files := local_files(path, source.split or split):
+        files, rows = [path], load_saved(path, asked)
+    elif files := local_files(path, asked):
         folder = os.path.isdir(path)
         if asked != "train" and not (folder and any(splits_named(Path(path), files).values())):
-            what = "a folder in which no file's name tells its split" if folder else "a local file"
+            what = "a folder in which no file's name shows its split" if folder else "a local file"
             raise RequestError(no_splits(source, where, asked, what))
-        content, count = ("", None) if streaming else hash_files(files)
-        batches = lambda wanted: itertools.chain.from_iterable(read_file(file, wanted) for file in files)  # noqa: E731 (a closure over files)
+        rows = None
     elif is_local(source.path):
-        raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {formats_in_words()}")
-    elif streaming:
-        files, content, count = [], "", None
-        stream = load_hub(source, source.split or split, streaming=True)
-        names = frozenset((*COLUMNS, *columns.values()))
-        batches = lambda wanted: stream_batches(stream, wanted, names)  # noqa: E731 (as above)
+        raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {EXPECTED}")
     else:
-        files, rows = [], load_hub(source, source.split or split)
-        content, count, batches = rows._fingerprint, len(rows), lambda wanted: dataset_batches(rows, columns, wanted)
+        rows = load_hub(source, asked)
+    if rows is None:
+        content, count = hash_files(files) if hashed else ("", None)
+    else:
+        content, count = rows._fingerprint, len(rows)
+
+    def batches() -> Batches:
+        found = itertools.chain.from_iterable(map(read_file, files)) if rows is None else dataset_batches(rows, columns)
+        return with_columns(first_rows(found, limit), columns, source.path)
+
     key = content and hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
-    count = limit if limit is not None and (count or limit) >= limit else count
-
-    def opened(wanted: Wanted = EVERY) -> Batches:
-        return shaped(batches(wanted), columns, limit, source.path)
-
-    return Source(source.path, files, key, opened, count)
+    return Source(source.path, files, key, batches, count if limit is None else min(count or limit, limit))
 
 
 def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
@@ -118,27 +126,23 @@ def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
     if getattr(stream, "_distributed", None) is not None:
         raise RequestError(
             f"{name}: the stream was split by node (split_dataset_by_node), but every process reads the same rows and takes "
-            "its own share of every step: give the stream as it was before"
+            "its own share of every step: give the stream as it was before the split"
         )
     plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
-    size = min(BATCH_ROWS, enough or BATCH_ROWS)
-    return Source(name, [], "", lambda wanted=EVERY: stream_batches(plain, wanted, size=size), enough=enough)
+    return Source(name, [], "", lambda: stream_batches(plain, min(BATCH_ROWS, enough or BATCH_ROWS)), enough=enough)
+
+
+# ---- local files -----------------------------------------------------------------------------------------------------
 
 
 def is_local(path: str) -> bool:
-    """Whether a path that does not exist was meant as a file rather than as a hub id."""
+    """Return whether a path that does not exist was meant as a file rather than as a hub id."""
     name = Path(path).name.lower()
     return path.startswith((".", "/", "~", "builtin:")) or not HUB_ID.fullmatch(path) or file_format(name) is not None
 
 
-def formats_in_words() -> str:
-    return (
-        f"{' '.join(FORMATS)}, each also as {' '.join(COMPRESSIONS)}, a glob, a folder of these, or a hub id owner/name"
-    )
-
-
 def local_files(path: str, split: str) -> list[str]:
-    """The data files behind a path, glob or folder, sorted; empty if it is none of these."""
+    """Return the data files behind a path, glob or folder, sorted; an empty list if it is none of these."""
     place = Path(path)
     if os.path.isfile(path):
         found = [path]
@@ -148,33 +152,34 @@ def local_files(path: str, split: str) -> list[str]:
     elif glob.has_magic(path):
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
-            raise RequestError(f"{shorten(path)}: the pattern matches no file; expected {formats_in_words()}")
+            raise RequestError(f"{shorten(path)}: the pattern matches no file; expected {EXPECTED}")
     else:
         return []
     for file in found:
         if file_format(Path(file).name) is None:
-            raise RequestError(f"{file}: not a data file by its name; expected {formats_in_words()}")
+            raise RequestError(f"{file}: not a data file by its name; expected {EXPECTED}")
     return found
 
 
 def no_splits(source: DataSource, where: str, asked: str, what: str) -> str:
-    """Why a split cannot be taken of a source, of which all rows would be read."""
-    hub = (
-        "" if where == "split" else " (a source of the hub beside it can have its own: {path: owner/name, split: ...})"
+    """Return the message for a split of a source that has none, of which all rows would be read."""
+    hub = " (a hub source beside it can have its own: {path: owner/name, split: ...})" if where != "split" else ""
+    return (
+        f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out{hub}, and set data.max_rows "
+        "for the first rows only"
     )
-    return f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out{hub}, and set data.max_rows for the first rows only"  # fmt: skip
 
 
 def splits_named(folder: Path, files: list[str]) -> dict[str, str | None]:
-    """The split that each file's name tells, or None."""
-    return {file: next((SPLITS[word] for word in re.split(r"[^a-z]+", str(Path(file).relative_to(folder)).lower())
-                        if word in SPLITS), None) for file in files}  # fmt: skip
+    """Return the split that each file's name shows, or None."""
+    words = {file: re.split(r"[^a-z]+", str(Path(file).relative_to(folder)).lower()) for file in files}
+    return {file: next((SPLITS[word] for word in words[file] if word in SPLITS), None) for file in files}
 
 
 def of_split(folder: Path, files: list[str], split: str) -> list[str]:
-    """A folder's files of one split by their names (train, test, ...); all of them where no name tells a split."""
+    """Return a folder's files of one split by their names (train, test, ...); all files where no name shows a split."""
     if not files:
-        raise RequestError(f"{folder}: holds no data files; expected {formats_in_words()}")
+        raise RequestError(f"{folder}: holds no data files; expected {EXPECTED}")
     named = splits_named(folder, files)
     if not any(named.values()):
         return files
@@ -186,11 +191,12 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
 
 
 def hash_files(files: list[str]) -> tuple[str, int | None]:
-    """Hash of some files' bytes, and about how many rows they hold where a line is a row."""
+    """Return a hash of the files' bytes, and roughly how many rows they hold where a line is a row."""
     digest, lines = hashlib.sha256(), 0
     counted = all(file.lower().endswith((".jsonl", ".ndjson", ".csv", ".tsv")) for file in files)
     total = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-    with Throughput("checking " + (shorten(files[0]) if len(files) == 1 else f"{len(files)} files"), "bytes", total) as shown:  # fmt: skip
+    label = "checking " + (shorten(files[0]) if len(files) == 1 else f"{len(files)} files")
+    with progress_bar(label, total, in_bytes=True) as advance:
         for file in files:
             own = hashlib.sha256()
             try:
@@ -198,15 +204,18 @@ def hash_files(files: list[str]) -> tuple[str, int | None]:
                     while block := stream.read(BLOCK):
                         own.update(block)
                         lines += block.count(b"\n") if counted else 0
-                        shown.add(len(block))
+                        advance(len(block))
             except OSError as error:
                 raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
             digest.update(f"{file_format(file)}{own.hexdigest()}".encode())
     return digest.hexdigest(), lines if counted else None
 
 
+# ---- data sets of `datasets`, on disk or on the hub ------------------------------------------------------------------
+
+
 def load_saved(path: str, split: str) -> datasets.Dataset:
-    """A folder written by `datasets`' save_to_disk."""
+    """Load a folder written by `datasets`' save_to_disk."""
     import datasets
 
     check_names(Path(path))
@@ -224,7 +233,7 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
 
 
 def check_names(folder: Path) -> None:
-    """Raise RequestError for a saved data set whose state.json names files outside of its folder."""
+    """Raise RequestError for a saved data set whose state.json names files outside its folder."""
     for state in folder.rglob("state.json"):
         try:
             names = [file["filename"] for file in json.loads(state.read_text("utf-8"))["_data_files"]]
@@ -233,11 +242,11 @@ def check_names(folder: Path) -> None:
         for name in names:
             place = (state.parent / str(name)).resolve()
             if not place.is_relative_to(folder.resolve()):
-                raise RequestError(f"{state} names {name!r}, outside of its folder: save the data set again")
+                raise RequestError(f"{state} names {name!r}, outside its folder: save the data set again")
 
 
 def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
-    """A hub data set; never runs code that it ships."""
+    """Load a hub data set, without ever running code that it ships."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
@@ -247,7 +256,7 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "
-            "spelt owner/name? For a gated or private one accept its terms at "
+            "spelled owner/name? For a gated or private one accept its terms at "
             f"https://huggingface.co/datasets/{source.path} and log in with `hf auth login`"
         ) from None
     except (ConnectionError, TimeoutError) as error:
@@ -263,20 +272,58 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
 
 
 def shorten(path: str) -> str:
+    """Return the path, cut after 300 characters."""
     return path if len(path) <= 300 else f"{path[:300]}..."
 
 
 def first_line(error: Exception) -> str:
+    """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def shaped(batches: Batches, columns: dict[str, str], limit: int | None, label: str) -> Batches:
-    """Apply the column map and the row limit."""
-    seen = 0
+# ---- batches of rows -------------------------------------------------------------------------------------------------
+
+
+def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = MappingProxyType({})) -> Batches:
+    """Yield the rows of a `datasets.Dataset` in batches: only the columns that matter, without Arrow's nulls."""
+    names = {*COLUMNS, *columns.values()}
+    used = [name for name in rows.column_names if name in names]
+    rows = (rows.select_columns(used) if used else rows).with_format(None)
+    for batch in rows.iter(BATCH_ROWS):
+        by_row = zip(*batch.values(), strict=True)  # pyright: ignore[reportAttributeAccessIssue] (a dict of columns)
+        yield [without_nulls(dict(zip(batch, values, strict=True))) for values in by_row]
+
+
+def stream_batches(stream: Iterable[Any], size: int = BATCH_ROWS) -> Batches:
+    """Yield the rows of a stream of `datasets` or torch in batches, as `dataset_batches` does."""
+    rows = iter(stream)
+    while batch := list(itertools.islice(rows, size)):
+        yield [essential(row) if isinstance(row, Mapping) else row for row in batch]
+
+
+def essential(row: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stream's row with only the columns that matter, without Arrow's nulls."""
+    return without_nulls({key: value for key, value in row.items() if key in COLUMNS} or dict(row))
+
+
+def first_rows(batches: Batches, limit: int | None) -> Batches:
+    """Yield the batches up to a number of rows, or all of them if it is None."""
+    left = limit
     for batch in batches:
-        if limit is not None:
-            batch = batch[: limit - seen]
-        if not seen and columns:
+        yield batch if left is None else batch[:left]
+        left = None if left is None else left - len(batch)
+        if left is not None and left <= 0:
+            return
+
+
+def with_columns(batches: Batches, columns: dict[str, str], label: str) -> Batches:
+    """Yield the batches with the columns' standard names added.
+
+    Raises:
+        RequestError: the first batch lacks a mapped column.
+    """
+    for number, batch in enumerate(batches):
+        if not number and columns:
             found = sorted({str(key) for row in batch if isinstance(row, dict) for key in row})
             for standard, actual in columns.items():
                 if actual not in found:
@@ -284,15 +331,9 @@ def shaped(batches: Batches, columns: dict[str, str], limit: int | None, label: 
                         f"{label}: data.columns maps {standard} to {actual!r}, which is no column here; found: "
                         f"{', '.join(found[:20])}"
                     )
-        if columns:
-            batch = [
-                row | {standard: row.get(actual) for standard, actual in columns.items()}
-                if isinstance(row, dict)
-                else row
-                for row in batch
-            ]
-        if batch:
-            yield batch
-        seen += len(batch)
-        if limit is not None and seen >= limit:
-            return
+        yield [renamed(row, columns) for row in batch] if columns else batch
+
+
+def renamed(row: Any, columns: dict[str, str]) -> Any:
+    """Return a row with its columns' standard names added."""
+    return row | {name: row.get(actual) for name, actual in columns.items()} if isinstance(row, dict) else row

@@ -1,12 +1,13 @@
-"""One chunk of raw rows -> tokenised pairs: boundary, BOS, EOS, truncation. TRL's tokens unless asked otherwise."""
+"""A chunk of raw rows -> tokenized pairs: boundary, BOS, EOS, truncation. TRL's tokens unless asked otherwise."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+import os
+from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
@@ -18,17 +19,42 @@ from orpo_lite.data.dropped_rows import (
     WRONG_TYPES,
     Dropped,
 )
-from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, common_prefix, template_text, turn_end
+from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, template_text, turn_end
 from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, Pair, to_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.token_cache import TokenizeOptions
-
 UNLIMITED = 2**31 - 1
-MOST_CHARACTERS = 1000
-"""Of a token: the longest in use are runs of some hundred spaces."""
+MAX_CHARACTERS = 1000
+"""The most characters of one token: the longest in use are runs of a few hundred spaces."""
+
+
+@dataclass(kw_only=True)
+class TokenizeOptions:
+    """How rows become tokens. The defaults are TRL's."""
+
+    max_length: int | None = 1024
+    """Tokens of prompt and completion together; None is no limit."""
+    max_prompt_length: int | None = None
+    """Tokens of the prompt; None leaves it to max_length."""
+    max_completion_length: int | None = None
+    """Tokens of the completion; encoder-decoders take 128 if None, decoders read it only if `strict`, as in TRL."""
+    overlong: Literal["drop", "truncate"] = "truncate"
+    """drop: leave out pairs that do not fit; truncate: cut the completion's end and, if `strict` or with a
+    max_prompt_length, the prompt's oldest content."""
+    completion_end: Literal["trl", "turn"] = "trl"
+    """trl: all that the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
+    apply_template: bool = False
+    """Turn plain strings into messages."""
+    template_kwargs: dict[str, Any] = field(default_factory=dict)
+    """Variables for the chat template."""
+    encoder_decoder: bool = False
+    """Tokenize prompt and completions separately, with special tokens added."""
+    strict: bool = False
+    """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped."""
+    num_proc: int | None = None
+    """Processes; None or 1 works in this one (fast tokenizers use several threads anyway)."""
 
 
 @dataclass
@@ -42,23 +68,15 @@ class Side:
 
 @dataclass
 class Chunk:
-    """What a chunk of rows became."""
+    """A chunk of rows, tokenized."""
 
     columns: dict[str, list[Any]]
     drops: list[tuple[int, str, str]] = field(default_factory=list)
     """Row, reason, detail."""
-    row_counts: dict[int, Counter[str]] = field(default_factory=lambda: defaultdict(Counter))
-    """What was counted of each row."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Cuts, tokens and whatever `PairTokenizer.notes` reports."""
     digest: str = ""
     """Hash of the rows as converted, whether kept or not."""
-
-    @property
-    def counts(self) -> Counter[str]:
-        """Sum over the rows."""
-        total = Counter[str]()
-        for counts in self.row_counts.values():
-            total.update(counts)
-        return total
 
 
 class PairTokenizer:
@@ -66,8 +84,8 @@ class PairTokenizer:
 
     Args:
         tokenizer: any transformers tokenizer.
-        options: lengths, ends and template, as in TokenizeOptions.
-        shape: the shape of the source's rows, from `formats.detect`.
+        options: lengths, ends and template.
+        shape: the shape of the source's rows, from `row_shapes.detect`.
 
     Raises:
         RequestError: the rows are conversations and the tokenizer has no chat template.
@@ -90,42 +108,17 @@ class PairTokenizer:
             "chosen_ids", "rejected_ids", "chosen_start", "rejected_start"]  # fmt: skip
 
     def __call__(self, rows: list[tuple[int, Any]]) -> Chunk:
-        """Tokenise (index, row) tuples; whatever is wrong with a row ends in the chunk's drops."""
+        """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
         chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
-        digest = hashlib.sha256()
-        numbers, pairs = [], []
-        for number, row in rows:
-            try:
-                pair = self.convert(row)
-                digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
-            except (Dropped, RecursionError) as error:
-                # no name may keep the error: its traceback holds this frame, and that all of the chunk
-                nested = isinstance(error, RecursionError)
-                reason, detail = (
-                    (WRONG_TYPES, "the row is nested too deeply") if nested else (error.reason, error.detail)
-                )
-                chunk.drops.append((number, reason, detail))
-                digest.update(b"-")
-                continue
-            chunk.row_counts[number]["tools unused"] += bool(pair.tools) and "tools" not in self.template
-            chunk.row_counts[number]["system unused"] += not pair.chat and bool(row.get("system"))
-            numbers.append(number)
-            pairs.append(pair)
-        chunk.digest = digest.hexdigest()
-        texts = [self.bounded(readable(triple)) for triple in self.render(pairs)]
+        numbered = self._convert(rows, chunk)
+        texts = [self._bounded(readable(triple)) for triple in self.render([pair for _, pair in numbered])]
         tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
-        for number, pair, triple in zip(numbers, pairs, texts, strict=True):
+        for (number, pair), triple in zip(numbered, texts, strict=True):
             if isinstance(triple, Dropped):
                 chunk.drops.append((number, triple.reason, triple.detail))
                 continue
             try:
-                ids = next(tokens)
-                if self.options.strict and pair.chat and triple[0] in triple[1:]:
-                    raise Dropped(REFUSED, "the template writes nothing for the answer")
-                if self.options.encoder_decoder:
-                    values = self.finish_encoder_decoder(triple, ids, chunk.row_counts[number])
-                else:
-                    values = self.finish(pair, ids, chunk.row_counts[number])
+                values = self._finish(pair, triple, next(tokens), chunk.counts)
             except Dropped as drop:
                 chunk.drops.append((number, drop.reason, drop.detail))
                 continue
@@ -135,26 +128,44 @@ class PairTokenizer:
         chunk.drops.sort()
         return chunk
 
-    def convert(self, row: Any) -> Pair:
-        return to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
-                       tool_calls="tool_calls" in self.template)  # fmt: skip
+    def _convert(self, rows: list[tuple[int, Any]], chunk: Chunk) -> list[tuple[int, Pair]]:
+        """Return the rows as pairs with their index; counts, drops and digest go to the chunk."""
+        digest, pairs = hashlib.sha256(), []
+        for number, row in rows:
+            try:
+                pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
+                               tool_calls="tool_calls" in self.template)  # fmt: skip
+                digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
+            except (Dropped, RecursionError) as error:
+                # no name may keep the error: its traceback holds this frame, and that holds all of the chunk
+                deep = isinstance(error, RecursionError)
+                reason = (WRONG_TYPES, "the row is nested too deeply") if deep else (error.reason, error.detail)
+                chunk.drops.append((number, *reason))
+                digest.update(b"-")
+                continue
+            chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
+            chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
+            pairs.append((number, pair))
+        chunk.digest = digest.hexdigest()
+        return pairs
 
     def render(self, pairs: list[Pair]) -> list[Texts | Dropped]:
+        """Return each pair's texts, or why the template refuses it."""
         if self.renderer:
             return self.renderer.triples(pairs)
         return [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]  # pyright: ignore
 
     def encode(self, texts: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
-        """Ids of prompt, chosen and rejected: whole texts for decoders, the three parts for encoder-decoders."""
+        """Return the ids of prompt, chosen and rejected: whole texts for decoders, three parts for encoder-decoders."""
         if not self.options.encoder_decoder:
             return self.encoder.triples(texts)
         parts = [part for prompt, *sides in texts for part in (prompt, *(side[len(prompt) :] for side in sides))]
         ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
         return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
 
-    def bounded(self, texts: Texts | Dropped) -> Texts | Dropped:
-        """The texts, or Dropped where they are so long that tokenising them, at a second a megabyte, is for nothing."""
-        limit = self.max_length * MOST_CHARACTERS
+    def _bounded(self, texts: Texts | Dropped) -> Texts | Dropped:
+        """Return Dropped for texts that are certainly too long: tokenizing takes a second per megabyte."""
+        limit = self.max_length * MAX_CHARACTERS
         if isinstance(texts, Dropped) or self.options.overlong != "drop" or self.options.encoder_decoder:
             return texts
         for name, text in zip(("the prompt", "chosen", "rejected"), texts, strict=True):
@@ -164,15 +175,24 @@ class PairTokenizer:
                 return Dropped(reason, f"{whole} {len(text):,} characters, for {self.max_length} tokens")
         return texts
 
-    def finish(self, pair: Pair, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Ids, Ids, int, int]:
-        """Columns of one pair.
+    def _finish(self, pair: Pair, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Any, ...]:
+        """Return the columns of one pair.
 
         Raises:
             Dropped: it does not fit, or no completion token is left.
         """
-        sides = self.sides(ids)
-        sides, prompt_cut = self.fit_prompt(pair, sides)
-        fitted = [self.fit_completion(name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
+        if self.options.strict and pair.chat and texts[0] in texts[1:]:
+            raise Dropped(REFUSED, "the template writes nothing for the answer")
+        finish = self._finish_encoder_decoder if self.options.encoder_decoder else self._finish_decoder
+        return finish(pair, texts, ids, counts)
+
+    # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
+
+    def _finish_decoder(
+        self, pair: Pair, _: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
+    ) -> tuple[Ids, Ids, int, int]:
+        sides, prompt_cut = self._fit_prompt(pair, self.sides(ids))
+        fitted = [self._fit_completion(name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
         for name, side in zip(("chosen", "rejected"), fitted, strict=True):
             # the first token of a sequence has no row before it that could predict it
             if len(side.ids) <= max(side.start, 1):
@@ -187,17 +207,18 @@ class PairTokenizer:
         counts["labels"] += len(chosen.ids) - chosen.start + len(rejected.ids) - rejected.start
         counts["tokens"] += len(chosen.ids) + len(rejected.ids)
         if not self.chat and self.shape == HH:
-            counts["moved"] += 2 * len(common_prefix((chosen.ids[chosen.start :], rejected.ids[rejected.start :])))
+            shared = os.path.commonprefix([chosen.ids[chosen.start :], rejected.ids[rejected.start :]])
+            counts["moved"] += 2 * len(shared)
         elif self.shape == BARE_STRINGS:
             counts["moved"] += chosen.start + rejected.start - 2 * (self.bos is not None)
         return chosen.ids, rejected.ids, chosen.start, rejected.start
 
     def sides(self, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
-        """Boundary, BOS and end of both sequences."""
+        """Return both sequences with boundary, BOS and end."""
         prompt, *wholes = ids
-        return tuple(self.closed(Side(w, s)) for w, s in zip(wholes, boundaries(prompt, *wholes), strict=True))  # pyright: ignore
+        return tuple(self._closed(Side(w, s)) for w, s in zip(wholes, boundaries(prompt, *wholes), strict=True))  # pyright: ignore
 
-    def closed(self, side: Side) -> Side:
+    def _closed(self, side: Side) -> Side:
         ids, start = side.ids, side.start
         if self.bos is not None and (not start or ids[0] != self.bos):
             ids, start = [self.bos, *ids], start + 1
@@ -209,8 +230,8 @@ class PairTokenizer:
             ids = [*ids, self.eos]
         return Side(ids, start)
 
-    def fit_prompt(self, pair: Pair, sides: tuple[Side, Side]) -> tuple[tuple[Side, Side], bool]:
-        """The sides with a prompt that leaves room for a completion, and whether it was cut for that."""
+    def _fit_prompt(self, pair: Pair, sides: tuple[Side, Side]) -> tuple[tuple[Side, Side], bool]:
+        """Return the sides with a prompt that leaves room for a completion, and whether it was cut."""
         longest, limit = max(side.start for side in sides), self.options.max_prompt_length
         room = min(limit or UNLIMITED, self.max_length - 1)
         if longest <= room:
@@ -221,21 +242,19 @@ class PairTokenizer:
         completion = max(len(side.ids) - side.start for side in sides)
         target = min(limit, room) if limit else max(self.max_length - completion, self.max_length // 2)
         if pair.chat:
-            return self.cut_turns(pair, target, too_long), True
+            return self._cut_turns(pair, target, too_long), True
         kept = int(self.bos is not None)  # every sequence starts with BOS if there is one
         gone = longest - target
         if target <= kept:
             raise too_long
         return tuple(Side(s.ids[:kept] + s.ids[kept + gone :], s.start - gone) for s in sides), True  # pyright: ignore
 
-    def cut_turns(self, pair: Pair, target: int, too_long: Dropped) -> tuple[Side, Side]:
+    def _cut_turns(self, pair: Pair, target: int, too_long: Dropped) -> tuple[Side, Side]:
         """Leave out the oldest turns, then the beginning of the oldest one left, until it fits `target` tokens."""
-        turns = list(pair.prompt)
-        system = 0
-        while system < len(turns) and turns[system]["role"] == "system":  # pyright: ignore
-            system += 1
-        # a conversation goes on from a user turn: templates refuse others
-        starts = [n for n in range(system, len(turns)) if turns[n]["role"] == "user"] or [system]  # pyright: ignore
+        turns: list[Any] = list(pair.prompt)
+        system = next((n for n, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
+        # a shortened conversation begins with a user turn: templates refuse others
+        starts = [n for n in range(system, len(turns)) if turns[n]["role"] == "user"] or [system]
 
         def attempt(prompt: list[Any]) -> tuple[Side, Side] | None:
             texts = self.render([pair._replace(prompt=prompt)])[0]
@@ -245,7 +264,7 @@ class PairTokenizer:
             return sides if max(side.start for side in sides) <= target else None
 
         def shortest(options: int, build: Any) -> tuple[Side, Side] | None:
-            """The first of the options, each shorter than the one before, that fits."""
+            """Return the first of the options, each shorter than the one before, that fits."""
             low, high, best = 0, options - 1, None
             while low <= high:
                 middle = (low + high) // 2
@@ -267,7 +286,7 @@ class PairTokenizer:
             raise Dropped(PROMPT_TOO_LONG, f"{too_long.detail}, and the template fills that without the last turn")
         return best
 
-    def fit_completion(self, name: str, side: Side) -> Side:
+    def _fit_completion(self, name: str, side: Side) -> Side:
         length = min(self.max_length, side.start + self.max_completion)
         if len(side.ids) <= length:
             return side
@@ -276,16 +295,18 @@ class PairTokenizer:
             raise Dropped(COMPLETION_TOO_LONG, f"{found}, there is room for {length - side.start}")
         return Side(side.ids[:length], side.start)
 
-    def finish_encoder_decoder(
-        self, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
+    # ---- encoder-decoders: the prompt's ids for the encoder, the completions' as labels, as in TRL --------------------
+
+    def _finish_encoder_decoder(
+        self, _: Pair, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
     ) -> tuple[Ids, Ids, Ids]:
-        """Encoder ids of the prompt and labels of both completions, special tokens added, as in TRL."""
         prompt, *answers = ids
         room = self.options.max_prompt_length or (self.options.max_length if self.options.strict else None) or UNLIMITED
         if len(prompt) > room:
             if self.options.overlong == "drop":
                 raise Dropped(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, there is room for {room}")
-            prompt = self.cut_encoder_prompt(prompt, room)
+            opening = int(self.bos is not None and prompt[0] == self.bos)
+            prompt = prompt[:opening] + prompt[len(prompt) - room + opening :]
             counts["prompt cut"] += 1
         limit = self.options.max_completion_length or 128
         fitted = []
@@ -305,12 +326,8 @@ class PairTokenizer:
         counts["tokens"] += len(prompt) + len(fitted[0]) + len(fitted[1])
         return prompt, fitted[0], fitted[1]
 
-    def cut_encoder_prompt(self, ids: Ids, room: int) -> Ids:
-        opening = int(self.bos is not None and ids[0] == self.bos)
-        return ids[:opening] + ids[len(ids) - room + opening :]
-
     def notes(self, counts: Counter[str]) -> list[str]:
-        """What the counts of a whole source amount to, in words."""
+        """Return what the counts of a whole source amount to, one sentence each."""
         options, notes = self.options, []
         if options.completion_end == "turn" and self.chat and self.turn_end is None:
             notes.append(
@@ -322,9 +339,7 @@ class PairTokenizer:
         if options.max_completion_length and not options.strict and not options.encoder_decoder:
             notes.append("max_completion_length is for encoder-decoder models and not used here, as in TRL")
         if counts["several turns"]:
-            notes.append(
-                f"{counts['several turns']} pairs have answers of several turns, of which the first is trained"
-            )
+            notes.append(f"{counts['several turns']} pairs have answers of several turns; only the first is trained")
         if counts["tools unused"]:
             notes.append(f"{counts['tools unused']} rows have tools, which the chat template does not mention")
         if not self.chat and self.shape != HH and options.strict and getattr(self.tokenizer, "chat_template", None):
@@ -335,7 +350,9 @@ class PairTokenizer:
                 "without data.apply_template=true"
             )
         if "strftime_now" in self.template and not {"date_string"} & options.template_kwargs.keys():
-            notes.append("the chat template may write today's date: fix it with data.template_kwargs.date_string")
+            notes.append(
+                "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
+            )
         if counts["moved"] and self.shape == HH:
             share = counts["moved"] / counts["labels"]
             notes.append(
@@ -348,7 +365,7 @@ class PairTokenizer:
 
 
 def readable(texts: Texts | Dropped) -> Texts | Dropped:
-    """The texts, or Dropped where a template brought in half a character that no tokenizer takes."""
+    """Return the texts, or Dropped where a template added half a character, which no tokenizer accepts."""
     try:
         if not isinstance(texts, Dropped):
             "".join(texts).encode()
@@ -360,14 +377,14 @@ def readable(texts: Texts | Dropped) -> Texts | Dropped:
 
 
 def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:
-    """Where the completion starts in each whole sequence.
+    """Return where the completion starts in each whole sequence.
 
     TRL's rule: after the prompt's own tokens, or one before if the tokenizer merged across the boundary. Where TRL
-    gives up (the tokens differ by more than that), after the tokens that the whole shares with the prompt.
+    gives up (the tokens differ by more than that): after the tokens that the whole sequence shares with the prompt.
     """
     starts = [len(prompt) - (prompt != whole[: len(prompt)]) for whole in (chosen, rejected)]
     one, other = chosen[: starts[0]], rejected[: starts[1]]
     differ = sum(a != b for a, b in zip(one, other, strict=False)) if one != other else 0
     if differ > 1 or len(prompt) > min(len(chosen), len(rejected)):
-        starts = [len(common_prefix((prompt, whole))) for whole in (chosen, rejected)]
+        starts = [len(os.path.commonprefix([prompt, whole])) for whole in (chosen, rejected)]
     return starts[0], starts[1]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -14,8 +15,9 @@ from transformers import PrinterCallback
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data import Pairs, load_pairs
+from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.sources import local_files, open_source, shorten
+from orpo_lite.data.sources import local_files, shorten
 from orpo_lite.evaluate.held_out import base_only, evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.base import read_config
@@ -228,13 +230,14 @@ def source_names(spec: DataSection, sources: list[DataSource], pairs: Any) -> li
     for number, one in enumerate(sources):
         places = np.flatnonzero(which == number)
         names[places] = shorten(one.path)
-        if not len(places) or not local_files(resolve_path(one.path), one.split or spec.split):
+        files = local_files(resolve_path(one.path), one.split or spec.split)
+        if not len(places) or not files:
             continue  # of hub data sets only the columns that matter are read
         by_row: dict[int, list[int]] = {}
         for place in places.tolist():
             by_row.setdefault(int(rows[place]), []).append(place)
         start = 0
-        for batch in open_source(one, spec.split, spec.columns, streaming=True).batches():
+        for batch in itertools.chain.from_iterable(map(read_file, files)):
             for row in by_row.keys() & range(start, start + len(batch)):
                 raw = batch[row - start]
                 name = raw.get("source") if isinstance(raw, dict) else None

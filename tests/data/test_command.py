@@ -110,7 +110,7 @@ def test_real_dirty_rows_are_reported_one_by_one(run: Any, shared_data: Path) ->
 
     path = shared_data / "variants" / "dirty_hh_raw_prompt_mismatch.jsonl"
     status, out, err = run(f"data.train={path}", "data.eval=null", "--list-drops")
-    listed = re.findall(r"jsonl, row (\d+): ([^:]+): they part at .+$", out, re.M)
+    listed = re.findall(r"jsonl, row (\d+): ([^:]+): they differ from .+$", out, re.M)
     assert status == 2 and listed == [(str(n), "prompts differ") for n in range(8)]
 
 

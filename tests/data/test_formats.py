@@ -203,7 +203,7 @@ def test_prompts_that_differ() -> None:
     row = {"chosen": [user("One"), assistant(YES)], "rejected": [user("Two"), assistant(NO)]}
     with pytest.raises(Dropped) as caught:
         convert(row)
-    assert caught.value.reason == PROMPTS_DIFFER and "part at turn 1" in caught.value.detail
+    assert caught.value.reason == PROMPTS_DIFFER and "differ from turn 1" in caught.value.detail
     with pytest.raises(Dropped) as caught:
         convert(HH_ROW | {"rejected": f"\n\nHuman: Why?\n\nAssistant: {NO}"})
     assert caught.value.reason == PROMPTS_DIFFER and "'How do I" in caught.value.detail

@@ -222,7 +222,7 @@ def test_an_error_of_one_source_counts_all_of_its_section(tmp_path: Path) -> Non
 # ---- what is wrong, and where ------------------------------------------------------------------------------------
 
 BROKEN: list[tuple[str, bytes, tuple[str, ...]]] = [
-    ("lines.jsonl", lines(rows(2)) + b'{"prompt": \n' + lines(rows(1)), ("lines.jsonl:3", "broken JSON", "mend")),
+    ("lines.jsonl", lines(rows(2)) + b'{"prompt": \n' + lines(rows(1)), ("lines.jsonl:3", "broken JSON", "fix")),
     ("cut.json", json.dumps(rows(2), indent=1).encode()[:-30], ("cut.json", "broken JSON at line", "array of rows")),
     ("empty.jsonl", b"", ("empty.jsonl", "holds no rows")),
     ("empty.json", b"\n \n", ("empty.json", "holds no rows")),
@@ -292,7 +292,7 @@ def test_a_split_of_a_local_file(tmp_path: Path) -> None:
         with pytest.raises(RequestError, match="data.split is .*a local file has no splits; leave it out"):
             read(tmp_path / "pairs.jsonl", asked)
         with pytest.raises(
-            RequestError, match="data.split is .*a folder in which no file's name tells its split has no"
+            RequestError, match="data.split is .*a folder in which no file's name shows its split has no"
         ):
             read(tmp_path, asked)
     datasets.Dataset.from_list(rows(1)).save_to_disk(str(tmp_path / "saved"))

@@ -155,9 +155,10 @@ def tokenizer() -> Any:
 
 def fuzz_data(random: random.Random, folder: Path) -> None:
     """One mutated data file, read and tokenised to the end."""
+    from orpo_lite.data.row_shapes import source_shape
     from orpo_lite.data.sources import open_source
-    from orpo_lite.data.token_cache import TokenizeOptions, number_rows, source_shape
-    from orpo_lite.data.tokenize import PairTokenizer
+    from orpo_lite.data.token_cache import number_rows
+    from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
 
     given: list[Any] = rows(3) if random.random() < 0.5 else [talk(n) for n in range(3)]
     if random.random() < 0.5:
@@ -179,7 +180,7 @@ def fuzz_data(random: random.Random, folder: Path) -> None:
                                   completion_end=random.choice(("trl", "turn")), apply_template=random.random() < 0.3)  # fmt: skip
         batches = open_source(DataSource(path=str(path)), "train", None).batches()
         first = next(batches, [])
-        work = PairTokenizer(tokenizer(), options, source_shape(first, str(path), options))
+        work = PairTokenizer(tokenizer(), options, source_shape(first, str(path), options.apply_template))
         read = kept = 0
         for batch in number_rows(iter([first, *batches])):
             chunk = work(batch)

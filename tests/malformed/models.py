@@ -257,6 +257,6 @@ ADAPTERS = [
          "weights_only=True"),
     Case("evaluate-data-gone", run("--data", "gone.jsonl"), "--data", "gone.jsonl: no such file", ".parquet"),
     Case("evaluate-data-dropped", evaluated(b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), "--data: 1 of 1 rows",
-         "chosen equal to rejected", "mend the data"),
+         "chosen equal to rejected", "fix the data"),
     Case("report-of-no-run", lambda _: ["report", "gone"], "gone", "no recipe.yaml", "run folder"),
 ]  # fmt: skip

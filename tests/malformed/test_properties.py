@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from typing import Any
 
 import pytest
@@ -13,7 +14,6 @@ from hypothesis import strategies as st
 from transformers import LlamaConfig
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.encode import common_prefix
 from orpo_lite.data.row_shapes import detect
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer, boundaries
@@ -185,7 +185,7 @@ def test_boundaries_lie_within_a_token_of_the_prompt(prompt: str, chosen: str, r
     for start, whole in zip(starts, ids[1:], strict=True):
         assert 0 <= start <= min(len(ids[0]), len(whole))
         # what stands before it is the prompt's, save for one token that the answer's text has merged with
-        assert len(common_prefix((ids[0], whole[:start]))) >= start - 1
+        assert len(os.path.commonprefix([ids[0], whole[:start]])) >= start - 1
 
 
 @pytest.fixture(scope="module")
