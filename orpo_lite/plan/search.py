@@ -7,7 +7,6 @@ step keeps its pairs. The cost of a step is counted on the meta run: FLOPs, reco
 from __future__ import annotations
 
 import functools
-import json
 import math
 from bisect import bisect_left
 from collections.abc import Callable, Iterator
@@ -37,19 +36,19 @@ class Planner:
 
     def __init__(self) -> None:
         self._studies: dict[tuple[str, Target], Study] = {}
-        self._plans: dict[tuple[str, Target, Parallelism | None], Plan] = {}
+        self._plans: dict[tuple[str, Target, int | None, Parallelism | None], Plan] = {}
 
     def __call__(self, recipe: Recipe, target: Target, parallelism: Parallelism | None = None) -> Plan:
         """Plan a recipe on one card, or one of the GPUs that share it."""
-        key = (json.dumps(recipe.model_dump(mode="json"), sort_keys=True), target)
-        if key not in self._studies:
-            self._studies[key] = Study(recipe, target)
-        if (*key, parallelism) not in self._plans:
-            study, count = self._studies[key], checkpointed_layers(recipe, target)
-            self._plans[*key, parallelism] = (
-                parallel_plan(study, count, parallelism) if parallelism else study.plan(count)
-            )
-        return self._plans[*key, parallelism]
+        # a study plans any number of checkpointed layers
+        key, count = recipe.model_dump_json(exclude={"memory": {"checkpointing"}}), checkpointed_layers(recipe, target)
+        if (key, target) not in self._studies:
+            self._studies[key, target] = Study(recipe, target)
+        study = self._studies[key, target]
+        if (key, target, count, parallelism) not in self._plans:
+            made = parallel_plan(study, count, parallelism) if parallelism else study.plan(count)
+            self._plans[key, target, count, parallelism] = made
+        return self._plans[key, target, count, parallelism]
 
 
 @dataclass(frozen=True)
@@ -262,8 +261,9 @@ class Search:
         if most.fits:
             counts = [*([] if OFFLOAD in words else [0]), *study.counts]
             choices = [functools.partial(self._choice, words, study, count) for count in counts]
-            fewest = bisect_left(choices, True, key=lambda choice: choice().fits)  # memory falls with their number
-            best = choices[fewest]() if fewest < len(choices) else most
+            if not (choices and (best := choices[0]()).fits):
+                fewest = bisect_left(choices, True, key=lambda choice: choice().fits)  # memory falls with their number
+                best = choices[fewest]() if fewest < len(choices) else most
             if most.cost <= WORTH * best.cost:
                 best = most
         self.tried.append(best)

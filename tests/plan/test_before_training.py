@@ -17,7 +17,7 @@ from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout as announce
-from orpo_lite.train.run import run
+from orpo_lite.train.run import plan_memory, run
 
 PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
 
@@ -206,15 +206,15 @@ def test_measured_beside_planned(recipe, lengths, card, capsys):
 
 def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "cache"))
-    quick = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4"]
-    for asked in (False, True):
-        recipe = Recipe.load("quickstart", [*quick, f"training.output_dir={tmp_path / str(asked)}"])
-        facts = run(recipe, plan=asked).facts
-        assert ("memory: planned" in capsys.readouterr().out) == asked
-        assert bool(facts["plan"]) == asked
-        assert facts["out_of_memory"] == {"training": [], "evaluation": []}
+    words = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4", "data.max_rows=40"]
+    recipe = Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'run'}"])
+    assert plan_memory(recipe, None, False, asked=False, force=False, again="") == (recipe, None)
+    assert not capsys.readouterr().out
+    facts = run(recipe, plan=True).facts
+    assert "memory: planned" in capsys.readouterr().out
+    assert facts["out_of_memory"] == {"training": [], "evaluation": []}
     written = json.loads((Path(recipe.folder) / "run.json").read_text())
-    assert written["plan"]["device"] == "cpu" and written["plan"]["peak_bytes"] > 0
+    assert written["plan"] == facts["plan"] and facts["plan"]["device"] == "cpu" and facts["plan"]["peak_bytes"] > 0
 
 
 def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, monkeypatch):

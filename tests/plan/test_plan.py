@@ -32,9 +32,10 @@ from tests.commands import command
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
 DEEP = {
-    "llama": LlamaConfig(**SIZES, num_hidden_layers=9),
+    "llama": LlamaConfig(**SIZES, num_hidden_layers=8),
+    "shallow": LlamaConfig(**SIZES, num_hidden_layers=2),
     "qwen2 untied": Qwen2Config(**SIZES, num_hidden_layers=8, tie_word_embeddings=False),
-    "gemma2": Gemma2Config(**SIZES, num_hidden_layers=17, sliding_window=32),
+    "gemma2": Gemma2Config(**SIZES, num_hidden_layers=11, sliding_window=32),
 }
 
 
@@ -97,7 +98,7 @@ def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, ba
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["cuda", "cpu"])
 @pytest.mark.parametrize("checkpointing", ["all", "none", 3])
-@pytest.mark.parametrize("name", DEEP)
+@pytest.mark.parametrize("name", ["llama", "qwen2 untied", "gemma2"])
 def test_few_layers_say_what_all_of_them_would_everywhere(name, checkpointing, kind, bases):
     same(bases[name], checkpointing, Target(kind), "eager" if name == "gemma2" else "auto")
 
@@ -118,7 +119,7 @@ def test_layers_repeat():
 
 
 def test_settings_move_the_plan_as_they_move_memory(bases):
-    base = bases["llama"]
+    base = bases["shallow"]
     plain = planned(recipe(base), Target("cuda"))
     assert planned(recipe(base, memory={"checkpointing": "none"}), Target("cuda")).peak > plain.peak
     assert planned(recipe(base, data={"max_length": 256}), Target("cuda")).peak > plain.peak
@@ -146,12 +147,12 @@ def test_settings_move_the_plan_as_they_move_memory(bases):
 
 def test_a_token_budget_says_how_many_pairs_there_are(bases):
     # 1 token in common and 127 a side are 255 tokens in the shared layout
-    assert len(planned(recipe(bases["llama"], orpo={"tokens_per_batch": 1100}), Target("cuda")).shape.pairs) == 4
-    assert len(planned(recipe(bases["llama"], orpo={"tokens_per_batch": 100}), Target("cuda")).shape.pairs) == 1
+    assert len(planned(recipe(bases["shallow"], orpo={"tokens_per_batch": 1100}), Target("cuda")).shape.pairs) == 4
+    assert len(planned(recipe(bases["shallow"], orpo={"tokens_per_batch": 100}), Target("cuda")).shape.pairs) == 1
 
 
 def test_an_evaluation_counts_with_its_own_batch(bases):
-    base, many = bases["llama"], {"per_device_eval_batch_size": 64}
+    base, many = bases["shallow"], {"per_device_eval_batch_size": 64}
     plain, wide = planned(recipe(base), Target("cuda")), planned(recipe(base, training=many), Target("cuda"))
     assert (
         plain.fullest != "evaluation" and plain.phases["evaluation"][KEPT] == plain.phases["evaluation"][GRADIENTS] == 0
@@ -170,7 +171,7 @@ def test_longest_pair_fills_both_sequences():
 
 
 def test_planning_leaves_bitsandbytes_and_torch_as_they_were(bases):
-    plan(recipe(bases["llama"]))
+    plan(recipe(bases["shallow"]))
     weight = torch.randn(64, 64)
     packed, state = bnb.functional.quantize_4bit(weight, quant_type="nf4", compress_statistics=True)
     assert (bnb.functional.dequantize_4bit(packed, state) - weight).abs().max() < 1
@@ -178,7 +179,7 @@ def test_planning_leaves_bitsandbytes_and_torch_as_they_were(bases):
 
 
 def test_hostile_names_stay_text(bases):
-    made = replace(planned(recipe(bases["llama"]), Target("cuda")), model="[bold red]x[/]\x1b[31m\x07\u202e")
+    made = replace(planned(recipe(bases["shallow"]), Target("cuda")), model="[bold red]x[/]\x1b[31m\x07\u202e")
     out = io.StringIO()
     show_plan(Console(file=out, width=400), made)
     assert "\x1b" not in out.getvalue() and "[bold red]x[/]" in out.getvalue()
@@ -236,7 +237,7 @@ def test_cards_by_name_and_size():
 
 
 def test_verdicts_by_the_margins(bases):
-    made = planned(recipe(bases["llama"]), Target("cuda"))
+    made = planned(recipe(bases["shallow"]), Target("cuda"))
     assert made.needed == made.peak + sum(made.assumed.values())
     needed, margin = made.needed / 1e9, made.assumed["fragmentation margin"] / 1e9
     assert verdict(made, Card("x", needed)) == FITS
@@ -246,7 +247,7 @@ def test_verdicts_by_the_margins(bases):
 
 def test_what_would_make_it_fit_is_planned_and_does(bases):
     wide = recipe(
-        bases["llama"],
+        bases["shallow"],
         memory={"checkpointing": "none"},
         training={"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         data={"max_length": 512},
@@ -304,7 +305,7 @@ def test_a_model_that_is_not_here_is_told(tmp_path):
 
 
 def test_a_config_file_is_enough(bases):
-    folder = bases["llama"]
+    folder = bases["shallow"]
     assert plan(recipe(folder / "config.json")).peak == planned(recipe(folder), Target("cuda")).peak
 
 

@@ -83,7 +83,7 @@ def test_float32_logits_count_twice_as_wide_as_the_model_s_dtype(base):
 
 @pytest.mark.parametrize("target", [CUDA, pytest.param(Target("cpu"), marks=pytest.mark.slow)], ids=["cuda", "cpu"])
 def test_few_layers_say_what_all_of_them_would(target, tmp_path):
-    asked = recipe(saved(tmp_path, 8), memory={"checkpointing": "all"}, data={"eval_fraction": 0})
+    asked = recipe(saved(tmp_path, 6), memory={"checkpointing": "all"}, data={"eval_fraction": 0})
     ours = plan(asked, target)
     short, whole = plan_trl(asked, ours), plan_trl(asked, ours, whole=True)
     assert short.facts == whole.facts
