@@ -70,8 +70,8 @@ def progress_bar(label: str, total: int | None, in_bytes: bool = False) -> Itera
     from tqdm import tqdm
 
     scaled = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if in_bytes else {}
-    rare = {} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
-    with tqdm(desc=visible(label), total=total, leave=False, **scaled, **rare) as bar:  # type: ignore[call-overload]
+    pace = {"delay": 1} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
+    with tqdm(desc=visible(label), total=total, leave=False, **scaled, **pace) as bar:  # type: ignore[call-overload]
         yield bar.update
 
 

@@ -15,8 +15,6 @@ if TYPE_CHECKING:
 
     from orpo_lite.data import Pairs
 
-GATHERED = 1000
-"""Rows of a small selection that are brought together at a time."""
 EFFICIENCY = 0.64
 """Speed of attention's operations relative to that of the linear layers, as `tests.benchmarks.balance --measure` found
 it on one CPU core; fused attention on GPUs is reported to reach half to three quarters."""
@@ -37,15 +35,9 @@ def per_row(rows: Any, names: list[str], compute: Callable[..., np.ndarray]) -> 
     """
     mapping, data = getattr(rows, "_indices", None), getattr(rows, "_data", rows)
     table = getattr(data, "table", data)
-    gather = mapping is not None and 10 * len(mapping) < len(table)
-    if gather:
-        parts = rows.with_format("arrow").iter(GATHERED)
-        batches = [batch for part in parts for batch in part.combine_chunks().to_batches()]
-    else:
-        batches = table.select(names).to_batches()
-    found = [compute(*(batch.column(name) for name in names)) for batch in batches]
+    found = [compute(*(batch.column(name) for name in names)) for batch in table.select(names).to_batches()]
     values = np.concatenate(found).astype(np.int64, copy=False) if found else np.empty(0, dtype=np.int64)
-    return values if mapping is None or gather else values[mapping.column(0).to_numpy()]
+    return values if mapping is None else values[mapping.column(0).to_numpy()]
 
 
 def list_lengths(rows: Any, name: str) -> np.ndarray:

@@ -159,16 +159,11 @@ def cut_by_pairs(
 ) -> list[MicroBatches]:
     """Cut the pairs of one optimizer step into micro-batches of at most `pairs` pairs, as few as hold them all.
 
-    Args:
-        work: time or tokens of each pair, (N,) int64.
-        processes: number of processes.
+    Args and return value as in `cut_by_tokens`, but for:
+        work: time or tokens of each pair.
         pairs: pairs per micro-batch.
-        padded: whether the layout pads the pairs of a micro-batch to each other.
         whole: keep the micro-batches that a single process would form and deal those: a mean of micro-batch means
             depends on them.
-
-    Returns:
-        As `cut_by_tokens`.
     """
     if whole:
         parts = [list(range(len(work)))[i : i + pairs] for i in range(0, len(work), pairs)]

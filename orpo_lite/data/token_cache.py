@@ -232,9 +232,8 @@ def tokenized_chunks(tokenize: PairTokenizer, batches: Iterator[list[Any]], num_
     if not num_proc or num_proc == 1:
         yield from map(tokenize, numbered)
         return
-    # forking needs no guard in the user's script; other systems have no choice
-    method = "fork" if "fork" in multiprocessing.get_all_start_methods() and sys.platform == "linux" else "spawn"
-    context = multiprocessing.get_context(method)
+    # forking needs no guard in the user's script, but is safe on Linux only
+    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     waiting: collections.deque[Future[Chunk]] = collections.deque()
     with ProcessPoolExecutor(num_proc, context, initializer=start_worker, initargs=(tokenize,)) as pool:
         for chunk in numbered:
