@@ -236,8 +236,6 @@ ADAPTERS = [
     Case("tensors-missing", continued(tensors(WEIGHTS, short)), "adapter: ", "2 tensor(s) differ", "is it of another base?"),
     Case("other-modules", continued(edited(CONFIG, target_modules=["query_key_value"])), "adapter: ",
          "query_key_value", "is it of another base?"),
-    Case("endless-modules", continued(edited(CONFIG, target_modules="(([a-z_.0-9]+)+)+@")), "adapter: ",
-         "target_modules: found '(([a-z_.0-9]+)+)+@', which takes more than", "write it without"),
     Case("modules-no-expression", continued(edited(CONFIG, target_modules="(q_proj+")), "adapter: ",
          "target_modules: found '(q_proj+', which cannot be looked for", "write another"),
     Case("merge-pickle", merged(pickled(WEIGHTS, "adapter_model.bin")), "adapter/adapter_model.bin", "pickle",
