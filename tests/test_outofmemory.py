@@ -132,7 +132,7 @@ def test_token_budget_goes_on_with_half_the_tokens(tmp_path, tokenizer, layout, 
     with caplog.at_level(logging.WARNING):
         short = trained(tmp_path, tokenizer, "short", tokens_per_batch=600, card=(260, phase, 1), **budget)
     same(short, plain)
-    met = short[3].micro_limit.met
+    met = short[3].micro_limit.ooms
     assert met and all(event["most"] == event["tokens"] // 2 for event in met)
     assert all(f"{event['tokens']:,} tokens in {event['pairs']} pairs" in caplog.text for event in met)
     assert "11.76 GiB" in caplog.text and len([r for r in caplog.records if "out of memory" in r.message]) == len(met)
@@ -152,7 +152,7 @@ def test_pair_batches_are_halved_and_the_means_stay(tmp_path, tokenizer, nll_mea
     plain = trained(tmp_path, tokenizer, "plain", **size)
     short = trained(tmp_path, tokenizer, "short", card=(260, phase, 1), **size)
     same(short, plain)
-    assert short[3].micro_limit.most in (1, 2)
+    assert short[3].micro_limit.max_size in (1, 2)
 
 
 def test_a_step_done_again_draws_the_dropout_of_a_run_that_began_smaller(tmp_path, tokenizer):
@@ -162,7 +162,7 @@ def test_a_step_done_again_draws_the_dropout_of_a_run_that_began_smaller(tmp_pat
     # the second micro-batch is the first to fail: the first one is done again too
     size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
     short = trained(tmp_path, tokenizer, "short", card=(258, "backward", 1), **size, **common)
-    assert [event["step"] for event in short[3].micro_limit.met][0] == 1 and short[3].micro_limit.most == 1
+    assert [event["step"] for event in short[3].micro_limit.ooms][0] == 1 and short[3].micro_limit.max_size == 1
     same(short, small)
     plain = trained(tmp_path, tokenizer, "plain", **size, **common)
     assert (plain[0] - short[0]).norm() > 1e-4 * plain[0].norm()  # the draws do depend on the micro-batches
@@ -180,7 +180,7 @@ def test_a_single_pair_that_does_not_fit_is_named_and_the_checkpoint_stays(tmp_p
     with pytest.raises(OutOfMemory, match="checkpointing") as caught:
         trainer.train()
     message = str(caught.value)
-    assert f"single pair of {costs[longest]:,} tokens, number {longest} of the tokenised pairs" in message
+    assert f"single pair of {costs[longest]:,} tokens, number {longest} of the tokenized pairs" in message
     for word in ("data.max_length", "model.quantization", "memory.offload_activations", "11.76 GiB"):
         assert word in message
     step = trainer.state.global_step
@@ -194,7 +194,7 @@ def test_evaluation_goes_on_with_half_the_pairs(tmp_path, tokenizer, caplog):
     short = trained(tmp_path, tokenizer, "short", held_out=held_out, card=(1200, "forward"), **size)
     same(short, plain)
     assert any("eval_loss" in line for line in short[1])
-    assert short[3].eval_limit.met and not short[3].micro_limit.met
+    assert short[3].eval_limit.ooms and not short[3].micro_limit.ooms
     assert "out of memory in the evaluation at step 2" in caplog.text
 
 
@@ -212,11 +212,11 @@ def test_a_step_that_cannot_begin_again_says_so(tmp_path, tokenizer, change):
     else:
         trainer.accelerator.state.__dict__["distributed_type"] = change["distributed_type"]
     try:
-        with pytest.raises(OutOfMemory, match="not done again in smaller micro-batches.*tokens_per_batch"):
+        with pytest.raises(OutOfMemory, match="not repeated in smaller micro-batches.*tokens_per_batch"):
             trainer.training_step(trainer.model, batches[0], totals)
     finally:
         trainer.accelerator.state.__dict__["distributed_type"] = "NO"
-    assert not trainer.micro_limit.met
+    assert not trainer.micro_limit.ooms
 
 
 def test_other_errors_pass_through(tmp_path, tokenizer):
@@ -281,7 +281,7 @@ def test_parts_of_other_kinds_of_model_add_up(tmp_path, tokenizer, kind):
     batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     found = []
     for most in (None, 3):
-        trainer.micro_limit.most = most
+        trainer.micro_limit.max_size = most
         model.zero_grad()
         loss = trainer.training_step(model, batches[0], totals)
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])

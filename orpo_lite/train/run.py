@@ -142,7 +142,7 @@ def run(
             "pairs_per_second": round(outcome.metrics["train_samples_per_second"], 3),
             "peak_memory_bytes": peak_memory_bytes(args.device),
             "plan": announce.memory(planned, args.device),
-            "out_of_memory": {"training": trainer.micro_limit.met, "evaluation": trainer.eval_limit.met},
+            "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
             **trainer.watched(),
             "adapter": announce.which_adapter(trainer),
             **record_of(before, after, recipe),

@@ -1,4 +1,4 @@
-"""What a run shows and writes while it trains: one progress bar, metrics.jsonl, and the layers that checkpoint."""
+"""Output of a run while it trains: one progress bar, and metrics.jsonl."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ logger = logging.getLogger(__name__)
 
 
 class Bar(ProgressCallback):
-    """transformers' bar with loss, margin, accuracy and tokens/s beside it, in place of a printed dict a log."""
+    """transformers' bar with loss, margin, accuracy and tokens/s beside it, instead of a printed dict per log."""
 
     def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """No second bar: an evaluation ends in a line of its own."""
+        """Show no second bar: an evaluation ends in its own line."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not state.is_world_process_zero or self.training_bar is None or not logs:
@@ -32,7 +32,7 @@ class Bar(ProgressCallback):
                 f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
             )
         elif "rewards/margins" in logs:
-            counts = {"left out": logs.get("skipped_steps"), "overflows": logs.get("overflow_steps")}
+            counts = {"skipped": logs.get("skipped_steps"), "overflows": logs.get("overflow_steps")}
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
                 f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
@@ -41,11 +41,11 @@ class Bar(ProgressCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one line a log step; evaluation lines carry eval_ names.
+    """metrics.jsonl: one line per log step; evaluation lines carry eval_ names.
 
     Args:
-        path: the file; written anew unless `resumed`.
-        resumed: whether training goes on from a checkpoint. The evaluation before training is in the file then.
+        path: the file; overwritten unless `resumed`.
+        resumed: training resumes from a checkpoint, and the evaluation before training is already in the file.
     """
 
     def __init__(self, path: Path, resumed: bool):
@@ -56,7 +56,7 @@ class MetricsFile(TrainerCallback):
             path.unlink(missing_ok=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """On resume, the lines up to the checkpoint, by its own history: steps past it are about to be repeated."""
+        """Keep only the lines up to the checkpoint, by its own history: later steps are about to be repeated."""
         if not state.is_world_process_zero or not self.resumed:
             return
         lines = [json.dumps({"step": 0} | logs) for logs in self._before_training()]
@@ -66,7 +66,7 @@ class MetricsFile(TrainerCallback):
         write_atomically(self.path, "".join(f"{line}\n" for line in lines))
 
     def _before_training(self) -> list[dict[str, Any]]:
-        """What the file has of step 0, which no checkpoint knows of."""
+        """Read the lines of step 0, which no checkpoint knows of."""
         found = []
         for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
             with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
@@ -75,7 +75,7 @@ class MetricsFile(TrainerCallback):
         return found
 
     def _counts(self, logs: dict[str, Any]) -> bool:
-        """Not the summary that ends a run, which is in run.json, nor the evaluation that only repeats the last one."""
+        """Return False for the summary of the whole run, which is in run.json, and for a repeated evaluation."""
         if "train_runtime" in logs:
             return False
         if "eval_loss" in logs:
@@ -93,7 +93,7 @@ class MetricsFile(TrainerCallback):
             self._write()
 
     def _write(self) -> None:
-        """Append what waits; on a full disk or a drive that is gone it waits on, and training with it goes on."""
+        """Append the waiting lines; with a full disk or a missing drive they keep waiting, and training continues."""
         try:
             check_mounted(self.path.parent, self.disk)
             with self.path.open("ab", buffering=0) as file:
@@ -102,10 +102,10 @@ class MetricsFile(TrainerCallback):
                     while rest:
                         rest = rest[file.write(rest) :]
                 except OSError:
-                    file.truncate(start)  # no half a line
+                    file.truncate(start)  # leave no partial line
                     raise
         except OSError as error:
             if len(self.waiting) == 1:
-                logger.warning("%s cannot be written (%s): its lines wait until it can", self.path, error.strerror)
+                logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)
             return
         self.waiting.clear()

@@ -1,4 +1,4 @@
-"""Stop requests by signal: the first ends the run cleanly after its step, the second at once."""
+"""Stop requests by signal: the first stops the run cleanly after its step, the second at once."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from types import FrameType
 
 TORCHRUN = "TORCHELASTIC_RUN_ID"
 ECHO_SECONDS = 2.0
-"""torchrun hands a signal on that its workers have had from the terminal already: no second request."""
+"""torchrun forwards a signal that its workers have already had from the terminal: that is no second request."""
 
 
 class Stopped(KeyboardInterrupt):
     """Training was stopped by a signal, at a step's end and with a checkpoint, or at once.
 
-    A KeyboardInterrupt, so that a notebook's later cells do not run on an unfinished model.
+    A KeyboardInterrupt, so that a notebook does not run its later cells on an unfinished model.
     """
 
     def __init__(self, number: int, message: str):
@@ -29,7 +29,7 @@ class Stopped(KeyboardInterrupt):
 
 
 class StopRequest:
-    """Whether a signal has asked for an end."""
+    """Remembers which signal, if any, has asked the run to stop."""
 
     def __init__(self) -> None:
         self.number: int | None = None
@@ -38,9 +38,9 @@ class StopRequest:
 
     @contextlib.contextmanager
     def listen(self) -> Iterator[None]:
-        """Take SIGINT and SIGTERM over; only the main thread can, elsewhere nothing changes.
+        """Handle SIGINT and SIGTERM inside; only the main thread can, in others nothing changes.
 
-        One that is ignored stays so, as a shell's background job ignores the terminal's Ctrl-C.
+        An ignored signal stays ignored, as a shell's background job ignores the terminal's Ctrl-C.
         """
         if threading.current_thread() is not threading.main_thread():
             yield
@@ -57,9 +57,8 @@ class StopRequest:
         if self.number is None:
             self.number, self._since = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
-                say(
-                    f"\n{signal.Signals(number).name}: stopping after this step, with a checkpoint; once more to stop at once"
-                )
+                name = signal.Signals(number).name
+                say(f"\n{name}: stopping after this step, with a checkpoint; send it again to stop at once")
         elif TORCHRUN not in os.environ or time.monotonic() - self._since > ECHO_SECONDS:
             raise Stopped(number, f"stopped at once by a second {signal.Signals(number).name}")
 

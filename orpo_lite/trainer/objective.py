@@ -236,15 +236,15 @@ class ObjectiveTrainer(Trainer):
             OutOfMemory: a single pair does not fit, or the step cannot begin again.
         """
         window = self._window
-        place = window.place(inputs) if window else None
+        place = window.index_of(inputs) if window else None
         if window:
-            window.begin()
+            window.save_rng()
         items, told = [inputs], torch.zeros((), device=self.args.device)
         while True:
             try:
                 loss = sum((self._forward_backward(model, item, num_items_in_batch) for item in items), -told)
                 if window:
-                    window.told += loss
+                    window.reported_loss += loss
                 return loss
             except RuntimeError as error:
                 if window is None or place is None or not ran_out(error):
@@ -254,9 +254,9 @@ class ObjectiveTrainer(Trainer):
             self._take_less(self.micro_limit, "step", why)
             model.zero_grad()
             self._sums = dict(window.sums)
-            window.rewind_random()
+            window.restore_rng()
             # with dropout, earlier passes have another loss when done again: the difference goes into this one's
-            items, told = window.items[: place + 1], window.told.clone()
+            items, told = window.items[: place + 1], window.reported_loss.clone()
 
     def _forward_backward(self, model: nn.Module, item: dict[str, Any], num_items_in_batch: Any) -> Tensor:
         parts = [part for batch in micro_batches(item) for part in self.micro_limit.cut(batch)]

@@ -1,4 +1,4 @@
-"""Experiment trackers that transformers' `report_to` knows: found missing before training, and given tables of answers."""
+"""Experiment trackers of transformers' `report_to`: missing packages are found before training; tables of answers."""
 
 from __future__ import annotations
 
@@ -19,33 +19,20 @@ from orpo_lite.common.markdown import inline
 from orpo_lite.common.markdown import table as markdown_table
 from orpo_lite.common.text import nearest
 
-NEEDS: dict[str, tuple[tuple[str, ...], str]] = {
-    "azure_ml": (("azureml",), "azureml-core"),
-    "clearml": (("clearml",), "clearml"),
-    "codecarbon": (("codecarbon",), "codecarbon"),
-    "comet_ml": (("comet_ml",), "comet_ml"),
-    "dagshub": (("dagshub",), "dagshub mlflow"),
-    "dvclive": (("dvclive",), "dvclive"),
-    "flyte": (("flytekit",), "flytekit"),
-    "kubeflow": (("kubeflow",), "kubeflow"),
-    "mlflow": (("mlflow",), "mlflow"),
-    "neptune": (("neptune",), "neptune"),
-    "swanlab": (("swanlab",), "swanlab"),
-    "tensorboard": (("tensorboard", "tensorboardX"), "tensorboard"),
-    "trackio": (("trackio",), "trackio"),
-    "wandb": (("wandb",), "wandb"),
-}
-"""Modules, any of which a tracker works with, and what to install."""
+MODULES = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Modules, any of which a tracker works with, where they are not called as the tracker is."""
+PACKAGES = {"azure_ml": "azureml-core", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
+"""What to install for it, where that is not called as the tracker is."""
 
 
 def check_trackers(report_to: Any) -> None:
-    """Find a tracker missing before anything is spent.
+    """Refuse a tracker that would fail only after loading the model.
 
     Args:
         report_to: as in TrainingArguments: a name or several; "all" and "none" need nothing.
 
     Raises:
-        RequestError: one that transformers does not know, or whose package is not installed; with the pip command.
+        RequestError: a name that transformers does not know, or a package that is not installed, with the pip command.
     """
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name in ("all", "none"):
@@ -55,17 +42,17 @@ def check_trackers(report_to: Any) -> None:
             raise RequestError(
                 f"report_to: found {name!r}{nearest(str(name), INTEGRATION_TO_CALLBACK)}, expected none, all, or some of {known}"
             )
-        modules, packages = NEEDS.get(name, ((), ""))
-        if modules and not any(importlib.util.find_spec(module) for module in modules):
+        if not any(importlib.util.find_spec(module) for module in MODULES.get(name, (name,))):
+            packages = PACKAGES.get(name, name)
             raise RequestError(
-                f"report_to: {name} is asked for, and its package is not installed: pip install {packages}, or leave it out"
+                f"report_to: {name} is asked for, but its package is not installed: pip install {packages}, or remove it"
             )
 
 
 class SameRun(TrainerCallback):
-    """Lets what is logged after training go to the run that was logged to while it lasted.
+    """Sends what is logged after training to the same trackio run.
 
-    transformers ends trackio's run with training; a run folder's last evaluation and its answers come after that.
+    transformers ends trackio's run with training; the last evaluation and its answers come after that.
     """
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -77,9 +64,9 @@ class SameRun(TrainerCallback):
 
 
 def log_table(trainer: Any, name: str, columns: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
-    """Send a table to the trackers that take tables: TensorBoard as text, trackio and W&B as their own.
+    """Send a table of texts and numbers to the trackers that take tables, at the trainer's present step.
 
-    On the first process only. Cells are texts and numbers, at the trainer's present step.
+    TensorBoard gets it as text, trackio and W&B as their own tables; only the first process sends it.
     """
     if not trainer.is_world_process_zero() or not rows:
         return
@@ -114,7 +101,7 @@ def log_table(trainer: Any, name: str, columns: Sequence[str], rows: Sequence[Se
 
 
 def end(trainer: Any) -> None:
-    """Send what waits to trackio, whose run an evaluation after training has begun again."""
+    """Finish trackio's run, which an evaluation after training has started again."""
     if trainer.is_world_process_zero() and any(
         isinstance(one, TrackioCallback) for one in trainer.callback_handler.callbacks
     ):
@@ -126,7 +113,7 @@ def end(trainer: Any) -> None:
 
 
 def sample_rows(before: Sequence[dict[str, Any]], after: Sequence[dict[str, Any]]) -> tuple[list[str], list[list[Any]]]:
-    """Columns and rows of a run's answers before and after training."""
+    """Return columns and rows of a run's answers before and after training."""
     columns = ["prompt", "before", "after", "before: mean log-prob", "after: mean log-prob"]
     rows = [
         [old["prompt"], old["answer"], new["answer"], old.get("logp"), new.get("logp")]
