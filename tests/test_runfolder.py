@@ -52,7 +52,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(unfinished, resu
     (unfinished / "checkpoints/checkpoint-4/optimizer.pt").write_bytes(b"x" * 99)
     folder = RunFolder.create(recipe(unfinished), resume)
     assert folder.checkpoint.name == "checkpoint-2"
-    assert re.search(r"damaged, so not gone on with: .*checkpoint-4: optimizer.pt has 99 bytes, 100", folder.notes[0])
+    assert re.search(r"damaged, so not resumed from: .*checkpoint-4: optimizer.pt has 99 bytes, 100", folder.notes[0])
     folder.unlock()
     (unfinished / "checkpoints/checkpoint-2" / MANIFEST).unlink()
     if resume:
@@ -60,7 +60,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(unfinished, resu
             RunFolder.create(recipe(unfinished), True)
     else:
         folder = RunFolder.create(recipe(unfinished))
-        assert folder.checkpoint is None and len(folder.notes) == 3 and "begins anew" in folder.notes[2]
+        assert folder.checkpoint is None and len(folder.notes) == 3 and "starts from the beginning" in folder.notes[2]
         folder.unlock()
 
 
@@ -89,7 +89,7 @@ def test_changes_are_listed_and_forced_only_where_that_makes_sense(unfinished, w
         assert not folder.changes(recipe(unfinished, word)), "the folder's recipe is the changed one now"
         folder.unlock()
     else:
-        with pytest.raises(RequestError, match="pairs an optimizer step" if "batch" in word else re.escape(place)):
+        with pytest.raises(RequestError, match="pairs per optimizer step" if "batch" in word else re.escape(place)):
             RunFolder.create(recipe(unfinished, word), "force")
         assert not RunFolder(unfinished).changes(recipe(unfinished))
         other = RunFolder.create(recipe(unfinished, word))
@@ -98,7 +98,7 @@ def test_changes_are_listed_and_forced_only_where_that_makes_sense(unfinished, w
 
 
 def test_another_number_of_processes_is_refused_or_forced_with_the_same_pairs_a_step(unfinished):
-    with pytest.raises(RequestError, match=r"(?s)processes: was 1, is 2.*pairs an optimizer step: was 8, is 16"):
+    with pytest.raises(RequestError, match=r"(?s)processes: was 1, is 2.*pairs per optimizer step: was 8, is 16"):
         RunFolder.create(recipe(unfinished), True, processes=2)
     half = recipe(unfinished, "training.per_device_train_batch_size=4")
     with pytest.raises(RequestError, match=r"(?s)processes: was 1, is 2.*--resume=force"):

@@ -1,1 +1,1 @@
-"""The ORPO loss: tensors in, numbers out; knows no Trainer."""
+"""The ORPO objective: tensors in, numbers out, independent of any Trainer."""

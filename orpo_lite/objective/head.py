@@ -5,8 +5,8 @@ With a frozen head, which LoRA has, one pass is enough: while a chunk's logits a
 
     d logp(y | h) / d h  =  W[y] - softmax(W h) @ W
 
-and keep that, the size of the hidden states. The backward is then one product with the incoming gradient, whatever
-loss is above, and nothing is recomputed. A head that trains recomputes its chunks in the backward pass.
+and keep that, the size of the hidden states. The backward pass is then one product with the incoming gradient,
+whatever the loss, and nothing is recomputed. A trained head recomputes its chunks in the backward pass.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ logger = logging.getLogger(__name__)
 
 
 class _FrozenHead(torch.autograd.Function):
-    """One pass over the rows: log-probs, mean logits, and d logp / d hidden where a gradient will be asked for."""
+    """One pass over the rows: log-probs, mean logits, and d logp / d hidden where a gradient will be needed."""
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, softcap, scale, chunk):
@@ -48,7 +48,7 @@ class _FrozenHead(torch.autograd.Function):
                 inner = 1 - z.square() if slope is not None else None  # d softcap(x) / d x, from its output
                 z.mul_(softcap)
             means[rows] = z.mean(-1)
-            # the softmax in the logits' place, with the log of its sum on the way
+            # the softmax replaces the logits in place, and the log of its sum is taken on the way
             top, label = z.amax(-1, keepdim=True), z.gather(1, y)
             total = z.sub_(top).exp_().sum(-1, keepdim=True)
             logps[rows] = (label - top - total.log()).squeeze(1)
@@ -70,6 +70,7 @@ class _FrozenHead(torch.autograd.Function):
 
 
 def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
+    """Compute float32 logits (N, V) of hidden states (N, H)."""
     z = torch.nn.functional.linear(hidden, weight, bias).float()
     if scale != 1.0:
         z = z * scale
@@ -77,12 +78,12 @@ def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float 
 
 
 def _score(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Log-probs of the labels and mean logits of rows of float32 logits."""
+    """Compute log-probs of the labels and mean logits of rows of float32 logits."""
     return z.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(z, -1), z.detach().mean(-1)
 
 
 def auto_chunk(vocabulary: int) -> int:
-    """Rows of logits held at a time: about 64 MB in float32, at least 64 rows, at most 1,024."""
+    """Choose the rows of logits held at a time: about 64 MB in float32, at least 64 rows, at most 1,024."""
     return max(64, min(1024, (1 << 24) // vocabulary // 64 * 64))
 
 
@@ -96,7 +97,7 @@ def token_logps(
     chunk: int | None = None,
     with_means: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """log softmax(softcap(scale * (hidden @ weight.T + bias)))[label] of every row.
+    """Compute log softmax(softcap(scale * (hidden @ weight.T + bias)))[label] of every row.
 
     Equal to `F.log_softmax(logits.float(), -1).gather(1, labels[:, None])` without ever holding more than `chunk`
     rows of the logits. The gradient reaches `hidden`, and `weight` and `bias` where they require one.
@@ -134,7 +135,7 @@ def token_logps(
 def _recomputed(
     logits: Callable[[Tensor], Tensor], hidden: Tensor, labels: Tensor, chunk: int
 ) -> tuple[Tensor, Tensor]:
-    """Chunks of any differentiable head, each recomputed in the backward pass."""
+    """Score chunks with any differentiable head, each recomputed in the backward pass."""
     parts = [
         checkpoint(lambda h, y: _score(logits(h), y), h, y, use_reentrant=False)
         for h, y in zip(hidden.split(chunk), labels.split(chunk), strict=True)
@@ -145,14 +146,14 @@ def _recomputed(
 
 @dataclass
 class HeadTransform:
-    """What a model does to its head's output before calling it logits."""
+    """Transformation that a model applies to its head's output to get logits."""
 
     softcap: float | None = None
     scale: float = 1.0
 
     @classmethod
     def of(cls, config: Any) -> HeadTransform:
-        """Read from a config: final_logit_softcapping (Gemma), logit_scale (Cohere), logits_scaling (Granite)."""
+        """Read it from a config: final_logit_softcapping (Gemma), logit_scale (Cohere), logits_scaling (Granite)."""
         config = config.get_text_config(decoder=True)
         scale = float(getattr(config, "logit_scale", None) or 1.0)
         if getattr(config, "logits_scaling", None):
@@ -162,7 +163,7 @@ class HeadTransform:
 
 @dataclass
 class LabelRows:
-    """Which rows of the last hidden states carry a label; filled with their log-probs by the forward pass."""
+    """Rows of the last hidden states that carry a label; the forward pass fills in their log-probs."""
 
     rows: Tensor
     """Flat index into batch x length, (N,) int64."""
@@ -174,11 +175,11 @@ class LabelRows:
 
 @contextlib.contextmanager
 def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, chunk: int | None) -> Iterator[None]:
-    """While open, a forward of `model` (an unwrapped transformers or PEFT model) scores `target` instead of making logits.
+    """Make forward passes of `model` (an unwrapped transformers or PEFT model) score `target` instead of making logits.
 
     A pre-hook on the output head takes the final hidden states, scores the label rows and lets one row through; a
-    hook on the model puts the log-probs in the place of the logits, so that wrappers outside (DDP, FSDP, DeepSpeed)
-    see them as the output that the loss hangs on. Both hooks are gone when the block ends.
+    hook on the model puts the log-probs in place of the logits, so that outer wrappers (DDP, FSDP, DeepSpeed) see them
+    as the output that the loss depends on. Both hooks are removed when the block ends.
     """
     head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
@@ -207,16 +208,16 @@ def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, 
 def score_rows(
     head: nn.Module, hidden: Tensor, labels: Tensor, transform: HeadTransform, chunk: int | None
 ) -> tuple[Tensor, Tensor]:
-    """Log-probs and mean logits of label rows (N, H) under a head module of any kind.
+    """Compute log-probs and mean logits of label rows (N, H) under a head module of any kind.
 
-    A plain linear layer goes through `token_logps`. Anything else (LoRA on the head, modules_to_save, a quantised
-    head) is called as the module it is, chunk by chunk, so that all it does is kept.
+    A plain linear layer goes through `token_logps`. Anything else (LoRA on the head, modules_to_save, a quantized
+    head) is called as a module, chunk by chunk, so that nothing it does is lost.
     """
     if type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear):
         return token_logps(hidden, head.weight, labels, head.bias, transform.softcap, transform.scale, chunk, True)  # type: ignore[return-value]
 
     def logits(h: Tensor) -> Tensor:
-        # forward, not __call__: the hook that brought us here must not run again
+        # forward, not __call__: the hook that called this function must not run again
         z = head.forward(h).float() * transform.scale
         return torch.tanh(z / transform.softcap) * transform.softcap if transform.softcap else z
 
@@ -225,12 +226,12 @@ def score_rows(
 
 @torch.no_grad()
 def check_head(model: nn.Module, transform: HeadTransform, called: nn.Module | None = None, **inputs: Tensor) -> float:
-    """Largest difference between the model's own log-probs and `score_labels`', over one short sequence.
+    """Measure the largest difference between the model's own log-probs and `score_labels`', over one short sequence.
 
-    Families whose logits are not a linear head with a softcap or a scale show here, whatever their config says.
+    It reveals families whose logits are not a linear head with a softcap or a scale, whatever their config says.
 
     Args:
-        called: the model with what engines put around it; default: the model itself.
+        called: the model inside the wrappers of its engine; default: the model itself.
     """
     was_training, called = model.training, called or model
     model.eval()
@@ -249,7 +250,7 @@ def check_head(model: nn.Module, transform: HeadTransform, called: nn.Module | N
 def head_transform(
     model: Any, device: torch.device, tolerance: float, called: nn.Module | None = None
 ) -> HeadTransform | None:
-    """How a model's head is scored without its logits; None where only the logits themselves will do.
+    """Find how a model's head is scored without its logits; None where only the whole logits will do.
 
     Args:
         tolerance: largest difference of a log-prob that counts as rounding.
@@ -266,7 +267,7 @@ def head_transform(
     if difference <= tolerance:
         return transform
     logger.warning(
-        "%s does more to its logits than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
+        "%s computes its logits by more than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
         type(model).__name__,
         difference,
     )
@@ -274,7 +275,7 @@ def head_transform(
 
 
 def score_logits(logits: Tensor, target: LabelRows) -> tuple[Tensor, Tensor]:
-    """Log-probs and mean logits of the label rows of whole logits (batch, length, V)."""
+    """Compute log-probs and mean logits of the label rows of whole logits (batch, length, V)."""
     flat = logits.flatten(0, -2)
     parts = [
         _score(flat.index_select(0, r).float(), y)

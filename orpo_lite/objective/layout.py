@@ -1,7 +1,7 @@
-"""Which layout a model's batches take: the fastest one that is exact for this model, and why.
+"""The layout of a model's batches: the fastest one that is exact for this model, and why.
 
-Exactness is not believed but checked: a small random model of the same class and configuration is run over three
-pairs of unequal length, longer than any of its windows, and log-probs and gradients must equal the padded layout's.
+Exactness is checked, not assumed: a small random model of the same class and configuration is run over three pairs of
+unequal length, longer than any of its windows, and log-probs and gradients must equal the padded layout's.
 """
 
 from __future__ import annotations
@@ -23,26 +23,26 @@ from orpo_lite.objective.packed_attention import inner_attention, packed_attenti
 logger = logging.getLogger(__name__)
 
 ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", "attention"}
-"""Kinds of layer in a config's layer_types that mix tokens by attention alone."""
+"""Kinds of layers in a config's layer_types that mix tokens by attention alone."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 """Largest difference of a mean log-prob, and of the gradients' norm relative to itself, that counts as rounding."""
 
 
 class Layout(NamedTuple):
-    """The layout taken, and why in words."""
+    """The chosen layout, and why, in words."""
 
     name: str
     why: str
 
 
 def choose_layout(model: PreTrainedModel, wish: str = "auto") -> Layout:
-    """The layout for a base model (without adapter or wrappers).
+    """Choose the layout for a base model (without adapter or wrappers).
 
     Args:
-        wish: auto, or the layout to take: shared, packed or padded.
+        wish: auto, or the layout to use: shared, packed or padded.
 
     Raises:
-        ValueError: the wished layout is not exact for this model; the message says why and which setting works.
+        ValueError: the requested layout is not exact for this model; the message says why and which setting works.
     """
     if wish == "padded":
         return Layout("padded", "as asked")
@@ -61,10 +61,10 @@ def choose_layout(model: PreTrainedModel, wish: str = "auto") -> Layout:
 
 
 def refusal(model: PreTrainedModel) -> str | None:
-    """Why a model cannot take packed rows, by what its config and modules say; None where nothing speaks against it."""
+    """Say why a model cannot take packed rows, judging by its config and modules; None where nothing rules them out."""
     text = model.config.get_text_config(decoder=True)
     if model.config.is_encoder_decoder:
-        return "encoder-decoder models take the prompt apart from the completion"
+        return "encoder-decoder models take prompt and completion separately"
     other = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if other:
         return f"its {', '.join(other)} layers are not attention alone, and may reach across packed pairs"
@@ -87,7 +87,7 @@ def inexactness(model: PreTrainedModel, layout: str) -> str | None:
 
 
 class _Config:
-    """A config that a cache can tell apart by its content."""
+    """A config that is hashed by its content, as a key of a cache."""
 
     def __init__(self, config: PretrainedConfig, key: str):
         self.config, self.key = config, key
@@ -107,7 +107,7 @@ def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout:
             model = small_model(kind, config.config, inner, dtype)
             expected = outcome(model, "padded")
             got = outcome(model, layout)
-        except Exception as error:  # whatever a model's code raises, it is a model that cannot be checked
+        except Exception as error:  # whatever a model's code raises, the model cannot be checked
             logger.debug("layout check of %s in %s", kind.__name__, dtype, exc_info=True)
             reason = f"it could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
             continue
@@ -123,7 +123,7 @@ def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout:
 
 
 def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-prob of each label sorted by pair and position, and the gradient of a loss over them."""
+    """Compute sums of log-probs by pair and side, (9,) float64, and the gradient of a loss over them, flattened."""
     collator = PaddedCollator(0) if layout == "padded" else PackedCollator(share=layout == "shared")
     batch = collator(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
@@ -138,7 +138,7 @@ def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Te
             output = model(**inputs, use_cache=False, orpo_segments=batch["segments"])
     logits = output.logits.flatten(0, 1)[batch["label_rows"]].double()
     logps = logits.log_softmax(-1).gather(1, batch["label_ids"][:, None]).squeeze(1)
-    # per pair and side, weighted by position in the sequence, so that a token in another's place shows
+    # per pair and side, weighted by position in the sequence, so that swapped tokens show
     sums = []
     for side in ("chosen_pair", "rejected_pair", "nll_pair"):
         for pair in range(3):
@@ -153,7 +153,7 @@ def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Te
 
 
 def check_pairs(vocabulary: int) -> list[dict[str, Any]]:
-    """Three pairs of unequal length with prompts and completions that share some, much or nothing."""
+    """Make three pairs of unequal length with prompts and completions that share some, much or nothing."""
     g = torch.Generator().manual_seed(0)
 
     def tokens(n: int) -> list[int]:
@@ -170,7 +170,7 @@ def check_pairs(vocabulary: int) -> list[dict[str, Any]]:
 def small_model(
     kind: type[PreTrainedModel], config: PretrainedConfig, inner: str, dtype: torch.dtype
 ) -> PreTrainedModel:
-    """A random model of a class, its configuration kept but for the sizes; weights large enough to tell tokens apart."""
+    """Make a random model of a class, with its configuration except the sizes, and weights that tell tokens apart."""
     with torch.random.fork_rng(devices=[]), torch.device("cpu"):
         torch.manual_seed(0)
         small = shrink(config)
@@ -182,7 +182,7 @@ def small_model(
             for parameter in model.parameters():
                 if parameter.ndim >= 2:
                     parameter.normal_(std=min(1.0, 2 * parameter.shape[-1] ** -0.5))
-                else:  # norms, biases, sinks: near what the class made of them, but not all alike
+                else:  # norms, biases, sinks: near their initial values, but not all alike
                     parameter.add_(torch.randn_like(parameter) * 0.2)
     return model
 
@@ -205,14 +205,14 @@ SMALL = {
     "attention_chunk_size": 8, "q_lora_rank": 16, "kv_lora_rank": 16, "vocab_size": 199, "vocab_size_per_layer_input": 199,
     "hidden_size_per_layer_input": 16, "hidden_size_per_block": 64, "floor_scale": 8,
 }  # fmt: skip
-"""Sizes of the small model; a model that is smaller already keeps its own."""
+"""Sizes of the small model; a model that is already smaller keeps its own."""
 
 
 def shrink(config: PretrainedConfig) -> PretrainedConfig:
-    """The same configuration with few layers, heads and channels, and windows shorter than the pairs of the check.
+    """Copy a configuration with few layers, heads and channels, and windows shorter than the pairs of the check.
 
-    Kinds of layers, head grouping, soft caps, biases, ties and positions stay. A configuration whose sizes hang together
-    in ways unknown here makes a model that fails to build, and is then not taken as exact.
+    Kinds of layers, head grouping, soft caps, biases, ties and positions stay. A configuration whose sizes depend on each
+    other in ways unknown here makes a model that fails to build, and the layout is then not taken as exact.
     """
     small = copy.deepcopy(config)
     text: Any = small.get_text_config(decoder=True)

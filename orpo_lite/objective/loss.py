@@ -10,11 +10,11 @@ from torch import Tensor
 
 LOG_HALF = -0.6931471805599453
 LARGEST_LOGP = -1e-6
-"""Mean log-probs are taken as at most this, where log(1 - p) and its gradient are still finite in float32."""
+"""Upper clamp of mean log-probs, where log(1 - p) and its gradient are still finite in float32."""
 
 
 def log1mexp(x: Tensor) -> Tensor:
-    """log(1 - exp(x)) for x <= 0, with finite value and gradient over [-1e4, 0].
+    """Compute log(1 - exp(x)) for x <= 0, with finite value and gradient over [-1e4, 0].
 
     The argument is clamped before the branches: torch.where differentiates both, and the one not taken would
     otherwise put NaN into the gradient near 0.
@@ -24,7 +24,7 @@ def log1mexp(x: Tensor) -> Tensor:
 
 
 def log_odds_ratio(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
-    """Log of odds(chosen) / odds(rejected), odds(p) = p / (1 - p): the argument of the sigmoid in eq. 7.
+    """Compute log(odds(chosen) / odds(rejected)), odds(p) = p / (1 - p): the argument of the sigmoid in eq. 7.
 
     Args:
         chosen_logps: mean log-prob of each chosen completion's tokens, (B,), any float dtype.
@@ -38,7 +38,7 @@ def log_odds_ratio(chosen_logps: Tensor, rejected_logps: Tensor) -> Tensor:
 
 
 def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, nll: Tensor, beta: float = 0.1) -> Tensor:
-    """ORPO loss, eq. 6 and 7: nll - beta * mean(log sigmoid(log odds ratio)).
+    """Compute the ORPO loss, eq. 6 and 7: nll - beta * mean(log sigmoid(log odds ratio)).
 
     Args:
         chosen_logps: mean log-prob of each chosen completion's tokens, (B,).
@@ -53,7 +53,7 @@ def orpo_loss(chosen_logps: Tensor, rejected_logps: Tensor, nll: Tensor, beta: f
 
 
 class PairStatistics(NamedTuple):
-    """What a batch's label rows amount to, pair by pair; each (B,) float32."""
+    """Statistics of a batch's label rows by pair; each (B,) float32."""
 
     chosen_logps: Tensor
     """Mean log-prob over the chosen completion's tokens."""
@@ -62,7 +62,7 @@ class PairStatistics(NamedTuple):
     nll_sum: Tensor
     """Negative log-likelihood summed over the labels in the NLL's scope."""
     nll_count: Tensor
-    """How many labels that are."""
+    """Number of those labels."""
     chosen_logits: Tensor
     """Mean logit over the chosen completion's rows and the vocabulary, detached."""
     rejected_logits: Tensor
@@ -105,7 +105,7 @@ def pair_statistics(
 
 
 def window_loss(stats: PairStatistics, beta: float, labels: Tensor | float, pairs: Tensor | float) -> Tensor:
-    """This micro-batch's share of the ORPO loss of a window with `labels` NLL labels and `pairs` pairs in all.
+    """Compute this micro-batch's share of the ORPO loss of a window of `labels` NLL labels and `pairs` pairs in all.
 
     The shares of all micro-batches and processes add up to `orpo_loss` of the window taken as one batch, so any
     split of the same pairs gives the same gradients.

@@ -11,11 +11,11 @@ from torch import Tensor
 from orpo_lite.objective.loss import PairStatistics, log_odds_ratio
 
 COLUMNS = ("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "nll_sum", "nll_count", "aux_loss")
-"""Columns of an evaluation's predictions, one row a pair; the first two are TRL's predictions."""
+"""Columns of an evaluation's predictions, one row per pair; the first two are TRL's predictions."""
 
 
 def metric_sums(stats: PairStatistics, aux: Tensor | None, beta: float, attention_mask: Tensor) -> dict[str, Tensor]:
-    """Sums over the pairs of a batch, from which `finish_metrics` makes means; all scalars."""
+    """Sum over the pairs of a batch, for `finish_metrics` to take means; all scalars."""
     chosen, rejected = stats.chosen_logps.detach(), stats.rejected_logps.detach()
     odds = log_odds_ratio(chosen, rejected)
     sums = {
@@ -39,14 +39,14 @@ def metric_sums(stats: PairStatistics, aux: Tensor | None, beta: float, attentio
 
 
 def finish_metrics(sums: dict[str, Any]) -> dict[str, float]:
-    """TRL's metrics by TRL's names: means over pairs, nll_loss over labels."""
+    """Compute TRL's metrics by TRL's names: means over pairs, nll_loss over labels."""
     counts = {"nll_sum", "nll_count", "pairs", "tokens"}
     metrics = {key: float(value / sums["pairs"]) for key, value in sums.items() if key not in counts}
     return metrics | {"nll_loss": float(sums["nll_sum"] / sums["nll_count"])}
 
 
 def pair_metrics(predictions: Tensor, beta: float) -> dict[str, float]:
-    """Metrics and loss of an evaluation's predictions, (N, len(COLUMNS)): exact over all its pairs."""
+    """Compute metrics and loss of an evaluation's predictions, (N, len(COLUMNS)), exact over all its pairs."""
     column = {name: predictions[:, i].double() for i, name in enumerate(COLUMNS)}
     stats = PairStatistics(column["logps/chosen"], column["logps/rejected"], column["nll_sum"], column["nll_count"],
                            column["logits/chosen"], column["logits/rejected"])  # fmt: skip

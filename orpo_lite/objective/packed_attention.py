@@ -1,9 +1,9 @@
 """Attention over packed pairs: no padding, the prompt once for both completions, and no length x length mask.
 
-A row holds pairs end to end, each as [common prefix | rest of chosen | rest of rejected]. Two calls a pair of the
-model's own attention function are exact: prefix+chosen attend causally to themselves, and the rejected branch attends
-to prefix+rejected, causal from the bottom right. Cost grows with the sum of the squares, and soft caps, sinks, windows
-and scales stay what the model makes of them, since its own function computes every segment.
+A row holds pairs end to end, each as [common prefix | rest of chosen | rest of rejected]. Two calls per pair of
+the model's own attention function are exact: prefix+chosen attend causally to themselves, and the rejected branch
+attends to prefix+rejected, causal from the bottom right. The cost grows with the sum of the squared lengths, and soft
+caps, sinks, windows and scales are the model's own, since its function computes every segment.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 PLAIN, PACKED = ("sdpa", "eager"), {"sdpa": "orpo_lite_sdpa", "eager": "orpo_lite_eager"}
-"""Attention that computes the segments, and the name under which transformers knows it wrapped."""
+"""Attention functions that compute the segments, and the names of their wrapped versions in transformers."""
 
 LOWER_RIGHT = {"cuda"}
-"""Devices whose flash kernels take causal from the bottom right without a mask."""
+"""Devices whose flash kernels compute bottom-right causal attention without a mask."""
 
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
-"""Whether masks are being built for a packed row. Only the model's own forward builds masks, never the recomputation
-of a checkpointed layer, so that this cannot read another batch's; the segments themselves travel as a keyword."""
+"""True while masks are built for a packed row. Only the model's own forward builds masks, never the recomputation of a
+checkpointed layer, so this cannot read another batch's; the segments themselves travel as a keyword."""
 
 
 class PairMask:
-    """What a layer may see, kept as the model's own rule over positions until a segment's size is known.
+    """Mask of a layer, kept as the model's own rule over positions until a segment's size is known.
 
-    Positions restart at each pair and the rejected branch goes on from the prefix, so that the rule (causal, sliding
+    Positions restart at each pair and the rejected branch continues from the prefix, so the rule (causal, sliding
     window, chunked) holds over positions as it does over the indices of a sequence alone in its row.
     """
 
@@ -44,7 +44,7 @@ class PairMask:
         self.blocks: dict[tuple[int, int, bool], Any] = {}
 
     def block(self, first: int, length: int, additive: bool) -> Any:
-        """Mask for queries at positions first to length-1 over keys 0 to length-1; None means causal and square."""
+        """Return the mask for queries at first to length-1 over keys 0 to length-1; None means causal and square."""
         key = (first, length, additive)
         if key not in self.blocks:
             self.blocks[key] = self._build(first, length, additive)
@@ -57,7 +57,7 @@ class PairMask:
                 return None
             if self.device.type in LOWER_RIGHT:
                 return causal_lower_right(length - first, length)
-        # batch and head of a rule are indices that it may look things up with
+        # a rule may index tensors with batch and head
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         queries = torch.arange(first, length, device=self.device)[:, None]
         keys = torch.arange(length, device=self.device)[None]
@@ -86,12 +86,12 @@ def _attend(inner: str) -> Callable[..., Any]:
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
         segments = kwargs.pop("orpo_segments", None)
-        # a model's own eager function stands beside its attention class
+        # a model's own eager function is in the module of its attention class
         plain = ALL_ATTENTION_FUNCTIONS.get(inner) or sys.modules[type(module).__module__].eager_attention_forward
         if segments is None:
             return plain(module, query, key, value, attention_mask, **kwargs)
         if not isinstance(attention_mask, PairMask):
-            raise TypeError(f"{type(module).__name__} brings a mask of its own, which says nothing about packed pairs")
+            raise TypeError(f"{type(module).__name__} brings its own mask, which does not cover packed pairs")
         kwargs.pop("position_ids", None)  # of the whole row, and rotary embeddings are applied already
         additive = inner == "eager"
         parts = []
@@ -118,7 +118,7 @@ for _inner in PLAIN:
 
 
 def inner_attention(model: PreTrainedModel) -> str | None:
-    """The attention function that packed pairs can go through: the model's own if it is plain, else sdpa if it may."""
+    """Return the attention function for packed pairs: the model's own if it is plain, else sdpa if supported, or None."""
     now = model.config._attn_implementation
     now = next((plain for plain, packed in PACKED.items() if packed == now), now)
     if now in PLAIN:
@@ -131,7 +131,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
     """Run forwards of packed rows in this block; the segments go to the model as `orpo_segments=`.
 
     The wrapped attention stays on the model after the block, since checkpointed layers are recomputed in the backward
-    pass; without segments it does exactly what the plain one does. `plain_attention` takes it off.
+    pass; without segments it does exactly what the plain one does. `plain_attention` removes it.
     """
     inner = inner_attention(model)
     assert inner is not None
@@ -145,7 +145,7 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 
 def plain_attention(model: PreTrainedModel) -> None:
-    """Give the model its plain attention function back."""
+    """Restore the model's plain attention function."""
     for plain, packed in PACKED.items():
         if model.config._attn_implementation == packed:
             model.set_attn_implementation(plain)

@@ -1,4 +1,4 @@
-"""ORPOConfig: transformers.TrainingArguments, TRL's ORPO fields by TRL's names, and ours."""
+"""ORPOConfig: transformers.TrainingArguments, TRL's ORPO fields by TRL's names, and our own."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from orpo_lite.model import choose_precision
 logger = logging.getLogger(__name__)
 
 CHECKPOINTING = "activation_checkpointing"
-"""transformers 5.23 renamed gradient_checkpointing to this; before, only the old name exists."""
+"""transformers 5.23 renamed gradient_checkpointing to this; earlier versions only have the old name."""
 RENAMED = CHECKPOINTING in {f.name for f in fields(TrainingArguments)}
 
 RENAMED_FIELDS = {
@@ -37,15 +37,15 @@ RENAMED_FIELDS = {
 REMOVED_FIELDS = {
     "dataset_batch_size": "rows are always tokenized in batches",
     "fp16_backend": "autocast is torch's",
-    "group_by_length": "set tokens_per_batch, which puts pairs of like length together inside each step",
+    "group_by_length": "set tokens_per_batch, which groups pairs of similar length inside each step",
     "half_precision_backend": "autocast is torch's",
-    "include_inputs_for_metrics": "predictions are one row a pair (orpo_lite.objective.metrics.COLUMNS)",
+    "include_inputs_for_metrics": "predictions are one row per pair (orpo_lite.objective.metrics.COLUMNS)",
     "label_pad_token_id": "labels go by length, so no id stands for padding",
     "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
     "overwrite_output_dir": "files in output_dir never stop a run",
     "save_safetensors": "safetensors is the only format",
-    "truncation_mode": "the completion is cut at its end, or the pair dropped with overlong='drop'; with max_prompt_length a "
-    "longer prompt loses its beginning",
+    "truncation_mode": "the completion is cut at its end, or the pair is dropped with overlong='drop'; with max_prompt_length "
+    "a longer prompt loses its beginning",
     "use_ipex": "transformers removed it",
     "use_logits_to_keep": "logits are only ever computed where there is a label",
     "use_mps_device": "an Apple GPU is used where there is one",
@@ -65,17 +65,17 @@ class ORPOConfig(TrainingArguments):
     Takes every field of transformers.TrainingArguments and of trl.experimental.orpo.ORPOConfig, with TRL's defaults
     (learning_rate 1e-6, logging_steps 10, checkpointing on), except that the precision follows the device: bf16 from
     compute capability 8.0, fp16 below, float32 on the CPU, unless `fp16` or `bf16` says otherwise; and that
-    `logging_nan_inf_filter` is off, so that a NaN loss is shown as one.
+    `logging_nan_inf_filter` is off, so that a NaN loss is visible.
 
     Raises:
         ValueError: a field outside its range; the message names it, what was found and what was expected.
-        TypeError: no such field; for those of older versions, the message says what became of them.
+        TypeError: no such field; for those of older versions, the message says what replaces them.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "template_kwargs"]
 
     learning_rate: float = _help("Initial learning rate. TRL's default is far too low for LoRA.", default=1e-6)
-    logging_steps: float = _help("Log every so many steps; below 1, a share of all steps.", default=10)
+    logging_steps: float = _help("Steps between logs; below 1, a share of all steps.", default=10)
     bf16: bool | None = _help("bfloat16 autocast; unset, chosen by the device.", default=None)
     fp16: bool = _help("float16 autocast with loss scaling; with bf16 unset, chosen by the device.", default=False)
     gradient_checkpointing: bool = _help("Recompute activations in the backward pass.", default=True)
@@ -84,9 +84,9 @@ class ORPOConfig(TrainingArguments):
     max_length: int | None = _help("Tokens of prompt and completion together.", default=1024)
     max_prompt_length: int | None = _help("Tokens of the prompt; unset leaves it to max_length.", default=None)
     max_completion_length: int | None = _help("Tokens of the completion (encoder-decoder models: 128).", default=None)
-    overlong: str = _help("truncate, TRL's cut, or drop: what to do with a longer pair.", default="truncate")
+    overlong: str = _help("truncate, as TRL does, or drop: what to do with a longer pair.", default="truncate")
     completion_end: str = _help("trl, or turn: cut the completion after the first end-of-turn token.", default="trl")
-    template_kwargs: dict[str, Any] | str | None = _help("Variables given to the chat template.", default=None)
+    template_kwargs: dict[str, Any] | str | None = _help("Variables of the chat template.", default=None)
     beta: float = _help("Weight of the odds-ratio term, lambda in the paper.", default=0.1)
     nll_scope: str = _help("prompt+chosen, as in TRL, or chosen: the labels of the NLL term.", default="prompt+chosen")
     nll_mean: str = _help(
@@ -107,23 +107,25 @@ class ORPOConfig(TrainingArguments):
         "Arguments of from_pretrained for a model given by name.", default=None
     )
     trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
-    dataset_num_proc: int | None = _help("Processes for tokenising.", default=None)
+    dataset_num_proc: int | None = _help("Processes for tokenizing.", default=None)
     head_chunk: int | None = _help("Rows of logits held at a time; unset chooses by vocabulary.", default=None)
     checkpointed_layers: int | None = _help(
-        "With checkpointing on, only the first so many layers; unset means all.", default=None
+        "With checkpointing on, the number of layers, from the first, that recompute; unset means all.", default=None
     )
     offload_activations: bool = _help(
-        "With checkpointing on, keep what each layer saves in the host's memory until its backward pass.", default=False
+        "With checkpointing on, keep the saved inputs of layers in host memory until their backward pass.",
+        default=False,
     )
     save_minutes: float | None = _help(
-        "Write a checkpoint at the end of the step that is so many minutes past the last one, besides save_strategy's.",
+        "Minutes after the last checkpoint at which another is written, in addition to save_strategy's.",
         default=None,
     )
     early_stopping_patience: int | None = _help(
-        "Stop after so many evaluations without a better metric_for_best_model (loss, unless set).", default=None
+        "Evaluations without a better metric_for_best_model (loss, unless set) after which training stops.",
+        default=None,
     )
     on_nonfinite: str = _help(
-        "stop, or skip: what becomes of a step whose loss or gradients are not finite; the adapter never sees it.",
+        "stop or skip: what to do at a step whose loss or gradients are not finite; it never reaches the adapter.",
         default="stop",
     )
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
@@ -166,19 +168,19 @@ class ORPOConfig(TrainingArguments):
             logger.warning("ORPOConfig.max_length is None: 512 tokens, as in TRL")
         if self.tokens_per_batch and self.nll_mean == "micro":
             raise ValueError(
-                "ORPOConfig.nll_mean: micro weighs micro-batches alike, which tokens_per_batch makes of unequal numbers "
-                "of pairs; set nll_mean to window"
+                "ORPOConfig.nll_mean: micro gives all micro-batches the same weight, but with tokens_per_batch they hold "
+                "different numbers of pairs; set nll_mean to window"
             )
         if self.train_sampling_strategy == "group_by_length":
             raise ValueError(
                 "ORPOConfig.train_sampling_strategy: found 'group_by_length', expected random or sequential; set "
-                "tokens_per_batch instead, which puts pairs of like length together inside each optimizer step"
+                "tokens_per_batch instead, which groups pairs of similar length inside each optimizer step"
             )
         if self.early_stopping_patience:
             if str(getattr(self.eval_strategy, "value", self.eval_strategy)) == "no":
                 raise ValueError(
                     f"ORPOConfig.early_stopping_patience: found {self.early_stopping_patience}, but eval_strategy is no, so "
-                    "that there is no evaluation to stop after; set eval_strategy to epoch or steps, and give held-out pairs"
+                    "there is no evaluation to stop after; set eval_strategy to epoch or steps, and give held-out pairs"
                 )
             self.metric_for_best_model = self.metric_for_best_model or "loss"
             if self.greater_is_better is None:
@@ -190,7 +192,7 @@ class ORPOConfig(TrainingArguments):
         super().__post_init__()
 
     def _choose_precision(self) -> None:
-        """Autocast by what the device can do; a request that it cannot serve is changed aloud."""
+        """Choose autocast by the device; warn about a request that it cannot serve, and change it."""
         here = choose_precision("auto", "cpu" if self.use_cpu else None)
         if self.bf16 and not here.bf16:
             logger.warning("bf16=True, but %s: training in %s", here.why, "fp16" if here.fp16 else "float32")
@@ -199,11 +201,11 @@ class ORPOConfig(TrainingArguments):
             self.bf16, self.fp16 = here.bf16, here.fp16
         self.bf16 = bool(self.bf16)
         if self.tf32 and not is_torch_tf32_available():
-            logger.warning("tf32=True, but there is no GPU that has it: left out")
+            logger.warning("tf32=True, but there is no GPU with TF32: ignored")
             self.tf32 = None
 
     def _choose_checkpointing(self) -> None:
-        """Take the old name or the new one and hand transformers the one that it wants, so that it warns of nothing."""
+        """Accept the old name or the new one, and set the one that transformers wants, so that it does not warn."""
         if RENAMED:
             if getattr(self, CHECKPOINTING) is None:
                 setattr(self, CHECKPOINTING, self.gradient_checkpointing is not False)

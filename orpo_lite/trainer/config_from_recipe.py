@@ -1,4 +1,4 @@
-"""A recipe as an ORPOConfig, with what transformers refuses in it named by field."""
+"""Turns a recipe into an ORPOConfig; what transformers refuses is reported by the recipe's field."""
 
 from __future__ import annotations
 
@@ -20,10 +20,13 @@ from orpo_lite.objective.metrics import COLUMNS, pair_metrics
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config import ORPOConfig
 
-SPOKEN = {"saving steps": "save_steps", "evaluation steps": "eval_steps", "Save strategy": "save_strategy",
-          "Evaluation strategy": "eval_strategy"}  # fmt: skip
-"""What transformers' messages call some fields."""
-
+FIELDS_IN_WORDS = {
+    "saving steps": "save_steps",
+    "evaluation steps": "eval_steps",
+    "Save strategy": "save_strategy",
+    "Evaluation strategy": "eval_strategy",
+}
+"""Names by which transformers' messages call some fields."""
 
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
@@ -35,13 +38,15 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     "seed": 42,
 }
-"""What a recipe's `training:` section takes where it is silent and transformers' own default serves QLoRA badly."""
+"""Defaults of a recipe's `training:` section where transformers' own do not suit QLoRA."""
 BITSANDBYTES = ("8bit", "paged", "bnb", "lion", "ademamix")
-"""Parts of the names of optimizers that bitsandbytes has, on a GPU only."""
+"""Parts of the names of bitsandbytes' optimizers, which need a GPU."""
+SET_BY_OTHER_SECTIONS = ("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing")
+"""Fields that follow from model.dtype and memory.checkpointing."""
 
 
 def checkpointed(recipe: Recipe, device: torch.device) -> int | None:
-    """How many layers recompute their activations: None for all, 0 for none."""
+    """Return how many layers recompute their activations: None for all, 0 for none."""
     wish = recipe.memory.checkpointing
     if wish == "auto":
         wish = "all" if device.type == "cuda" else "none"
@@ -51,7 +56,11 @@ def checkpointed(recipe: Recipe, device: torch.device) -> int | None:
 def arguments(
     recipe: Recipe, output: Path, facts: BaseFacts, *, has_eval: bool, checkpointing: int | None
 ) -> ORPOConfig:
-    """The recipe as an ORPOConfig whose checkpoints go to `output`."""
+    """Make an ORPOConfig of the recipe, with checkpoints in `output`.
+
+    Raises:
+        RequestError: a value that transformers refuses, or a setting that this machine or evaluation does not have.
+    """
     training: dict[str, Any] = recipe.training | {"output_dir": str(output)}
     if not has_eval:
         training["eval_strategy"] = "no"
@@ -59,12 +68,7 @@ def arguments(
     if any(part in optim for part in BITSANDBYTES) and not torch.cuda.is_available():
         console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
         training["optim"] = "adamw_torch"
-    for name in (
-        "bf16",
-        "fp16",
-        "gradient_checkpointing",
-        "activation_checkpointing",
-    ):  # model.dtype, memory: say these
+    for name in SET_BY_OTHER_SECTIONS:
         training.pop(name, None)
     ours: dict[str, Any] = {
         "bf16": facts.precision.bf16,
@@ -85,14 +89,14 @@ def arguments(
     check_best(args.metric_for_best_model)
     if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
         raise RequestError(
-            f"training.fsdp: found {shown(training.get('fsdp'))}, but this is one process, and FSDP spreads a model over several: "
-            "start with `accelerate launch` or torchrun, or leave it out"
+            f"training.fsdp: found {shown(training.get('fsdp'))}, but FSDP needs several processes, and this is one: "
+            "start with `accelerate launch` or torchrun, or remove it"
         )
     return args
 
 
 def check_best(name: str | None) -> None:
-    """Raise RequestError for a metric that no evaluation has: transformers looks for it after the first one only."""
+    """Refuse a metric that no evaluation has; transformers would only notice after the first evaluation."""
     measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), 1.0)) - {"aux_loss"}  # which only some models have
     if name is not None and name.removeprefix("eval_") not in measured:
         raise RequestError(
@@ -102,17 +106,17 @@ def check_best(name: str | None) -> None:
 
 
 def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig:
-    """An ORPOConfig of the recipe's training fields and of what its other sections say.
+    """Make an ORPOConfig of the recipe's training fields and the fields set by its other sections.
 
     Raises:
-        RequestError: values that transformers refuses, alone or together, or a schedule that cannot be made of them.
+        RequestError: values that transformers refuses, alone or together, or arguments that the schedule does not take.
     """
     try:
         args = ORPOConfig(**training, **ours)
     except (ValueError, TypeError, ImportError) as error:
-        raise refusal(error, training, to_blame(str(error), training, ours)) from error
+        raise refusal(error, training, refused_fields(error, training, ours)) from error
     try:
-        # as it will be for the real optimizer, hours of loading later
+        # as for the real optimizer, which is made after loading the model
         get_scheduler(
             args.lr_scheduler_type,
             torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
@@ -128,40 +132,39 @@ def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig
 
 @contextlib.contextmanager
 def field_named(training: dict[str, Any]) -> Iterator[None]:
-    """What a trainer refuses, by the fields of the recipe that its message names; any other error as it is."""
+    """Report errors inside by the fields of the recipe that their messages name; pass on any others."""
     try:
         yield
     except RequestError:
         raise
     except (ValueError, TypeError, ImportError) as error:
-        if named := spoken_of(str(error), training):
+        if named := fields_in_message(str(error), training):
             raise refusal(error, training, named) from error
         raise
 
 
-def refusal(error: Exception, training: dict[str, Any], named: list[str]) -> RequestError:
-    found = ", ".join(f"training.{name} (found {shown(training[name])})" for name in named) or "training"
-    return RequestError(f"{found}: refused: {' '.join(str(error).split())}; mend it or leave it out")
+def refusal(error: Exception, training: dict[str, Any], fields: list[str]) -> RequestError:
+    """Make the error for fields that transformers refuses."""
+    found = ", ".join(f"training.{name} (found {shown(training[name])})" for name in fields) or "training"
+    return RequestError(f"{found}: refused: {' '.join(str(error).split())}; correct it or remove it")
 
 
-def to_blame(message: str, training: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """The fields given that a message names; where it names none, those without which there would be no error."""
-    return spoken_of(message, training) or [
-        name for name in training if not fails({k: v for k, v in training.items() if k != name} | ours)
-    ]
+def refused_fields(error: Exception, training: dict[str, Any], ours: dict[str, Any]) -> list[str]:
+    """List the given fields that the error names; if it names none, those without which there would be no error."""
+    if named := fields_in_message(str(error), training):
+        return named
+    found = []
+    for left_out in training:
+        try:
+            ORPOConfig(**{name: value for name, value in training.items() if name != left_out}, **ours)
+            found.append(left_out)
+        except (ValueError, TypeError, ImportError):
+            continue
+    return found
 
 
-def spoken_of(message: str, training: dict[str, Any]) -> list[str]:
-    """The fields given that a message names."""
-    for words, name in SPOKEN.items():
+def fields_in_message(message: str, training: dict[str, Any]) -> list[str]:
+    """List the given fields that a message names."""
+    for words, name in FIELDS_IN_WORDS.items():
         message = message.replace(words, f"{words} {name}")
     return [name for name in training if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]
-
-
-def fails(fields: dict[str, Any]) -> bool:
-    """Whether transformers refuses these fields, in the ways that `checked_config` reports."""
-    try:
-        ORPOConfig(**fields)
-    except (ValueError, TypeError, ImportError):
-        return True
-    return False

@@ -1,4 +1,4 @@
-"""What TRL's constructor allows beside a loaded PeftModel: a model by name, a peft_config, no tokenizer."""
+"""Arguments that TRL's constructor takes besides a loaded PeftModel: a model by name, a peft_config, no tokenizer."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 
 def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
-    """from_pretrained with the config's model_init_kwargs; the dtype follows the device unless they name one.
+    """Load a model with the config's model_init_kwargs; the dtype follows the device unless they name one.
 
     float32 on the CPU; on a GPU the checkpoint's own, but on one without bfloat16 float16 under an adapter and float32
     for full fine-tuning, whose float16 gradients could not be unscaled.
@@ -44,13 +44,15 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
 
 
 def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
-    """The tokenizer that lies beside the model's weights.
+    """Load the tokenizer beside the model's weights.
 
     Raises:
         ValueError: the model was not loaded from a folder or the hub.
     """
     if not model.config._name_or_path:
-        raise ValueError("ORPOTrainer: this model was not loaded from anywhere: give its tokenizer as processing_class")
+        raise ValueError(
+            "ORPOTrainer: this model was not loaded from a folder or the hub: pass its tokenizer as processing_class"
+        )
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     return AutoTokenizer.from_pretrained(
         model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
@@ -58,7 +60,7 @@ def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
 
 
 def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel:
-    """Put a new adapter on, quantised bases prepared for it.
+    """Attach a new adapter, and prepare a quantized base for it.
 
     Raises:
         TypeError: not a PeftConfig.
@@ -70,7 +72,7 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
         )
     if isinstance(model, PeftModel):
         raise ValueError(
-            "ORPOTrainer: the model is a PeftModel already: leave peft_config out, or merge its adapter first"
+            "ORPOTrainer: the model is a PeftModel already: remove peft_config, or merge its adapter first"
         )
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed
@@ -83,7 +85,7 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
 
 
 def check_tokenised(pairs: Dataset, name: str) -> None:
-    """Pairs that were tokenised elsewhere must have something to learn from: an answer on each side.
+    """Refuse pairs tokenized elsewhere that have no label on one side.
 
     Raises:
         ValueError: a side without a label; the message names the row.
@@ -97,17 +99,18 @@ def check_tokenised(pairs: Dataset, name: str) -> None:
         if len(empty):
             raise ValueError(
                 f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
-                f"{len(empty) - 1} other rows: leave them out"
+                f"{len(empty) - 1} other rows: remove them"
             )
 
 
 def pad_token(args: ORPOConfig, tokenizer: Any) -> int:
-    """Any id serves, since labels and masks come from lengths: the one asked for, the tokenizer's, EOS, or 0."""
+    """Choose an id: any will do, since labels and masks come from lengths (padding_value, the tokenizer's, EOS, or 0)."""
     choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
     return next(choice for choice in choices if choice is not None)
 
 
 def decoder_start(config: Any) -> int:
+    """Return the token that an encoder-decoder's answers start with."""
     if config.decoder_start_token_id is None:
         raise ValueError(
             "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"

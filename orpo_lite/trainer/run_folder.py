@@ -21,14 +21,14 @@ if TYPE_CHECKING:
 SAME_RESULT = re.compile(
     r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
 )
-"""Changes that a run can go on with: of what it takes and not what it makes, and of what becomes of steps that fail."""
+"""Changes with which a run resumes to the same result: of memory and speed, and of how failing steps are handled."""
 OTHER_RUN = re.compile(
     r"model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"
 )
-"""Changes that no run can go on with: other weights, other pairs, another order of them, another optimizer's state."""
+"""Changes with which no run can resume: other weights, other pairs, another order, another optimizer's state."""
 LEFT_BY_A_KILL = {LOCK, "recipe.yaml.part"}
-"""All that a run killed in its first instant leaves in its folder."""
+"""Files that a run killed right at its start leaves in its folder."""
 BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 Resume = bool | Literal["force"]
@@ -36,13 +36,13 @@ Resume = bool | Literal["force"]
 
 @dataclass
 class RunFolder:
-    """A run's folder and what lies where in it."""
+    """A run's folder and its files."""
 
     path: Path
     checkpoint: Path | None = None
-    """What `create` found to go on from: the newest good checkpoint."""
+    """The newest good checkpoint, from which `create` resumes."""
     notes: list[str] = field(default_factory=list)
-    """What `create` has to say: damaged checkpoints, changes that were forced."""
+    """Notes of `create` for the user: damaged checkpoints, forced changes."""
 
     @property
     def checkpoints(self) -> Path:
@@ -54,28 +54,28 @@ class RunFolder:
 
     @property
     def before(self) -> Path:
-        """Evaluation and samples before training, for a run that goes on."""
+        """Evaluation and samples before training, for a resumed run."""
         return self.path / "before.json"
 
     @property
     def finished(self) -> bool:
-        """Whether run.json and all that follows it were written to the end."""
+        """True where run.json and everything after it were written completely."""
         return (self.path / "run.json").is_file() and self.read().get("finished", True)
 
     @classmethod
     def create(cls, recipe: Recipe, resume: Resume = False, processes: int = 1) -> RunFolder:
-        """The folder of a new run, or the one being resumed; locked until `unlock`.
+        """Create the folder of a new run, or open the one to resume; locked until `unlock`.
 
-        An unfinished run of the same recipe, settings of memory aside, is gone on with, from its newest good checkpoint
-        if it has one; a folder that holds anything else is left alone and the next free number is appended.
+        An unfinished run of the same recipe, apart from settings of memory, is resumed from its newest good checkpoint
+        if it has one; a folder that holds anything else is not touched, and the next free number is appended.
 
         Args:
-            resume: refuse to start anew; "force" goes on in spite of changes, where that has a meaning.
-            processes: how many take part.
+            resume: refuse to start a new run; "force" resumes despite changes where that is meaningful.
+            processes: number of processes of the run.
 
         Raises:
-            RequestError: `resume`, but there is nothing to go on from; the recipe or the number of processes has
-                changed; another process trains in the folder; or it cannot be read or written.
+            RequestError: `resume`, but there is no checkpoint; the recipe or the number of processes has changed;
+                another process trains in the folder; or it cannot be read or written.
         """
         folder = cls(recipe.folder)
         try:
@@ -83,7 +83,7 @@ class RunFolder:
                 with contextlib.ExitStack() as stack:
                     lock_folder(folder.path)
                     stack.callback(unlock_folder, folder.path)
-                    if folder._goes_on(recipe, resume, processes):
+                    if folder._resumes(recipe, resume, processes):
                         stack.pop_all()
                         return folder
             elif resume and (folder.path / "run.json").is_file():
@@ -91,23 +91,27 @@ class RunFolder:
                     f"--resume: the run in {folder.path} is finished; start without --resume for a new one"
                 )
             elif resume:
-                raise RequestError(f"--resume: {folder.path} {nothing([])}")
+                raise RequestError(f"--resume: {folder.path} {no_checkpoint([])}")
             return folder._begin(recipe)
         except OSError as error:
             raise RequestError(
                 f"training.output_dir: {error.filename or folder.path} cannot be written ({error.strerror}): choose another "
-                "place, or mount its drive again"
+                "folder, or mount its drive again"
             ) from None
 
-    def _goes_on(self, recipe: Recipe, resume: Resume, processes: int) -> bool:
-        """Whether this unfinished run is gone on with; then its newest good checkpoint is known and said."""
+    def _resumes(self, recipe: Recipe, resume: Resume, processes: int) -> bool:
+        """Decide whether this unfinished run is resumed, and find its newest good checkpoint.
+
+        Raises:
+            RequestError: `resume`, but there is no checkpoint, or changes forbid it.
+        """
         clean(self.checkpoints)
         self.checkpoint, damaged = newest_good(self.checkpoints)
-        self.notes = [f"damaged, so not gone on with: {line}" for line in damaged]
+        self.notes = [f"damaged, so not resumed from: {line}" for line in damaged]
         if resume and self.checkpoint is None:
-            raise RequestError(f"--resume: {self.path} {nothing(damaged)}")
+            raise RequestError(f"--resume: {self.path} {no_checkpoint(damaged)}")
         if self.checkpoint is None:
-            self.notes.append("the run there was stopped before it had a good checkpoint: it begins anew")
+            self.notes.append("the run there was stopped before it had a good checkpoint: it starts from the beginning")
         changes = self.changes(recipe)
         changed = [line for line in changes if not SAME_RESULT.match(line)]
         if changed and not resume:
@@ -120,17 +124,17 @@ class RunFolder:
                 recipe.training.get(name) or default for name, default in zip(BATCH, (8, 1), strict=True)
             )
             if facts["pairs_per_step"] != pairs:
-                changed.append(f"pairs an optimizer step: was {facts['pairs_per_step']}, is {pairs}")
+                changed.append(f"pairs per optimizer step: was {facts['pairs_per_step']}, is {pairs}")
         if changed:
-            never = [line for line in changed if OTHER_RUN.match(line) or line.startswith("pairs an optimizer")]
+            never = [line for line in changed if OTHER_RUN.match(line) or line.startswith("pairs per optimizer")]
             if resume != "force" or never:
                 lines = "\n".join(f"  - {line}" for line in (never if resume == "force" else changed))
-                way = "" if never else ", or go on with them: --resume=force"
+                way = "" if never else ", or resume with them: --resume=force"
                 raise RequestError(
-                    f"--resume: {self.path} was started with another recipe, or in another way:\n{lines}\nundo the changes, "
+                    f"--resume: {self.path} was started with other settings:\n{lines}\nundo the changes, "
                     f"or start without --resume in another training.output_dir{way}"
                 )
-            self.notes += [f"going on with a change: {line}" for line in changed]
+            self.notes += [f"resuming with a change: {line}" for line in changed]
         if changes:
             recipe.save(self.path / "recipe.yaml")
         return True
@@ -153,26 +157,31 @@ class RunFolder:
 
     @classmethod
     def open(cls, path: str | Path) -> RunFolder:
-        """An existing run folder.
+        """Open an existing run folder.
 
         Raises:
             RequestError: no such folder, or not a run folder.
         """
         folder = cls(Path(path))
         if not (folder.path / "recipe.yaml").is_file():
-            raise RequestError(f"{path}: found no recipe.yaml, expected a run folder that orpo_lite.train has written")
+            raise RequestError(f"{path}: found no recipe.yaml, expected a run folder of orpo_lite.train")
         return folder
 
     def recipe(self) -> Recipe:
+        """Load the run's recipe."""
         # by its file: a folder may have the name of a shipped recipe
         return Recipe.load(self.path / "recipe.yaml")
 
     def changes(self, recipe: Recipe) -> list[str]:
-        """Fields in which the recipe differs from the one that this folder was started with."""
+        """List the fields in which the recipe differs from the one that this folder was started with."""
         return list(differences(self.recipe().model_dump(mode="json"), recipe.model_dump(mode="json")))
 
     def read(self) -> dict[str, Any]:
-        """run.json."""
+        """Read run.json.
+
+        Raises:
+            RequestError: there is none yet, or it is broken.
+        """
         try:
             return json.loads((self.path / "run.json").read_text("utf-8"))
         except FileNotFoundError:
@@ -185,7 +194,7 @@ class RunFolder:
             ) from None
 
     def read_before(self) -> dict[str, Any] | None:
-        """before.json, or None where there is none that can be read: it can be made again."""
+        """Read before.json; None where it cannot be read, since it can be made again."""
         try:
             return json.loads(self.before.read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
@@ -196,19 +205,19 @@ class RunFolder:
         write_atomically(self.path / "run.json", json.dumps(facts, indent=1, ensure_ascii=False, allow_nan=True))
 
 
-def nothing(damaged: list[str]) -> str:
-    """That there is no checkpoint to go on from, and why."""
+def no_checkpoint(damaged: list[str]) -> str:
+    """Say that there is no checkpoint to resume from, and why."""
     if not damaged:
         return (
-            "holds no checkpoint to go on from (training.save_strategy, save_steps and save_minutes say when one is "
+            "holds no checkpoint to resume from (training.save_strategy, save_steps and save_minutes say when one is "
             "written); start without --resume"
         )
     lines = "".join(f"\n  - {line}" for line in damaged)
-    return f"holds no good checkpoint to go on from; start without --resume, from the beginning:{lines}"
+    return f"holds no good checkpoint to resume from; start without --resume, from the beginning:{lines}"
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:
-    """One line for every leaf in which two recipes differ."""
+    """Write a line for every leaf in which two recipes differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         keys = dict.fromkeys([*old, *new])
         return [line for key in keys for line in differences(old.get(key), new.get(key), f"{place}.{key}".strip("."))]
