@@ -104,21 +104,21 @@ def pairs():
 @pytest.mark.parametrize("name", SHARED)
 def test_shared_and_packed_equal_padded(name, tmp_path, tokenizer, pairs):
     model = adapted(SHARED[name])
-    outcomes = {}
-    for layout in ("padded", "packed", "shared"):
-        for checkpointing in (False, True):
-            args = config(tmp_path, layout=layout, gradient_checkpointing=checkpointing, beta=0.5)
-            twin = copy.deepcopy(model)
-            trainer = ORPOTrainer(twin, args, None, pairs, processing_class=tokenizer)
-            if checkpointing:
-                twin.enable_input_require_grads()
-                twin.gradient_checkpointing_enable({"use_reentrant": False})
-            twin.train()
-            batch = next(iter(trainer.get_train_dataloader()))
-            with torch.no_grad():
-                stats, _ = trainer.pair_statistics(twin, batch)
-            loss, metrics = trainer.compute_loss(twin, batch, return_outputs=True)
-            outcomes[layout, checkpointing] = stats, metrics, gradients(twin, loss), loss.item()
+    outcomes, computed = {}, {}
+    for layout, checkpointing in (("padded", False), ("packed", True), ("shared", False), ("shared", True)):
+        args = config(tmp_path, layout=layout, gradient_checkpointing=checkpointing, beta=0.5)
+        twin = copy.deepcopy(model)
+        trainer = ORPOTrainer(twin, args, None, pairs, processing_class=tokenizer)
+        if checkpointing:
+            twin.enable_input_require_grads()
+            twin.gradient_checkpointing_enable({"use_reentrant": False})
+        twin.train()
+        batch = next(iter(trainer.get_train_dataloader()))
+        computed[layout] = batch["input_ids"].numel()
+        with torch.no_grad():
+            stats, _ = trainer.pair_statistics(twin, batch)
+        loss, metrics = trainer.compute_loss(twin, batch, return_outputs=True)
+        outcomes[layout, checkpointing] = stats, metrics, gradients(twin, loss), loss.item()
     stats, metrics, gradient, loss = outcomes["padded", False]
     assert gradient.norm() > 0
     for got_stats, got_metrics, got_gradient, got_loss in outcomes.values():
@@ -127,13 +127,7 @@ def test_shared_and_packed_equal_padded(name, tmp_path, tokenizer, pairs):
         assert got_loss == pytest.approx(loss, abs=1e-5)
         assert got_metrics == pytest.approx(metrics, abs=1e-5)
         assert ((got_gradient - gradient).norm() / gradient.norm()).item() < 1e-4
-    computed = {layout: trainer_tokens(tmp_path, model, layout, tokenizer, pairs) for layout in ("padded", "shared")}
     assert computed["shared"] < 0.7 * computed["padded"]
-
-
-def trainer_tokens(tmp_path, model, layout, tokenizer, pairs):
-    trainer = ORPOTrainer(model, config(tmp_path, layout=layout), None, pairs, processing_class=tokenizer)
-    return next(iter(trainer.get_train_dataloader()))["input_ids"].numel()
 
 
 @pytest.mark.parametrize("name", SHARED)
@@ -172,23 +166,26 @@ def test_an_unknown_model_is_checked_not_believed():
     assert layout.name == "padded" and "differs by" in layout.why
 
 
+def one_step(folder, tokenizer, **options):
+    """Gradient and log of an optimizer step over the same eight pairs."""
+    catch = Catch()
+    args = config(folder, per_device_train_batch_size=8 // options.get("gradient_accumulation_steps", 1), max_steps=1,
+                  max_grad_norm=0, beta=0.5, **options)  # fmt: skip
+    trainer = ORPOTrainer(adapted(SHARED["llama"]), args, None, rows(8), processing_class=tokenizer, callbacks=[catch])
+    trainer.train()
+    return catch.gradient, trainer.state.log_history[0]
+
+
+@pytest.fixture(scope="module")
+def padded_step(tmp_path_factory, tokenizer):
+    return one_step(tmp_path_factory.mktemp("padded"), tokenizer, layout="padded")
+
+
 @pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
 @pytest.mark.parametrize("budget", [100, 400, 10_000])
-def test_any_token_budget_gives_the_same_step(layout, budget, tmp_path, tokenizer):
-    outcomes = []
-    for options in (
-        {"tokens_per_batch": budget, "layout": layout, "gradient_accumulation_steps": 2},
-        {"layout": "padded"},
-    ):
-        catch = Catch()
-        args = config(tmp_path, per_device_train_batch_size=8 // options.get("gradient_accumulation_steps", 1), max_steps=1,
-                      max_grad_norm=0, beta=0.5, **options)  # fmt: skip
-        trainer = ORPOTrainer(
-            adapted(SHARED["llama"]), args, None, rows(8), processing_class=tokenizer, callbacks=[catch]
-        )
-        trainer.train()
-        outcomes.append((catch.gradient, trainer.state.log_history[0]))
-    (got, log), (expected, logs) = outcomes
+def test_any_token_budget_gives_the_same_step(layout, budget, tmp_path, tokenizer, padded_step):
+    expected, logs = padded_step
+    got, log = one_step(tmp_path, tokenizer, tokens_per_batch=budget, layout=layout, gradient_accumulation_steps=2)
     assert ((got - expected).norm() / expected.norm()).item() < 1e-6 * (1 if layout == "padded" else 5)
     for key in ("loss", "nll_loss", "rewards/margins", "rewards/accuracies", "log_odds_ratio", "logps/chosen"):
         assert log[key] == pytest.approx(logs[key], abs=1e-5), key

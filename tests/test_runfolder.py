@@ -1,4 +1,4 @@
-"""A run folder as the next command finds it: gone on with, refused with the reason, or left alone."""
+"""A run folder as the next command finds it: resumed, refused with the reason, or not touched."""
 
 import json
 import re
@@ -133,7 +133,7 @@ def test_a_folder_that_cannot_be_written_is_named(unfinished, monkeypatch):
 
     asked = recipe(unfinished)
     monkeypatch.setattr("pathlib.Path.open", read_only)
-    with pytest.raises(RequestError, match=r"training.output_dir: .*\(Read-only file system\).*another place"):
+    with pytest.raises(RequestError, match=r"training.output_dir: .*\(Read-only file system\).*another folder"):
         RunFolder.create(asked)
 
 
