@@ -39,7 +39,7 @@ class ModelSection(Section):
     trust_remote_code: bool = False
     """Run Python code that the model's repository ships."""
     chat_template: str | None = None
-    """Template for a model without one: chatml, zephyr, llama-3, ..., or the path of a Jinja file."""
+    """Template for a model without one: chatml, zephyr, mistral, llama-3, one that TRL ships, or the path of a Jinja file."""
     new_tokens: list[Annotated[str, Field(min_length=1)]] = []
     """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
 
