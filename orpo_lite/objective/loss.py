@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -112,3 +112,12 @@ def window_loss(stats: PairStatistics, beta: float, labels: Tensor | float, pair
     """
     odds = F.logsigmoid(log_odds_ratio(stats.chosen_logps, stats.rejected_logps))
     return stats.nll_sum.sum() / labels - beta * odds.sum() / pairs
+
+
+def configured_loss(stats: PairStatistics, settings: Any, labels: Tensor | float, pairs: Tensor | float) -> Tensor:
+    """Compute `window_loss` as an ORPOConfig says, in training, evaluation and plans: a variant is chosen here.
+
+    Args:
+        settings: an ORPOConfig, or any object with its `beta`.
+    """
+    return window_loss(stats, settings.beta, labels, pairs)

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from orpo_lite.objective.loss import PairStatistics, log_odds_ratio
+from orpo_lite.objective.loss import PairStatistics, configured_loss, log_odds_ratio
 
 COLUMNS = ("logits/chosen", "logits/rejected", "logps/chosen", "logps/rejected", "nll_sum", "nll_count", "aux_loss")
 """Columns of an evaluation's predictions, one row per pair; the first two are TRL's predictions."""
@@ -45,11 +45,16 @@ def finish_metrics(sums: dict[str, Any]) -> dict[str, float]:
     return metrics | {"nll_loss": float(sums["nll_sum"] / sums["nll_count"])}
 
 
-def pair_metrics(predictions: Tensor, beta: float) -> dict[str, float]:
-    """Compute metrics and loss of an evaluation's predictions, (N, len(COLUMNS)), exact over all its pairs."""
+def pair_metrics(predictions: Tensor, settings: Any) -> dict[str, float]:
+    """Compute metrics and loss of an evaluation's predictions, exact over all its pairs.
+
+    Args:
+        predictions: (N, len(COLUMNS)), any float dtype.
+        settings: see `configured_loss`.
+    """
     column = {name: predictions[:, i].double() for i, name in enumerate(COLUMNS)}
     stats = PairStatistics(column["logps/chosen"], column["logps/rejected"], column["nll_sum"], column["nll_count"],
                            column["logits/chosen"], column["logits/rejected"])  # fmt: skip
-    sums = metric_sums(stats, None, beta, torch.zeros(1))
+    sums = metric_sums(stats, None, settings.beta, torch.zeros(1))
     metrics = finish_metrics(sums) | {"aux_loss": column["aux_loss"].mean().item()}
-    return metrics | {"loss": metrics["nll_loss"] - beta * metrics["log_odds_ratio"]}
+    return metrics | {"loss": configured_loss(stats, settings, stats.nll_count.sum(), len(predictions)).item()}

@@ -123,7 +123,7 @@ class Passes:
 
     def __init__(self, model: Any, recipe: Recipe, transform: HeadTransform | None) -> None:
         chunk = None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk
-        settings = SimpleNamespace(beta=recipe.orpo.beta, nll_mean=recipe.orpo.nll_mean, head_chunk=chunk)
+        settings = SimpleNamespace(**recipe.orpo.model_dump(), head_chunk=chunk)
         self.model, self.objective = model, Objective(settings, model.config, transform)
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:

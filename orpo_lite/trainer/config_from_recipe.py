@@ -18,6 +18,7 @@ from orpo_lite.common.text import nearest, shown
 from orpo_lite.model import BaseFacts
 from orpo_lite.objective.metrics import COLUMNS, pair_metrics
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.schema import OrpoSection
 from orpo_lite.trainer.config import ORPOConfig
 
 FIELDS_IN_WORDS = {
@@ -70,19 +71,13 @@ def arguments(
         training["optim"] = "adamw_torch"
     for name in SET_BY_OTHER_SECTIONS:
         training.pop(name, None)
-    ours: dict[str, Any] = {
+    ours: dict[str, Any] = recipe.orpo.model_dump() | {  # its fields have ORPOConfig's names
         "bf16": facts.precision.bf16,
         "fp16": facts.precision.fp16,
         "gradient_checkpointing": checkpointing != 0,
-        "beta": recipe.orpo.beta,
-        "nll_scope": recipe.orpo.nll_scope,
-        "nll_mean": recipe.orpo.nll_mean,
-        "layout": recipe.orpo.layout,
-        "tokens_per_batch": recipe.orpo.tokens_per_batch,
         "head_chunk": None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
         "checkpointed_layers": checkpointing or None,
         "offload_activations": recipe.memory.offload_activations,
-        "disable_dropout": recipe.orpo.disable_dropout,
         "loraplus_lr_ratio": recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,
     }
     args = checked_config(training, ours)
@@ -97,7 +92,9 @@ def arguments(
 
 def check_best(name: str | None) -> None:
     """Refuse a metric that no evaluation has; transformers would only notice after the first evaluation."""
-    measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), 1.0)) - {"aux_loss"}  # which only some models have
+    measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), OrpoSection())) - {
+        "aux_loss"
+    }  # which only some models have
     if name is not None and name.removeprefix("eval_") not in measured:
         raise RequestError(
             f"training.metric_for_best_model: found {shown(name)}{nearest(name.removeprefix('eval_'), measured)}, expected one of "

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
-from orpo_lite.objective.loss import window_loss
+from orpo_lite.objective.loss import configured_loss
 from orpo_lite.trainer.health_warnings import Alarms
 from orpo_lite.trainer.nonfinite_callback import Eyes
 from orpo_lite.trainer.nonfinite_report import (
@@ -166,7 +166,7 @@ class WatchingTrainer(ObjectiveTrainer):
     def pairs_loss(self, model: nn.Module, batch: dict[str, Any]) -> Tensor:
         """Loss of a batch on its own, and nothing counted."""
         stats, aux = self.pair_statistics(model, batch)
-        loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(batch["pair_rows"]))
+        loss = configured_loss(stats, self.args, stats.nll_count.sum(), len(batch["pair_rows"]))
         return loss if aux is None else loss + self.objective.router_coefficient * aux.to(loss.device)
 
     def parts(self) -> list[list[dict[str, Any]]]:

@@ -18,7 +18,7 @@ from orpo_lite.data.collate import PackedCollator, PaddedCollator, from_trl
 from orpo_lite.model import autocast
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
-from orpo_lite.objective.loss import PairStatistics, pair_statistics, window_loss
+from orpo_lite.objective.loss import PairStatistics, configured_loss, pair_statistics
 from orpo_lite.objective.metrics import finish_metrics, metric_sums, pair_metrics
 from orpo_lite.objective.packed_attention import packed_attention, plain_attention
 from orpo_lite.trainer.config import ORPOConfig
@@ -131,7 +131,7 @@ class Objective:
         loss, sums = torch.zeros((), device=batches[0]["input_ids"].device), {}
         for batch, (labels, pairs) in zip(batches, means, strict=True):
             stats, aux = self.statistics(model, batch)
-            loss = loss + window_loss(stats, self.settings.beta, labels, pairs) * scale
+            loss = loss + configured_loss(stats, self.settings, labels, pairs) * scale
             if aux is not None:
                 share = len(batch["pair_rows"]) / pairs * scale
                 loss = loss + self.router_coefficient * aux.to(loss.device) * share
@@ -302,7 +302,7 @@ class ObjectiveTrainer(Trainer):
             found.clear()
             self._take_less(self.eval_limit, "evaluation", why)
         stats = PairStatistics(*map(torch.cat, zip(*(part for part, _ in found), strict=True)))
-        loss = window_loss(stats, self.args.beta, stats.nll_count.sum(), len(stats.nll_count))
+        loss = configured_loss(stats, self.args, stats.nll_count.sum(), len(stats.nll_count))
         aux = [part.nll_sum.new_zeros(()) if aux is None else aux.float() for part, aux in found]
         aux_column = torch.cat([one.expand(len(part.nll_sum)) for one, (part, _) in zip(aux, found, strict=True)])
         columns = (stats.chosen_logits, stats.rejected_logits, stats.chosen_logps, stats.rejected_logps,
@@ -323,7 +323,7 @@ class ObjectiveTrainer(Trainer):
             plain_attention(unwrap(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)
         self.predictions = output.predictions
-        metrics = pair_metrics(torch.as_tensor(output.predictions), self.args.beta)
+        metrics = pair_metrics(torch.as_tensor(output.predictions), self.args)
         if self.objective.router_loss:
             metrics["loss"] += self.objective.router_coefficient * metrics["aux_loss"]
         else:
