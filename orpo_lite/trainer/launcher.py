@@ -1,4 +1,4 @@
-"""What a launcher says of the processes it started, in environment variables; needs no torch."""
+"""Facts about this process that its launcher sets in environment variables; needs no torch."""
 
 from __future__ import annotations
 
