@@ -132,14 +132,14 @@ def check_quantized_share(model: PreTrainedModel) -> float:
     return share
 
 
-def unwrap(model: nn.Module) -> nn.Module:
+def unwrap(model: Any) -> Any:
     """Return the transformers model inside a PeftModel, or the model itself."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def base_name(model: nn.Module) -> str:
     """Return the hub id or folder that the base was loaded from; empty for a model built from a config."""
-    return unwrap(model).name_or_path  # type: ignore[return-value]
+    return unwrap(model).name_or_path
 
 
 def base_revision(model: nn.Module) -> str | None:
