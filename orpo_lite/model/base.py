@@ -91,7 +91,7 @@ def load_base(
             dtype=precision.dtype,
             device_map={"": "cpu" if to_shard else device},
             quantization_config=settings,
-            attn_implementation=None if spec.attention == "auto" else spec.attention,
+            attn_implementation=attention_for(config, spec.attention),
         )
         if tokenizer is not None:
             grow_vocabulary(model, tokenizer)
@@ -124,6 +124,23 @@ def load_base(
     )
     facts.sentences.extend(describe(facts, spec, bool(shipped)))
     return model, facts
+
+
+def attention_for(config: PreTrainedConfig, asked: str = "auto") -> str | None:
+    """Choose attn_implementation; None leaves it to transformers.
+
+    Before 5.23, transformers computes models with capped attention logits (Gemma 2) by sdpa, which ignores the cap.
+
+    Raises:
+        RequestError: sdpa is asked for, and the model caps its attention logits.
+    """
+    capped = getattr(config.get_text_config(decoder=True), "attn_logit_softcapping", None)
+    if capped and asked == "sdpa":
+        raise RequestError(
+            f"model.attention: sdpa is not available for {config.model_type}, which caps its attention logits: set "
+            "model.attention=auto (eager)"
+        )
+    return asked if asked != "auto" else "eager" if capped else None
 
 
 @contextlib.contextmanager

@@ -73,9 +73,9 @@ def _build_mask(inner: str) -> Callable[..., Any]:
         *, mask_function: Callable[..., Any] = causal_mask_function, local_size: int | None = None, **kwargs: Any
     ) -> Any:
         if _in_packed_forward.get():
-            return PairMask(
-                mask_function, local_size, torch.device(kwargs["device"]), kwargs.get("dtype", torch.float32)
-            )
+            # transformers 5.2 and 5.3 give no device, but positions that are on it
+            device = kwargs["device"] if "device" in kwargs else kwargs["cache_position"].device
+            return PairMask(mask_function, local_size, torch.device(device), kwargs.get("dtype", torch.float32))
         return ALL_MASK_ATTENTION_FUNCTIONS[inner](mask_function=mask_function, local_size=local_size, **kwargs)
 
     return build

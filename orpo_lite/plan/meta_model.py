@@ -25,7 +25,7 @@ from transformers import (
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
-from orpo_lite.model.base import shipped_quantization
+from orpo_lite.model.base import attention_for, shipped_quantization
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
 from orpo_lite.plan.configs import base_config
@@ -82,7 +82,7 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
     """
     config = copy.deepcopy(config)
     settings = quantization(recipe.model, config, dtype)
-    config._attn_implementation = None if recipe.model.attention == "auto" else recipe.model.attention
+    config._attn_implementation = attention_for(config, recipe.model.attention)
     vars(config).pop("quantization_config", None)  # applied below, on the meta device
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):

@@ -18,6 +18,7 @@ from transformers import (
 
 from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.model.adapter import prepare_frozen
+from orpo_lite.model.base import attention_for
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.config import ORPOConfig
@@ -39,6 +40,8 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
         dtype = getattr(torch, dtype)
     found = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **found)
+    if attention := attention_for(config):
+        kwargs.setdefault("attn_implementation", attention)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     return auto.from_pretrained(name, dtype=dtype, **kwargs)
 
