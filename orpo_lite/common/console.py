@@ -121,22 +121,27 @@ def guard(app: Callable[..., Any], on_usage_error: Callable[[list[str]], None] |
         sys.exit(130)
     except Exception as error:
         # a lost connection has its reason in another process; messages of other processes come in between
-        trace = several_processes() and not isinstance(error, ConnectionError)
+        trace = processes() > 1 and not isinstance(error, ConnectionError)
         print_error("failed", f"{type(error).__name__}: {error}", debug or trace)
         if not debug:
             errors.print("run the same command with --debug for the traceback")
         sys.exit(1)
 
 
-def several_processes() -> bool:
-    """Return True in a run that a launcher started with more than one process."""
-    return int(os.environ.get("WORLD_SIZE") or 1) > 1
+def rank() -> int:
+    """Return this process's number among those that a launcher has started, 0 where it is alone."""
+    return int(os.environ.get("RANK") or 0)
+
+
+def processes() -> int:
+    """Return the number of processes that a launcher has started."""
+    return int(os.environ.get("WORLD_SIZE") or 1)
 
 
 def print_error(title: str, text: str, trace: bool) -> None:
     """Print an error on stderr without secrets, after its traceback where asked, each line by rank where there are several."""
-    rank = f"rank {os.environ.get('RANK', 0)}: " if several_processes() else ""
+    whose = f"rank {rank()}: " if processes() > 1 else ""
     if trace:
         lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
-        sys.stderr.write("".join(rank + line for line in lines))
-    errors.print(f"[bold red]{title}:[/] {rank}{escape(without_secrets(text))}", soft_wrap=True)
+        sys.stderr.write("".join(whose + line for line in lines))
+    errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from orpo_lite.common.console import errors, run_command
+from orpo_lite.common.console import errors, rank, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder
 from orpo_lite.data.sources import is_local, local_files, open_source
@@ -20,7 +20,6 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.recipe.loading import check_model_path, resolve_path
 from orpo_lite.recipe.training_fields import training_fields
-from orpo_lite.trainer.launcher import from_slurm, rank
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.run_folder import Resume
@@ -56,7 +55,6 @@ def command(
     resume_mode: Resume = "force" if resume_force else resume
     if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
-    from_slurm()  # before anything is refused: one process on each machine reports it
     chosen = Recipe.load(recipe, overrides or [])
     check_local_files(chosen)
     if not dry_run and rank() == 0 and is_locked(chosen.folder):

@@ -1,4 +1,4 @@
-"""Training on several processes: DDP, FSDP2 or DeepSpeed, all by accelerate, started by torchrun, accelerate or SLURM.
+"""Training on several processes: DDP, FSDP2 or DeepSpeed, all by accelerate, started by torchrun or accelerate.
 
 Every engine divides the sum of the processes' gradients by their number: DDP in its all-reduce, FSDP2 in its
 reduce-scatter, DeepSpeed in its own reduction (accelerate switches off its division by accumulation steps). The shares
@@ -20,9 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 
+from orpo_lite.common.console import processes, rank
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import default_device
-from orpo_lite.trainer.launcher import processes, rank
 
 LOST_PEER = ("closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket closed")
 """Parts of messages by which gloo and NCCL report that a process is gone; they have no error class for it."""
@@ -167,10 +167,7 @@ def launcher() -> str:
     """Name the launcher of this process."""
     if "TORCHELASTIC_RUN_ID" in os.environ:
         return "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
-    return "slurm" if "SLURM_PROCID" in os.environ and int(os.environ.get("SLURM_NTASKS", 1)) > 1 else "python"
-
-
-# ---- processes: who started them, how they meet, and what is said when one is gone ------------------------------
+    return "python"
 
 
 class LostPeer(ConnectionError):
@@ -204,7 +201,7 @@ def init_process_group(seconds: float, use_cpu: bool = False) -> None:
         at = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
         raise LostPeer(
             f"process {rank()} of {processes()} did not meet the others at {at} within {seconds:g} seconds "
-            f"({' '.join(str(error).split())[:200]}): check that all of them are started, with the same WORLD_SIZE (SLURM_NTASKS)"
+            f"({' '.join(str(error).split())[:200]}): check that all of them are started, with the same WORLD_SIZE"
         ) from None
 
 

@@ -1,16 +1,13 @@
 """Processes that are killed or fail: the others end with a message, and torchrun goes on from the last checkpoint."""
 
 import json
-import os
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.scale.group import ALONE, WORDS, torchrun
+from tests.scale.group import torchrun
 
 
 @pytest.mark.slow
@@ -45,28 +42,6 @@ def test_the_others_end_within_a_minute_and_say_why(tmp_path, harm):
     assert "rank 0: LostPeer: another process of the run has ended or does not answer" in said
     if harm == "raise":
         assert "rank 1: Traceback" in said and "rank 1: RuntimeError: harmed" in said
-
-
-@pytest.mark.slow
-def test_slurm_starts_a_run_of_two_processes(tmp_path):
-    """srun's variables and nothing else, two processes started by hand."""
-    given = ALONE | {"MASTER_ADDR": "127.0.0.1", "SLURM_NTASKS": "2", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NODELIST": "localhost"}  # fmt: skip
-    words = [*WORDS, "training.max_steps=2", f"training.output_dir={tmp_path}/run"]
-    group = [
-        subprocess.Popen(
-            [sys.executable, "-m", "orpo_lite.train", *words],
-            env=given | {"SLURM_PROCID": n, "SLURM_LOCALID": n},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for n in "01"
-    ]
-    said = [one.communicate(timeout=300)[0] for one in group]
-    assert [one.returncode for one in group] == [0, 0], said
-    assert "run folder" not in said[1]
-    facts = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (facts["world"]["processes"], facts["world"]["launcher"]) == (2, "slurm")
 
 
 @pytest.mark.slow
