@@ -87,7 +87,7 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
     return adapted  # type: ignore[return-value]
 
 
-def check_tokenised(pairs: Dataset, name: str) -> None:
+def check_tokenized(pairs: Dataset, name: str) -> None:
     """Refuse pairs tokenized elsewhere that have no label on one side.
 
     Raises:

@@ -30,7 +30,7 @@ from orpo_lite.trainer.distributed import check_data_parallel, complete, zero_st
 from orpo_lite.trainer.engine_trainer import EngineTrainer
 from orpo_lite.trainer.model_setup import (
     adapt,
-    check_tokenised,
+    check_tokenized,
     decoder_start,
     load_by_name,
     pad_token,
@@ -247,7 +247,7 @@ class ORPOTrainer(TrlNames, EngineTrainer):
 
     def _tokenised(self, rows: Any, name: str, enough: int | None = None) -> Dataset:
         if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
-            check_tokenised(rows, name)
+            check_tokenized(rows, name)
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
         self.drop_reports[name] = report
