@@ -156,7 +156,7 @@ def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftMode
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
         try:
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
-        except (ValueError, TypeError, NotImplementedError, AttributeError) as error:
+        except (ValueError, TypeError, NotImplementedError, AttributeError, re.error) as error:
             raise RequestError(f"adapter: {' '.join(str(error).split())}") from error
 
 
