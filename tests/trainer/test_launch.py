@@ -22,7 +22,7 @@ from torch.distributed.run import config_from_args, get_args_parser
 
 from orpo_lite.recipe.loading import recipes_folder, shipped_recipes
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
 ONE_MACHINE = ("ddp", "fsdp2-qlora", "fsdp2-qlora-offload", "zero2", "zero3", "zero3-offload")
 
