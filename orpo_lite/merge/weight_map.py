@@ -29,6 +29,7 @@ VIEWS = {
     torch.ops.aten.split_with_sizes.default,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.select.int,
+    torch.ops.aten.squeeze.default,
     torch.ops.aten.squeeze.dim,
     torch.ops.aten.squeeze.dims,
     torch.ops.aten.unsqueeze.default,
