@@ -148,7 +148,7 @@ def test_adapters_that_changed_their_base(base_folder, tmp_path, init):
     model.save_pretrained(tmp_path / "raw")
     config = json.loads((tmp_path / "raw" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] == init
-    with pytest.raises(RequestError, match=f"initialised with {init}, which changed its base weights"):
+    with pytest.raises(RequestError, match=f"initialized with {init}, which changed its base weights"):
         merge(tmp_path / "raw", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
