@@ -1,132 +1,242 @@
-"""Charts as plain values: lines, their ranges, and how a long one is thinned out."""
+"""The charts of a run: which metrics are drawn, and which of them together; for page, comparison and model card."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
-from typing import Any, Literal
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
+from orpo_lite.evaluate.held_out import wilson_interval
+from orpo_lite.report.drawing import (
+    BLUE,
+    GREEN,
+    ORANGE,
+    PURPLE,
+    RED,
+    TINY,
+    Chart,
+    Line,
+    Point,
+    is_level,
+    is_number,
+    round_step,
+    running_mean,
+    save_png,
+    thinned,
+)
 
-Point = tuple[float, float]
-TINY = 1e-100
-"""What is nearer to 0 is drawn as 0: its steps and widths would be too small for a float."""
+if TYPE_CHECKING:
+    from orpo_lite.report.run_record import Histogram, LoadedRun
+
+SMOOTHED = 80
+"""From this many points on, a running mean is drawn over the values themselves."""
+BUDGET, MOST, LEAST = 12_000, 1000, 100
+"""Points of all lines on a page, and the most and the least of one line."""
 
 
-@dataclass
-class Line:
-    label: str
-    points: list[Point]
-    """In the order of x; a value that is not finite is a gap."""
-    colour: int = 0
-    look: Literal["solid", "dashed", "marks", "faint"] = "solid"
-    """marks: the points themselves, joined by a dashed line; faint: behind its own running mean."""
-    band: list[Point] | None = None
-    """Lowest and highest at each point: an interval."""
-    fill: bool = False
-
-    def finite(self) -> list[Point]:
-        return [(x, y) for x, y in self.points if math.isfinite(y)]
-
-
-@dataclass
-class Chart:
+@dataclass(frozen=True)
+class Metric:
     key: str
-    """Letters and hyphens, unique on its page."""
+    label: str
+    color: int = BLUE
+    scale: Callable[[LoadedRun], float] = lambda run: 1.0
+    dashed: bool = False
+    smoothed: bool = True
+
+
+@dataclass(frozen=True)
+class Panel:
+    key: str
     title: str
-    lines: list[Line]
-    hint: str = ""
-    """What it tells, in a sentence."""
-    x: str = "optimizer step"
-    y: str = ""
-    """Unit of the values."""
-    form: Literal["g", "%", "count"] = "g"
-    stairs: bool = False
-    """Whether each point is a bin that reaches to the next: a histogram."""
+    hint: str
+    metrics: tuple[Metric, ...]
+    form: Literal["g", "%"] = "g"
+    unit: str = ""
     limits: tuple[float | None, float | None] = (None, None)
-    """What the y axis begins and ends at, where that is not the data's."""
-    across: tuple[float, str] | None = None
-    """A level drawn across, and its name."""
-    upright: tuple[float, str] | None = None
-    notes: list[str] = field(default_factory=list)
-
-    @property
-    def domain(self) -> tuple[float, float, float, float]:
-        """x from and to, y from and to, with some air."""
-        points = [p for line in self.lines for p in line.finite()]
-        xs = [x for x, _ in points]
-        ys = [y for _, y in points]
-        ys += [y for line in self.lines for pair in line.band or () for y in pair if math.isfinite(y)]
-        if self.across:
-            ys.append(self.across[0])
-        low, high = min(xs), max(xs)
-        if level(low, high):
-            low, high = low - max(0.5, abs(low) * 1e-3), high + max(0.5, abs(low) * 1e-3)
-        elif not self.stairs:  # room for half a mark
-            low, high = low - (high - low) * 0.015, high + (high - low) * 0.015
-        return low, high, *spread(min(ys), max(ys), self.limits)
 
 
-def spread(low: float, high: float, limits: tuple[float | None, float | None]) -> tuple[float, float]:
-    """A range with air above and below, but where a limit is given."""
-    low, high = (
-        (low if limits[0] is None else min(low, limits[0])),
-        (high if limits[1] is None else max(high, limits[1])),
-    )
-    air = abs(high) * 0.1 if abs(high) > TINY else 1.0
-    if not level(low, high):
-        air = (high - low) * 0.06
-    return (low - air if limits[0] is None else low), (high + air if limits[1] is None else high)
+PANELS = (
+    Panel("loss", "Loss", "ORPO loss = NLL + odds term. Both parts should fall; if only the odds term does, the model "
+          "learns to reject without learning to answer.",
+          (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL per token", ORANGE, dashed=True),
+           Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
+    Panel("rewards", "Rewards", "beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen should "
+          "stay close to where it was.",
+          (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
+    Panel("margin", "Reward margin", "Chosen minus rejected: above 0 and growing where preferences are learned.",
+          (Metric("rewards/margins", "margin"),)),
+    Panel("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one; bars are 95% intervals of the "
+          "held-out pairs.", (Metric("rewards/accuracies", "accuracy"),), "%", limits=(-0.03, 1.03)),
+    Panel("log-odds", "Log-odds ratio", "Log of the odds of chosen over those of rejected, which the odds term pushes up.",
+          (Metric("log_odds_chosen", "log-odds ratio"),)),
+    Panel("learning-rate", "Learning rate", "", (Metric("learning_rate", "learning rate", smoothed=False),), limits=(0.0, None)),
+    Panel("gradient-norm", "Gradient norm", "Before clipping. Spikes that do not come down again are a sign of too high a "
+          "learning rate.", (Metric("grad_norm", "gradient norm"),), limits=(0.0, None)),
+    Panel("tokens", "Tokens per second", "Tokens that the model computed, without evaluation.",
+          (Metric("tokens_per_second", "tokens per second"),), limits=(0.0, None)),
+    Panel("memory", "Peak memory", "Highest so far.", (Metric("peak_memory_gb", "peak memory"),), unit="GB", limits=(0.0, None)),
+)  # fmt: skip
+ON_CARD = 6
+"""Panels on the model card: the first ones."""
 
 
-def level(low: float, high: float) -> bool:
-    """Whether two values are too near to each other for an axis from one to the other."""
-    return high - low <= 1e-9 * max(abs(low), abs(high)) + TINY
+def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str]]:
+    """Return the charts of one run, or of several over one another, and notes on how they are drawn.
+
+    Args:
+        runs: name and run; of several each metric gets a chart of its own.
+    """
+    several = len(runs) > 1
+    panels = [one for panel in PANELS for one in (split(panel) if several else [panel])]
+    # of several runs only the mean is drawn, see `training_lines`; held-out lines are short
+    lines = sum(len(panel.metrics) for panel in panels) * len(runs) * (1 if several else 2)
+    most = max(LEAST, min(MOST, BUDGET // lines))
+    charts = [chart for panel in panels if (chart := draw(panel, runs, most)).drawable]
+    keys = [of + metric.key for panel in PANELS for metric in panel.metrics for of in ("", "eval_")]
+    longest = max(sum(line.get(key) is not None for line in run.metrics) for _, run in runs for key in keys)
+    if longest <= most:
+        return charts, []
+    return charts, [
+        f"{longest:,} log lines: each curve is drawn from at most {most:,} points, including the lowest and the highest "
+        "of every stretch."
+    ]
 
 
-def ticks(low: float, high: float, most: int = 5) -> list[float]:
-    """Round numbers between two others, at most `most` and one."""
-    raw = (high - low) / most
-    power = 10.0 ** math.floor(math.log10(raw))
-    step = next(s * power for s in (1, 2, 2.5, 5, 10) if s * power >= raw * (1 - 1e-9))
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
+def draw_card_curves(run: LoadedRun, path: Path) -> bool:
+    """Draw curves.png for the model card.
+
+    Returns:
+        False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
+    """
+    charts = [draw(panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
+    if not any(chart.lines for chart in charts):
+        return False
+    save_png(charts, path)
+    return True
 
 
-def thinned(points: list[Point], most: int) -> list[Point]:
-    """At most `most` points: the lowest and the highest of each stretch, the first and the last."""
-    if len(points) <= most:
-        return points
-    ys = np.array([y for _, y in points])
-    finite = np.isfinite(ys)
-    low, high = np.where(finite, ys, np.inf), np.where(finite, ys, -np.inf)
-    edges = np.linspace(0, len(points), max(1, (most - 2) // 2) + 1).astype(int)
-    kept = {0, len(points) - 1}
-    for start, end in zip(edges, edges[1:], strict=False):
-        if finite[start:end].any():
-            kept |= {start + int(low[start:end].argmin()), start + int(high[start:end].argmax())}
-    return [points[place] for place in sorted(kept)]
+def split(panel: Panel) -> list[Panel]:
+    """Return a panel for each metric of a panel."""
+    if len(panel.metrics) == 1:
+        return [panel]
+    return [
+        replace(panel, key=f"{panel.key}-{i}", hint="", metrics=(metric,),
+                title="ORPO loss" if metric.key == "loss" else f"{panel.title}: {metric.label}")
+        for i, metric in enumerate(panel.metrics)
+    ]  # fmt: skip
 
 
-def running_mean(points: list[Point], width: int) -> list[Point]:
-    """Means of the last `width` finite values, from the first place that has as many."""
-    finite = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2)
-    sums = np.concatenate([[0.0], finite[:, 1].cumsum()])
-    means = (sums[width:] - sums[:-width]) / width
-    return list(zip(finite[width - 1 :, 0].tolist(), means.tolist(), strict=False))
+def draw(panel: Panel, runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
+    """Return a panel's chart: for every run and metric a line of training and one of the held-out pairs.
+
+    Args:
+        most: points of a line.
+    """
+    chart = Chart(panel.key, panel.title, [], panel.hint, y=panel.unit, form=panel.form, limits=panel.limits)
+    for place, (name, run) in enumerate(runs):
+        for metric in panel.metrics:
+            if len(runs) > 1:  # dashes, so that runs do not differ by color alone
+                metric = replace(metric, color=place, dashed=bool(place % 2))
+            add_lines(chart, run, metric, name, most, alone=len(panel.metrics) == len(runs) == 1)
+    baseline = runs[0][1].last_evaluation.get("length_baseline")
+    if panel.key == "accuracy" and len(runs) == 1 and is_number(baseline) and chart.lines:
+        chart.across = (float(baseline), "always the longer answer")
+    return chart
 
 
-def histogram(values: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[int]]]:
-    """Edges at multiples of a round width, 0 among them where it lies inside, and counts of each group's finite values."""
-    finite = {name: [v for v in some if math.isfinite(v)] for name, some in values.items()}
+def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, most: int, alone: bool) -> None:
+    """Add the lines of one metric of one run to a chart.
+
+    Args:
+        name: the run's, where there are several.
+        alone: no other metric is on the chart, so the held-out line may have a color of its own.
+    """
+    trained, held = values(run, metric), values(run, metric, "eval_")
+    if gone := [x for x, y in trained + held if not math.isfinite(y)]:
+        first = ", ".join(f"{x:g}" for x in gone[:5]) + (", ..." if len(gone) > 5 else "")
+        of = f"{name}: " if name else ""
+        chart.notes.append(f"{of}{len(gone):,} values of {metric.label} are not finite (step {first})")
+    if trained:
+        chart.lines += training_lines(trained, metric, name, most)
+    if held:
+        label = f"{name}: held out" if name else f"{metric.label}, held out"
+        line = Line(label, thinned(held, most), ORANGE if alone else metric.color, "marks")
+        pairs = run.last_evaluation.get("pairs")
+        if metric.key == "rewards/accuracies" and pairs:
+            line.band = [
+                wilson_interval(min(1.0, max(0.0, y)) * pairs, pairs) if math.isfinite(y) else (math.nan, math.nan)
+                for _, y in line.points
+            ]
+        chart.lines.append(line)
+
+
+def training_lines(points: list[Point], metric: Metric, name: str, most: int) -> list[Line]:
+    """Return the line of a metric; where it is long, its running mean, and the line itself behind it."""
+    look = "dashed" if metric.dashed else "solid"
+    if len(points) < SMOOTHED or not metric.smoothed:
+        return [Line(f"{name}: training" if name else metric.label, thinned(points, most), metric.color, look)]
+    width = len(points) // 25
+    label = f"{name}: training" if name else metric.label
+    mean = Line(f"{label}, mean of {width:,}", thinned(running_mean(points, width), most), metric.color, look)
+    if name:  # of several runs the means alone, to be told apart
+        return [mean]
+    return [Line(label, thinned(points, most), metric.color, "faint"), mean]
+
+
+def values(run: LoadedRun, metric: Metric, of: str = "") -> list[Point]:
+    """Return step and value of a metric at each log line that has it; values that are not finite stay, as gaps."""
+    key, scale = of + metric.key, metric.scale(run)
+    return [(float(line["step"]), float(line[key]) * scale) for line in run.metrics if line.get(key) is not None]
+
+
+# ---- distributions -------------------------------------------------------------------------------------------------------
+
+
+def margins(run: LoadedRun, when: Literal["before", "after"], scale: float | None = None) -> list[float]:
+    """Return the reward margin of every held-out pair; empty where the run did not keep them.
+
+    Args:
+        scale: of the log-probs; default: the run's beta.
+    """
+    kept: dict[Any, list[Any]] = getattr(run.pairs, when)
+    chosen, rejected = kept.get("logps/chosen", []), kept.get("logps/rejected", [])
+    if len(chosen) != len(rejected):
+        return []
+    scale = run.beta if scale is None else scale
+    return [
+        scale * (a - b) if is_number(a) and is_number(b) else math.nan for a, b in zip(chosen, rejected, strict=True)
+    ]
+
+
+def margin_chart(groups: dict[str, list[float]], x: str = "reward margin") -> Chart | None:
+    """Return distributions of margins over one another, or None where there is no finite margin."""
+    groups = {name: some for name, some in groups.items() if any(map(math.isfinite, some))}
+    if not groups:
+        return None
+    edges, counts = histogram(groups)
+    colors = [ORANGE, BLUE] if set(groups) == {"before", "after"} else list(range(len(groups)))
+    chart = Chart("margins", "Reward margins of the held-out pairs", [], x=x, y="pairs", form="count",
+                  stairs=True, limits=(0.0, None), upright=(0.0, "0"))  # fmt: skip
+    for place, (name, some) in enumerate(counts.items()):
+        last = place == len(counts) - 1
+        points = [*zip(edges, map(float, some), strict=False), (edges[-1], 0.0)]
+        chart.lines.append(Line(name, points, colors[place], "solid" if last else "dashed", fill=last))
+        if gone := sum(not math.isfinite(value) for value in groups[name]):
+            chart.notes.append(f"{gone:,} margins {name} are not finite and left out")
+    return chart
+
+
+def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[int]]]:
+    """Return edges at multiples of a round width, one at 0 if it lies inside, and counts of each group's finite values."""
+    finite = {name: [v for v in some if math.isfinite(v)] for name, some in groups.items()}
     everything = [v for some in finite.values() for v in some]
     low, high = min(everything), max(everything)
-    if level(low, high):
+    if is_level(low, high):
         half = (abs(low) if abs(low) > TINY else 1) / 2
         low, high = low - half, high + half
-    raw = (high - low) / bins
-    power = 10.0 ** math.floor(math.log10(raw))
-    width = next(s * power for s in (1, 2, 5, 10) if s * power >= raw * (1 - 1e-9))
+    width = round_step((high - low) / bins, (1, 2, 5, 10))
     first, last = math.floor(low / width), math.floor(high / width) + 1
     counts = {name: [0] * (last - first) for name in finite}
     for name, some in finite.items():
@@ -135,40 +245,29 @@ def histogram(values: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     return [i * width for i in range(first, last + 1)], counts
 
 
-def plain(value: float, form: str = "g") -> str:
-    """A value as it is written on axes and beside lines."""
-    if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
-    if form == "%":
-        return f"{value:.1%}".replace(".0%", "%")
-    if form == "count" or value == int(value) and abs(value) < 1e6:
-        return f"{value:,.0f}"
-    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+def changed_sides(run: LoadedRun) -> str:
+    """Say in a sentence how many pairs changed sides; empty where that is not known."""
+    before, after = margins(run, "before"), margins(run, "after")
+    if not before or len(before) != len(after):
+        return ""
+    won = sum(a <= 0 < b for a, b in zip(before, after, strict=True))
+    lost = sum(b <= 0 < a for a, b in zip(before, after, strict=True))
+    wrong = sum(b <= 0 for b in after)
+    return (
+        f"Of {len(after):,} pairs, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
+        f"{wrong:,} are on the wrong side now."
+    )
 
 
-def as_data(charts: list[Chart]) -> dict[str, Any]:
-    """The charts as JSON for the page's script; lines with the same x share them."""
-    shared: dict[tuple[float, ...], int] = {}
-    found = []
-    for chart in charts:
-        lines = []
-        for line in chart.lines:
-            xs = tuple(short(x) for x, _ in line.points)
-            one: dict[str, Any] = {"n": line.label, "x": shared.setdefault(xs, len(shared)),  # type: ignore[arg-type]
-                                   "y": [short(y) for _, y in line.points], "look": line.look}  # fmt: skip
-            if line.band:
-                one["band"] = [[short(low), short(high)] for low, high in line.band]
-            lines.append(one)
-        # the group that zooms and reads together
-        one = {"key": chart.key, "x": chart.x, "form": chart.form, "stairs": chart.stairs, "lines": lines}
-        one |= {"domain": list(chart.domain), "limits": list(chart.limits), "title": chart.title, "unit": chart.y}
-        found.append(one | {"across": chart.across and chart.across[0], "upright": chart.upright and chart.upright[0]})
-    return {"xs": list(shared), "charts": found}
-
-
-def short(value: float) -> float | int | None:
-    """Five digits, which no screen shows more of; None where it is not finite."""
-    if not math.isfinite(value):
-        return None
-    value = float(f"{value:.5g}") if abs(value) < 1e5 else round(value, 3)
-    return int(value) if value == int(value) else value
+def length_chart(lengths: Mapping[Any, Histogram], key: str, title: str) -> Chart | None:
+    """Return the chart of the tokens of prompts, chosen and rejected answers, or None where they were not recorded."""
+    chart = Chart(key, title, [], x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
+    for name, color in (("prompt", PURPLE), ("chosen", GREEN), ("rejected", RED)):
+        one = lengths.get(name)
+        if one is None or one.width is None or not one.counts or None in one.counts:
+            continue
+        points = [(i * float(one.width), float(count or 0)) for i, count in enumerate([*one.counts, 0])]
+        known = one.median is not None and one.max is not None
+        label = f"{name} (median {one.median:g}, longest {one.max:,})" if known else name
+        chart.lines.append(Line(label, points, color, "dashed" if name == "rejected" else "solid"))
+    return chart if chart.lines else None

@@ -1,152 +1,380 @@
-"""Charts as figures: inline SVG that needs no script, its numbers as a table, and names for screen readers."""
+"""Charts as plain values, and how they are drawn: as SVG for the page, as a PNG for the model card."""
 
 from __future__ import annotations
 
 import math
-from html import escape
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
 
-from orpo_lite.report.charts import Chart, Line, Point, plain, ticks
+import numpy as np
 
-DASHES = {"dashed": "7 4", "marks": "2 4"}
-ROWS = 12
-"""Of the table beneath a chart."""
+Point = tuple[float, float]
+
+LARGEST = 1e40
+"""No float32 reaches it, and sums, products and ranges of numbers up to it are finite."""
+TINY = 1e-100
+"""Values nearer to 0 are drawn as 0: their steps and widths would be too small for a float."""
+BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
+COLORS = (
+    ("#0b68cb", "#6cb4ff"),
+    ("#b45309", "#ffb057"),
+    ("#1a7f37", "#56d364"),
+    ("#cf222e", "#ff8a80"),
+    ("#7c3aed", "#cda5ff"),
+    ("#0e7490", "#4dd0e1"),
+)
+"""On a light and on a dark page; the model card takes the light ones."""
+Y_TICKS, X_TICKS = 4, 6
+DOTTED = 30
+"""Lines of up to this many points have a dot at each."""
+TABLE_ROWS = 12
+"""Rows of the table under a chart."""
 
 
-def figure(chart: Chart) -> str:
-    """One chart. Its script, where it runs, adds reading, zooming and keys to what is here already."""
+def is_number(value: Any) -> bool:
+    """Tell whether a value can be drawn."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+
+
+@dataclass
+class Line:
+    label: str
+    points: list[Point]
+    """In the order of x; a value that is not finite is a gap."""
+    color: int = BLUE
+    look: Literal["solid", "dashed", "marks", "faint"] = "solid"
+    """marks: the points themselves, joined by a dashed line; faint: behind its own running mean."""
+    band: list[Point] | None = None
+    """Lowest and highest at each point: an interval."""
+    fill: bool = False
+
+    def finite(self) -> list[Point]:
+        return [(x, y) for x, y in self.points if math.isfinite(y)]
+
+
+@dataclass
+class Chart:
+    key: str
+    """Letters and hyphens, unique on its page."""
+    title: str
+    lines: list[Line]
+    hint: str = ""
+    """What to look for, in a sentence."""
+    x: str = "optimizer step"
+    y: str = ""
+    """Unit of the values."""
+    form: Literal["g", "%", "count"] = "g"
+    stairs: bool = False
+    """Each point is a bin that reaches to the next: a histogram."""
+    limits: tuple[float | None, float | None] = (None, None)
+    """Ends of the y axis, where they are not the data's."""
+    across: tuple[float, str] | None = None
+    """A level drawn across, and its name."""
+    upright: tuple[float, str] | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def drawable(self) -> bool:
+        return any(line.finite() for line in self.lines)
+
+    @property
+    def domain(self) -> tuple[float, float, float, float]:
+        """Ends of the x and the y axis, with some air."""
+        points = [p for line in self.lines for p in line.finite()]
+        xs = [x for x, _ in points]
+        ys = [y for _, y in points]
+        ys += [y for line in self.lines for pair in line.band or () for y in pair if math.isfinite(y)]
+        if self.across:
+            ys.append(self.across[0])
+        low, high = min(xs), max(xs)
+        if is_level(low, high):
+            low, high = low - max(0.5, abs(low) * 1e-3), high + max(0.5, abs(low) * 1e-3)
+        elif not self.stairs:  # room for half a mark
+            low, high = low - (high - low) * 0.015, high + (high - low) * 0.015
+        return low, high, *spread(min(ys), max(ys), self.limits)
+
+
+def spread(low: float, high: float, limits: tuple[float | None, float | None]) -> Point:
+    """Widen a range by some air at each end for which no limit is given."""
+    floor, top = limits
+    low = low if floor is None else min(low, floor)
+    high = high if top is None else max(high, top)
+    air = abs(high) * 0.1 if abs(high) > TINY else 1.0
+    if not is_level(low, high):
+        air = (high - low) * 0.06
+    return (low - air if floor is None else low), (high + air if top is None else high)
+
+
+def is_level(low: float, high: float) -> bool:
+    """Tell whether two values are too close for an axis from one to the other."""
+    return high - low <= 1e-9 * max(abs(low), abs(high)) + TINY
+
+
+def round_step(raw: float, factors: tuple[float, ...] = (1, 2, 2.5, 5, 10)) -> float:
+    """Return the smallest round number that is not below `raw`."""
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in factors if factor * power >= raw * (1 - 1e-9))
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Return the round numbers between two others, at most `most` + 1 of them."""
+    step = round_step((high - low) / most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
+
+
+def thinned(points: list[Point], most: int) -> list[Point]:
+    """Keep at most `most` points: the lowest and the highest of each stretch, the first and the last."""
+    if len(points) <= most:
+        return points
+    ys = np.array([y for _, y in points])
+    finite = np.isfinite(ys)
+    low, high = np.where(finite, ys, np.inf), np.where(finite, ys, -np.inf)
+    edges = np.linspace(0, len(points), max(1, (most - 2) // 2) + 1).astype(int)
+    kept = {0, len(points) - 1}
+    for start, end in zip(edges, edges[1:], strict=False):
+        if finite[start:end].any():
+            kept |= {start + int(low[start:end].argmin()), start + int(high[start:end].argmax())}
+    return [points[place] for place in sorted(kept)]
+
+
+def running_mean(points: list[Point], width: int) -> list[Point]:
+    """Average the last `width` finite values, from the first place that has as many."""
+    finite = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2)
+    sums = np.concatenate([[0.0], finite[:, 1].cumsum()])
+    means = (sums[width:] - sums[:-width]) / width
+    return list(zip(finite[width - 1 :, 0].tolist(), means.tolist(), strict=False))
+
+
+def written(value: float, form: str = "g") -> str:
+    """Write a value as it stands on axes and beside lines."""
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+    if form == "%":
+        return f"{value:.1%}".replace(".0%", "%")
+    if form == "count" or value == int(value) and abs(value) < 1e6:
+        return f"{value:,.0f}"
+    return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
+
+
+# ---- the page ----------------------------------------------------------------------------------------------------------
+
+
+def script_data(charts: list[Chart]) -> dict[str, Any]:
+    """Return the charts as JSON values for the page's script; lines with the same x share them."""
+    shared: dict[tuple[Any, ...], int] = {}
+    found = []
+    for chart in charts:
+        lines = [
+            {
+                "n": line.label,
+                "x": shared.setdefault(tuple(short(x) for x, _ in line.points), len(shared)),
+                "y": [short(y) for _, y in line.points],
+                "band": line.band and [[short(low), short(high)] for low, high in line.band],
+            }
+            for line in chart.lines
+        ]
+        found.append(
+            {"key": chart.key, "title": chart.title, "x": chart.x, "form": chart.form, "stairs": chart.stairs, "lines": lines,
+             "domain": chart.domain, "limits": chart.limits, "across": chart.across and chart.across[0],
+             "upright": chart.upright and chart.upright[0]}
+        )  # fmt: skip
+    return {"xs": list(shared), "charts": found}
+
+
+def short(value: float) -> float | int | None:
+    """Round to five digits, as no screen shows more; None for a value that is not finite."""
+    if not math.isfinite(value):
+        return None
+    value = float(f"{value:.5g}") if abs(value) < 1e5 else round(value, 3)
+    return int(value) if value == int(value) else value
+
+
+@dataclass
+class Drawing:
+    """A chart in the units of its SVG: 1000 by 1000, from the top left corner."""
+
+    chart: Chart
+
+    def __post_init__(self) -> None:
+        self.x0, self.x1, self.y0, self.y1 = self.chart.domain
+
+    def across(self, x: float) -> float:
+        return (x - self.x0) / (self.x1 - self.x0) * 1000
+
+    def down(self, y: float) -> float:
+        return 1000 - (y - self.y0) / (self.y1 - self.y0) * 1000
+
+    def place(self, point: Point) -> str:
+        return f"{self.across(point[0]):.0f} {self.down(point[1]):.0f}"
+
+    @property
+    def y_ticks(self) -> list[tuple[str, str]]:
+        """Distance from the bottom in percent, and the text, of each tick."""
+        marks = ticks(self.y0, self.y1, Y_TICKS)
+        return [(f"{100 - self.down(y) / 10:.2f}%", written(y, self.chart.form)) for y in marks]
+
+    @property
+    def x_ticks(self) -> list[tuple[str, str]]:
+        return [(f"{self.across(x) / 10:.2f}%", written(x)) for x in ticks(self.x0, self.x1, X_TICKS)]
+
+    @property
+    def grid(self) -> str:
+        return "".join(f"M0 {self.down(y):.0f}H1000" for y in ticks(self.y0, self.y1, Y_TICKS))
+
+    @property
+    def level(self) -> str:
+        """Path of the line that is drawn across or upright, empty where it lies outside."""
+        across, upright = self.chart.across, self.chart.upright
+        if across and self.y0 <= across[0] <= self.y1:
+            return f"M0 {self.down(across[0]):.0f}H1000"
+        if upright and self.x0 <= upright[0] <= self.x1:
+            return f"M{self.across(upright[0]):.0f} 0V1000"
+        return ""
+
+    def path(self, line: Line) -> str:
+        """Return the path of a line, with gaps where values are not finite."""
+        parts, pen = [], "M"
+        for point in line.points:
+            if not math.isfinite(point[1]):
+                pen = "M"
+            elif self.chart.stairs and pen == "L":
+                parts.append("H{}V{}".format(*self.place(point).split()))
+            else:
+                parts.append(f"{pen}{self.place(point)}")
+                pen = "L"
+        return "".join(parts)
+
+    def area(self, line: Line) -> str:
+        ends = [self.place((line.points[i][0], 0.0)) for i in (-1, 0)]
+        return f"{self.path(line)}L{ends[0]}L{ends[1]}Z"
+
+    def dots(self, line: Line) -> str:
+        """Return a dot for each point of a held-out or a short line, else an empty path."""
+        if line.look == "marks" or len(line.finite()) <= DOTTED and not self.chart.stairs:
+            return "".join(f"M{self.place(point)}h0" for point in line.finite())
+        return ""
+
+    def band(self, line: Line) -> str:
+        bars = zip(line.points, line.band or (), strict=False)
+        return "".join(
+            f"M{self.place((x, low))}L{self.place((x, high))}" for (x, _), (low, high) in bars if math.isfinite(low)
+        )
+
+    def last(self, line: Line) -> str:
+        """Return the value beside a line while none is read."""
+        if self.chart.stairs:
+            return ""
+        finite = line.finite()
+        return written(finite[-1][1] if finite else math.nan, self.chart.form)
+
+    @property
+    def summary(self) -> str:
+        """The chart in words, for screen readers."""
+        sentences = [self._counted(line) if self.chart.stairs else self._ranged(line) for line in self.chart.lines]
+        return f"{self.chart.title} by {self.chart.x}. {'; '.join(filter(None, sentences))}."
+
+    def _counted(self, line: Line) -> str:
+        total = sum(y for _, y in line.finite())
+        fullest = max(range(len(line.points) - 1), key=lambda i: line.points[i][1])
+        ends = [written(line.points[i][0]) for i in (0, -1, fullest, fullest + 1)]
+        return "{}: {:,.0f} pairs, from {} to {}, most from {} to {}".format(line.label, total, *ends)
+
+    def _ranged(self, line: Line) -> str:
+        if not (finite := line.finite()):
+            return ""
+        (x0, y0), (x1, y1), ys = finite[0], finite[-1], [y for _, y in finite]
+        first, last, low, high = (written(y, self.chart.form) for y in (y0, y1, min(ys), max(ys)))
+        return f"{line.label} from {first} at {x0:g} to {last} at {x1:g}, lowest {low}, highest {high}"
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
+        lines = [line for line in self.chart.lines if line.look != "faint"] or self.chart.lines
+        xs = sorted({x for line in lines for x, _ in line.points})
+        if self.chart.stairs:
+            xs = xs[:-1]  # the end of the last bin
+        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
+        if self.chart.stairs and len(xs) > TABLE_ROWS:  # counts of some bins alone would mislead
+            filled = [x for x in xs if any(y for line in lines for at, y in line.points if at == x)]
+            shown = filled if len(filled) <= 60 else shown
+        values = [dict(line.points) for line in lines]
+        rows = [[written(x), *(written(one[x], self.chart.form) if x in one else "" for one in values)] for x in shown]
+        some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
+        return [self.chart.x, *(line.label for line in lines)], rows, some
+
+
+# ---- the model card ------------------------------------------------------------------------------------------------------
+
+WIDTH, HEIGHT = 1500, 840
+"""Pixels of curves.png."""
+INK, GREY, GRID, AXIS = "#1c2024", "#57606a", "#d8dee4", "#afb8c1"
+
+
+def save_png(charts: list[Chart], path: Path) -> None:
+    """Draw six charts as a PNG on an opaque light ground; the same charts give the same bytes."""
+    # not pyplot: it keeps figures and a backend for the whole process, which may be a user's notebook
+    import matplotlib.style
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    with matplotlib.style.context("default"):  # whatever the user's own style is
+        figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
+        FigureCanvasAgg(figure)
+        # a layout engine would draw everything twice
+        figure.subplots_adjust(left=0.06, right=0.985, bottom=0.075, top=0.955, wspace=0.19, hspace=0.3)
+        for axes, chart in zip(figure.subplots(2, 3).flat, charts, strict=True):
+            draw_axes(axes, chart)
+            for line in chart.lines:
+                draw_line(axes, line)
+            if chart.drawable and len(chart.lines) > 1:
+                axes.legend(fontsize=9.5, framealpha=0.85, edgecolor=GRID)
+        figure.savefig(path, format="png", metadata={"Software": None})
+
+
+def draw_axes(axes: Any, chart: Chart) -> None:
+    """Draw everything of a chart but its lines."""
+    axes.set_title(chart.title, loc="left", fontsize=13, fontweight="bold", color=INK)
+    axes.set_xlabel(chart.x, fontsize=10, color=GREY)
+    axes.tick_params(labelsize=10, colors=GREY)
+    axes.grid(color=GRID, linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.spines[["left", "bottom"]].set_color(AXIS)
+    note = {"transform": axes.transAxes, "fontsize": 9}
+    axes.text(0.98, 0.02, "\n".join(chart.notes), ha="right", color=COLORS[RED][0], **note)
+    if not chart.drawable:
+        axes.text(0.5, 0.5, "no finite value" if chart.notes else "not logged", ha="center", color=GREY, **note)
+        axes.set(xticks=[], yticks=[])
+        return
     x0, x1, y0, y1 = chart.domain
-
-    def across(x: float) -> float:
-        return (x - x0) / (x1 - x0)
-
-    def up(y: float) -> float:
-        return (y - y0) / (y1 - y0)
-
-    def place(point: Point) -> str:
-        return f"{across(point[0]) * 1000:.0f} {1000 - up(point[1]) * 1000:.0f}"
-
-    marks, labels = [], []
-    for y in ticks(y0, y1, 4):
-        marks.append(f"M0 {1000 - up(y) * 1000:.0f}H1000")
-        labels.append(f"<span class=y style='bottom:{up(y):.2%}'>{plain(y, chart.form)}</span>")
-    for x in ticks(x0, x1, 6):
-        labels.append(f"<span class=x style='left:{across(x):.2%}'>{plain(x)}</span>")
-    drawn = [f"<path class=grid d='{''.join(marks)}'/><g class=lines>"]
-    if chart.across and y0 <= chart.across[0] <= y1:
-        drawn.append(f"<path class=level d='M0 {1000 - up(chart.across[0]) * 1000:.0f}H1000'/>")
-    if chart.upright and x0 <= chart.upright[0] <= x1:
-        drawn.append(f"<path class=level d='M{across(chart.upright[0]) * 1000:.0f} 0V1000'/>")
-    for i, line in enumerate(chart.lines):
-        drawn.append(f"<g data-line={i} class='{classes(line)}'>")
-        if line.band:
-            bars = zip(line.points, line.band, strict=True)
-            drawn.append(
-                "<path class=band d='"
-                + "".join(f"M{place((x, low))}L{place((x, high))}" for (x, _), (low, high) in bars if low == low)
-                + "'/>"
-            )
-        if line.fill:
-            drawn.append(f"<path class=area d='{path(line, place, chart.stairs, up(0.0))}'/>")
-        drawn.append(f"<path class=line d='{path(line, place, chart.stairs)}'/>")
-        if line.look == "marks" or len(line.finite()) <= 30 and not chart.stairs:
-            drawn.append(f"<path class=dots d='{''.join(f'M{place(p)}h0' for p in line.finite())}'/>")
-        drawn.append("</g>")
-    drawn.append("</g><path class=guide /><path class=reading /><rect class=pick height=1000 />")
-    legend = "".join(
-        f"<li data-line={i}>{key(line)}<span>{escape(line.label)}</span> <b>{'' if chart.stairs else plain(last(line), chart.form)}</b></li>"
-        for i, line in enumerate(chart.lines)
-    )
+    write: Callable[[float, Any], str] = lambda value, _: written(value, chart.form)  # noqa: E731
+    axes.set(xlim=(x0, x1), ylim=(y0, y1), xticks=ticks(x0, x1, X_TICKS), yticks=ticks(y0, y1, Y_TICKS))
+    axes.xaxis.set_major_formatter(lambda value, _: written(value))
+    axes.yaxis.set_major_formatter(write)
     if chart.across:
-        legend += f"<li>{KEY.format('level', '')}<span>{escape(chart.across[1])}</span> <b>{plain(chart.across[0], chart.form)}</b></li>"
-    notes = "".join(f"<p class=warn>{escape(note)}</p>" for note in chart.notes)
-    unit = f" <span class=dim>{escape(chart.y)}</span>" if chart.y else ""
-    hint = f"<p class=hint>{escape(chart.hint)}</p>" if chart.hint else ""
-    return (
-        f"<figure class=chart id='chart-{chart.key}'><figcaption><h3>{escape(chart.title)}{unit}</h3><div class=tools></div>{hint}"
-        f"</figcaption><ul class=legend>{legend}</ul><div class=plot>"
-        f"<svg viewBox='0 0 1000 1000' preserveAspectRatio=none role=img tabindex=0 aria-label='{escape(summary(chart), True)}'>"
-        f"{''.join(drawn)}</svg>{''.join(labels)}</div><p class=axis>{escape(chart.x)}</p>{notes}{table(chart)}</figure>"
-    )
+        axes.axhline(chart.across[0], color=GREY, linewidth=1.2, linestyle=":", label=chart.across[1])
 
 
-KEY = "<svg class='key {}' viewBox='0 0 26 10' aria-hidden=true><path class=line d='M1 5H25'/>{}</svg>"
-
-
-def key(line: Line) -> str:
-    return KEY.format(classes(line), "<path class=dots d='M13 5h0'/>" if line.look == "marks" else "")
-
-
-def classes(line: Line) -> str:
-    return f"c{line.colour % 6} {line.look}"
-
-
-def path(line: Line, place, stairs: bool, floor: float | None = None) -> str:  # noqa: ANN001
-    """A line with gaps where values are not finite; as an area, closed at the floor."""
-    parts, pen = [], "M"
-    for i, point in enumerate(line.points):
-        if not math.isfinite(point[1]):
-            pen = "M"
-            continue
-        if stairs and pen == "L":
-            parts.append(f"H{place(point).split()[0]}")
-        parts.append(f"{pen}{place(point)}" if not (stairs and i and pen == "L") else f"V{place(point).split()[1]}")
-        pen = "L"
-    if floor is not None and parts:
-        bottom = 1000 - floor * 1000
-        first, final = place(line.points[0]).split()[0], place(line.points[-1]).split()[0]
-        parts.append(f"L{final} {bottom:.0f}L{first} {bottom:.0f}Z")
-    return "".join(parts)
-
-
-def last(line: Line) -> float:
-    """What stands beside a line while nothing is read."""
-    finite = line.finite()
-    return finite[-1][1] if finite else math.nan
-
-
-def summary(chart: Chart) -> str:
-    """The chart in words."""
-    if chart.stairs:
-        said = []
-        for line in chart.lines:
-            total = sum(y for _, y in line.finite())
-            fullest = max(range(len(line.points) - 1), key=lambda i: line.points[i][1])
-            said.append(
-                f"{line.label}: {total:,.0f} pairs, from {plain(line.points[0][0])} to {plain(line.points[-1][0])}, most from "
-                f"{plain(line.points[fullest][0])} to {plain(line.points[fullest + 1][0])}"
-            )
-    else:
-        said = []
-        for line in chart.lines:
-            if finite := line.finite():
-                low, high = min(y for _, y in finite), max(y for _, y in finite)
-                said.append(
-                    f"{line.label} from {plain(finite[0][1], chart.form)} at {finite[0][0]:g} to {plain(finite[-1][1], chart.form)} "
-                    f"at {finite[-1][0]:g}, lowest {plain(low, chart.form)}, highest {plain(high, chart.form)}"
-                )
-    return f"{chart.title} by {chart.x}. {'; '.join(said)}."
-
-
-def table(chart: Chart) -> str:
-    """Some of the numbers, for who does not see the lines."""
-    lines = [line for line in chart.lines if line.look != "faint"] or chart.lines
-    xs = sorted({x for line in lines for x, _ in line.points})
-    if chart.stairs:
-        xs = xs[:-1]  # where the last bin ends
-    shown = xs if len(xs) <= ROWS else [xs[i * (len(xs) - 1) // (ROWS - 1)] for i in range(ROWS)]
-    if chart.stairs and len(xs) > ROWS:  # counts of some bins alone would mislead
-        filled = [x for x in xs if any(y for line in lines for at, y in line.points if at == x)]
-        shown = filled if len(filled) <= 60 else shown
-    found = [dict(line.points) for line in lines]
-    head = "".join(f"<th scope=col>{escape(line.label)}</th>" for line in lines)
-    rows = "".join(
-        f"<tr><th scope=row>{plain(x)}</th>"
-        + "".join(f"<td>{plain(one[x], chart.form) if x in one else ''}</td>" for one in found)
-        + "</tr>"
-        for x in shown
-    )
-    some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
-    return (
-        f"<details class=numbers><summary>Numbers{some}</summary><div class=wide><table><thead><tr><th scope=col>{escape(chart.x)}"
-        f"</th>{head}</tr></thead><tbody>{rows}</tbody></table></div></details>"
-    )
+def draw_line(axes: Any, line: Line) -> None:
+    """Draw one line of a chart, and its intervals."""
+    color = COLORS[line.color % len(COLORS)][0]
+    looks: dict[str, dict[str, Any]] = {
+        "solid": {"linewidth": 1.8},
+        "dashed": {"linewidth": 1.8, "linestyle": (0, (4, 2))},
+        "faint": {"linewidth": 1, "alpha": 0.3},
+        "marks": {
+            "linewidth": 1.2,
+            "linestyle": (0, (1, 2)),
+            "marker": "s",
+            "markersize": 6,
+            "markeredgecolor": "white",
+        },
+    }
+    look = looks[line.look]
+    if len(line.finite()) <= DOTTED:
+        look = {"marker": "o", "markersize": 3.5} | look
+    axes.plot(*zip(*line.points, strict=True), color=color, label=line.label, **look)
+    if line.band:
+        bars = [(x, *ends) for (x, _), ends in zip(line.points, line.band, strict=True) if math.isfinite(ends[0])]
+        axes.vlines(*zip(*bars, strict=True), color=color, linewidth=1.2, alpha=0.6)

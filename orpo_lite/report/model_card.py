@@ -1,39 +1,34 @@
-"""A card put together: of a run, or of an adapter of which nothing else is known."""
+"""Model cards: of a run, of an adapter of which nothing else is known, of a trainer used on its own; and curves.png."""
 
 from __future__ import annotations
 
 import json
+import math
 import platform
+import shlex
 from collections.abc import Sequence
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from huggingface_hub import ModelCardData
+import jinja2
+import yaml
+from huggingface_hub import EvalResult, ModelCardData
 from rich.markup import escape
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.markdown import fence, inline, table
+from orpo_lite.common.markdown import fence, inline, number
+from orpo_lite.common.memory import held_by
 from orpo_lite.data.row_shapes import FAMILY
+from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.recipe import Recipe
-from orpo_lite.report import verdict
-from orpo_lite.report.card_curves import draw_curves
-from orpo_lite.report.card_metadata import card_data, eval_results
-from orpo_lite.report.card_sections import (
-    citation,
-    data_section,
-    hyperparameters,
-    limits,
-    link,
-    origin,
-    results_section,
-    run_rows,
-    samples_section,
-)
-from orpo_lite.report.card_usage import Artefact, adapter_usage, gguf_usage, model_usage, read_json
-from orpo_lite.report.licence import find_licence
-from orpo_lite.report.published_recipe import base_name, hub_id, shareable
+from orpo_lite.recipe.loading import BUILTIN
+from orpo_lite.report.charts import draw_card_curves
+from orpo_lite.report.page import gigabytes, verdict
+from orpo_lite.report.provenance import find_licence, hub_id, public_name, published_recipe, without_paths
+from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -41,23 +36,46 @@ if TYPE_CHECKING:
 
 Kind = Literal["adapter", "merged", "gguf"]
 
+SAMPLE_CHARACTERS = 1500
+NOT_OF_THE_WEIGHTS = (
+    "output_dir",
+    "logging_",
+    "save_",
+    "eval_",
+    "report_to",
+    "hub_",
+    "push_",
+    "run_name",
+    "per_device_eval",
+)
+"""Beginnings of training fields that do not shape the weights; recipe.yaml has them all."""
+METRICS = {
+    "rewards/accuracies": ("accuracy", "Reward accuracy"),
+    "rewards/margins": ("reward_margin", "Reward margin"),
+    "log_odds_chosen": ("log_odds_ratio", "Log-odds ratio"),
+    "nll_loss": ("nll", "NLL per token"),
+    "loss": ("loss", "ORPO loss"),
+}
+"""Evaluation's name -> type and name in the model index."""
+RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
+LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
+BITS = {"nf4": 4, "fp4": 4, "int8": 8}
+
 
 def write_card(folder: RunFolder) -> None:
     """Write README.md and its picture, curves.png, into a finished run folder.
 
-    A picture that cannot be drawn is said on screen and left out of the card: it is no reason to fail a run.
+    A picture that cannot be drawn is reported on screen and left out of the card: it is no reason to fail a run.
     """
-    facts, path = folder.read(), folder.path / "curves.png"
+    path = folder.path / "curves.png"
     path.unlink(missing_ok=True)
     try:
-        text = folder.metrics.read_text("utf-8") if folder.metrics.is_file() else ""
-        lines = [json.loads(line) for line in text.splitlines()]
-        if not draw_curves(lines, path, (facts["eval"]["after"] or {}).get("length_baseline")):
+        if not draw_card_curves(read_run(folder), path):
             console.print("no curves.png: metrics.jsonl holds no metrics (training.logging_strategy, eval_strategy)")
     except Exception as error:  # a font, a full disk, a broken matplotlib
         path.unlink(missing_ok=True)
         console.print(
-            f"curves.png could not be drawn, the card goes without: {escape(f'{type(error).__name__}: {error}')}"
+            f"curves.png could not be drawn, so the card goes without: {escape(f'{type(error).__name__}: {error}')}"
         )
     (folder.path / "README.md").write_text(model_card(folder.path), "utf-8")
 
@@ -70,7 +88,7 @@ def model_card(
     notes: Sequence[str] = (),
     base: str | None = None,
 ) -> str:
-    """README.md of an adapter, or of the merged model or GGUF file made from it.
+    """Return README.md of an adapter, or of the merged model or GGUF file made from it.
 
     The card shows curves.png where the source has one: copy it along where the card goes elsewhere.
 
@@ -96,149 +114,54 @@ def model_card(
 
 
 def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[str], base: str | None) -> str:
-    recipe, facts = folder.recipe(), folder.read()
-    # run.json had none of these at first
-    known = {"hub_id": hub_id(recipe.model.name_or_path), "licence": None, "quantization": recipe.model.quantization}
-    known = facts["base_model"] = known | facts["base_model"]
+    recipe, record = folder.recipe(), read_run(folder).record
+    trained_on, facts = recipe.model.name_or_path, record.base_model
+    if "hub_id" not in facts.model_fields_set:  # as in the run.json of early versions
+        facts.hub_id = hub_id(trained_on)
+    facts.quantization = facts.quantization or recipe.model.quantization
     if kind == "adapter" and recipe.adapter is None:
         kind = "merged"
-    hub, licence, revision = known["hub_id"], known["licence"], known["commit"] or known["revision"]
+    hub, licence, revision = facts.hub_id, facts.licence, facts.commit or facts.revision
     if base is not None:
         hub, licence, revision = hub_id(base), find_licence(base), None
-    shown = base_name(base or recipe.model.name_or_path, hub is not None)
-    quantised = known["quantization"] != "none"
-    tags = ["orpo"] + (["lora"] if recipe.adapter else [])
-    tags += ["qlora"] if quantised and known["quantization"] != "int8" else []
-    sources = facts["data"]["sources"].values()
-    results = eval_results(facts, recipe, kind)
-    meta = card_data(
-        kind, name=repo.rpartition("/")[2] if repo else facts["name"], base=hub, licence=licence, tags=tags,
-        datasets=sorted({s["path"] for s in sources if s["section"] == "train" and not s["files"]}), results=results,
+    shown, name = public_name(base or trained_on, hub is not None), record.name or folder.path.resolve().name
+    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if BITS.get(facts.quantization) == 4 else [])
+    meta = front_matter(
+        kind, base=hub, licence=licence, tags=tags, name=repo.rpartition("/")[2] if repo else name,
+        datasets=sorted({one.path for one in record.data.sources.values() if one.section == "train" and one.path and not one.files}),
+        results=eval_results(record, recipe, kind),
     )  # fmt: skip
-    it = artefact(folder, recipe, facts, repo, shown, hub is not None, revision)
-    what = {"adapter": "LoRA adapter for", "merged": "Made from", "gguf": "GGUF file, made from"}[kind]
-    sections = [
-        f"# {inline(facts['name'])}",
-        verdict(facts),
-        inline(recipe.description),
-        f"{what} {link(shown, hub)}, trained with [ORPO](https://arxiv.org/abs/2403.07691) by orpo-lite "
-        f"{facts['versions']['orpo-lite']}.",
-        origin(shown, hub, revision, licence, known["quantization"]),
-        "## Results",
-        results_section(recipe, facts, kind),
-        "![loss, odds-ratio term, rewards, margin, accuracy and learning rate over the steps](curves.png)"
-        if (folder.path / "curves.png").is_file()
-        else "",
-        samples_section(facts["samples"]),
-        "## How to load",
-        usage(it, kind, repo),
-        "## Data",
-        data_section(recipe, facts),
-        "## Training",
-        table(hyperparameters(recipe, facts), ("hyperparameter", "value")),
-        "<details>\n<summary>The recipe: python -m orpo_lite.train --recipe recipe.yaml repeats the run</summary>",
-        fence(shareable(recipe, facts).rstrip(), "yaml"),
-        "</details>",
-        "## Hardware, time and versions",
-        table(run_rows(facts), ("", "")),
-        "## Notes",
-        "\n".join(f"- {line}" for line in [*map(inline, notes), *limits(recipe, facts, kind)]),
-        citation(),
-    ]
-    return assemble(meta, sections)
+    shapes = {FAMILY.get(one.shape or "") for one in record.data.sources.values()}
+    it = usage_facts(folder.path, repo, name, shown, revision, recipe, facts.quantization, facts.dtype or "auto")
+    it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
+    truncated = [f"{side} cut in {pairs:,} pairs" for side, pairs in record.data.drops.truncated.items() if pairs]
+    return render(
+        meta, name=name, kind=kind, shown=shown, hub=hub, licence=licence, trained=True, it=it, held=facts.quantization,
+        record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
+        has_curves=(folder.path / "curves.png").is_file(),
+        samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
+        remarks=[*truncated, *(without_paths(note, recipe, record) for note in record.data.drops.notes)],
+        hyperparameters=hyperparameters(recipe, record), recipe_yaml=published_recipe(recipe, record).rstrip(),
+    )  # fmt: skip
 
 
 def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], base: str | None) -> str:
-    """What adapter_config.json alone tells."""
+    """Return the card of a folder of which only adapter_config.json is known."""
     config = read_json(source / "adapter_config.json")
-    trained_on, name = config.get("base_model_name_or_path") or "", source.resolve().name
-    named = base or trained_on
-    hub = hub_id(named) if named else None
-    shown = base_name(named, hub is not None) if named else "a base that adapter_config.json does not name"
-    revision = config.get("revision") if base is None else None
+    name, named = source.resolve().name, base or config.get("base_model_name_or_path") or ""
+    hub, revision = hub_id(named) if named else None, config.get("revision") if base is None else None
     licence = find_licence(named, revision) if named else None
-    meta = card_data(kind, name=name, base=hub, licence=licence, tags=["lora"])
-    it = Artefact(repo or name, command_name(name), shown if named else "BASE", hub is not None, revision=revision,
-                  **weights_facts(source), chat=has_template(source))  # fmt: skip
+    shown = public_name(named, hub is not None) if named else "a base that adapter_config.json does not name"
     targets = config.get("target_modules") or []
     rows = [("type", config.get("peft_type")), ("r", config.get("r")), ("alpha", config.get("lora_alpha")),
             ("target modules", targets if isinstance(targets, str) else ", ".join(sorted(targets))),
             ("modules to save", ", ".join(config.get("modules_to_save") or [])),
             ("DoRA", config.get("use_dora")), ("rsLoRA", config.get("use_rslora"))]  # fmt: skip
-    sections = [
-        f"# {inline(name)}",
-        f"{'LoRA adapter for' if kind == 'adapter' else 'Made from'} {link(shown, hub)}.",
-        origin(shown, hub, revision, licence, None),
-        "How the adapter was trained is not recorded beside it: this card was made from adapter_config.json alone.",
-        table(((key, inline(str(value))) for key, value in rows if value not in (None, "", False)), ("adapter", "")),
-        "## How to load",
-        usage(it, kind, repo),
-        "## Notes\n\n" + "\n".join(f"- {inline(note)}" for note in notes) if notes else "",
-        citation(),
-    ]
-    return assemble(meta, sections)
-
-
-def assemble(meta: ModelCardData, sections: list[str]) -> str:
-    body = "\n\n".join(section for section in sections if section)
-    return f"---\n{meta.to_yaml()}\n---\n\n{body}\n"
-
-
-def artefact(
-    folder: RunFolder, recipe: Recipe, facts: dict[str, Any], repo: str | None, base: str, on_hub: bool, revision: Any
-) -> Artefact:
-    shapes = {FAMILY.get(source["shape"]) for source in facts["data"]["sources"].values()}
-    return Artefact(
-        where=repo or folder.path.resolve().name,
-        name=command_name(facts["name"]),
-        base=base,
-        on_hub=on_hub,
-        revision=revision,
-        quantization=facts["base_model"]["quantization"],
-        double_quant=recipe.model.double_quant,
-        dtype=facts["base_model"]["dtype"],
-        gguf_file=recipe.model.gguf_file and Path(recipe.model.gguf_file).name,
-        trust_remote_code=recipe.model.trust_remote_code,
-        chat=has_template(folder.path) and (recipe.data.apply_template or "conversations" in shapes),
-        template_kwargs=recipe.data.template_kwargs,
-        **weights_facts(folder.path),
-    )
-
-
-def weights_facts(folder: Path) -> dict[str, Any]:
-    """What the configuration beside the weights says to an Artefact."""
-    from orpo_lite.common.vllm import vllm_problems, vllm_rank
-
-    adapter = read_json(folder / "adapter_config.json")
-    if not adapter:
-        return {"seq2seq": bool(read_json(folder / "config.json").get("is_encoder_decoder"))}
-    problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)]
-    return {
-        "seq2seq": adapter.get("task_type") == "SEQ_2_SEQ_LM",
-        "new_tokens": bool(adapter.get("trainable_token_indices")),
-        "vllm_problems": problems,
-        "vllm_rank": 0 if problems else vllm_rank(folder),
-    }
-
-
-def usage(it: Artefact, kind: Kind, repo: str | None) -> str:
-    if kind == "gguf":
-        return gguf_usage(it, repo)
-    return adapter_usage(it) if kind == "adapter" else model_usage(it)
-
-
-def command_name(name: str) -> str:
-    """A name that every command takes: Ollama wants lower case."""
-    return "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lower()
-
-
-def has_template(folder: Path) -> bool:
-    return (folder / "chat_template.jinja").is_file() or bool(
-        read_json(folder / "tokenizer_config.json").get("chat_template")
-    )
-
-
-# ---- of a trainer that is used on its own ------------------------------------------------------------------------------
+    return render(
+        front_matter(kind, base=hub, licence=licence, tags=["lora"], name=name),
+        name=name, kind=kind, shown=shown, hub=hub, licence=licence, repo=repo, notes=notes, config=rows,
+        it=usage_facts(source, repo, name, shown if named else "BASE", revision),
+    )  # fmt: skip
 
 
 def write_trainer_card(
@@ -260,30 +183,211 @@ def write_trainer_card(
     folder = Path(str(args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     named = model.config._name_or_path or ""
-    hub = hub_id(named) if named else None
-    name = model_name or folder.resolve().name
-    adapter = isinstance(model, PeftModel)
+    hub, name = hub_id(named) if named else None, model_name or folder.resolve().name
+    kind: Kind = "adapter" if isinstance(model, PeftModel) else "merged"
     given = [tags] if isinstance(tags, str) else tags or []
-    meta = card_data(
-        "adapter" if adapter else "merged", name=name, base=hub, licence=None,
-        tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if adapter else [])}),
+    meta = front_matter(
+        kind, name=name, base=hub, licence=None,
+        tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if kind == "adapter" else [])}),
         datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
     )  # fmt: skip
-    shown = base_name(named, hub is not None) if named else "a model of its own"
     logged = {key: value for log in trainer.state.log_history for key, value in log.items()}
     last = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
-    pairs = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-    rows = [("steps", str(trainer.state.global_step)), ("pairs a step", str(pairs)), ("beta", f"{trainer.beta:g}"),
-            ("learning rate", f"{args.learning_rate:g}"),
-            *((inline(key), f"{logged[key]:.4f}") for key in last if key in logged)]  # fmt: skip
+    training = {
+        "steps": trainer.state.global_step,
+        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
+        "beta": f"{trainer.beta:g}",
+        "learning rate": f"{args.learning_rate:g}",
+    } | {key: f"{logged[key]:.4f}" for key in last if key in logged}
     packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
     versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
-    sections = [
-        f"# {inline(name)}",
-        f"{'LoRA adapter for' if adapter else 'Made from'} {link(shown, hub)}, trained with "
-        f"[ORPO](https://arxiv.org/abs/2403.07691){f' on {inline(dataset_name)}' if dataset_name else ''}.",
-        table(rows, ("training", "")),
-        table(((key, inline(value)) for key, value in versions.items()), ("version", "")),
-        citation(),
-    ]
-    (folder / "README.md").write_text(assemble(meta, sections), "utf-8")
+    shown = public_name(named, hub is not None) if named else "a model of its own"
+    tables = [("training", training), ("version", versions)]
+    text = render(meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, tables=tables)
+    (folder / "README.md").write_text(text, "utf-8")
+
+
+# ---- rendering -----------------------------------------------------------------------------------------------------------
+
+
+class Markdown(str):
+    """Text that is Markdown already."""
+
+
+def escaped(value: Any) -> Markdown:
+    """Escape what a template puts into the card, so that no text of recipe, data or model is read as Markdown."""
+    return value if isinstance(value, Markdown) else Markdown("not known" if value is None else inline(str(value)))
+
+
+@cache
+def environment() -> jinja2.Environment:
+    made = jinja2.Environment(  # noqa: S701  # not HTML: `escaped` sees every value
+        loader=jinja2.PackageLoader("orpo_lite.report", ""), undefined=jinja2.StrictUndefined, finalize=escaped,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    )  # fmt: skip
+    made.globals |= {"metrics": ROWS, "held_by": held_by, "hub_id": hub_id}
+    made.filters |= {
+        "md": Markdown,
+        "py": lambda value: Markdown(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)),
+        "sh": lambda text: Markdown(shlex.quote(text)),
+        "fence": lambda text, language="text": Markdown(
+            fence(text.strip("\n") if language != "text" else text, language)
+        ),
+        "number": lambda value, form: Markdown(number(value, form)),
+        "count": lambda value: Markdown(number(value, ",")),
+        "gigabytes": lambda size: gigabytes(size) or "not known",
+        "link": lambda name, hub: Markdown(f"[{inline(name)}](https://huggingface.co/{hub})" if hub else inline(name)),
+        "public_name": public_name,
+        "cut": cut,
+    }
+    return made
+
+
+def render(meta: ModelCardData, **parts: Any) -> str:
+    """Render a card: front matter, and every section for which there is something."""
+    nothing: dict[str, Any] = dict.fromkeys(("record", "it", "config", "dataset", "repo", "licence", "held"))
+    nothing |= {"trained": False, "notes": (), "tables": ()}
+    return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
+
+
+def cut(text: str) -> str:
+    gone = len(text) - SAMPLE_CHARACTERS
+    return text if gone <= 0 else f"{text[:SAMPLE_CHARACTERS]}\n[{gone:,} more characters]"
+
+
+# ---- front matter --------------------------------------------------------------------------------------------------------
+
+
+def front_matter(
+    kind: Kind,
+    *,
+    name: str,
+    base: str | None,
+    licence: dict[str, str] | None,
+    tags: list[str],
+    datasets: list[str] | None = None,
+    results: list[EvalResult] | None = None,
+) -> ModelCardData:
+    """Return the front matter in huggingface_hub's own classes, so that the hub accepts it; `base` is a hub id or None."""
+    licence, more = licence or {}, {}
+    if base:
+        more["base_model_relation"] = RELATIONS[kind]
+    if link := licence.get("link"):
+        if "://" not in link:  # a file of the base's repository
+            link = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
+        more["license_link"] = link
+    return ModelCardData(
+        base_model=base,
+        library_name=LIBRARIES[kind],
+        pipeline_tag="text-generation",
+        tags=[*tags, *(["gguf"] if kind == "gguf" else [])],
+        license=licence.get("id"),
+        license_name=licence.get("name"),
+        datasets=datasets or None,
+        model_name=name if results else None,
+        eval_results=results or None,
+        **more,
+    )
+
+
+def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResult]:
+    """Return the evaluation after training for the model index; what is not a finite number is left out."""
+    before, after = record.eval.get("before"), record.eval.get("after")
+    if not before or not after:
+        return []
+    section = "eval" if recipe.data.eval else "train"
+    sources = [source for source in record.data.sources.values() if source.section == section and source.path]
+    on_hub = [str(source.path) for source in sources if not source.files]
+    names = ", ".join(public_name(str(source.path), not source.files) for source in sources)
+    measured = "" if kind == "adapter" or recipe.adapter is None else ", adapter on its base before merging"
+    results = []
+    for key, (metric, title) in METRICS.items():
+        if not finite(after.get(key)):
+            continue
+        more = {"before_training": before.get(key), "interval_95": after.get(f"{key}_interval")}
+        if key == "rewards/accuracies":
+            more["always_the_longer_answer"] = after.get("length_baseline")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="preference pairs",
+                dataset_type=on_hub[0] if len(on_hub) == len(sources) == 1 else "preference-pairs",
+                dataset_name=f"{after.get('pairs')} held-out pairs of {names}",
+                dataset_args={"pairs": after.get("pairs"), "fingerprint": record.data.fingerprint},
+                metric_type=metric,
+                metric_name=f"{title}{measured}",
+                metric_value=after.get(key),
+                metric_args={name: value for name, value in more.items() if finite(value)},
+            )
+        )
+    return results
+
+
+def finite(value: Any) -> bool:
+    """Tell whether a number, or all of a list, can stand in the model index."""
+    return all(map(finite, value)) if isinstance(value, list) else value is not None and math.isfinite(value)
+
+
+# ---- facts for the sections ----------------------------------------------------------------------------------------------
+
+
+def hyperparameters(recipe: Recipe, record: RunRecord) -> list[tuple[str, Any]]:
+    """Return what shaped the weights: the recipe's own fields, and what was resolved from them."""
+    rows: dict[str, Any] = {
+        "pairs per optimizer step": record.effective_batch,
+        "optimizer steps": record.steps,
+        "seed": record.seed,
+        "compute dtype": record.base_model.dtype,
+        "layout": "{} ({})".format(record.layout.get("name"), record.layout.get("why")) if record.layout else None,
+    }
+    given = yaml.safe_load(published_recipe(recipe, record))
+    rows |= {f"adapter.{k}": v for k, v in (given["adapter"] or {}).items() if v is not False and k != "eva_batches"}
+    rows |= {f"orpo.{k}": v for k, v in given["orpo"].items() if k != "layout"}
+    for key in ("max_length", "max_prompt_length", "max_completion_length", "overlong", "completion_end"):
+        rows[f"data.{key}"] = given["data"][key]
+    rows |= {
+        f"training.{k}": v for k, v in given["training"].items() if not k.startswith(NOT_OF_THE_WEIGHTS) and k != "seed"
+    }
+    return [(key, value) for key, value in rows.items() if value not in (None, {}, [], "")]
+
+
+def usage_facts(
+    folder: Path, repo: str | None, name: str, base: str, revision: str | None,
+    recipe: Recipe | None = None, quantization: str = "none", dtype: str = "auto",
+) -> dict[str, Any]:  # fmt: skip
+    """Return what the snippets under "How to load" need to know.
+
+    Args:
+        base: hub id, builtin:..., or the name of a local folder.
+        quantization: how the base is held on loading, as in training.
+    """
+    from orpo_lite.common.vllm import vllm_problems, vllm_rank
+
+    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json")
+    problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)] if adapter else []
+    # a name that every command takes: Ollama wants lower case
+    plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lower()
+    where, seq2seq = (
+        repo or folder.resolve().name,
+        adapter.get("task_type") == "SEQ_2_SEQ_LM" or config.get("is_encoder_decoder"),
+    )
+    template = (
+        read_json(folder / "tokenizer_config.json").get("chat_template") or (folder / "chat_template.jinja").is_file()
+    )
+    kwargs = recipe.data.template_kwargs if recipe else {}
+    return {
+        "where": where, "name": plain, "folder": plain if "/" in where else where, "base": base, "revision": revision,
+        "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq, "chat": bool(template),
+        "auto": "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", "vllm_problems": problems,
+        "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
+        "new_tokens": bool(adapter.get("trainable_token_indices")), "quantization": quantization,
+        "bits": BITS.get(quantization), "dtype": dtype, "double_quant": bool(recipe and recipe.model.double_quant),
+        "gguf_file": recipe and recipe.model.gguf_file and Path(recipe.model.gguf_file).name,
+        "trust_remote_code": bool(recipe and recipe.model.trust_remote_code),
+        "template_kwargs": {key: value for key, value in kwargs.items() if key.isidentifier()},
+    }  # fmt: skip
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content; empty where there is none."""
+    return json.loads(path.read_text("utf-8")) if path.is_file() else {}

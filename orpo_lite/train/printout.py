@@ -18,8 +18,7 @@ from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.data.lengths import length_histograms
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
-from orpo_lite.report.licence import find_licence
-from orpo_lite.report.published_recipe import hub_id
+from orpo_lite.report.provenance import find_licence, hub_id
 from orpo_lite.trainer.checkpoint_folder import newest_good
 from orpo_lite.trainer.distributed import world
 from orpo_lite.trainer.nonfinite_report import NonFinite

@@ -20,6 +20,7 @@ from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import write_card
+from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout as announce
 from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.generate import answer, score_answers
@@ -123,6 +124,10 @@ def finish(
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
     """
+    notes: list[str] = []
+    record = RunRecord.of(record, notes).model_dump()
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
     model = trainer.unwrapped()
 
     def weights(path: Path) -> None:

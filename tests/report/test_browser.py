@@ -140,7 +140,7 @@ def test_keys_read_zoom_and_reset(pages, browser):
     said = "document.querySelector('[role=status]').textContent"
     browser.key("Home")
     browser.key("ArrowRight")
-    assert re.match("optimizer step 1, ORPO loss [0-9.]+, NLL a token", browser.run(said)), browser.run(said)
+    assert re.match("optimizer step 1, ORPO loss [0-9.]+, NLL per token", browser.run(said)), browser.run(said)
     browser.key("ArrowRight")
     assert browser.run(said).startswith("optimizer step 2,")
     browser.key("ArrowLeft")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +13,9 @@ import pytest
 import yaml
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.report import as_json, compare_page, encoded, page, run_page
+from orpo_lite.report import as_json
+from orpo_lite.report.compare import compare_page
+from orpo_lite.report.page import run_page
 from orpo_lite.report.run_record import read_run
 from tests.report.conftest import NAN, evaluation, facts, log_lines, pairs
 from tests.report.test_content import Page
@@ -31,7 +32,7 @@ RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "
 RUN["data"]["drops"] |= {"dropped": {"empty prompt": 3}, "notes": ["a note"]}
 LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies": 0.6}]
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
-            "part-memory-": "plan", "part-how-to-go-on": ""}  # fmt: skip
+            "part-memory-": "plan", "part-next-steps": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
 UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|licence|hub_id|dtype)"
                     r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
@@ -63,7 +64,7 @@ def drawn(folder: Path) -> tuple[str, dict[str, Any]]:
     """The page of a run folder, and what --json prints of it."""
     run = read_run(folder)
     said = json.dumps(as_json([run]), allow_nan=False)
-    return encoded(run_page(run)).decode("utf-8"), json.loads(said)["runs"][0]
+    return run_page(run).decode("utf-8"), json.loads(said)["runs"][0]
 
 
 WRONG = [..., None, "x", {"a": None}, NAN, -(10**400)]
@@ -119,7 +120,7 @@ def test_every_single_damage_to_the_other_files(written, tmp_path):
             for new in [*WRONG[:-2], [None], 10**300]:
                 (folder / name).write_text(as_text(damaged(content, place, new)), "utf-8")
                 shown, _ = drawn(folder)
-                assert "part-how-to-go-on" in shown and shown.endswith("</html>"), (name, place, new)
+                assert "part-next-steps" in shown and shown.endswith("</html>"), (name, place, new)
         (folder / name).write_text(kept, "utf-8")
 
 
@@ -163,7 +164,7 @@ def test_what_is_unknown_is_not_said_to_be_none(written, tmp_path):
     (folder / "recipe.yaml").write_text(recipe + "made: 2026-01-01\nmany: 0x" + "f" * 9000, "utf-8")
     other = read_run(folder)
     assert len(other.notes) == 5 and "recipe.yaml: many: found a number of more than 120 digits" in str(other.notes)
-    assert compare_page([other, read_run(folder)]).endswith("</html>")
+    assert compare_page([other, read_run(folder)]).endswith(b"</html>")
 
 
 def test_files_that_are_no_json(written, tmp_path):
@@ -183,4 +184,4 @@ def test_many_findings_are_counted(written, tmp_path):
     assert [note.partition(":")[0] for note in read_run(written(tmp_path / "run", run)).notes] == ["run.json"] * 8 + [
         "run.json is not as orpo-lite writes it, 92 more fields among them"
     ]
-    assert "run.json: warnings[0]: found 7, expected an object; left out" in page(run, [{"step": 1, "loss": math.inf}])
+    assert "run.json: warnings[0]: found 7, expected an object; left out" in drawn(tmp_path / "run")[0]

@@ -19,8 +19,8 @@ import pytest
 import yaml
 from markdown_it import MarkdownIt
 
+import orpo_lite.report
 from orpo_lite.report import write_report
-from orpo_lite.report.document import asset
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.commands import Command
 from tests.security.conftest import ATTACKS, SCRIPT, quick
@@ -28,6 +28,7 @@ from tests.security.conftest import ATTACKS, SCRIPT, quick
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 WITHOUT = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run", "--disable-sync",
            "--disable-background-networking", "--disable-component-update", "--disable-extensions"]  # fmt: skip
+PAGE_JS = Path(orpo_lite.report.__file__).with_name("page.js").read_text("utf-8").strip()
 OURS = ("https://huggingface.co/", "https://arxiv.org/")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="no chromium here: apt-get install chromium (.ci/run does)")
 ACTING = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\u061c\u200b\u200e\u200f\u2028-\u202e\u2066-\u2069]")
@@ -104,7 +105,7 @@ def harmless(document: Document, ours: bool = False) -> None:
     scripts = [attributes for tag, attributes in document.elements if tag == "script"]
     if ours:
         assert scripts == [{"type": "application/json", "id": "charts-data"}, {}] and len(document.scripts) == 2
-        assert json.loads(document.scripts[0])["charts"] and document.scripts[1] == asset("page.js")
+        assert json.loads(document.scripts[0])["charts"] and document.scripts[1] == PAGE_JS
     else:
         assert not scripts
     for tag, attributes in document.elements:

@@ -24,15 +24,21 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.markdown import fence, inline
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import PACKAGE
-from orpo_lite.report import published_recipe as shareable
-from orpo_lite.report.card_curves import BLUE, GREEN, HEIGHT, ORANGE, RED, WIDTH, draw_curves
-from orpo_lite.report.licence import find_licence
+from orpo_lite.report.charts import draw_card_curves
+from orpo_lite.report.drawing import BLUE, COLORS, GREEN, HEIGHT, ORANGE, RED, WIDTH
 from orpo_lite.report.model_card import model_card, write_card
-from orpo_lite.report.published_recipe import hub_id
+from orpo_lite.report.provenance import find_licence, hub_id, published_recipe
+from orpo_lite.report.run_record import LoadedRun, RunRecord, read_run
 from orpo_lite.train.run import run
 from orpo_lite.trainer.run_folder import RunFolder
 
-SHORT = ["training.eval_steps=2", "training.logging_steps=1", "evaluation.samples=2", "evaluation.max_new_tokens=8"]
+SHORT = [
+    "data.max_eval_rows=24",
+    "training.eval_steps=2",
+    "training.logging_steps=1",
+    "evaluation.samples=2",
+    "evaluation.max_new_tokens=8",
+]
 HOSTILE = [
     "</td></tr></table></details>\n\n# Pwned\n\n```\nout?\n```\n~~~\n",
     "``````\n<script>alert(1)</script>\n``````text\n| a | b |\n|---|---|\n",
@@ -117,6 +123,9 @@ def headings(card):
 def test_training_leaves_the_card_that_the_files_give(finished):
     card = (finished / "README.md").read_text("utf-8")
     assert card == model_card(finished)
+    # run.json is written and read through one model: every field of it is known, and none is left out
+    assert json.loads((finished / "run.json").read_text("utf-8")).keys() == RunRecord.model_fields.keys()
+    assert not read_run(finished).notes
     assert (finished / "curves.png").is_file() and "(curves.png)" in card
     titles = [title for tag, title in headings(card) if tag == "h2"]
     assert titles == ["Results", "Sample answers", "How to load", "Data", "Training", "Hardware, time and versions",
@@ -126,7 +135,7 @@ def test_training_leaves_the_card_that_the_files_give(finished):
 
 SHOWN = [
     ("steps", 7321, "| optimizer steps | 7321 |"),
-    ("effective_batch", 173, "| pairs an optimizer step | 173 |"),
+    ("effective_batch", 173, "| pairs per optimizer step | 173 |"),
     ("seed", 90210, "| seed | 90210 |"),
     ("device", "Some GPU 9000", "| device | Some GPU 9000 |"),
     ("train_seconds", 8123.4, "8,123.4 s"),
@@ -212,7 +221,7 @@ def test_front_matter(changed):
         "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"], "model-index": [{"name": "tuned"}],
     }  # fmt: skip
     after = json.loads((folder / "run.json").read_text())["eval"]["after"]
-    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 120
+    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 24
     metrics = {m["type"]: m["value"] for m in results[0]["metrics"]}
     assert metrics == {"accuracy": after["rewards/accuracies"], "reward_margin": after["rewards/margins"],
                        "log_odds_ratio": after["log_odds_chosen"], "nll": after["nll_loss"], "loss": after["loss"]}  # fmt: skip
@@ -302,7 +311,7 @@ def test_recipe_in_the_card_loads(finished, changed):
     assert recipe.model.name_or_path == "org/base-7B"
     folder = changed()
     recipe = Recipe.load(folder / "recipe.yaml", ["training.run_name='````'"])
-    ticks = fence(shareable(recipe, json.loads((folder / "run.json").read_text())), "yaml")
+    ticks = fence(published_recipe(recipe, read_run(folder).record), "yaml")
     assert len(MarkdownIt("commonmark").parse(ticks)) == 1
 
 
@@ -454,7 +463,11 @@ def test_hub_ids(tmp_path, monkeypatch):
 
 
 LINE = {"loss": 1.0, "nll_loss": 0.9, "log_odds_ratio": -0.7, "rewards/chosen": -0.1, "rewards/rejected": -0.2,
-        "rewards/margins": 0.1, "rewards/accuracies": 0.6, "learning_rate": 1e-4}  # fmt: skip
+        "rewards/margins": 0.1, "rewards/accuracies": 0.6, "log_odds_chosen": 1.0, "learning_rate": 1e-4}  # fmt: skip
+
+
+def draw_curves(lines, path):
+    return draw_card_curves(LoadedRun(RunRecord(), lines), path)
 
 
 def ink(path):
@@ -462,18 +475,18 @@ def ink(path):
     picture = np.asarray(Image.open(path).convert("RGB"))
     assert picture.shape == (HEIGHT, WIDTH, 3)
     panels = [part for row in np.split(picture, 2) for part in np.split(row, 3, axis=1)]
-    colours = [[int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (BLUE, ORANGE, GREEN, RED)]
+    colours = [
+        [int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (COLORS[one][0] for one in (BLUE, ORANGE, GREEN, RED))
+    ]
     return [[int((panel == colour).all(-1).sum()) for colour in colours] for panel in panels]
 
 
 def test_picture_of_a_run(finished, tmp_path):
-    loss, odds, rewards, margin, accuracy, rate = ink(finished / "curves.png")
-    assert min(loss[:2]) > 100 and min(rewards[2:]) > 100  # ORPO loss and NLL; chosen and rejected
+    loss, rewards, margin, accuracy, odds, rate = ink(finished / "curves.png")
+    assert min(loss[:3]) > 100 and min(rewards[2:]) > 100  # ORPO loss, NLL and odds term; chosen and rejected
     assert all(min(panel[:2]) > 100 for panel in (odds, margin, accuracy))  # training pairs and held-out pairs
     assert rate[0] > 100 and rate[1:] == [0, 0, 0]
-    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
-    baseline = json.loads((finished / "run.json").read_text())["eval"]["after"]["length_baseline"]
-    assert draw_curves(lines, tmp_path / "again.png", baseline)
+    assert draw_card_curves(read_run(finished), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (finished / "curves.png").read_bytes()
     with Image.open(finished / "curves.png") as picture:
         assert picture.mode != "RGBA" or picture.getextrema()[3] == (255, 255)  # readable on a dark page too
@@ -485,7 +498,7 @@ def test_picture_of_little(tmp_path):
     assert draw_curves([{"step": 1} | LINE], path)
     assert all(sum(panel) > 5 for panel in ink(path))
     assert draw_curves([{"step": 1} | LINE | {"loss": math.nan, "rewards/margins": math.inf}], path)
-    assert ink(path)[3][0] == 0 and ink(path)[3][3] > 20  # no point, and red words that say so
+    assert ink(path)[2][0] == 0 and ink(path)[2][3] > 20  # no point, and red words that say so
     assert draw_curves([{"step": n} | LINE for n in range(1, 2001)], path)
     assert all(sum(panel) > 100 for panel in ink(path))
 
@@ -505,11 +518,11 @@ def test_picture_leaves_the_users_matplotlib_alone(tmp_path, monkeypatch):
 def test_a_picture_that_fails_does_not_fail_the_run(changed, monkeypatch, capsys):
     folder = changed()
 
-    def broken(lines, path, baseline):
+    def broken(run, path):
         path.write_bytes(b"half a picture")
         raise RuntimeError("no [fonts]")
 
-    monkeypatch.setattr("orpo_lite.report.model_card.draw_curves", broken)
+    monkeypatch.setattr("orpo_lite.report.model_card.draw_card_curves", broken)
     write_card(RunFolder.open(folder))
     assert "curves.png could not be drawn" in (out := capsys.readouterr().out) and "no [fonts]" in " ".join(out.split())
     assert not (folder / "curves.png").exists() and "curves.png" not in (folder / "README.md").read_text()
