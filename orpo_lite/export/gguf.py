@@ -130,21 +130,8 @@ def whole_model(request: Request, work: Path, kind: Any, llama_quantize: str | N
 
     config, tokenizer = read_source(request)
     kind = kind or CONVERTER["bf16" if config.dtype == torch.bfloat16 else "f16"]
-    exact = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16"}.get(config.dtype, "ALL_F32")  # type: ignore[arg-type]
-    direct = {"f32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name.upper()}")
-    bytes_ = byte_level(tokenizer)
     vocabulary = work / "vocabulary"
-    conversion = {
-        "task": "vocabulary",
-        "model": str(vocabulary),
-        "vocabulary": str(vocabulary),
-        "type": direct if kind.by == "converter" else exact,
-        "name": request.name,
-        "fields": {},
-        "output": str(work / "vocabulary.gguf"),
-        "byte_level": bytes_,
-        "pre": splitting_rule(tokenizer) if bytes_ else None,
-    }
+    conversion = conversion_request(request, config, tokenizer, kind, vocabulary)
     write_vocabulary(tokenizer, config, vocabulary)
     if request.trained:
         run_converter(conversion)  # refuses an unknown architecture before the merge
@@ -159,10 +146,9 @@ def whole_model(request: Request, work: Path, kind: Any, llama_quantize: str | N
     stops = stop_ids(tokenizer, generation)
     fields: dict[str, Any] = token_fields(tokenizer, stops) | {"general.name": request.name}
     made = work / "made.gguf"
+    conversion |= {"task": "model", "model": str(folder.resolve()), "fields": fields, "output": str(made)}
     with console.status(f"converting to {kind.name}"):
-        run_converter(
-            conversion | {"task": "model", "model": str(folder.resolve()), "fields": fields, "output": str(made)}
-        )
+        run_converter(conversion)
         if kind.by != "converter":
             quantize_file(made, work / "quantized.gguf", kind, llama_quantize)
             made.unlink()
@@ -180,6 +166,24 @@ def whole_model(request: Request, work: Path, kind: Any, llama_quantize: str | N
     command = ollama_command(request.output)
     return [*lines, *notes, f"next: {command}" if request.ollama else
             f"next: llama-cli -m {request.output}, or with --ollama a Modelfile for Ollama"]  # fmt: skip
+
+
+def conversion_request(request: Request, config: Any, tokenizer: Any, kind: Any, vocabulary: Path) -> dict[str, Any]:
+    """Return the converter's request that writes the vocabulary alone (see llama_cpp_driver.py)."""
+    exact = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16"}.get(config.dtype, "ALL_F32")
+    direct = {"f32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name.upper()}")
+    bytes_ = byte_level(tokenizer)
+    return {
+        "task": "vocabulary",
+        "model": str(vocabulary),
+        "vocabulary": str(vocabulary),
+        "type": direct if kind.by == "converter" else exact,
+        "name": request.name,
+        "fields": {},
+        "output": f"{vocabulary}.gguf",
+        "byte_level": bytes_,
+        "pre": splitting_rule(tokenizer) if bytes_ else None,
+    }
 
 
 def merged_source(request: Request, folder: Path, onto: str) -> Path:

@@ -208,7 +208,7 @@ class Repository:
         """
         with self.errors_in_words():
             try:
-                public, age = not self.api.repo_info(self.repo).private, "exists"
+                public, age = not self.api.model_info(self.repo).private, "exists"
             except hub_errors.RepositoryNotFoundError:
                 public, age = private is False, "new"
                 self.api.create_repo(self.repo, private=not public, exist_ok=True)
@@ -219,7 +219,7 @@ class Repository:
                 )
             if self.revision:
                 self.api.create_branch(self.repo, branch=self.revision, exist_ok=True)
-            there = {file.rfilename for file in self.api.repo_info(self.repo, revision=self.revision).siblings or ()}
+            there = {file.rfilename for file in self.api.model_info(self.repo, revision=self.revision).siblings or ()}
         other = {"adapter": "config.json", "merged": "adapter_config.json"}.get(kind)
         if other in there:
             raise RequestError(

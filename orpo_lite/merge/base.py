@@ -115,7 +115,9 @@ class Base:
             ):
                 continue  # positions that the model computes
             found = "lacks" if held < expected else "holds twice"
-            raise RequestError(f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it whole?")
+            raise RequestError(
+                f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it complete?"
+            )
 
     def quantize(self, trained: torch.dtype) -> None:
         """Replace each weight that training quantized by its round trip through 4 or 8 bits."""

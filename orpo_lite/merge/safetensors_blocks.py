@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model.untrusted_files import check_safetensors
 
 BLOCK_ELEMENTS = 1 << 20
 """Weights computed at once. 4 MB in float32 stay in the cache, and below the size at which the C library maps new pages
@@ -191,41 +192,24 @@ class Cast(Derived):
         return lambda block: read(block).to(self.target)
 
 
-def read_header(file: Path) -> dict[str, Any]:
-    """Read a safetensors file's header; "__start__" is added: the byte at which its data begins.
-
-    Raises:
-        RequestError: the file is cut off, or is no safetensors file.
-    """
-    try:
-        with file.open("rb") as handle:
-            (length,) = struct.unpack("<Q", handle.read(8))
-            header = json.loads(handle.read(length))
-        end = max((facts["data_offsets"][1] for key, facts in header.items() if key != "__metadata__"), default=0)
-        found, expected = file.stat().st_size, 8 + length + end
-        if found != expected:
-            raise ValueError(f"{found} bytes, where its header says {expected}")
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, MemoryError, struct.error) as error:
-        raise RequestError(f"{file} is not a whole safetensors file ({error}): copy or download it again") from error
-    return header | {"__start__": 8 + length}
-
-
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     """List every tensor of these files by key, in the order in which they lie.
 
     Raises:
-        RequestError: a file is not whole, or two files hold the same key.
+        RequestError: a file is not complete, or two files hold the same key.
     """
     found: dict[str, Stored] = {}
     for file in files:
-        header = read_header(file)
-        start = header.pop("__start__")
+        check_safetensors(file)
+        with file.open("rb") as handle:
+            (length,) = struct.unpack("<Q", handle.read(8))
+            header = json.loads(handle.read(length))
         header.pop("__metadata__", None)
         for key, facts in sorted(header.items(), key=lambda item: item[1]["data_offsets"][0]):
             begin, end = facts["data_offsets"]
             if key in found:
                 raise RequestError(f"{key} is in {found[key].file} and again in {file}: download the model again")
-            found[key] = Stored(key, file, facts["dtype"], tuple(facts["shape"]), start + begin, end - begin)
+            found[key] = Stored(key, file, facts["dtype"], tuple(facts["shape"]), 8 + length + begin, end - begin)
     return found
 
 

@@ -20,7 +20,6 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import (
     WeightConverter,
     WeightRenaming,
-    apply_renamings,
     dot_natural_key,
     rename_source_key,
 )
@@ -30,6 +29,7 @@ VIEWS = {
     torch.ops.aten.split_with_sizes.default,
     torch.ops.aten.slice.Tensor,
     torch.ops.aten.select.int,
+    torch.ops.aten.squeeze.default,
     torch.ops.aten.squeeze.dim,
     torch.ops.aten.squeeze.dims,
     torch.ops.aten.unsqueeze.default,
@@ -135,7 +135,7 @@ class KeyMap:
             ValueError: transformers would read no such key back as this parameter.
         """
         backward: list[Any] = [rule.reverse_transform() for rule in self.renamings[::-1]]
-        for key in (name, apply_renamings(name, backward)):
+        for key in (name, renamed(name, backward)):
             if self.name_of(key) == (name, None):
                 return key
         raise ValueError(f"{name} cannot be stored by itself in a checkpoint of {type(self.model).__name__}")
@@ -178,7 +178,7 @@ class KeyMap:
         if not only_views or len(cut) != len(members):
             return False
         # the reverse conversion names things as they are after the renamings
-        between = {apply_renamings(key, self.renamings): key for key, _ in members}
+        between = {renamed(key, self.renamings): key for key, _ in members}
         found: dict[str, Link] = {}
         for part, value in cut.items():
             value = value[0] if isinstance(value, list) else value
@@ -211,6 +211,13 @@ class KeyMap:
             except RuntimeError:  # it reshapes what is no view any more
                 pass
         return again.convert(name, model=self.model, config=self.model.config), False
+
+
+def renamed(key: str, renamings: list[Any]) -> str:
+    """Apply transformers' renamings to a key, one after the other."""
+    for rule in renamings:
+        key, _ = rule.rename_source_key(key)
+    return key
 
 
 class Views(TorchDispatchMode):

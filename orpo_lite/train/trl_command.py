@@ -21,8 +21,9 @@ from trl import (
     get_peft_config,  # pyright: ignore[reportPrivateImportUsage]
     get_quantization_config,  # pyright: ignore[reportPrivateImportUsage]
 )
+from yaml import YAMLError
 
-from orpo_lite.common.console import errors, guard
+from orpo_lite.common.console import errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.data.file_formats import file_format
@@ -43,26 +44,26 @@ BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv",
 
 @dataclass
 class ModelArguments(ModelConfig):
-    """TRL's, with the dtype left to the device: TRL's float32 would not hold a 7B model on the cards this is for."""
+    """TRL's arguments with the dtype left to the device: TRL's float32 would not fit a 7B model on a consumer card."""
 
     dtype: str | None = field(
         default=None,
         metadata={
-            "help": "dtype of the weights, and what 4-bit ones compute in; unset, chosen by the device.",
+            "help": "dtype of the weights, and the compute dtype of 4-bit ones; if unset, chosen by the device.",
             "choices": ["auto", "bfloat16", "float16", "float32"],
         },
     )
 
 
 class Parser(TrlParser):
-    """TRL's parser, whose refusals are told without the 150 flags that exist."""
+    """TRL's parser, without its usage of 150 flags in every error."""
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message} (--help lists all flags)")
 
 
 def parser() -> Parser:
-    """TRL's parser of this command; a flag for what may be unset, such as --bf16, works without a value too."""
+    """Return TRL's parser for this command, in which a flag that may be unset, such as --bf16, needs no value."""
     made = Parser((ScriptArguments, ORPOConfig, ModelArguments), prog="python -m orpo_lite.compat.trl_orpo")  # type: ignore[arg-type]  # dataclasses
     for action in made._actions:
         if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
@@ -71,26 +72,22 @@ def parser() -> Parser:
 
 
 def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArguments]:
-    """The command line as TRL's dataclasses and ours.
+    """Parse the command line into TRL's dataclasses and ours.
 
     Raises:
         RequestError: no such flag, a value that does not fit, a config file that cannot be read.
     """
-    words = [current(word) for word in words]
     try:
-        *parsed, rest = parser().parse_args_and_config(words, return_remaining_strings=True)
+        *parsed, rest = parser().parse_args_and_config([current(word) for word in words], return_remaining_strings=True)
     except RequestError:
         raise
     except OSError as error:
         raise RequestError(f"--config: {error.filename} cannot be read: {error.strerror}") from error
-    except (ValueError, TypeError) as error:
-        raise RequestError(" ".join(str(error).split())) from error
     except IndexError as error:
         raise RequestError("--config: found no file name after it") from error
-    except Exception as error:
-        if type(error).__module__.startswith("yaml"):
-            raise RequestError(f"--config: not readable as YAML: {' '.join(str(error).split())}") from error
-        raise
+    except (ValueError, TypeError, YAMLError) as error:
+        broken = "--config: not readable as YAML: " if isinstance(error, YAMLError) else ""
+        raise RequestError(broken + " ".join(str(error).split())) from error
     known = [f.name for kind in (ScriptArguments, ORPOConfig, ModelArguments) for f in fields(kind)]
     unknown = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
     if rest:
@@ -101,20 +98,20 @@ def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArgum
 
 
 def current(word: str) -> str:
-    """A flag by its present name, said on screen where it had another."""
+    """Return a flag by its present name, and print a notice if it had another."""
     name, equals, value = word.partition("=")
     new = RENAMED_FIELDS.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
     if new is None:
         return word
-    errors.print(f"{escape(name)} is called --{new} now: taken as that")
+    errors.print(f"{escape(name)} is called --{new} now, and is used as that")
     return f"--{new}{equals}{value}"
 
 
 def rows_of(script: ScriptArguments, split: str) -> Any:
-    """One split of the data set: a folder, files, or a data set of the hub; never code, never pickles.
+    """Load one split of the data set: a folder, files, or a data set of the hub; never code, never pickles.
 
     Raises:
-        RequestError: not there, or without such a split.
+        RequestError: it does not exist, has no such split, or cannot be read.
     """
     import datasets
 
@@ -142,13 +139,13 @@ def rows_of(script: ScriptArguments, split: str) -> Any:
         return datasets.load_dataset(
             BUILDERS[suffix], data_files={split: files}, split=split, streaming=streaming, **more
         )
-    except Exception as error:  # whatever datasets and pyarrow find wrong in a file
+    except Exception as error:  # datasets and pyarrow have no common class for a broken file
         why = error.__cause__ or error
         raise RequestError(f"{', '.join(files[:3])}: cannot be read: {' '.join(str(why).split())[:300]}") from error
 
 
 def held_out(script: ScriptArguments, args: ORPOConfig) -> Any:
-    """The held-out split where there are evaluations, as in TRL's script.
+    """Load the held-out split if there are evaluations, as in TRL's script.
 
     Raises:
         RequestError: the data has no such split, or it would be the training split again.
@@ -168,15 +165,19 @@ def held_out(script: ScriptArguments, args: ORPOConfig) -> Any:
 
 
 def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments) -> ORPOTrainer:
-    """The trainer that TRL's script makes, with the ModelConfig's dtype, attention and quantisation applied."""
+    """Make the trainer as TRL's script does, with the ModelConfig's dtype, attention and quantization applied.
+
+    Raises:
+        RequestError: flags that do not go together, or a model or data set that cannot be used.
+    """
     if not model.model_name_or_path:
         raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
     with renaming_field("--model_name_or_path"):
         name = locate(ModelSection(name_or_path=model.model_name_or_path))
     if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
         raise RequestError(
-            f"--load_in_{'4' if model.load_in_4bit else '8'}bit: quantised weights cannot be trained themselves: add "
-            "--use_peft, or leave it out"
+            f"--load_in_{'4' if model.load_in_4bit else '8'}bit: quantized weights cannot be trained: add --use_peft, or "
+            "leave it out"
         )
     if (model.load_in_4bit or model.load_in_8bit) and (why := bitsandbytes_unavailable()):
         errors.print(f"--load_in_{'4' if model.load_in_4bit else '8'}bit: {escape(why)}")
@@ -207,7 +208,7 @@ def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments)
 
 
 def main(words: Sequence[str]) -> TrlNames:
-    """What TRL's script does: train, save to output_dir, push where asked."""
+    """Do what TRL's script does: train, save to output_dir, push if asked."""
     script, args, model = parse(words)
     trainer = trainer_of(script, args, model)
     asked = args.resume_from_checkpoint  # a flag's value is text
@@ -219,12 +220,7 @@ def main(words: Sequence[str]) -> TrlNames:
 
 
 def given() -> list[str]:
-    """The command line without our own --debug, unless a value makes it transformers'."""
+    """Return the command line without our own --debug; with a value after it, --debug is transformers'."""
     words = sys.argv[1:]
     own = [place for place, word in enumerate(words) if word == "--debug" and (words[place + 1 :] or ["--"])[0].startswith("--")]  # fmt: skip
     return [word for place, word in enumerate(words) if place not in own]
-
-
-def start() -> None:
-    """Run the command line, its errors told without a traceback."""
-    guard(lambda **_: main(given()))

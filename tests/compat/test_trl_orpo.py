@@ -1,5 +1,6 @@
 """`python -m orpo_lite.compat.trl_orpo`: the command lines of TRL's example, its config files, and what is refused."""
 
+import importlib
 import shlex
 import sys
 from pathlib import Path
@@ -97,7 +98,7 @@ def test_files_folders_and_saved_data_sets_are_data_sets(place, tmp_path):
         (["--truncation_mode", "keep_end"], "truncation_mode no longer exists: remove it"),
         (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
         (["--beta", "-1"], "beta: found -1.0, expected a number from 0 up"),
-        (["--load_in_4bit"], "--load_in_4bit: quantised weights cannot be trained themselves: add --use_peft"),
+        (["--load_in_4bit"], "--load_in_4bit: quantized weights cannot be trained: add --use_peft"),
         (["--load_in_4bit", "--load_in_8bit", "--use_peft"], "8 bit and 4 bit"),
         (["--use_peft", "--lora_target_modules", "nothing"], "nothing"),
         (["--dataset_name", "./nowhere.jsonl"], "--dataset_name: there is no file or folder ./nowhere.jsonl"),
@@ -140,3 +141,9 @@ def test_debug_is_ours_without_a_value_and_transformers_with_one(monkeypatch):
     assert trl_orpo.given() == ["--beta", "1"]
     monkeypatch.setattr(sys, "argv", ["x", "--debug", "underflow_overflow", "--beta", "1"])
     assert trl_orpo.given() == ["--debug", "underflow_overflow", "--beta", "1"]
+
+
+def test_without_trl_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(RequestError, match=r"pip install 'orpo_lite\[trl\]'"):
+        importlib.import_module("orpo_lite.compat.trl_orpo").start()

@@ -73,6 +73,9 @@ def test_quantised_and_what_fails_leaves_nothing(converter, model_folder, tmp_pa
         with pytest.raises(Mismatch, match=words):
             check_fields(tmp_path / "a.gguf", *change)
     monkeypatch.setattr("orpo_lite.export.gguf_verify.weights", lambda *a: (_ for _ in ()).throw(Mismatch("off")))
+    monkeypatch.setattr(
+        "orpo_lite.export.gguf.run_converter", lambda request: shutil.copy(tmp_path / "a.gguf", request["output"])
+    )
     with pytest.raises(Mismatch, match="off"):
         export(source, tmp_path / "b.gguf", quant="q8_0")
     assert [p.name for p in tmp_path.iterdir()] == ["a.gguf"]

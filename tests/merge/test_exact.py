@@ -5,7 +5,7 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lite.common.errors import RequestError
@@ -13,7 +13,7 @@ from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, save_adapter
 from orpo_lite.model.base import grow_embeddings
 from orpo_lite.recipe import AdapterSection, ModelSection
-from tests.merge.conftest import weights
+from tests.merge.conftest import tensors, weights
 from tests.model.conftest import disturb, logits
 
 EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
@@ -24,8 +24,8 @@ EXPERTS = ["experts.gate_up_proj", "experts.down_proj"]
 def test_float32_arithmetic_rounded_once(adapted, tmp_path, dtype, saved):
     _, base, adapter = adapted("llama", dtype, target_modules="all-linear", alpha_pattern={"k_proj": 3})
     file = adapter / "adapter_model.safetensors"
-    save_file({key: value.to(saved) for key, value in load_file(file).items()}, file)
-    merged, before, factors = weights(merge(adapter, tmp_path / "merged")), weights(base), load_file(file)
+    save_file({key: value.to(saved) for key, value in tensors(file).items()}, file)
+    merged, before, factors = weights(merge(adapter, tmp_path / "merged")), weights(base), tensors(file)
     assert merged.keys() == before.keys()
     changed = 0
     for key, weight in before.items():
@@ -148,28 +148,28 @@ def test_adapters_that_changed_their_base(base_folder, tmp_path, init):
     model.save_pretrained(tmp_path / "raw")
     config = json.loads((tmp_path / "raw" / "adapter_config.json").read_text())
     assert config["init_lora_weights"] == init
-    with pytest.raises(RequestError, match=f"initialised with {init}, which changed its base weights"):
+    with pytest.raises(RequestError, match=f"initialized with {init}, which changed its base weights"):
         merge(tmp_path / "raw", tmp_path / "other")
     assert not (tmp_path / "other").exists()
 
 
 def change(adapter, edit) -> None:
     file = adapter / "adapter_model.safetensors"
-    save_file(edit(load_file(file)), file)
+    save_file(edit(tensors(file)), file)
 
 
 def test_every_tensor_of_the_adapter_has_one_place(adapted, tmp_path):
     _, _, adapter = adapted("llama", target_modules=["q_proj", "v_proj"])
-    whole = load_file(adapter / "adapter_model.safetensors")
+    whole = tensors(adapter / "adapter_model.safetensors")
     key = "base_model.model.model.layers.1.self_attn.v_proj.lora_B.weight"
     out = tmp_path / "merged"
-    for tensors, words in [
+    for wrong, words in [
         (whole | {key.replace("layers.1", "layers.7"): whole[key].clone()}, r"has no place for 1 tensor.*layers\.7"),
         (whole | {key.replace("base_model.model.", ""): whole[key].clone()}, "are for the same place"),
         ({k: v for k, v in whole.items() if k != key}, r"lacks a tensor for model\.layers\.1\.self_attn\.v_proj"),
         (whole | {key: whole[key][:-1].contiguous()}, r"does not fit.*size mismatch.*layers\.1\.self_attn\.v_proj"),
     ]:
-        save_file(tensors, adapter / "adapter_model.safetensors")
+        save_file(wrong, adapter / "adapter_model.safetensors")
         with pytest.raises(RequestError, match=words):
             merge(adapter, out)
         assert not out.exists()

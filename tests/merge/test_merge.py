@@ -22,6 +22,7 @@ from orpo_lite.merge.run import merge
 from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests import commands
+from tests.merge.conftest import tensors
 from tests.model.conftest import disturb, logits
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
@@ -121,7 +122,7 @@ def test_ends_of_an_encoder_decoder(trained, base_folder, tmp_path, fields, apar
     """T5's embeddings and head are one tensor, scaled; T5 1.1 and Flan-T5 store a head of its own under the same flag."""
     base = shutil.copytree(base_folder("t5"), tmp_path / "base")
     if apart:
-        weights = load_file(base / "model.safetensors")
+        weights = tensors(base / "model.safetensors")
         weights["lm_head.weight"] = weights["shared.weight"].flip(0).contiguous()
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
         config = json.loads((base / "config.json").read_text())

@@ -5,49 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from orpo_lite.recipe.importers import draft as words
-from orpo_lite.recipe.importers.draft import PACKING, RecipeDraft, as_list, number
+from orpo_lite.recipe.importers.draft import RecipeDraft, as_list, number, table
 from orpo_lite.recipe.loading import find_template
 from orpo_lite.recipe.training_fields import check_training_field
 
-PLACES = {
-    "revision_of_model": "model.revision",
-    "tokens": "model.new_tokens",
-    "chat_template_kwargs": "data.template_kwargs",
-    "sequence_len": "data.max_length",
-    "dataset_num_proc": "data.num_proc",
-    "dataset_processes": "data.num_proc",
-    "num_epochs": "training.num_train_epochs",
-    "micro_batch_size": "training.per_device_train_batch_size",
-    "eval_batch_size": "training.per_device_eval_batch_size",
-    "learning_rate": "training.learning_rate",
-    "max_grad_norm": "training.max_grad_norm",
-    "wandb_name": "training.run_name",
-    "early_stopping_patience": "training.early_stopping_patience",
-}
-ADAPTER = {
-    "lora_r": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "lora_modules_to_save": "adapter.modules_to_save",
-    "lora_rank_pattern": "adapter.rank_pattern",
-    "lora_alpha_pattern": "adapter.alpha_pattern",
-    "peft_use_dora": "adapter.use_dora",
-    "peft_use_rslora": "adapter.use_rslora",
-    "peft_init_lora_weights": "adapter.init_lora_weights",
-    "loraplus_lr_ratio": "adapter.loraplus_lr_ratio",
-}
-TRAINING = {"num_train_epochs": 1, "per_device_train_batch_size": 1, "gradient_accumulation_steps": 1,
-            "lr_scheduler_type": "cosine", "warmup_steps": 0.03, "optim": "adamw_torch_fused", "weight_decay": 0.0,
-            "save_strategy": "epoch", "save_total_limit": 4, "report_to": "none"}  # fmt: skip
-"""axolotl's defaults."""
-TRACKERS = {
-    "wandb": ("use_wandb", "wandb_project"),
-    "mlflow": ("use_mlflow", "mlflow_experiment_name"),
-    "tensorboard": ("use_tensorboard", ""),
-    "comet_ml": ("use_comet", "comet_project_name"),
-    "trackio": ("use_trackio", "trackio_project_name"),
-}
-"""Tracker -> the flag that switches it on, and the field whose presence does."""
+FIELDS = table("axolotl")
+WORDS: dict[str, str] = FIELDS["words"]
+LEFT: dict[str, str] = FIELDS["left"]
 KERNELS = (
     "flash_attention",
     "sdp_attention",
@@ -56,40 +20,6 @@ KERNELS = (
     "xformers_attention",
     "sage_attention",
 )
-VARIABLES = ("wandb_project", "wandb_entity", "wandb_watch", "wandb_log_model", "wandb_mode", "wandb_run_id",
-             "mlflow_tracking_uri", "mlflow_experiment_name", "comet_api_key")  # fmt: skip
-MODELS = ("model_type", "base_model_config", "is_llama_derived_model", "is_mistral_derived_model",
-          "is_falcon_derived_model", "is_qwen_derived_model")  # fmt: skip
-WATCHDOG = "a loss that is not finite stops the run (training.on_nonfinite); warnings report other trouble"
-LEFT = {
-    **{name: f"set the environment variable {name.upper()}" for name in VARIABLES},
-    **dict.fromkeys(MODELS, "the model's own config is used"),
-    **dict.fromkeys(("sample_packing", "eval_sample_packing", "pad_to_sequence_len", "pad_to_multiple_of"), PACKING),
-    **dict.fromkeys(("loss_watchdog_threshold", "loss_watchdog_patience"), WATCHDOG),
-    "tokenizer_type": "the tokenizer is found by the model's own files",
-    "tokenizer_config": "the model's own tokenizer is used; put another one beside the weights",
-    "dataset_prepared_path": "tokens are cached automatically, beside those of `datasets`",
-    "train_on_inputs": "the scope of the NLL is orpo.nll_scope",
-    "group_by_length": "set orpo.tokens_per_batch, which puts pairs of similar length together inside each step",
-    "max_prompt_len": "axolotl does not hand it to ORPO either; the recipe's field is data.max_prompt_length",
-    "lora_fan_in_fan_out": "found by the layers themselves",
-    "lora_on_cpu": "the adapter is small beside the base",
-    "auto_resume_from_checkpoints": "the same command resumes by itself",
-    "hf_use_auth_token": "log in with `hf auth login`",
-    "save_safetensors": "safetensors is the only format",
-    "plugins": "the head is computed in chunks anyway, and attention without padding",
-    "special_tokens": "the tokenizer's own are kept; a padding token other than EOS is chosen, and masks follow the lengths",
-    "default_system_message": "write system turns into the data",
-    "eot_tokens": "answers end at the chat template's own end of turn",
-    "chat_template_jinja": "save the template as a file and set model.chat_template to its path",
-    "trackio_project_name": "set training.project",
-    "shuffle_merged_datasets": "rows are shuffled by training.seed",
-    "gradient_checkpointing_kwargs": "checkpointing is always non-reentrant",
-    "streaming": "rows are tokenized once and cached on disk; files larger than memory are read as they are",
-    "ds_type": "the format is told by the file itself",
-}
-SHAPE = "the shape of the rows is detected from the rows: see `python -m orpo_lite.data --recipe FILE`"
-NO_PAIRS = "there are no held-out pairs (val_set_size, test_datasets)"
 
 
 def convert(draft: RecipeDraft) -> None:
@@ -98,7 +28,7 @@ def convert(draft: RecipeDraft) -> None:
     draft.note("rl", draft.take("rl"), "orpo")
     if isinstance(draft.source.get("trl"), dict):
         draft.source.update({f"trl.{name}": value for name, value in draft.take("trl").items()})
-    draft.carry_all(PLACES, {"orpo.beta": 0.1, "data.max_length": 512, "data.completion_end": "trl"})
+    draft.carry_all(FIELDS["places"], {"orpo.beta": 0.1, "data.max_length": 512, "data.completion_end": "trl"})
     betas = [name for name in ("trl.beta", "rl_beta", "orpo_alpha") if name in draft.source]
     for name in betas[:1]:
         draft.carry(name, "orpo.beta")
@@ -136,7 +66,7 @@ def convert_weights(draft: RecipeDraft) -> None:
     else:
         draft.put("adapter", None)
         if four or eight:
-            draft.differ("adapter", None, "quantized weights cannot be trained in full: model.quantization is none")
+            draft.differ("adapter", None, WORDS["full"])
         for name in [name for name in draft.source if name.startswith(("lora_", "peft_"))]:
             draft.leave(name, "no adapter is trained")
     if draft.source.get("float32"):
@@ -148,7 +78,7 @@ def convert_weights(draft: RecipeDraft) -> None:
 def convert_adapter(draft: RecipeDraft) -> None:
     """Convert LoRA's own settings."""
     draft.carry("lora_model_dir", "adapter.init_from", draft.place_of)
-    draft.carry_all(ADAPTER, {"adapter.dropout": 0.0})
+    draft.carry_all(FIELDS["adapter"], {"adapter.dropout": 0.0})
     draft.carry("lora_target_parameters", "adapter.target_parameters", lambda it: [it] if isinstance(it, str) else it)
     linear, targets = draft.flag("lora_target_linear"), draft.take("lora_target_modules")
     place = "adapter.target_modules" + (": all-linear" if linear else "")
@@ -158,7 +88,7 @@ def convert_adapter(draft: RecipeDraft) -> None:
     if linear or targets:
         draft.put("adapter.target_modules", "all-linear" if linear else targets)
     else:
-        draft.differ("lora_target_modules", None, "not given: all linear layers are adapted, where PEFT chooses by the model")  # fmt: skip
+        draft.differ("lora_target_modules", None, WORDS["lora_target_modules"])
 
 
 def convert_attention(draft: RecipeDraft) -> None:
@@ -194,7 +124,7 @@ def convert_template(draft: RecipeDraft) -> None:
         if template.startswith("tokenizer_default"):
             draft.differ("chat_template", template, "set whether or not the tokenizer has one of its own")
     else:
-        draft.leave_value("chat_template", template, "not known by this name: the tokenizer's own is used; if it has none, set model.chat_template to a Jinja file")  # fmt: skip
+        draft.leave_value("chat_template", template, WORDS["chat_template"])
 
 
 def convert_data(draft: RecipeDraft) -> None:
@@ -220,7 +150,7 @@ def sources_of(draft: RecipeDraft, field: str) -> list[dict[str, Any]]:
         files = [str(file) for file in as_list(entry.pop("data_files", None) or [])]
         local = path in (None, "json", "jsonl", "csv", "parquet", "text") or draft.place_of(path).startswith(("/", "."))
         if files and not local:
-            draft.leave_value(f"{where}.data_files", files, "whole splits are read: name the split, or download the files and give their paths")  # fmt: skip
+            draft.leave_value(f"{where}.data_files", files, WORDS["data_files"])
             files = []
         if path:
             draft.note(f"{where}.path", path, "data path")
@@ -232,7 +162,7 @@ def sources_of(draft: RecipeDraft, field: str) -> list[dict[str, Any]]:
             source["columns"] = columns
         for name, value in entry.items():
             if value is not None:
-                draft.leave_value(f"{where}.{name}", value, LEFT.get(name, SHAPE))
+                draft.leave_value(f"{where}.{name}", value, LEFT.get(name, WORDS["shape"]))
         found += [{"path": draft.place_of(file)} | source for file in files or [path]]
     return found
 
@@ -251,11 +181,11 @@ def columns_of(draft: RecipeDraft, where: str, entry: dict[str, Any]) -> dict[st
             draft.note(f"{where}.field_{ours}", columns[ours], f"columns.{ours}")
     for name, value in inside.items():
         if value is not None:
-            draft.leave_value(f"{where}.type.{name}", value, "the chat template writes the turns: set data.apply_template for plain text, or write the text into the data")  # fmt: skip
+            draft.leave_value(f"{where}.type.{name}", value, WORDS["type"])
     if kind in ("chat_template.argilla", "chat_template"):
         draft.note(f"{where}.type", kind, "detected from the rows")
     elif kind is not None and not isinstance(kind, dict):
-        draft.leave_value(f"{where}.type", kind, SHAPE)
+        draft.leave_value(f"{where}.type", kind, WORDS["shape"])
     return columns
 
 
@@ -275,7 +205,7 @@ def convert_training(draft: RecipeDraft) -> None:
     convert_optimizer(draft)
     convert_checkpointing(draft)
     found = []
-    for name, (flag, project) in TRACKERS.items():
+    for name, (flag, project) in FIELDS["trackers"].items():
         if (wanted := draft.flag(flag)) is not None:
             draft.note(flag, wanted, "training.report_to")
         if wanted or wanted is None and draft.source.get(project):
@@ -287,11 +217,11 @@ def convert_training(draft: RecipeDraft) -> None:
         draft.leave("tf32", "set training.tf32: true on a card that has it")
     elif not draft.source.get("tf32", True):  # false is the default, and a card without it refuses the field
         draft.note("tf32", draft.take("tf32"), "training.tf32")
-    draft.training(TRAINING)
+    draft.training(FIELDS["defaults"], LEFT)
     accumulation = draft.recipe["training"]["gradient_accumulation_steps"]
     if (number(accumulation) or 1) > 1:
         draft.put("orpo.nll_mean", "micro")
-        draft.differ("gradient_accumulation_steps", accumulation, "axolotl hands ORPO to TRL, whose NLL is a mean of micro-batch means: orpo.nll_mean is micro; with window, the default here, batch 8 x 1 and 1 x 8 are the same")  # fmt: skip
+        draft.differ("gradient_accumulation_steps", accumulation, WORDS["gradient_accumulation_steps"])
 
 
 def convert_optimizer(draft: RecipeDraft) -> None:
@@ -303,7 +233,11 @@ def convert_optimizer(draft: RecipeDraft) -> None:
             draft.put(f"training.{ours}", check_training_field(ours, "adamw_torch" if wanted == "adamw_hf" else wanted))
             draft.note(theirs, wanted, f"training.{ours}")
         except ValueError:
-            draft.leave_value(theirs, wanted, f"transformers has none of this name: training.{ours} is {TRAINING[ours]}, axolotl's default")  # fmt: skip
+            draft.leave_value(
+                theirs,
+                wanted,
+                f"transformers has none of this name: training.{ours} is {FIELDS['defaults'][ours]}, axolotl's default",
+            )
     schedule = draft.recipe["training"].get("lr_scheduler_type", "cosine")
     if schedule == "cosine" and (floor := draft.take("cosine_min_lr_ratio")) is not None:
         draft.put("training.lr_scheduler_type", "cosine_with_min_lr")
@@ -318,7 +252,7 @@ def convert_checkpointing(draft: RecipeDraft) -> None:
     if wanted is not None:
         draft.note("gradient_checkpointing", wanted, "memory.checkpointing")
     if wanted == "offload_disk":
-        draft.differ("gradient_checkpointing", wanted, "offloaded to host memory instead (memory.offload_activations)")
+        draft.differ("gradient_checkpointing", wanted, WORDS["offload_disk"])
     if offload:
         draft.note("activation_offloading", draft.take("activation_offloading"), "memory.offload_activations")
     if offload or wanted in ("offload", "offload_disk"):
@@ -347,9 +281,9 @@ def convert_pace(draft: RecipeDraft) -> None:
             draft.leave_value(field, times, f"not a number of times: {kind}_steps and {kind}_strategy are used")
     if not draft.recipe["data"]["eval_fraction"] and "eval" not in draft.recipe["data"]:
         training["eval_strategy"] = "no"
-        draft.leave("eval_strategy", NO_PAIRS)
-        draft.leave("eval_steps", NO_PAIRS)
+        draft.leave("eval_strategy", WORDS["no_pairs"])
+        draft.leave("eval_steps", WORDS["no_pairs"])
         training.pop("eval_steps", None)
     elif "eval_strategy" not in training and "eval_strategy" not in draft.source:
         training["eval_strategy"] = "no"
-        draft.leave_value("eval_strategy", None, "not given, so nothing is evaluated during training, as in axolotl; before and after training it is")  # fmt: skip
+        draft.leave_value("eval_strategy", None, WORDS["eval_strategy"])

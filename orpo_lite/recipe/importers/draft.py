@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import shown
 from orpo_lite.recipe.training_fields import HUB_WORD, check_training_field, training_fields
@@ -18,21 +19,16 @@ from orpo_lite.recipe.values import unfit
 PRIVATE = re.compile(r"(^|_)(token|api_key|secret|password)$")
 SPELLED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
 
-PACKING = "the packed and shared layouts (orpo.layout: auto) leave no padding without it"
-LAUNCH = "start with `accelerate launch`, configured for it"
-LEFT = {
-    **dict.fromkeys(("deepspeed", "fsdp", "fsdp_config"), LAUNCH),
-    "trust_remote_code": "set model.trust_remote_code: true yourself once you have read the repository's code",
-    "resume_from_checkpoint": "give --resume to train, or the same command again",
-    "remove_unused_columns": "columns that are not trained on are left out anyway",
-    "torch_compile": "not with the packed layouts",
-}
-"""What to do about fields that both trainers have and a recipe does not."""
 DTYPE = "model.dtype: auto takes bfloat16 where the card has it, float16 on older ones, float32 on a CPU"
 ATTENTION = (
     "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that "
     "is installed"
 )
+
+
+def table(name: str) -> dict[str, Any]:
+    """Read the table of a trainer's fields that is beside this file."""
+    return safe_yaml.read(Path(__file__).with_name(f"{name}.yaml"))
 
 
 class Note(NamedTuple):
@@ -152,11 +148,11 @@ class RecipeDraft:
             elif wanted is not None:
                 self.note(name, wanted, "model.dtype")
 
-    def training(self, defaults: Mapping[str, Any]) -> None:
-        """Carry over what transformers has by the same name; `defaults` are the other trainer's."""
+    def training(self, defaults: Mapping[str, Any], known: Mapping[str, str]) -> None:
+        """Carry over what transformers has by the same name, but for `known` fields; `defaults` are the other trainer's."""
         for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
             self.leave(name, HUB_WORD)
-        for name in [name for name in self.source if name in training_fields() and name not in LEFT]:
+        for name in [name for name in self.source if name in training_fields() and name not in known]:
             try:
                 clean = check_training_field(name, self.source[name])
             except ValueError as error:
@@ -170,7 +166,7 @@ class RecipeDraft:
     def rest(self, known: Mapping[str, str]) -> None:
         """List what remains, with what is known about it, and fields that were read without effect."""
         for name in list(self.source):
-            self.leave(name, known.get(name) or LEFT.get(name, "no equivalent here"))
+            self.leave(name, known.get(name, "no equivalent here"))
         named = {name.partition(".")[0] for name, *_ in [*self.carried, *self.differs, *self.left]}
         for name, value in self.given.items():
             if name not in named:

@@ -8,71 +8,11 @@ from typing import Any
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe.importers import draft as words
-from orpo_lite.recipe.importers.draft import PACKING, RecipeDraft, number, spelled
+from orpo_lite.recipe.importers.draft import RecipeDraft, number, spelled, table
 from orpo_lite.recipe.loading import find_template
 
-PLACES = {
-    "model_revision": "model.revision",
-    "double_quantization": "model.double_quant",
-    "cutoff_len": "data.max_length",
-    "max_samples": "data.max_rows",
-    "preprocessing_num_workers": "data.num_proc",
-    "early_stopping_steps": "training.early_stopping_patience",
-}
-ADAPTER = {
-    "lora_rank": "adapter.r",
-    "lora_alpha": "adapter.alpha",
-    "lora_dropout": "adapter.dropout",
-    "use_rslora": "adapter.use_rslora",
-    "use_dora": "adapter.use_dora",
-    "loraplus_lr_ratio": "adapter.loraplus_lr_ratio",
-}
-TRAINING = {"num_train_epochs": 3, "per_device_train_batch_size": 8, "gradient_accumulation_steps": 1,
-            "learning_rate": 5e-5, "lr_scheduler_type": "linear", "warmup_steps": 0, "save_strategy": "steps", "save_steps": 500,
-            "eval_strategy": "no", "report_to": "none"}  # fmt: skip
-"""LLaMA-Factory's defaults."""
-CHUNKS = "the head is computed in chunks anyway, and each prompt once for both answers"
-WEIGHTS = "sources are read one after the other; give each a weight in data.train, which says how often it is seen"
-LEFT = {
-    **dict.fromkeys(("packing", "neat_packing"), PACKING),
-    **dict.fromkeys(("enable_liger_kernel", "use_unsloth"), CHUNKS),
-    **dict.fromkeys(("mix_strategy", "interleave_probs"), WEIGHTS),
-    **dict.fromkeys(("streaming", "buffer_size"), "rows are tokenized once and cached on disk"),
-    "do_train": "training is what `train` does",
-    "do_eval": "held-out pairs are evaluated before and after training",
-    "do_predict": "answers to held-out prompts are in the run folder (evaluation.samples)",
-    "overwrite_output_dir": "a finished run is never overwritten: the next one goes to NAME-2",
-    "overwrite_cache": "tokens are cached by the content of data, tokenizer and settings",
-    "plot_loss": "curves are in report.html and curves.png",
-    "use_fast_tokenizer": "the fast one is used",
-    "low_cpu_mem_usage": "weights are read one by one",
-    "cache_dir": "set the environment variable HF_HOME",
-    "hf_hub_token": "log in with `hf auth login`",
-    "use_unsloth_gc": "set memory.offload_activations: true",
-    "ref_model": "ORPO has no reference model",
-    "pref_ftx": "ORPO has an NLL term already, of weight 1",
-    "default_system": "write system turns into the data",
-    "preprocessing_batch_size": "rows are tokenized in batches anyway",
-    "mask_history": "only the last turn is ever scored",
-    "train_on_prompt": "the scope of the NLL is orpo.nll_scope",
-    "media_dir": "text only",
-    "ignore_pad_token_for_loss": "padding is never scored",
-    "include_num_input_tokens_seen": "tokens per second are always logged",
-    "upcast_layernorm": "norms beside quantized weights are in float32 anyway",
-    "quantization_device_map": "the whole model is on one card",
-    "moe_aux_loss_coef": "the model's own config has it (output_router_logits, router_aux_loss_coef)",
-}
-INFO = {"num_samples": "set data.max_rows", "folder": "give data.train the files", "ms_hub_url": "the Hugging Face hub is used",
-        "om_hub_url": "the Hugging Face hub is used", "script_url": "code of a data set is never run",
-        "cloud_file_name": "download it, and give its path", "tags": "the names of roles and contents are detected from the rows"}  # fmt: skip
-STANDARD = {
-    "alpaca": {"prompt": "instruction", "query": "input", "history": "history", "system": "system", "chosen": "chosen",
-               "rejected": "rejected"},
-    "sharegpt": {"messages": "conversations", "chosen": "chosen", "rejected": "rejected", "system": "system", "tools": "tools"},
-}  # fmt: skip
-"""Column names that are detected from the rows, by LLaMA-Factory's names for them."""
-NO_PAIRS = "there are no held-out pairs (val_size, eval_dataset)"
-NLL = "LLaMA-Factory's NLL is the mean over the answer's tokens of each pair, then over the pairs; "
+FIELDS = table("llamafactory")
+WORDS: dict[str, str] = FIELDS["words"]
 
 
 def convert(draft: RecipeDraft) -> None:
@@ -82,13 +22,13 @@ def convert(draft: RecipeDraft) -> None:
             draft.note(name, draft.take(name), "orpo")
     draft.carry("model_name_or_path", "model.name_or_path", draft.place_of)
     silent = {"orpo.beta": 0.1, "orpo.nll_scope": "chosen", "data.max_length": 2048, "data.overlong": "truncate"}
-    draft.carry_all(PLACES, silent)
+    draft.carry_all(FIELDS["places"], silent)
     draft.carry("orpo_beta" if "orpo_beta" in draft.source else "pref_beta", "orpo.beta")
     convert_weights(draft)
     convert_template(draft)
     convert_data(draft)
     convert_training(draft)
-    draft.rest(LEFT)
+    draft.rest(FIELDS["left"])
 
 
 def convert_weights(draft: RecipeDraft) -> None:
@@ -98,9 +38,7 @@ def convert_weights(draft: RecipeDraft) -> None:
     if kind == "full":
         draft.put("adapter", None)
         if held != "none":
-            draft.differ(
-                "quantization_bit", held, "quantized weights cannot be trained in full: model.quantization is none"
-            )
+            draft.differ("quantization_bit", held, WORDS["full"])
             held = "none"
     else:
         if kind != "lora":
@@ -135,7 +73,7 @@ def quantization_of(draft: RecipeDraft) -> str:
         draft.leave_value(
             "quantization_method",
             method,
-            "bitsandbytes quantizes here; use a repository that is already quantized, or none",
+            WORDS["quantization_method"],
         )
         draft.leave_value("quantization_bit", bits, f"of {method}: model.quantization is none")
         return "none"
@@ -143,7 +81,7 @@ def quantization_of(draft: RecipeDraft) -> str:
     draft.note("quantization_bit", bits, "model.quantization")
     draft.note("quantization_method", method, "model.quantization")
     if held == "none":
-        draft.differ("quantization_bit", bits, "bitsandbytes has 4 and 8 bits: model.quantization is none")
+        draft.differ("quantization_bit", bits, WORDS["bits"])
     return held
 
 
@@ -156,10 +94,10 @@ def convert_adapter(draft: RecipeDraft) -> None:
         draft.leave_value(
             "adapter_name_or_path",
             folder,
-            "only one adapter can be trained further: merge the others into the base first",
+            WORDS["adapter_name_or_path"],
         )
     rank = number(draft.source.get("lora_rank", 8)) or 8
-    draft.carry_all(ADAPTER, {"adapter.r": 8, "adapter.alpha": 2 * rank, "adapter.dropout": 0.0})
+    draft.carry_all(FIELDS["adapter"], {"adapter.r": 8, "adapter.alpha": 2 * rank, "adapter.dropout": 0.0})
     targets = draft.names("lora_target", "adapter.target_modules") or ["all"]
     draft.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets)
     if more := draft.names("additional_target", "adapter.modules_to_save"):
@@ -183,7 +121,7 @@ def convert_template(draft: RecipeDraft) -> None:
             draft.leave_value(
                 "template",
                 template,
-                "the tokenizer's own chat template is used; if it has none, set model.chat_template",
+                WORDS["template"],
             )
         if template.endswith("_nothink") and thinking is None:
             thinking = False
@@ -200,11 +138,11 @@ def convert_data(draft: RecipeDraft) -> None:
         if names or field == "dataset":
             draft.put(place, [source_of(draft, name, folder, info) for name in names])
     data = draft.recipe["data"]
-    draft.differ("cutoff_len", data["max_length"], "the answer of a longer pair is cut at its end (data.overlong: truncate); LLaMA-Factory shares the cut between prompt and answer")  # fmt: skip
+    draft.differ("cutoff_len", data["max_length"], WORDS["cutoff_len"])
     draft.held_out("val_size")
     if "max_rows" in data:
         if len(data["train"]) > 1:
-            draft.differ("max_samples", data["max_rows"], "of all sources together, in their order, where LLaMA-Factory means each")  # fmt: skip
+            draft.differ("max_samples", data["max_rows"], WORDS["max_samples"])
         if "eval" in data:
             data["max_eval_rows"] = data["max_rows"]
 
@@ -236,7 +174,7 @@ def dataset_info(draft: RecipeDraft) -> tuple[Path, dict[str, Any]]:
 def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Convert a named data set into a data source."""
     if not isinstance(info.get(name), dict):
-        draft.differ("dataset", name, "no dataset_info.json beside the file names it: taken as a path or a data set of the hub; give its file in data.train")  # fmt: skip
+        draft.differ("dataset", name, WORDS["dataset"])
         return {"path": draft.place_of(name)}
     about, where = dict(info[name]), f"dataset_info.{name}"
     hub, file = about.pop("hf_hub_url", None), about.pop("file_name", None)
@@ -249,18 +187,18 @@ def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any])
             draft.note(f"{where}.{theirs}", value, ours)
             source |= {ours: value} if hub else {}
     if not spelled("ranking", about.pop("ranking", False)):
-        draft.differ(f"{where}.ranking", False, "not marked as preference data: its rows must have chosen and rejected")
+        draft.differ(f"{where}.ranking", False, WORDS["ranking"])
     columns, formatting = about.pop("columns", None), str(about.pop("formatting", "alpaca"))
     if names := columns_of(draft, where, formatting, columns if isinstance(columns, dict) else {}):
         source["columns"] = names
     for key, value in about.items():
-        draft.leave_value(f"{where}.{key}", value, INFO.get(key, "no equivalent here"))
+        draft.leave_value(f"{where}.{key}", value, FIELDS["dataset_left"].get(key, "no equivalent here"))
     return source
 
 
 def columns_of(draft: RecipeDraft, where: str, formatting: str, given: dict[str, Any]) -> dict[str, str]:
     """Return the column map of a data set whose columns do not have their usual names."""
-    usual = STANDARD.get(formatting, STANDARD["sharegpt"])
+    usual = FIELDS["columns"].get(formatting, FIELDS["columns"]["sharegpt"])
     found: dict[str, str] = {}
     for theirs, actual in given.items():
         ours = "prompt" if theirs == "messages" else theirs
@@ -291,19 +229,14 @@ def convert_training(draft: RecipeDraft) -> None:
         draft.source["eval_strategy"] = draft.take("evaluation_strategy")
     if not draft.recipe["data"]["eval_fraction"] and "eval" not in draft.recipe["data"]:
         for name in ("eval_strategy", "eval_steps"):
-            draft.leave(name, NO_PAIRS)
-    for name in [name for name in draft.source if name in LEFT]:
-        draft.leave(name, LEFT[name])
+            draft.leave(name, WORDS["no_pairs"])
     if (sequential := draft.flag("disable_shuffling")) is not None:
         draft.note("disable_shuffling", sequential, "training.train_sampling_strategy")
         draft.put("training.train_sampling_strategy", "sequential" if sequential else "random")
-    draft.training(TRAINING)
+    draft.training(FIELDS["defaults"], FIELDS["left"])
     training = draft.recipe["training"]
     batch = int(number(training["per_device_train_batch_size"]) or 1)
     if batch == 1:
         draft.put("orpo.nll_mean", "micro")
-        draft.differ("pref_loss", "orpo", NLL + "one pair per micro-batch and orpo.nll_mean: micro are the same")
-    else:
-        steps = batch * int(number(training["gradient_accumulation_steps"]) or 1)
-        draft.differ("pref_loss", "orpo", NLL + "here it is one mean over all answer tokens of the step, in which longer answers weigh more. "
-                     f"For the same, set training.per_device_train_batch_size=1 training.gradient_accumulation_steps={steps} orpo.nll_mean=micro")  # fmt: skip
+    steps = batch * int(number(training["gradient_accumulation_steps"]) or 1)
+    draft.differ("pref_loss", "orpo", WORDS["one_pair" if batch == 1 else "nll"].format(steps=steps))
