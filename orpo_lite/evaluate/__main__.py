@@ -23,12 +23,10 @@ def command(
         str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
     ] = None,
     prompts: Annotated[
-        str | None,
-        typer.Option(metavar="FILE", help="answer these prompts instead: rows with turns or prompt, or lines of .txt"),
+        str | None, typer.Option(metavar="FILE", help="answer these prompts instead: rows, or lines of .txt")
     ] = None,
     output: Annotated[
-        Path | None,
-        typer.Option(metavar="FILE", help="with --prompts: write answers there row by row, and resume from it"),
+        Path | None, typer.Option(metavar="FILE", help="with --prompts: write answers there, and resume from it")
     ] = None,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 512,
     temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 0.0,
@@ -37,9 +35,7 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[
         str | None,
-        typer.Option(
-            metavar="MODEL|URL", help="with --prompts: who judges the answers, a model's folder, hub id, or address"
-        ),
+        typer.Option(metavar="MODEL|URL", help="with --prompts: let a model or an address judge the answers"),
     ] = None,
     judge_url: Annotated[
         str | None, typer.Option("--judge-url", metavar="URL", help="the same for an OpenAI-compatible address")
@@ -48,10 +44,7 @@ def command(
         str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
     ] = None,
     lm_eval: Annotated[
-        str | None,
-        typer.Option(
-            "--lm-eval", metavar="TASKS", help="print the lm-evaluation-harness command for these tasks, such as ifeval"
-        ),
+        str | None, typer.Option("--lm-eval", metavar="TASKS", help="print lm_eval's command for tasks such as ifeval")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     trust_remote_code: Annotated[

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from orpo_lite.common.console import errors
+from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import Dropped
 from orpo_lite.data.file_formats import read_file
@@ -26,9 +24,6 @@ from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.out_of_memory import named
 
 FORMS = 'expected {"turns": ["...", "..."]}, {"prompt": "..."} or {"prompt": [messages, the last from the user]}'
-
-
-# ---- prompts ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -99,9 +94,6 @@ def parse_question(row: Any, number: int, path: str) -> Question:
     return Question(str(given), None if category is None else str(category), opening, follow_ups)
 
 
-# ---- results ---------------------------------------------------------------------------------------------------------
-
-
 class ResultFile:
     """A JSON-lines file with one row for each task, in order; or none, where nothing is to be written.
 
@@ -158,17 +150,6 @@ class ResultFile:
                 file.flush()
                 os.fsync(file.fileno())
 
-    @contextlib.contextmanager
-    def progress(self, doing: str) -> Iterator[Callable[[], None]]:
-        """Show a progress bar over the tasks, and provide the function that updates it."""
-        columns = (TextColumn(doing), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        with Progress(*columns, console=errors, transient=True) as bar:
-            task = bar.add_task(doing, total=len(self.tasks), completed=len(self.rows))
-            yield lambda: bar.update(task, completed=len(self.rows))
-
-
-# ---- answers ---------------------------------------------------------------------------------------------------------
-
 
 def answer_questions(
     load: Callable[[], Answerer],
@@ -203,7 +184,8 @@ def answer_questions(
         return results.rows
     answerer = load()
     check_room(answerer, questions)
-    with results.progress("answering") as update:
+    with progress_bar("answering", len(questions)) as advance:
+        advance(len(results.rows))
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
             done = len(results.rows) - start
@@ -220,7 +202,7 @@ def answer_questions(
                         for key in ("answers", "tokens", "ended")
                     }
                 )
-            update()
+            advance(len(part) - max(0, done))
     return results.rows
 
 

@@ -3,25 +3,30 @@
 from __future__ import annotations
 
 import contextlib
+import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import visible
 from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.held_out import base_only
-from orpo_lite.evaluate.loading import ModelSource, load_model, load_tokenizer_of, resolve_model
+from orpo_lite.evaluate.loading import ModelSource, load_model, resolve_model
 from orpo_lite.model import autocast, load_base
 from orpo_lite.model.chat_template import TemplateRefused, render_chats
 from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
 from orpo_lite.objective.loss import pair_statistics
 from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
 from orpo_lite.trainer.model_setup import decoder_start
+from orpo_lite.trainer.run_folder import tokenizer_of
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""
@@ -188,8 +193,6 @@ class Answerer:
             raise RequestError(f"the conversation has {len(ids):,} tokens, and the model takes {self.context:,}")
         return self.replies(name, [ids], replace(sampling, max_new_tokens=room), streamer, stopping)[0]
 
-    # ---- scores ------------------------------------------------------------------------------------------------------
-
     def mean_logps(self, turns: Turns, first: str, second: str) -> dict[str, tuple[float, float]]:
         """Compute the mean log-prob per completion token, the end included, of two answers under every side.
 
@@ -248,6 +251,78 @@ class Answerer:
         return stats.chosen_logps.item(), stats.rejected_logps.item()
 
 
+def write(text: str) -> None:
+    """Write a model's text to the terminal at once, every control character escaped by itself, so that no sequence can
+    be assembled from parts."""
+    console.file.write(visible(text))
+    console.file.flush()
+
+
+class Stream:
+    """A streamer for transformers' generate that writes an answer while it is generated.
+
+    Args:
+        strip: leave out the whitespace before the first word.
+    """
+
+    def __init__(self, tokenizer: Any, out: Callable[[str], None] = write, strip: bool = True):
+        self.tokenizer, self.out, self.strip = tokenizer, out, strip
+        self.ids: list[int] = []
+        self.written = ""
+        """The part of the text of `ids` that is written already."""
+        self.prompt = True
+
+    def put(self, value: Any) -> None:
+        """Take the prompt, then one token at a time."""
+        if self.prompt:
+            self.prompt = False
+            return
+        self.ids += value.flatten().tolist()
+        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
+        self._write(text.rstrip("\ufffd"))  # the first bytes of a character, whose others are in the next tokens
+        if text.endswith("\n"):
+            self.ids, self.written = [], ""
+
+    def end(self) -> None:
+        """Write what was held back."""
+        self._write(self.tokenizer.decode(self.ids, skip_special_tokens=True))
+
+    def _write(self, text: str) -> None:
+        new, self.written = text[len(self.written) :], max(text, self.written, key=len)
+        if self.strip:
+            new = new.lstrip()
+        if new:
+            self.strip = False
+            self.out(new)
+
+
+class Interruptible:
+    """A stopping criterion: while open, Ctrl-C ends an answer at its next token; pressed again it does not wait for that.
+
+    Attributes:
+        asked: whether it was pressed.
+    """
+
+    def __init__(self) -> None:
+        self.asked = False
+
+    def __enter__(self) -> Interruptible:
+        self.before = signal.signal(signal.SIGINT, self._on)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        signal.signal(signal.SIGINT, self.before)
+
+    def _on(self, *_: object) -> None:
+        if self.asked:
+            raise KeyboardInterrupt
+        self.asked = True
+
+    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
+        """Tell generate, after each token, which rows to stop: (batch,) bool."""
+        return (input_ids[:, 0] == input_ids[:, 0]) & self.asked
+
+
 def load_answerer(
     path: str,
     trust_remote_code: bool = False,
@@ -270,6 +345,6 @@ def load_answerer(
             "that it was merged from"
         )
     say(f"loading {source}")
-    tokenizer = load_tokenizer_of(source)
+    tokenizer = tokenizer_of(Path(source.path), source.model)
     model, _ = load_model(source, source.recipe, tokenizer)
     return Answerer(source, model, tokenizer)

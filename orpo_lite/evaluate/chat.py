@@ -6,9 +6,7 @@ import contextlib
 import json
 import os
 import random
-import signal
 import sys
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -47,21 +45,14 @@ def command(
     run: Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")],
     prompt: Annotated[str | None, typer.Option(help="answer this and end; standard input works as well")] = None,
     system: Annotated[str | None, typer.Option(help="system turn; default: what the chat template writes")] = None,
-    temperature: Annotated[
-        float, typer.Option(min=0, help="0 takes the most likely token each time; above, tokens are sampled")
-    ] = 0.0,
-    top_p: Annotated[
-        float,
-        typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens of this probability together"),
-    ] = 1.0,
+    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 0.0,
+    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")] = 1.0,
     max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 512,
     seed: Annotated[int | None, typer.Option(help="of the sampling, to get the same answers again")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="answer with base and adapter, and keep which one you like better")
     ] = False,
-    blind: Annotated[
-        bool, typer.Option("--blind", help="with --compare: shuffled, revealing which is which after your choice")
-    ] = False,
+    blind: Annotated[bool, typer.Option("--blind", help="with --compare: reveal the sides after your choice")] = False,
     preferences: Annotated[
         str, typer.Option(metavar="FILE", help="with --compare: where choices are appended, as training data")
     ] = FILE,
@@ -95,7 +86,9 @@ def command(
     )
     torch.manual_seed(seed if seed is not None else random.SystemRandom().randrange(2**32))
     sampling = Sampling(max_new_tokens, temperature, top_p)
-    comparison = Comparison(answerer, kept, blind, random.Random(seed)) if compare else None
+    comparison = None
+    if compare:
+        comparison = Comparison(answerer, kept, blind, random.Random(seed), read_key, read_message)
     chat = Chat(answerer, sampling, system, comparison)
     if prompt is None:
         chat.run()
@@ -168,6 +161,8 @@ class Chat:
 
     def stream(self, window: Turns) -> str:
         """Write the trained model's answer while it is generated."""
+        from orpo_lite.evaluate.answering import Interruptible, Stream, write
+
         with Interruptible() as stop:
             shown = Stream(self.answerer.tokenizer, strip=self.answerer.format.kind != "plain")
             reply = self.answerer.reply(self.answerer.names[-1], window, self.sampling, shown, stop)
@@ -264,81 +259,6 @@ class Chat:
         self.over = True
 
 
-# ---- the terminal ----------------------------------------------------------------------------------------------------
-
-
-def write(text: str) -> None:
-    """Write a model's text to the terminal at once, every control character escaped by itself, so that no sequence can
-    be assembled from parts."""
-    console.file.write(visible(text))
-    console.file.flush()
-
-
-class Stream:
-    """A streamer for transformers' generate that writes an answer while it is generated.
-
-    Args:
-        strip: leave out the whitespace before the first word.
-    """
-
-    def __init__(self, tokenizer: Any, out: Callable[[str], None] = write, strip: bool = True):
-        self.tokenizer, self.out, self.strip = tokenizer, out, strip
-        self.ids: list[int] = []
-        self.written = ""
-        """The part of the text of `ids` that is written already."""
-        self.prompt = True
-
-    def put(self, value: Any) -> None:
-        """Take the prompt, then one token at a time."""
-        if self.prompt:
-            self.prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self._write(text.rstrip("\ufffd"))  # the first bytes of a character, whose others are in the next tokens
-        if text.endswith("\n"):
-            self.ids, self.written = [], ""
-
-    def end(self) -> None:
-        """Write what was held back."""
-        self._write(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        new, self.written = text[len(self.written) :], max(text, self.written, key=len)
-        if self.strip:
-            new = new.lstrip()
-        if new:
-            self.strip = False
-            self.out(new)
-
-
-class Interruptible:
-    """A stopping criterion: while open, Ctrl-C ends an answer at its next token; pressed again it does not wait for that.
-
-    Attributes:
-        asked: whether it was pressed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Interruptible:
-        self.before = signal.signal(signal.SIGINT, self._on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def _on(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """Tell generate, after each token, which rows to stop: (batch,) bool."""
-        return (input_ids[:, 0] == input_ids[:, 0]) & self.asked
-
-
 def read_message(prompt: str) -> str:
     """Read a line, or several between triple quotes.
 
@@ -371,7 +291,7 @@ def read_key(prompt: str) -> str:
         before = termios.tcgetattr(terminal)
     except (ImportError, OSError, ValueError, termios.error):  # Windows, or no terminal
         return input(prompt).strip()[:1]
-    write(prompt)
+    print(prompt, end="", flush=True)
     try:
         tty.setcbreak(terminal, termios.TCSADRAIN)
         key = os.read(terminal, 1).decode("latin-1")
@@ -379,5 +299,5 @@ def read_key(prompt: str) -> str:
         termios.tcsetattr(terminal, termios.TCSADRAIN, before)
     if key in ("\x04", ""):
         raise EOFError
-    write(f"{key.strip()}\n")
+    print(visible(key).strip())
     return key.strip()

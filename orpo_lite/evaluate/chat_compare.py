@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shlex
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,7 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.row_shapes import row_shape
-from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
-from orpo_lite.evaluate.chat import Interruptible, Stream, read_key, read_message, write
+from orpo_lite.evaluate.answering import Answerer, Interruptible, Reply, Sampling, Stream, Turns, write
 from orpo_lite.objective.loss import log_odds_ratio
 
 try:
@@ -40,12 +40,16 @@ class Comparison:
         file: where choices go; None asks for none.
         blind: the sides are shuffled, and revealed once a choice is made.
         order: draws the shuffles.
+        read_key: asks the user for one key.
+        read_message: asks the user for text.
     """
 
     answerer: Answerer
     file: PreferenceFile | None
     blind: bool
     order: random.Random
+    read_key: Callable[[str], str]
+    read_message: Callable[[str], str]
     chosen: list[str] = field(default_factory=list)
     """Side of each answer that was preferred."""
 
@@ -160,14 +164,14 @@ class Comparison:
         """Ask for the user's choice; return it as a preference row with the preferred side, or None for no choice."""
         texts = [reply.text for reply in replies]
         try:
-            key = read_key(KEYS)
+            key = self.read_key(KEYS)
             if key in ("1", "2"):
                 better = int(key) - 1
                 if not all(text.strip() for text in texts):
                     raise RequestError("an empty answer makes no pair")
                 return self.answerer.format.row(turns, texts[better], texts[1 - better]), names[better]
             if key == "e":
-                own = read_message("better answer> ")
+                own = self.read_message("better answer> ")
                 worse = texts[names.index(self.answerer.names[-1])]
                 if not own or own == worse or not worse.strip():
                     raise RequestError("an empty answer, or the same one, makes no pair")

@@ -20,7 +20,7 @@ import httpx
 from rich.table import Table
 
 from orpo_lite import __version__
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
 from orpo_lite.evaluate.answering import Answerer, Sampling
@@ -45,9 +45,6 @@ LONGEST_PAUSE = 60.0
 """Seconds between two tries."""
 
 Conversation = list[dict[str, str]]
-
-
-# ---- judges ----------------------------------------------------------------------------------------------------------
 
 
 class Judge(Protocol):
@@ -152,7 +149,8 @@ class Endpoint:
                 continue
             if response.status_code not in RETRY_STATUS:
                 raise RequestError(f"{self} answered {response.status_code} ({reason}): {remedy(response.status_code)}")
-            failure, wait = f"{response.status_code} ({reason})", retry_after(response)
+            given = response.headers.get("Retry-After", "")
+            failure, wait = f"{response.status_code} ({reason})", float(given) if given.isdigit() else 0.0
         raise RuntimeError(
             f"{self}: {self.tries} tries failed, the last with {self.redacted(failure)}: check that the server is running"
         )
@@ -220,17 +218,6 @@ def remedy(status: int) -> str:
     return "check that this is the address of an OpenAI-compatible server, and --judge-model the name of a model there"
 
 
-def retry_after(response: httpx.Response) -> float:
-    """Read the seconds of Retry-After; 0 where it gives none."""
-    try:
-        return max(0.0, float(response.headers.get("Retry-After", 0)))
-    except ValueError:
-        return 0.0
-
-
-# ---- verdicts --------------------------------------------------------------------------------------------------------
-
-
 def judge_prompt(row: dict[str, Any], first: str, second: str) -> Conversation:
     """Ask about the answers of a row, one side's as A and the other's as B."""
     both = [row["answers"][name] for name in (first, second)]
@@ -289,7 +276,8 @@ def judge_answers(
         answers = hashlib.sha256(repr([row["answers"][side] for side in names]).encode()).hexdigest()[:16]
         tasks.append({"id": row["id"], "judge": name, "answers": answers})
     results, judge = ResultFile(output, tasks), None
-    with results.progress("judging") as update:
+    with progress_bar("judging", len(rows)) as advance:
+        advance(len(results.rows))
         while len(results.rows) < len(rows):
             part = rows[len(results.rows) : len(results.rows) + PAIRS_PER_WRITE]
             undecided = [row for row in part if needs_judge(row, names)]
@@ -306,7 +294,7 @@ def judge_answers(
                 pair = [next(texts), next(texts)]
                 first, second = map(parse_verdict, pair)
                 results.append({"winner": winner(first, second, names), "verdicts": [first, second], "texts": pair})
-            update()
+            advance(len(part))
     return summary(rows, results.rows, names) | {"judge": name}
 
 

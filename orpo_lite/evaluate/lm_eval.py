@@ -68,9 +68,6 @@ def lm_eval_commands(source: ModelSource, tasks: str) -> dict[str, Any]:
             f"the adapter holds {', '.join(trained_whole)}, and lm_eval resizes the embeddings to the tokenizer before it "
             "applies an adapter: in a merged model nothing is cut"
         )
-    elif quantized:
-        older = command(adapter_args(source) | quantization_args(spec, dtype(source)), tasks, source)
-        found["notes"].append(f"where lm_eval is installed beside transformers 4, without a merge: {older}")
     return found
 
 
@@ -89,18 +86,6 @@ def base_args(source: ModelSource) -> dict[str, Any]:
 def adapter_args(source: ModelSource) -> dict[str, Any]:
     """Name an adapter and its base."""
     return base_args(source) | {"peft": absolute(source.path)}
-
-
-def quantization_args(spec: ModelSection, compute_dtype: str) -> dict[str, Any]:
-    """Name the base's quantization as transformers 4 did."""
-    if spec.quantization == "int8":
-        return {"load_in_8bit": True}
-    return {
-        "load_in_4bit": True,
-        "bnb_4bit_quant_type": spec.quantization,
-        "bnb_4bit_use_double_quant": spec.double_quant,
-        "bnb_4bit_compute_dtype": compute_dtype if compute_dtype != "auto" else "bfloat16",
-    }
 
 
 def command(args: dict[str, Any], tasks: str, source: ModelSource, side: str = "") -> str:

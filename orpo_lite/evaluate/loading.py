@@ -127,14 +127,6 @@ def load_model(source: ModelSource, recipe: Recipe | None, tokenizer: Any) -> tu
     return model, facts
 
 
-def load_tokenizer_of(source: ModelSource) -> Any:
-    """Load the tokenizer that came with an adapter or a model."""
-    return tokenizer_of(Path(source.path), source.model)
-
-
-# ---- with held-out pairs ---------------------------------------------------------------------------------------------
-
-
 @dataclass
 class LoadedRun:
     """A model, with its adapter on where it has one, its tokenizer, held-out pairs, and a trainer to evaluate with."""
@@ -179,7 +171,7 @@ def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: b
         raise RequestError(
             f"{path}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
         )
-    tokenizer = load_tokenizer_of(source)
+    tokenizer = tokenizer_of(Path(source.path), source.model)
     pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
     names = source_names(recipe.data, recipe.data.eval or recipe.data.train, pairs.eval)
     model, facts = load_model(source, recipe, tokenizer)

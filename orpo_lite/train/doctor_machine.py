@@ -76,38 +76,31 @@ def python() -> Iterator[Finding]:
 def packages() -> Iterator[Finding]:
     """Compare the installed versions with those that orpo-lite declares and was tested with."""
     from packaging.requirements import Requirement
-    from packaging.utils import canonicalize_name
-    from packaging.version import Version
 
     declared = [Requirement(line) for line in requirements()]
     declared = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
-    known = {canonicalize_name(name): version for name, version in tested_versions().items()}
-    names = dict.fromkeys(canonicalize_name(name) for name in (*(one.name for one in declared), *INDIRECT))
-    found = {name: installed_version(name) for name in {**names, **known}}
+    tested = tested_versions()
+    found = {name: installed_version(name) for name in (*(one.name for one in declared), *INDIRECT)}
     facts: dict[str, Any] = {
-        name: {"installed": version, "tested": known.get(name)}
-        for name, version in found.items()
-        if version is not None
+        name: {"installed": version, "tested": tested.get(name)} for name, version in found.items() if version
     }
-    wrong = []
-    for one in declared:
-        version = found[canonicalize_name(one.name)]
-        if version is None or not one.specifier.contains(version, prereleases=True):
-            wrong.append((one, f"{one.name} is {version or 'missing'}, {one.specifier} is needed"))
+    wrong = [
+        one for one in declared if not (found[one.name] and one.specifier.contains(found[one.name], prereleases=True))
+    ]
+    other = [
+        f"{name} {version} (tested: {tested[name]})"
+        for name, version in found.items()
+        if version and version.partition("+")[0] != tested.get(name, version)
+    ]
     if wrong:
-        needed = " ".join(f"'{one.name}{one.specifier}'" for one, _ in wrong)
-        yield Finding("packages", PROBLEM, "; ".join(why for _, why in wrong), f"pip install -U {needed}", facts)
-        return
-    other = []
-    for name in names:
-        version, wanted = found[name], known.get(name)
-        if version and wanted and Version(version).public != Version(wanted).public:
-            other.append(f"{name} {version} (tested: {wanted})")
-    if other:
+        text = "; ".join(f"{one.name} is {found[one.name] or 'missing'}, {one.specifier} is needed" for one in wrong)
+        remedy = "pip install -U " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong)
+        yield Finding("packages", PROBLEM, text, remedy, facts)
+    elif other:
         remedy = "that is allowed; if something fails: pip install -c constraints.txt orpo-lite"
         yield Finding("packages", NOTE, f"not the versions of our tests: {', '.join(other)}", remedy, facts)
     else:
-        how = "as tested" if known else "within the declared versions"
+        how = "as tested" if tested else "within the declared versions"
         yield Finding("packages", OK, f"{len(declared)} packages {how}", facts=facts)
 
 
@@ -232,7 +225,7 @@ def hub() -> Iterator[Finding]:
 
     address = urlsplit(constants.ENDPOINT)
     place = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
-    facts = {"own_endpoint": "HF_ENDPOINT" in os.environ, "offline": constants.HF_HUB_OFFLINE}
+    facts: dict[str, Any] = {"own_endpoint": "HF_ENDPOINT" in os.environ, "offline": constants.HF_HUB_OFFLINE}
     local = "models that are on this machine can be trained on"
     if constants.HF_HUB_OFFLINE:
         remedy = f"unset HF_HUB_OFFLINE to download; {local}"

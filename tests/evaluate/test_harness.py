@@ -47,17 +47,14 @@ def test_an_adapter_on_a_base_that_is_not_quantised(found, trained):
     assert not made["notes"] and "lm_eval[hf,ifeval]" in made["install"]
 
 
-def test_a_quantised_base_is_merged_as_trained_or_loaded_in_4_bits(found, trained):
+def test_a_quantized_base_is_merged_as_trained(found, trained):
     found.model = found.model.model_copy(update={"quantization": "nf4"})
     found.facts["base_model"] = {"dtype": "bfloat16"}
     made = lm_eval_commands(found, "ifeval")
     merge, line = made["commands"]
     assert merge == f"python -m orpo_lite.merge {trained} --output {trained}-merged-quantized --onto quantized"
     assert arguments(line)["model_args"] == {"pretrained": f"{trained}-merged-quantized", "dtype": "bfloat16"}
-    older = next(note for note in made["notes"] if "transformers 4" in note).partition("merge: ")[2]
-    assert arguments(older)["model_args"] | {"pretrained": ""} == {
-        "pretrained": "", "peft": str(trained), "tokenizer": str(trained), "dtype": "bfloat16", "load_in_4bit": "True",
-        "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": "True", "bnb_4bit_compute_dtype": "bfloat16"}  # fmt: skip
+    assert "transformers" in made["notes"][0]
 
 
 def test_trained_embeddings_are_merged_first(found, trained):

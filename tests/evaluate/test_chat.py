@@ -17,9 +17,8 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate import chat_compare as compare
-from orpo_lite.evaluate.answering import PromptFormat, Reply, Sampling, load_answerer
-from orpo_lite.evaluate.chat import Chat, Stream
+from orpo_lite.evaluate.answering import PromptFormat, Reply, Sampling, Stream, load_answerer
+from orpo_lite.evaluate.chat import Chat
 from orpo_lite.evaluate.chat_compare import Comparison, PreferenceFile
 from orpo_lite.evaluate.held_out import base_only, evaluate
 from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
@@ -55,11 +54,16 @@ def typed(monkeypatch):
                 raise EOFError
             return left.pop(0)
 
-        for place in (chat, compare):
-            monkeypatch.setattr(place, "read_message", read)
-        monkeypatch.setattr(compare, "read_key", read)
+        monkeypatch.setattr(chat, "read_message", read)
+        monkeypatch.setattr(chat, "read_key", read)
 
     return lines
+
+
+def comparison(answerer, file, blind=False, seed=0):
+    """A comparison that asks as the chat does."""
+    ask = (lambda prompt: chat.read_key(prompt), lambda prompt: chat.read_message(prompt))
+    return Comparison(answerer, PreferenceFile(file), blind, random.Random(seed), *ask)
 
 
 # ---- what reaches the screen --------------------------------------------------------------------------------------
@@ -276,7 +280,7 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def test_choices_train(answerer, trained, typed, capsys, tmp_path):
     """What is kept goes through `data` and trains a step, as the closing words say."""
     file = tmp_path / "mine.jsonl"
-    talk = Chat(answerer, Sampling(24), "Be kind.", Comparison(answerer, PreferenceFile(file), False, random.Random(0)))
+    talk = Chat(answerer, Sampling(24), "Be kind.", comparison(answerer, file))
     typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "x")
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -294,7 +298,7 @@ def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, 
     base, adapter = (answerer.reply(name, ASK, Sampling(24)).text for name in answerer.names)
     firsts = set()
     for seed in range(6):
-        talk = Chat(answerer, Sampling(24), None, Comparison(answerer, PreferenceFile(file), True, random.Random(seed)))
+        talk = Chat(answerer, Sampling(24), None, comparison(answerer, file, True, seed))
         typed(ASK[0]["content"], "1")
         talk.run()
         told = capsys.readouterr().out
@@ -310,7 +314,7 @@ def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, 
 def test_equal_answers_are_no_pair(answerer, typed, capsys, tmp_path, monkeypatch):
     monkeypatch.setattr(type(answerer), "reply", lambda *_, **__: Reply("the same", 2, True))
     file = tmp_path / "none.jsonl"
-    talk = Chat(answerer, Sampling(4), None, Comparison(answerer, PreferenceFile(file), False, random.Random(0)))
+    talk = Chat(answerer, Sampling(4), None, comparison(answerer, file))
     typed("Hello")
     talk.run()
     assert "both answers are the same" in capsys.readouterr().out and not file.exists() and len(talk.turns) == 2
