@@ -34,11 +34,6 @@ def trained(tmp_path_factory):
             marks=pytest.mark.slow,
         ),
         ("push {run} --repo me/mine --dry-run", {"repository", "files", "stays", "notes", "commit"}),
-        pytest.param(
-            "bench_merge --layers 1 --hidden 512 --repeats 1",
-            {"seconds", "peak_rss_bytes", "weights_not_rounded_once"},
-            marks=pytest.mark.slow,
-        ),
     ],
     ids=lambda value: value.split()[0] if isinstance(value, str) else "",
 )

@@ -231,7 +231,8 @@ class PreferenceFile:
                 if fcntl is not None:
                     fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
                 size = file.seek(0, os.SEEK_END)
-                if size and file.seek(-1, os.SEEK_END) and file.read(1) != b"\n":
+                file.seek(max(0, size - 1))
+                if size and file.read(1) != b"\n":
                     line = b"\n" + line
                 try:
                     if file.write(line) != len(line):

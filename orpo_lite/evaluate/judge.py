@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
@@ -45,12 +45,6 @@ LONGEST_PAUSE = 60.0
 """Seconds between two tries."""
 
 Conversation = list[dict[str, str]]
-
-
-class Judge(Protocol):
-    """Anything that answers conversations."""
-
-    def answers(self, conversations: list[Conversation]) -> list[str]: ...
 
 
 class LocalJudge:
@@ -87,8 +81,7 @@ class Endpoint:
     message.
 
     Args:
-        url: the base (http://host:8000/v1, or http://host:8000) or the whole address.
-        model: its name there.
+        url: the base (http://host:8000/v1, or http://host:8000) or the whole address; `model` is the name there.
         max_tokens: of an answer.
         tries: how often to make a request whose failure may be temporary.
         timeout: seconds to wait for an answer.
@@ -257,7 +250,11 @@ def winner(first: str | None, second: str | None, names: tuple[str, str]) -> str
 
 
 def judge_answers(
-    open_judge: Callable[[], Judge], name: str, rows: list[dict[str, Any]], names: tuple[str, str], output: Path | None
+    open_judge: Callable[[], LocalJudge | Endpoint],
+    name: str,
+    rows: list[dict[str, Any]],
+    names: tuple[str, str],
+    output: Path | None,
 ) -> dict[str, Any]:
     """Have both sides' answers to each question judged.
 
