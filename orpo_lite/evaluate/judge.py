@@ -6,7 +6,6 @@ Each pair of answers is judged in both orders; it is a tie where the verdict cha
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import time
@@ -338,8 +337,11 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
 
 def sign_test(wins: int, losses: int) -> float:
     """Compute the two-sided p of a split at least as uneven under a fair coin, exactly."""
-    n = wins + losses
-    return min(1.0, 2 * sum(math.comb(n, k) for k in range(min(wins, losses) + 1)) / 2**n)
+    n, ways, total = wins + losses, 1, 0
+    for k in range(min(wins, losses) + 1):
+        total += ways
+        ways = ways * (n - k) // (k + 1)  # ways to choose k + 1
+    return min(1.0, 2 * total / 2**n)
 
 
 def show_summary(found: dict[str, Any], names: tuple[str, str]) -> None:

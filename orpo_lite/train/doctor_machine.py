@@ -90,7 +90,7 @@ def packages() -> Iterator[Finding]:
     other = [
         f"{name} {version} (tested: {tested[name]})"
         for name, version in found.items()
-        if version and version.partition("+")[0] != tested.get(name, version)
+        if version and name in tested and version.partition("+")[0] != tested[name]
     ]
     if wrong:
         text = "; ".join(f"{one.name} is {found[one.name] or 'missing'}, {one.specifier} is needed" for one in wrong)
