@@ -241,6 +241,7 @@ def train(model: Any, args: Any, rows: list[dict], tokenizer: Any, how: str, sta
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     trainer = ORPOTrainer(model, args, None, Dataset.from_list(rows), None, tokenizer)
+    trainer.guard.folder = None
     losses: list[float] = []
     try:
         trainer.train()

@@ -79,7 +79,7 @@ def resolved(
         "batch",
         f"{batch} pairs a step, in micro-batches of at most {args.tokens_per_batch:,} tokens, on {args.world_size} processes"
         if args.tokens_per_batch
-        else f"{batch // args.world_size // trainer._accumulation} pairs x {trainer._accumulation} accumulation x {args.world_size} processes = {batch} pairs a step",
+        else f"{batch // args.world_size // trainer.accumulation_steps} pairs x {trainer.accumulation_steps} accumulation x {args.world_size} processes = {batch} pairs a step",
     )
     if args.world_size > 1:
         joined = world(trainer.accelerator)
@@ -141,14 +141,12 @@ def total_steps(trainer: ORPOTrainer) -> int:
 def first_step(trainer: ORPOTrainer) -> None:
     """Forward and backward of the first optimizer step, and no step: what a dry run ends with."""
     trainer.model.train()
-    trainer.current_gradient_accumulation_steps = trainer.args.gradient_accumulation_steps
     batches, totals = trainer.get_batch_samples(
         iter(trainer.get_train_dataloader()), trainer.args.gradient_accumulation_steps, trainer.args.device
     )
     loss = 0.0
     for batch in batches:
         loss += trainer.training_step(trainer.model, batch, totals).item()
-    trainer.look()
     trainer.model.zero_grad()
     peak = peak_memory_bytes(trainer.args.device) / 1e9
     console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak:.2f} GB; nothing was written")
@@ -271,7 +269,7 @@ def finished(folder: RunFolder, facts: dict[str, Any]) -> None:
     counts = {"steps left out, not finite": len(facts["skipped_steps"]), "fp16 overflows": facts["overflow_steps"]}
     said += [f"{count} {what}" for what, count in counts.items() if count]
     if said:
-        console.print(f"\n[bold]looked ill on the way:[/] {', '.join(said)}; run.json has the words")
+        console.print(f"\n[bold]warnings during training:[/] {', '.join(said)}; run.json has them in full")
     console.print(
         f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
         f"{facts['peak_memory_bytes'] / 1e9:.2f} GB {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:",

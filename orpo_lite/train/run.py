@@ -143,7 +143,7 @@ def run(
             "peak_memory_bytes": peak_memory_bytes(args.device),
             "plan": announce.memory(planned, args.device),
             "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
-            **trainer.watched(),
+            **trainer.health_record(),
             "adapter": announce.which_adapter(trainer),
             **record_of(before, after, recipe),
         }

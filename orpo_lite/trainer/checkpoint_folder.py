@@ -1,4 +1,4 @@
-"""Checkpoints as folders that are whole or do not count: sealed by a manifest, checked before they are used."""
+"""Checkpoint folders that are complete or do not count: sealed by a manifest, verified before they are used."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ REPLACED = ".old"
 
 
 def step_of(checkpoint: Path) -> int:
-    """Optimizer steps done, by the folder's name."""
+    """Return the optimizer steps done, by the folder's name."""
     match = NAME.fullmatch(checkpoint.name)
     assert match is not None, checkpoint
     return int(match[1])
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """All checkpoints in a folder, good or not, oldest first.
+    """List all checkpoints in a folder, good or not, oldest first.
 
     Raises:
-        RequestError: the folder is there and cannot be read.
+        RequestError: the folder exists and cannot be read.
     """
     try:
         found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
@@ -47,12 +47,12 @@ def checkpoints(folder: Path) -> list[Path]:
 
 
 def files_in(checkpoint: Path) -> Iterator[Path]:
-    """Every file of a checkpoint but its manifest, subfolders too."""
+    """List every file of a checkpoint but its manifest, subfolders included."""
     return (p for p in sorted(checkpoint.rglob("*")) if not p.is_dir() and p.relative_to(checkpoint) != Path(MANIFEST))
 
 
 def digest(path: Path) -> str:
-    """SHA-256 of a file."""
+    """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -78,12 +78,12 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
 
 
 def fingerprint(content: dict[str, Any]) -> str:
-    """SHA-256 of what a manifest says, so that damage to the manifest itself is seen."""
+    """Return the SHA-256 of a manifest's content, so that damage to the manifest itself is found."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def place(aside: Path, final: Path) -> None:
-    """Give a sealed checkpoint its name; one of the same step that has the name already is deleted after that."""
+    """Give a sealed checkpoint its name; one of the same step that has the name already is deleted afterwards."""
     old = final.with_name(f".{final.name}{REPLACED}")
     if final.exists():
         final.rename(old)
@@ -93,7 +93,7 @@ def place(aside: Path, final: Path) -> None:
 
 
 def clean(folder: Path) -> None:
-    """Put away what a run that was killed while saving left behind."""
+    """Remove what a run that was killed while saving left behind."""
     for old in folder.glob(f".checkpoint-*{REPLACED}"):
         final = old.with_name(old.name.removeprefix(".").removesuffix(REPLACED))
         if final.exists():
@@ -107,7 +107,7 @@ def clean(folder: Path) -> None:
 def prune(folder: Path, limit: int | None, best: Path | None) -> None:
     """Delete the oldest checkpoints above `limit`, once the newest is whole.
 
-    The newest and the best stay; one without a manifest counts for nothing and goes first.
+    The newest and the best stay; one without a manifest does not count and goes first.
     """
     if not limit or limit < 0:
         return
@@ -120,7 +120,7 @@ def prune(folder: Path, limit: int | None, best: Path | None) -> None:
     room = max(limit - len([path for path in sealed if path.name in keep]), 0)
     doomed = [path for path in found if path not in sealed] + spare[: len(spare) - room]
     for path in doomed:
-        # a name that no resume looks at, before its files go one by one
+        # a name that no resume considers, before its files go one by one
         gone = path.with_name(f".{path.name}{ASIDE}")
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
@@ -131,10 +131,10 @@ def prune(folder: Path, limit: int | None, best: Path | None) -> None:
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:
-    """A checkpoint's manifest.
+    """Read a checkpoint's manifest.
 
     Raises:
-        ValueError: there is none, or it is damaged; in words.
+        ValueError: there is none, or it is damaged; the message says which.
     """
     try:
         content = json.loads((checkpoint / MANIFEST).read_bytes())
@@ -142,7 +142,7 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
             raise ValueError
         return content
     except FileNotFoundError:
-        raise ValueError(f"{MANIFEST} is missing, so it was not written to the end") from None
+        raise ValueError(f"{MANIFEST} is missing, so the checkpoint is incomplete") from None
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
@@ -150,11 +150,11 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
 
 
 LEFT_ANYWHERE = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that a file manager puts into any folder that was looked at."""
+"""Files that a file manager puts into any folder that it shows."""
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
+    """Describe what is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
     try:
         listed = manifest(checkpoint)["files"]
         found = {path.relative_to(checkpoint).as_posix() for path in files_in(checkpoint)}
@@ -168,7 +168,7 @@ def damage(checkpoint: Path) -> str | None:
             if digest(path) != wanted["sha256"]:
                 return f"{name} has other content than was written (its SHA-256 differs)"
         if strange := sorted(name for name in found - listed.keys() if Path(name).name not in LEFT_ANYWHERE):
-            return f"{strange[0]} was put there later (it is not in {MANIFEST})"
+            return f"{strange[0]} was added later (it is not in {MANIFEST})"
     except ValueError as error:
         return str(error)
     except OSError as error:
@@ -177,7 +177,7 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def newest_good(folder: Path) -> tuple[Path | None, list[str]]:
-    """The newest checkpoint without damage, and a line for each newer one that is damaged."""
+    """Find the newest checkpoint without damage, and a line for each newer one that is damaged."""
     lines = []
     for checkpoint in reversed(checkpoints(folder)):
         wrong = damage(checkpoint)

@@ -1,4 +1,4 @@
-"""Checkpoints inside transformers' Trainer: whole or not at all, checked, and enough to go on bit for bit."""
+"""CheckpointedTrainer: checkpoints that are complete or do not count, and training that resumes from them bit for bit."""
 
 from __future__ import annotations
 
@@ -7,122 +7,211 @@ import json
 import logging
 import shutil
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from peft import PeftModel
+from torch import Tensor
+from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers.trainer_callback import ExportableState
 
-from orpo_lite.common.files import check_mounted, disk_trouble
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
 from orpo_lite.model import save_adapter
-from orpo_lite.trainer import zero_states
-from orpo_lite.trainer.checkpoint_folder import ASIDE, MANIFEST, place, prune, seal
+from orpo_lite.model.untrusted_files import check_torch_files
+from orpo_lite.trainer.checkpoint_folder import (
+    ASIDE,
+    MANIFEST,
+    clean,
+    damage,
+    manifest,
+    newest_good,
+    place,
+    prune,
+    seal,
+)
+from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import gathered, sharded
-from orpo_lite.trainer.nonfinite_guard import WatchingTrainer
+from orpo_lite.trainer.health_warnings import HealthWarnings
+from orpo_lite.trainer.interrupts import Stopped, StopRequest
+from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
+from orpo_lite.trainer.objective import unwrapped
 
 logger = logging.getLogger(__name__)
 
 RUNNING = "running.json"
-"""Of a checkpoint: what has been summed since the last log, which transformers' own checkpoints lose."""
+"""File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
 VERSIONS = ("torch", "transformers", "peft", "accelerate")
+NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
+ENGINES = {"DeepSpeed": ("global_step*",), "FSDP2": ("optimizer_0", "optimizer.bin"),
+           "one process or DDP": ("optimizer.pt", "optimizer.bin")}  # fmt: skip
+"""Files by which the optimizer states of each engine are known."""
 
 
-class SavingTrainer(WatchingTrainer):
-    """A WatchingTrainer whose checkpoints are written aside, synced, sealed by a manifest and renamed.
+class CheckpointedTrainer(Trainer):
+    """transformers.Trainer that saves and resumes exactly.
 
-    One that cannot be written, as on a full disk, is said and training goes on; those before it stay.
+    Checkpoints are written aside, synced, sealed by a manifest and renamed; one that cannot be written, as on a full
+    disk, is reported and training continues. A resumed run ends with the same weights, bit for bit on the same machine and
+    versions, as one that never stopped, and has logged the same lines. A signal stops it after a step, with a checkpoint.
     """
 
-    _disk: int
-    """The file system that checkpoints go to."""
-    _aside: Path | None = None
-    _clock: float
-    _train_started: float
+    args: ORPOConfig
+    model: Any
+    guard: NonFiniteGuard
+    health: HealthWarnings
+    sums: dict[str, Tensor]
+    """What was summed since the last log: the loss and the metrics; scalars."""
+    logged_at = began_at = 0
+    """Optimizer steps done at the last log, and when this session began."""
+    session_loss = 0.0
+    """Sum of the steps' losses that this session has logged, mean over the processes."""
+    clock = 0.0
+    """When the metrics were logged last; evaluations since then are added."""
+    train_seconds = 0.0
+    """Seconds of training, those before a resume and evaluations during training included."""
     ends = False
     """Whether training ends at this step by itself: at its last step, or by a callback such as early stopping."""
-    train_seconds = 0.0
-    """Of training, those before a resume among them; evaluations that fall due in it too."""
+    resumed_from: Path | None = None
+    ended = False
+    """Whether the checkpoint resumed from is that of a run's last step."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sums = {}
+        self.health = HealthWarnings(self.is_world_process_zero())
+        self.guard = NonFiniteGuard(self)
+        self.stopping = StopRequest()
+        self.train_started = self.clock = time.monotonic()
+        self.add_callback(self.guard)
+        if self.args.early_stopping_patience:
+            self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
+        self.add_callback(SavePoints(self))
+
+    # ---- when training begins and ends -----------------------------------------------------------------------------
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as transformers does, from a verified checkpoint, stopped by signals at a step's end.
+
+        Args:
+            resume_from_checkpoint: a checkpoint, or True for the newest good one in `args.output_dir`.
+
+        Raises:
+            RequestError: the checkpoint is damaged, or belongs to steps of another number of pairs.
+            Stopped: a signal stopped the training.
+        """
+        if self.args.should_save:
+            clean(self.checkpoint_folder)
+        self.resumed_from = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
+        self.stopping, self.ended, self.train_seconds, self.session_loss = StopRequest(), False, 0.0, 0.0
+        self.train_started = self.clock = time.monotonic()
+        self.disk, self.save_limit = disk_of(self.checkpoint_folder), self.args.save_total_limit
+        # the callbacks' counters are restored below, without the control, which may say stop
+        self.args.restore_callback_states_from_checkpoint = False
+        try:
+            with self.stopping.listen():
+                outcome = super().train(str(self.resumed_from) if self.resumed_from else None, *args, **kwargs)
+        finally:
+            self.args.save_total_limit = self.save_limit
+        self.train_seconds += time.monotonic() - self.train_started
+        if self.stopping.number is not None:
+            raise Stopped(self.stopping.number, f"stopped at step {self.state.global_step}")
+        return outcome._replace(training_loss=outcome.metrics.get("train_loss", outcome.training_loss))
+
+    def begin(self) -> None:
+        """Set what a session counts to its start, or to what was running when the checkpoint was written."""
+        # transformers would delete the newest checkpoint at the end where the limit is 1, and a stopped run resumes from it
+        self.args.save_total_limit = None
+        self.sums, self.logged_at, self.began_at = {}, self.state.global_step, self.state.global_step
+        if self.resumed_from is not None:
+            self._restore_callbacks()
+            self._restore_running(self.resumed_from)
+
+    def get_batch_samples(self, epoch_iterator: Any, num_batches: int, device: torch.device) -> tuple[list, Any]:
+        """Return the items of one optimizer step; none where the run has taken its last step."""
+        if self.is_in_train and (self.ended or self.state.global_step >= self.state.max_steps):
+            # transformers looks for the end only after a step
+            self.ended = self.control.should_training_stop = True
+            return [], None
+        return super().get_batch_samples(epoch_iterator, num_batches, device)
+
+    def _load_best_model(self) -> None:
+        """Load the best checkpoint, unless it is damaged or a signal has stopped the run, whose weights stay as they are."""
+        best = Path(str(self.state.best_model_checkpoint))
+        if self.stopping.number is not None:
+            return
+        if (best / MANIFEST).is_file() and (wrong := damage(best)):
+            logger.warning("the best checkpoint is damaged (%s: %s): the adapter is that of the last step", best, wrong)
+            self.state.best_model_checkpoint = None
+            return
+        super()._load_best_model()
+
+    # ---- saving ----------------------------------------------------------------------------------------------------
 
     @property
     def checkpoint_folder(self) -> Path:
-        return Path(super()._get_output_dir(None))
-
-    def _get_output_dir(self, trial: Any) -> str:
-        # transformers asks here where a checkpoint goes
-        return str(self._aside) if self._aside is not None else super()._get_output_dir(trial)
+        return Path(str(self.args.output_dir))
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
-        self.check_weights()
-        folder, state = Path(super()._get_output_dir(trial)), self.state
-        final = folder / f"checkpoint-{state.global_step}"
-        aside = folder / f".{final.name}{ASIDE}"
-        before, running = state.best_model_checkpoint, self._running_sums()
+        """Write a checkpoint aside and give it its name once it is complete, on all processes together."""
+        self.guard.check_weights()
+        folder, state = self.checkpoint_folder, self.state
+        name = f"checkpoint-{state.global_step}"
+        aside = folder / f".{name}{ASIDE}"
+        before, running = state.best_model_checkpoint, self._running_state()
         parts = (
-            lambda: self._make(aside / final.name),
-            lambda: self._write(model, trial, aside, final, running),
-            lambda: self._write_states(aside / final.name),
-            lambda: self._seal(aside / final.name, final),
+            lambda: self._make_staging_folder(aside),
+            lambda: self._write(model, trial, aside, folder / name, running),
+            lambda: self._seal(aside, folder / name),
         )
-        if wrong := next(filter(None, map(self._together, parts)), None):
+        if wrong := next(filter(None, map(self._on_every_process, parts)), None):
             shutil.rmtree(aside, ignore_errors=True)
             state.best_model_checkpoint = before
-            left = [path.name for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file()]
+            left = sorted(path.name for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
             logger.warning(
-                "%s could not be written (%s): training goes on; %s. Make room in %s, or mount it again, before the next one",
-                final.name,
-                wrong,
-                f"{', '.join(sorted(left))} stays" if left else "there is no other checkpoint",
-                folder,
-            )
-            return
-        if self.args.should_save:
+                "%s could not be written (%s): training continues; %s. Make room in %s, or mount it again, before the next one",
+                name, wrong, f"{', '.join(left)} stays" if left else "there is no other checkpoint", folder,
+            )  # fmt: skip
+        elif self.args.should_save:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
             try:
-                prune(folder, self.args.save_total_limit, best)
+                prune(folder, self.save_limit, best)
             except OSError as error:  # the next save tries again
                 logger.warning("older checkpoints in %s could not be deleted (%s)", folder, error.strerror)
 
-    def _save(self, output_dir: str | None = None, state_dict: Any = None) -> None:
-        """transformers' own, without its pickle of the arguments: nothing reads it, and a token may be in it."""
-        super()._save(output_dir, state_dict)
-        (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
-
-    def _make(self, folder: Path) -> None:
+    def _make_staging_folder(self, aside: Path) -> None:
         if self.args.should_save:
-            check_mounted(folder, self._disk)
-            shutil.rmtree(folder.parent, ignore_errors=True)
-            folder.mkdir(parents=True)
+            check_mounted(aside, self.disk)
+            shutil.rmtree(aside, ignore_errors=True)
+            aside.mkdir(parents=True)
 
     def _write(self, model: Any, trial: Any, aside: Path, final: Path, running: dict[str, Any]) -> None:
-        state, best = self.state, self.state.best_global_step
+        args, state = self.args, self.state
+        best, kept = state.best_global_step, (args.output_dir, args.push_to_hub)
         if best == state.global_step:
             state.best_model_checkpoint = str(final)
-        # without one, transformers does not look for the best checkpoint in the folder aside
-        self._aside, state.best_global_step = aside, None
+        # transformers writes into args.output_dir, and must neither look for the best checkpoint there nor publish this one
+        args.output_dir, args.push_to_hub, state.best_global_step = str(aside), False, None  # type: ignore[assignment]
         try:
             super()._save_checkpoint(model, trial)
         finally:
-            self._aside, state.best_global_step = None, best
-        if self.args.should_save:
+            (args.output_dir, args.push_to_hub), state.best_global_step = kept, best
+        if args.should_save:
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
             for unread in (checkpoint / "training_args.bin", *checkpoint.glob("zero_to_*.py")):
                 unread.unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards, DeepSpeed's scripts
 
-    def _write_states(self, written: Path) -> None:
-        # of adapters, whose states are small
-        if self.is_deepspeed_enabled and isinstance(self.unwrapped(), PeftModel) and not self.args.save_only_model:
-            zero_states.write(self.deepspeed, written / zero_states.WHOLE, self.args.should_save)
-
-    def _seal(self, written: Path, final: Path) -> None:
+    def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
-            seal(written, {"format": 1, "step": self.state.global_step, **self._circumstances()})
-            place(written, final)
-            written.parent.rmdir()
+            seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._resume_requirements()})
+            place(aside / final.name, final)
+            aside.rmdir()
 
-    def _together(self, work: Any) -> str | None:
-        """Do a part of saving on all processes; what went wrong with the disk, on any of them."""
+    def _on_every_process(self, work: Callable[[], None]) -> str | None:
+        """Do a part of saving on all processes; return what went wrong with the disk on any of them."""
         wrong = None
         try:
             work()
@@ -132,41 +221,53 @@ class SavingTrainer(WatchingTrainer):
                 raise
         if self.args.world_size == 1:
             return wrong
-        failed = int(self._total(torch.tensor(int(wrong is not None), device=self.args.device)))
+        failed = int(self.total(torch.tensor(int(wrong is not None), device=self.args.device)))
         return wrong or ("another process failed" if failed else None)
 
-    def _circumstances(self) -> dict[str, Any]:
-        """What a checkpoint can only be gone on with."""
+    def _resume_requirements(self) -> dict[str, Any]:
+        """Return what a checkpoint can only be resumed with."""
         args = self.args
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
         return {"processes": args.world_size, "pairs_per_step": pairs, "versions": versions}
 
-    def _running_sums(self) -> dict[str, Any]:
-        """What is summed since the last log: the mean over processes of the loss, sums of the metrics."""
-        names, processes = list(self._sums), self.args.world_size
-        loss = self._tr_loss
-        assert isinstance(loss, torch.Tensor)
-        loss = float(self._total(loss.double()) / processes if processes > 1 else loss)
-        sums = {}
-        if names:
-            values = self._total(torch.stack([self._sums[name].double() for name in names])).tolist()
-            # by their types, since float32 sums go on in float32 or end in other bits
-            types = [str(self._sums[name].dtype).removeprefix("torch.") for name in names]
-            sums = {name: [value, kind] for name, value, kind in zip(names, values, types, strict=True)}
+    def _running_state(self) -> dict[str, Any]:
+        """Return what is summed since the last log: the mean over processes of the loss, sums of the metrics."""
+        totals = self.totals()
+        # with their types, since float32 sums continue in float32 or end in other bits
+        types = {name: str(value.dtype).removeprefix("torch.") for name, value in self.sums.items()}
         now = time.monotonic()
         return {
-            "loss": loss,
-            "sums": sums,
-            "logged_at_step": self._globalstep_last_logged,
-            "seconds_since_log": now - self._clock,
-            "seconds": self.train_seconds + now - self._train_started,
-            "watched": [self.skipped, self.overflows, self._in_a_row, self.alarms.said],
+            "loss": totals.get("loss", 0.0) / self.args.world_size,
+            "sums": {name: [value, types[name]] for name, value in totals.items() if name != "loss"},
+            "logged_at_step": self.logged_at,
+            "seconds_since_log": now - self.clock,
+            "seconds": self.train_seconds + now - self.train_started,
+            "watched": [*self.guard.state(), self.health.warnings],
             "ended": self.ends,
         }
 
-    def whole_weights(self) -> dict[str, torch.Tensor] | None:
-        """What is trained, gathered for the process that saves; None where the model itself holds it whole.
+    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
+        """Save the model as transformers does; of sharded models only the adapter is gathered, never the base.
+
+        Without transformers' pickle of the arguments: nothing reads it, and a token may be in it.
+        """
+        weights = self.whole_weights()
+        folder = Path(output_dir or str(self.args.output_dir))
+        if weights is None:
+            super().save_model(output_dir, _internal_call=True)
+            if self.args.should_save:
+                (folder / "training_args.bin").unlink(missing_ok=True)
+        elif self.args.should_save:
+            folder.mkdir(parents=True, exist_ok=True)
+            save_adapter(unwrapped(self.model), folder, weights)
+            if self.processing_class is not None:
+                self.processing_class.save_pretrained(str(folder))
+        if self.args.push_to_hub and not _internal_call:
+            self.push_to_hub(commit_message="Model save")
+
+    def whole_weights(self) -> dict[str, Tensor] | None:
+        """Gather what is trained for the process that saves; None where the model itself holds it whole.
 
         All processes call it together.
         """
@@ -174,17 +275,184 @@ class SavingTrainer(WatchingTrainer):
             return None
         return gathered(self.model, keep=self.args.should_save)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """transformers' own; of sharded models the adapter alone is gathered, and never the base."""
-        weights = self.whole_weights()
-        if weights is None:
-            super().save_model(output_dir, _internal_call)
+    def total(self, values: Tensor) -> Tensor:
+        """Sum over the processes."""
+        total = self.accelerator.reduce(values, "sum")
+        assert isinstance(total, Tensor)
+        return total
+
+    def totals(self) -> dict[str, float]:
+        """Return `sums` over all processes."""
+        if not self.sums:
+            return {}
+        values = self.total(torch.stack([value.double() for value in self.sums.values()])).tolist()
+        return dict(zip(self.sums, values, strict=True))
+
+    # ---- resuming --------------------------------------------------------------------------------------------------
+
+    def _verified(self, asked: str | bool) -> Path:
+        """Return the checkpoint to resume from, once it is known to be complete and to belong here."""
+        if asked is True:
+            found, lines = newest_good(self.checkpoint_folder)
+            for line in lines:
+                logger.warning("damaged, so not resumed from: %s", line)
+            if found is None:
+                raise RequestError(
+                    f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint; start without it"
+                )
+        else:
+            found = Path(str(asked))
+            if not found.is_dir():
+                raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
+            if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():
+                return self._accept_unsealed(found)
+            if wrong := damage(found):
+                raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
+        check_torch_files(found)
+        self._check_engine(found)
+        self._check_processes(found)
+        return found
+
+    def _check_processes(self, found: Path) -> None:
+        """Compare pairs per step, processes and versions with those that the checkpoint was written with."""
+        facts, here = manifest(found), self._resume_requirements()
+        if facts["pairs_per_step"] != here["pairs_per_step"]:
+            raise RequestError(
+                f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
+                f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+            )
+        if facts["processes"] != here["processes"]:
+            if self.is_deepspeed_enabled:
+                raise RequestError(
+                    f"{found}: was written by {facts['processes']} processes of DeepSpeed, here are {here['processes']}: its "
+                    "optimizer states are cut for that number; resume with as many, or train with FSDP2 or DDP from the start"
+                )
+            logger.warning(
+                "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
+                found.name, facts["processes"], here["processes"],
+            )  # fmt: skip
+        for name, version in here["versions"].items():
+            if facts["versions"].get(name) != version:
+                logger.warning(
+                    "%s was written with %s %s, here is %s: the result may differ in the last bits",
+                    found.name, name, facts["versions"].get(name), version,
+                )  # fmt: skip
+
+    def _check_engine(self, checkpoint: Path) -> None:
+        """Raise RequestError where a checkpoint lacks optimizer states, or has them as another engine writes them."""
+        there = [kind for kind, names in ENGINES.items() if any(any(checkpoint.glob(name)) for name in names)]
+        here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
+        if not there:
+            raise RequestError(
+                f"{checkpoint}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
+            )
+        if here not in there:
+            remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
+            raise RequestError(
+                f"{checkpoint}: its optimizer states are those of {there[0]}, and here is {here}: start it with the launcher "
+                f"file of {there[0]} to resume{remedy}"
+            )
+
+    def _accept_unsealed(self, checkpoint: Path) -> Path:
+        """Take a checkpoint that plain transformers or TRL has written: nothing shows whether it is complete."""
+        missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
+        if missing and self.args.world_size == 1:
+            raise RequestError(
+                f"{checkpoint}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
+            )
+        check_torch_files(checkpoint)
+        logger.warning("%s has no %s: it cannot be checked for damage", checkpoint, MANIFEST)
+        return checkpoint
+
+    def _restore_callbacks(self) -> None:
+        """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""
+        kept: Any = self.state.stateful_callbacks
+        for callback in self.callback_handler.callbacks:
+            if isinstance(callback, ExportableState):
+                stored = kept.setdefault(type(callback).__name__, callback.state())
+                stored = stored[-1] if isinstance(stored, list) else stored
+                for key, value in stored.get("attributes", {}).items():
+                    if hasattr(callback, key):
+                        setattr(callback, key, value)
+        kept.setdefault(type(self.control).__name__, self.control.state())
+
+    def _restore_running(self, checkpoint: Path) -> None:
+        """Restore sums and counts that were running when the checkpoint was written."""
+        best = self.checkpoint_folder / f"checkpoint-{self.state.best_global_step}"
+        if best.is_dir():  # the run folder may have been moved
+            self.state.best_model_checkpoint = str(best)
+        if not (checkpoint / RUNNING).is_file():
             return
-        folder = Path(output_dir or str(self.args.output_dir))
-        if self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(self.unwrapped(), folder, weights)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(str(folder))
-        if self.args.push_to_hub and not _internal_call:
-            self.push_to_hub(commit_message="Model save")
+        running = json.loads((checkpoint / RUNNING).read_text("utf-8"))
+        # the summary that ends a run counts this session's steps only
+        self.session_loss = -running["loss"]
+        sums = running["sums"] | {"loss": [running["loss"] * self.args.world_size, "float32"]}
+        first = self.args.process_index == 0  # these are sums of all processes, which the next log adds up again
+        self.sums = {
+            key: torch.tensor(value if first else 0, dtype=getattr(torch, kind), device=self.args.device)
+            for key, (value, kind) in sums.items()
+        }
+        self.logged_at = running["logged_at_step"]
+        *counts, self.health.warnings = running["watched"]
+        self.guard.restore(counts)
+        self.clock = time.monotonic() - running["seconds_since_log"]
+        self.train_seconds = running["seconds"]
+        # a signal may have come while the evaluation ran that early stopping ended the run by
+        stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
+        early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)
+        state = json.loads((checkpoint / NEEDED[0]).read_text("utf-8"))
+        # one that took all the steps it was to take resumes where there are to be more now
+        self.ended = early or running["ended"] and state["global_step"] < state["max_steps"]
+
+
+class SavePoints(TrainerCallback):
+    """When to save: also by the clock, and when a signal has asked to stop; after the evaluation that is due."""
+
+    def __init__(self, trainer: CheckpointedTrainer):
+        self.trainer = trainer
+        self.saved_at, self.saved_step, self.deferred, self.stops = 0.0, -1, False, False
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at, self.saved_step, self.deferred, self.stops = time.monotonic(), -1, False, False
+        self.trainer.begin()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        ends_epoch = float(state.epoch).is_integer() or control.should_training_stop
+        asked, due = self._agreed(args)
+        self.trainer.ends = control.should_training_stop
+        control.should_save |= asked or due
+        control.should_training_stop |= asked
+        self.stops = asked and not ends_epoch
+        if control.should_save and ends_epoch:
+            # the epoch's own evaluation and logs come first: a resumed run would never make them
+            control.should_save, self.deferred = False, True
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.stopping.number is None:
+            self.trainer.ends = control.should_training_stop
+        if self.trainer.is_in_train and self._agreed(args)[0]:
+            control.should_save = control.should_training_stop = True
+            self.stops = not float(state.epoch or 0).is_integer()
+
+    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if self.trainer.ended:
+            control.should_log = control.should_evaluate = control.should_save = False
+        elif self.stops:
+            control.should_log = control.should_evaluate = False
+            control.should_save = self.saved_step != state.global_step
+        elif self.deferred:
+            control.should_save, self.deferred = True, False
+
+    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.saved_at, self.saved_step = time.monotonic(), state.global_step
+
+    def _agreed(self, args: Any) -> tuple[bool, bool]:
+        """Return whether to stop, and whether the clock says to save, alike on all processes."""
+        asked = self.trainer.stopping.number is not None
+        minutes = args.save_minutes
+        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
+        if args.world_size > 1:
+            asked, due = (self.trainer.total(torch.tensor([asked, due], device=args.device).int()) > 0).tolist()
+            if asked and self.trainer.stopping.number is None:
+                self.trainer.stopping.number = 15
+        return asked, due

@@ -1,26 +1,33 @@
-"""What is known of a step whose loss or gradients are not finite: which numbers, through which pairs, and what to try."""
+"""Report of a step whose loss or gradients are not finite: which numbers, through which pairs, and what to try."""
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from datasets import Dataset
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.collate import pair_tokens, select_pairs
+from orpo_lite.data.sources import open_source
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe import DataSection
 
 IN_A_ROW, IN_ALL = 5, 20
-"""Steps that on_nonfinite=skip leaves out before it gives up: one after another, and in a run."""
+"""Steps that on_nonfinite=skip leaves out before it gives up: one after another, and in a whole run."""
 SHOWN = 4
-"""Rows and tensors that a message lists."""
+"""Number of rows and tensors that a message lists."""
 LARGE_WEIGHT = 1e3
-"""Of a trained weight: beyond it a step has thrown the adapter out."""
+"""Size of a trained weight beyond which a step has thrown the adapter out."""
 
 
 class NonFinite(FloatingPointError):
@@ -28,21 +35,21 @@ class NonFinite(FloatingPointError):
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's part of a tensor that may be sharded."""
+    """Return this process's part of a tensor that may be sharded."""
     if isinstance(tensor, DTensor):
         return tensor.to_local()
     return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves an empty tensor in the parameter's place
 
 
 def trained(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Trained parameters by name."""
+    """Return trained parameters by name."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def largest(tensors: list[Tensor], device: torch.device) -> Tensor:
-    """Largest absolute value over tensors, a scalar on `device`; NaN or inf where one holds such a value.
+    """Return the largest absolute value over tensors, a float32 scalar on `device`; NaN or inf where one holds such a value.
 
-    The norm of order inf, since that of order 2 overflows where all values are finite.
+    It is the norm of order inf, since that of order 2 overflows where all values are finite.
     """
     if not tensors:
         return torch.zeros((), device=device)
@@ -55,52 +62,32 @@ def not_finite(tensor: Tensor) -> int:
 
 @dataclass
 class Finding:
-    """A step whose numbers are not finite. Everything is plain, so that it can be written and sent between processes."""
+    """A step whose numbers are not finite."""
 
     step: int
     """Optimizer step, from 1."""
     losses: list[float]
     """Each pass's share of the step's loss, in the order of the passes; all processes."""
     gradients: dict[str, list[int]] = field(default_factory=dict)
-    """Parameter -> how many values of its gradient are not finite, of how many."""
+    """Parameter -> how many values of its gradient are not finite, of how many; of shards, this process's."""
     weights: dict[str, list[int]] = field(default_factory=dict)
     """Trained parameters that are not finite themselves, the same."""
     largest_weight: float = 0.0
     """Largest absolute value of a trained parameter."""
     pairs: list[dict[str, Any]] = field(default_factory=list)
-    """The step's pairs: pass, row, source, number (in the tokenised pairs), tokens; and, where they were computed one by
+    """The step's pairs: pass, row, source, number (in the tokenized pairs), tokens; and, where they were computed one by
     one, their own `loss` and how many values of their `gradients` are not finite."""
     alone: bool = False
     """Whether the pairs were computed one by one."""
-    sharded: bool = False
-    """Whether each process counted in its own part of the tensors."""
     learning_rate: float = 0.0
     precision: str = ""
-
-    def as_dict(self) -> dict[str, Any]:
-        return asdict(self)
 
     @property
     def culprits(self) -> list[dict[str, Any]]:
         return [p for p in self.pairs if not math.isfinite(p.get("loss", 0.0)) or p.get("gradients")]
 
-    @staticmethod
-    def merge(parts: list[Finding]) -> Finding:
-        """One finding of all processes'; those of DDP hold the same gradients, shards of them add up."""
-        whole = Finding(**parts[0].as_dict())
-        for part in parts[1:]:
-            whole.losses += part.losses
-            whole.pairs += part.pairs
-            whole.alone &= part.alone
-            whole.largest_weight = max(whole.largest_weight, part.largest_weight)
-            for mine, other in ((whole.gradients, part.gradients), (whole.weights, part.weights)):
-                for name, counts in other.items():
-                    bad = mine[name][0] if name in mine else 0
-                    mine[name] = [bad + counts[0] if part.sharded else max(bad, counts[0]), counts[1]]
-        return whole
-
     def words(self) -> str:
-        """What was found, by number, row and tensor."""
+        """Say what was found, by number, row and tensor."""
         loss = sum(self.losses)
         lines = [f"step {self.step}: " + (
             f"the loss is {loss:g}" if not math.isfinite(loss) else f"the loss is {loss:.4g}, but gradients are not finite"
@@ -126,31 +113,31 @@ class Finding:
         return "\n  ".join(lines)
 
     def advice(self) -> str:
-        """What to try, by what was found."""
+        """Say what to try, by what was found."""
         slower = f"a lower training.learning_rate (it was {self.learning_rate:.3g} here) and more training.warmup_steps"
         if self.weights or self.largest_weight > LARGE_WEIGHT:
-            grown = "no numbers any more" if self.weights else f"as large as {self.largest_weight:.3g}"
+            grown = "no longer numbers" if self.weights else f"as large as {self.largest_weight:.3g}"
             return f"the trained weights are {grown}, thrown there by the steps before: try {slower}"
         precise = "" if self.precision == "float32" else "model.dtype=float32 (or bfloat16, where it was float16), "
         if self.culprits and len(self.culprits) < len(self.pairs):
-            return f"look at the rows named; without them training may go on as it is. Else try {precise}{slower}"
+            return f"look at the rows named; without them training may work as it is. Otherwise try {precise}{slower}"
         return f"try {precise}{slower}; if the very first step fails, look at the base model's weights"
 
 
 def plain(name: str) -> str:
-    """A parameter's name without what PEFT puts around it."""
+    """Strip what PEFT puts around a parameter's name."""
     return name.removeprefix("base_model.model.").replace(".default.", ".")
 
 
 def listed(pairs: list[dict[str, Any]]) -> str:
-    """Pairs by row, source and tokens."""
+    """List pairs by row, source and tokens."""
     words = []
     for pair in pairs[:SHOWN]:
-        place = f"row {pair['row']}" if pair["row"] >= 0 else "a row that is not known"
+        place = f"row {pair['row']}" if pair["row"] >= 0 else "an unknown row"
         if pair["source"]:
             place += f" of {pair['source']}"
         if pair["number"] is not None:
-            place += f" (number {pair['number']} of the tokenised pairs, {pair['tokens']:,} tokens)"
+            place += f" (number {pair['number']} of the tokenized pairs, {pair['tokens']:,} tokens)"
         if "loss" in pair and not math.isfinite(pair["loss"]):
             place += f": loss {pair['loss']:g}"
         elif pair.get("gradients"):
@@ -159,8 +146,8 @@ def listed(pairs: list[dict[str, Any]]) -> str:
     return "; ".join(words) + (f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
 
 
-def pair_places(batch: dict[str, Any], dataset: Any, sources: list[str], numbers: dict[int, list[int]]) -> list[dict]:
-    """Where a batch's pairs come from; `numbers`, filled here, maps a row to its places in the tokenised pairs."""
+def locate_pairs(batch: dict[str, Any], dataset: Any, sources: list[str], numbers: dict[int, list[int]]) -> list[dict]:
+    """Find where a batch's pairs come from; `numbers`, filled here, maps a row to its places in the tokenised pairs."""
     columns = getattr(dataset, "column_names", None) or []
     if not numbers and "row" in columns:
         for number, row in enumerate(np.asarray(dataset.with_format(None)["row"]).tolist()):
@@ -177,7 +164,7 @@ def pair_places(batch: dict[str, Any], dataset: Any, sources: list[str], numbers
 
 
 def is_pair(batch: dict[str, Any], place: int, row: dict[str, Any]) -> bool:
-    """Whether the batch's pair at a place is this tokenised one."""
+    """Tell whether the batch's pair at a place is this tokenised one."""
     ids = list(row["prompt_ids"] if "prompt_ids" in row else row["chosen_ids"])
     if "segments" in batch:
         start, prefix, chosen, _ = batch["segments"][place]
@@ -186,14 +173,14 @@ def is_pair(batch: dict[str, Any], place: int, row: dict[str, Any]) -> bool:
 
 
 @contextmanager
-def kept_random(device: torch.device) -> Iterator[None]:
-    """Leave the random state as it is."""
+def preserved_rng(device: torch.device) -> Iterator[None]:
+    """Restore the random state at the end."""
     with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
         yield
 
 
 def one_by_one(trainer: Any, batch: dict[str, Any], with_gradients: bool) -> list[dict[str, Any]]:
-    """Loss, and where asked for the gradient's values that are not finite, of each pair of a batch computed alone.
+    """Compute each pair of a batch alone: its loss and, where asked, how many values of its gradient are not finite.
 
     torch.autograd.grad leaves .grad and the hooks of distributed training alone.
     """
@@ -202,10 +189,55 @@ def one_by_one(trainer: Any, batch: dict[str, Any], with_gradients: bool) -> lis
     for i in range(len(batch["pair_rows"])):
         part = select_pairs(batch, [i])
         with torch.set_grad_enabled(with_gradients), trainer.compute_loss_context_manager():
-            loss = trainer.pairs_loss(trainer.model, part)
+            loss, _ = trainer.objective.loss(trainer.model, [part])
         mine = {"loss": float(loss)}
         if with_gradients and loss.requires_grad:
             grads = torch.autograd.grad(loss, parameters, allow_unused=True)
             mine["gradients"] = sum(not_finite(grad) for grad in grads if grad is not None)
         found.append(mine)
+    return found
+
+
+# ---- the rows of the step, as a file to train on -----------------------------------------------------------------------
+
+
+def rows_as_given(pairs: list[dict[str, Any]], data: DataSection | None, given: Any) -> list[dict[str, Any]]:
+    """Return the rows of some pairs as they were before tokenisation; none where one of them cannot be read again.
+
+    Args:
+        pairs: as `locate_pairs` finds them.
+        data: the section of the recipe that they come from.
+        given: the data set that a script gave the trainer, if no recipe did.
+    """
+    wanted = sorted({(str(pair["source"] or ""), pair["row"]) for pair in pairs})
+    try:
+        if data is None:
+            rows = [given[row] for _, row in wanted if row >= 0] if isinstance(given, Dataset) else []
+        else:
+            rows = [read_row(data, source, row) for source, row in wanted if row >= 0]
+    except (RequestError, OSError, IndexError, StopIteration):
+        return []
+    return rows if len(rows) == len(wanted) and all(isinstance(row, dict) for row in rows) else []
+
+
+def read_row(data: DataSection, path: str, row: int) -> Any:
+    """Read one row of a source of data.train again; StopIteration where there is none."""
+    source = next(one for one in data.train if one.path == path or (not path and len(data.train) == 1))
+    batches = open_source(source, data.split, data.columns, field="data.train").batches()
+    return next(itertools.islice(itertools.chain.from_iterable(batches), row, None))
+
+
+def decoded_rows(batch: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
+    """Decode the pairs of a batch: prompt, chosen and rejected as the text that was tokenised, template included."""
+    found = []
+    for place in range(len(batch["pair_rows"])):
+        sides = [batch["label_ids"][batch[name] == place].tolist() for name in ("chosen_pair", "rejected_pair")]
+        if "segments" in batch:
+            start, prefix, chosen, _ = batch["segments"][place]
+            line = batch["input_ids"][0, start : start + prefix + chosen].tolist()
+        else:
+            line = batch["input_ids"][place][batch["attention_mask"][place].bool()].tolist()
+        prompt = line if "decoder_input_ids" in batch else line[: len(line) - len(sides[0])]
+        texts = [tokenizer.decode(ids) for ids in (prompt, *sides)]
+        found.append(dict(zip(("prompt", "chosen", "rejected"), texts, strict=True)))
     return found

@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
-from torch import Tensor
 
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.lengths import numbers
@@ -98,45 +97,6 @@ class Limit:
         tokens, pairs = sum(pair_tokens(batch)), len(batch["pair_rows"])
         self.max_size = max(1, tokens // 2 if self.by_tokens else (pairs + 1) // 2)
         self.ooms.append({"step": step, "tokens": tokens, "pairs": pairs, "most": self.max_size})
-
-
-@dataclass
-class Window:
-    """State of an optimizer step in progress that allows it to be repeated.
-
-    Args:
-        items: items of the loader for the step, each one forward and backward pass or several.
-        sums: metrics summed since the last log, before the step.
-    """
-
-    items: list[dict[str, Any]]
-    sums: dict[str, Tensor]
-    device: torch.device
-
-    def __post_init__(self) -> None:
-        self.sums = dict(self.sums)
-        self.reported_loss = torch.zeros((), device=self.device)
-        """Loss of the finished passes, as reported to transformers."""
-        self.random: Tensor | None = None
-        self.device_random: Tensor | None = None
-
-    def save_rng(self) -> None:
-        """Save the random state at the step's first pass: a resumed run restores its own only after loading the batches."""
-        if self.random is None:
-            self.random = torch.get_rng_state()
-            if self.device.type != "cpu":
-                self.device_random = torch.get_device_module(self.device).get_rng_state()
-
-    def index_of(self, item: dict[str, Any]) -> int | None:
-        """Return the index of this very item, or None."""
-        return next((i for i, one in enumerate(self.items) if one is item), None)
-
-    def restore_rng(self) -> None:
-        """Restore the random state, so that dropout in the repeated step draws what it would have drawn."""
-        assert self.random is not None
-        torch.set_rng_state(self.random)
-        if self.device_random is not None:
-            torch.get_device_module(self.device).set_rng_state(self.device_random)
 
 
 def smaller(what: str, limit: Limit, why: str) -> str:

@@ -1,23 +1,34 @@
-"""What scripts written for TRL's ORPOTrainer touch on a trainer beside its constructor and `train`."""
+"""The attributes and methods that scripts written for TRL's ORPOTrainer use, by TRL's names."""
 
 from __future__ import annotations
 
+import copy
+import pkgutil
 from collections import defaultdict
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
-from datasets import concatenate_datasets
+from datasets import Dataset, Features, Value, concatenate_datasets
+from huggingface_hub import HfApi
 from torch import Tensor, nn
 
+from orpo_lite.common.credentials import find_secrets
+from orpo_lite.common.published_files import ALLOWED, match, refuse, walk
 from orpo_lite.objective.loss import log_odds_ratio
-from orpo_lite.trainer.objective import ObjectiveTrainer
+from orpo_lite.objective.metrics import finish_metrics
+
+if TYPE_CHECKING:
+    from orpo_lite.trainer.checkpointing import CheckpointedTrainer as Base
+    from orpo_lite.trainer.objective import Objective
+else:
+    Base = object
 
 Half = Literal["train", "eval"]
 
 WHOLE_LOGITS = "the logits of a batch are never formed whole; compute_loss(model, batch, return_outputs=True) gives loss and metrics"
-ROWS = "rows are tokenised in batches before the trainer starts; give rows as you want them tokenised, or `chosen_ids` and `chosen_start`"
+ROWS = "rows are tokenized in batches before the trainer starts; give rows as you want them tokenized, or `chosen_ids` and `chosen_start`"
 ABSENT = {
     "concatenated_forward": WHOLE_LOGITS,
     "concatenated_inputs": WHOLE_LOGITS,
@@ -27,18 +38,34 @@ ABSENT = {
     "generate_from_model": "generate_during_eval answers greedily and leaves `trainer.answers`",
 }
 """Methods of TRL's trainer that have no counterpart, and what to use instead."""
+SETTINGS: dict[str, Callable[[Any], Any]] = {
+    "max_length": lambda trainer: trainer.args.max_length if trainer.args.max_length is not None else 512,
+    "max_completion_length": lambda trainer: (
+        trainer.args.max_completion_length or (128 if trainer.is_encoder_decoder else None)
+    ),
+    "padding_value": lambda trainer: (
+        trainer.args.padding_value if trainer.args.padding_value is not None else trainer.tokenizer.pad_token_id
+    ),
+    "generate_during_eval": lambda trainer: trainer.args.generate_during_eval,
+    "aux_loss_enabled": lambda trainer: trainer.objective.router_loss,
+    "aux_loss_coef": lambda trainer: trainer.objective.router_coefficient,
+}
+"""Settings that TRL's trainer keeps as attributes."""
 NOT_CALLED = {*ABSENT, "odds_ratio_loss", "get_batch_loss_metrics"}
 
 
-class TrlNames(ObjectiveTrainer):
-    """TRL's attributes and methods by TRL's names, where they mean anything here."""
+class TrlNames(Base):
+    """TRL's attributes and methods by TRL's names, where they mean anything here; a mixin of ORPOTrainer."""
 
     _name = "ORPO"
     tokenizer: Any
     is_encoder_decoder: bool
-    _stored: dict[str, dict[str, list[float]]]
-    _items: Any = None
-    """NLL labels and pairs of the optimizer step that is being taken."""
+    objective: Objective
+    stored: dict[str, dict[str, list[float]]]
+    totals_of_step: Tensor | None = None
+    """What the optimizer step holds whose loss is being computed, see `count_step`."""
+    card_writer = "orpo_lite.report.model_card:write_trainer_card"
+    """Function that writes the model card, by name: report/ stands above this package, and is imported when it is called."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "tokenizer" in kwargs:
@@ -54,10 +81,10 @@ class TrlNames(ObjectiveTrainer):
             )
 
     def __getattr__(self, name: str) -> Any:
+        if name in SETTINGS:
+            return SETTINGS[name](self)
         why = f" (of TRL's trainer): {ABSENT[name]}" if name in ABSENT else ""
         raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{why}")
-
-    # ---- settings, which TRL keeps on the trainer ------------------------------------------------------------------
 
     @property
     def beta(self) -> float:
@@ -67,36 +94,12 @@ class TrlNames(ObjectiveTrainer):
     def beta(self, value: float) -> None:
         self.args.beta = value
 
-    @property
-    def max_length(self) -> int:
-        return self.args.max_length if self.args.max_length is not None else 512
-
-    @property
-    def max_completion_length(self) -> int | None:
-        return self.args.max_completion_length or (128 if self.is_encoder_decoder else None)
-
-    @property
-    def padding_value(self) -> int | None:
-        return self.args.padding_value if self.args.padding_value is not None else self.tokenizer.pad_token_id
-
-    @property
-    def generate_during_eval(self) -> bool:
-        return self.args.generate_during_eval
-
-    @property
-    def aux_loss_enabled(self) -> bool:
-        return self.objective.router_loss
-
-    @property
-    def aux_loss_coef(self) -> float:
-        return self.objective.router_coefficient
-
     # ---- loss and metrics ------------------------------------------------------------------------------------------
 
     def odds_ratio_loss(
         self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Beta times the log-sigmoid of the log odds ratio, rewards of both sides, and the means of the two logs.
+        """Compute beta times the log-sigmoid of the log odds ratio, rewards of both sides, and the means of the two logs.
 
         Args:
             policy_chosen_logps: mean log-prob of each chosen completion's tokens, (B,).
@@ -113,63 +116,48 @@ class TrlNames(ObjectiveTrainer):
     def get_batch_loss_metrics(
         self, model: nn.Module, batch: dict[str, Any], train_eval: Half = "train"
     ) -> tuple[Tensor, dict[str, float]]:
-        """Loss of a batch and its metrics by TRL's names, of this process alone.
+        """Compute the loss of a batch and its metrics by TRL's names, of this process alone.
 
-        Inside of a training step the batch's share of the step's loss, so that a `compute_loss` of one's own can return it.
+        Inside a training step it is the batch's share of the step's loss, so that your own `compute_loss` can return it.
         """
         # not a subclass's compute_loss, which may be what calls this
-        loss, metrics = super().compute_loss(model, batch, return_outputs=True, num_items_in_batch=self._items)
+        loss, sums = self.orpo_loss(model, batch, self.totals_of_step)  # type: ignore[attr-defined]  # ORPOTrainer's
         prefix = "eval_" if train_eval == "eval" else ""
-        return loss, {f"{prefix}{key}": value for key, value in metrics.items()}
-
-    def training_step(self, model: nn.Module, inputs: dict[str, Any], num_items_in_batch: Any = None) -> Tensor:
-        self._items = num_items_in_batch
-        try:
-            return super().training_step(model, inputs, num_items_in_batch)
-        finally:
-            self._items = None
+        return loss, {f"{prefix}{key}": value for key, value in finish_metrics(sums).items()}
 
     def store_metrics(self, metrics: dict[str, float], train_eval: Half = "train") -> None:
-        """Numbers of one's own for the next log of training or evaluation, which shows the mean of each."""
+        """Keep your own numbers for the next log of training or evaluation, which shows the mean of each."""
         for key, value in metrics.items():
-            self._stored[train_eval][key].append(float(value))
+            self.stored[train_eval][key].append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """With the means of what `store_metrics` was given."""
-        stored = self._stored.pop("train" if "loss" in logs else "eval", {})
+        """Log with the means of what `store_metrics` was given."""
+        stored = self.stored.pop("train" if "learning_rate" in logs or "loss" in logs else "eval", {})
         logs |= {key: sum(values) / len(values) for key, values in stored.items()}
         super().log(logs, start_time)
 
     # ---- hub ---------------------------------------------------------------------------------------------------------
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
-        """Make the repository: private, unless it is there or `hub_private_repo` says False."""
+        """Create the repository: private, unless it exists or `hub_private_repo` says False."""
         asked = self.args.hub_private_repo if private is None else private
         super().init_hf_repo(token, asked is not False)
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        """Nothing is published before the end, and no checkpoint ever: they hold optimizer states."""
 
     def push_to_hub(
         self, commit_message: str | None = "End of training", blocking: bool = True, token: str | None = None,
         revision: str | None = None, private: bool | None = None, **card: Any,
     ) -> Any:  # fmt: skip
-        """Publish adapter or model, tokenizer and a model card: the allow-listed files and no others.
+        """Publish adapter or model, tokenizer and a model card: the files of the allow-list of `orpo-lite push` and no others.
 
         Args:
             card: for `create_model_card`.
 
         Returns:
-            huggingface_hub's CommitInfo, or a future of it where not blocking; None but on the first process.
+            huggingface_hub's CommitInfo, or a future of it where not blocking; None on all processes but the first.
 
         Raises:
             RequestError: a file holds what looks like a credential.
         """
-        from huggingface_hub import HfApi
-
-        from orpo_lite.common.credentials import find_secrets
-        from orpo_lite.common.published_files import ALLOWED, match, refuse, walk
-
         token = token or self.args.hub_token
         if self.hub_model_id is None:
             self.init_hf_repo(token, private)
@@ -193,24 +181,79 @@ class TrlNames(ObjectiveTrainer):
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write README.md into args.output_dir: what was trained on what, and with which versions."""
-        from orpo_lite.report.model_card import write_trainer_card
-
         if self.is_world_process_zero():
-            write_trainer_card(self, model_name, dataset_name, tags)  # type: ignore[arg-type]  # of the whole class
+            pkgutil.resolve_name(self.card_writer)(self, model_name, dataset_name, tags)
 
 
 def stored_metrics() -> dict[str, dict[str, list[float]]]:
     return defaultdict(lambda: defaultdict(list))
 
 
-# ---- collators written for TRL's rows ---------------------------------------------------------------------------------
+# ---- TRL's columns ----------------------------------------------------------------------------------------------------
+
+
+def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
+    """Return a tokenized pair by TRL's names.
+
+    They are `prompt_input_ids`, `prompt_attention_mask`, and of both sides `chosen_input_ids`, `chosen_attention_mask`
+    and `chosen_labels` (-100 over the prompt); of encoder-decoder models, whose completions stand alone, only labels.
+    """
+    alone = "prompt_ids" in pair
+    shared = min(pair["chosen_start"], pair["rejected_start"])
+    prompt = list(pair["prompt_ids"] if alone else pair["chosen_ids"][:shared])
+    row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    for side in ("chosen", "rejected"):
+        ids, start = list(pair[f"{side}_ids"]), 0 if alone else int(pair[f"{side}_start"])
+        row[f"{side}_labels"] = [-100] * start + ids[start:]
+        if not alone:
+            row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
+    return row
+
+
+class TrlDataset(Dataset):
+    """Tokenized pairs that also have TRL's columns, computed where one asks for them by name or looks at one row.
+
+    Batches, iteration and everything derived from the data set have the stored columns alone.
+    """
+
+    @property
+    def trl_names(self) -> list[str]:
+        """Names of the computed columns."""
+        alone = "prompt_ids" in self._data.column_names
+        sides = [f"{side}_{name}" for side in ("chosen", "rejected")
+                 for name in (("labels",) if alone else ("input_ids", "attention_mask", "labels"))]  # fmt: skip
+        return ["prompt_input_ids", "prompt_attention_mask", *sides]
+
+    @property
+    def column_names(self) -> list[str]:
+        return [*super().column_names, *self.trl_names]
+
+    @property
+    def features(self) -> Features:
+        return Features({**super().features, **{name: [Value("int64")] for name in self.trl_names}})
+
+    def __getitem__(self, key: Any) -> Any:
+        if isinstance(key, str) and key in self.trl_names:
+            return [trl_columns(row)[key] for row in self]
+        found = super().__getitem__(key)
+        return {**found, **trl_columns(found)} if isinstance(key, int) else found
+
+
+def with_trl_columns(rows: Any) -> Any:
+    """Return a view of tokenized pairs that has TRL's columns as well; a dict of data sets likewise, None as it is."""
+    if isinstance(rows, dict):
+        return {name: with_trl_columns(one) for name, one in rows.items()}
+    if rows is None:
+        return None
+    view = copy.copy(rows)
+    view.__class__ = TrlDataset
+    return view
 
 
 class TrlRows:
-    """A collator of one's own, given each pair in TRL's form as well as in ours.
+    """Your own collator, given each pair in TRL's form as well as in ours.
 
-    `chosen_input_ids`, `chosen_attention_mask`, `chosen_labels` (-100 over the prompt), the same of `rejected`,
-    `prompt_input_ids`, `prompt_attention_mask`; the texts are those that the tokens say, other columns as they were.
+    The texts `prompt`, `chosen` and `rejected` are decoded tokens, other columns as they were.
     """
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], tokenizer: Any):
@@ -220,22 +263,17 @@ class TrlRows:
         return self.collator([self.row(pair) for pair in pairs])
 
     def row(self, pair: dict[str, Any]) -> dict[str, Any]:
-        row = dict(pair)
-        alone = "prompt_ids" in pair  # encoder-decoder: completions apart
-        prompt = list(pair["prompt_ids"] if alone else pair["chosen_ids"][: min(pair["chosen_start"], pair["rejected_start"])])  # fmt: skip
-        row |= {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-        row["prompt"] = self.tokenizer.decode(prompt)
+        """Return a pair with TRL's columns and texts."""
+        row = {**pair, **trl_columns(pair)}
+        row["prompt"] = self.tokenizer.decode(row["prompt_input_ids"])
         for side in ("chosen", "rejected"):
-            ids, start = list(pair[f"{side}_ids"]), 0 if alone else int(pair[f"{side}_start"])
-            row[f"{side}_labels"] = [-100] * start + ids[start:]
-            if not alone:
-                row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
-            row[side] = self.tokenizer.decode(ids[start:])
+            start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
+            row[side] = self.tokenizer.decode(list(pair[f"{side}_ids"])[start:])
         return row
 
 
 def with_columns(pairs: Any, rows: Any) -> Any:
-    """Tokenised pairs with the other columns of the rows that they were made of."""
+    """Return tokenized pairs with the other columns of the rows that they were made of."""
     more = [name for name in rows.column_names if name not in (*pairs.column_names, "prompt", "chosen", "rejected")]
     if not more:
         return pairs

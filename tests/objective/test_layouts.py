@@ -116,7 +116,7 @@ def test_shared_and_packed_equal_padded(name, tmp_path, tokenizer, pairs):
         batch = next(iter(trainer.get_train_dataloader()))
         computed[layout] = batch["input_ids"].numel()
         with torch.no_grad():
-            stats, _ = trainer.pair_statistics(twin, batch)
+            stats, _ = trainer.objective.statistics(twin, batch)
         loss, metrics = trainer.compute_loss(twin, batch, return_outputs=True)
         outcomes[layout, checkpointing] = stats, metrics, gradients(twin, loss), loss.item()
     stats, metrics, gradient, loss = outcomes["padded", False]

@@ -21,7 +21,6 @@ from orpo_lite.model.adapter import prepare_frozen
 from orpo_lite.model.base import unsharded_loading
 from orpo_lite.model.precision import Precision
 from orpo_lite.trainer import config as orpo_config
-from orpo_lite.trainer import zero_states
 from orpo_lite.trainer.distributed import gathered
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
@@ -247,15 +246,10 @@ class Dies(TrainerCallback):
     """The end, right after the checkpoint of a step; the rows of every step's pairs; and what DeepSpeed goes on from."""
 
     def __init__(self, step, out):
-        self.step, self.rows, self.out, self.at_first = step, [], out, None
-
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.trainer.is_deepspeed_enabled and state.global_step:
-            zero_states.write(self.trainer.deepspeed, Path(self.out, zero_states.WHOLE), args.should_save)
-            self.at_first = gathered(model, keep=True)
+        self.step, self.rows, self.out = step, [], out
 
     def on_step_begin(self, args, state, control, **kwargs):
-        batches = [b for item in self.trainer._window.items for b in item.get("micro_batches", [item])]
+        batches = [b for item in self.trainer.step_in_progress.items for b in item.get("micro_batches", [item])]
         self.rows.append(sorted(row for b in batches for row in b["pair_rows"].tolist()))
 
     def on_save(self, args, state, control, **kwargs):
@@ -283,7 +277,6 @@ def stretch(folder, out, engine, dies=None, resume=None, base="float", **more):
         "weights": weights,
         "logs": logs,
         "rows": watch.rows,
-        "at_first": watch.at_first,
         "loss": trainer.state.log_history[-1].get("train_loss"),
     }
 

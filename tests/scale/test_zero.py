@@ -2,15 +2,12 @@
 
 import base64
 import json
-from types import SimpleNamespace
 
 import pytest
-import torch
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import load_base, load_tokenizer
 from orpo_lite.recipe import ModelSection
-from orpo_lite.trainer import zero_states
 from orpo_lite.trainer.deepspeed import zero_stage_asked
 from tests.scale import checks
 from tests.scale.group import together
@@ -56,21 +53,6 @@ def test_a_base_is_loaded_whole_where_transformers_knows_of_zero3(tmp_path, quan
     assert stored == ({"torch.float32"} if quantization == "nf4" else set())
     with pytest.raises(RequestError, match="int8 weights cannot be sharded by FSDP or ZeRO-3"):
         load_base(spec.model_copy(update={"quantization": "int8"}), device="cpu", to_shard=True)
-
-
-@pytest.mark.parametrize(
-    "states",
-    [
-        {"state1": torch.zeros(8, dtype=torch.uint8), "absmax1": torch.zeros(1)},  # 8 bits
-        {"exp_avg": torch.zeros(8), "RMS": torch.tensor(1.0)},  # a number for all of a process's share
-    ],
-)
-def test_states_that_cannot_be_cut_anew_are_not_kept_whole(tmp_path, states):
-    flat = torch.zeros(8, requires_grad=True)
-    base = SimpleNamespace(state={flat: states | {"step": 3}}, param_groups=[])
-    zero = SimpleNamespace(single_partition_of_fp32_groups=[flat], optimizer=base)
-    zero_states.write(SimpleNamespace(optimizer=zero, lr_scheduler=None), tmp_path / zero_states.WHOLE, keep=True)
-    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.slow

@@ -7,7 +7,7 @@ import torch
 
 from orpo_lite import ORPOTrainer
 from orpo_lite.trainer.generate import answer, score_answers
-from tests.test_trainer import adapted, flat
+from tests.trainer.test_trainer import adapted, flat
 from tests.training import config, rows
 
 

@@ -15,7 +15,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.run import run
 from orpo_lite.trainer.trackers import check_trackers, log_table
-from tests.test_trainer import adapted
+from tests.trainer.test_trainer import adapted
 from tests.training import config, rows
 
 needs_trackio = pytest.mark.skipif(

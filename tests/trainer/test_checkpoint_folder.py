@@ -37,10 +37,10 @@ def test_a_sealed_checkpoint_is_good_and_says_what_it_was_sealed_with(tmp_path):
         (lambda p: (p / "optimizer.pt").unlink(), "optimizer.pt is missing"),
         (lambda p: os.truncate(p / "optimizer.pt", 2999), "optimizer.pt has 2,999 bytes, 3,000 were written"),
         (lambda p: (p / "inner/shard.bin").write_bytes(bytes(3000)), "inner/shard.bin has other content"),
-        (lambda p: (p / MANIFEST).unlink(), "manifest.json is missing, so it was not written to the end"),
+        (lambda p: (p / MANIFEST).unlink(), "manifest.json is missing, so the checkpoint is incomplete"),
         (lambda p: (p / MANIFEST).write_text("[" * 100_000), "manifest.json is damaged"),
         (lambda p: (p / MANIFEST).write_text("{}"), "manifest.json is damaged"),
-        (lambda p: (p / "extra.pt").write_bytes(b"x"), "extra.pt was put there later"),
+        (lambda p: (p / "extra.pt").write_bytes(b"x"), "extra.pt was added later"),
     ],
 )
 def test_damage_is_named_and_the_checkpoint_before_is_taken(tmp_path, harm, words):

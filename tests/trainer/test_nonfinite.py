@@ -3,20 +3,24 @@
 import json
 import logging
 import math
-import zipfile
+from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
+from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
+from orpo_lite.recipe import Recipe
+from orpo_lite.train import run as train
 from orpo_lite.trainer.nonfinite_report import IN_A_ROW, IN_ALL, NonFinite
-from tests.watching.poison import (
+from tests.trainer.poison import (
     ODD,
     LatePoison,
     PoisonedLoss,
     PoisonedStep,
     build,
+    data,
     poison_gradient,
     poison_token,
     state_of,
@@ -36,12 +40,11 @@ def stopped(trainer, keep, step):
     return str(caught.value)
 
 
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
-@pytest.mark.parametrize("options", STEPS, ids=str)
+@pytest.mark.parametrize(("options", "value"), [*((one, NAN) for one in STEPS), ({}, INF), ({}, -INF)], ids=str)
 def test_a_poisoned_row_stops_the_run_before_the_optimizer(options, value, tmp_path, tokenizer):
     trainer, keep = build(tmp_path, tokenizer, **options)
     poison_token(trainer, value)
-    trainer.sources = ["pairs.jsonl"]
+    trainer.guard.sources = ["pairs.jsonl"]
     said = stopped(trainer, keep, 2)  # row 5 is the last of the second step's three
     assert (
         f"row {ODD} of pairs.jsonl (number {ODD} of" in said.split("not finite when computed alone")[1].split("\n")[0]
@@ -49,8 +52,7 @@ def test_a_poisoned_row_stops_the_run_before_the_optimizer(options, value, tmp_p
     assert "the loss is nan" in said and "lora_A.weight" in said and "learning_rate" in said
 
 
-@pytest.mark.parametrize("options", STEPS, ids=str)
-@pytest.mark.parametrize("value", [NAN, INF])
+@pytest.mark.parametrize(("options", "value"), [*((one, NAN) for one in STEPS), ({}, INF)], ids=str)
 def test_one_micro_batch_of_three(value, options, tmp_path, tokenizer):
     """A loss that nothing but the trainer's own arithmetic spoils, in a pass that is not the last."""
     trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, **options)
@@ -58,8 +60,7 @@ def test_one_micro_batch_of_three(value, options, tmp_path, tokenizer):
     stopped(trainer, keep, 2)
 
 
-@pytest.mark.parametrize("clip", [0.0, 1.0])
-@pytest.mark.parametrize("value", [NAN, INF, -INF])
+@pytest.mark.parametrize(("value", "clip"), [(NAN, 1.0), (INF, 0.0), (-INF, 1.0)])
 def test_a_single_value_of_a_gradient(value, clip, tmp_path, tokenizer):
     trainer, keep = build(tmp_path, tokenizer, max_grad_norm=clip)
     name = poison_gradient(trainer, 5, value)
@@ -68,9 +69,14 @@ def test_a_single_value_of_a_gradient(value, clip, tmp_path, tokenizer):
     assert "but gradients are not finite" in said and "each pair computed alone is finite" in said
 
 
-def test_a_subclass_that_spoils_the_loss_after_us(tmp_path, tokenizer):
-    trainer, keep = build(tmp_path, tokenizer, PoisonedStep)
-    stopped(trainer, keep, 2)
+def test_what_a_subclass_returns_is_neither_trained_on_nor_logged(tmp_path, tokenizer):
+    """training_step says NaN, but the gradients are those of a finite loss: it is the one that is logged."""
+    trainer, keep = build(tmp_path / "odd", tokenizer, PoisonedStep, max_steps=3)
+    plain, plain_keep = build(tmp_path / "plain", tokenizer, max_steps=3)
+    for one in (trainer, plain):
+        one.train()
+    losses = [[log["loss"] for log in one.state.log_history if "loss" in log] for one in (trainer, plain)]
+    assert losses[0] == losses[1] and len(losses[0]) == 3 and keep.states == plain_keep.states
 
 
 @pytest.mark.parametrize("late", ["before us", "after us"])
@@ -88,7 +94,7 @@ def test_a_gradient_whose_norm_overflows_is_finite(tmp_path, tokenizer):
     trainer, _ = build(tmp_path, tokenizer, max_steps=2)
     poison_gradient(trainer, 5, 1e30)
     trainer.train()
-    assert trainer.state.global_step == 2 and not trainer.skipped
+    assert trainer.state.global_step == 2 and not trainer.guard.skipped
 
 
 def test_nf4_base(tmp_path, tokenizer):
@@ -111,7 +117,7 @@ class TestSkip:
         with caplog.at_level(logging.WARNING):
             trainer.train()
         healthy.train()
-        assert trainer.skipped == [2] and trainer.state.global_step == 8 == healthy.state.global_step
+        assert trainer.guard.skipped == [2] and trainer.state.global_step == 8 == healthy.state.global_step
         assert keep.states[2] == keep.states[1] and keep.states[3] != keep.states[2]
         assert keep.rates == healthy_keep.rates
         assert "left out (1 so far): step 2" in caplog.text and f"row {ODD}" in caplog.text
@@ -119,8 +125,8 @@ class TestSkip:
         assert "loss" not in logs[2] and "rewards/margins" not in logs[2] and "grad_norm" not in logs[2]
         assert logs[2]["skipped_steps"] == 1 == logs[8]["skipped_steps"] and "skipped_steps" not in logs[1]
         assert all(math.isfinite(value) for log in logs.values() for value in log.values())
-        assert trainer.watched()["skipped_steps"] == [2]
-        assert [f.name for f in (tmp_path / "out").glob("*.zip")] == ["reproduce-step-2.zip"]
+        assert trainer.health_record()["skipped_steps"] == [2]
+        assert [f.name for f in (tmp_path / "out").glob("*.jsonl")] == ["nonfinite-step-2.jsonl"]
 
     def test_logged_means_are_over_the_steps_taken(self, tmp_path, tokenizer):
         every, _ = build(tmp_path / "one", tokenizer, on_nonfinite="skip", logging_steps=1)
@@ -144,14 +150,14 @@ class TestSkip:
         elif spoil == "late":
             trainer.add_callback(LatePoison())
         trainer.train()
-        assert trainer.skipped == [2] and keep.states[2] == keep.states[1] != keep.states[3]
+        assert trainer.guard.skipped == [2] and keep.states[2] == keep.states[1] != keep.states[3]
 
     def test_gives_up_after_a_few_in_a_row(self, tmp_path, tokenizer):
         trainer, keep = build(tmp_path, tokenizer, on_nonfinite="skip")
         trainer.model.get_input_embeddings().register_forward_hook(lambda m, a, out: out * NAN)
         with pytest.raises(NonFinite, match=f"gives up after {IN_A_ROW} steps one after another"):
             trainer.train()
-        assert trainer.skipped == list(range(1, IN_A_ROW + 1)) and state_of(trainer) == keep.states[0]
+        assert trainer.guard.skipped == list(range(1, IN_A_ROW + 1)) and state_of(trainer) == keep.states[0]
 
     def test_gives_up_after_some_in_all(self, tmp_path, tokenizer):
         trainer, _ = build(tmp_path, tokenizer, on_nonfinite="skip", num_train_epochs=3, gradient_accumulation_steps=1)
@@ -162,13 +168,13 @@ class TestSkip:
         next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(every_second)
         with pytest.raises(NonFinite, match=f"gives up after {IN_ALL} steps that"):
             trainer.train()
-        assert trainer.skipped == list(range(1, 2 * IN_ALL, 2))
+        assert trainer.guard.skipped == list(range(1, 2 * IN_ALL, 2))
 
     def test_the_first_step(self, tmp_path, tokenizer):
         trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite="skip", max_steps=2)
         trainer.call = 1
         trainer.train()
-        assert trainer.skipped == [1] and keep.states[1] == keep.states[0] != keep.states[2]
+        assert trainer.guard.skipped == [1] and keep.states[1] == keep.states[0] != keep.states[2]
 
 
 class Fp16(TrainerCallback):
@@ -205,9 +211,13 @@ class TestFp16:
         trainer.add_callback(Fp16(trainer, 1024.0))
         poison_gradient(trainer, 5, INF)
         trainer.train()
-        assert trainer.overflows == 1 and not trainer.skipped and trainer.accelerator.scaler.get_scale() == 512.0
+        assert (
+            trainer.guard.overflows == 1
+            and not trainer.guard.skipped
+            and trainer.accelerator.scaler.get_scale() == 512.0
+        )
         assert keep.states[2] == keep.states[1] != keep.states[3]
-        assert trainer.watched()["overflow_steps"] == 1
+        assert trainer.health_record()["overflow_steps"] == 1
         assert [log["overflow_steps"] for log in trainer.state.log_history if "overflow_steps" in log] == [1] * 7
 
     @pytest.mark.parametrize("clip", [0.0, 1.0])
@@ -220,7 +230,9 @@ class TestFp16:
         else:
             trainer.train()
             assert (
-                trainer.skipped == [2] and not trainer.overflows and keep.states[2] == keep.states[1] != keep.states[3]
+                trainer.guard.skipped == [2]
+                and not trainer.guard.overflows
+                and keep.states[2] == keep.states[1] != keep.states[3]
             )
             assert trainer.accelerator.scaler.get_scale() == 1024.0
 
@@ -230,7 +242,7 @@ class TestFp16:
         next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(lambda g: g * NAN)
         with pytest.raises(NonFinite, match="gradients are not finite"):
             trainer.train()
-        assert trainer.overflows == 2 and state_of(trainer)[0] == keep.states[0][0]
+        assert trainer.guard.overflows == 2 and state_of(trainer)[0] == keep.states[0][0]
 
 
 def test_an_update_that_overflows_is_not_written(tmp_path, tokenizer):
@@ -251,7 +263,7 @@ def test_held_out_pairs_are_named_and_training_goes_on(tmp_path, tokenizer, capl
         trainer.train()
     assert math.isnan(metrics["eval_loss"]) and trainer.state.global_step == 1
     assert "1 of 24 are not finite" in caplog.text and f"row {ODD} (number {ODD}" in caplog.text
-    assert [one["kind"] for one in trainer.watched()["warnings"]] == ["held-out loss"]
+    assert [one["kind"] for one in trainer.health_record()["warnings"]] == ["held-out loss"]
 
 
 def test_watching_changes_no_number(tmp_path, tokenizer):
@@ -259,7 +271,7 @@ def test_watching_changes_no_number(tmp_path, tokenizer):
     trainer, keep = build(tmp_path / "a", tokenizer)
     trainer.train()
     blind, blind_keep = build(tmp_path / "b", tokenizer)
-    blind.look = lambda again=False: False
+    blind.guard.check_step = lambda again=False: None
     blind.train()
     assert keep.states == blind_keep.states
 
@@ -271,7 +283,7 @@ def test_deepspeed_and_layerwise_optimizers_cannot_skip(tmp_path, tokenizer):
 
 def test_where_the_optimizer_steps_inside_of_the_backward_pass_the_loss_is_looked_at_before(tmp_path, tokenizer):
     trainer, keep = build(tmp_path, tokenizer, gradient_accumulation_steps=1)
-    trainer._inside = True
+    trainer.guard.inside_backward = True
     poison_token(trainer, NAN)
     passes = []
     trainer.accelerator.backward = lambda loss, **kw: (passes.append(float(loss.detach())), loss.backward())
@@ -279,34 +291,62 @@ def test_where_the_optimizer_steps_inside_of_the_backward_pass_the_loss_is_looke
     assert len(passes) == ODD and all(map(math.isfinite, passes))
 
 
-def test_the_reproducer_holds_no_pickle_and_no_token(tmp_path, tokenizer):
-    trainer, keep = build(tmp_path, tokenizer)
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_rows_are_written_as_they_came_or_as_the_text_of_their_tokens(layout, tmp_path, tokenizer):
+    trainer, keep = build(tmp_path, tokenizer, layout=layout, max_steps=2)
     poison_token(trainer, NAN)
+    given, trainer.given_rows = trainer.given_rows, None
     said = stopped(trainer, keep, 2)
-    path = tmp_path / "out" / "reproduce-step-2.zip"
-    assert str(path) in said and "texts of 3 pairs" in said
-    with zipfile.ZipFile(path) as archive:
-        names = archive.namelist()
-        facts = json.loads(archive.read("step.json"))
-    assert {name.rsplit(".", 1)[1] for name in names} == {"json", "safetensors"}
-    assert [pair["row"] for parts in facts["texts"] for pair in parts] == [3, 4, 5]
-    assert "@" in facts["texts"][2][0]["chosen"]["text"] and facts["recipe"] is None
+    path = tmp_path / "out" / "nonfinite-step-2.jsonl"
+    assert f"its 3 rows are in {path}, which any recipe trains on: data.train={path}" in said
+    texts = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len(texts) == 3 and "@" in texts[2]["chosen"]
+    for row, pair in zip(texts, list(trainer.train_dataset)[3:6], strict=True):
+        for side in ("chosen", "rejected"):
+            assert row["prompt"] + row[side] == tokenizer.decode(pair[f"{side}_ids"])
+    trainer.given_rows, trainer.guard.file = given, None
+    with pytest.raises(NonFinite):
+        trainer.guard._refuse(trainer.guard._find())
+    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == data().to_list()[3:6]
+
+
+def test_a_recipe_trains_on_the_rows_of_a_step_that_was_not_finite(tmp_path, monkeypatch):
+    words = ["evaluation.samples=0", "training.max_steps=2", "data.eval=null", "data.eval_fraction=0", "data.max_rows=24",
+             "adapter.r=2", "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]  # fmt: skip
+    plain, calls = ORPOTrainer.compute_loss, []
+
+    def spoiled(self, *args, **kwargs):
+        calls.append(1)
+        return plain(self, *args, **kwargs) * (NAN if len(calls) == 2 else 1.0)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ORPOTrainer, "compute_loss", spoiled)
+        with pytest.raises(NonFinite, match=r"step 2: .* nan"):
+            train.run(Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'stopped'}"]))
+    (path,) = (tmp_path / "stopped").glob("nonfinite-step-2.jsonl")
+    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
+    assert len(rows) == 2 and all(isinstance(row["chosen"], list) for row in rows), "messages, as they came"
+    done = train.run(
+        Recipe.load("quickstart", [*words, f"data.train={path}", f"training.output_dir={tmp_path / 'again'}"])
+    )
+    assert done.facts["steps"] == 2 and done.facts["data"]["train_pairs"] == 2
 
 
 def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch):
     trainer, keep = build(tmp_path, tokenizer)
     poison_token(trainer, NAN)
+    plain = Path.write_text
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
+    def full(path, *args, **kwargs):
+        if "nonfinite" in path.name:
+            raise OSError(28, "No space left on device")
+        return plain(path, *args, **kwargs)
 
-    monkeypatch.setattr("orpo_lite.trainer.reproducer.Reproducer.write", full)
-    assert "could not be saved for a bug report" in stopped(trainer, keep, 2)
+    monkeypatch.setattr(Path, "write_text", full)
+    assert "its rows could not be written" in stopped(trainer, keep, 2)
 
 
 @pytest.mark.parametrize("wrong", ["maybe", 3])
 def test_on_nonfinite_is_checked(wrong, tmp_path):
-    from orpo_lite.recipe import Recipe
-
     with pytest.raises(RequestError, match=r"training\.on_nonfinite: found .*'stop' or 'skip'"):
         Recipe.load("quickstart", [f"training.on_nonfinite={wrong}"])

@@ -1,4 +1,4 @@
-"""Run by test_processes under torchrun: a step that is not finite on one of two processes."""
+"""Run by test_nonfinite_processes under torchrun: a step that is not finite on one of two processes."""
 
 import json
 import os
@@ -9,8 +9,8 @@ import torch
 
 from orpo_lite.trainer.nonfinite_report import NonFinite
 from tests.tiny import tiny_tokenizer
+from tests.trainer.poison import build, poison_gradient, poison_token, state_of
 from tests.training import CHATML
-from tests.watching.poison import build, poison_gradient, poison_token, state_of
 
 folder, spoil, way = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
 rank = int(os.environ["RANK"])
@@ -29,7 +29,7 @@ Path(folder, f"rank{rank}.json").write_text(
     json.dumps(
         {
             "said": said,
-            "skipped": trainer.skipped,
+            "skipped": trainer.guard.skipped,
             "step": trainer.state.global_step,
             "kept": keep.states[1] == (state_of(trainer) if said else keep.states[2]),
             "adapter": [p.double().sum().item() for p in trainer.model.parameters() if p.requires_grad],

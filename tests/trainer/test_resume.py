@@ -1,4 +1,4 @@
-"""A run that is stopped and gone on with ends as one that never stopped: weights bit for bit, and the same logs."""
+"""A run that is stopped and resumed ends as one that never stopped: weights bit for bit, and the same logs."""
 
 import json
 import os
@@ -82,6 +82,22 @@ def trainer(tmp_path, tokenizer, kind="lora", callbacks=(), resumed=False, **wor
     return made
 
 
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, tokenizer):
+    """Run that never stopped: (trainer, folder), made once for each kind and options."""
+    made = {}
+
+    def run(kind="lora", **words):
+        key = (kind, *sorted(words.items()))
+        if key not in made:
+            folder = tmp_path_factory.mktemp("whole")
+            made[key] = trainer(folder, tokenizer, kind, **words), folder
+            made[key][0].train()
+        return made[key]
+
+    return run
+
+
 def weights(made):
     return {name: p.detach().clone() for name, p in made.model.named_parameters() if p.requires_grad}
 
@@ -120,31 +136,29 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_killed_at_any_moment_of_the_loop_and_gone_on_with(tmp_path, tokenizer, case):
+def test_killed_at_any_moment_of_the_loop_and_resumed(tmp_path, tokenizer, whole, case):
     words = CASES[case]
-    whole = trainer(tmp_path / "whole", tokenizer, **words)
-    whole.train()
+    never_stopped, folder = whole(**words)
     killed = trainer(tmp_path / "cut", tokenizer, callbacks=[Die(8)], **words)
     with pytest.raises(ConnectionAbortedError):
         killed.train()
     again = trainer(tmp_path / "cut", tokenizer, resumed=True, **words)
     again.train(resume_from_checkpoint=True)
-    assert again.state.global_step == whole.state.global_step
-    equal(weights(whole), weights(again))
-    same_lines(tmp_path / "whole", tmp_path / "cut")
+    assert again.state.global_step == never_stopped.state.global_step
+    equal(weights(never_stopped), weights(again))
+    same_lines(folder, tmp_path / "cut")
     steps = [line["step"] for line in lines(tmp_path / "cut") if "loss" in line]
     assert steps == sorted(set(steps)) and steps
 
 
 @pytest.mark.parametrize("kind", ["full", "nf4", "dora", "embeddings", "bias", "tokens"])
-def test_every_kind_of_trained_weight_is_gone_on_with(tmp_path, tokenizer, kind):
-    whole = trainer(tmp_path / "whole", tokenizer, kind)
-    whole.train()
+def test_every_kind_of_trained_weight_is_resumed(tmp_path, tokenizer, whole, kind):
+    never_stopped, folder = whole(kind)
     with pytest.raises(ConnectionAbortedError):
         trainer(tmp_path / "cut", tokenizer, kind, callbacks=[Die(6)]).train()
     again = trainer(tmp_path / "cut", tokenizer, kind, resumed=True)
     again.train(resume_from_checkpoint=True)
-    equal(weights(whole), weights(again))
+    equal(weights(never_stopped), weights(again))
 
 
 def test_a_checkpoint_of_the_last_step_is_not_trained_on(tmp_path, tokenizer):
@@ -157,30 +171,29 @@ def test_a_checkpoint_of_the_last_step_is_not_trained_on(tmp_path, tokenizer):
     equal(weights(whole), weights(again))
 
 
-def test_early_stopping_counts_on(tmp_path, tokenizer):
+def test_early_stopping_counts_on(tmp_path, tokenizer, whole):
     """With nothing learned, the third evaluation in a row stops the run, whether or not it was killed before."""
     words = EVALUATING | dict(learning_rate=1e-30, early_stopping_patience=2, max_steps=30)
-    whole = trainer(tmp_path / "whole", tokenizer, **words)
-    whole.train()
-    assert whole.state.global_step == 6
+    never_stopped, folder = whole(**words)
+    assert never_stopped.state.global_step == 6
     with pytest.raises(ConnectionAbortedError):
         trainer(tmp_path / "cut", tokenizer, callbacks=[Die(6)], **words).train()
     for _ in range(2):  # the second time from the checkpoint of the last step
         again = trainer(tmp_path / "cut", tokenizer, resumed=True, **words)
         again.train(resume_from_checkpoint=True)
         assert again.state.global_step == 6
-        same_lines(tmp_path / "whole", tmp_path / "cut")
+        same_lines(folder, tmp_path / "cut")
         stop = next(c for c in again.callback_handler.callbacks if isinstance(c, EarlyStoppingCallback))
         assert stop.early_stopping_patience_counter == 2
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-@pytest.mark.parametrize("step", [3, 6, 9])
-def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, tokenizer, number, step):
+@pytest.mark.parametrize(
+    ("number", "step"), [(signal.SIGTERM, 3), (signal.SIGINT, 3), (signal.SIGTERM, 6), (signal.SIGINT, 9)]
+)
+def test_a_signal_saves_and_stops_and_the_run_resumes(tmp_path, tokenizer, whole, number, step):
     """In mid epoch, at an epoch's last step (its evaluation included), and at the run's last step."""
     words = dict(eval_strategy="epoch", save_strategy="no")
-    whole = trainer(tmp_path / "whole", tokenizer, **words)
-    whole.train()
+    never_stopped, folder = whole(**words)
     before = signal.getsignal(number)
     cut = trainer(tmp_path / "cut", tokenizer, callbacks=[Signal(step, number)], **words)
     with pytest.raises(Stopped, match=f"stopped at step {step}") as stop:
@@ -189,21 +202,20 @@ def test_a_signal_saves_and_stops_and_the_run_goes_on(tmp_path, tokenizer, numbe
     assert [path.name for path in checkpoints(tmp_path / "cut/out")] == [f"checkpoint-{step}"]
     again = trainer(tmp_path / "cut", tokenizer, resumed=True, **words)
     again.train(resume_from_checkpoint=True)
-    equal(weights(whole), weights(again))
-    same_lines(tmp_path / "whole", tmp_path / "cut")
+    equal(weights(never_stopped), weights(again))
+    same_lines(folder, tmp_path / "cut")
 
 
-def test_a_signal_while_evaluating_saves_after_it(tmp_path, tokenizer):
+def test_a_signal_while_evaluating_saves_after_it(tmp_path, tokenizer, whole):
     words = EVALUATING | dict(save_strategy="no")
-    whole = trainer(tmp_path / "whole", tokenizer, **words)
-    whole.train()
+    never_stopped, folder = whole(**words)
     cut = trainer(tmp_path / "cut", tokenizer, callbacks=[Signal(5, signal.SIGINT, "on_prediction_step")], **words)
     with pytest.raises(Stopped, match="step 4"):
         cut.train()
     again = trainer(tmp_path / "cut", tokenizer, resumed=True, **words)
     again.train(resume_from_checkpoint=True)
-    equal(weights(whole), weights(again))
-    same_lines(tmp_path / "whole", tmp_path / "cut")
+    equal(weights(never_stopped), weights(again))
+    same_lines(folder, tmp_path / "cut")
 
 
 def test_an_ignored_signal_stays_ignored(tmp_path, tokenizer):
@@ -286,11 +298,10 @@ def small_disk(tmp_path):
     subprocess.run(["umount", "-l", place], capture_output=True)
 
 
-def test_a_full_disk_while_saving_is_survived(tmp_path, tokenizer, small_disk, caplog):
-    """Room for one checkpoint: later ones fail, training goes on, the first stays and is gone on from."""
-    whole = trainer(tmp_path / "whole", tokenizer)
-    whole.train()
-    size = sum(f.stat().st_size for f in checkpoints(tmp_path / "whole/out")[0].rglob("*"))
+def test_a_full_disk_while_saving_is_survived(tmp_path, tokenizer, whole, small_disk, caplog):
+    """Room for one checkpoint: later ones fail, training continues, the first stays and is resumed from."""
+    never_stopped, folder = whole()
+    size = sum(f.stat().st_size for f in checkpoints(folder / "out")[0].rglob("*"))
     fill = small_disk / "fill"
 
     class Fill(TrainerCallback):
@@ -300,16 +311,16 @@ def test_a_full_disk_while_saving_is_survived(tmp_path, tokenizer, small_disk, c
 
     full = trainer(small_disk, tokenizer, callbacks=[Fill()])
     full.train()
-    equal(weights(whole), weights(full))
+    equal(weights(never_stopped), weights(full))
     assert (
-        "checkpoint-4 could not be written (" in caplog.text and "training goes on; checkpoint-2 stays" in caplog.text
+        "checkpoint-4 could not be written (" in caplog.text and "training continues; checkpoint-2 stays" in caplog.text
     )
     assert [p.name for p in (small_disk / "out").iterdir() if "checkpoint" in p.name] == ["checkpoint-2"]
     fill.unlink()
     again = trainer(small_disk, tokenizer, resumed=True)
     again.train(resume_from_checkpoint=True)
-    equal(weights(whole), weights(again))
-    same_lines(tmp_path / "whole", small_disk)
+    equal(weights(never_stopped), weights(again))
+    same_lines(folder, small_disk)
 
 
 def test_metrics_wait_for_a_disk_that_is_full_or_gone(tmp_path, tokenizer, small_disk, caplog):
@@ -329,10 +340,11 @@ def test_metrics_wait_for_a_disk_that_is_full_or_gone(tmp_path, tokenizer, small
     assert caplog.text.count("its lines wait until it can") == 1
 
 
-def test_a_drive_that_is_gone_is_said_and_nothing_is_written_under_its_name(tmp_path, tokenizer, small_disk, caplog):
+def test_a_drive_that_is_gone_is_said_and_nothing_is_written_under_its_name(
+    tmp_path, tokenizer, whole, small_disk, caplog
+):
     """As Colab's Drive goes: the mount point is an empty folder of the machine's own disk then."""
-    whole = trainer(tmp_path / "whole", tokenizer)
-    whole.train()
+    never_stopped, folder = whole()
 
     class Gone(TrainerCallback):
         def on_save(self, args, state, control, **kwargs):
@@ -341,6 +353,6 @@ def test_a_drive_that_is_gone_is_said_and_nothing_is_written_under_its_name(tmp_
 
     made = trainer(small_disk, tokenizer, callbacks=[Gone()])
     made.train()
-    equal(weights(whole), weights(made))
-    assert "checkpoint-4 could not be written (its drive is no longer mounted): training goes on" in caplog.text
+    equal(weights(never_stopped), weights(made))
+    assert "checkpoint-4 could not be written (its drive is no longer mounted): training continues" in caplog.text
     assert not os.listdir(small_disk)

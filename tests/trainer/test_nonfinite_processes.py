@@ -1,13 +1,12 @@
 """Two processes decide alike, whichever of them meets the number, and the first one's file holds the rows of both."""
 
 import json
-import math
-import zipfile
 from pathlib import Path
 
 import pytest
 
 from tests.commands import processes
+from tests.trainer.poison import data
 
 
 @pytest.mark.parametrize("way", ["stop", "skip"])
@@ -20,11 +19,9 @@ def test_all_processes_decide_alike(spoil, way, tmp_path):
         assert one["kept"] and one["finite"]
         assert one["skipped"] == ([2] if way == "skip" else []) and one["step"] == (6 if way == "skip" else 1)
         assert one["said"].startswith("step 2: ") == (way == "stop")
-    (file,) = (tmp_path / "out").glob("*.zip")
-    with zipfile.ZipFile(file) as archive:
-        facts = json.loads(archive.read("step.json"))
+    (file,) = (tmp_path / "out").glob("nonfinite-step-2.jsonl")
+    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     # processes take pairs in turn: the second step of two micro-batches each has rows 4 to 7
-    assert sorted(pair["row"] for pair in facts["found"]["pairs"]) == [4, 5, 6, 7] and len(facts["processes"]) == 2
-    if spoil == "loss":
-        (culprit,) = [pair["row"] for pair in facts["found"]["pairs"] if not math.isfinite(pair.get("loss", 0.0))]
-        assert culprit == 5
+    assert rows == data().to_list()[4:8]
+    if spoil == "loss" and way == "stop":
+        assert "not finite when computed alone: row 5 " in first["said"]
