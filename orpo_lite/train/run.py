@@ -111,8 +111,8 @@ def run(
         trainer.remove_callback(PrinterCallback)
         trainer.add_callback(Bar())
         trainer.add_callback(SameRun())
-        trainer.recipe, trainer.reproducer_folder = recipe, folder.path if folder else None
-        trainer.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
+        trainer.guard.data, trainer.guard.folder = recipe.data, folder.path if folder else None
+        trainer.guard.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
         announce.resolved(recipe, pairs, facts, trainer, checkpointing, folder)
         if folder is None:
             announce.first_step(trainer)
