@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 Row = dict[str, Any]
-Label = tuple[int, int, int, int, int]
+Label = tuple[int, ...]
 """The fields of LABEL_FIELDS, see `PaddedCollator`."""
 LABEL_FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
 Segment = tuple[int, int, int, int]

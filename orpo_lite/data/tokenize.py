@@ -139,8 +139,8 @@ class PairTokenizer:
             except (Dropped, RecursionError) as error:
                 # no name may keep the error: its traceback holds this frame, and that holds all of the chunk
                 deep = isinstance(error, RecursionError)
-                reason = (WRONG_TYPES, "the row is nested too deeply") if deep else (error.reason, error.detail)
-                chunk.drops.append((number, *reason))
+                reason, detail = (WRONG_TYPES, "the row is nested too deeply") if deep else (error.reason, error.detail)
+                chunk.drops.append((number, reason, detail))
                 digest.update(b"-")
                 continue
             chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
