@@ -113,7 +113,7 @@ CASES = [
          "chosen is a number", "text or messages"),
     case("gzip-truncated", "a.jsonl.gz", gzip.compress(lines(rows(500)))[:-300], "a.jsonl.gz", "ended before the end-of-stream marker",
          "copy or download it again"),
-    case("gzip-by-name", "a.jsonl.gz", GOOD, "a.jsonl.gz", "Not a gzipped file", "name it by what it is"),
+    case("gzip-by-name", "a.jsonl.gz", GOOD, "a.jsonl.gz", "Not a gzipped file", "name it by its format"),
     case("bzip-torn", "a.jsonl.bz2", bz2.compress(lines(rows(500)))[:-40], "a.jsonl.bz2", "ended before the end-of-stream marker",
          "copy or download it again"),
     case("wrong-columns", "a.jsonl", lines([{"question": "a", "good": "b", "bad": "c"}]), "a.jsonl",
