@@ -38,11 +38,6 @@ class Pairs:
     fingerprint: str
     """Hash of the content of all rows, and of how they are sampled and held out."""
 
-    @property
-    def lengths(self) -> dict[str, np.ndarray]:
-        """Tokens of the training pairs, see `pair_lengths`."""
-        return pair_lengths(self.train)
-
 
 def load_pairs(
     spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False, field: str = "data.train"
