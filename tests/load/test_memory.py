@@ -83,7 +83,7 @@ def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
 def test_a_short_soak_is_flat(tmp_path):
-    found = growth(soak(tmp_path, 200, every=20))
+    found = growth(soak(tmp_path, 120, every=12))
     assert found["resident_mb"] < 15 and found["files"] == found["threads"] == found["children"] == 0
 
 
