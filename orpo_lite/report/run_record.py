@@ -171,6 +171,8 @@ class Plan(Section):
 
     model_config = ConfigDict(extra="allow")
     __pydantic_extra__: dict[str, Plain]
+    recipe: Text | None = None
+    model: Text | None = None
     peak_bytes: Amount | None = None
     needed_bytes: Amount | None = None
     fullest_phase: Text | None = None
