@@ -135,7 +135,7 @@ def cut(text: str | None) -> str:
 
 def verdict(record: RunRecord) -> str:
     """Say in a sentence whether the held-out accuracy moved by more than chance."""
-    before, after = record.eval.get("before") or {}, record.eval.get("after") or {}
+    before, after = (dict(record.eval.get(when) or {}) for when in ("before", "after"))
     old, new = before.get("rewards/accuracies"), after.get("rewards/accuracies")
     if old is None or new is None:
         none = "eval" in record.model_fields_set and not before and not after

@@ -300,7 +300,7 @@ class LoadedRun:
     """run.json; for an unfinished run what else is known, in the same fields."""
     metrics: list[dict[str, Any]] = field(default_factory=list)
     """Lines of metrics.jsonl in the order of their steps."""
-    recipe: RecipeFields = field(default_factory=RecipeFields)
+    recipe: RecipeFields = field(default_factory=RecipeFields)  # type: ignore[call-overload]  # its extra fields are none of __init__
     pairs: HeldOutPairs = field(default_factory=HeldOutPairs)
     path: Path | None = None
     state: State = "finished"
@@ -325,7 +325,7 @@ class LoadedRun:
 
     def evaluation(self, when: When) -> dict[str, Any]:
         """Return the metrics of the held-out pairs; empty where there are none."""
-        return self.record.eval.get(when) or {}
+        return dict(self.record.eval.get(when) or {})
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
@@ -518,13 +518,13 @@ def shown(value: Any) -> str:
     return text if len(text) <= LONGEST else f"{text[:LONGEST]}…"
 
 
-LINE = TypeAdapter(
+LINE: TypeAdapter[Any] = TypeAdapter(
     with_config(ConfigDict(extra="allow"))(
         TypedDict(  # type: ignore[misc]  # its keys are those of the panels
             "Line",
             {"step": Step}
             | {
-                f"{place}{metric.key}": (Share if panel.form == "%" else Result) | None
+                f"{place}{metric.key}": (Share if panel.form == "%" else Result) | None  # type: ignore[operator]  # of aliases
                 for panel in PANELS
                 for metric in panel.metrics
                 for place in ("", "eval_")
