@@ -1,37 +1,50 @@
-"""What a run measures of its model before and after training, and what a finished run folder consists of."""
+"""What a run measures before and after training, what it records in run.json, and how its folder is finished."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
+import itertools
 import json
+import platform
 import tempfile
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import torch
 from accelerate.utils import gather_object
 
 from orpo_lite.common.console import console
 from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
+from orpo_lite.common.memory import peak_memory_bytes
+from orpo_lite.common.text import format_gb
 from orpo_lite.data import Pairs
+from orpo_lite.data.lengths import length_histograms
 from orpo_lite.evaluate.held_out import evaluate, rule_shares
-from orpo_lite.model import autocast, save_adapter
+from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import write_card
+from orpo_lite.report.provenance import find_licence, hub_id
 from orpo_lite.report.run_record import RunRecord
-from orpo_lite.train import printout as announce
-from orpo_lite.trainer.distributed import sharded
+from orpo_lite.train import printout
+from orpo_lite.trainer.distributed import sharded, world
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.out_of_memory import named
 from orpo_lite.trainer.run_folder import RunFolder
 from orpo_lite.trainer.trainer import ORPOTrainer
 
+if TYPE_CHECKING:
+    from orpo_lite.plan.predict import Plan
+
+PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
 
 @dataclass
 class HeldOut:
-    """What a model makes of the held-out pairs."""
+    """Measurements of a model on the held-out pairs."""
 
     metrics: dict[str, Any] | None = None
     samples: list[dict[str, Any]] = field(default_factory=list)
@@ -39,14 +52,27 @@ class HeldOut:
     pairs: dict[str, list[float]] = field(default_factory=dict)
     """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
 
+    @staticmethod
+    def both(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
+        """Return the part of run.json on held-out pairs: metrics, samples, and the shares of either style."""
+        both = {"before": before, "after": after}
+        samples = {
+            when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
+        }
+        return {
+            "eval": {when: one.metrics for when, one in both.items()},
+            "samples": samples,
+            "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in both.items()},
+        }
 
-def held_out(
+
+def measure_held_out(
     recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any, before: HeldOut | None = None
 ) -> HeldOut:
-    """Metrics, sample answers and every pair of the model as it stands.
+    """Measure metrics, sample answers and every pair of the model as it stands.
 
     Args:
-        before: of the model before training, whose answers are scored once more: logp_trained, log_odds_trained.
+        before: results before training, whose answers are scored once more: logp_trained, log_odds_trained.
     """
     if pairs.eval is None:
         return HeldOut()
@@ -58,7 +84,7 @@ def held_out(
     with named("evaluating"):
         metrics = evaluate(trainer)
     places = {name: COLUMNS.index(name) for name in ("logps/chosen", "logps/rejected")}
-    # six digits: more than float32 has in it to tell apart
+    # six digits: more than float32 holds
     each = {name: [float(f"{p:.6g}") for p in trainer.predictions[:, i].tolist()] for name, i in places.items()}
     with (
         named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
@@ -70,7 +96,7 @@ def held_out(
 
 
 def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Answers to the first held-out prompts, each process its share; all together where they share the weights."""
+    """Answer the first held-out prompts: each process its share, or all together where the weights are sharded."""
     count, longest = min(recipe.evaluation.samples, len(pairs)), recipe.evaluation.max_new_tokens
     processes, mine = trainer.args.world_size, trainer.args.process_index
     if processes == 1 or sharded(trainer.model):
@@ -80,41 +106,145 @@ def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, 
     return [parts[i % processes][i // processes] for i in range(count)]
 
 
-def before_training(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
-    """`held_out` of the base, kept in the run folder for a run that goes on."""
+def measure_before(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
+    """Measure the base, and keep the results in the run folder for a run that is resumed."""
     asked = recipe.evaluation.model_dump(mode="json")
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
-    before = held_out(recipe, trainer, pairs, tokenizer)
+    before = measure_held_out(recipe, trainer, pairs, tokenizer)
     if trainer.is_world_process_zero():
         known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
-        with contextlib.suppress(OSError):  # it can be made again
+        with contextlib.suppress(OSError):  # it can be measured again
             write_atomically(folder.before, json.dumps(known))
     return before
 
 
-def record_of(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
-    """Return the part of run.json on held-out pairs."""
-    both = {"before": before, "after": after}
+# ---- run.json ----------------------------------------------------------------------------------------------------
+
+
+def run_facts(
+    recipe: Recipe,
+    pairs: Pairs,
+    base: BaseFacts,
+    trainer: ORPOTrainer,
+    held_out: dict[str, Any],
+    planned: Plan | None,
+    metrics: dict[str, float],
+) -> dict[str, Any]:
+    """Collect the content of run.json, but for the total time.
+
+    Args:
+        held_out: `HeldOut.both` of the run.
+        metrics: what transformers' `train` returns.
+    """
+    args, device = trainer.args, trainer.args.device
+    trainable, total = trainable_share(trainer.model)
     return {
-        "eval": {when: one.metrics for when, one in both.items()},
-        "samples": {
-            when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
+        "name": recipe.name,
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "device": torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
+        "processes": args.world_size,
+        "world": world(trainer.accelerator),
+        "seed": args.seed,
+        "base_model": base_facts(recipe, base),
+        "data": {
+            "fingerprint": pairs.fingerprint,
+            "sources": pairs.shapes,
+            "train_pairs": len(pairs.train),
+            "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
+            "drops": pairs.report.as_dict(),
+            "lengths": length_histograms(pairs),
         },
-        "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in both.items()},
+        "probe": probe_rows(pairs),
+        "layout": trainer.layout._asdict(),
+        "parameters": {"trainable": trainable, "total": total},
+        "effective_batch": printout.effective_batch(trainer),
+        "steps": trainer.state.global_step,
+        "train_seconds": round(trainer.train_seconds, 3),
+        "pairs_per_second": round(metrics["train_samples_per_second"], 3),
+        "peak_memory_bytes": peak_memory_bytes(device),
+        "plan": memory_facts(planned, device),
+        "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
+        **trainer.health_record(),
+        "adapter": kept_adapter(trainer),
+        **held_out,
     }
+
+
+def base_facts(recipe: Recipe, base: BaseFacts) -> dict[str, Any]:
+    """Return what run.json says of the base model."""
+    name, revision = recipe.model.name_or_path, recipe.model.revision
+    return {
+        "name_or_path": name,
+        "revision": revision,
+        "commit": base.revision,
+        "hub_id": hub_id(name),
+        "licence": find_licence(name, base.revision or revision),
+        "quantization": base.quantization,
+        "dtype": str(base.precision.dtype).removeprefix("torch."),
+        "facts": base.sentences,
+    }
+
+
+def probe_rows(pairs: Pairs) -> list[list[int]]:
+    """Return where the chosen answers of a few training rows begin, for a later merge to compare models on.
+
+    A few tokens of the prompt and some of the answer; run.json is never published.
+    """
+    found: list[list[int]] = []
+    row: Any
+    for row in itertools.islice(pairs.train, 3):
+        ids, start = row["chosen_ids"], row.get("chosen_start", 0)
+        found.append(list(ids)[max(0, min(start - 4, len(ids) - 16)) :][:32])
+    return [row for row in found if len(row) >= 4]
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def kept_adapter(trainer: ORPOTrainer) -> str:
+    """Say whether the weights left in the run folder are the last or the best by evaluation."""
+    best, state = trainer.state.best_model_checkpoint, trainer.state
+    if trainer.args.load_best_model_at_end and best:
+        measured = f"{trainer.args.metric_for_best_model}: {state.best_metric:.4f}"
+        return f"best by {measured} at step {state.best_global_step}"
+    return f"last, step {state.global_step}"
+
+
+def memory_facts(plan: Plan | None, device: torch.device) -> dict[str, Any] | None:
+    """Return the planned memory and, on CUDA, what torch measured; `error` is (planned - measured) / measured."""
+    facts = plan.as_dict() if plan else {}
+    if device.type != "cuda":
+        return facts or None
+    allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+    error = plan.peak / allocated - 1 if plan and allocated else None
+    line = f"memory: measured {format_gb(allocated, 2)} in tensors at most, {format_gb(reserved, 2)} reserved"
+    if plan and error is not None:
+        line += f"; planned {format_gb(plan.peak, 2)}, {error:+.1%}"
+    console.print(line)
+    return facts | {"measured": {"allocated_bytes": allocated, "reserved_bytes": reserved}, "error": error}
+
+
+# ---- the finished folder -----------------------------------------------------------------------------------------
 
 
 def finish(
     folder: RunFolder,
-    record: dict[str, Any],
+    facts: dict[str, Any],
     trainer: ORPOTrainer,
     tokenizer: Any,
     disk: int,
     pairs: dict[str, Any],
     whole: Any = None,
 ) -> None:
-    """Write what a finished run consists of; where its folder cannot be written, the adapter to a temporary one.
+    """Write the files of a finished run; if its folder cannot be written, save the adapter in a temporary one.
 
     Args:
         disk: the file system that the folder was on when training began.
@@ -125,7 +255,7 @@ def finish(
         OSError: the folder cannot be written; the message says where the adapter is.
     """
     notes: list[str] = []
-    record = RunRecord.of(record, notes).model_dump()
+    facts = RunRecord.of(facts, notes).model_dump()
     for note in notes:
         console.print(note, soft_wrap=True, markup=False)
     model = trainer.unwrapped()
@@ -137,12 +267,12 @@ def finish(
     try:
         check_mounted(folder.path, disk)
         weights(folder.path)
-        folder.write(record | {"finished": False})
+        folder.write(facts | {"finished": False})
         if pairs["before"] and pairs["after"]:
             write_atomically(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
         report(folder)
         write_card(folder)
-        folder.write(record)
+        folder.write(facts)
         folder.before.unlink(missing_ok=True)
     except Exception as error:
         if not (trouble := disk_trouble(error)):
@@ -153,14 +283,14 @@ def finish(
             f"{folder.path} cannot be written ({trouble}): training is done, and the adapter is in {rescue}; copy it, or make "
             f"room and run again with --recipe {folder.path} --resume"
         ) from None
-    announce.finished(folder, record)
+    printout.print_finished(folder, facts)
 
 
 def report(folder: RunFolder) -> None:
-    """Write report.html; one that cannot be made is said and is no reason to fail a run."""
+    """Write report.html; a report that cannot be made is reported, and does not fail the run."""
     try:
         write_report(folder)
     except Exception as error:
         if disk_trouble(error):
             raise
-        console.print(f"report.html could not be made: {type(error).__name__}: {error}", markup=False)
+        console.print(f"report.html could not be written: {type(error).__name__}: {error}", markup=False)

@@ -16,7 +16,7 @@ from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import printout as announce
+from orpo_lite.train import results
 from orpo_lite.train.run import plan_memory, run
 
 PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
@@ -196,12 +196,12 @@ def test_a_plan_that_fails_stops_nothing(recipe, lengths, card, capsys, tmp_path
 def test_measured_beside_planned(recipe, lengths, card, capsys):
     made = start.cached_plan(recipe(), Target("cuda"), lengths)
     device = card(12e9, allocated=made.peak * 2, reserved=made.peak * 3)
-    record = announce.memory(made, device)
+    record = results.memory_facts(made, device)
     assert record == made.as_dict() | {
         "measured": {"allocated_bytes": made.peak * 2, "reserved_bytes": made.peak * 3}, "error": -0.5}  # fmt: skip
     assert "-50.0%" in capsys.readouterr().out
-    assert announce.memory(None, device)["measured"]["allocated_bytes"] == made.peak * 2
-    assert announce.memory(None, torch.device("cpu")) is None
+    assert results.memory_facts(None, device)["measured"]["allocated_bytes"] == made.peak * 2
+    assert results.memory_facts(None, torch.device("cpu")) is None
 
 
 def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
