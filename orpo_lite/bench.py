@@ -1,7 +1,7 @@
-"""`python -m orpo_lite.bench`; the code is in orpo_lite/train/bench.py."""
+"""`python -m orpo_lite.bench`; the code is in orpo_lite/train/bench_command.py."""
 
 from orpo_lite.common.console import run_command
-from orpo_lite.train.bench import command
+from orpo_lite.train.bench_command import command
 
 __all__ = ["command"]
 

@@ -166,7 +166,7 @@ def print_finished(folder: RunFolder, facts: dict[str, Any]) -> None:
     before, after = facts["eval"]["before"], facts["eval"]["after"]
     console.print()
     if before and after:
-        show(before, after)
+        show({"before": before, "after": after})
     old, new = facts["rule"]["before"], facts["rule"]["after"]
     if old and new:
         count = f"{len(facts['samples']['after'])} held-out prompts"

@@ -79,7 +79,7 @@ GOOD = st.fixed_dictionaries(
 
 
 @given(GOOD)
-@settings(max_examples=60)
+@settings(max_examples=40)
 def test_a_recipe_is_the_same_once_saved(tmp_path_factory: Any, content: dict[str, Any]) -> None:
     path = tmp_path_factory.getbasetemp() / "recipe.yaml"
     recipe = Recipe.parse(content)
@@ -91,7 +91,7 @@ def test_a_recipe_is_the_same_once_saved(tmp_path_factory: Any, content: dict[st
 
 
 @given(st.data())
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_an_edited_recipe_is_loaded_or_refused_in_words(data: st.DataObject) -> None:
     content = copy.deepcopy(RECIPES[data.draw(st.sampled_from(sorted(RECIPES)))])
     places = [place for place, _ in leaves(content) if not any(part.isdigit() for part in place.split("."))]
@@ -110,7 +110,7 @@ def test_an_edited_recipe_is_loaded_or_refused_in_words(data: st.DataObject) -> 
 
 
 @given(st.text(max_size=60))
-@settings(max_examples=150)
+@settings(max_examples=80)
 def test_any_override_is_taken_or_refused_in_words(word: str) -> None:
     content = copy.deepcopy(RECIPES["quickstart"])
     try:
@@ -139,7 +139,7 @@ OPTIONS = st.builds(
 
 
 @given(st.lists(ROW, min_size=1, max_size=4), OPTIONS)
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_every_row_becomes_a_pair_or_a_counted_drop(given_rows: list[Any], options: TokenizeOptions) -> None:
     shape = detect(given_rows)
     if shape is None:
@@ -154,7 +154,7 @@ def test_every_row_becomes_a_pair_or_a_counted_drop(given_rows: list[Any], optio
 
 
 @given(TEXT, TEXT, TEXT, OPTIONS)
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_where_an_answer_starts(prompt: str, chosen: str, rejected: str, options: TokenizeOptions) -> None:
     """Up to there both sequences are the prompt's tokens; what is cut is cut from an end, never from the middle."""
     work = PairTokenizer(tokenizer(), options, "strings, explicit prompt")
@@ -175,7 +175,7 @@ def test_where_an_answer_starts(prompt: str, chosen: str, rejected: str, options
 
 
 @given(CLEAN, CLEAN, CLEAN)
-@settings(max_examples=250)
+@settings(max_examples=100)
 def test_boundaries_lie_within_a_token_of_the_prompt(prompt: str, chosen: str, rejected: str) -> None:
     ids = [
         tokenizer()(text, add_special_tokens=False)["input_ids"]

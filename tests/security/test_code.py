@@ -45,11 +45,14 @@ def test_the_bomb_goes_off(tmp_path: Path) -> None:
         assert (tmp_path / how).exists()
 
 
-@pytest.mark.parametrize("how", ["bare", "zip", "legacy"])
-@pytest.mark.parametrize("name", ["optimizer.pt", "scheduler.pt", "rng_state.pth", "training_args.bin", "extra.pkl"])
+@pytest.mark.parametrize(
+    ("name", "how"),
+    [("optimizer.pt", "bare"), ("optimizer.pt", "zip"), ("optimizer.pt", "legacy"), ("scheduler.pt", "zip"),
+     ("rng_state.pth", "legacy"), ("training_args.bin", "zip"), ("training_args.bin", "bare"), ("extra.pkl", "bare")],
+)  # fmt: skip
 def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypatch, capfd, stopped) -> None:
     from orpo_lite.common import console as cli
-    from orpo_lite.train import run as train
+    from orpo_lite.train.__main__ import command as train
 
     shutil.copytree(stopped, tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoints" / "checkpoint-1"
@@ -62,11 +65,11 @@ def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypat
     words = quick(Path("run"), "rows.jsonl", "training.save_strategy=steps", "training.save_steps=1")
     monkeypatch.setattr("sys.argv", [*words, "--resume"])
     if name == "training_args.bin" and how == "zip":  # the trainer writes one such, and nothing loads it
-        train.command(recipe="quickstart", overrides=words[3:], resume=True)
+        train(recipe="quickstart", overrides=words[3:], resume=True)
         assert (tmp_path / "run" / "run.json").is_file()
         return
     with pytest.raises(SystemExit) as stop:
-        cli.run_command(train.command)
+        cli.run_command(train)
     told = capfd.readouterr().err
     assert stop.value.code == 2 and f"checkpoint-1/{name}" in told and "safetensors.torch.save_file" in told, told
 
