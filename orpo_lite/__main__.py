@@ -14,14 +14,14 @@ from typing import NoReturn
 COMMANDS = {
     "doctor": "check this machine: packages, card, kernels, hub, and a short training run",
     "recipes": "list the shipped recipes and what each needs",
-    "data": "show what a recipe will be trained on: counts, lengths, decoded examples",
-    "plan": "say what a recipe takes on a card, with neither GPU nor weights",
+    "data": "show what a recipe trains on: counts, lengths, decoded examples",
+    "plan": "predict the memory that a recipe needs, without a GPU or weights",
     "import": "turn axolotl's or LLaMA-Factory's ORPO configuration into a recipe",
     "train": "train an adapter with ORPO as a recipe says",
     "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
     "bench": "time our trainer against TRL's on your pairs and your card",
-    "report": "write a run's report.html again, or one page that compares runs",
+    "report": "write a run's report.html again, or a page that compares runs",
     "merge": "merge an adapter into its base: a plain transformers model",
     "export": "write a model or adapter as GGUF, for llama.cpp and Ollama",
     "push": "publish a run's adapter, merged model or GGUF file on the Hugging Face hub",
@@ -80,7 +80,7 @@ def complete() -> None:
 
 
 def refuse(why: str) -> NoReturn:
-    """End with status 2, in colour as the commands do."""
+    """Print an error as commands do, and exit with status 2."""
     from rich.markup import escape
 
     from orpo_lite.common.console import errors
