@@ -12,14 +12,6 @@ from orpo_lite.recipe.training_fields import check_training_field
 FIELDS = table("axolotl")
 WORDS: dict[str, str] = FIELDS["words"]
 LEFT: dict[str, str] = FIELDS["left"]
-KERNELS = (
-    "flash_attention",
-    "sdp_attention",
-    "flex_attention",
-    "eager_attention",
-    "xformers_attention",
-    "sage_attention",
-)
 
 
 def convert(draft: RecipeDraft) -> None:
@@ -92,22 +84,17 @@ def convert_adapter(draft: RecipeDraft) -> None:
 
 
 def convert_attention(draft: RecipeDraft) -> None:
-    """Convert the choice of an attention kernel, which axolotl spells in two ways."""
-    chosen = (
-        [("attn_implementation", draft.take("attn_implementation"))] if "attn_implementation" in draft.source else []
-    )
-    for name in KERNELS:
-        if name in draft.source:
-            wanted = {"eager_attention": "eager", "sdp_attention": "sdpa"}.get(name, name)
-            chosen.append((name, wanted if draft.flag(name) else None))
-    for name, wanted in chosen:
-        if wanted == "eager":
+    """Convert the choice of an attention kernel, which axolotl spells in several ways."""
+    for name in FIELDS["attention"]:
+        if (wanted := draft.take(name)) is None:
+            continue
+        if wanted == "eager" or wanted and name == "eager_attention":
             draft.put("model.attention", "eager")
             draft.note(name, wanted, "model.attention")
-        elif wanted in (None, "sdpa"):
-            draft.note(name, wanted or False, "model.attention: auto")
+        elif wanted in (False, "sdpa") or name == "sdp_attention":
+            draft.note(name, wanted, "model.attention: auto")
         else:
-            draft.differ(name, True if wanted == name else wanted, words.ATTENTION)
+            draft.differ(name, wanted, words.ATTENTION)
 
 
 def convert_template(draft: RecipeDraft) -> None:
