@@ -102,7 +102,7 @@ def read_section(
     for number, source in enumerate(sources):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:
-            done[-1].report.notes.append(f"{field}: the row limit left {source.path} and what follows unread")
+            done[-1].report.notes.append(f"{field}: the row limit left {source.path} and the sources after it unread")
             break
         # a recipe's built-in held-out pairs keep their columns when the training pairs are a user's
         columns = None if field == "data.eval" and source.path.startswith("builtin:") else spec.columns

@@ -88,7 +88,7 @@ def tokenize_rows(
     else:
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
-            "or make one of a list with Dataset.from_list"
+            "or build one from a list with Dataset.from_list"
         )
     done = tokenize_source(given, tokenizer, options)
     done.report.check(source)
