@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
@@ -130,6 +131,14 @@ def test_a_run_of_an_older_version(missing, written, tmp_path):
     assert "Next steps" in told(written(tmp_path / "run", known)).text
     if missing != "all":
         assert "Next steps" in told(written(tmp_path / "run", facts() | {missing: None})).text
+
+
+def test_a_run_folder_of_version_0_1(tmp_path):
+    """Written by the last commit before run.json had a model."""
+    folder = shutil.copytree(Path(__file__).parents[1] / "fixtures" / "run_15425f3", tmp_path / "run")
+    shown = told(folder)
+    assert "from 75.0% to 100.0% on 8 pairs" in shown.text and "not as orpo-lite writes it" not in shown.text
+    assert {"margins", "loss", "lengths-train"} <= set(shown.charts)
 
 
 def test_strange_types_are_said_or_left_out(written, tmp_path):
