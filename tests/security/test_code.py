@@ -188,7 +188,7 @@ def test_data(kind: str, mark: Path, tmp_path: Path, monkeypatch, capfd) -> None
             (place / state["_data_files"][0]["filename"]).rename(tmp_path / "elsewhere.arrow")
             state["_data_files"] = [{"filename": "../elsewhere.arrow"}]
             (place / "state.json").write_text(json.dumps(state))
-            expected = "names '../elsewhere.arrow', outside of its folder"
+            expected = "names '../elsewhere.arrow', outside its folder"
     code, told = called("data", ["--recipe", "quickstart", f"data.train={place}"], tmp_path, monkeypatch, capfd)
     assert expected in told and (code == 2 or not expected), told
 
