@@ -132,7 +132,7 @@ def test_a_folder_that_cannot_be_written_is_named(unfinished, monkeypatch):
         raise OSError(30, "Read-only file system", str(self))
 
     asked = recipe(unfinished)
-    monkeypatch.setattr("pathlib.Path.open", read_only)
+    monkeypatch.setattr("orpo_lite.common.files.FileLock.acquire", read_only)
     with pytest.raises(RequestError, match=r"training.output_dir: .*\(Read-only file system\).*another folder"):
         RunFolder.create(asked)
 
