@@ -186,19 +186,11 @@ def drop_duplicates(source: str | Path, file: Mapped) -> None:
         place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
         earlier = seen.get(place, key)
         if earlier != key:
-            if ".modules_to_save." not in earlier or not same(file, file.tensors[earlier], value):
+            if ".modules_to_save." not in earlier or not torch.equal(file.tensors[earlier], value):
                 raise RequestError(f"adapter: {source}: {earlier} and {key} are for the same place")
             del file.tensors[earlier]
+            file.release()
         seen[place] = key
-
-
-def same(file: Mapped, one: Tensor, other: Tensor) -> bool:
-    """Compare two tensors of a file in pieces, so that little of it is in memory."""
-    for a, b in zip(one.split(4096), other.split(4096), strict=False):
-        if not torch.equal(a, b):
-            return False
-        file.release()
-    return one.shape == other.shape
 
 
 @contextlib.contextmanager
