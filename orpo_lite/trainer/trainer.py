@@ -172,7 +172,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
                 eval_dataset = self._tokenized(eval_dataset, "eval")
         train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
         if streamed:
-            check_same_stream(train_dataset, "train", args.world_size)
+            check_same_stream(train_dataset, "train", args.world_size)  # type: ignore[arg-type]  # it is tokenized by now
 
         if args.ddp_find_unused_parameters is None and model is not None:
             # a search of the graph in every pass, for what only experts and parts beside the language model can be
@@ -304,7 +304,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             batch = batch | {"micro_batches": [ours(one) for one in batch["micro_batches"]]}
         else:
             batch = ours(batch)
-        return send_to_device(batch, self.args.device)
+        moved: Any = send_to_device(batch, self.args.device)
+        return moved
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         self.sums = {**self.sums, **{key: self.sums.get(key, 0) + value for key, value in sums.items()}}

@@ -234,8 +234,9 @@ class TrlDataset(Dataset):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str) and key in self.trl_names:
-            return [trl_columns(row)[key] for row in self]
-        found = super().__getitem__(key)
+            rows: Any = self
+            return [trl_columns(row)[key] for row in rows]
+        found: Any = super().__getitem__(key)
         return {**found, **trl_columns(found)} if isinstance(key, int) else found
 
 
