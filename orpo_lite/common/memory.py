@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import sys
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    import torch
+from typing import Any
 
 
-def peak_memory_bytes(device: torch.device | str) -> int:
-    """Return the peak memory so far: what torch allocated on a CUDA device, else the process's resident set."""
+def peak_memory_bytes(device: Any) -> int:
+    """Return the peak memory so far on a torch device or its name: what torch allocated on a CUDA device, else the process's resident set."""
     if str(device).startswith("cuda"):
         return sys.modules["torch"].cuda.max_memory_allocated(device)
     if sys.platform == "win32":

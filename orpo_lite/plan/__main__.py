@@ -13,10 +13,11 @@ from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.gpus import Card, card_here, find_cards
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
 
 
 def command(
-    recipe: Annotated[str, typer.Option(help="name of a shipped recipe, path of a YAML file, or run folder")],
+    recipe: Annotated[str, RECIPE_OPTION],
     overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.max_length=2048")] = None,
     gpu: Annotated[
         str | None, typer.Option(help="a card such as rtx-3060, a size such as 12GB, or all; cpu plans for the CPU")
