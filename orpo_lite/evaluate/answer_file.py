@@ -191,14 +191,14 @@ def answer_questions(
             done = len(results.rows) - start
             if done >= len(part):
                 continue
-            said = {
+            answered = {
                 name: converse(answerer, name, part, sampling, (seed, start, n))
                 for n, name in enumerate(answerer.names)
             }
             for place in range(max(0, done), len(part)):
                 results.append(
                     {
-                        key: {name: [each and each[key] for each in said[name][place]] for name in answerer.names}
+                        key: {name: [each and each[key] for each in answered[name][place]] for name in answerer.names}
                         for key in ("answers", "tokens", "ended")
                     }
                 )
@@ -211,7 +211,7 @@ def converse(
 ) -> list[list[dict[str, Any] | None]]:
     """Have one side answer the turns of each question."""
     conversations = [list(one.opening) for one in questions]
-    said: list[list[dict[str, Any] | None]] = [[] for _ in questions]
+    answered: list[list[dict[str, Any] | None]] = [[] for _ in questions]
     for turn in range(1 + max(len(one.follow_ups) for one in questions)):
         asked = [n for n, one in enumerate(questions) if turn <= len(one.follow_ups)]
         if turn:
@@ -228,13 +228,13 @@ def converse(
             with named("answering", "set a smaller --batch-size or --max-new-tokens"):
                 replies = answerer.replies(name, [prompts[n] for n in group], limit)
             for n, reply in zip(group, replies, strict=True):
-                said[n].append({"answers": reply.text, "tokens": reply.tokens, "ended": reply.ended})
+                answered[n].append({"answers": reply.text, "tokens": reply.tokens, "ended": reply.ended})
                 conversations[n].append({"role": "assistant", "content": reply.text})
         for n in asked:
             if room[n] < 1:  # nor will there be room for the turns that follow
-                said[n].append(None)
+                answered[n].append(None)
                 conversations[n].append({"role": "assistant", "content": ""})
-    return said
+    return answered
 
 
 def check_room(answerer: Answerer, questions: list[Question]) -> None:

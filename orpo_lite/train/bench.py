@@ -116,9 +116,11 @@ class Contest:
         for group in optimizer.param_groups:
             group["lr"] = 0.0  # the same work each time, and the same weights for every contestant
 
+        base: Any = unwrap(self.model)
+
         def work() -> float:
             if name == "trl":
-                plain_attention(unwrap(self.model))
+                plain_attention(base)
             loss = 0.0
             for start in range(0, len(rows), batch_size):
                 batch = trainer.data_collator(rows[start : start + batch_size])

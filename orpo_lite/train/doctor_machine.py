@@ -85,7 +85,9 @@ def packages() -> Iterator[Finding]:
         name: {"installed": version, "tested": tested.get(name)} for name, version in found.items() if version
     }
     wrong = [
-        one for one in declared if not (found[one.name] and one.specifier.contains(found[one.name], prereleases=True))
+        one
+        for one in declared
+        if (version := found[one.name]) is None or not one.specifier.contains(version, prereleases=True)
     ]
     other = [
         f"{name} {version} (tested: {tested[name]})"
@@ -338,10 +340,10 @@ def nvidia_smi() -> tuple[list[tuple[str, str]], str]:
         return [], f"nvidia-smi: {in_words(error)}"
     lines = [line.split(",") for line in done.stdout.splitlines() if line.count(",") == 1]
     if done.returncode or not lines:
-        said = " ".join((done.stdout + done.stderr).split())[:200]
+        output = " ".join((done.stdout + done.stderr).split())[:200]
         # a program left over in an image, or a runtime without a card
-        absent = re.search(r"couldn't communicate|no devices were found", said, re.IGNORECASE)
-        return [], "" if absent and not os.path.exists("/dev/nvidia0") else f"nvidia-smi: {said or done.returncode}"
+        absent = re.search(r"couldn't communicate|no devices were found", output, re.IGNORECASE)
+        return [], "" if absent and not os.path.exists("/dev/nvidia0") else f"nvidia-smi: {output or done.returncode}"
     return [(name.strip(), version.strip()) for name, version in lines], ""
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import importlib.metadata
 import importlib.util
 import json
@@ -51,7 +52,7 @@ def quantizing() -> Iterator[Finding]:
         )
         return
     try:
-        import bitsandbytes as bnb
+        bnb: Any = importlib.import_module(name)
     except BaseException as error:
         remedy = (
             "pip install -U --force-reinstall --no-deps bitsandbytes, or uninstall it and set model.quantization=none"
@@ -181,10 +182,11 @@ def attention_error(backend: str | None, kind: str, device: Any, dtype: Any) -> 
     wanted = [expected.detach(), *torch.autograd.grad((expected * weight).sum(), real)]
     try:
         tried = [x.to(device).requires_grad_() for x in inputs]
+        attend: Any = torch.nn.functional.scaled_dot_product_attention
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # reasons why a kernel is not available
             with sdpa_kernel(getattr(SDPBackend, backend)) if backend else contextlib.nullcontext():
-                out = torch.nn.functional.scaled_dot_product_attention(*tried, **options)
+                out = attend(*tried, **options)
                 got = [out, *torch.autograd.grad((out.float() * weight.to(device)).sum(), tried)]
     except Exception as error:
         text = in_words(error, 120)
