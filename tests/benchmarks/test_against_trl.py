@@ -7,7 +7,7 @@ import torch
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import bench
+from orpo_lite.train import bench_command as bench
 from orpo_lite.train.bench import Contest, interleaved, random_model, ratios
 from tests.commands import command
 
