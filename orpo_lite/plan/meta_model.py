@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from peft import PeftModel
@@ -90,7 +91,8 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
     if layers is not None:
         shorten(model, layers)
     if settings is not None:
-        with real_code_map():
+        # bitsandbytes' table of codes, filled from a meta tensor, would spoil real quantization
+        with mock.patch.dict("bitsandbytes.functional.name2qmap"):
             quantize(model, settings, dtype)
     with torch.device("meta"):
         model = attach(model, recipe, recompute)
@@ -110,19 +112,6 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
         known["bnb_4bit_compute_dtype"] = dtype
         return BitsAndBytesConfig(**known)
     return None if spec.quantization == "none" else BACKENDS[spec.quantization].settings(spec, dtype, False)
-
-
-@contextlib.contextmanager
-def real_code_map() -> Iterator[None]:
-    """Restore bitsandbytes' table of codes afterwards: filled from a meta tensor, it would spoil real quantization."""
-    from bitsandbytes.functional import name2qmap
-
-    kept = dict(name2qmap)
-    try:
-        yield
-    finally:
-        name2qmap.clear()
-        name2qmap.update(kept)
 
 
 def quantize(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:
@@ -171,18 +160,10 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
     plain: AdapterSection | None = section and section.model_copy(
         update={"init_lora_weights": section.init_lora_weights is not False}
     )
-    return attach_adapter(model, plain, tokenizer=_NewTokens(recipe.model, model), checkpointing=recompute)  # type: ignore[arg-type]
-
-
-class _NewTokens:
-    """The part of a tokenizer that attaching an adapter uses: new tokens, each a row after the existing ones."""
-
-    def __init__(self, spec: ModelSection, model: Any) -> None:
-        self.orpo_lite_new_tokens = list(spec.new_tokens)
-        self._first = model.get_input_embeddings().weight.shape[0]
-
-    def convert_tokens_to_ids(self, token: str) -> int:
-        return self._first + self.orpo_lite_new_tokens.index(token)
+    # all that attaching asks of a tokenizer: new tokens, each a row after the existing ones
+    new, rows = list(recipe.model.new_tokens), model.get_input_embeddings().weight.shape[0]
+    tokenizer = SimpleNamespace(orpo_lite_new_tokens=new, convert_tokens_to_ids=lambda token: rows + new.index(token))
+    return attach_adapter(model, plain, tokenizer=tokenizer, checkpointing=recompute)  # type: ignore[arg-type]
 
 
 # ---- layers ----------------------------------------------------------------------------------------------------------

@@ -258,7 +258,7 @@ def find_units(study: Study, parallelism: Parallelism) -> Units:
             "model.quantization=nf4, or use --strategy ddp"
         )
     model = build(recipe, study.config, study.dtype, period(study.layers) if study.layers else None, False)
-    base = unwrap(model)
+    base: Any = unwrap(model)
     names = set(base._no_split_modules or ())
     layers = [module for module in model.modules() if type(module).__name__ in names]
     embeddings, head = base.get_input_embeddings(), base.get_output_embeddings()

@@ -153,7 +153,7 @@ class Study:
         self.config = find_config(recipe.model)
         self.dtype = compute_dtype(recipe.model, target)
         self.model = _plain_model(recipe, self.config, self.dtype)
-        base = unwrap(self.model)
+        base: Any = unwrap(self.model)
         self.layout = choose_layout(base, recipe.orpo.layout)
         if callable(shape):
             shape = shape(self.layout.name)

@@ -113,7 +113,7 @@ def accumulates(recipe: Recipe) -> bool:
 
 def scoring(model: Any) -> HeadTransform | None:
     """Find how training would score the model's head, on a small model of the same kind."""
-    base = unwrap(model)
+    base: Any = unwrap(model)
     small = small_model(type(base), base.config, base.config._attn_implementation or "eager", torch.float32)
     return head_transform(small, torch.device("cpu"), 1e-3)
 
@@ -270,7 +270,7 @@ def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> N
     """Recompute activations of the first layers, and offload the rest of what they keep, as the trainer does."""
     if recomputed == 0:
         return
-    base = unwrap(model)
+    base: Any = unwrap(model)
     options = {"use_reentrant": False}
     if hasattr(base, "activation_checkpointing_enable"):
         base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)

@@ -164,7 +164,7 @@ def written(base, tmp_path) -> Path:
     return path
 
 
-@pytest.mark.parametrize("json_", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.parametrize("json_", [False, True])
 def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys):
     output = tmp_path / "fitted.yaml"
     words = ["--recipe", str(written), "--fit", "--gpu", "24GB", "--output", str(output)]
