@@ -236,7 +236,7 @@ def no_workspace(func: Any, args: tuple, output: Any) -> int:
 
 
 def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:
-    """Dequantise the whole matrix, then multiply, as every device does for more than a few hundred rows."""
+    """Dequantize the whole matrix, then multiply, as every device does for more than a few hundred rows."""
     from bitsandbytes.backends.default.ops import _gemm_4bit_default_impl
 
     return _gemm_4bit_default_impl(*args, **kwargs)

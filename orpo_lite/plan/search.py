@@ -53,7 +53,7 @@ class Planner:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether a recipe fits a card, and what would make it fit."""
+    """The verdict on a recipe and a card, and what would make it fit."""
 
     card: Card
     plan: Plan
