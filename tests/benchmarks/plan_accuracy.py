@@ -35,7 +35,6 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.utils import logging as transformers_logging
 
 from orpo_lite.common.console import console, run_command
-from orpo_lite.merge.write import one_torch_thread
 from orpo_lite.model import attach_adapter, load_base
 from orpo_lite.plan.allocations import Timeline
 from orpo_lite.plan.kernels import Target, no_workspace
@@ -185,7 +184,7 @@ def compare(case: Case) -> Held:
     """Plan a case and train it."""
     with (
         tempfile.TemporaryDirectory() as scratch,
-        one_torch_thread(),
+        one_thread(),
         quiet(),
         torch.backends.mkldnn.flags(enabled=False),
     ):  # kernels' scratch memory grows with the threads, and oneDNN's bfloat16 takes more: plans leave it out
@@ -258,6 +257,16 @@ class _Tokens:
     model_input_names = ("input_ids", "attention_mask")
 
     def save_pretrained(self, *_: Any, **__: Any) -> None: ...
+
+
+@contextlib.contextmanager
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextlib.contextmanager
