@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -70,9 +70,9 @@ class Kernels(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):  # stands for the target's autocast, since meta tensors ignore it
             if name in LOWER:
-                args, kwargs = tree_map(self._lower, (args, kwargs))
+                args, kwargs = _converted(self._lower, args, kwargs)
             elif self.target.kind == "cuda" and kwargs.get("dtype") is None:
-                args, kwargs = tree_map(_raise, (args, kwargs))
+                args, kwargs = _converted(_raise, args, kwargs)
         if name == "scaled_dot_product_attention" and args[0].is_meta:
             return attend(self.target, *args, **kwargs)
         return func(*args, **kwargs)
@@ -118,6 +118,10 @@ class Kernels(TorchFunctionMode):
             self,
         ):
             yield
+
+
+def _converted(convert: Callable[[Any], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
+    return tree_map(convert, (args, kwargs))
 
 
 def _raise(value: Any) -> Any:

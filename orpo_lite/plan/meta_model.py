@@ -161,7 +161,8 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
         update={"init_lora_weights": section.init_lora_weights is not False}
     )
     # all that attaching asks of a tokenizer: new tokens, each a row after the existing ones
-    new, rows = list(recipe.model.new_tokens), model.get_input_embeddings().weight.shape[0]
+    embeddings: Any = model.get_input_embeddings()
+    new, rows = list(recipe.model.new_tokens), embeddings.weight.shape[0]
     tokenizer = SimpleNamespace(orpo_lite_new_tokens=new, convert_tokens_to_ids=lambda token: rows + new.index(token))
     return attach_adapter(model, plain, tokenizer=tokenizer, checkpointing=recompute)  # type: ignore[arg-type]
 
