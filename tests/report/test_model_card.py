@@ -221,7 +221,7 @@ def test_front_matter(changed):
         "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"], "model-index": [{"name": "tuned"}],
     }  # fmt: skip
     after = json.loads((folder / "run.json").read_text())["eval"]["after"]
-    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 24
+    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 120
     metrics = {m["type"]: m["value"] for m in results[0]["metrics"]}
     assert metrics == {"accuracy": after["rewards/accuracies"], "reward_margin": after["rewards/margins"],
                        "log_odds_ratio": after["log_odds_chosen"], "nll": after["nll_loss"], "loss": after["loss"]}  # fmt: skip
