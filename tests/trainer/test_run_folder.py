@@ -170,14 +170,14 @@ def test_the_real_command_stops_by_sigterm_and_goes_on(tmp_path):
     command.send_signal(signal.SIGTERM)
     out, err = command.communicate(timeout=120)
     assert command.returncode == 128 + 15 and "Traceback" not in err, err
-    assert "SIGTERM: stopping after this step" in err and re.search(r"checkpoint-\d+ is kept; go on with", err)
+    assert "SIGTERM: stopping after this step" in err and re.search(r"checkpoint-\d+ is kept; resume with", err)
     step = int(checkpoints(cut / "checkpoints")[-1].name.partition("-")[2])
     assert 4 <= step < 40 and not (cut / "run.json").exists() and not (cut / ".lock").exists()
 
     command = orpo_lite(*words, f"training.output_dir={cut}")
     out, err = command.communicate(timeout=300)
     assert command.returncode == 0, err
-    assert f"going on from checkpoint-{step}" in out
+    assert f"resuming from checkpoint-{step}" in out
     first, second = (load_file(path / "adapter_model.safetensors") for path in (whole, cut))
     assert all(torch.equal(first[key], second[key]) for key in first)
     logged = [
