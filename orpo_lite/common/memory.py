@@ -7,7 +7,7 @@ from typing import Any
 
 
 def peak_memory_bytes(device: Any) -> int:
-    """Return the peak memory so far on a torch device or its name: what torch allocated on a CUDA device, else the process's resident set."""
+    """Return the peak memory so far of a torch device: what torch allocated on CUDA, else the process's resident set."""
     if str(device).startswith("cuda"):
         return sys.modules["torch"].cuda.max_memory_allocated(device)
     if sys.platform == "win32":
