@@ -337,7 +337,7 @@ def test_metrics_wait_for_a_disk_that_is_full_or_gone(tmp_path, tokenizer, small
     made.args.output_dir = str(tmp_path)
     made.train()
     assert [line["step"] for line in lines(small_disk)] == list(range(1, 10))
-    assert caplog.text.count("its lines wait until it can") == 1
+    assert caplog.text.count("its lines are kept until it can") == 1
 
 
 def test_a_drive_that_is_gone_is_said_and_nothing_is_written_under_its_name(
