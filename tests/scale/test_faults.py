@@ -20,7 +20,7 @@ def test_a_killed_rank_is_started_anew_and_the_run_ends_as_if_nothing_had_happen
     assert (
         "rank 0: LostPeer: another process of the run has ended" in said or "SIGTERM: stopping after this step" in said
     )
-    assert "going on from checkpoint-4" in said
+    assert "resuming from checkpoint-4" in said
     one, other = load_file(whole[0] / "adapter_model.safetensors"), load_file(out / "adapter_model.safetensors")
     assert all(torch.equal(one[name], other[name]) for name in one)
     assert one.keys() == other.keys()
