@@ -33,7 +33,6 @@ from orpo_lite.train.run import run
 from orpo_lite.trainer.run_folder import RunFolder
 
 SHORT = [
-    "data.max_eval_rows=24",
     "training.eval_steps=2",
     "training.logging_steps=1",
     "evaluation.samples=2",
