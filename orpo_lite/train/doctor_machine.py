@@ -28,7 +28,7 @@ OK, NOTE, PROBLEM = "ok", "note", "problem"
 BUG_REPORT = "if this stays, add the output of python -m orpo_lite.doctor --json to a bug report"
 INDIRECT = ("huggingface-hub", "tokenizers", "numpy")
 """Not declared, and yet much depends on them."""
-LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "orpo_lite.train.run")
+LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "orpo_lite.train.pipeline")
 UNNEEDED = ("torchvision", "torchaudio", "flash_attn", "xformers")
 """Packages that libraries import where they are installed, and fail with where they do not fit torch."""
 ROOM = {"working folder": (1e9, 5e9, "checkpoints and the adapter"), "model cache": (1e9, 20e9, "a 7B base is 15 GB")}

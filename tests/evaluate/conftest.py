@@ -23,7 +23,7 @@ from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse, Response
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, SIZES
 

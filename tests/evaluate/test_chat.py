@@ -24,7 +24,7 @@ from orpo_lite.evaluate.held_out import base_only, evaluate
 from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from tests.tiny import FAMILIES, base_tokenizer
 
 ASK = [{"role": "user", "content": "How much is 4 plus 5?"}]

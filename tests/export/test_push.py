@@ -27,7 +27,7 @@ from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.report.model_card import model_card
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from tests.hub_server import Fault, HubServer
 
 WORDS = ["training.max_steps=2", "training.eval_steps=2", "training.save_strategy=steps", "training.save_steps=1",

@@ -17,7 +17,7 @@ from tests.faults.kills import outcome, words_of
 def main(harms: int, resumed: int, seed: int, place: Path) -> str:
     """Harm the newest checkpoint of a stopped run `harms` times; go on to the end after `resumed` of them."""
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train.run import run
+    from orpo_lite.train.pipeline import run
     from orpo_lite.trainer.checkpoint_folder import checkpoints, damage, newest_good
 
     chance = random.Random(seed)

@@ -42,7 +42,7 @@ def words_of(output: Path) -> list[str]:
 def train(output: Path) -> None:
     """In a forked child: what the command does."""
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train.run import run
+    from orpo_lite.train.pipeline import run
 
     run(Recipe.load("quickstart", words_of(output)))
 
@@ -198,6 +198,6 @@ if __name__ == "__main__":
         # caches are written, and killed, as well; the libraries ask for their place once
         os.environ["HF_HOME"] = os.path.join(made, "hf")
         import orpo_lite.merge.run
-        import orpo_lite.train.run  # noqa: F401
+        import orpo_lite.train.pipeline  # noqa: F401
 
         main(given.kills, given.real, given.seed, Path(made))

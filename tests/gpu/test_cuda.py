@@ -69,7 +69,7 @@ def test_layouts_agree(family, layout, tmp_path, tokenizer):
 
 def test_quickstart_learns(tmp_path):
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train.run import run
+    from orpo_lite.train.pipeline import run
 
     words = [f"training.output_dir={tmp_path / 'run'}", "evaluation.samples=0"]
     result = run(Recipe.load("quickstart", words))

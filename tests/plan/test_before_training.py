@@ -17,7 +17,7 @@ from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import results
-from orpo_lite.train.run import plan_memory, run
+from orpo_lite.train.pipeline import plan_memory, run
 
 PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
 

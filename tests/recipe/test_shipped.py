@@ -1,7 +1,7 @@
 """Every shipped recipe trains: one optimizer step, offline, on a tiny random model of the recipe's architecture.
 
 The tiny model keeps the real config but for its sizes (tests/tiny.py), the tokenizer has the base's special tokens and
-chat template, the rows have the shape of the recipe's data set, and the step goes through `orpo_lite.train.run.run`.
+chat template, the rows have the shape of the recipe's data set, and the step goes through `orpo_lite.train.pipeline.run`.
 """
 
 import json
@@ -122,7 +122,7 @@ def test_tiny_config_changes_sizes_only(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_recipe_trains_one_step(name, tmp_path):
-    from orpo_lite.train.run import run
+    from orpo_lite.train.pipeline import run
 
     shipped = Recipe.load(name)
     base = shipped.model.name_or_path

@@ -29,7 +29,7 @@ from orpo_lite.report.drawing import BLUE, COLORS, GREEN, HEIGHT, ORANGE, RED, W
 from orpo_lite.report.model_card import model_card, write_card
 from orpo_lite.report.provenance import find_licence, hub_id, published_recipe
 from orpo_lite.report.run_record import LoadedRun, RunRecord, read_run
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.run_folder import RunFolder
 
 SHORT = [

@@ -217,7 +217,7 @@ def one(folder, out, base, layout, options, engine):
 def recipe_run(words):
     """run.json of a recipe's run under DeepSpeed, and what share of the weights its engines found cut up already."""
     from orpo_lite.recipe import Recipe
-    from orpo_lite.train.run import run
+    from orpo_lite.train.pipeline import run
     from orpo_lite.trainer import distributed
 
     shares = []

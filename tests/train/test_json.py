@@ -8,7 +8,7 @@ import pytest
 from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 
 WORDS = ["training.max_steps=1", "training.logging_steps=1", "evaluation.samples=0", "data.max_rows=16", "data.max_eval_rows=4",
          "training.save_strategy=no"]  # fmt: skip

@@ -17,7 +17,7 @@ from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from tests.commands import command
 from tests.tiny import tiny_model, tiny_tokenizer
 

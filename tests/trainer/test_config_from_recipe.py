@@ -4,7 +4,7 @@ import pytest
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run as train
+from orpo_lite.train import pipeline as train
 
 CASES = [
     (["training.logging_steps=0"], ["training.logging_steps: found 0", "above 0"]),

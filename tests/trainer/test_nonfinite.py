@@ -12,7 +12,7 @@ from transformers import TrainerCallback
 from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run as train
+from orpo_lite.train import pipeline as train
 from orpo_lite.trainer.nonfinite_report import IN_A_ROW, IN_ALL, NonFinite
 from tests.trainer.poison import (
     ODD,

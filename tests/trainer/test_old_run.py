@@ -9,7 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import run as train
+from orpo_lite.train import pipeline as train
 from orpo_lite.trainer.checkpoint_folder import damage
 from orpo_lite.trainer.run_folder import RunFolder
 

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, seal
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.commands import Command

@@ -13,7 +13,7 @@ from transformers.integrations.integration_utils import WandbCallback
 from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.run import run
+from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.trackers import check_trackers, log_table
 from tests.trainer.test_trainer import adapted
 from tests.training import config, rows
