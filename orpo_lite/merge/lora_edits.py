@@ -165,7 +165,7 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     except (RuntimeError, ValueError) as error:  # also wrap's RequestError
         words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
         raise RequestError(
-            f"adapter: {source} does not fit {type(model).__name__}: {words}: was it trained on another base?"
+            f"adapter: {source} does not fit {type(model).__name__}: {words}: check that this is its base"
         ) from error
     if result.unexpected_keys:
         raise RequestError(

@@ -61,7 +61,7 @@ class Kernels(TorchFunctionMode):
         self.target = target
         self._cast_weights: dict[int, Tensor] = {}
 
-    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+    def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
         if name in ("grouped_mm", "_grouped_mm") and args[0].is_meta:

@@ -178,7 +178,7 @@ def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.devi
     assert recipe.adapter is not None
     collate = PaddedCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
     size = recipe.training.get("per_device_train_batch_size", 8)
-    first = list(itertools.islice(pairs.train, recipe.adapter.eva_batches * size))
+    first: list[Any] = list(itertools.islice(pairs.train, recipe.adapter.eva_batches * size))
     batches = [collate(first[start : start + size]) for start in range(0, len(first), size)]
     return [{key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in batches]
 

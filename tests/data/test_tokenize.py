@@ -323,7 +323,7 @@ def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.Lo
     def warned(rows: list[Any], length: int) -> str:
         caplog.clear()
         trainer._tokenize_options = TokenizeOptions(max_length=length)
-        ORPOTrainer._tokenised(trainer, datasets.Dataset.from_list(rows), "train")
+        ORPOTrainer._tokenized(trainer, datasets.Dataset.from_list(rows), "train")
         return "".join(record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING)
 
     long = chat("How?", "Boil it. " * 30, "No.")

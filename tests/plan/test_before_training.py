@@ -214,7 +214,9 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
     assert "memory: planned" in capsys.readouterr().out
     assert facts["out_of_memory"] == {"training": [], "evaluation": []}
     written = json.loads((Path(recipe.folder) / "run.json").read_text())
-    assert written["plan"] == facts["plan"] and facts["plan"]["device"] == "cpu" and facts["plan"]["peak_bytes"] > 0
+    recorded = {name: value for name, value in facts["plan"].items() if value is not None}
+    assert recorded.items() <= written["plan"].items() and facts["plan"]["device"] == "cpu"
+    assert facts["plan"]["peak_bytes"] > 0
 
 
 def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, monkeypatch):
