@@ -196,7 +196,7 @@ class Handler(BaseHTTPRequestHandler):
         if parts[:2] == ["api", "models"]:
             return self.model("/".join(parts[2:4]), parts[4:], query, body)
         if parts == ["api", "whoami-v2"]:
-            self.authorise()
+            self.authorize()
             return 200, {"name": self.hub.user, "type": "user", "orgs": [], "auth": {}}, {}
         if parts == ["api", "validate-yaml"]:
             return 200, {"errors": [], "warnings": []}, {}
@@ -208,7 +208,7 @@ class Handler(BaseHTTPRequestHandler):
             return self.resolve("/".join(parts[:2]), parts[3], "/".join(parts[4:]))
         raise Refused(404, f"no such page: {self.path}")
 
-    def authorise(self, owner: str | None = None) -> None:
+    def authorize(self, owner: str | None = None) -> None:
         """Only the one user's token is known, and it writes to that user's repositories only."""
         if self.headers.get("Authorization") != f"Bearer {self.hub.token}":
             raise Refused(
@@ -223,7 +223,7 @@ class Handler(BaseHTTPRequestHandler):
         repo = self.hub.repos.get(name)
         if repo is None or (repo.private and self.headers.get("Authorization") != f"Bearer {self.hub.token}"):
             if self.headers.get("Authorization"):
-                self.authorise()
+                self.authorize()
             raise Refused(
                 404 if self.headers.get("Authorization") else 401,
                 "Repository not found",
@@ -236,7 +236,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def create(self, wanted: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         owner = wanted.get("organization") or self.hub.user
-        self.authorise(owner)
+        self.authorize(owner)
         name = f"{owner}/{wanted['name']}"
         if name in self.hub.repos:
             return 409, {"url": f"{self.hub.url}/{name}", "error": "You already created this model repo"}, {}
@@ -252,7 +252,7 @@ class Handler(BaseHTTPRequestHandler):
             revision = parts[1]
         repo, head = self.find(name, revision)
         if self.command == "POST":
-            self.authorise(name.partition("/")[0])
+            self.authorize(name.partition("/")[0])
         if action == "branch":
             if parts[1] in repo.branches:
                 raise Refused(409, "Reference already exists")
@@ -305,7 +305,7 @@ class Handler(BaseHTTPRequestHandler):
 
     def batch(self, wanted: dict[str, Any]) -> tuple[int, Any, dict[str, str]]:
         """Where to send each object; nothing to do for those that are here."""
-        self.authorise()
+        self.authorize()
         objects = []
         for item in wanted["objects"]:
             href = f"{self.hub.url}/_objects/{item['oid']}"

@@ -476,7 +476,7 @@ def nonsense(result):
 
 
 @pytest.mark.parametrize("spoil", [scales, zeros, nonsense])
-def test_bitsandbytes_that_quantises_wrongly(spoil, monkeypatch):
+def test_bitsandbytes_that_quantizes_wrongly(spoil, monkeypatch):
     real = bitsandbytes.functional.dequantize_4bit
     monkeypatch.setattr(bitsandbytes.functional, "dequantize_4bit", lambda *a, **k: spoil(real(*a, **k)))
     found = next(selftest.quantizing())

@@ -40,7 +40,7 @@ SIZES = {
 WORDS = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 )
-"""Qwen's pre-tokeniser: transformers gives it to every tokenizer saved beside a Qwen model, whatever the file says."""
+"""Qwen's pre-tokenizer: transformers gives it to every tokenizer saved beside a Qwen model, whatever the file says."""
 CORPUS = """The quick brown fox jumps over the lazy dog. How do I boil an egg? Boil it for eight minutes.
 You are a helpful assistant.\n\nuser\nassistant\nsystem\nWhat is the capital of France? The capital of France is Paris.
 I cannot help you with that, sorry. Sure, here is a short poem:\n\nRoses are red,\nviolets are blue.\n\n"""

@@ -37,11 +37,11 @@ def build(request, output):
     # transformers 5 saves GPT-2's context length only under its other name
     hparams.setdefault("n_ctx", hparams.get("n_positions"))
     found = model_class(hparams)
-    recognised = found.get_vocab_base_pre
+    recognized = found.get_vocab_base_pre
 
     def splitting_rule(self, tokenizer):
         try:
-            return recognised(self, tokenizer)
+            return recognized(self, tokenizer)
         except NotImplementedError:
             if request["pre"]:
                 return request["pre"]

@@ -15,7 +15,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.quantised_base import RoundTrip, dequantized, quantized_modules
+from orpo_lite.merge.quantized_base import RoundTrip, dequantized, quantized_modules
 from orpo_lite.merge.safetensors_blocks import Cast, Source, Stored, blocks, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization

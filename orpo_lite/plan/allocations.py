@@ -20,7 +20,7 @@ aten = torch.ops.aten
 Segment = tuple[str, int | str]
 """A part of the step: its phase, and a layer's index, `start` (before the layers) or `end` (after them)."""
 
-BASE, CONSTANTS, ENDS, ADAPTER = "base weights", "quantisation constants", "embeddings and head", "adapter"
+BASE, CONSTANTS, ENDS, ADAPTER = "base weights", "quantization constants", "embeddings and head", "adapter"
 GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimizer", "kept activations"
 LAYER, HEAD, WORKSPACE = "layer recompute", "head chunk", "kernel workspace"
 LOADING = "matrix being loaded"

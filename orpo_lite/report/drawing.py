@@ -309,7 +309,7 @@ class Drawing:
 
 WIDTH, HEIGHT = 1500, 840
 """Pixels of curves.png."""
-INK, GREY, GRID, AXIS = "#1c2024", "#57606a", "#d8dee4", "#afb8c1"
+INK, GRAY, GRID, AXIS = "#1c2024", "#57606a", "#d8dee4", "#afb8c1"
 
 
 def save_png(charts: list[Chart], path: Path) -> None:
@@ -336,15 +336,15 @@ def save_png(charts: list[Chart], path: Path) -> None:
 def draw_axes(axes: Any, chart: Chart) -> None:
     """Draw everything of a chart but its lines."""
     axes.set_title(chart.title, loc="left", fontsize=13, fontweight="bold", color=INK)
-    axes.set_xlabel(chart.x, fontsize=10, color=GREY)
-    axes.tick_params(labelsize=10, colors=GREY)
+    axes.set_xlabel(chart.x, fontsize=10, color=GRAY)
+    axes.tick_params(labelsize=10, colors=GRAY)
     axes.grid(color=GRID, linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
     axes.spines[["left", "bottom"]].set_color(AXIS)
     note = {"transform": axes.transAxes, "fontsize": 9}
     axes.text(0.98, 0.02, "\n".join(chart.notes), ha="right", color=COLORS[RED][0], **note)
     if not chart.drawable:
-        axes.text(0.5, 0.5, "no finite value" if chart.notes else "not logged", ha="center", color=GREY, **note)
+        axes.text(0.5, 0.5, "no finite value" if chart.notes else "not logged", ha="center", color=GRAY, **note)
         axes.set(xticks=[], yticks=[])
         return
     x0, x1, y0, y1 = chart.domain
@@ -353,7 +353,7 @@ def draw_axes(axes: Any, chart: Chart) -> None:
     axes.xaxis.set_major_formatter(lambda value, _: written(value))
     axes.yaxis.set_major_formatter(write)
     if chart.across:
-        axes.axhline(chart.across[0], color=GREY, linewidth=1.2, linestyle=":", label=chart.across[1])
+        axes.axhline(chart.across[0], color=GRAY, linewidth=1.2, linestyle=":", label=chart.across[1])
 
 
 def draw_line(axes: Any, line: Line) -> None:

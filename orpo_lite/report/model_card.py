@@ -27,7 +27,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.page import gigabytes, verdict
-from orpo_lite.report.provenance import find_licence, hub_id, public_name, published_recipe, without_paths
+from orpo_lite.report.provenance import find_license, hub_id, public_name, published_recipe, without_paths
 from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
 
@@ -121,13 +121,13 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     facts.quantization = facts.quantization or recipe.model.quantization
     if kind == "adapter" and recipe.adapter is None:
         kind = "merged"
-    hub, licence, revision = facts.hub_id, facts.licence, facts.commit or facts.revision
+    hub, license, revision = facts.hub_id, facts.license, facts.commit or facts.revision
     if base is not None:
-        hub, licence, revision = hub_id(base), find_licence(base), None
+        hub, license, revision = hub_id(base), find_license(base), None
     shown, name = public_name(base or trained_on, hub is not None), record.name or folder.path.resolve().name
     tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if BITS.get(facts.quantization) == 4 else [])
     meta = front_matter(
-        kind, base=hub, licence=licence, tags=tags, name=repo.rpartition("/")[2] if repo else name,
+        kind, base=hub, license=license, tags=tags, name=repo.rpartition("/")[2] if repo else name,
         datasets=sorted({one.path for one in record.data.sources.values() if one.section == "train" and one.path and not one.files}),
         results=eval_results(record, recipe, kind),
     )  # fmt: skip
@@ -136,7 +136,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
     truncated = [f"{side} cut in {pairs:,} pairs" for side, pairs in record.data.drops.truncated.items() if pairs]
     return render(
-        meta, name=name, kind=kind, shown=shown, hub=hub, licence=licence, trained=True, it=it, held=facts.quantization,
+        meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=facts.quantization,
         record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
@@ -150,7 +150,7 @@ def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], 
     config = read_json(source / "adapter_config.json")
     name, named = source.resolve().name, base or config.get("base_model_name_or_path") or ""
     hub, revision = hub_id(named) if named else None, config.get("revision") if base is None else None
-    licence = find_licence(named, revision) if named else None
+    license = find_license(named, revision) if named else None
     shown = public_name(named, hub is not None) if named else "a base that adapter_config.json does not name"
     targets = config.get("target_modules") or []
     rows = [("type", config.get("peft_type")), ("r", config.get("r")), ("alpha", config.get("lora_alpha")),
@@ -158,8 +158,8 @@ def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], 
             ("modules to save", ", ".join(config.get("modules_to_save") or [])),
             ("DoRA", config.get("use_dora")), ("rsLoRA", config.get("use_rslora"))]  # fmt: skip
     return render(
-        front_matter(kind, base=hub, licence=licence, tags=["lora"], name=name),
-        name=name, kind=kind, shown=shown, hub=hub, licence=licence, repo=repo, notes=notes, config=rows,
+        front_matter(kind, base=hub, license=license, tags=["lora"], name=name),
+        name=name, kind=kind, shown=shown, hub=hub, license=license, repo=repo, notes=notes, config=rows,
         it=usage_facts(source, repo, name, shown if named else "BASE", revision),
     )  # fmt: skip
 
@@ -187,7 +187,7 @@ def write_trainer_card(
     kind: Kind = "adapter" if isinstance(model, PeftModel) else "merged"
     given = [tags] if isinstance(tags, str) else tags or []
     meta = front_matter(
-        kind, name=name, base=hub, licence=None,
+        kind, name=name, base=hub, license=None,
         tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if kind == "adapter" else [])}),
         datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
     )  # fmt: skip
@@ -245,7 +245,7 @@ def environment() -> jinja2.Environment:
 
 def render(meta: ModelCardData, **parts: Any) -> str:
     """Render a card: front matter, and every section for which there is something."""
-    nothing: dict[str, Any] = dict.fromkeys(("record", "it", "config", "dataset", "repo", "licence", "held"))
+    nothing: dict[str, Any] = dict.fromkeys(("record", "it", "config", "dataset", "repo", "license", "held"))
     nothing |= {"trained": False, "notes": (), "tables": ()}
     return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
 
@@ -263,16 +263,16 @@ def front_matter(
     *,
     name: str,
     base: str | None,
-    licence: dict[str, str] | None,
+    license: dict[str, str] | None,
     tags: list[str],
     datasets: list[str] | None = None,
     results: list[EvalResult] | None = None,
 ) -> ModelCardData:
     """Return the front matter in huggingface_hub's own classes, so that the hub accepts it; `base` is a hub id or None."""
-    licence, more = licence or {}, {}
+    license, more = license or {}, {}
     if base:
         more["base_model_relation"] = RELATIONS[kind]
-    if link := licence.get("link"):
+    if link := license.get("link"):
         if "://" not in link:  # a file of the base's repository
             link = f"https://huggingface.co/{base}/blob/main/{link}" if base else None
         more["license_link"] = link
@@ -281,8 +281,8 @@ def front_matter(
         library_name=LIBRARIES[kind],
         pipeline_tag="text-generation",
         tags=[*tags, *(["gguf"] if kind == "gguf" else [])],
-        license=licence.get("id"),
-        license_name=licence.get("name"),
+        license=license.get("id"),
+        license_name=license.get("name"),
         datasets=datasets or None,
         model_name=name if results else None,
         eval_results=results or None,

@@ -1,4 +1,4 @@
-"""Where a model comes from, as far as it may be published: hub ids, licences, and the recipe without local paths."""
+"""Where a model comes from, as far as it may be published: hub ids, licenses, and the recipe without local paths."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LICENCE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
+LICENSE_FILES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "LICENCE", "COPYING")
 TITLES = {
     "apache license version 2.0, january 2004": "apache-2.0",
     "mit license": "mit",
     "the mit license (mit)": "mit",
 }
-"""Opening words of a licence file, in lower case, whose hub identifier is beyond doubt."""
+"""Opening words of a license file, in lower case, whose hub identifier is beyond doubt."""
 
 
 def hub_id(name: str) -> str | None:
@@ -51,15 +51,15 @@ def last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] if path.strip("./") else Path(path or ".").resolve().name
 
 
-# ---- licences ------------------------------------------------------------------------------------------------------------
+# ---- licenses ------------------------------------------------------------------------------------------------------------
 
 
-def find_licence(base: str, revision: str | None = None) -> dict[str, str] | None:
-    """Read which licence a base model states: {"id", "name", "link", "source"}, or None where it states none.
+def find_license(base: str, revision: str | None = None) -> dict[str, str] | None:
+    """Read which license a base model states: {"id", "name", "link", "source"}, or None where it states none.
 
-    The front matter of its README.md is asked first, then its licence file, in its folder or in its repository on the
-    hub (through the cache; a hub that cannot be reached is no error). Of a licence file that is neither Apache's nor
-    MIT's only the first line is known, as "title", without "id": a licence is never guessed.
+    The front matter of its README.md is asked first, then its license file, in its folder or in its repository on the
+    hub (through the cache; a hub that cannot be reached is no error). Of a license file that is neither Apache's nor
+    MIT's only the first line is known, as "title", without "id": a license is never guessed.
 
     Args:
         base: hub id, folder, or builtin:...
@@ -71,7 +71,7 @@ def find_licence(base: str, revision: str | None = None) -> dict[str, str] | Non
     readme = file_of(base, revision, "README.md")
     if readme and (found := from_readme(readme)):
         return found
-    for name in LICENCE_FILES:
+    for name in LICENSE_FILES:
         # where even the README cannot be had, the hub is most likely out of reach: no five more attempts
         if path := file_of(base, revision, name, cached=readme is None):
             return from_text(path)

@@ -10,8 +10,10 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 
 from pydantic import (
     AfterValidator,
+    AliasChoices,
     BaseModel,
     ConfigDict,
+    Field,
     PlainValidator,
     Strict,
     TypeAdapter,
@@ -118,8 +120,8 @@ class BaseFacts(Section):
     commit: Text | None = None
     hub_id: Text | None = None
     """The base's repository on the hub; None for a local folder."""
-    licence: dict[str, Text] | None = None
-    """As `find_licence` returns it."""
+    license: dict[str, Text] | None = Field(None, validation_alias=AliasChoices("license", "licence"))
+    """As `find_license` returns it."""
     quantization: Text | None = None
     dtype: Text | None = None
     facts: list[Text] = []

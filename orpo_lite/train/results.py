@@ -27,7 +27,7 @@ from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import write_card
-from orpo_lite.report.provenance import find_licence, hub_id
+from orpo_lite.report.provenance import find_license, hub_id
 from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout
 from orpo_lite.trainer.distributed import sharded, world
@@ -181,7 +181,7 @@ def base_facts(recipe: Recipe, base: BaseFacts) -> dict[str, Any]:
         "revision": revision,
         "commit": base.revision,
         "hub_id": hub_id(name),
-        "licence": find_licence(name, base.revision or revision),
+        "license": find_license(name, base.revision or revision),
         "quantization": base.quantization,
         "dtype": str(base.precision.dtype).removeprefix("torch."),
         "facts": base.sentences,

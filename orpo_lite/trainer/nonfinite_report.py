@@ -147,7 +147,7 @@ def listed(pairs: list[dict[str, Any]]) -> str:
 
 
 def locate_pairs(batch: dict[str, Any], dataset: Any, sources: list[str], numbers: dict[int, list[int]]) -> list[dict]:
-    """Find where a batch's pairs come from; `numbers`, filled here, maps a row to its places in the tokenised pairs."""
+    """Find where a batch's pairs come from; `numbers`, filled here, maps a row to its places in the tokenized pairs."""
     columns = getattr(dataset, "column_names", None) or []
     if not numbers and "row" in columns:
         for number, row in enumerate(np.asarray(dataset.with_format(None)["row"]).tolist()):
@@ -164,7 +164,7 @@ def locate_pairs(batch: dict[str, Any], dataset: Any, sources: list[str], number
 
 
 def is_pair(batch: dict[str, Any], place: int, row: dict[str, Any]) -> bool:
-    """Tell whether the batch's pair at a place is this tokenised one."""
+    """Tell whether the batch's pair at a place is this tokenized one."""
     ids = list(row["prompt_ids"] if "prompt_ids" in row else row["chosen_ids"])
     if "segments" in batch:
         start, prefix, chosen, _ = batch["segments"][place]
@@ -202,7 +202,7 @@ def one_by_one(trainer: Any, batch: dict[str, Any], with_gradients: bool) -> lis
 
 
 def rows_as_given(pairs: list[dict[str, Any]], data: DataSection | None, given: Any) -> list[dict[str, Any]]:
-    """Return the rows of some pairs as they were before tokenisation; none where one of them cannot be read again.
+    """Return the rows of some pairs as they were before tokenization; none where one of them cannot be read again.
 
     Args:
         pairs: as `locate_pairs` finds them.
@@ -228,7 +228,7 @@ def read_row(data: DataSection, path: str, row: int) -> Any:
 
 
 def decoded_rows(batch: dict[str, Any], tokenizer: Any) -> list[dict[str, str]]:
-    """Decode the pairs of a batch: prompt, chosen and rejected as the text that was tokenised, template included."""
+    """Decode the pairs of a batch: prompt, chosen and rejected as the text that was tokenized, template included."""
     found = []
     for place in range(len(batch["pair_rows"])):
         sides = [batch["label_ids"][batch[name] == place].tolist() for name in ("chosen_pair", "rejected_pair")]

@@ -66,7 +66,7 @@ class Objective:
         layer = plain.get_output_embeddings()
         if self.head is not None and not frozen_linear(layer) and not recomputable(layer):
             logger.warning(
-                "the output head is sharded on its own and trained, quantised or adapted: whole logits are kept, since its weights "
+                "the output head is sharded on its own and trained, quantized or adapted: whole logits are kept, since its weights "
                 "are not available to compute them again in the backward pass"
             )
             self.head = None

@@ -85,7 +85,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
     Loss, gradients and metrics equal TRL's on the same batch in float32 (logits/* aside, which here average
     completion rows only), and stay finite where TRL's do not. With `args.nll_mean == "window"`, the default, the NLL
-    is normalised by its labels and the odds-ratio term by its pairs over the whole optimizer step on all processes:
+    is normalized by its labels and the odds-ratio term by its pairs over the whole optimizer step on all processes:
     batch 8 x 1, 4 x 2 and 1 x 8 give the same gradients.
 
     Args:
@@ -97,7 +97,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             streaming one (of `datasets` or torch) is read once to disk, as far as `args.max_steps` needs, which must be set.
         eval_dataset: the same, or a dict of several. A streaming one is read once to disk, to its end.
         processing_class: the tokenizer; left out, the model's own.
-        peft_config: adapter to train; quantised models are prepared for it.
+        peft_config: adapter to train; quantized models are prepared for it.
         The rest as in transformers.Trainer.
 
     Raises:

@@ -30,10 +30,10 @@ def race_heads(model: Any, repeats: int) -> dict[str, Any]:
     weight: Tensor = model.get_output_embeddings().weight.detach()
     if not weight.is_floating_point():
         return {
-            "shape": "quantised head",
+            "shape": "quantized head",
             "chunk": CHUNK,
             "contestants": {},
-            "absent": {"all": "the head is quantised"},
+            "absent": {"all": "the head is quantized"},
         }
     transform = HeadTransform.of(model.config)
     g = torch.Generator(weight.device).manual_seed(0)
@@ -93,7 +93,7 @@ def race_liger(model: Any, pairs: list[dict[str, Any]], repeats: int) -> dict[st
     weight: Tensor = model.get_output_embeddings().weight.detach()
     transform = HeadTransform.of(model.config)
     if not weight.is_floating_point() or transform.softcap or transform.scale != 1.0:
-        return "its loss knows no quantised head, no softcap and no scale"
+        return "its loss knows no quantized head, no softcap and no scale"
     try:
         from liger_kernel.chunked_loss import LigerFusedLinearORPOLoss  # pyright: ignore[reportMissingImports]
     except ImportError as error:

@@ -154,7 +154,7 @@ def assumptions(cuda: bool) -> list[str]:
     """List what is assumed of TRL's step in addition to ours, in sentences."""
     found = [
         "TRL: base, adapter and optimizer as here; given a peft_config instead of a model with its adapter, TRL holds the "
-        "embeddings, head and norms of a quantised base in float32, and with bf16 the adapter in 16 bits",
+        "embeddings, head and norms of a quantized base in float32, and with bf16 the adapter in 16 bits",
         "TRL: no completion of the micro-batch is padded",
     ]
     if cuda:

@@ -53,7 +53,7 @@ REASONS = {
     "bf16": "TRL sets it to True in __post_init__, which fails without a GPU; here the device decides",
     "logging_nan_inf_filter": "a NaN loss is shown as one",
 }
-"""Fields whose default or behaviour differs on purpose."""
+"""Fields whose default or behavior differs on purpose."""
 
 
 def test_every_flag_of_trls_config_has_its_name_type_and_default(trl_orpo):

@@ -350,7 +350,7 @@ def test_hub_errors_name_the_page_and_the_remedy(
 # ---- cache -------------------------------------------------------------------------------------------------------
 
 
-def test_second_run_tokenises_nothing_and_a_changed_file_is_seen(
+def test_second_run_tokenizes_nothing_and_a_changed_file_is_seen(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(20))

@@ -1,4 +1,4 @@
-"""Tokens, labels, truncation and drops; TRL's own tokenisation runs beside ours."""
+"""Tokens, labels, truncation and drops; TRL's own tokenization runs beside ours."""
 
 import json
 import logging
@@ -88,7 +88,7 @@ def trl_row(trl_orpo: Any, row: dict[str, Any], tokenizer: Any, max_length: int)
 
 
 def compare(trl_orpo: Any, rows: list[dict[str, Any]], tokenizer: Any, max_length: int) -> tuple[int, DropReport]:
-    """Assert equal ids and labels on every row that TRL can tokenise with labels left; the number of those."""
+    """Assert equal ids and labels on every row that TRL can tokenize with labels left; the number of those."""
     given = datasets.Dataset.from_list(rows)
     ours, report = tokenize_rows(given, tokenizer, TokenizeOptions(max_length=max_length))
     by_row = {row["row"]: row for row in ours}
@@ -164,7 +164,7 @@ def test_boundary_never_fails_where_trl_gives_up() -> None:
     assert boundaries([], [4], [5]) == (0, 0)
 
 
-def test_encoder_short_way_is_exact_for_neighbour_sensitive_tokens() -> None:
+def test_encoder_short_way_is_exact_for_neighbor_sensitive_tokens() -> None:
     for options in ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}, {}):
         tokenizer = tiny_tokenizer((), None, bos="<s>", eos="</s>")
         tokenizer.add_tokens([__import__("tokenizers").AddedToken("<|user|>", **({"normalized": False} | options))])

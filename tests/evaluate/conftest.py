@@ -34,7 +34,7 @@ WORDS = ["model.quantization=none", "data.max_eval_rows=8", "evaluation.samples=
 
 @pytest.fixture(scope="session")
 def trained(tmp_path_factory) -> Path:
-    """The folder of a run of a few seconds; the base is not quantised, so that a merge says the same."""
+    """The folder of a run of a few seconds; the base is not quantized, so that a merge says the same."""
     output = tmp_path_factory.mktemp("runs") / "trained"
     done = run(Recipe.load("quickstart", [*WORDS, f"training.output_dir={output}"]))
     assert done is not None

@@ -34,7 +34,7 @@ def found(trained):
     return resolve_model(str(trained))
 
 
-def test_an_adapter_on_a_base_that_is_not_quantised(found, trained):
+def test_an_adapter_on_a_base_that_is_not_quantized(found, trained):
     made = lm_eval_commands(found, "ifeval,gsm8k")
     [line] = made["commands"]
     given = arguments(line)

@@ -57,7 +57,7 @@ def test_a_run_becomes_a_gguf_file(converter, adapter_folder, tmp_path, capsys):
     assert 'PARAMETER stop """<|im_end|>"""' in (out.parent / "Modelfile").read_text()
 
 
-def test_quantised_and_what_fails_leaves_nothing(converter, model_folder, tmp_path, monkeypatch):
+def test_quantized_and_what_fails_leaves_nothing(converter, model_folder, tmp_path, monkeypatch):
     source = model_folder("qwen2")
     export(source, tmp_path / "a.gguf", quant="q4_1")
     kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "a.gguf").tensors}

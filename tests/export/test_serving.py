@@ -1,4 +1,4 @@
-"""Exports run elsewhere: llama.cpp (xllamacpp), its quantiser, and transformers' own server."""
+"""Exports run elsewhere: llama.cpp (xllamacpp), its quantizer, and transformers' own server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What only a CUDA device can show: kernels, half precision, the quantised base, peak memory."""
+"""What only a CUDA device can show: kernels, half precision, the quantized base, peak memory."""
 
 import gc
 from typing import Any

@@ -154,7 +154,7 @@ def tokenizer() -> Any:
 
 
 def fuzz_data(random: random.Random, folder: Path) -> None:
-    """One mutated data file, read and tokenised to the end."""
+    """One mutated data file, read and tokenized to the end."""
     from orpo_lite.data.row_shapes import source_shape
     from orpo_lite.data.sources import open_source
     from orpo_lite.data.token_cache import number_rows

@@ -82,7 +82,7 @@ def base_folder(tmp_path_factory) -> Callable[[str], Path]:
 
 @pytest.fixture
 def section(base_folder) -> Callable[..., ModelSection]:
-    """section(family, **fields): the recipe's model section for a tiny base, not quantised unless it says so."""
+    """section(family, **fields): the recipe's model section for a tiny base, not quantized unless it says so."""
 
     def make(family: str, **fields: Any) -> ModelSection:
         return ModelSection(**{"name_or_path": str(base_folder(family)), "quantization": "none"} | fields)

@@ -97,7 +97,7 @@ def test_patterns_and_variants_reach_peft(attach):
     assert layer["0.self_attn.v_proj"].use_dora["default"] and not any("o_proj" in n for n in layer)
 
 
-def test_quantised_norms_are_float32_and_embeddings_are_not(section):
+def test_quantized_norms_are_float32_and_embeddings_are_not(section):
     """As on a 16-bit device: norms and what is trained in float32, embeddings and head as they were."""
     model, _ = load_base(section("llama", quantization="nf4", dtype="bfloat16"))
     assert model.model.norm.weight.dtype == torch.bfloat16
@@ -182,7 +182,7 @@ def test_saved_adapter_on_the_original_base_gives_the_training_logits(attach, ba
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_inits_that_change_the_base_are_refused_on_quantised_ones(attach, tmp_path, init):
+def test_inits_that_change_the_base_are_refused_on_quantized_ones(attach, tmp_path, init):
     with pytest.raises(RequestError, match=f"{init} changes the base weights"):
         attach("llama", "nf4", init_lora_weights=init)
     model = attach("llama", init_lora_weights=init)

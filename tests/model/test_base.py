@@ -1,4 +1,4 @@
-"""Loading the base: quantisation and what it reaches, attention, vocabulary, and errors that say what to do."""
+"""Loading the base: quantization and what it reaches, attention, vocabulary, and errors that say what to do."""
 
 import json
 import os
@@ -23,7 +23,7 @@ LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)  # weights of the tiny l
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
 @pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
-def test_quantised_as_asked(section, family, method):
+def test_quantized_as_asked(section, family, method):
     model, facts = load_base(section(family, quantization=method))
     assert (facts.quantization, facts.quantized_share) == (method, 1.0)
     full, _ = load_base(section(family))
@@ -36,7 +36,7 @@ def test_quantised_as_asked(section, family, method):
     assert not model.training and method in facts.sentences[0] and "100.0%" in facts.sentences[0]
 
 
-def test_double_quantisation_and_compute_dtype(section):
+def test_double_quantization_and_compute_dtype(section):
     for double in (True, False):
         model, _ = load_base(section("llama", quantization="nf4", double_quant=double))
         layer = model.model.layers[0].mlp.up_proj
@@ -64,7 +64,7 @@ def test_gradients_after_an_evaluation_are_those_before(section):
 
 
 @pytest.mark.parametrize(("method", "name"), [("nf4", "nf4"), ("int8", "int8")])
-def test_a_quantised_repository_is_used_as_it_is(section, tmp_path, method, name):
+def test_a_quantized_repository_is_used_as_it_is(section, tmp_path, method, name):
     """Another compute dtype in its config is replaced by this device's; the recipe's method does not apply."""
     model, _ = load_base(section("llama", quantization=method))
     model.save_pretrained(tmp_path)
@@ -82,7 +82,7 @@ def test_a_quantised_repository_is_used_as_it_is(section, tmp_path, method, name
 
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe"])
 @pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_fused_experts_that_escape_quantisation_are_refused(section, family, method):
+def test_fused_experts_that_escape_quantization_are_refused(section, family, method):
     with pytest.raises(
         RequestError,
         match=r"(?s)only \d+\.\d% .*(experts\.gate_up_proj|input_linear\.weight): [\d,]+ weights.*quantization=none",
@@ -102,7 +102,7 @@ def test_t5_keeps_a_fifth_of_its_weights(section):
 
 
 def test_share_counts_weights_not_modules(section):
-    """Ten small quantised layers do not outweigh a big one that is not."""
+    """Ten small quantized layers do not outweigh a big one that is not."""
     model, _ = load_base(section("llama", quantization="nf4"))
     model.model.layers[0].mlp.up_proj = torch.nn.Linear(64, 128, bias=False)
     with pytest.raises(RequestError) as e:

@@ -1,4 +1,4 @@
-"""GGUF bases: dequantised once into a cached folder, which is then a model like any other."""
+"""GGUF bases: dequantized once into a cached folder, which is then a model like any other."""
 
 import json
 import logging
@@ -129,7 +129,7 @@ def test_tokenizer_and_template_come_from_the_file(tmp_path, cache):
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_quantised_trained_saved_and_merged(tmp_path, cache, tied):
+def test_quantized_trained_saved_and_merged(tmp_path, cache, tied):
     write_gguf(tmp_path / "a.gguf", Q.Q8_0, tied)
     section = spec(tmp_path / "a.gguf", quantization="nf4")
     tokenizer = load_tokenizer(section)
@@ -153,7 +153,7 @@ def test_quantised_trained_saved_and_merged(tmp_path, cache, tied):
     assert AutoTokenizer.from_pretrained(tmp_path / "merged").chat_template == TEMPLATE
 
 
-def test_dequantised_once_by_the_files_content(tmp_path, cache, caplog):
+def test_dequantized_once_by_the_files_content(tmp_path, cache, caplog):
     write_gguf(tmp_path / "a.gguf", Q.F16)
     (tmp_path / "elsewhere").mkdir()
     shutil.copy(tmp_path / "a.gguf", tmp_path / "elsewhere" / "b.gguf")

@@ -125,7 +125,7 @@ def test_deepspeed_spreads_states_and_takes_its_bucket(base):
     # its shares, and beside them one weight on its way from the host
     assert three.phases["load"][BASE] < alone.phases["load"][BASE] / 3.9
     assert three.phases["load"][LOADING] == largest
-    # as it lies in the file, all processes have the same pages of a base; a quantised one is each one's own
+    # as it lies in the file, all processes have the same pages of a base; a quantized one is each one's own
     as_it_is = {"model": {"quantization": "none"}}
     more = [
         planned(base, n, "zero3", **as_it_is).load_host - planned(base, n, "zero2", **as_it_is).load_host
@@ -136,7 +136,7 @@ def test_deepspeed_spreads_states_and_takes_its_bucket(base):
     assert three.phases["forward"][BUFFERS] == 2 * BUCKET
 
 
-def test_quantised_weights_are_spread_and_their_constants_are_not(base):
+def test_quantized_weights_are_spread_and_their_constants_are_not(base):
     one = planner(recipe(base), Target("cuda"))
     two, four = planned(base, 2, "fsdp2"), planned(base, 4, "fsdp2")
     assert two.phases["step"][CONSTANTS] == four.phases["step"][CONSTANTS] == one.phases["step"][CONSTANTS] > 0

@@ -127,9 +127,9 @@ def test_settings_move_the_plan_as_they_move_memory(bases):
         planned(recipe(base, data=prompts, orpo={"layout": "padded"}), Target("cuda")).peak
         > planned(recipe(base, data=prompts), Target("cuda")).peak
     )
-    unquantised = planned(recipe(base, model={"quantization": "none"}), Target("cuda"))
-    assert unquantised.phases["step"].total() > plain.phases["step"].total()
-    assert unquantised.phases["step"][CONSTANTS] == 0
+    unquantized = planned(recipe(base, model={"quantization": "none"}), Target("cuda"))
+    assert unquantized.phases["step"].total() > plain.phases["step"].total()
+    assert unquantized.phases["step"][CONSTANTS] == 0
     assert plain.phases["step"][GRADIENTS] == pytest.approx(4 * plain.facts["trained"], rel=0.05)
     assert plain.phases["step"][OPTIMIZER] >= 8 * plain.facts["trained"]
     # one micro-batch a step: no gradients yet when the forward pass runs

@@ -74,7 +74,7 @@ def test_flops_are_those_of_real_steps(checkpointing):
     assert held.measured - held.before == pytest.approx(micro_batches * held.planned, rel=1e-3)
 
 
-def test_quantised_weights_are_unpacked_and_multiplied_as_others(base):
+def test_quantized_weights_are_unpacked_and_multiplied_as_others(base):
     plain, packed = (plan(recipe(base, model={"quantization": name})).facts for name in ("none", "nf4"))
     assert plain[FLOPS] == packed[FLOPS]
     layers = 12 * (256 * 256 * 2 + 256 * 128 * 2 + 3 * 256 * 640)

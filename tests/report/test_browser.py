@@ -63,7 +63,7 @@ def test_draws_fits_and_asks_for_nothing(name, width, dark, pages, browser):
     inner, all_of_it = browser.run("[innerWidth, document.documentElement.scrollWidth]")
     assert inner == width and all_of_it <= width
     if name == "one" and width == 1280:
-        # text on its ground, WCAG 2: every colour that is written with
+        # text on its ground, WCAG 2: every color that is written with
         worst = browser.run(CONTRAST)
         assert worst["ratio"] >= 4.5, worst
         ground = browser.run("getComputedStyle(document.body).backgroundColor")

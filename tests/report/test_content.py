@@ -245,7 +245,7 @@ def test_runs_over_one_another(written, tmp_path, capsys):
     names = [line["n"] for line in shown.charts["loss-0"]["lines"]]
     assert len(names) == 5 and len(set(names)) == 5
     classes = [a["class"] for t, a in shown.elements if t == "g" and "data-line" in a and "solid" in str(a["class"])]
-    assert classes  # one solid and one dashed, not colours alone
+    assert classes  # one solid and one dashed, not colors alone
     assert "f00d" not in shown.text and "not trained on the same data" not in shown.text
     written(tmp_path / "c", data=facts()["data"] | {"fingerprint": "beef"})
     command([str(first), str(third)], output=tmp_path / "two.html")

@@ -34,7 +34,7 @@ LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies":
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
             "part-memory-": "plan", "part-next-steps": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
-UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|licence|hub_id|dtype)"
+UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|license|hub_id|dtype)"
                     r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
 """Fields that no page shows."""
 

@@ -27,7 +27,7 @@ from orpo_lite.recipe.loading import PACKAGE
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import BLUE, COLORS, GREEN, HEIGHT, ORANGE, RED, WIDTH
 from orpo_lite.report.model_card import model_card, write_card
-from orpo_lite.report.provenance import find_licence, hub_id, published_recipe
+from orpo_lite.report.provenance import find_license, hub_id, published_recipe
 from orpo_lite.report.run_record import LoadedRun, RunRecord, read_run
 from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.run_folder import RunFolder
@@ -89,7 +89,7 @@ def on_hub(facts, recipe, adapter):
     """Base and data as if they had come from the hub."""
     recipe["model"] |= {"name_or_path": "org/base-7B", "revision": "main"}
     facts["base_model"] |= {"name_or_path": "org/base-7B", "hub_id": "org/base-7B", "commit": "0123abcd" * 5}
-    facts["base_model"]["licence"] = {"id": "other", "name": "base-licence", "link": "LICENSE", "source": "README.md"}
+    facts["base_model"]["license"] = {"id": "other", "name": "base-license", "link": "LICENSE", "source": "README.md"}
     train, held = facts["data"]["sources"].values()
     facts["data"]["sources"] = {
         "org/pairs": train | {"path": "org/pairs", "files": []},
@@ -216,7 +216,7 @@ def test_front_matter(changed):
     results = data["model-index"][0].pop("results")
     assert data == {
         "base_model": "org/base-7B", "base_model_relation": "adapter", "datasets": ["org/pairs"], "library_name": "peft",
-        "license": "other", "license_name": "base-licence", "license_link": "https://huggingface.co/org/base-7B/blob/main/LICENSE",
+        "license": "other", "license_name": "base-license", "license_link": "https://huggingface.co/org/base-7B/blob/main/LICENSE",
         "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"], "model-index": [{"name": "tuned"}],
     }  # fmt: skip
     after = json.loads((folder / "run.json").read_text())["eval"]["after"]
@@ -292,7 +292,7 @@ def test_whole_model_without_held_out_pairs(whole):
     data = front(card)
     assert (data["library_name"], data["tags"], data["license"]) == ("transformers", ["orpo"], "cc-by-4.0")
     assert "model-index" not in data and "Sample answers" not in card
-    assert "licence: cc-by-4.0 (the base model's, from README.md)" in card
+    assert "license: cc-by-4.0 (the base model's, from README.md)" in card
     assert "No pairs were held out" in card and "peft import" not in card
     assert (whole / "curves.png").is_file()  # from a single line of metrics
     execute(blocks(card, "python")[0], whole)
@@ -422,35 +422,35 @@ def test_adapter_without_a_run(finished, tmp_path):
     card = model_card(folder)
     assert front(card) == {"base_model": "org/base", "base_model_relation": "adapter", "library_name": "peft",
                            "pipeline_tag": "text-generation", "tags": ["lora"]}  # fmt: skip
-    assert "| r | 48 |" in card and "--max-lora-rank 64" in card and "licence: see the base model" in card
+    assert "| r | 48 |" in card and "--max-lora-rank 64" in card and "license: see the base model" in card
     assert "not recorded" in card and "Results" not in card
     compile(blocks(card, "python")[0], "card", "exec")
 
 
-def test_licence_is_read_and_never_guessed(tmp_path, monkeypatch):
-    assert find_licence("mistralai/Mistral-7B-v0.1") is None
-    assert find_licence("builtin:quickstart/model")["id"] == "apache-2.0"
+def test_license_is_read_and_never_guessed(tmp_path, monkeypatch):
+    assert find_license("mistralai/Mistral-7B-v0.1") is None
+    assert find_license("builtin:quickstart/model")["id"] == "apache-2.0"
     folder = tmp_path / "base"
     folder.mkdir()
-    assert find_licence(str(folder)) is None
+    assert find_license(str(folder)) is None
     texts = {"Copyright X\n\nAll rights reserved, by Apache License standards": {"title": "Copyright X", "source": "LICENSE"},
              "MIT License\n\nCopyright (c) 2026": {"id": "mit", "source": "LICENSE"},
              (PACKAGE.parent / "LICENSE").read_text(): {"id": "apache-2.0", "source": "LICENSE"}, "": None}  # fmt: skip
     for text, found in texts.items():
         (folder / "LICENSE").write_text(text)
-        assert find_licence(str(folder)) == found
+        assert find_license(str(folder)) == found
     for broken in ("---\nlicense: [unclosed\n---\n", "---\n- a list\n---\n", "no front matter"):
         (folder / "README.md").write_text(broken)
-        assert find_licence(str(folder)) is None
+        assert find_license(str(folder)) is None
     (folder / "README.md").write_text("---\nlicense: other\nlicense_name: x\nlicense_link: LICENSE\n---\n")
-    assert find_licence(str(folder)) == {"id": "other", "name": "x", "link": "LICENSE", "source": "README.md"}
+    assert find_license(str(folder)) == {"id": "other", "name": "x", "link": "LICENSE", "source": "README.md"}
     # a repository that lies in the download cache
     commit = "a" * 40
     cached = tmp_path / "hub" / "models--org--base"
     (cached / "snapshots" / commit).mkdir(parents=True)
     (cached / "snapshots" / commit / "README.md").write_text("---\nlicense: gemma\n---\n")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
-    assert find_licence("org/base", commit) == {"id": "gemma", "source": "README.md"}
+    assert find_license("org/base", commit) == {"id": "gemma", "source": "README.md"}
 
 
 def test_hub_ids(tmp_path, monkeypatch):
@@ -470,14 +470,14 @@ def draw_curves(lines, path):
 
 
 def ink(path):
-    """For each of the six panels, how many pixels have each series' colour."""
+    """For each of the six panels, how many pixels have each series' color."""
     picture = np.asarray(Image.open(path).convert("RGB"))
     assert picture.shape == (HEIGHT, WIDTH, 3)
     panels = [part for row in np.split(picture, 2) for part in np.split(row, 3, axis=1)]
-    colours = [
+    colors = [
         [int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (COLORS[one][0] for one in (BLUE, ORANGE, GREEN, RED))
     ]
-    return [[int((panel == colour).all(-1).sum()) for colour in colours] for panel in panels]
+    return [[int((panel == color).all(-1).sum()) for color in colors] for panel in panels]
 
 
 def test_picture_of_a_run(finished, tmp_path):

@@ -57,7 +57,7 @@ def test_the_text_is_that_of_transformers(tokenizer) -> None:
         assert render_chats(tokenizer, given[::-1]) == expected[::-1]
 
 
-def test_one_that_fails_does_not_fail_its_neighbours(tokenizer) -> None:
+def test_one_that_fails_does_not_fail_its_neighbors(tokenizer) -> None:
     tokenizer.chat_template = "{% for m in messages %}{% if m.content == 'no' %}{{ raise_exception('no') }}{% endif %}{{ m.content }}{% endfor %}"
     words = ["a", "no", "b", "no", "no", "c", "d", "e", "f", "g", "no"]
     found = render_chats(tokenizer, [([{"role": "user", "content": word}], {}) for word in words])

@@ -216,7 +216,7 @@ VARIETIES = {
     "eva": ["adapter.init_lora_weights=eva", "model.quantization=none"],
     "fp4, lora+, token budget, one layer checkpoints, nll over chosen": [
         "model.quantization=fp4", "adapter.loraplus_lr_ratio=16", "orpo.tokens_per_batch=200", "training.gradient_accumulation_steps=2",
-        "memory.checkpointing=1", "orpo.nll_scope=chosen", "orpo.nll_mean=micro"],
+        "memory.checkpointing=1", "orpo.nll_scope=chosen"],
 }  # fmt: skip
 
 

@@ -103,7 +103,7 @@ def test_gradients_of_zero(tmp_path, tokenizer, caplog):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_an_adapter_that_updates_never_reach(dtype, tmp_path, tokenizer):
-    """In 16 bits a small update of a weight near 1 is rounded away: gradients are fine, and nothing is learnt."""
+    """In 16 bits a small update of a weight near 1 is rounded away: gradients are fine, and nothing is learned."""
     model = llama()
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:

@@ -199,7 +199,7 @@ def test_prompts_that_fill_max_length_never_reach_the_loss(tmp_path, tokenizer):
     assert all(p.isfinite().all() for p in trainer.model.parameters())
 
 
-def test_evaluates_and_predicts_rows_that_are_not_tokenised(tmp_path, tokenizer):
+def test_evaluates_and_predicts_rows_that_are_not_tokenized(tmp_path, tokenizer):
     trainer = ORPOTrainer(adapted("llama"), config(tmp_path), None, rows(4), rows(5), tokenizer)
     assert trainer.evaluate(rows(5))["eval_loss"] == pytest.approx(trainer.evaluate()["eval_loss"], abs=1e-6)
     assert trainer.predict(rows(5)).predictions.shape[0] == 5
@@ -225,7 +225,7 @@ def test_trls_collator_is_replaced(tmp_path, tokenizer, caplog):
     assert trainer.data_collator is trainer.collator and "ours takes its place" in caplog.text
 
 
-def test_tokenised_pairs_without_an_answer_are_refused(tmp_path, tokenizer):
+def test_tokenized_pairs_without_an_answer_are_refused(tmp_path, tokenizer):
     good = {"chosen_ids": [5, 6, 7], "chosen_start": 1, "rejected_ids": [5, 8], "rejected_start": 1}
     for bad in (good | {"chosen_start": 3}, good | {"rejected_ids": [5], "rejected_start": 0}):
         with pytest.raises(ValueError, match="row 1 has no label in (chosen|rejected)_ids"):
