@@ -192,7 +192,7 @@ def test_a_t4_session_that_ends_goes_on_with_the_same_cells(
             run(recipe)
     assert list((tmp_path / "drive/mistral/checkpoints").glob("checkpoint-4"))
     told = execute("mistral-qlora-t4", **words)
-    assert "going on from checkpoint-4" in " ".join(told.split())
+    assert "resuming from checkpoint-4" in " ".join(told.split())
     assert len(execute.pictures) == 1 and "reward accuracy" in told
     assert (tmp_path / "drive/mistral/adapter_model.safetensors").is_file()
 
