@@ -110,7 +110,7 @@ def describe_processes(trainer: ORPOTrainer) -> list[tuple[str, str]]:
     joined = world(trainer.accelerator)
     where = f"{joined['processes_per_node']} on each of {joined['nodes']} machines"
     how = f"{joined['processes']} by {joined['strategy']} over {joined['backend']}, {where}"
-    return [("processes", f"{how}, each step's pairs dealt out by their cost")]
+    return [("processes", f"{how}, the pairs of each step distributed by cost")]
 
 
 def describe_steps(trainer: ORPOTrainer, pairs: int) -> str:
