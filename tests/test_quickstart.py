@@ -183,7 +183,9 @@ def train(folder, output, *overrides):
 @pytest.mark.slow
 def test_another_seed_behaves_as_what_is_shipped(tmp_path):
     folder = tmp_path / "built"
-    done = command(str(Path(__file__).with_name("quickstart") / "build.py"), "--output", folder, "--seed", "7", timeout=1800)
+    done = command(
+        str(Path(__file__).with_name("quickstart") / "build.py"), "--output", folder, "--seed", "7", timeout=1800
+    )
     assert done.returncode == 0, done.stderr
     assert base_accuracy(folder) <= 0.6
     check_run(train(folder, tmp_path / "run"))
