@@ -120,7 +120,7 @@ class BaseFacts(Section):
     commit: Text | None = None
     hub_id: Text | None = None
     """The base's repository on the hub; None for a local folder."""
-    license: dict[str, Text] | None = Field(None, validation_alias=AliasChoices("license", "licence"))
+    license: dict[str, Text] | None = Field(default=None, validation_alias=AliasChoices("license", "licence"))
     """As `find_license` returns it."""
     quantization: Text | None = None
     dtype: Text | None = None
