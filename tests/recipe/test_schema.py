@@ -145,7 +145,7 @@ def test_data_sources(given, paths, weights):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("model.quantization=nf4", "did you mean quantization?"),
+        ("model.quantisation=nf4", "did you mean quantization?"),
         ("orpo.betta=0.1", "did you mean beta?"),
         ("data.train=[{pth: a.jsonl}]", "data.train.0.pth: unknown key (did you mean path?)"),
         ("evaluation.rule={chosen: a, rejected: b, rejectd: c}", "did you mean rejected?"),
@@ -197,7 +197,7 @@ def test_missing_fields_are_named():
 def test_all_errors_at_once(written):
     path = written(
         content(
-            model={"name_or_path": "a/b", "quantization": "nf4"},
+            model={"name_or_path": "a/b", "quantisation": "nf4"},
             orpo={"beta": "much"},
             training={"learning_rate": "fast", "lerning_rate": 1, "optim": "adam"},
         )
@@ -206,7 +206,7 @@ def test_all_errors_at_once(written):
         Recipe.load(path, ["adapter.r=0"])
     message = str(caught.value)
     assert str(path) in message and "6 problem(s)" in message
-    for field in ("model.quantization", "orpo.beta", "learning_rate", "lerning_rate", "training.optim", "adapter.r"):
+    for field in ("model.quantisation", "orpo.beta", "learning_rate", "lerning_rate", "training.optim", "adapter.r"):
         assert field in message
 
 
