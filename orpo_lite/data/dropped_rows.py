@@ -62,7 +62,7 @@ class DropReport:
     notes: list[str] = field(default_factory=list)
     """Whatever else the user should know, one sentence each."""
     cached: bool = False
-    """Whether the tokens came from the cache."""
+    """True where the tokens came from the cache."""
 
     @property
     def rows(self) -> int:

@@ -55,7 +55,7 @@ class Pair(NamedTuple):
 
     @property
     def chat(self) -> bool:
-        """Whether the pair is a conversation."""
+        """Tell whether the pair is a conversation."""
         return isinstance(self.prompt, list)
 
     @property

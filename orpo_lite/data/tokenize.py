@@ -32,7 +32,7 @@ MAX_CHARACTERS = 1000
 
 @dataclass(kw_only=True)
 class TokenizeOptions:
-    """How rows become tokens. The defaults are TRL's."""
+    """Rules for turning rows into tokens. The defaults are TRL's."""
 
     max_length: int | None = 1024
     """Tokens of prompt and completion together; None is no limit."""

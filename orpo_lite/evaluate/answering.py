@@ -40,11 +40,11 @@ class Reply:
     tokens: int
     """Generated tokens, including the one that ends the answer."""
     ended: bool
-    """Whether the model ended it, rather than a limit or Ctrl-C."""
+    """True where the model ended it, rather than a limit or Ctrl-C."""
 
 
 class PromptFormat:
-    """How turns become a prompt: by the chat template, as Anthropic HH strings, or as the plain text of the last turn.
+    """The form in which turns become a prompt: by the chat template, as Anthropic HH strings, or as the plain text of the last turn.
 
     Args:
         tokenizer: as trained with.

@@ -111,7 +111,7 @@ class Chat:
         self.system = system
         self.over = False
         self.interactive = False
-        """Whether a user sits at the terminal; else standard output is for answers alone."""
+        """Tell whether a user sits at the terminal; else standard output is for answers alone."""
 
     def run(self) -> None:
         """Read and answer messages until Ctrl-D or /quit."""

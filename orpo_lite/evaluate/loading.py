@@ -33,7 +33,7 @@ EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a 
 
 @dataclass
 class ModelSource:
-    """Where the weights are, and what is known of how they were trained. Nothing is loaded yet."""
+    """A model found on disk or on the hub: its weights, and what is known about their training. Nothing is loaded yet."""
 
     path: str
     """The folder, or the hub id of a whole model."""

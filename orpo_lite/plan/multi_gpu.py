@@ -39,7 +39,7 @@ LIVE = 1_000_000_000
 
 @dataclass(frozen=True)
 class Parallelism:
-    """How many GPUs train a recipe, and how they share it.
+    """The number of GPUs that train a recipe, and how they share it.
 
     Raises:
         RequestError: an unknown strategy, fewer than two GPUs, or nothing to offload.
