@@ -1,7 +1,8 @@
 """Write GGUF files and publish on the hub."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from orpo_lite.common import lazy_names
 
 if TYPE_CHECKING:
     from orpo_lite.export.gguf import export
@@ -9,10 +10,4 @@ if TYPE_CHECKING:
 
 __all__ = ["export", "push"]
 
-_HOMES = {"export": "orpo_lite.export.gguf", "push": "orpo_lite.export.hub"}
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(__name__, {"export": "orpo_lite.export.gguf", "push": "orpo_lite.export.hub"})
