@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import pkgutil
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -211,9 +211,9 @@ def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
 
 
 class TrlDataset(Dataset):
-    """Tokenized pairs that also have TRL's columns, computed where one asks for them by name or looks at one row.
+    """Tokenized pairs that also have TRL's columns, computed where one asks for them by name or looks at rows.
 
-    Batches, iteration and everything derived from the data set have the stored columns alone.
+    Batches and everything derived from the data set have the stored columns alone.
     """
 
     @property
@@ -234,10 +234,13 @@ class TrlDataset(Dataset):
 
     def __getitem__(self, key: Any) -> Any:
         if isinstance(key, str) and key in self.trl_names:
-            rows: Any = self
-            return [trl_columns(row)[key] for row in rows]
+            return [row[key] for row in self]
         found: Any = super().__getitem__(key)
         return {**found, **trl_columns(found)} if isinstance(key, int) else found
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        rows: Any = super().__iter__()
+        return ({**row, **trl_columns(row)} for row in rows)
 
 
 def with_trl_columns(rows: Any) -> Any:
