@@ -34,6 +34,24 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     sync_folder(path.parent)
 
 
+def append_line(path: Path, line: str) -> None:
+    """Append a line to a file: it is on the disk when this returns.
+
+    Raises:
+        OSError: the disk is full, or the file cannot be written; it is then as it was.
+    """
+    content = line.encode("utf-8") + b"\n"
+    with path.open("ab", buffering=0) as file:
+        size = file.seek(0, os.SEEK_END)
+        try:
+            if file.write(content) != len(content):
+                raise OSError(errno.ENOSPC, "no room on the disk")
+            os.fsync(file.fileno())
+        except OSError:
+            file.truncate(size)
+            raise
+
+
 def sync_folder(path: Path) -> None:
     """Make a folder's new names survive a power cut, where its file system can (Drive's and Windows' cannot)."""
     try:

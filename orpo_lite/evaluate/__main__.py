@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import console, errors, json_alone, run_command
+from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import show, show_groups
 
@@ -58,6 +58,8 @@ def command(
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
+    if judge_model and not judge:
+        raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
     if sum(given is not None for given in (data, prompts, lm_eval)) > 1:
         raise RequestError("--data, --prompts and --lm-eval are three kinds of evaluation: choose one")
     if top_p < 1 and not temperature:
@@ -68,9 +70,7 @@ def command(
         from orpo_lite.trainer.generate import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p)
-        answer_prompts(
-            run, prompts, sampling, seed, batch_size, output, (judge, judge_model), as_json, trust_remote_code
-        )
+        answer_prompts(run, prompts, sampling, seed, batch_size, output, judge, judge_model, as_json, trust_remote_code)
     else:
         evaluate_pairs(run, data, as_json, trust_remote_code)
 
@@ -80,9 +80,8 @@ def evaluate_pairs(run: str, data: str | None, as_json: bool, trust_remote_code:
     from orpo_lite.evaluate.loading import load_for_evaluation
 
     with json_alone(as_json) as print_json:
-        loaded = load_for_evaluation(run, data, trust_remote_code)
-        results = loaded.evaluate_sides()
-        report = loaded.pairs.report
+        held_out = load_for_evaluation(run, data, trust_remote_code)
+        results, report = held_out.evaluate_sides(), held_out.pairs.report
         if as_json:
             print_json(results | {"drops": report.as_dict()})
             return
@@ -99,45 +98,33 @@ def answer_prompts(
     seed: int,
     batch_size: int,
     output: Path | None,
-    judge: tuple[str | None, str | None],
+    judge: str | None,
+    judge_model: str | None,
     as_json: bool,
     trust_remote_code: bool,
 ) -> None:
     """Answer a file of prompts with every side, and have the answers judged."""
     from orpo_lite.evaluate.answer_file import answer_questions, read_questions
-    from orpo_lite.evaluate.answering import load_answerer
-    from orpo_lite.evaluate.judge import LocalJudge, judge_answers, judge_endpoint, show_summary
+    from orpo_lite.evaluate.answering import Answerer
+    from orpo_lite.evaluate.judge import find_judge, judge_answers, show_summary
     from orpo_lite.evaluate.loading import resolve_model
 
     source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
-    name, _ = judge
-    if name and len(source.names) < 2:
-        raise RequestError(
-            f"--judge: {run} is a whole model, so there is no base to compare its answers with: give the run or adapter "
-            "folder that it was merged from"
-        )
-    remote = judge_endpoint(*judge)
-    if name and not remote:
-        resolve_model(name, trust_remote_code)  # fails before the answers are generated
-
-    def load(path: str) -> Any:
-        return load_answerer(path, trust_remote_code, say=lambda text: errors.print(text, soft_wrap=True, markup=False))
-
+    found = summary = None
+    if judge:
+        source.check_two_sides("--judge")
+        found = find_judge(judge, judge_model, trust_remote_code)
     with json_alone(as_json) as print_json:
-        rows = answer_questions(lambda: load(run), source, questions, sampling, seed, batch_size, output)
-        summary = None
-        if name:
+        rows = answer_questions(Answerer(source), questions, sampling, seed, batch_size, output)
+        if found:
             gc.collect()  # frees the models that answered
             verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
-            sides = (source.names[0], source.names[1])
-            summary = judge_answers(
-                lambda: remote or LocalJudge(load(name), name), str(remote or name), rows, sides, verdicts
-            )
+            summary = judge_answers(found, rows, source.names, verdicts)
         if as_json:
             print_json({"answers": rows, "judged": summary})
             return
     if summary:
-        show_summary(summary, sides)
+        show_summary(summary, source.names)
     else:
         show_answers(rows, source.names)
     if output:

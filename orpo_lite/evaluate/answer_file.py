@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import torch
 
 from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import append_line
 from orpo_lite.data.dropped_rows import Dropped
 from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
@@ -32,12 +32,8 @@ class Question:
 
     id: str
     category: str | None
-    opening: list[dict[str, Any]]
-    follow_ups: list[str]
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the part of an answer's row that says what was asked."""
-        return {"id": self.id, "category": self.category, "prompt": self.opening, "turns": self.follow_ups}
+    prompt: list[dict[str, Any]]
+    turns: list[str]
 
 
 def read_questions(path: str) -> list[Question]:
@@ -113,18 +109,15 @@ class ResultFile:
         self.rows: list[dict[str, Any]] = []
         if path is None:
             return
-        if path.is_dir() or not path.absolute().parent.is_dir():
-            raise RequestError(f"--output: {path} is not a file that can be written: choose another name")
         try:
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             self.rows = [json.loads(line) for line in whole.splitlines()]
-        except (OSError, ValueError) as error:
-            raise RequestError(f"--output: cannot resume from {path} ({error}): choose another file") from None
-        self._check()
-        try:
-            with path.open("r+b" if path.exists() else "xb") as file:
+            self._check()
+            with path.open("ab") as file:
                 file.truncate(len(whole))
+        except ValueError as error:
+            raise RequestError(f"--output: cannot resume from {path} ({error}): choose another file") from None
         except OSError as error:
             raise RequestError(f"--output: {path} cannot be written ({error.strerror}): choose another place") from None
 
@@ -143,66 +136,47 @@ class ResultFile:
     def append(self, results: dict[str, Any]) -> None:
         """Add the results of the next task; the row is on the disk when this returns."""
         row = self.tasks[len(self.rows)] | results
-        self.rows.append(row)
         if self.path is not None:
-            with self.path.open("ab") as file:
-                file.write((json.dumps(row, ensure_ascii=False) + "\n").encode())
-                file.flush()
-                os.fsync(file.fileno())
+            append_line(self.path, json.dumps(row, ensure_ascii=False))
+        self.rows.append(row)
 
 
 def answer_questions(
-    load: Callable[[], Answerer],
-    source: ModelSource,
-    questions: list[Question],
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    output: Path | None,
+    answerer: Answerer, questions: list[Question], sampling: Sampling, seed: int, batch_size: int, output: Path | None
 ) -> list[dict[str, Any]]:
-    """Answer every question with every side.
+    """Answer every question with every side; nothing is loaded where everything is in `output` already.
 
     Greedy answers depend on the model alone; sampled ones on the seed and the batch size too.
-
-    Args:
-        load: loads the models; not called where everything is in `output` already.
 
     Returns:
         Rows of the question's fields and of `answers`, `tokens` and `ended`: for each side a list over its turns, in
         which None stands for an answer that the conversation left no room for.
     """
+    source = answerer.source
     settings = {"model": source.path, "weights": fingerprint(source), "max_new_tokens": sampling.max_new_tokens}
     if sampling.temperature:
-        settings |= {
-            "temperature": sampling.temperature,
-            "top_p": sampling.top_p,
-            "seed": seed,
-            "batch_size": batch_size,
-        }
-    results = ResultFile(output, [one.as_dict() | {"settings": settings} for one in questions])
+        sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p}
+        settings |= sampled | {"seed": seed, "batch_size": batch_size}
+    results = ResultFile(output, [vars(one) | {"settings": settings} for one in questions])
     if len(results.rows) == len(questions):
         return results.rows
-    answerer = load()
     check_room(answerer, questions)
     with progress_bar("answering", len(questions)) as advance:
         advance(len(results.rows))
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
-            done = len(results.rows) - start
+            done = max(0, len(results.rows) - start)
             if done >= len(part):
                 continue
             answered = {
                 name: converse(answerer, name, part, sampling, (seed, start, n))
                 for n, name in enumerate(answerer.names)
             }
-            for place in range(max(0, done), len(part)):
-                results.append(
-                    {
-                        key: {name: [each and each[key] for each in answered[name][place]] for name in answerer.names}
-                        for key in ("answers", "tokens", "ended")
-                    }
-                )
-            advance(len(part) - max(0, done))
+            for place in range(done, len(part)):
+                sides = {name: answered[name][place] for name in answerer.names}
+                results.append({key: {name: [one and one[key] for one in turns] for name, turns in sides.items()}
+                                for key in ("answers", "tokens", "ended")})  # fmt: skip
+            advance(len(part) - done)
     return results.rows
 
 
@@ -210,13 +184,13 @@ def converse(
     answerer: Answerer, name: str, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
 ) -> list[list[dict[str, Any] | None]]:
     """Have one side answer the turns of each question."""
-    conversations = [list(one.opening) for one in questions]
+    conversations = [list(one.prompt) for one in questions]
     answered: list[list[dict[str, Any] | None]] = [[] for _ in questions]
-    for turn in range(1 + max(len(one.follow_ups) for one in questions)):
-        asked = [n for n, one in enumerate(questions) if turn <= len(one.follow_ups)]
+    for turn in range(1 + max(len(one.turns) for one in questions)):
+        asked = [n for n, one in enumerate(questions) if turn <= len(one.turns)]
         if turn:
             for n in asked:
-                conversations[n].append({"role": "user", "content": questions[n].follow_ups[turn - 1]})
+                conversations[n].append({"role": "user", "content": questions[n].turns[turn - 1]})
         prompts = dict(zip(asked, answerer.prompts([conversations[n] for n in asked]), strict=True))
         room = {n: answerer.room(ids, sampling.max_new_tokens) for n, ids in prompts.items()}
         # prompts with less room get a batch and a limit of their own, so that no answer depends on its neighbors
@@ -241,7 +215,7 @@ def check_room(answerer: Answerer, questions: list[Question]) -> None:
     """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
     for one in questions:
         try:
-            [ids] = answerer.prompts([one.opening])
+            [ids] = answerer.prompts([one.prompt])
         except RequestError as error:
             raise RequestError(f"--prompts: {one.id}: {error}") from None
         if answerer.room(ids, 1) < 1:

@@ -3,29 +3,29 @@
 from __future__ import annotations
 
 import contextlib
-import signal
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
+from transformers import TextStreamer
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.held_out import base_only
-from orpo_lite.evaluate.loading import ModelSource, load_model, resolve_model
+from orpo_lite.evaluate.loading import ModelSource, load_model
 from orpo_lite.model import autocast, load_base
 from orpo_lite.model.chat_template import TemplateRefused, render_chats
-from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
-from orpo_lite.objective.loss import pair_statistics
 from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
 from orpo_lite.trainer.model_setup import decoder_start
+from orpo_lite.trainer.objective import Objective
 from orpo_lite.trainer.run_folder import tokenizer_of
 
 Turns = list[dict[str, Any]]
@@ -40,7 +40,7 @@ class Reply:
     tokens: int
     """Generated tokens, including the one that ends the answer."""
     ended: bool
-    """True where the model ended it, rather than a limit or Ctrl-C."""
+    """True where the model ended it, rather than a limit."""
 
 
 class PromptFormat:
@@ -105,22 +105,43 @@ class PromptFormat:
 
 
 class Answerer:
-    """One model, or two of which one is the other's base, under one tokenizer and prompt format.
+    """One model, or two of which one is the other's base, under one tokenizer and prompt format; loaded at first use.
 
     Args:
         source: where they come from.
-        model: with the adapter on, or whole.
-        tokenizer: as trained with.
     """
 
-    def __init__(self, source: ModelSource, model: Any, tokenizer: Any):
-        self.source, self.model, self.tokenizer = source, model.eval(), tokenizer
-        self.format = PromptFormat(tokenizer, source)
-        self.names = source.names
-        self.stops = stop_tokens(model, tokenizer)
-        self.transforms: dict[int, HeadTransform | None] = {}
-        self.other: Any = None
-        """The base of a fine-tuned model, loaded at its first use."""
+    def __init__(self, source: ModelSource):
+        self.source, self.names = source, source.names
+        self.objectives: dict[int, Objective] = {}
+        """By the identity of the model that they score."""
+
+    @cached_property
+    def tokenizer(self) -> Any:
+        """The tokenizer as trained with."""
+        return tokenizer_of(Path(self.source.path), self.source.model)
+
+    @cached_property
+    def format(self) -> PromptFormat:
+        """The form of its prompts."""
+        return PromptFormat(self.tokenizer, self.source)
+
+    @cached_property
+    def model(self) -> Any:
+        """The trained model: with the adapter on, or whole."""
+        errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
+        return load_model(self.source, self.tokenizer)[0].eval()
+
+    @cached_property
+    def base_of_fine_tuned(self) -> Any:
+        """The model that a fine-tuned one started from, which is loaded beside it."""
+        assert self.source.base is not None
+        return load_base(self.source.base, self.tokenizer)[0].eval()
+
+    @cached_property
+    def stops(self) -> list[int]:
+        """Tokens that end an answer."""
+        return stop_tokens(self.model, self.tokenizer) or []
 
     @contextlib.contextmanager
     def side(self, name: str) -> Iterator[Any]:
@@ -128,13 +149,10 @@ class Answerer:
         if name == self.names[-1]:
             yield self.model
         elif self.source.kind == "adapter":
-            with base_only(self.model):
+            with self.model.disable_adapter():
                 yield self.model
         else:
-            if self.other is None:
-                assert self.source.base is not None
-                self.other = load_base(self.source.base, self.tokenizer)[0].eval()
-            yield self.other
+            yield self.base_of_fine_tuned
 
     @property
     def context(self) -> int | None:
@@ -158,30 +176,18 @@ class Answerer:
         return wanted if self.context is None else min(wanted, self.context - len(ids))
 
     def replies(
-        self,
-        name: str,
-        prompts: list[list[int]],
-        sampling: Sampling,
-        streamer: Any = None,
-        stopping: Any = None,
+        self, name: str, prompts: list[list[int]], sampling: Sampling, streamer: Stream | None = None
     ) -> list[Reply]:
-        """Answer prompts as one batch."""
+        """Answer prompts as one batch; a streamer takes a single one."""
         with self.side(name) as model, autocast(model):
-            made = generate(model, self.tokenizer, prompts, sampling, self.stops, streamer, stopping)
+            made = generate(model, self.tokenizer, prompts, sampling, self.stops or None, streamer)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [
-            Reply(self.format.answer(text), len(ids), bool(ids) and ids[-1] in (self.stops or ()))
+            Reply(self.format.answer(text), len(ids), bool(ids) and ids[-1] in self.stops)
             for text, ids in zip(texts, made, strict=True)
         ]
 
-    def reply(
-        self,
-        name: str,
-        turns: Turns,
-        sampling: Sampling,
-        streamer: Any = None,
-        stopping: Any = None,
-    ) -> Reply:
+    def reply(self, name: str, turns: Turns, sampling: Sampling, streamer: Stream | None = None) -> Reply:
         """Answer one conversation.
 
         Raises:
@@ -191,7 +197,11 @@ class Answerer:
         room = self.room(ids, sampling.max_new_tokens)
         if room < 1:
             raise RequestError(f"the conversation has {len(ids):,} tokens, and the model takes {self.context:,}")
-        return self.replies(name, [ids], replace(sampling, max_new_tokens=room), streamer, stopping)[0]
+        return self.replies(name, [ids], replace(sampling, max_new_tokens=room), streamer)[0]
+
+    def stream(self) -> Stream:
+        """Make a streamer that writes an answer to the terminal."""
+        return Stream(self.tokenizer, strip=self.format.kind != "plain")
 
     def mean_logps(self, turns: Turns, first: str, second: str) -> dict[str, tuple[float, float]]:
         """Compute the mean log-prob per completion token, the end included, of two answers under every side.
@@ -235,19 +245,12 @@ class Answerer:
     @torch.no_grad()
     def score(self, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
         """Compute the mean log-prob of the first and of the second answer under a model as it stands."""
-        names = ("input_ids", "attention_mask", "decoder_input_ids")
-        inputs = {name: batch[name] for name in names if name in batch}
-        target = LabelRows(batch["label_rows"], batch["label_ids"])
         with autocast(model):
-            if id(model) not in self.transforms:
-                tolerance = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
-                self.transforms[id(model)] = head_transform(model, model.device, tolerance)
-            transform = self.transforms[id(model)]
-            with contextlib.nullcontext() if transform is None else score_labels(model, target, transform, None):
-                logits = model(**inputs, use_cache=False).logits
-        logps, means = score_logits(logits, target) if transform is None else (logits.float(), target.means)
-        assert means is not None
-        stats = pair_statistics(logps, means, batch["chosen_pair"], batch["rejected_pair"], batch["nll_pair"], 1)
+            if id(model) not in self.objectives:
+                objective = self.objectives[id(model)] = Objective(SimpleNamespace(head_chunk=None), model.config)
+                exact = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
+                objective.find_head(model, model.device, exact)
+            stats, _ = self.objectives[id(model)].statistics(model, batch)
         return stats.chosen_logps.item(), stats.rejected_logps.item()
 
 
@@ -258,93 +261,22 @@ def write(text: str) -> None:
     console.file.flush()
 
 
-class Stream:
-    """A streamer for transformers' generate that writes an answer while it is generated.
+class Stream(TextStreamer):
+    """A streamer for transformers' generate that writes an answer, word by word, while it is generated.
 
     Args:
         strip: leave out the whitespace before the first word.
     """
 
     def __init__(self, tokenizer: Any, out: Callable[[str], None] = write, strip: bool = True):
-        self.tokenizer, self.out, self.strip = tokenizer, out, strip
-        self.ids: list[int] = []
-        self.written = ""
-        """The part of the text of `ids` that is written already."""
-        self.prompt = True
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self.out, self.strip = out, strip
+        self.text = ""
+        """The part of the answer that is written."""
 
-    def put(self, value: Any) -> None:
-        """Take the prompt, then one token at a time."""
-        if self.prompt:
-            self.prompt = False
-            return
-        self.ids += value.flatten().tolist()
-        text = self.tokenizer.decode(self.ids, skip_special_tokens=True)
-        self._write(text.rstrip("\ufffd"))  # the first bytes of a character, whose others are in the next tokens
-        if text.endswith("\n"):
-            self.ids, self.written = [], ""
-
-    def end(self) -> None:
-        """Write what was held back."""
-        self._write(self.tokenizer.decode(self.ids, skip_special_tokens=True))
-
-    def _write(self, text: str) -> None:
-        new, self.written = text[len(self.written) :], max(text, self.written, key=len)
-        if self.strip:
-            new = new.lstrip()
-        if new:
-            self.strip = False
-            self.out(new)
-
-
-class Interruptible:
-    """A stopping criterion: while open, Ctrl-C ends an answer at its next token; pressed again it does not wait for that.
-
-    Attributes:
-        asked: whether it was pressed.
-    """
-
-    def __init__(self) -> None:
-        self.asked = False
-
-    def __enter__(self) -> Interruptible:
-        self.before = signal.signal(signal.SIGINT, self._on)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        signal.signal(signal.SIGINT, self.before)
-
-    def _on(self, *_: object) -> None:
-        if self.asked:
-            raise KeyboardInterrupt
-        self.asked = True
-
-    def __call__(self, input_ids: Any, scores: Any, **_: Any) -> Any:
-        """Tell generate, after each token, which rows to stop: (batch,) bool."""
-        return (input_ids[:, 0] == input_ids[:, 0]) & self.asked
-
-
-def load_answerer(
-    path: str,
-    trust_remote_code: bool = False,
-    compare: str | None = None,
-    say: Callable[[str], None] = lambda line: None,
-) -> Answerer:
-    """Load what a path names.
-
-    Args:
-        compare: the option that needs two sides, for the error where there is only one.
-        say: prints what is about to be loaded.
-
-    Raises:
-        RequestError: no model that can answer there.
-    """
-    source = resolve_model(path, trust_remote_code)
-    if compare and len(source.names) < 2:
-        raise RequestError(
-            f"{compare}: {path} is a whole model, so there is no base to compare it with: give the run or adapter folder "
-            "that it was merged from"
-        )
-    say(f"loading {source}")
-    tokenizer = tokenizer_of(Path(source.path), source.model)
-    model, _ = load_model(source, source.recipe, tokenizer)
-    return Answerer(source, model, tokenizer)
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        """Write the words that are complete, and a line break at the end."""
+        if self.strip and not self.text:
+            text = text.lstrip()
+        self.text += text
+        self.out(text + "\n" * stream_end)

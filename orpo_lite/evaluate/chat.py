@@ -6,20 +6,24 @@ import contextlib
 import json
 import os
 import random
+import re
+import shlex
 import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.table import Table
+from rich.text import Text
 
 from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import append_line
 from orpo_lite.common.text import nearest, visible
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.answering import Answerer, Sampling, Turns
-    from orpo_lite.evaluate.chat_compare import Comparison
+    from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
 
 with contextlib.suppress(ImportError):  # Windows: lines without editing
     import readline  # noqa: F401  # input() edits lines and remembers them once it is there
@@ -39,6 +43,9 @@ HELP = {
 }
 MIN_ROOM = 64
 """Tokens that an answer should have room for: the oldest turns are left out for it."""
+MIN_COLUMNS = 100
+"""Width of a terminal from which on answers stand side by side."""
+CHOICE = "better: 1 or 2, e to write a better one, anything else skips> "
 
 
 def command(
@@ -70,26 +77,21 @@ def command(
         prompt = sys.stdin.read().strip()
     if prompt is not None and not prompt.strip():
         raise RequestError("found an empty prompt: write it after --prompt, or pipe it in")
+    kept = PreferenceFile(preferences) if compare and interactive else None
 
     import torch
 
-    from orpo_lite.evaluate.answering import Sampling, load_answerer
-    from orpo_lite.evaluate.chat_compare import Comparison, PreferenceFile
+    from orpo_lite.evaluate.answering import Answerer, Sampling
+    from orpo_lite.evaluate.loading import resolve_model
 
-    kept = PreferenceFile(preferences) if compare and interactive else None
-    screen = console if interactive else errors
-    answerer = load_answerer(
-        run,
-        trust_remote_code,
-        "--compare" if compare else None,
-        lambda line: screen.print(line, soft_wrap=True, markup=False),
-    )
-    torch.manual_seed(seed if seed is not None else random.SystemRandom().randrange(2**32))
-    sampling = Sampling(max_new_tokens, temperature, top_p)
-    comparison = None
+    source = resolve_model(run, trust_remote_code)
     if compare:
-        comparison = Comparison(answerer, kept, blind, random.Random(seed), read_key, read_message)
-    chat = Chat(answerer, sampling, system, comparison)
+        source.check_two_sides("--compare")
+    answerer = Answerer(source)
+    answerer.model.eval()  # loaded before the first message is typed
+    torch.manual_seed(seed if seed is not None else random.SystemRandom().randrange(2**32))
+    comparison = Comparison(answerer, kept, blind, random.Random(seed)) if compare else None
+    chat = Chat(answerer, Sampling(max_new_tokens, temperature, top_p), system, comparison)
     if prompt is None:
         chat.run()
     else:
@@ -106,35 +108,29 @@ class Chat:
     def __init__(
         self, answerer: Answerer, sampling: Sampling, system: str | None, comparison: Comparison | None = None
     ):
-        self.answerer, self.sampling, self.comparison = answerer, sampling, comparison
+        self.answerer, self.sampling, self.system, self.comparison = answerer, sampling, system, comparison
         self.turns: Turns = []
-        self.system = system
         self.over = False
-        self.interactive = False
-        """Tell whether a user sits at the terminal; else standard output is for answers alone."""
 
     def run(self) -> None:
         """Read and answer messages until Ctrl-D or /quit."""
-        self.interactive = True
         how = "greedy" if not self.sampling.temperature else f"temperature {self.sampling.temperature:g}"
-        console.print(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
+        self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
         if self.answerer.format.note:
             self.say(self.answerer.format.note)
         if self.comparison:
             self.say(self.comparison.opening())
-        console.print(
-            f"/help lists the commands; {BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n",
-            style="dim",
+        self.say(
+            f"/help lists the commands; {BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n"
         )
         while not self.over:
             try:
-                line = read_message("you> ")
-                if line:
+                if line := read_message("you> "):
                     self.handle(line)
             except RequestError as error:
                 self.say(str(error))
             except KeyboardInterrupt:
-                console.print("\n(Ctrl-D or /quit ends)", style="dim")
+                self.say("\n(Ctrl-D or /quit ends)")
             except EOFError:
                 console.print()
                 break
@@ -155,21 +151,19 @@ class Chat:
     def ask(self, turns: Turns) -> None:
         """Answer a conversation that ends with a message; it is kept where there is an answer."""
         window = self.window(turns)
-        text = self.comparison.round(window, self.sampling) if self.comparison else self.stream(window)
+        text = self.comparison.round(window, self.sampling) if self.comparison else self.answer(window)
         if text is not None:
             self.turns = [*turns, {"role": "assistant", "content": text}]
 
-    def stream(self, window: Turns) -> str:
+    def answer(self, window: Turns) -> str:
         """Write the trained model's answer while it is generated."""
-        from orpo_lite.evaluate.answering import Interruptible, Stream, write
-
-        with Interruptible() as stop:
-            shown = Stream(self.answerer.tokenizer, strip=self.answerer.format.kind != "plain")
-            reply = self.answerer.reply(self.answerer.names[-1], window, self.sampling, shown, stop)
-        write("\n")
-        if stop.asked:
-            self.say("(stopped)")
-        elif not reply.ended:
+        stream = self.answerer.stream()
+        try:
+            reply = self.answerer.reply(self.answerer.names[-1], window, self.sampling, stream)
+        except KeyboardInterrupt:
+            self.say("\n(stopped)")
+            return self.answerer.format.answer(stream.text)
+        if not reply.ended:
             self.say(f"(cut after {reply.tokens:,} tokens: --max-new-tokens)")
         return reply.text
 
@@ -197,8 +191,8 @@ class Chat:
         )
 
     def say(self, line: str) -> None:
-        """Print a line that is not a model's."""
-        (console if self.interactive else errors).print(line, style="dim", markup=False, soft_wrap=True)
+        """Print a line that is not a model's; standard output is for answers alone."""
+        errors.print(line, style="dim", markup=False, soft_wrap=True)
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 
@@ -235,12 +229,9 @@ class Chat:
         self.ask(self.turns[:-1])
 
     def do_temperature(self, text: str) -> None:
-        try:
-            value = float(text)
-            if not 0 <= value <= 100:
-                raise ValueError
-        except ValueError:
-            raise RequestError(f"found {text[:40]!r}, expected a number from 0 up, such as /temperature 0.7") from None
+        value = float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else -1
+        if not 0 <= value <= 100:
+            raise RequestError(f"found {text[:40]!r}, expected a number from 0 to 100, such as /temperature 0.7")
         self.sampling = replace(self.sampling, temperature=value)
         self.say("greedy" if not value else f"temperature {value:g}")
 
@@ -259,6 +250,191 @@ class Chat:
         self.over = True
 
 
+class Comparison:
+    """Rounds of a message, two answers and a choice.
+
+    Args:
+        file: where choices go; None asks for none.
+        blind: the sides are shuffled, and revealed once a choice is made.
+        order: draws the shuffles.
+    """
+
+    def __init__(self, answerer: Answerer, file: PreferenceFile | None, blind: bool, order: random.Random):
+        self.answerer, self.file, self.blind, self.order = answerer, file, blind, order
+        self.preferred: list[str] = []
+        """The side of each answer that was preferred."""
+
+    def opening(self) -> str:
+        """Say where choices go."""
+        assert self.file is not None
+        return f"your choices are appended to {self.file.path.absolute()}, which holds {self.file.held:,} pairs"
+
+    def closing(self) -> str:
+        """Sum up the choices, and say how to train on them."""
+        assert self.file is not None
+        if not self.preferred:
+            return "no choice was made"
+        source, trained = self.answerer.source, self.answerer.names[-1]
+        words = ["python", "-m", "orpo_lite.train", "--recipe", "RECIPE"]
+        if source.recipe and source.kind == "adapter":
+            words[-1:] = [source.path, f"adapter.init_from={source.path}"]
+        return (
+            f"{len(self.preferred)} pairs appended to {self.file.path}; the answer of {trained} was preferred "
+            f"{self.preferred.count(trained)} times\n"
+            f"to train on them: {shlex.join([*words, f'data.train={self.file.path}'])}"
+        )
+
+    def round(self, turns: Turns, sampling: Sampling) -> str | None:
+        """Answer with both sides, compare the answers, and keep a choice.
+
+        Returns:
+            The answer that the conversation continues with, or None where Ctrl-C stopped it.
+        """
+        names = list(self.answerer.names)
+        if self.blind:
+            self.order.shuffle(names)
+        try:
+            replies = self.answers(turns, sampling, names)
+        except KeyboardInterrupt:
+            errors.print("\n(stopped: no comparison)", style="dim")
+            return None
+        first, second = (reply.text for reply in replies)
+        if first == second:
+            console.print("both answers are the same, so they make no pair", style="dim")
+        file = self.file if first != second else None
+        if file is None or not self.blind:
+            self.show_likelihoods(turns, replies, names)
+        if file is None:
+            return first if self.blind else second
+        choice = self.choose(replies, names)
+        if choice is None:
+            side = "answer 1" if self.blind else f"the answer of {names[1]}"
+            console.print(f"not kept; the conversation continues with {side}", style="dim")
+            return first if self.blind else second
+        better, worse, side = choice
+        file.append(self.answerer.format.row(turns, better, worse))
+        self.preferred.append(side)
+        if self.blind:
+            console.print(f"kept; 1 was {names[0]}, 2 was {names[1]}", style="dim")
+            self.show_likelihoods(turns, replies, names)
+        else:
+            console.print(f"kept ({len(self.preferred)} in this chat)", style="dim")
+        return self.answerer.format.answer(better)
+
+    def answers(self, turns: Turns, sampling: Sampling, names: list[str]) -> list[Reply]:
+        """Show both answers: in columns once they are complete, or on a narrow terminal one after the other as they
+        are generated."""
+        import torch
+
+        wide = console.is_terminal and console.width >= MIN_COLUMNS
+        titles = [f"answer {place}" if self.blind else f"{place} {name}" for place, name in enumerate(names, 1)]
+        seed, replies = int(torch.randint(2**62, ())), []
+        for title, name in zip(titles, names, strict=True):
+            torch.manual_seed(seed)  # the same draws for both, whichever comes first
+            if wide:
+                with console.status(title):
+                    replies.append(self.answerer.reply(name, turns, sampling))
+            else:
+                console.print(title, style="bold", markup=False)
+                replies.append(self.answerer.reply(name, turns, sampling, self.answerer.stream()))
+        if wide:
+            table = Table(*titles, expand=True, box=None, padding=(0, 2, 0, 0))
+            for column in table.columns:
+                column.ratio = 1
+            table.add_row(*(Text(visible(reply.text)) for reply in replies))
+            console.print(table)
+        for title, reply in zip(titles, replies, strict=True):
+            if not reply.ended:
+                console.print(f"({title}: cut after {reply.tokens:,} tokens)", style="dim", markup=False)
+        return replies
+
+    def show_likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
+        """Print the mean log-prob per token of each answer under each side, and its log-odds ratio."""
+        import torch
+
+        from orpo_lite.objective.loss import log_odds_ratio
+
+        try:
+            found = self.answerer.mean_logps(turns, replies[0].text, replies[1].text)
+        except RequestError as error:
+            console.print(f"no log-probs: {error}", style="dim", markup=False, soft_wrap=True)
+            return
+        titles = [f"{place} ({name})" for place, name in enumerate(names, 1)]
+        table = Table(
+            "mean log-prob per token", *titles, "log-odds ratio, 1 over 2", box=None, padding=(0, 2, 0, 0), style="dim"
+        )
+        for name, (first, second) in found.items():
+            ratio = log_odds_ratio(torch.tensor(first), torch.tensor(second)).item()
+            table.add_row(f"under {name}", f"{first:.4f}", f"{second:.4f}", f"{ratio:+.4f}")
+        console.print(table)
+
+    def choose(self, replies: list[Reply], names: list[str]) -> tuple[str, str, str] | None:
+        """Ask which answer is better.
+
+        Returns:
+            The better answer, the worse one, and whose the better one is; None for no choice.
+        """
+        texts = {name: reply.text for name, reply in zip(names, replies, strict=True)}
+        try:
+            key = read_message(CHOICE)
+            if key in ("1", "2"):
+                better, worse = names if key == "1" else names[::-1]
+                choice = texts[better], texts[worse], better
+            elif key == "e":
+                choice = read_message("better answer> "), texts[self.answerer.names[-1]], "you"
+            else:
+                return None
+        except KeyboardInterrupt:
+            console.print()
+            return None
+        if choice[0] == choice[1] or not all(text.strip() for text in choice):
+            console.print("an empty answer, or the same one, makes no pair", style="dim")
+            return None
+        return choice
+
+
+class PreferenceFile:
+    """JSON lines that choices are appended to, each on the disk before the chat continues; what is in it stays.
+
+    Raises:
+        RequestError: the file cannot be written, or holds something else.
+    """
+
+    def __init__(self, path: str | Path):
+        from orpo_lite.data.row_shapes import row_shape
+
+        self.path = Path(path).expanduser()
+        exists = self.path.exists()
+        if self.path.is_dir() or not os.access(self.path if exists else self.path.absolute().parent, os.W_OK):
+            raise RequestError(f"--preferences: {self.path} is not a file that can be written: choose another name")
+        lines = self.path.read_text("utf-8", "replace").split("\n") if exists else []
+        self.held = sum(bool(line.strip()) for line in lines)
+        """Pairs that were in it."""
+        for number, line in enumerate(lines, 1):
+            try:
+                known = not line.strip() or row_shape(json.loads(line)) is not None
+            except (ValueError, RecursionError):
+                known = False
+            if not known:
+                raise RequestError(
+                    f"--preferences: line {number} of {self.path} is not a preference pair in JSON, so nothing is appended "
+                    "to it: fix the line, or choose another file"
+                )
+        if lines and lines[-1]:
+            append_line(self.path, "")  # ends a line that has no line break
+
+    def append(self, row: dict[str, Any]) -> None:
+        """Write one row as a line.
+
+        Raises:
+            RequestError: it cannot be written; the file is then as it was.
+        """
+        try:
+            append_line(self.path, json.dumps(row, ensure_ascii=False))
+        except OSError as error:
+            raise RequestError(f"{self.path} cannot be written ({error.strerror}): the choice is not kept") from None
+
+
 def read_message(prompt: str) -> str:
     """Read a line, or several between triple quotes.
 
@@ -274,30 +450,3 @@ def read_message(prompt: str) -> str:
         lines.append(input("...> "))
     lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
     return "\n".join(lines).strip()
-
-
-def read_key(prompt: str) -> str:
-    """Read a key, without Enter where the terminal allows it; "" for Enter alone.
-
-    Raises:
-        EOFError: Ctrl-D.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    try:
-        import termios
-        import tty
-
-        terminal = sys.stdin.fileno()
-        before = termios.tcgetattr(terminal)
-    except (ImportError, OSError, ValueError, termios.error):  # Windows, or no terminal
-        return input(prompt).strip()[:1]
-    print(prompt, end="", flush=True)
-    try:
-        tty.setcbreak(terminal, termios.TCSADRAIN)
-        key = os.read(terminal, 1).decode("latin-1")
-    finally:
-        termios.tcsetattr(terminal, termios.TCSADRAIN, before)
-    if key in ("\x04", ""):
-        raise EOFError
-    print(visible(key).strip())
-    return key.strip()

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 import re
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -81,18 +79,11 @@ def rule_shares(samples: list[dict[str, str]], rule: RuleSection | None) -> dict
     """Compute the shares of answers that match the recipe's rule for the chosen and for the rejected style."""
     if rule is None or not samples:
         return None
-    shares = {}
-    for style, pattern in (("chosen", rule.chosen), ("rejected", rule.rejected)):
-        matching = sum(re.search(pattern, sample["answer"], re.IGNORECASE) is not None for sample in samples)
-        shares[style] = matching / len(samples)
-    return shares
 
+    def share(pattern: str) -> float:
+        return sum(bool(re.search(pattern, sample["answer"], re.IGNORECASE)) for sample in samples) / len(samples)
 
-@contextlib.contextmanager
-def base_only(model: Any) -> Iterator[None]:
-    """Switch the adapter off: the model is the base it was trained on."""
-    with model.disable_adapter():
-        yield
+    return {"chosen": share(rule.chosen), "rejected": share(rule.rejected)}
 
 
 def breakdown(

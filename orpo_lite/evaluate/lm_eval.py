@@ -27,82 +27,81 @@ def lm_eval_commands(source: ModelSource, tasks: str) -> dict[str, Any]:
         {"install": ..., "commands": [...], "base": [...], "notes": [...]}; commands are run one after the other.
 
     Raises:
-        RequestError: no task, or a base that the harness cannot load as it was trained.
+        RequestError: no task.
     """
     if not re.fullmatch(r"[\w.\-/*]+(,[\w.\-/*]+)*", tasks):
         raise RequestError(
             f"--lm-eval: found {tasks[:100]!r}, expected names of tasks separated by commas, such as ifeval,gsm8k"
         )
-    found: dict[str, Any] = {"install": INSTALL, "commands": [], "base": [], "notes": []}
-    if source.kind != "adapter":
-        found["commands"] = [command(model_args(source.model, source), tasks, source)]
-        if source.base is not None:
-            found["base"] = [command(model_args(source.base, source), tasks, source, "base")]
-        return found
-    merged = str(Path(source.path).absolute()) + "-merged"
-    spec, quantized = source.model, source.model.quantization != "none"
-    if spec.gguf_file:
-        raise RequestError(
-            f"--lm-eval: the base of {source.path} is a GGUF file, to which lm_eval applies no adapter: merge first (python -m "
-            f"orpo_lite.merge {shlex.quote(source.path)} --output {shlex.quote(merged)}), then give that folder"
-        )
-    config = read_object(Path(source.path) / "adapter_config.json")
-    trained_whole: list[str] = sorted({*map(str, config.get("modules_to_save") or []), *embeddings(config)})
-    found["base"] = [command(base_args(source), tasks, source, "base")]
-    if not quantized and not trained_whole:
-        found["commands"] = [command(adapter_args(source), tasks, source)]
-        return found
-    if quantized:
-        merged += "-quantized"  # beside the folder that train suggests, which is merged onto the original weights
-    merge = ["python", "-m", "orpo_lite.merge", source.path, "--output", merged]
-    merge += ["--onto", "quantized"] if quantized else []
-    model = {"pretrained": merged, "dtype": dtype(source)} | trust(spec)
-    found["commands"] = [shlex.join(merge), command(model, tasks, source)]
-    if quantized:
-        found["notes"].append(
+    adapter, notes = source.kind == "adapter", []
+    base = source.model if adapter else source.base
+    if not adapter:
+        commands = [command(model_args(source, source.model), tasks, source)]
+    elif notes := reasons_to_merge(source):
+        quantized = source.model.quantization != "none"
+        # not the folder that train suggests, which is merged onto the original weights
+        merged = f"{Path(source.path).absolute()}-merged" + ("-quantized" if quantized else "")
+        merge = ["python", "-m", "orpo_lite.merge", source.path, "--output", merged]
+        if quantized:
+            merge += ["--onto", "quantized"]
+        whole = source.model.model_copy(update={"name_or_path": merged, "revision": None, "gguf_file": None})
+        commands = [shlex.join(merge), command(model_args(source, whole), tasks, source)]
+    else:
+        commands = [command(model_args(source, source.model) | {"peft": absolute(source.path)}, tasks, source)]
+    bases = [command(model_args(source, base), tasks, source, "-base")] if base else []
+    return {"install": INSTALL, "commands": commands, "base": bases, "notes": notes}
+
+
+def reasons_to_merge(source: ModelSource) -> list[str]:
+    """List why lm_eval cannot apply an adapter to its base as it was trained; empty where it can."""
+    config, reasons = read_object(Path(source.path) / "adapter_config.json"), []
+    if source.model.quantization != "none":
+        reasons.append(
             "lm_eval passes load_in_4bit and load_in_8bit on to transformers, which no longer accepts them since version 5: "
             "merged onto the quantized weights, the model answers as in training. The base below is not quantized"
         )
-    if trained_whole:
-        found["notes"].append(
-            f"the adapter holds {', '.join(trained_whole)}, and lm_eval resizes the embeddings to the tokenizer before it "
+    targets = config.get("target_modules") or []
+    targets = [targets] if isinstance(targets, str) else targets
+    whole = {*map(str, config.get("modules_to_save") or [])} | {t for t in targets if re.search("embed|lm_head|wte", t)}
+    if whole:
+        reasons.append(
+            f"the adapter holds {', '.join(sorted(whole))}, and lm_eval resizes the embeddings to the tokenizer before it "
             "applies an adapter: in a merged model nothing is cut"
         )
-    return found
+    if source.model.gguf_file:
+        reasons.append("the base is a GGUF file, to which lm_eval applies no adapter")
+    return reasons
 
 
-def model_args(spec: ModelSection, source: ModelSource) -> dict[str, Any]:
-    """Name a whole model."""
-    revision = {"revision": spec.revision} if spec.revision else {}
-    return {"pretrained": absolute(spec.name_or_path), **revision, "dtype": dtype(source), **trust(spec)}
+def model_args(source: ModelSource, spec: ModelSection) -> dict[str, Any]:
+    """Name a whole model, with the run's tokenizer if it has its own, whose template the base may lack."""
+    args: dict[str, Any] = {"pretrained": absolute(spec.name_or_path)}
+    if spec.revision:
+        args["revision"] = spec.revision
+    if spec.gguf_file:
+        args["gguf_file"] = spec.gguf_file
+    args["dtype"] = str(source.facts.get("base_model", {}).get("dtype") or "auto")
+    if spec.trust_remote_code:
+        args["trust_remote_code"] = True
+    if source.kind != "model" and (Path(source.path) / "tokenizer_config.json").is_file():
+        args["tokenizer"] = absolute(source.path)
+    return args
 
 
-def base_args(source: ModelSource) -> dict[str, Any]:
-    """Name the base of an adapter, with the run's tokenizer, whose template the base may lack."""
-    own = (Path(source.path) / "tokenizer_config.json").is_file()
-    return model_args(source.model, source) | ({"tokenizer": absolute(source.path)} if own else {})
-
-
-def adapter_args(source: ModelSource) -> dict[str, Any]:
-    """Name an adapter and its base."""
-    return base_args(source) | {"peft": absolute(source.path)}
-
-
-def command(args: dict[str, Any], tasks: str, source: ModelSource, side: str = "") -> str:
-    """Write one lm_eval command."""
-    options = dict(source.recipe.data.template_kwargs) if source.recipe else {}
-    chat = uses_template(source)
-    if chat and options:
-        args = args | {"chat_template_args": options}
-    if chat and options.get("enable_thinking"):
-        args = args | {"enable_thinking": True, "think_end_token": "</think>"}
+def command(args: dict[str, Any], tasks: str, source: ModelSource, suffix: str = "") -> str:
+    """Write one lm_eval command; its results go into the model's folder, under a name with the suffix."""
+    words = ["lm_eval", "run", "--model", "hf", "--tasks", tasks, "--batch_size", "auto"]
+    if uses_template(source):
+        words.append("--apply_chat_template")
+        options = dict(source.recipe.data.template_kwargs) if source.recipe else {}
+        if options:
+            args = args | {"chat_template_args": options}
+        if options.get("enable_thinking"):
+            args = args | {"enable_thinking": True, "think_end_token": "</think>"}
     plain = all(not isinstance(value, dict) and "," not in str(value) for value in args.values())
     given = ",".join(f"{key}={value}" for key, value in args.items()) if plain else json.dumps(args)
     folder = Path(source.path).absolute() if Path(source.path).is_dir() else Path(source.path.replace("/", "-"))
-    words = ["lm_eval", "run", "--model", "hf", "--model_args", given, "--tasks", tasks, "--batch_size", "auto"]
-    words += ["--apply_chat_template"] if chat else []
-    words += ["--output_path", str(folder / f"lm_eval{'-' * bool(side)}{side}")]
-    return shlex.join(words)
+    return shlex.join([*words, "--model_args", given, "--output_path", str(folder / f"lm_eval{suffix}")])
 
 
 def uses_template(source: ModelSource) -> bool:
@@ -115,23 +114,6 @@ def uses_template(source: ModelSource) -> bool:
         config = read_object(folder / "tokenizer_config.json")
         return (folder / "chat_template.jinja").is_file() or bool(config.get("chat_template"))
     return True
-
-
-def embeddings(config: dict[str, Any]) -> set[str]:
-    """List the embeddings and the output head among an adapter's targets."""
-    targets = config.get("target_modules") or []
-    targets = [targets] if isinstance(targets, str) else targets
-    return {name for name in targets if re.search("embed|lm_head|wte", name)}
-
-
-def dtype(source: ModelSource) -> str:
-    """Return the dtype that the run computed in."""
-    return str(source.facts.get("base_model", {}).get("dtype") or "auto")
-
-
-def trust(spec: ModelSection) -> dict[str, Any]:
-    """Pass trust_remote_code on where it is set."""
-    return {"trust_remote_code": True} if spec.trust_remote_code else {}
 
 
 def absolute(name: str) -> str:

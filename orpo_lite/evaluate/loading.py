@@ -6,7 +6,9 @@ import gc
 import itertools
 import os
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,8 +19,8 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.sources import local_files, shorten
-from orpo_lite.evaluate.held_out import base_only, evaluate
+from orpo_lite.data.sources import load_saved, local_files, shorten
+from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.base import read_config
 from orpo_lite.model.locating import adapter_folder
@@ -57,6 +59,14 @@ class ModelSource:
         """List the shapes of the rows it was trained on; empty where that is not known."""
         sources = self.facts.get("data", {}).get("sources", {}).values()
         return {one.get("shape", "") for one in sources if one.get("section", "train") == "train"}
+
+    def check_two_sides(self, option: str) -> None:
+        """Raise RequestError, naming the option that needs two sides, for a model without a base."""
+        if self.kind == "model":
+            raise RequestError(
+                f"{option}: {self.path} is a whole model, so there is no base to compare it with: give the run or adapter "
+                "folder that it was merged from"
+            )
 
     def __str__(self) -> str:
         if self.kind == "model":
@@ -118,46 +128,58 @@ def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
     return ModelSection(name_or_path=path, quantization="none", trust_remote_code=trust_remote_code)
 
 
-def load_model(source: ModelSource, recipe: Recipe | None, tokenizer: Any) -> tuple[Any, BaseFacts]:
+def load_model(source: ModelSource, tokenizer: Any) -> tuple[Any, BaseFacts]:
     """Load the weights, with the adapter on where there is one."""
     model, facts = load_base(source.model, tokenizer)
     if source.kind == "adapter":
-        section = (recipe and recipe.adapter or AdapterSection()).model_copy(update={"init_from": source.path})
+        section = (source.recipe and source.recipe.adapter) or AdapterSection()
+        section = section.model_copy(update={"init_from": source.path})
         model = attach_adapter(model, section, tokenizer=tokenizer, checkpointing=False)
     return model, facts
 
 
 @dataclass
-class LoadedRun:
-    """A model, with its adapter on where it has one, its tokenizer, held-out pairs, and a trainer to evaluate with."""
+class HeldOut:
+    """A model with held-out pairs to evaluate it on."""
 
     source: ModelSource
     recipe: Recipe
-    model: Any
     tokenizer: Any
     pairs: Pairs
-    trainer: ORPOTrainer
     pair_sources: list[str]
     """The source of each held-out pair."""
 
+    @cached_property
+    def trainer(self) -> ORPOTrainer:
+        """A trainer for evaluation, with the model as it was trained; loaded at first use."""
+        return self.evaluator(*load_model(self.source, self.tokenizer))
+
+    def evaluator(self, model: Any, facts: BaseFacts) -> ORPOTrainer:
+        """Make a trainer that only evaluates."""
+        with tempfile.TemporaryDirectory() as scratch:
+            args = arguments(self.recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
+            trainer = ORPOTrainer(model, args, None, None, self.pairs.eval, self.tokenizer)
+        trainer.remove_callback(
+            PrinterCallback
+        )  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
+        return trainer
+
     def evaluate_sides(self) -> dict[str, dict[str, Any]]:
-        """Evaluate each side, the base first. The base of a fine-tuned model takes the model's place in memory."""
+        """Evaluate each side, the base first; the base of a fine-tuned model makes room for it in memory."""
         results = {}
-        if self.source.kind == "adapter":
-            with base_only(self.model):
-                results["base"] = evaluate(self.trainer, sources=self.pair_sources)
-        trained = evaluate(self.trainer, sources=self.pair_sources)
         if self.source.base is not None:
-            del self.trainer, self.model
+            results["base"] = evaluate(
+                self.evaluator(*load_base(self.source.base, self.tokenizer)), sources=self.pair_sources
+            )
             gc.collect()
-            self.model, facts = load_base(self.source.base, self.tokenizer)
-            self.trainer = evaluation_trainer(self.recipe, self.model, facts, self.pairs, self.tokenizer)
-            results["base"] = evaluate(self.trainer, sources=self.pair_sources)
-        return results | {self.source.names[-1]: trained}
+        elif self.source.kind == "adapter":
+            with self.trainer.model.disable_adapter():
+                results["base"] = evaluate(self.trainer, sources=self.pair_sources)
+        return results | {self.source.names[-1]: evaluate(self.trainer, sources=self.pair_sources)}
 
 
-def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: bool = False) -> LoadedRun:
-    """Load a run folder for evaluation; `data` replaces its held-out pairs. An adapter's or model's folder needs `data`.
+def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: bool = False) -> HeldOut:
+    """Find a run's held-out pairs; `data` replaces its held-out pairs. An adapter's or model's folder needs `data`.
 
     Raises:
         RequestError: no model there, no held-out pairs, or unusable data.
@@ -174,9 +196,7 @@ def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: b
     tokenizer = tokenizer_of(Path(source.path), source.model)
     pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
     names = source_names(recipe.data, recipe.data.eval or recipe.data.train, pairs.eval)
-    model, facts = load_model(source, recipe, tokenizer)
-    trainer = evaluation_trainer(recipe, model, facts, pairs, tokenizer)
-    return LoadedRun(source, recipe, model, tokenizer, pairs, trainer, names)
+    return HeldOut(source, recipe, tokenizer, pairs, names)
 
 
 def default_recipe(source: ModelSource, data: str | None, path: str) -> Recipe:
@@ -194,46 +214,35 @@ def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: s
     encoder_decoder = bool(read_config(source.model).is_encoder_decoder)
     if recipe.data.eval is None:
         return load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
-    changes = {
-        "train": recipe.data.eval,
-        "eval": None,
-        "eval_fraction": 0.0,
-        "max_rows": recipe.data.max_eval_rows,
-    }
-    section = recipe.data.model_copy(update=changes)
+    alone = {"train": recipe.data.eval, "eval": None, "eval_fraction": 0.0, "max_rows": recipe.data.max_eval_rows}
+    section = recipe.data.model_copy(update=alone)
     pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder, field=field)
     pairs.eval = pairs.train
     return pairs
 
 
-def evaluation_trainer(recipe: Recipe, model: Any, facts: BaseFacts, pairs: Pairs, tokenizer: Any) -> ORPOTrainer:
-    """Make a trainer that only evaluates."""
-    with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
-        trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
-    trainer.remove_callback(PrinterCallback)  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
-    return trainer
-
-
 def source_names(spec: DataSection, sources: list[DataSource], pairs: Any) -> list[str]:
-    """Name the source of each pair: its row's `source` column where the data have one, else the path in the recipe."""
+    """Name the source of each pair: its row's `source` column where local data have one, else the path in the recipe."""
     which, rows = numbers(pairs, "source"), numbers(pairs, "row")
-    names = np.empty(len(pairs), dtype=object)
-    for number, one in enumerate(sources):
-        places = np.flatnonzero(which == number)
-        names[places] = shorten(one.path)
-        files = local_files(resolve_path(one.path), one.split or spec.split)
-        if not len(places) or not files:
-            continue  # of hub data sets only the columns that matter are read
-        by_row: dict[int, list[int]] = {}
-        for place in places.tolist():
-            by_row.setdefault(int(rows[place]), []).append(place)
-        start = 0
-        for batch in itertools.chain.from_iterable(map(read_file, files)):
-            for row in by_row.keys() & range(start, start + len(batch)):
-                raw = batch[row - start]
-                name = raw.get("source") if isinstance(raw, dict) else None
-                if isinstance(name, str) and name.strip():
-                    names[by_row[row]] = shorten(name.strip())
-            start += len(batch)
+    names = np.array([shorten(sources[number].path) for number in which], dtype=object)
+    for number in np.unique(which).tolist():
+        places = np.flatnonzero(which == number).tolist()
+        wanted = {int(rows[place]) for place in places}
+        named = {row: name for row, name in named_rows(sources[number], spec.split) if row in wanted}
+        for place in places:
+            names[place] = named.get(int(rows[place]), names[place])
     return names.tolist()
+
+
+def named_rows(source: DataSource, split: str) -> Iterator[tuple[int, str]]:
+    """Yield the number and the `source` of each row that has one; of hub data sets only columns that matter are read."""
+    path, split = os.path.expanduser(resolve_path(source.path)), source.split or split
+    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
+        saved = load_saved(path, split)
+        values = iter(saved["source"]) if "source" in saved.column_names else iter(())
+    else:
+        batches = itertools.chain.from_iterable(map(read_file, local_files(path, split)))
+        values = (row.get("source") if isinstance(row, dict) else None for batch in batches for row in batch)
+    for number, value in enumerate(values):
+        if isinstance(value, str) and value.strip():
+            yield number, shorten(value.strip())

@@ -17,10 +17,9 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.answering import PromptFormat, Reply, Sampling, Stream, load_answerer
-from orpo_lite.evaluate.chat import Chat
-from orpo_lite.evaluate.chat_compare import Comparison, PreferenceFile
-from orpo_lite.evaluate.held_out import base_only, evaluate
+from orpo_lite.evaluate.answering import Answerer, PromptFormat, Reply, Sampling, Stream
+from orpo_lite.evaluate.chat import Chat, Comparison, PreferenceFile
+from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
@@ -39,7 +38,7 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def answerer(trained):
-    return load_answerer(str(trained))
+    return Answerer(resolve_model(str(trained)))
 
 
 @pytest.fixture
@@ -55,15 +54,12 @@ def typed(monkeypatch):
             return left.pop(0)
 
         monkeypatch.setattr(chat, "read_message", read)
-        monkeypatch.setattr(chat, "read_key", read)
 
     return lines
 
 
 def comparison(answerer, file, blind=False, seed=0):
-    """A comparison that asks as the chat does."""
-    ask = (lambda prompt: chat.read_key(prompt), lambda prompt: chat.read_message(prompt))
-    return Comparison(answerer, PreferenceFile(file), blind, random.Random(seed), *ask)
+    return Comparison(answerer, PreferenceFile(file), blind, random.Random(seed))
 
 
 # ---- what reaches the screen --------------------------------------------------------------------------------------
@@ -80,7 +76,7 @@ def test_a_stream_is_its_whole_text_made_harmless(text):
         stream.put(torch.tensor([byte]))
         assert "\ufffd" not in "".join(told) and "\x1b" not in "".join(told)
     stream.end()
-    assert "".join(told) == visible(text)
+    assert "".join(told) == visible(text) + "\n"
 
 
 def test_bytes_that_never_make_a_character_come_out_in_the_end():
@@ -90,7 +86,7 @@ def test_bytes_that_never_make_a_character_come_out_in_the_end():
     for byte in b"  a\xff\xfeb\xe2\x82":
         stream.put(torch.tensor([byte]))
     stream.end()
-    assert "".join(told) == "a\ufffd\ufffdb\ufffd"
+    assert "".join(told) == "a\ufffd\ufffdb\ufffd\n"
 
 
 # ---- prompts and scores are those of training -----------------------------------------------------------------------
@@ -143,7 +139,7 @@ def test_log_probs_are_those_of_the_trainer(answerer, trained, tmp_path):
     loaded = load_for_evaluation(str(trained), str(tmp_path / "one.jsonl"))
     found = answerer.mean_logps(ASK, row["chosen"][0]["content"], row["rejected"][0]["content"])
     adapter = evaluate(loaded.trainer)
-    with base_only(loaded.model):
+    with loaded.trainer.model.disable_adapter():
         base = evaluate(loaded.trainer)
     for name, metrics in (("base", base), ("adapter", adapter)):
         assert found[name] == pytest.approx((metrics["logps/chosen"], metrics["logps/rejected"]), abs=1e-5)
@@ -161,11 +157,11 @@ def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
         (tmp_path / "adapter" / name).unlink()
     merged = merge(trained, tmp_path / "merged")
     for folder, kind in ((tmp_path / "adapter", "adapter"), (merged, "model")):
-        other = load_answerer(str(folder))
+        other = Answerer(resolve_model(str(folder)))
         assert other.source.kind == kind
         assert other.reply(kind, ASK, Sampling(24)) == said, folder
     with pytest.raises(RequestError, match="--compare: .*whole model"):
-        load_answerer(str(merged), compare="--compare")
+        chat.command(str(merged), prompt="Hello", compare=True)
 
 
 def test_a_published_run_has_a_card_and_no_run_json(trained, tmp_path):
@@ -181,7 +177,7 @@ def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
     words = ["model.quantization=none", "adapter=null", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=8",
              "training.learning_rate=3e-3", "training.eval_strategy=no", f"training.output_dir={tmp_path / 'full'}"]  # fmt: skip
     run(Recipe.load("quickstart", words))
-    full = load_answerer(str(tmp_path / "full"), compare="--compare")
+    full = Answerer(resolve_model(str(tmp_path / "full")))
     assert full.names == ("base", "fine-tuned")
     found = full.mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.")
     assert found["fine-tuned"][0] - found["fine-tuned"][1] > found["base"][0] - found["base"][1] + 0.1
@@ -215,7 +211,7 @@ def test_commands(answerer, typed, capsys, tmp_path):
     typed("How much is 4 plus 5?", "/system Be brief.", "/system", "Who are you?", f"/save {file}", f"/save {file}", "/undo",
           "/undo", "/temperature hot", "/temperature 0.5", "/help", "/clear", "/quit", "never read")  # fmt: skip
     talk.run()
-    said = " ".join(capsys.readouterr().out.split())
+    said = " ".join("".join(capsys.readouterr()).split())
     saved = json.loads(file.read_text())["messages"]
     assert [turn["role"] for turn in saved] == ["system", "user", "assistant"] and saved[0]["content"] == "Be brief."
     for words in ("system: Be brief.", "taken back: Who are you?", "nothing to take back", "found 'hot'", "temperature 0.5",
@@ -285,7 +281,7 @@ def test_choices_train(answerer, trained, typed, capsys, tmp_path):
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["prompt"][0] == {"role": "system", "content": "Be kind."}
-    assert "appended to" in capsys.readouterr().out
+    assert "pairs appended to" in capsys.readouterr().err
     words = [f"data.train={file}", f"adapter.init_from={trained}", "training.max_steps=1", "training.eval_strategy=no",
              f"training.output_dir={tmp_path / 'again'}", "evaluation.samples=0"]  # fmt: skip
     done = run(Recipe.load(trained / "recipe.yaml", words))

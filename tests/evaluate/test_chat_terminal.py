@@ -46,26 +46,27 @@ def test_choices_become_training_data(trained, terminal, tmp_path):
     shown = OURS.sub("", chat.expect("better: 1 or 2"))
     assert re.search(r"1 base +2 adapter", shown)  # side by side
     assert len(re.findall(r"-\d\.\d{4}", shown)) >= 4 and "log-odds ratio" in shown
-    chat.send("2")  # a key, without Enter
+    chat.send("2\n")
     chat.expect("kept \\(1 in this chat\\)")
     chat.send("Again?\n")
     chat.expect("better: 1 or 2")
-    chat.send("1\n")  # Enter as well does no harm
+    chat.send("1\n")
     chat.expect("kept \\(2 in this chat\\)")
     chat.expect("you> ")
     chat.send("Why?\n")
     chat.expect("better: 1 or 2")
-    chat.send("s")
+    chat.send("\n")
     chat.expect("not kept; the conversation continues with the answer of adapter")
     chat.send("Really?\n")
     chat.expect("better: 1 or 2")
-    chat.send("e")
+    chat.send("e\n")
     chat.expect("better answer> ")
     chat.send("My own words.\n")
     chat.expect("kept \\(3 in this chat\\)")
     chat.expect("you> ")  # before it, the terminal would keep the end of input from readline
     chat.send("\x04")
-    assert chat.end() == 0 and "3 pairs; the answer of adapter was preferred 1 times" in chat.told
+    assert chat.end() == 0
+    assert "3 pairs appended to preferences.jsonl; the answer of adapter was preferred 1 times" in chat.told
     rows = [json.loads(line) for line in (tmp_path / "preferences.jsonl").read_text().splitlines()]
     assert [set(row) for row in rows] == [{"prompt", "chosen", "rejected"}] * 3
     assert rows[0]["prompt"] == [{"role": "user", "content": "How much is 4 plus 5?"}]

@@ -9,7 +9,6 @@ import shutil
 import pytest
 
 import orpo_lite.evaluate.__main__ as evaluate
-from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.lm_eval import lm_eval_commands
 from orpo_lite.evaluate.loading import resolve_model
 
@@ -53,7 +52,8 @@ def test_a_quantized_base_is_merged_as_trained(found, trained):
     made = lm_eval_commands(found, "ifeval")
     merge, line = made["commands"]
     assert merge == f"python -m orpo_lite.merge {trained} --output {trained}-merged-quantized --onto quantized"
-    assert arguments(line)["model_args"] == {"pretrained": f"{trained}-merged-quantized", "dtype": "bfloat16"}
+    assert arguments(line)["model_args"] == {
+        "pretrained": f"{trained}-merged-quantized", "dtype": "bfloat16", "tokenizer": str(trained)}  # fmt: skip
     assert "transformers" in made["notes"][0]
 
 
@@ -88,10 +88,13 @@ def test_strings_get_no_template(found):
     assert not arguments(lm_eval_commands(found, "ifeval")["commands"][0])["chat"]
 
 
-def test_a_gguf_base_is_refused(found):
+def test_a_gguf_base_is_merged_first(found, trained):
     found.model = found.model.model_copy(update={"gguf_file": "q4.gguf"})
-    with pytest.raises(RequestError, match="merge first"):
-        lm_eval_commands(found, "ifeval")
+    made = lm_eval_commands(found, "ifeval")
+    assert made["commands"][0] == f"python -m orpo_lite.merge {trained} --output {trained}-merged"
+    assert arguments(made["commands"][1])["model_args"] == {
+        "pretrained": f"{trained}-merged", "dtype": "float32", "tokenizer": str(trained)}  # fmt: skip
+    assert arguments(made["base"][0])["model_args"]["gguf_file"] == "q4.gguf" and "GGUF" in made["notes"][0]
 
 
 def test_a_whole_model(babbling, capsys):

@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
@@ -73,6 +73,16 @@ def test_sources_are_named_by_their_rows(trained, tmp_path):
             )
         assert {b["bucket"]: b["pairs"] for b in result["by"]["source"]} == {
             "part 0": 3, "part 1": 2, "part 2": 1, expected[4]: 1}  # fmt: skip
+
+
+@pytest.mark.parametrize("splits", [False, True])
+def test_sources_of_saved_data_sets_are_named(splits, trained, tmp_path):
+    rows = [row | {"source": f"part {n % 2}"} for n, row in enumerate(preference_rows(0)["heldout"][:4])]
+    rows[1]["chosen"] = rows[1]["rejected"]
+    saved = Dataset.from_list(rows)
+    (DatasetDict(train=saved) if splits else saved).save_to_disk(tmp_path / "held")
+    loaded = load_for_evaluation(str(trained), str(tmp_path / "held"))
+    assert loaded.pair_sources == ["part 0", "part 0", "part 1"]
 
 
 def test_the_run_keeps_its_buckets(trained):

@@ -10,7 +10,7 @@ import pytest
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import Question, answer_questions, read_questions
-from orpo_lite.evaluate.answering import Sampling, load_answerer
+from orpo_lite.evaluate.answering import Answerer, Sampling
 from orpo_lite.evaluate.loading import resolve_model
 
 ROWS = [
@@ -34,7 +34,7 @@ def file(tmp_path):
 
 @pytest.fixture(scope="module")
 def answerer(trained):
-    return load_answerer(str(trained))
+    return Answerer(resolve_model(str(trained)))
 
 
 def test_forms(file, tmp_path, shared_data):
@@ -43,14 +43,14 @@ def test_forms(file, tmp_path, shared_data):
     assert questions[0] == Question(
         "a", "sums", [{"role": "user", "content": ROWS[0]["turns"][0]}], ROWS[0]["turns"][1:]
     )
-    assert questions[2].opening[0] == {"role": "system", "content": "Be kind."}
+    assert questions[2].prompt[0] == {"role": "system", "content": "Be kind."}
     (tmp_path / "p.txt").write_text("First?\n\n  Second?\n")
-    assert [(one.id, one.opening[0]["content"]) for one in read_questions(str(tmp_path / "p.txt"))] == [
+    assert [(one.id, one.prompt[0]["content"]) for one in read_questions(str(tmp_path / "p.txt"))] == [
         ("1", "First?"), ("3", "  Second?")]  # fmt: skip
     (tmp_path / "p.json").write_text(json.dumps(ROWS))
     assert read_questions(str(tmp_path / "p.json")) == questions
     bench = read_questions(str(shared_data / "eval_prompts.jsonl"))
-    assert len(bench) == 155 and sum(bool(one.follow_ups) for one in bench) >= 70 and bench[0].category == "writing"
+    assert len(bench) == 155 and sum(bool(one.turns) for one in bench) >= 70 and bench[0].category == "writing"
 
 
 @pytest.mark.parametrize(
@@ -83,9 +83,7 @@ def test_files_that_are_none(tmp_path):
 
 
 def answers(answerer, questions, batch_size, output=None, sampling=None, seed=0) -> Any:
-    rows = answer_questions(
-        lambda: answerer, answerer.source, questions, sampling or Sampling(20), seed, batch_size, output
-    )
+    rows = answer_questions(answerer, questions, sampling or Sampling(20), seed, batch_size, output)
     return [row["answers"] for row in rows]
 
 
@@ -97,8 +95,8 @@ def test_greedy_answers_do_not_depend_on_the_batch(answerer, file):
     assert [len(row["base"]) for row in alone] == [2, 1, 1, 1, 1]
     assert any(row["base"] != row["adapter"] for row in alone)
     # the second turn is asked in the conversation that the side itself had
-    turns = [*questions[0].opening, {"role": "assistant", "content": alone[0]["adapter"][0]}]
-    turns.append({"role": "user", "content": questions[0].follow_ups[0]})
+    turns = [*questions[0].prompt, {"role": "assistant", "content": alone[0]["adapter"][0]}]
+    turns.append({"role": "user", "content": questions[0].turns[0]})
     assert answerer.reply("adapter", turns, Sampling(20)).text == alone[0]["adapter"][1]
 
 
@@ -130,10 +128,9 @@ def test_what_is_written_is_gone_on_with(answerer, file, tmp_path):
         answers(answerer, questions, 2, output)
     assert output.read_bytes() == whole and len(asked) == 6  # three questions, two sides
 
-    def never() -> Any:
-        raise AssertionError("loaded for nothing")
-
-    answer_questions(never, answerer.source, questions, Sampling(20), 0, 2, output)
+    idle = Answerer(answerer.source)
+    answer_questions(idle, questions, Sampling(20), 0, 2, output)
+    assert not vars(idle).keys() & {"model", "tokenizer"}  # nothing was loaded
     for other, words in ((Sampling(21), "line 1: in settings"), (Sampling(20, 0.5), "line 1: in settings")):
         with pytest.raises(RequestError, match=words):
             answers(answerer, questions, 2, output, other)
@@ -144,9 +141,9 @@ def test_what_is_written_is_gone_on_with(answerer, file, tmp_path):
 
 def test_a_conversation_without_room_is_left_unanswered(answerer, file, monkeypatch):
     questions = read_questions(str(file))[:2]
-    first = len(answerer.prompts([questions[0].opening])[0])
+    first = len(answerer.prompts([questions[0].prompt])[0])
     monkeypatch.setattr(type(answerer), "context", first + 6)
-    rows = answer_questions(lambda: answerer, answerer.source, questions, Sampling(20), 0, 2, None)
+    rows = answer_questions(answerer, questions, Sampling(20), 0, 2, None)
     assert rows[0]["answers"]["base"][1] is None and 0 < rows[0]["tokens"]["base"][0] <= 6
     monkeypatch.setattr(type(answerer), "context", 5)
     with pytest.raises(RequestError, match="a has .* tokens, and the model takes 5: leave it out"):
