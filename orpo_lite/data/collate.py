@@ -34,14 +34,15 @@ class PaddedCollator:
         label_ids: (N,) the labels.
         chosen_pair, rejected_pair, nll_pair: (N,) the pair (0 to B-1) for whose chosen completion, rejected
             completion or NLL the label counts, else -1.
-        pair_rows: (B,) index of each pair in its source.
+        pair_rows: (B,) index of each pair in its source; -1 where it is not known.
+        made_of: the pairs themselves, for `select_pairs`.
     """
 
     pad_token_id: int
     nll_scope: str = "prompt+chosen"
     decoder_start_token_id: int | None = None
 
-    def __call__(self, pairs: list[Row]) -> dict[str, Tensor]:
+    def __call__(self, pairs: list[Row]) -> dict[str, Any]:
         if self.decoder_start_token_id is not None:
             return self._encoder_decoder(pairs, self.decoder_start_token_id)
         sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
@@ -57,9 +58,9 @@ class PaddedCollator:
                 counted = pair if t >= start else -1
                 sides = (counted, -1, pair) if chosen else (-1, counted, -1)
                 labels.append((i * width + t - 1, ids[t], *sides))
-        return batch | label_tensors(labels) | {"pair_rows": pair_rows(pairs)}
+        return batch | about_pairs(labels, pairs, self)
 
-    def _encoder_decoder(self, pairs: list[Row], start_token: int) -> dict[str, Tensor]:
+    def _encoder_decoder(self, pairs: list[Row], start_token: int) -> dict[str, Any]:
         batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
         completions = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
         decoder = self._pad([[start_token, *ids[:-1]] for ids in completions])["input_ids"]
@@ -68,7 +69,7 @@ class PaddedCollator:
             pair, chosen = i % len(pairs), i < len(pairs)
             sides = (pair, -1, pair) if chosen else (-1, pair, -1)
             labels += [(i * decoder.shape[1] + t, token, *sides) for t, token in enumerate(ids)]
-        return batch | {"decoder_input_ids": decoder} | label_tensors(labels) | {"pair_rows": pair_rows(pairs)}
+        return batch | {"decoder_input_ids": decoder} | about_pairs(labels, pairs, self)
 
     def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
@@ -116,7 +117,7 @@ class PackedCollator:
             weights += [2] * prefix + [1] * (len(chosen) + len(rejected) - 2 * prefix)
         tensors = {"input_ids": ids, "position_ids": positions, "attention_mask": weights}
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in tensors.items()}
-        return batch | label_tensors(labels) | {"pair_rows": pair_rows(pairs), "segments": segments}
+        return batch | about_pairs(labels, pairs, self) | {"segments": segments}
 
     def _label(self, labels: list[Label], pair: int, row: Row, start: int, prefix: int) -> None:
         chosen = row["chosen_ids"]
@@ -138,15 +139,12 @@ def common_prefix(a: list[int], b: list[int]) -> int:
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
-def label_tensors(labels: list[Label]) -> dict[str, Tensor]:
-    """Return the fields of the labels as tensors, (N,) int64 each."""
+def about_pairs(labels: list[Label], pairs: list[Row], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
+    """Return what a batch of any layout holds: the fields of its labels as tensors, its pairs and their rows."""
     columns = torch.tensor(labels, dtype=torch.int64).reshape(-1, len(LABEL_FIELDS))
-    return {name: columns[:, i].contiguous() for i, name in enumerate(LABEL_FIELDS)}
-
-
-def pair_rows(pairs: list[Row]) -> Tensor:
-    """Return the index of each pair in its source, (B,) int64; -1 where it is not known."""
-    return torch.tensor([p.get("row", -1) for p in pairs], dtype=torch.int64)
+    fields: dict[str, Any] = {name: columns[:, i].contiguous() for i, name in enumerate(LABEL_FIELDS)}
+    rows = torch.tensor([pair.get("row", -1) for pair in pairs], dtype=torch.int64)
+    return fields | {"pair_rows": rows, "made_of": MadeOf(pairs, collator)}
 
 
 def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
@@ -173,7 +171,15 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -
     return collator(pairs)
 
 
-# ---- parts of a batch: the batch that a collator would have made of some of its pairs ---------------------------------
+# ---- parts of a batch --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class MadeOf:
+    """The pairs of a batch and its collator, so that parts of it can be made; nothing here is moved to a device."""
+
+    pairs: list[Row]
+    collator: PaddedCollator | PackedCollator
 
 
 def pair_tokens(batch: dict[str, Any]) -> list[int]:
@@ -182,64 +188,13 @@ def pair_tokens(batch: dict[str, Any]) -> list[int]:
         return [prefix + chosen + rejected for _, prefix, chosen, rejected in batch["segments"]]
     lengths = batch["attention_mask"].sum(1)
     if "decoder_input_ids" in batch:
-        lengths = lengths + _decoder_lengths(batch)
+        rows, width = batch["decoder_input_ids"].shape
+        lengths = lengths + torch.bincount(batch["label_rows"] // width, minlength=rows)
     return (2 * lengths.view(2, -1).amax(0)).tolist()
 
 
 def select_pairs(batch: dict[str, Any], pairs: list[int]) -> dict[str, Any]:
-    """Return the batch that the collator would have made of these pairs, tensor for tensor.
-
-    Args:
-        batch: of one of the collators.
-        pairs: indexes of the pairs in the batch, in rising order.
-    """
-    index = torch.tensor(pairs, device=batch["pair_rows"].device)
-    part, moved = _packed(batch, pairs) if "segments" in batch else _padded(batch, index)
-    kept = moved[batch["label_rows"]] >= 0
-    part["label_rows"] = moved[batch["label_rows"]][kept]
-    part["label_ids"] = batch["label_ids"][kept]
-    # the last entry stands for -1, a label that counts for no pair
-    number = torch.full((len(batch["pair_rows"]) + 1,), -1, device=index.device)
-    number[index] = torch.arange(len(pairs), device=index.device)
-    for name in LABEL_FIELDS[2:]:
-        part[name] = number[batch[name]][kept]
-    return part | {"pair_rows": batch["pair_rows"][index]}
-
-
-def _packed(batch: dict[str, Any], pairs: list[int]) -> tuple[dict[str, Any], Tensor]:
-    """Return the inputs of the pairs' segments, and where each token has gone (-1: left out)."""
-    segments, tokens, start = [], [], 0
-    for pair in pairs:
-        first, *lengths = batch["segments"][pair]
-        segments.append((start, *lengths))
-        tokens.append(torch.arange(first, first + sum(lengths)))
-        start += sum(lengths)
-    index = torch.cat(tokens).to(batch["input_ids"].device)
-    part: dict[str, Any] = {name: batch[name][:, index] for name in ("input_ids", "position_ids", "attention_mask")}
-    return part | {"segments": segments}, _places(batch["input_ids"].shape[1], index)
-
-
-def _padded(batch: dict[str, Any], pairs: Tensor) -> tuple[dict[str, Any], Tensor]:
-    """Return the inputs of the pairs' rows without padding that only others needed, and where each state has gone."""
-    rows = torch.cat([pairs, pairs + len(batch["input_ids"]) // 2])
-    mask = batch["attention_mask"][rows]
-    width = int(mask.sum(1).max())
-    part = {"input_ids": batch["input_ids"][rows, :width], "attention_mask": mask[:, :width]}
-    states = batch["input_ids"]
-    if "decoder_input_ids" in batch:
-        states, width = batch["decoder_input_ids"], int(_decoder_lengths(batch)[rows].max())
-        part["decoder_input_ids"] = states[rows, :width]
-    index = rows[:, None] * states.shape[1] + torch.arange(width, device=rows.device)
-    return part, _places(states.numel(), index.flatten())
-
-
-def _decoder_lengths(batch: dict[str, Any]) -> Tensor:
-    """Return the tokens of each completion, all of which are labels."""
-    rows, width = batch["decoder_input_ids"].shape
-    return torch.bincount(batch["label_rows"] // width, minlength=rows)
-
-
-def _places(count: int, kept: Tensor) -> Tensor:
-    places = torch.full((count,), -1, device=kept.device)
-    places[kept] = torch.arange(len(kept), device=kept.device)
-    return places
+    """Return the batch that the collator makes of these pairs, by their indexes in the batch, on the batch's device."""
+    made_of: MadeOf = batch["made_of"]
+    part, device = made_of.collator([made_of.pairs[i] for i in pairs]), batch["pair_rows"].device
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in part.items()}

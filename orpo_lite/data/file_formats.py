@@ -14,7 +14,8 @@ import itertools
 import json
 import lzma
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 from typing import IO, Any
 
 from orpo_lite.common.errors import RequestError
@@ -22,19 +23,28 @@ from orpo_lite.common.safe_yaml import UTF_BOMS
 from orpo_lite.data.messages import kind
 
 Batches = Iterator[list[Any]]
-BATCH_ROWS = 1000
-BATCH_BYTES = 4_000_000
-COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+BATCH_ROWS = 250
+"""Few enough that rows of 100 KB, and their tokens, fit in memory."""
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-BOM = b"\xef\xbb\xbf"
 OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz"),
             b"BZh": ("compressed with bzip2", "name it .bz2"), b"\xfd7zXZ": ("compressed with xz", "name it .xz"),
             b"\x28\xb5\x2f\xfd": ("compressed with zstd", "name it .zst")} | {
             bom: (f"{name} text", "convert it to UTF-8") for bom, name in UTF_BOMS.items()}  # fmt: skip
 AGAIN = "copy or download it again, and name it by its format"
 DOCUMENT = "expected a JSON array of rows, or one object per line"
-TORN = "holds NUL bytes, as where a file was not written to its end; fix or remove the line, or copy it again"
-SEPARATORS = {",": ".csv", "\t": ".tsv"}
+LINE = "each line must be one JSON object; fix or remove it"
+
+
+def open_zstd(file: str, _: str) -> IO[bytes]:
+    """Open a file compressed with zstd, which Python's own library lacks."""
+    import pyarrow
+
+    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
+
+
+COMPRESSIONS: dict[str, Callable[[str, str], Any]] = {
+    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd
+}  # fmt: skip
 
 
 def file_format(name: str) -> str | None:
@@ -47,18 +57,7 @@ def file_format(name: str) -> str | None:
 
 def open_bytes(file: str) -> IO[bytes]:
     """Open a file to read its decompressed bytes."""
-    name = file.lower()
-    if name.endswith(".gz"):
-        return gzip.open(file, "rb")  # pyright: ignore[reportReturnType] (GzipFile is a binary stream)
-    if name.endswith(".bz2"):
-        return bz2.open(file, "rb")
-    if name.endswith(".xz"):
-        return lzma.open(file, "rb")
-    if name.endswith(".zst"):
-        import pyarrow
-
-        return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
-    return open(file, "rb")
+    return COMPRESSIONS.get(Path(file).suffix.lower(), open)(file, "rb")
 
 
 def read_file(file: str) -> Batches:
@@ -67,82 +66,64 @@ def read_file(file: str) -> Batches:
     Raises:
         RequestError: the file is broken; the message names the line or place.
     """
-    readers = {".csv": read_csv, ".tsv": read_csv, ".parquet": read_parquet}
+    readers = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     try:
-        if file_format(file) != ".parquet":
-            check_opening(file)
-        yield from readers.get(str(file_format(file)), read_json)(file)
+        yield from batched(readers.get(str(file_format(file)), json_rows)(file))
     except RequestError:
         raise
-    except UnicodeDecodeError as error:
-        raise RequestError(not_utf8(f"{file}{line_of_bad_text(file)}", error)) from None
     except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
         raise RequestError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}): {AGAIN}") from None
 
 
-def check_opening(file: str) -> None:
-    """Raise RequestError for a file whose first bytes show that it is not UTF-8 text."""
-    with open_bytes(file) as stream:
-        head = stream.read(64)
-    found = next((words for opening, words in OPENINGS.items() if head.startswith(opening)), None)
-    if not found and any(head) and not (any(head[::2]) and any(head[1::2])) and len(head) > 1:
-        found = ("UTF-16 text", "convert it to UTF-8")
-    if found:
-        raise RequestError(f"{file}: found {found[0]}, expected text in UTF-8: {found[1]}")
-
-
-def not_utf8(place: str, error: UnicodeDecodeError) -> str:
-    """Return the message for text that is not UTF-8."""
-    return f"{place}: not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
-
-
-def line_of_bad_text(file: str) -> str:
-    """Return ':3' where the third line of a text file is the first that is not UTF-8, or ''."""
-    if file_format(file) == ".parquet":
-        return ""
-    number = 1
-    try:
-        with open_bytes(file) as stream:
-            for line in stream:
-                line.decode()
-                number += 1
-    except UnicodeDecodeError:
-        return f":{number}"
-    except (OSError, EOFError, zlib.error, lzma.LZMAError):  # torn as well
-        pass
-    return ""
-
-
-def in_batches(rows: Iterable[tuple[Any, int]]) -> Batches:
-    """Yield (row, size in bytes) tuples as batches of rows, each up to BATCH_ROWS rows or BATCH_BYTES."""
-    batch, total = [], 0
-    for row, size in rows:
-        batch.append(row)
-        total += size
-        if len(batch) == BATCH_ROWS or total > BATCH_BYTES:
-            yield batch
-            batch, total = [], 0
-    if batch:
+def batched(rows: Iterable[Any], size: int | None = None) -> Batches:
+    """Yield rows as lists of `size`, by default BATCH_ROWS."""
+    rest = iter(rows)
+    while batch := list(itertools.islice(rest, size or BATCH_ROWS)):
         yield batch
+
+
+def text_lines(file: str, stream: Iterable[bytes]) -> Iterator[str]:
+    """Yield the lines of a text file.
+
+    Raises:
+        RequestError: the file is something else by its first bytes, or a line is not UTF-8 or holds NUL bytes.
+    """
+    for number, line in enumerate(stream, 1):
+        if number == 1:
+            found = next((words for opening, words in OPENINGS.items() if line.startswith(opening)), None)
+            if found:
+                raise RequestError(f"{file}: found {found[0]}, expected text in UTF-8: {found[1]}")
+        if b"\0" in line:
+            raise RequestError(
+                f"{file}:{number}: holds NUL bytes, as UTF-16 text does (convert it to UTF-8), or a file that was not "
+                "written to its end: fix or remove the line, or copy it again"
+            )
+        try:
+            yield line.decode("utf-8-sig" if number == 1 else "utf-8")
+        except UnicodeDecodeError as error:
+            problem = f"not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
+            raise RequestError(f"{file}:{number}: {problem}") from None
 
 
 # ---- JSON ------------------------------------------------------------------------------------------------------------
 
 
-def read_json(file: str) -> Batches:
+def json_rows(file: str) -> Iterator[Any]:
     """Yield the rows of JSON lines, or of one JSON document; the content decides, whatever the suffix."""
     with open_bytes(file) as stream:
-        head = [stream.readline().removeprefix(BOM)]
-        while head[-1] and not head[-1].strip():
-            head.append(stream.readline())
-        array = head[-1].lstrip().startswith(b"[")
-        if array or file_format(file) == ".json" and not is_json_line(head[-1]):
-            yield from in_batches((row, 0) for row in document_rows(file, b"".join([*head, stream.read()])))
-        else:
-            yield from in_batches(json_lines(file, itertools.chain(head, stream)))
+        lines = text_lines(file, stream)
+        blank, head = 0, next(lines, "")
+        while head.isspace():
+            blank, head = blank + 1, next(lines, "")
+        if head.lstrip().startswith("[") or file_format(file) == ".json" and not is_json_line(head):
+            yield from document_rows(file, "".join(["\n" * blank, head, *lines]))
+            return
+        for number, line in enumerate(itertools.chain([head], lines), blank + 1):
+            if line.strip():
+                yield parse_json(line.rstrip(), f"{file}:{number}", LINE)
 
 
-def is_json_line(line: bytes) -> bool:
+def is_json_line(line: str) -> bool:
     """Return whether the line is a row by itself."""
     try:
         row = json.loads(line)
@@ -157,15 +138,7 @@ def rows_inside(document: dict[str, Any]) -> list[Any] | None:
     return lists[0] if len(lists) == 1 and not {"chosen", "rejected", "conversations"} & document.keys() else None
 
 
-def json_lines(file: str, lines: Iterable[bytes]) -> Iterator[tuple[Any, int]]:
-    """Yield the rows of JSON lines with their sizes; empty lines are skipped."""
-    remedy = "each line must be one JSON object; fix or remove it"
-    for number, line in enumerate(lines, 1):
-        if line.strip():
-            yield parse_json(line, f"{file}:{number}", remedy), len(line)
-
-
-def document_rows(file: str, text: bytes) -> list[Any]:
+def document_rows(file: str, text: str) -> list[Any]:
     """Return the rows of a JSON document, which is held in memory as a whole."""
     rows = parse_json(text, file, DOCUMENT) if text.strip() else []
     if isinstance(rows, dict):
@@ -175,66 +148,54 @@ def document_rows(file: str, text: bytes) -> list[Any]:
     return rows
 
 
-class RepeatedKey(ValueError):
-    """A key that appears twice in one JSON object."""
-
-
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the pairs as a dict, or raise RepeatedKey."""
+    """Return the members of a JSON object as a dict, or raise ValueError if a key appears twice."""
     found = dict(pairs)
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
-        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"{twice[:80]!r} appears twice in one object; keep one")
     return found
 
 
 DECODER = json.JSONDecoder(object_pairs_hook=unique)
 
 
-def parse_json(text: bytes, place: str, remedy: str) -> Any:
+def parse_json(text: str, place: str, remedy: str) -> Any:
     """Parse JSON text.
 
     Raises:
         RequestError: it is broken; the message says where and how, and what to do.
     """
     try:
-        # a line's own end would count as a second line
-        return DECODER.decode(text.decode("utf-8").rstrip())
-    except UnicodeDecodeError as error:
-        raise RequestError(not_utf8(place, error)) from None
-    except RepeatedKey as error:
-        raise RequestError(f"{place}: {str(error)[:80]!r} appears twice in one object; keep one") from None
+        return DECODER.decode(text)
     except json.JSONDecodeError as error:
-        if b"\0" in text:
-            raise RequestError(f"{place}: {TORN}") from None
-        where = f"line {error.lineno}, column {error.colno}" if error.lineno > 1 else f"column {error.colno}"
-        raise RequestError(f"{place}: broken JSON at {where} ({error.msg}); {remedy}") from None
-    except (RecursionError, ValueError) as error:
-        raise RequestError(f"{place}: JSON that is nested too deeply or too large ({error}); {remedy}") from None
+        line = f"line {error.lineno}, " if error.lineno > 1 else ""
+        problem = f"at {line}column {error.colno} ({error.msg})"
+    except RecursionError:
+        problem = "(nested too deeply)"
+    except ValueError as error:  # of `unique`, or a number of thousands of digits
+        problem = f"({error})"
+    raise RequestError(f"{place}: broken JSON {problem}; {remedy}")
 
 
 # ---- tables ----------------------------------------------------------------------------------------------------------
 
 
-def read_csv(file: str) -> Batches:
+def csv_rows(file: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a file with comma- or tab-separated values, whose first line names the columns."""
-    return in_batches(csv_rows(file))
-
-
-def csv_rows(file: str) -> Iterator[tuple[dict[str, Any], int]]:
-    """Yield the rows with their sizes."""
     csv.field_size_limit(2**31 - 1)
     delimiter = "\t" if file_format(file) == ".tsv" else ","
-    with open_bytes(file) as stream, io.TextIOWrapper(stream, "utf-8-sig", newline="") as text:
-        reader = csv.reader(text, delimiter=delimiter, strict=True)
+    with open_bytes(file) as stream:
+        reader = csv.reader(text_lines(file, stream), delimiter=delimiter, strict=True)
         line = 1
         try:
             header = next((cells for cells in reader if cells), [])
-            check_header(file, reader.line_num, header, delimiter)
+            check_header(f"{file}:{reader.line_num}", header, delimiter)
             line = reader.line_num + 1
             for cells in reader:
                 if cells:
-                    yield csv_row(f"{file}:{line}", header, cells), sum(map(len, cells))
+                    yield csv_row(f"{file}:{line}", header, cells)
                 line = reader.line_num + 1
         except csv.Error as error:
             raise RequestError(
@@ -243,28 +204,27 @@ def csv_rows(file: str) -> Iterator[tuple[dict[str, Any], int]]:
             ) from None
 
 
-def check_header(file: str, line: int, header: list[str], delimiter: str) -> None:
+def check_header(place: str, header: list[str], delimiter: str) -> None:
     """Raise RequestError if the columns have another separator, or two of them the same name."""
-    other = next((mark for mark in (";", "\t", ",", "|") if len(header) == 1 and mark in header[0]), None)
+    other = next((mark for mark in ";\t,|" if len(header) == 1 and mark in header[0]), None)
     if other:
-        name = SEPARATORS.get(other)
-        remedy = f"name it {name}" if name else f"save it with {'tabs' if delimiter != ',' else 'commas'}"
-        shown = "a tab" if other == "\t" else repr(other)
-        raise RequestError(f"{file}:{line}: found {shown} between the columns, expected {delimiter!r}: {remedy}")
+        found = "a tab" if other == "\t" else repr(other)
+        raise RequestError(
+            f"{place}: found {found} between the columns, expected {delimiter!r}: save it with commas and name it .csv, "
+            "or with tabs and name it .tsv"
+        )
     twice = next((name for name in header if header.count(name) > 1), None)
     if twice is not None:
-        raise RequestError(f"{file}:{line}: the column {twice[:80]!r} appears twice; rename or remove one")
+        raise RequestError(f"{place}: the column {twice[:80]!r} appears twice; rename or remove one")
 
 
 def csv_row(place: str, header: list[str], cells: list[str]) -> dict[str, Any]:
     """Return a line's cells by column, None where there are fewer cells than columns."""
-    if any("\0" in cell for cell in cells):
-        raise RequestError(f"{place}: {TORN}")
     if len(cells) > len(header):
         raise RequestError(
             f"{place}: found {len(cells)} cells, expected {len(header)} columns: put cells with commas in quotes"
         )
-    return dict.fromkeys(header) | {name: cell_value(cell) for name, cell in zip(header, cells, strict=False)}
+    return dict.fromkeys(header) | dict(zip(header, map(cell_value, cells), strict=False))
 
 
 def cell_value(cell: str) -> Any:
@@ -281,7 +241,7 @@ def cell_value(cell: str) -> Any:
     return cell
 
 
-def read_parquet(file: str) -> Batches:
+def parquet_rows(file: str) -> Iterator[dict[str, Any]]:
     """Yield the rows of a parquet file; a compressed one is held in memory, since parquet is read from its end."""
     import pyarrow
     from pyarrow import parquet
@@ -290,13 +250,12 @@ def read_parquet(file: str) -> Batches:
         with open_bytes(file) as stream:
             whole = parquet.ParquetFile(stream if file.endswith(".parquet") else io.BytesIO(stream.read()))
             for batch in whole.iter_batches(batch_size=BATCH_ROWS):
-                yield without_nulls(batch.to_pylist())
+                yield from without_nulls(batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the content
             raise
-        raise RequestError(
-            f"{file}: not a whole parquet file ({' '.join(str(error).split())[:150]}): {AGAIN}"
-        ) from None
+        problem = " ".join(str(error).split())[:150]
+        raise RequestError(f"{file}: not a whole parquet file ({problem}): {AGAIN}") from None
 
 
 def without_nulls(value: Any) -> Any:

@@ -5,7 +5,7 @@ The pairs themselves stay on disk, with at most a batch of them in memory.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,59 +18,43 @@ if TYPE_CHECKING:
 EFFICIENCY = 0.64
 """Speed of attention's operations relative to that of the linear layers, as `tests.benchmarks.balance --measure` found
 it on one CPU core; fused attention on GPUs is reported to reach half to three quarters."""
+BATCH_ROWS = 10_000
 MAX_BINS = 60
 """The most bins of a histogram."""
 
 
-def per_row(rows: Any, names: list[str], compute: Callable[..., np.ndarray]) -> np.ndarray:
-    """Compute one number per row of a `datasets.Dataset` or an Arrow table.
+def column_batches(rows: Any, *names: str) -> Iterator[list[Any]]:
+    """Yield columns of a `datasets.Dataset` as chunked Arrow arrays, a batch of rows at a time."""
+    for batch in rows.select_columns(list(names)).with_format("arrow").iter(BATCH_ROWS):
+        yield [batch.column(name) for name in names]
 
-    Args:
-        rows: the data set or table.
-        names: the columns that `compute` takes, as Arrow arrays of the same rows, one batch at a time.
-        compute: returns the numbers of a batch, (rows,).
 
-    Returns:
-        (N,) int64.
-    """
-    mapping, data = getattr(rows, "_indices", None), getattr(rows, "_data", rows)
-    table = getattr(data, "table", data)
-    found = [compute(*(batch.column(name) for name in names)) for batch in table.select(names).to_batches()]
-    values = np.concatenate(found).astype(np.int64, copy=False) if found else np.empty(0, dtype=np.int64)
-    return values if mapping is None else values[mapping.column(0).to_numpy()]
+def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+    """Return arrays one after the other, (N,) int64."""
+    return np.concatenate([np.empty(0, dtype=np.int64), *parts]).astype(np.int64, copy=False)
 
 
 def list_lengths(rows: Any, name: str) -> np.ndarray:
     """Return the number of items of a column's lists, (N,) int64; their values are not read."""
     import pyarrow.compute as pc
 
-    return per_row(rows, [name], lambda lists: pc.list_value_length(lists).to_numpy(zero_copy_only=False))  # pyright: ignore
+    return joined(pc.list_value_length(lists).to_numpy() for [lists] in column_batches(rows, name))  # pyright: ignore
 
 
 def numbers(rows: Any, name: str) -> np.ndarray:
     """Return a column of whole numbers, (N,) int64."""
-    return per_row(rows, [name], lambda values: values.to_numpy(zero_copy_only=False))
+    return joined(values.to_numpy() for [values] in column_batches(rows, name))
 
 
 def common_prefixes(rows: Any, one: str, other: str) -> np.ndarray:
     """Return the length of the longest common prefix of two columns of lists, (N,) int64."""
-    return per_row(rows, [one, other], _common_prefixes)
 
+    def common(first: Any, second: Any) -> int:
+        shared = min(len(first), len(second))
+        differ = first.values.to_numpy()[:shared] != second.values.to_numpy()[:shared]
+        return int(differ.argmax()) if differ.any() else shared
 
-def _common_prefixes(one: Any, other: Any) -> np.ndarray:
-    import pyarrow.compute as pc
-
-    lengths = [pc.list_value_length(lists).to_numpy(zero_copy_only=False).astype(np.int64) for lists in (one, other)]  # pyright: ignore
-    starts = [np.cumsum(length) - length for length in lengths]
-    values = [lists.flatten().to_numpy(zero_copy_only=False) for lists in (one, other)]
-    shared = np.minimum(*lengths)
-    begin = np.cumsum(shared) - shared
-    within = np.arange(int(shared.sum())) - np.repeat(begin, shared)
-    differ = values[0][np.repeat(starts[0], shared) + within] != values[1][np.repeat(starts[1], shared) + within]
-    places = np.flatnonzero(differ)
-    # the first difference at or after the begin of each row, if it lies inside the row
-    next_place = np.append(places, len(differ))[np.searchsorted(places, begin)]
-    return np.minimum(next_place - begin, shared)
+    return joined(np.array(list(map(common, *lists)), dtype=np.int64) for lists in column_batches(rows, one, other))
 
 
 def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:

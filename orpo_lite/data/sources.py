@@ -11,19 +11,18 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.file_formats import (
     BATCH_ROWS,
     COMPRESSIONS,
     FORMATS,
     Batches,
+    batched,
     file_format,
     read_file,
     without_nulls,
@@ -36,7 +35,6 @@ from orpo_lite.recipe.schema import Columns
 if TYPE_CHECKING:
     import datasets
 
-BLOCK = 4_000_000
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
@@ -58,8 +56,6 @@ class Source:
     """Hash of the content and the column map; empty where it is not known before the source is read."""
     batches: Callable[[], Batches]
     """Opens the source anew and yields lists of rows, columns renamed."""
-    rows: int | None = None
-    """Approximate number of rows, for a progress bar; None if unknown."""
     enough: int | None = None
     """Usable pairs after which reading stops; None reads to the end."""
 
@@ -70,7 +66,6 @@ def open_source(
     default: Columns | None,
     limit: int | None = None,
     field: str = "data.train / data.eval",
-    hashed: bool = True,
 ) -> Source:
     """Find a source's files or its hub data set.
 
@@ -80,41 +75,32 @@ def open_source(
         default: column map (standard name -> name in the data) where the source has none.
         limit: read only the first rows.
         field: where the path was given, for the error.
-        hashed: False leaves out the hash of local files, which reads them once more.
 
     Raises:
         RequestError: nothing is there, or it cannot be read.
     """
     columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
-    path = os.path.expanduser(resolve_path(source.path))
-    where, asked = ("split", source.split) if source.split else ("data.split", split)
+    path, asked = os.path.expanduser(resolve_path(source.path)), source.split or split
     files: list[str] = []
+    rows: datasets.Dataset | None = None
     # unlike Path's methods, os.path's are false for a name that no file can have
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        if asked != "train" and not os.path.isfile(os.path.join(path, "dataset_dict.json")):
-            raise RequestError(no_splits(source, where, asked, "one table"))
+        check_splits(source, asked, os.path.isfile(os.path.join(path, "dataset_dict.json")))
         files, rows = [path], load_saved(path, asked)
     elif files := local_files(path, asked):
-        folder = os.path.isdir(path)
-        if asked != "train" and not (folder and any(splits_named(Path(path), files).values())):
-            what = "a folder in which no file's name shows its split" if folder else "a local file"
-            raise RequestError(no_splits(source, where, asked, what))
-        rows = None
+        check_splits(source, asked, os.path.isdir(path) and any(splits_named(Path(path), files).values()))
     elif is_local(source.path):
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {EXPECTED}")
     else:
         rows = load_hub(source, asked)
-    if rows is None:
-        content, count = hash_files(files) if hashed else ("", None)
-    else:
-        content, count = rows._fingerprint, len(rows)
+    content = hash_files(files) if rows is None else rows._fingerprint
 
     def batches() -> Batches:
         found = itertools.chain.from_iterable(map(read_file, files)) if rows is None else dataset_batches(rows, columns)
-        return with_columns(first_rows(found, limit), columns, source.path)
+        return standard_batches(found, columns, limit, source.path)
 
-    key = content and hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
-    return Source(source.path, files, key, batches, count if limit is None else min(count or limit, limit))
+    key = hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
+    return Source(source.path, files, key, batches)
 
 
 def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
@@ -129,7 +115,8 @@ def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
             "its own share of every step: give the stream as it was before the split"
         )
     plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
-    return Source(name, [], "", lambda: stream_batches(plain, min(BATCH_ROWS, enough or BATCH_ROWS)), enough=enough)
+    rows = (without_nulls(dict(row)) if isinstance(row, Mapping) else row for row in plain)
+    return Source(name, [], "", lambda: batched(rows, min(BATCH_ROWS, enough or BATCH_ROWS)), enough)
 
 
 # ---- local files -----------------------------------------------------------------------------------------------------
@@ -161,13 +148,14 @@ def local_files(path: str, split: str) -> list[str]:
     return found
 
 
-def no_splits(source: DataSource, where: str, asked: str, what: str) -> str:
-    """Return the message for a split of a source that has none, of which all rows would be read."""
-    hub = " (a hub source beside it can have its own: {path: owner/name, split: ...})" if where != "split" else ""
-    return (
-        f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out{hub}, and set data.max_rows "
-        "for the first rows only"
-    )
+def check_splits(source: DataSource, asked: str, there: bool) -> None:
+    """Raise RequestError for a split of a source that has none, of which all rows would be read."""
+    if asked != "train" and not there:
+        where = "split" if source.split else "data.split"
+        raise RequestError(
+            f"{shorten(source.path)}: {where} is {asked!r}, but nothing there names a split; leave it out (a hub source "
+            "beside it can have its own: {path: owner/name, split: ...}), and set data.max_rows for the first rows only"
+        )
 
 
 def splits_named(folder: Path, files: list[str]) -> dict[str, str | None]:
@@ -190,25 +178,17 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
     return found
 
 
-def hash_files(files: list[str]) -> tuple[str, int | None]:
-    """Return a hash of the files' bytes, and roughly how many rows they hold where a line is a row."""
-    digest, lines = hashlib.sha256(), 0
-    counted = all(file.lower().endswith((".jsonl", ".ndjson", ".csv", ".tsv")) for file in files)
-    total = sum(os.path.getsize(file) for file in files if os.path.isfile(file))
-    label = "checking " + (shorten(files[0]) if len(files) == 1 else f"{len(files)} files")
-    with progress_bar(label, total, in_bytes=True) as advance:
-        for file in files:
-            own = hashlib.sha256()
-            try:
-                with open(file, "rb") as stream:
-                    while block := stream.read(BLOCK):
-                        own.update(block)
-                        lines += block.count(b"\n") if counted else 0
-                        advance(len(block))
-            except OSError as error:
-                raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
-            digest.update(f"{file_format(file)}{own.hexdigest()}".encode())
-    return digest.hexdigest(), lines if counted else None
+def hash_files(files: list[str]) -> str:
+    """Return a hash of the files' bytes and formats."""
+    digest = hashlib.sha256()
+    for file in files:
+        try:
+            with open(file, "rb") as stream:
+                own = hashlib.file_digest(stream, "sha256")
+        except OSError as error:
+            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
+        digest.update(f"{file_format(file)}{own.hexdigest()}".encode())
+    return digest.hexdigest()
 
 
 # ---- data sets of `datasets`, on disk or on the hub ------------------------------------------------------------------
@@ -250,8 +230,8 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
+    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        options: dict[str, Any] = {"streaming": True} if streaming else {}
         rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision, **options)
     except DatasetNotFoundError as error:
         raise RequestError(
@@ -284,9 +264,9 @@ def first_line(error: Exception) -> str:
 # ---- batches of rows -------------------------------------------------------------------------------------------------
 
 
-def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = MappingProxyType({})) -> Batches:
+def dataset_batches(rows: datasets.Dataset, columns: dict[str, str] | None = None) -> Batches:
     """Yield the rows of a `datasets.Dataset` in batches: only the columns that matter, without Arrow's nulls."""
-    names = {*COLUMNS, *columns.values()}
+    names = {*COLUMNS, *(columns or {}).values()}
     used = [name for name in rows.column_names if name in names]
     rows = (rows.select_columns(used) if used else rows).with_format(None)
     for batch in rows.iter(BATCH_ROWS):
@@ -294,36 +274,15 @@ def dataset_batches(rows: datasets.Dataset, columns: Mapping[str, str] = Mapping
         yield [without_nulls(dict(zip(batch, values, strict=True))) for values in by_row]
 
 
-def stream_batches(stream: Iterable[Any], size: int = BATCH_ROWS) -> Batches:
-    """Yield the rows of a stream of `datasets` or torch in batches, as `dataset_batches` does."""
-    rows = iter(stream)
-    while batch := list(itertools.islice(rows, size)):
-        yield [essential(row) if isinstance(row, Mapping) else row for row in batch]
-
-
-def essential(row: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a stream's row with only the columns that matter, without Arrow's nulls."""
-    return without_nulls({key: value for key, value in row.items() if key in COLUMNS} or dict(row))
-
-
-def first_rows(batches: Batches, limit: int | None) -> Batches:
-    """Yield the batches up to a number of rows, or all of them if it is None."""
-    left = limit
-    for batch in batches:
-        yield batch if left is None else batch[:left]
-        left = None if left is None else left - len(batch)
-        if left is not None and left <= 0:
-            return
-
-
-def with_columns(batches: Batches, columns: dict[str, str], label: str) -> Batches:
-    """Yield the batches with the columns' standard names added.
+def standard_batches(batches: Batches, columns: dict[str, str], limit: int | None, label: str) -> Batches:
+    """Yield the first `limit` rows in batches, the columns' standard names added.
 
     Raises:
         RequestError: the first batch lacks a mapped column.
     """
-    for number, batch in enumerate(batches):
-        if not number and columns:
+    rows = itertools.islice(itertools.chain.from_iterable(batches), limit)
+    for number, batch in enumerate(batched(rows)):
+        if number == 0:
             found = sorted({str(key) for row in batch if isinstance(row, dict) for key in row})
             for standard, actual in columns.items():
                 if actual not in found:

@@ -11,11 +11,11 @@ A plan holds three integers per pair (24 bytes) on each process. The pairs thems
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import logging
+import operator
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -41,7 +41,7 @@ def deal(costs: np.ndarray, bins: int, max_items: int | None = None) -> list[lis
     """Spread items over bins so that the costliest bin costs little more than the mean.
 
     The costliest item goes first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum). Then
-    the costliest bin exchanges items with the others as long as that helps and it is 0.1% above the mean.
+    the costliest and the cheapest bin exchange items as long as that helps.
 
     Args:
         costs: (N,) int64.
@@ -61,51 +61,33 @@ def deal(costs: np.ndarray, bins: int, max_items: int | None = None) -> list[lis
             heapq.heappush(heap, (load + int(costs[item]), b))
     loads = np.array([costs[items].sum() for items in dealt], dtype=np.int64)
     for _ in range(4 * bins):
-        top = int(np.argmax(loads))
-        if loads[top] <= 1.001 * loads.mean() or not _exchange(dealt, loads, costs, top, max_items):
+        top, low = int(loads.argmax()), int(loads.argmin())
+        gap = loads[top] - loads[low]
+        # exchanging items that differ by d leaves the two bins at top - d and low + d: best at half the gap
+        differ = costs[dealt[top]][:, None] - costs[dealt[low]][None]
+        gain = np.minimum(differ, gap - differ)
+        if gain.max(initial=0) <= 0:
             break
+        i, j = np.unravel_index(gain.argmax(), gain.shape)
+        dealt[top][i], dealt[low][j] = dealt[low][j], dealt[top][i]
+        loads[[top, low]] += np.array([-1, 1]) * differ[i, j]
     return dealt
 
 
-def _exchange(dealt: list[list[int]], loads: np.ndarray, costs: np.ndarray, top: int, max_items: int | None) -> bool:
-    """Swap an item of the costliest bin `top` for a cheaper one elsewhere, or move it where there is room.
-
-    Changes `dealt` and `loads`; returns False if nothing lowers the larger of the two bins.
-    """
-    best = (0, -1, -1, -1)
-    for b in np.flatnonzero(loads < loads[top] - 1).tolist():
-        gap = loads[top] - loads[b]
-        # moving d = cost(a) - cost(other) leaves the two bins at top - d and b + d: best at half the gap
-        mine, theirs = costs[dealt[top]], costs[dealt[b]]
-        if max_items is None or len(dealt[b]) < max_items:
-            theirs = np.append(theirs, 0)
-        difference = mine[:, None] - theirs[None]
-        gain = np.where((difference > 0) & (difference < gap), np.minimum(difference, gap - difference), 0)
-        i, j = divmod(int(gain.argmax()), max(1, len(theirs)))
-        if gain.size and gain[i, j] > best[0]:
-            best = (int(gain[i, j]), b, i, j)
-    gain, b, i, j = best
-    if gain == 0:
-        return False
-    moved = [dealt[top].pop(i)]
-    if j < len(dealt[b]):
-        dealt[top].append(dealt[b].pop(j))
-    dealt[b] += moved
-    loads[[top, b]] = costs[dealt[top]].sum(), costs[dealt[b]].sum()
-    return True
-
-
 def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool = False) -> MicroBatches:
-    """Cut pairs into at least `count` micro-batches of nearly equal cost, as few as the budget allows.
+    """Cut pairs into at least `count` micro-batches, as few as the budget allows.
 
     A pair that costs more than the budget stands alone. Padded pairs are cut in the order of their length, so that
-    pairs of similar length are padded to each other.
+    pairs of similar length are padded to each other; others into micro-batches of nearly equal cost.
     """
+    parts: MicroBatches = []
     if padded:
-        count = max(count, len(_runs(costs, budget)))
-        limits = range(1, budget + 1)
-        limit = limits[bisect.bisect_left(limits, True, key=lambda limit: len(_runs(costs, limit)) <= count)]
-        parts = _runs(costs, limit)
+        for item in np.argsort(-costs, kind="stable").tolist():
+            # the first pair of a micro-batch is its longest
+            if parts and (len(parts[-1]) + 1) * costs[parts[-1][0]] <= budget:
+                parts[-1].append(item)
+            else:
+                parts.append([item])
     else:
         count = max(count, min(len(costs), -(-int(costs.sum()) // budget)))
         parts = deal(costs, count)
@@ -115,43 +97,25 @@ def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool =
     return [sorted(part) for part in parts] + [[]] * (count - len(parts))
 
 
-def _runs(costs: np.ndarray, limit: int) -> MicroBatches:
-    """Return runs of neighbors in length, longest first, each within the limit when padded to its longest pair."""
-    runs: MicroBatches = []
-    longest = 0
-    for item in np.argsort(-costs, kind="stable").tolist():
-        if runs and (len(runs[-1]) + 1) * longest <= limit:
-            runs[-1].append(item)
-        else:
-            runs.append([item])
-            longest = int(costs[item])
-    return runs
-
-
 def cut_by_tokens(
-    costs: np.ndarray, processes: int, budget: int, padded: bool = False, work: np.ndarray | None = None
+    costs: np.ndarray, work: np.ndarray, processes: int, budget: int, padded: bool = False
 ) -> list[MicroBatches]:
     """Cut the pairs of one optimizer step into micro-batches of at most `budget` tokens.
 
     Args:
         costs: tokens of each pair, (N,) int64, which the budget counts.
+        work: time of each pair, by which the processes get their share.
         processes: number of processes.
         budget: tokens per micro-batch.
         padded: whether the layout pads the pairs of a micro-batch to each other.
-        work: time of each pair, by which the processes get their share; by default its tokens.
 
     Returns:
         The micro-batches of each process: the same number on all, some of them empty.
     """
-    dealt = [np.array(d, dtype=np.int64) for d in deal(costs if work is None else work, processes)]
-    cut = [micro_batches(costs[d], budget, 1, padded) for d in dealt]
-    count = max(map(len, cut))
-    cut = [
-        c if len(c) == count else micro_batches(costs[d], budget, count, padded)
-        for c, d in zip(cut, dealt, strict=True)
-    ]
-    count = max(map(len, cut))
-    return [[d[batch].tolist() for batch in c] + [[]] * (count - len(c)) for c, d in zip(cut, dealt, strict=True)]
+    shares = [np.array(share, dtype=np.int64) for share in deal(work, processes)]
+    count = max(len(micro_batches(costs[share], budget, 1, padded)) for share in shares)
+    cut = [micro_batches(costs[share], budget, count, padded) for share in shares]
+    return even([[share[batch].tolist() for batch in batches] for share, batches in zip(shares, cut, strict=True)])
 
 
 def cut_by_pairs(
@@ -159,18 +123,14 @@ def cut_by_pairs(
 ) -> list[MicroBatches]:
     """Cut the pairs of one optimizer step into micro-batches of at most `pairs` pairs, as few as hold them all.
 
-    Args and return value as in `cut_by_tokens`, but for:
-        work: time or tokens of each pair.
-        pairs: pairs per micro-batch.
-        whole: keep the micro-batches that a single process would form and deal those: a mean of micro-batch means
-            depends on them.
+    Args and return value as in `cut_by_tokens`, but for `pairs`, the pairs per micro-batch, and `whole`: keep the
+    micro-batches that a single process would form and deal those, since a mean of micro-batch means depends on them.
     """
     if whole:
         parts = [list(range(len(work)))[i : i + pairs] for i in range(0, len(work), pairs)]
         sums = np.array([work[part].sum() for part in parts], dtype=np.int64)
-        count = -(-len(parts) // processes)
-        dealt = deal(sums, processes, max_items=count)
-        return [[parts[i] for i in sorted(share)] + [[]] * (count - len(share)) for share in dealt]
+        dealt = deal(sums, processes, max_items=-(-len(parts) // processes))
+        return even([[parts[i] for i in sorted(share)] for share in dealt])
     rounds = -(-len(work) // (processes * pairs))
     shares = [np.array(share, dtype=np.int64) for share in deal(work, processes, max_items=rounds * pairs)]
     count = max(-(-len(share) // pairs) for share in shares)
@@ -182,8 +142,14 @@ def cut_by_pairs(
             parts = [share[i : i + size].tolist() for i in range(0, len(share), size)]
         else:
             parts = [share[part].tolist() for part in deal(work[share], count, max_items=pairs)]
-        cut.append([sorted(part) for part in parts] + [[]] * (count - len(parts)))
-    return cut
+        cut.append([sorted(part) for part in parts])
+    return even(cut)
+
+
+def even(cut: list[MicroBatches]) -> list[MicroBatches]:
+    """Add empty micro-batches, so that all processes have the same number."""
+    count = max(map(len, cut))
+    return [batches + [[]] * (count - len(batches)) for batches in cut]
 
 
 # ---- the steps of an epoch -------------------------------------------------------------------------------------------
@@ -216,14 +182,12 @@ class StepPlan:
     pairs_per_batch: int = 1
     whole: bool = False
     work: np.ndarray | None = None
-    _order: tuple[int, np.ndarray] | None = field(default=None, repr=False, compare=False)
 
     def __len__(self) -> int:
         """Count the optimizer steps of an epoch."""
-        if self.drop_last and not self.tokens_per_batch:
-            return -(-self.used // self.pairs_per_step)
-        whole, rest = divmod(len(self.costs), self.pairs_per_step)
-        return whole + bool(rest and (not self.drop_last or not whole))
+        whole, rest = divmod(self.used, self.pairs_per_step)
+        left_out = self.drop_last and self.tokens_per_batch and whole
+        return whole + bool(rest and not left_out)
 
     @property
     def used(self) -> int:
@@ -233,11 +197,6 @@ class StepPlan:
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch in the order of training, the same as that of transformers' Trainer."""
-        if self._order is None or self._order[0] != epoch:  # drawn once per epoch, not once per step
-            self._order = epoch, self._draw(epoch)
-        return self._order[1]
-
-    def _draw(self, epoch: int) -> np.ndarray:
         if self.seed is None:
             return np.arange(len(self.costs))
         # as accelerate's SeedableRandomSampler draws it
@@ -248,7 +207,7 @@ class StepPlan:
         pairs = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
         work = self.costs[pairs] if self.work is None else self.work[pairs]
         if self.tokens_per_batch:
-            cut = cut_by_tokens(self.costs[pairs], self.processes, self.tokens_per_batch, self.padded, work)
+            cut = cut_by_tokens(self.costs[pairs], work, self.processes, self.tokens_per_batch, self.padded)
         else:
             cut = cut_by_pairs(work, self.processes, self.pairs_per_batch, self.padded, self.whole)
         return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
@@ -318,15 +277,11 @@ class StepLoader(DataLoader):
 
     def __init__(self, dataset: StepDataset, **options: Any):
         sampler = StepSampler(len(dataset.plan))
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=_only, **options)  # type: ignore[arg-type]
+        super().__init__(dataset, batch_sampler=sampler, collate_fn=operator.itemgetter(0), **options)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose steps come next."""
         self.batch_sampler.set_epoch(epoch)  # type: ignore[union-attr]
-
-
-def _only(items: list[dict[str, Any]]) -> dict[str, Any]:
-    return items[0]
 
 
 def step_loader(
@@ -352,13 +307,8 @@ def step_loader(
     costs = pair_costs(pairs, layout)
     alone = int((costs > budget).sum()) if budget else 0
     if alone:
-        logger.warning(
-            "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own",
-            alone,
-            len(costs),
-            budget,
-            costs.max(),
-        )
+        words = "%d of %d pairs have more than tokens_per_batch=%d tokens (up to %d): each is a micro-batch of its own"
+        logger.warning(words, alone, len(costs), budget, costs.max())
     seed = args.data_seed if args.data_seed is not None else args.seed
     plan = StepPlan(
         costs,

@@ -17,7 +17,7 @@ import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -84,7 +84,7 @@ def tokenize_rows(
     if isinstance(rows, datasets.IterableDataset | IterableDataset):
         given = stream_source(rows, source, enough)
     elif isinstance(rows, datasets.Dataset):
-        given = Source(source, [], rows._fingerprint, functools.partial(dataset_batches, rows), len(rows))
+        given = Source(source, [], rows._fingerprint, functools.partial(dataset_batches, rows))
     else:
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
@@ -133,14 +133,12 @@ def tokenize_source(
     if not source.content or not datasets.is_caching_enabled():
         folder = temporary_root() / uuid.uuid4().hex
         write_tokens(folder, source, tokenizer, options, number)
-        return read_tokens(folder, source.label)
+        return read_tokens(folder, source.label, cached=False)
     folder = cache_root() / cache_key(source.content, tokenizer, options, number)
-    cached = folder.is_dir()
-    if not cached:
-        with one_at_a_time(folder.with_suffix(".lock")):
-            cached = folder.is_dir()  # another process may have made it meanwhile
-            if not cached:
-                write_tokens(folder, source, tokenizer, options, number)
+    with one_at_a_time(folder.with_suffix(".lock")):
+        cached = folder.is_dir()
+        if not cached:
+            write_tokens(folder, source, tokenizer, options, number)
     return read_tokens(folder, source.label, cached)
 
 
@@ -157,7 +155,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def read_tokens(folder: Path, label: str, cached: bool = False) -> Tokenized:
+def read_tokens(folder: Path, label: str, cached: bool) -> Tokenized:
     """Return what `write_tokens` wrote."""
     import datasets
 
@@ -171,13 +169,10 @@ def write_tokens(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
 ) -> None:
     """Tokenize a source into a new `folder`, which appears once it is complete."""
-    unfinished = Path(tempfile.mkdtemp(dir=folder.parent))
-    try:
-        fill_folder(unfinished, source, tokenizer, options, number)
+    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+        fill_folder(Path(unfinished), source, tokenizer, options, number)
         with contextlib.suppress(OSError):  # another process was faster: its result is the same
-            unfinished.rename(folder)
-    finally:
-        shutil.rmtree(unfinished, ignore_errors=True)
+            Path(unfinished).rename(folder)
 
 
 def fill_folder(
@@ -196,7 +191,7 @@ def fill_folder(
         pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as arrow,
         (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
-        progress_bar(f"tokenizing {source.label}", source.rows) as advance,
+        progress_bar(f"tokenizing {source.label}", None) as advance,
     ):
         for chunk in tokenized_chunks(tokenize, itertools.chain([first], batches), options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
@@ -227,21 +222,16 @@ def arrow_type(name: str) -> Any:
 
 
 def tokenized_chunks(tokenize: PairTokenizer, batches: Iterator[list[Any]], num_proc: int | None) -> Iterator[Chunk]:
-    """Yield the batches tokenized, in their order; other processes work a few batches ahead if asked for."""
+    """Yield the batches tokenized, in their order; in other processes, a few batches each, if asked for."""
     numbered = number_rows(batches)
     if not num_proc or num_proc == 1:
         yield from map(tokenize, numbered)
         return
     # forking needs no guard in the user's script, but is safe on Linux only
     context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    waiting: collections.deque[Future[Chunk]] = collections.deque()
     with ProcessPoolExecutor(num_proc, context, initializer=start_worker, initargs=(tokenize,)) as pool:
-        for chunk in numbered:
-            waiting.append(pool.submit(run_worker, chunk))
-            if len(waiting) > 2 * num_proc:
-                yield waiting.popleft().result()
-        while waiting:
-            yield waiting.popleft().result()
+        while ahead := list(itertools.islice(numbered, 4 * num_proc)):
+            yield from pool.map(run_worker, ahead)
 
 
 def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[tuple[int, Any]]]:
