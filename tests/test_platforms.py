@@ -13,7 +13,7 @@ import yaml
 
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.preview import command
+from orpo_lite.data.__main__ import command
 from orpo_lite.model.base import load_base
 from orpo_lite.model.precision import (
     bitsandbytes_unavailable,

@@ -1,7 +1,202 @@
-"""`python -m orpo_lite.data`."""
+"""`orpo-lite data`: show counts, drops, lengths and decoded examples of the data that a recipe trains on."""
 
-from orpo_lite.common.console import run_command
-from orpo_lite.data.preview import command
+from __future__ import annotations
+
+import json
+from typing import TYPE_CHECKING, Annotated, Any
+
+import numpy as np
+import typer
+from rich.console import Group
+from rich.table import Table
+from rich.text import Text
+
+from orpo_lite.common.console import console, run_command
+from orpo_lite.common.text import visible
+from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.listing import RECIPE_OPTION
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def command(
+    recipe: Annotated[str, RECIPE_OPTION],
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example data.train=my.jsonl")] = None,
+    examples: Annotated[int, typer.Option(min=0, help="decoded training pairs to show")] = 2,
+    list_drops: Annotated[bool, typer.Option("--list-drops", help="list every dropped row and why")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
+) -> None:
+    """Show what a recipe will be trained on: counts, drops, token lengths, decoded examples."""
+    resolved = Recipe.load(recipe, overrides or [])
+    tokenizer, encoder_decoder = read_tokenizer(resolved)
+    try:
+        pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
+    except TooManyDropped as error:
+        # show the counts before the error, which sets the exit status
+        print_report(error.report, error.shapes, None, list_drops, as_json)
+        raise
+    shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
+    print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
+
+
+def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
+    """Return the recipe's tokenizer, and whether its model is an encoder-decoder."""
+    from orpo_lite.model import load_tokenizer
+    from orpo_lite.model.base import read_config
+
+    return load_tokenizer(recipe.model), bool(read_config(recipe.model).is_encoder_decoder)
+
+
+def print_report(
+    report: DropReport,
+    shapes: Shapes,
+    pairs: Pairs | None,
+    list_drops: bool,
+    as_json: bool,
+    shown: list[dict[str, Any]] | None = None,
+) -> None:
+    """Print what was read, as tables or as JSON.
+
+    Args:
+        report, shapes: as in `Pairs`.
+        pairs: None if they cannot be used.
+        list_drops: print every dropped row.
+        as_json: print one JSON document.
+        shown: decoded examples.
+    """
+    splits = {"train": pairs.train, "eval": pairs.eval} if pairs else {}
+    splits = {name: rows for name, rows in splits.items() if rows is not None}
+    if as_json:
+        content = {
+            "sources": shapes,
+            "report": report.as_dict(rows=list_drops),
+            "pairs": {name: len(rows) for name, rows in splits.items()},
+            "lengths": {name: {k: summary(v) for k, v in pair_lengths(rows).items()} for name, rows in splits.items()},
+            "fingerprint": pairs.fingerprint if pairs else None,
+            "examples": shown or [],
+        }
+        print(json.dumps(content, indent=1))
+        return
+    console.print(sources_table(report, shapes), "")
+    if report.counts:
+        console.print(drops_table(report), "")
+    for drop in report.drops if list_drops else ():
+        line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
+        console.print(Text(visible(line).replace("\n", " ")), soft_wrap=True)
+    for line in report.remarks():
+        console.print(Text(visible(line)))
+    if not pairs:
+        return
+    held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
+    cached = " (tokens from the cache)" if report.cached else ""
+    console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
+    console.print(lengths_table(pair_lengths(pairs.train)))
+    if shown:
+        marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")
+        console.print(Text.assemble("\n", *marks, "⏎ line break"))
+    for number, pair in enumerate(shown or [], 1):
+        console.print("", example_text(number, pair), soft_wrap=True)
+
+
+def sources_table(report: DropReport, shapes: Shapes) -> Table:
+    """Return rows read, kept and dropped of each source."""
+    table = Table(box=None)
+    for name in ("source", "for", "shape of its rows"):
+        table.add_column(name, overflow="fold")
+    for name in ("rows", "kept", "dropped"):
+        table.add_column(name, justify="right", no_wrap=True)
+    for label, about in shapes.items():
+        counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
+        table.add_row(Text(visible(label)), about["section"], about["shape"], *counts)
+    if len(shapes) > 1:
+        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, report.rows - report.kept)))
+    return table
+
+
+def drops_table(report: DropReport) -> Table:
+    """Return dropped rows by reason, with the first rows of each."""
+    table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
+    for reason, count in report.dropped.items():
+        rows = [str(drop.row) for drop in report.drops if drop.reason == reason]
+        places = ", ".join(rows[:8]) + ", ..." * (count > 8)
+        table.add_row(reason, f"{count:,}", f"{count / report.rows:.1%}", places)
+    return table
+
+
+def summary(tokens: np.ndarray) -> dict[str, float]:
+    """Return median, 95th percentile, maximum and sum of token counts."""
+    if not len(tokens):
+        return {"median": 0, "p95": 0, "max": 0, "sum": 0}
+    middle, high = (float(value) for value in np.percentile(tokens, [50, 95]))
+    return {"median": middle, "p95": high, "max": int(tokens.max()), "sum": int(tokens.sum())}
+
+
+def lengths_table(counted: dict[str, np.ndarray]) -> Table:
+    """Return a histogram of tokens per pair with median, 95th percentile and maximum, one column for each part."""
+    top = max(int(tokens.max()) for tokens in counted.values())
+    # edges double, since real lengths vary twentyfold
+    edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
+    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
+    table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
+    histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
+    for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        cells = [bar(h[place], h.max(), width) for h in histograms]
+        if any(h[place] for h in histograms):
+            table.add_row(f"{low:,} to {high - 1:,}", *cells)
+    for name in ("median", "p95", "max"):
+        table.add_row(name, *(f"{summary(tokens)[name]:,.0f}" for tokens in counted.values()), style="bold")
+    return table
+
+
+def bar(count: int, largest: int, width: int) -> str:
+    """Return a bar of at most `width` blocks and the count, joined by a space that does not break."""
+    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
+
+
+def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return one pair decoded: the prompt of both sequences, and the labels of each."""
+    if "prompt_ids" in row:
+        prompts, labels = [row["prompt_ids"]] * 2, [row["chosen_ids"], row["rejected_ids"]]
+    else:
+        starts = row["chosen_start"], row["rejected_start"]
+        sequences = row["chosen_ids"], row["rejected_ids"]
+        prompts = [ids[:start] for ids, start in zip(sequences, starts, strict=True)]
+        labels = [ids[start:] for ids, start in zip(sequences, starts, strict=True)]
+    return {
+        "source": row["source"],
+        "row": row["row"],
+        "tokens": {"prompt": len(prompts[0]), "chosen": len(labels[0]), "rejected": len(labels[1])},
+        "prompt": tokenizer.decode(prompts[0]),
+        "prompt_of_rejected": None if prompts[0] == prompts[1] else tokenizer.decode(prompts[1]),
+        "chosen": [tokenizer.decode([token]) for token in labels[0]],
+        "rejected": [tokenizer.decode([token]) for token in labels[1]],
+        "chosen_text": tokenizer.decode(labels[0]),
+        "rejected_text": tokenizer.decode(labels[1]),
+    }
+
+
+def example_text(number: int, pair: dict[str, Any]) -> Group:
+    """Return the pair with a mark before each line: . prompt (no label), + chosen label, - rejected label."""
+    tokens = pair["tokens"]
+    title = (
+        f"example {number}: row {pair['row']} of source {pair['source']}: {tokens['prompt']} prompt, "
+        f"{tokens['chosen']} chosen and {tokens['rejected']} rejected tokens"
+    )
+    parts = [Text(title, style="bold"), marked("prompt   .", pair["prompt"], "dim")]
+    if pair["prompt_of_rejected"] is not None:
+        parts.append(marked("its other end before rejected .", pair["prompt_of_rejected"][-60:], "dim"))
+    parts.append(marked("chosen   +", pair["chosen_text"], "green"))
+    parts.append(marked("rejected -", pair["rejected_text"], "red"))
+    return Group(*parts)
+
+
+def marked(mark: str, text: str, style: str) -> Text:
+    """Return the text with the mark before each line."""
+    lines = visible(text).replace("\n", "⏎\n").split("\n")
+    return Text("\n").join(Text.assemble((f"{mark} ", "bold"), (line, style)) for line in lines)
+
 
 if __name__ == "__main__":
     run_command(command)

@@ -4,15 +4,11 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from orpo_lite.common.errors import RequestError
-
-if TYPE_CHECKING:
-    from rich.table import Table
 
 EMPTY = "empty or missing side"
 EMPTY_PROMPT = "empty prompt"
@@ -81,14 +77,9 @@ class DropReport:
 
     @property
     def drops(self) -> list[Drop]:
-        """Every dropped row, in order."""
-        return list(self.read_drops())
-
-    def read_drops(self) -> Iterator[Drop]:
-        """Yield the dropped rows, in order, from disk: there may be as many as there are rows."""
-        for path, source in self.files:
-            with path.open(encoding="utf-8") as lines:
-                yield from (Drop(source, *json.loads(line)) for line in lines)
+        """Every dropped row, in order, from disk."""
+        files = [(source, path.read_text("utf-8").splitlines()) for path, source in self.files]
+        return [Drop(source, *json.loads(line)) for source, lines in files for line in lines]
 
     @classmethod
     def merge(cls, reports: list[DropReport]) -> DropReport:
@@ -117,7 +108,7 @@ class DropReport:
         if not self.rows:
             raise TooManyDropped(f"{what}: no rows at all", self)
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        first = next(self.read_drops())
+        first = self.drops[0]
         raise TooManyDropped(
             f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}), which is "
             f"{'more than half' if self.kept else 'all of them'}; the first: row {first.row} of {first.source}, "
@@ -137,31 +128,18 @@ class DropReport:
             "notes": self.notes,
             "cached": self.cached,
         }
-        return content | {"drops": [drop._asdict() for drop in self.read_drops()]} if rows else content
+        return content | {"drops": [drop._asdict() for drop in self.drops]} if rows else content
+
+    def remarks(self) -> list[str]:
+        """Return what was cut and what else the user should know, one line each."""
+        cut = {"prompt cut from the left": self.prompt_cut, "completion cut at the end": self.completion_cut}
+        lines = [f"{what} in {pairs:,} pairs" for what, pairs in cut.items() if pairs]
+        return lines + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
-        lines = [f"{self.kept:,} of {self.rows:,} rows kept" + (" (tokens from the cache)" if self.cached else "")]
-        lines += [f"  dropped {count:,}: {reason}" for reason, count in self.dropped.items()]
-        if self.prompt_cut:
-            lines.append(f"  prompt cut from the left in {self.prompt_cut:,} pairs")
-        if self.completion_cut:
-            lines.append(f"  completion cut at the end in {self.completion_cut:,} pairs")
-        return "\n".join(lines + [f"  note: {note}" for note in self.notes])
-
-    def table(self) -> Table:
-        """Return the counts as a rich table, with the first rows of each reason."""
-        from rich.table import Table
-
-        first: dict[str, list[str]] = {reason: [] for reason in self.dropped}
-        for drop in self.read_drops():
-            if len(first[drop.reason]) < 8:
-                first[drop.reason].append(str(drop.row))
-        table = Table("dropped", "rows", "share", "first rows, from 0", box=None)
-        for reason, rows in first.items():
-            count = self.counts[reason]
-            places = ", ".join(rows) + (", ..." if count > len(rows) else "")
-            table.add_row(reason, f"{count:,}", f"{count / self.rows:.1%}", places)
-        return table
+        lines = [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()] + self.remarks()
+        cached = " (tokens from the cache)" if self.cached else ""
+        return "\n  ".join([f"{self.kept:,} of {self.rows:,} rows kept{cached}", *lines])
 
 
 class TooManyDropped(RequestError):

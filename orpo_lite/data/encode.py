@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.dropped_rows import REFUSED, Dropped
+from orpo_lite.data.dropped_rows import REFUSED, WRONG_TYPES, Dropped
 from orpo_lite.model.chat_template import Job, TemplateRefused, render_chat, render_chats
 
 if TYPE_CHECKING:
@@ -127,6 +127,11 @@ def agreed(texts: Sequence[str | TemplateRefused]) -> Texts | Dropped:
         if isinstance(text, TemplateRefused):
             return Dropped(REFUSED, str(text)[:200])
     prompt, chosen, rejected = map(str, texts)
+    try:
+        "".join((prompt, chosen, rejected)).encode()
+    except UnicodeEncodeError as error:  # of a template or a tool call: no tokenizer accepts it
+        half = f"the row holds half a character ({error.object[error.start]!a}), not valid Unicode"
+        return Dropped(WRONG_TYPES, half)
     if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
         prompt = os.path.commonprefix([prompt, chosen, rejected])
     return prompt, chosen, rejected

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import bisect
 import hashlib
 import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
@@ -26,8 +27,22 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 2**31 - 1
-MAX_CHARACTERS = 1000
-"""The most characters of one token: the longest in use are runs of a few hundred spaces."""
+SIDES = ("chosen", "rejected")
+
+NO_TURN_END = (
+    "completion_end is turn, but the template writes no end-of-turn token that the tokenizer knows: completions end with "
+    "EOS, as with trl"
+)
+NO_EOS = "the tokenizer has no EOS token: completions end as the template writes them"
+UNUSED_LIMIT = "max_completion_length is for encoder-decoder models and not used here, as in TRL"
+SEVERAL_TURNS = "have answers of several turns; only the first is trained"
+TOOLS_UNUSED = "have tools, which the chat template does not mention"
+SYSTEM_UNUSED = (
+    "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
+)
+DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
+UNLIKE_TRL = "of label tokens would be prompt under TRL's rule"
+COMMON_OPENING = "no prompt column: the texts' common opening"
 
 
 @dataclass(kw_only=True)
@@ -57,9 +72,8 @@ class TokenizeOptions:
     """Processes; None or 1 works in this one (fast tokenizers use several threads anyway)."""
 
 
-@dataclass
-class Side:
-    """Prompt and one completion as one sequence."""
+class Side(NamedTuple):
+    """Prompt and one completion as one sequence; of encoder-decoders the completion alone."""
 
     ids: Ids
     start: int
@@ -77,6 +91,10 @@ class Chunk:
     """Cuts, tokens and whatever `PairTokenizer.notes` reports."""
     digest: str = ""
     """Hash of the rows as converted, whether kept or not."""
+
+    def drop(self, row: int, why: Dropped) -> None:
+        """Leave a row out."""
+        self.drops.append((row, why.reason, why.detail))
 
 
 class PairTokenizer:
@@ -110,17 +128,19 @@ class PairTokenizer:
     def __call__(self, rows: list[tuple[int, Any]]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
         chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
-        numbered = self._convert(rows, chunk)
-        texts = [self._bounded(readable(triple)) for triple in self.render([pair for _, pair in numbered])]
-        tokens = iter(self.encode([triple for triple in texts if not isinstance(triple, Dropped)]))
-        for (number, pair), triple in zip(numbered, texts, strict=True):
+        texts: list[tuple[int, Pair, Texts]] = []
+        pairs = self._convert(rows, chunk)
+        for (number, pair), triple in zip(pairs, self.render([pair for _, pair in pairs]), strict=True):
             if isinstance(triple, Dropped):
-                chunk.drops.append((number, triple.reason, triple.detail))
-                continue
+                chunk.drop(number, triple)
+            else:
+                texts.append((number, pair, triple))
+        tokens = self.encode([triple for _, _, triple in texts])
+        for (number, pair, triple), ids in zip(texts, tokens, strict=True):
             try:
-                values = self._finish(pair, triple, next(tokens), chunk.counts)
+                values = self._finish(pair, triple, ids, chunk.counts)
             except Dropped as drop:
-                chunk.drops.append((number, drop.reason, drop.detail))
+                chunk.drop(number, drop)
                 continue
             key = hashlib.blake2b(pair.prompt_text.encode(), digest_size=8).digest()
             for name, value in zip(chunk.columns, (*values, number, int.from_bytes(key, signed=True)), strict=True):
@@ -135,17 +155,18 @@ class PairTokenizer:
             try:
                 pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
                                tool_calls="tool_calls" in self.template)  # fmt: skip
-                digest.update(json.dumps(pair, sort_keys=True, default=str).encode())
-            except (Dropped, RecursionError) as error:
-                # no name may keep the error: its traceback holds this frame, and that holds all of the chunk
-                deep = isinstance(error, RecursionError)
-                reason, detail = (WRONG_TYPES, "the row is nested too deeply") if deep else (error.reason, error.detail)
-                chunk.drops.append((number, reason, detail))
-                digest.update(b"-")
-                continue
-            chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
-            chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
-            pairs.append((number, pair))
+                content = json.dumps(pair, sort_keys=True, default=str)
+            except Dropped as drop:
+                chunk.drop(number, drop)
+                content = "-"
+            except RecursionError:
+                chunk.drop(number, Dropped(WRONG_TYPES, "the row is nested too deeply"))
+                content = "-"
+            else:
+                chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
+                chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
+                pairs.append((number, pair))
+            digest.update(content.encode())
         chunk.digest = digest.hexdigest()
         return pairs
 
@@ -163,55 +184,53 @@ class PairTokenizer:
         ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
         return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
 
-    def _bounded(self, texts: Texts | Dropped) -> Texts | Dropped:
-        """Return Dropped for texts that are certainly too long: tokenizing takes a second per megabyte."""
-        limit = self.max_length * MAX_CHARACTERS
-        if isinstance(texts, Dropped) or self.options.overlong != "drop" or self.options.encoder_decoder:
-            return texts
-        for name, text in zip(("the prompt", "chosen", "rejected"), texts, strict=True):
-            if len(text) > limit:
-                reason = PROMPT_TOO_LONG if name == "the prompt" else COMPLETION_TOO_LONG
-                whole = f"{name} has" if name == "the prompt" else f"{name} and its prompt have"
-                return Dropped(reason, f"{whole} {len(text):,} characters, for {self.max_length} tokens")
-        return texts
-
     def _finish(self, pair: Pair, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Any, ...]:
         """Return the columns of one pair.
 
         Raises:
             Dropped: it does not fit, or no completion token is left.
         """
-        if self.options.strict and pair.chat and texts[0] in texts[1:]:
+        options, split = self.options, self.options.encoder_decoder
+        if options.strict and pair.chat and texts[0] in texts[1:]:
             raise Dropped(REFUSED, "the template writes nothing for the answer")
-        finish = self._finish_encoder_decoder if self.options.encoder_decoder else self._finish_decoder
-        return finish(pair, texts, ids, counts)
-
-    # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
-
-    def _finish_decoder(
-        self, pair: Pair, _: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
-    ) -> tuple[Ids, Ids, int, int]:
-        sides, prompt_cut = self._fit_prompt(pair, self.sides(ids))
-        fitted = [self._fit_completion(name, side) for name, side in zip(("chosen", "rejected"), sides, strict=True)]
-        for name, side in zip(("chosen", "rejected"), fitted, strict=True):
-            # the first token of a sequence has no row before it that could predict it
-            if len(side.ids) <= max(side.start, 1):
+        prompt: Ids = []
+        if split:
+            prompt = self._fit_encoder_prompt(ids[0])
+            prompt_cut = len(prompt) < len(ids[0])
+            whole = Side(ids[1], 0), Side(ids[2], 0)
+            fitted = [
+                self._fit_answer(n, s, t[len(texts[0]) :]) for n, s, t in zip(SIDES, whole, texts[1:], strict=True)
+            ]
+        else:
+            whole, prompt_cut = self._fit_prompt(pair, self.sides(ids))
+            fitted = [self._fit_completion(name, side) for name, side in zip(SIDES, whole, strict=True)]
+        for name, side in zip(SIDES, fitted, strict=True):
+            # the first token of a decoder's sequence has no row before it that could predict it
+            if len(side.ids) <= (0 if split else max(side.start, 1)):
                 raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
         chosen, rejected = fitted
-        if self.options.strict and chosen.ids == rejected.ids:
+        if options.strict and chosen.ids == rejected.ids:
             raise Dropped(EQUAL, "chosen and rejected are the same tokens")
+        several = options.completion_end == "turn" and pair.chat and max(len(pair.chosen), len(pair.rejected)) > 1
+        counts["several turns"] += several and not split
         counts["prompt cut"] += prompt_cut
-        counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, sides, strict=True))
-        if self.options.completion_end == "turn" and max(len(pair.chosen), len(pair.rejected)) > 1 and pair.chat:
-            counts["several turns"] += 1
+        counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, whole, strict=True))
         counts["labels"] += len(chosen.ids) - chosen.start + len(rejected.ids) - rejected.start
-        counts["tokens"] += len(chosen.ids) + len(rejected.ids)
-        if not self.chat and self.shape == HH:
-            shared = os.path.commonprefix([chosen.ids[chosen.start :], rejected.ids[rejected.start :]])
-            counts["moved"] += 2 * len(shared)
-        elif self.shape == BARE_STRINGS:
-            counts["moved"] += chosen.start + rejected.start - 2 * (self.bos is not None)
+        counts["tokens"] += len(prompt) + len(chosen.ids) + len(rejected.ids)
+        if split:
+            return prompt, chosen.ids, rejected.ids
+        counts["moved"] += self._moved(chosen, rejected)
         return chosen.ids, rejected.ids, chosen.start, rejected.start
+
+    def _moved(self, chosen: Side, rejected: Side) -> int:
+        """Count the tokens of strings that would be on the other side of the boundary by TRL's rule, or by no rule."""
+        if not self.chat and self.shape == HH:
+            return 2 * len(os.path.commonprefix([chosen.ids[chosen.start :], rejected.ids[rejected.start :]]))
+        if self.shape == BARE_STRINGS:
+            return chosen.start + rejected.start - 2 * (self.bos is not None)
+        return 0
+
+    # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
 
     def sides(self, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
         """Return both sequences with boundary, BOS and end."""
@@ -255,36 +274,24 @@ class PairTokenizer:
         system = next((n for n, turn in enumerate(turns) if turn["role"] != "system"), len(turns))
         # a shortened conversation begins with a user turn: templates refuse others
         starts = [n for n in range(system, len(turns)) if turns[n]["role"] == "user"] or [system]
+        first, *rest = turns[starts[-1] :]
+        content = first.get("content") or ""
 
-        def attempt(prompt: list[Any]) -> tuple[Side, Side] | None:
-            texts = self.render([pair._replace(prompt=prompt)])[0]
+        def attempt(cut: int) -> tuple[Side, Side]:
+            """Return the sides without so many of the oldest turns, then of the characters of the last one."""
+            left = turns[starts[cut] :] if cut < len(starts) else [
+                first | {"content": content[cut + 1 - len(starts) :]}, *rest]  # fmt: skip
+            texts = self.render([pair._replace(prompt=turns[:system] + left)])[0]
             if isinstance(texts, Dropped):
                 raise texts
-            sides = self.sides(self.encode([texts])[0])
-            return sides if max(side.start for side in sides) <= target else None
+            return self.sides(self.encode([texts])[0])
 
-        def shortest(options: int, build: Any) -> tuple[Side, Side] | None:
-            """Return the first of the options, each shorter than the one before, that fits."""
-            low, high, best = 0, options - 1, None
-            while low <= high:
-                middle = (low + high) // 2
-                if fits := attempt(build(middle)):
-                    best, high = fits, middle - 1
-                else:
-                    low = middle + 1
-            return best
-
-        if best := shortest(len(starts), lambda n: turns[:system] + turns[starts[n] :]):
-            return best
-        rest: Any = turns[starts[-1] :]
-        content = rest[0].get("content") or ""
-        # the whole content failed already, and an empty turn is not one
-        best = shortest(
-            len(content) - 1, lambda n: [*turns[:system], rest[0] | {"content": content[n + 1 :]}, *rest[1:]]
-        )
-        if not best:
+        # an empty turn is not an option
+        cuts = range(len(starts) + max(0, len(content) - 1))
+        cut = bisect.bisect_left(cuts, True, key=lambda cut: max(side.start for side in attempt(cut)) <= target)
+        if cut == len(cuts):
             raise Dropped(PROMPT_TOO_LONG, f"{too_long.detail}, and the template fills that without the last turn")
-        return best
+        return attempt(cut)
 
     def _fit_completion(self, name: str, side: Side) -> Side:
         length = min(self.max_length, side.start + self.max_completion)
@@ -297,83 +304,43 @@ class PairTokenizer:
 
     # ---- encoder-decoders: the prompt's ids for the encoder, the completions' as labels, as in TRL --------------------
 
-    def _finish_encoder_decoder(
-        self, _: Pair, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]
-    ) -> tuple[Ids, Ids, Ids]:
-        prompt, *answers = ids
+    def _fit_encoder_prompt(self, prompt: Ids) -> Ids:
         room = self.options.max_prompt_length or (self.options.max_length if self.options.strict else None) or UNLIMITED
-        if len(prompt) > room:
-            if self.options.overlong == "drop":
-                raise Dropped(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, there is room for {room}")
-            opening = int(self.bos is not None and prompt[0] == self.bos)
-            prompt = prompt[:opening] + prompt[len(prompt) - room + opening :]
-            counts["prompt cut"] += 1
+        if len(prompt) <= room:
+            return prompt
+        if self.options.overlong == "drop":
+            raise Dropped(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, there is room for {room}")
+        opening = int(self.bos is not None and prompt[0] == self.bos)
+        return prompt[:opening] + prompt[len(prompt) - room + opening :]
+
+    def _fit_answer(self, name: str, side: Side, text: str) -> Side:
         limit = self.options.max_completion_length or 128
-        fitted = []
-        for name, answer, text in zip(("chosen", "rejected"), answers, texts[1:], strict=True):
-            if len(answer) > limit:
-                if self.options.overlong == "drop":
-                    raise Dropped(COMPLETION_TOO_LONG, f"{name} has {len(answer)} tokens, there is room for {limit}")
-                # the tokenizer's own truncation: it knows which special tokens stay
-                answer = self.tokenizer(text[len(texts[0]) :], truncation=True, max_length=limit)["input_ids"]
-            if not answer:
-                raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
-            fitted.append(answer)
-        counts["completion cut"] += any(len(a) != len(b) for a, b in zip(fitted, answers, strict=True))
-        if self.options.strict and fitted[0] == fitted[1]:
-            raise Dropped(EQUAL, "chosen and rejected are the same tokens")
-        counts["labels"] += len(fitted[0]) + len(fitted[1])
-        counts["tokens"] += len(prompt) + len(fitted[0]) + len(fitted[1])
-        return prompt, fitted[0], fitted[1]
+        if len(side.ids) <= limit:
+            return side
+        if self.options.overlong == "drop":
+            raise Dropped(COMPLETION_TOO_LONG, f"{name} has {len(side.ids)} tokens, there is room for {limit}")
+        # the tokenizer's own truncation: it knows which special tokens stay
+        return Side(self.tokenizer(text, truncation=True, max_length=limit)["input_ids"], 0)  # pyright: ignore
 
     def notes(self, counts: Counter[str]) -> list[str]:
         """Return what the counts of a whole source amount to, one sentence each."""
-        options, notes = self.options, []
-        if options.completion_end == "turn" and self.chat and self.turn_end is None:
-            notes.append(
-                "completion_end is turn, but the template writes no end-of-turn token that the tokenizer knows: "
-                "completions end with EOS, as with trl"
-            )
-        if self.eos is None and not options.encoder_decoder:
-            notes.append("the tokenizer has no EOS token: completions end as the template writes them")
-        if options.max_completion_length and not options.strict and not options.encoder_decoder:
-            notes.append("max_completion_length is for encoder-decoder models and not used here, as in TRL")
-        if counts["several turns"]:
-            notes.append(f"{counts['several turns']} pairs have answers of several turns; only the first is trained")
-        if counts["tools unused"]:
-            notes.append(f"{counts['tools unused']} rows have tools, which the chat template does not mention")
-        if not self.chat and self.shape != HH and options.strict and getattr(self.tokenizer, "chat_template", None):
-            notes.append(WITHOUT_TEMPLATE)
-        if counts["system unused"]:
-            notes.append(
-                f"{counts['system unused']} rows have a system text, which is left out: plain strings have no place for it "
-                "without data.apply_template=true"
-            )
-        if "strftime_now" in self.template and not {"date_string"} & options.template_kwargs.keys():
-            notes.append(
-                "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
-            )
-        if counts["moved"] and self.shape == HH:
-            share = counts["moved"] / counts["labels"]
-            notes.append(
-                f"split at the last 'Assistant:': {share:.1%} of label tokens would be prompt under TRL's rule"
-            )
-        elif counts["moved"]:
-            share = counts["moved"] / counts["tokens"]
-            notes.append(f"no prompt column: the texts' common opening, {share:.1%} of all tokens, became the prompt")
-        return notes
-
-
-def readable(texts: Texts | Dropped) -> Texts | Dropped:
-    """Return the texts, or Dropped where a template added half a character, which no tokenizer accepts."""
-    try:
-        if not isinstance(texts, Dropped):
-            "".join(texts).encode()
-        return texts
-    except UnicodeEncodeError as error:
-        return Dropped(
-            WRONG_TYPES, f"the row holds half a character ({error.object[error.start]!a}), not valid Unicode"
-        )
+        options, moved = self.options, counts["moved"]
+        dated = "strftime_now" in self.template and "date_string" not in options.template_kwargs
+        plain = not self.chat and self.shape != HH and options.strict
+        of_labels, of_tokens = moved / max(1, counts["labels"]), moved / max(1, counts["tokens"])
+        told = {
+            NO_TURN_END: options.completion_end == "turn" and self.chat and self.turn_end is None,
+            NO_EOS: self.eos is None and not options.encoder_decoder,
+            UNUSED_LIMIT: options.max_completion_length and not options.strict and not options.encoder_decoder,
+            f"{counts['several turns']} pairs {SEVERAL_TURNS}": counts["several turns"],
+            f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
+            WITHOUT_TEMPLATE: plain and getattr(self.tokenizer, "chat_template", None),
+            f"{counts['system unused']} rows {SYSTEM_UNUSED}": counts["system unused"],
+            DATED: dated,
+            f"split at the last 'Assistant:': {of_labels:.1%} {UNLIKE_TRL}": moved and self.shape == HH,
+            f"{COMMON_OPENING}, {of_tokens:.1%} of all tokens, became the prompt": moved and self.shape != HH,
+        }
+        return [note for note, holds in told.items() if holds]
 
 
 def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from orpo_lite.common import console as cli
-from orpo_lite.data.preview import command
+from orpo_lite.data.__main__ import command
 from tests import commands
 from tests.data.conftest import write_jsonl
 from tests.data.test_readers import rows

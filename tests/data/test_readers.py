@@ -286,18 +286,14 @@ def test_a_mapped_column_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_a_split_of_a_local_file(tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="a local file has no splits"):
-        read(write_jsonl(tmp_path / "pairs.jsonl", rows(1)), own_split="test")
-    for asked in ("validation", "train[:4]"):
-        with pytest.raises(RequestError, match="data.split is .*a local file has no splits; leave it out"):
-            read(tmp_path / "pairs.jsonl", asked)
-        with pytest.raises(
-            RequestError, match="data.split is .*a folder in which no file's name shows its split has no"
-        ):
-            read(tmp_path, asked)
+    path = write_jsonl(tmp_path / "pairs.jsonl", rows(1))
+    with pytest.raises(RequestError, match="split is 'test', but nothing there names a split; leave it out"):
+        read(path, own_split="test")
     datasets.Dataset.from_list(rows(1)).save_to_disk(str(tmp_path / "saved"))
-    with pytest.raises(RequestError, match="data.split is 'validation', but one table has no splits"):
-        read(tmp_path / "saved", "validation")
+    for asked in ("validation", "train[:4]"):
+        for place in (path, tmp_path, tmp_path / "saved"):
+            with pytest.raises(RequestError, match="data.split is .*, but nothing there names a split; leave it out"):
+                read(place, asked)
     assert read(tmp_path / "pairs.jsonl", own_split="train") == rows(1) == read(tmp_path / "saved")
 
 
