@@ -6,12 +6,12 @@ Each pair of answers is judged in both orders; it is a tie where the verdict cha
 from __future__ import annotations
 
 import hashlib
-import math
 import os
 import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
@@ -318,9 +318,10 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
 
 def sign_test(wins: int, losses: int) -> float:
     """Compute the two-sided p of a split at least as uneven under a fair coin, exactly."""
-    decided = wins + losses
-    ways = sum(math.comb(decided, k) for k in range(min(wins, losses) + 1))
-    return min(1.0, 2 * ways / 2**decided)
+    n = wins + losses
+    # the numbers of ways to choose 0, 1, ... of n, each from the one before it
+    ways = accumulate(range(min(wins, losses)), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(ways) / 2**n)
 
 
 def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import time
 
 import pytest
 
@@ -239,13 +238,12 @@ def test_the_adapter_wins_before_a_judge_that_likes_courtesy(trained, prompts, s
     assert json.loads(capsys.readouterr().out)["judged"]["wins"] == won
 
 
-def test_a_model_on_this_machine_judges(trained, babbling, prompts, capsys):
+def test_a_model_on_this_machine_judges(trained, babbling, prompts, capsys, monkeypatch):
     """It babbles, so there is no verdict: which is counted, and no win of anybody."""
-    start = time.monotonic()
+    monkeypatch.setattr("orpo_lite.evaluate.judge.MAX_TOKENS", 32)
     evaluate.command(str(trained), prompts=prompts, max_new_tokens=8, judge=str(babbling), as_json=True)
     judged = json.loads(capsys.readouterr().out)["judged"]
     assert judged["unparsable"] == 2 * (3 - judged["identical"]) > 0 and judged["wins"] == judged["losses"] == 0
-    assert time.monotonic() - start < 120
 
 
 @pytest.mark.parametrize(

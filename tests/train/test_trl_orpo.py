@@ -12,8 +12,8 @@ from peft import PeftModel
 from transformers import LlamaConfig
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.train import trl_command as trl_orpo
-from orpo_lite.train.trl_command import main, parse, rows_of
+from orpo_lite.train import trl_orpo
+from orpo_lite.train.trl_orpo import main, parse, rows_of
 from tests.docs.blocks import blocks
 from tests.tiny import tiny_model
 from tests.training import SIZES, rows

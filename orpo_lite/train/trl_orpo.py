@@ -1,29 +1,23 @@
 """TRL's examples/scripts/orpo.py by its own flags: `python -m orpo_lite.compat.trl_orpo --model_name_or_path ...`.
 
 The parser is TRL's, over TRL's ScriptArguments and ModelConfig and our ORPOConfig, so `--config FILE` and every flag of
-those work. `accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
+those work; it needs the extra `trl`. `accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from rich.markup import escape
-from trl import (
-    ModelConfig,  # pyright: ignore[reportPrivateImportUsage]
-    ScriptArguments,  # pyright: ignore[reportPrivateImportUsage]
-    TrlParser,  # pyright: ignore[reportPrivateImportUsage]
-    get_peft_config,  # pyright: ignore[reportPrivateImportUsage]
-    get_quantization_config,  # pyright: ignore[reportPrivateImportUsage]
-)
 from yaml import YAMLError
 
-from orpo_lite.common.console import errors
+from orpo_lite.common.console import errors, guard
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.data.file_formats import file_format
@@ -42,37 +36,28 @@ if TYPE_CHECKING:
 BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
-@dataclass
-class ModelArguments(ModelConfig):
-    """TRL's arguments with the dtype left to the device: TRL's float32 would not fit a 7B model on a consumer card."""
+def parser() -> Any:
+    """Return TRL's parser for this command.
 
-    dtype: str | None = field(
-        default=None,
-        metadata={
-            "help": "dtype of the weights, and the compute dtype of 4-bit ones; if unset, chosen by the device.",
-            "choices": ["auto", "bfloat16", "float16", "float32"],
-        },
-    )
+    A flag that may be unset, such as --bf16, needs no value, and --dtype is left to the device: TRL's float32 would not
+    fit a 7B model on a consumer card.
+    """
+    from trl import ModelConfig, ScriptArguments, TrlParser  # pyright: ignore[reportPrivateImportUsage]
 
-
-class Parser(TrlParser):
-    """TRL's parser, without its usage of 150 flags in every error."""
-
-    def error(self, message: str) -> NoReturn:
+    def refuse(message: str) -> NoReturn:  # without a usage of 150 flags
         raise RequestError(f"{message} (--help lists all flags)")
 
-
-def parser() -> Parser:
-    """Return TRL's parser for this command, in which a flag that may be unset, such as --bf16, needs no value."""
-    made = Parser((ScriptArguments, ORPOConfig, ModelArguments), prog="python -m orpo_lite.compat.trl_orpo")  # type: ignore[arg-type]  # dataclasses
+    made: Any = TrlParser((ScriptArguments, ORPOConfig, ModelConfig), prog="python -m orpo_lite.compat.trl_orpo")  # type: ignore[arg-type]  # dataclasses
+    made.error = refuse
+    made.set_defaults(dtype=None)
     for action in made._actions:
         if getattr(action.type, "__name__", "") == "string_to_bool" and action.nargs is None:
             action.nargs, action.const = "?", True
     return made
 
 
-def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArguments]:
-    """Parse the command line into TRL's dataclasses and ours.
+def parse(words: Sequence[str]) -> tuple[Any, ORPOConfig, Any]:
+    """Parse the command line into TRL's ScriptArguments, our ORPOConfig and TRL's ModelConfig.
 
     Raises:
         RequestError: no such flag, a value that does not fit, a config file that cannot be read.
@@ -88,13 +73,16 @@ def parse(words: Sequence[str]) -> tuple[ScriptArguments, ORPOConfig, ModelArgum
     except (ValueError, TypeError, YAMLError) as error:
         broken = "--config: not readable as YAML: " if isinstance(error, YAMLError) else ""
         raise RequestError(broken + " ".join(str(error).split())) from error
-    known = [f.name for kind in (ScriptArguments, ORPOConfig, ModelArguments) for f in fields(kind)]
-    unknown = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
     if rest:
-        lines = [outdated_fields([name], known)[0] if name in RENAMED_FIELDS | REMOVED_FIELDS else f"no flag --{name}{nearest(name, known)}"
-                 for name in unknown] or [f"found {' '.join(rest)} without a flag before it"]  # fmt: skip
-        raise RequestError("; ".join(lines))
-    return tuple(parsed)  # type: ignore[return-value]  # one of each kind
+        known = [field.name for section in parsed for field in fields(section)]
+        names = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
+        outdated = RENAMED_FIELDS | REMOVED_FIELDS
+        lines = [
+            outdated_fields([name], known)[0] if name in outdated else f"no flag --{name}{nearest(name, known)}"
+            for name in names
+        ]
+        raise RequestError("; ".join(lines) or f"found {' '.join(rest)} without a flag before it")
+    return tuple(parsed)
 
 
 def current(word: str) -> str:
@@ -107,7 +95,7 @@ def current(word: str) -> str:
     return f"--{new}{equals}{value}"
 
 
-def rows_of(script: ScriptArguments, split: str) -> Any:
+def rows_of(script: Any, split: str) -> Any:
     """Load one split of the data set: a folder, files, or a data set of the hub; never code, never pickles.
 
     Raises:
@@ -128,12 +116,7 @@ def rows_of(script: ScriptArguments, split: str) -> Any:
             raise RequestError(f"--dataset_name: there is no file or folder {name}")
         if not files:
             return load_hub(DataSource(path=name, name=script.dataset_config), split, streaming)
-    formats = {file_format(file) for file in files}
-    if len(formats) > 1:
-        raise RequestError(
-            f"--dataset_name: {name} holds files of several formats ({', '.join(map(str, sorted(map(str, formats))))}): keep one"
-        )
-    suffix = str(formats.pop())
+    suffix = str(file_format(files[0]))
     more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
     try:
         return datasets.load_dataset(
@@ -144,7 +127,7 @@ def rows_of(script: ScriptArguments, split: str) -> Any:
         raise RequestError(f"{', '.join(files[:3])}: cannot be read: {' '.join(str(why).split())[:300]}") from error
 
 
-def held_out(script: ScriptArguments, args: ORPOConfig) -> Any:
+def held_out(script: Any, args: ORPOConfig) -> Any:
     """Load the held-out split if there are evaluations, as in TRL's script.
 
     Raises:
@@ -164,24 +147,25 @@ def held_out(script: ScriptArguments, args: ORPOConfig) -> Any:
     return rows_of(script, test)
 
 
-def trainer_of(script: ScriptArguments, args: ORPOConfig, model: ModelArguments) -> ORPOTrainer:
+def trainer_of(script: Any, args: ORPOConfig, model: Any) -> ORPOTrainer:
     """Make the trainer as TRL's script does, with the ModelConfig's dtype, attention and quantization applied.
 
     Raises:
         RequestError: flags that do not go together, or a model or data set that cannot be used.
     """
+    from trl import get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
+
     if not model.model_name_or_path:
         raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
     with renaming_field("--model_name_or_path"):
         name = locate(ModelSection(name_or_path=model.model_name_or_path))
-    if (model.load_in_4bit or model.load_in_8bit) and not model.use_peft:
-        raise RequestError(
-            f"--load_in_{'4' if model.load_in_4bit else '8'}bit: quantized weights cannot be trained: add --use_peft, or "
-            "leave it out"
-        )
-    if (model.load_in_4bit or model.load_in_8bit) and (why := bitsandbytes_unavailable()):
-        errors.print(f"--load_in_{'4' if model.load_in_4bit else '8'}bit: {escape(why)}")
-        model.load_in_4bit = model.load_in_8bit = False
+    if model.load_in_4bit or model.load_in_8bit:
+        flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit"
+        if not model.use_peft:
+            raise RequestError(f"{flag}: quantized weights cannot be trained: add --use_peft, or leave it out")
+        if why := bitsandbytes_unavailable():
+            errors.print(f"{flag}: {escape(why)}")
+            model.load_in_4bit = model.load_in_8bit = False
     if model.load_in_4bit and model.dtype in (None, "auto"):
         model.dtype = str(choose_precision("auto", args.device).dtype).removeprefix("torch.")
     given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
@@ -222,5 +206,22 @@ def main(words: Sequence[str]) -> TrlNames:
 def given() -> list[str]:
     """Return the command line without our own --debug; with a value after it, --debug is transformers'."""
     words = sys.argv[1:]
-    own = [place for place, word in enumerate(words) if word == "--debug" and (words[place + 1 :] or ["--"])[0].startswith("--")]  # fmt: skip
-    return [word for place, word in enumerate(words) if place not in own]
+    following = [*words[1:], "--"]
+    return [
+        word for word, then in zip(words, following, strict=False) if word != "--debug" or not then.startswith("--")
+    ]
+
+
+def start(**_: Any) -> None:
+    """Run the command line.
+
+    Raises:
+        RequestError: TRL is not installed.
+    """
+    if importlib.util.find_spec("trl") is None:
+        raise RequestError("TRL's flags are parsed by TRL, which is not installed: pip install 'orpo_lite[trl]'")
+    main(given())
+
+
+if __name__ == "__main__":
+    guard(start)
