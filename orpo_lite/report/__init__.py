@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
+from pydantic_core import to_json
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
@@ -32,29 +31,19 @@ def write_report(folder: RunFolder) -> Path:
     return path
 
 
-def as_json(runs: Sequence[LoadedRun]) -> dict[str, Any]:
+def as_json(runs: Sequence[LoadedRun]) -> str:
     """Return everything that the pages are made from: facts, verdict and state of each run, and where recipes differ."""
     from orpo_lite.report.charts import margins
-    from orpo_lite.report.compare import differences
-    from orpo_lite.report.page import sentence
+    from orpo_lite.report.page import differences, sentence
 
     content = [
-        {"path": str(run.path), "state": run.state, "verdict": sentence(run), "checkpoint": run.checkpoint, "notes": run.notes,
-         "log_lines": len(run.metrics), "last": run.metrics[-1] if run.metrics else None, "facts": run.record.model_dump(),
-         "recipe": run.recipe.model_dump(exclude_unset=True),
-         "margins": {when: margins(run, when) for when in ("before", "after")}}
+        {"path": run.path, "state": run.state, "verdict": sentence(run), "checkpoint": run.checkpoint, "notes": run.notes,
+         "log_lines": len(run.metrics), "last": run.metrics[-1] if run.metrics else None, "facts": run.record,
+         "recipe": run.recipe, "margins": {when: margins(run, when) for when in ("before", "after")}}
         for run in runs
     ]  # fmt: skip
-    return finite({"runs": content, "differences": differences(runs)})
-
-
-def finite(value: Any) -> Any:
-    """Return the value with None for numbers that JSON has no word for."""
-    if isinstance(value, dict):
-        return {key: finite(inner) for key, inner in value.items()}
-    if isinstance(value, list):
-        return [finite(inner) for inner in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+    # JSON has no word for NaN and the infinities
+    return to_json({"runs": content, "differences": differences(runs)}, indent=1, inf_nan_mode="null").decode()
 
 
 def command(
@@ -68,12 +57,11 @@ def command(
     json_too: Annotated[bool, typer.Option("--json", help="print the facts as JSON; no page is written")] = False,
 ) -> None:
     """Write a run's report.html, or the comparison of several runs."""
-    from orpo_lite.report.compare import compare_page
-    from orpo_lite.report.page import run_page
+    from orpo_lite.report.page import compare_page, run_page
 
     loaded = [read_run(run) for run in runs]
     if json_too:
-        print(json.dumps(as_json(loaded), indent=1, allow_nan=False))
+        print(as_json(loaded))
         return
     assert loaded[0].path is not None
     path = output or loaded[0].path / ("report.html" if len(loaded) == 1 else "compare.html")

@@ -8,6 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+import numpy as np
+
 from orpo_lite.evaluate.held_out import wilson_interval
 from orpo_lite.report.drawing import (
     BLUE,
@@ -15,12 +17,11 @@ from orpo_lite.report.drawing import (
     ORANGE,
     PURPLE,
     RED,
-    TINY,
     Chart,
     Line,
     Point,
+    is_finite,
     is_level,
-    is_number,
     round_step,
     running_mean,
     save_png,
@@ -33,7 +34,7 @@ if TYPE_CHECKING:
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
 BUDGET, MOST, LEAST = 12_000, 1000, 100
-"""Points of all lines on a page, and the most and the least of one line."""
+"""Points of all lines on a page; the most of one line on the model card, and the least of one on a page."""
 
 
 @dataclass(frozen=True)
@@ -92,10 +93,9 @@ def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str
     panels = [one for panel in PANELS for one in (split(panel) if several else [panel])]
     # of several runs only the mean is drawn, see `training_lines`; held-out lines are short
     lines = sum(len(panel.metrics) for panel in panels) * len(runs) * (1 if several else 2)
-    most = max(LEAST, min(MOST, BUDGET // lines))
+    most = max(LEAST, BUDGET // lines)
     charts = [chart for panel in panels if (chart := draw(panel, runs, most)).drawable]
-    keys = [of + metric.key for panel in PANELS for metric in panel.metrics for of in ("", "eval_")]
-    longest = max(sum(line.get(key) is not None for line in run.metrics) for _, run in runs for key in keys)
+    longest = max(len(run.metrics) for _, run in runs)
     if longest <= most:
         return charts, []
     return charts, [
@@ -141,8 +141,8 @@ def draw(panel: Panel, runs: Sequence[tuple[str, LoadedRun]], most: int) -> Char
                 metric = replace(metric, color=place, dashed=bool(place % 2))
             add_lines(chart, run, metric, name, most, alone=len(panel.metrics) == len(runs) == 1)
     baseline = runs[0][1].last_evaluation.get("length_baseline")
-    if panel.key == "accuracy" and len(runs) == 1 and is_number(baseline) and chart.lines:
-        chart.across = (float(baseline), "always the longer answer")
+    if panel.key == "accuracy" and len(runs) == 1 and is_finite(baseline) and chart.lines:
+        chart.across = (baseline, "always the longer answer")
     return chart
 
 
@@ -175,10 +175,10 @@ def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, most: int
 def training_lines(points: list[Point], metric: Metric, name: str, most: int) -> list[Line]:
     """Return the line of a metric; where it is long, its running mean, and the line itself behind it."""
     look = "dashed" if metric.dashed else "solid"
-    if len(points) < SMOOTHED or not metric.smoothed:
-        return [Line(f"{name}: training" if name else metric.label, thinned(points, most), metric.color, look)]
-    width = len(points) // 25
     label = f"{name}: training" if name else metric.label
+    if len(points) < SMOOTHED or not metric.smoothed:
+        return [Line(label, thinned(points, most), metric.color, look)]
+    width = len(points) // 25
     mean = Line(f"{label}, mean of {width:,}", thinned(running_mean(points, width), most), metric.color, look)
     if name:  # of several runs the means alone, to be told apart
         return [mean]
@@ -188,7 +188,7 @@ def training_lines(points: list[Point], metric: Metric, name: str, most: int) ->
 def values(run: LoadedRun, metric: Metric, of: str = "") -> list[Point]:
     """Return step and value of a metric at each log line that has it; values that are not finite stay, as gaps."""
     key, scale = of + metric.key, metric.scale(run)
-    return [(float(line["step"]), float(line[key]) * scale) for line in run.metrics if line.get(key) is not None]
+    return [(line["step"], line[key] * scale) for line in run.metrics if key in line]
 
 
 # ---- distributions -------------------------------------------------------------------------------------------------------
@@ -200,14 +200,12 @@ def margins(run: LoadedRun, when: Literal["before", "after"], scale: float | Non
     Args:
         scale: of the log-probs; default: the run's beta.
     """
-    kept: dict[Any, list[Any]] = getattr(run.pairs, when)
+    kept = run.pairs.before if when == "before" else run.pairs.after
     chosen, rejected = kept.get("logps/chosen", []), kept.get("logps/rejected", [])
     if len(chosen) != len(rejected):
         return []
     scale = run.beta if scale is None else scale
-    return [
-        scale * (a - b) if is_number(a) and is_number(b) else math.nan for a, b in zip(chosen, rejected, strict=True)
-    ]
+    return [scale * (a - b) for a, b in zip(chosen, rejected, strict=True)]
 
 
 def margin_chart(groups: dict[str, list[float]], x: str = "reward margin") -> Chart | None:
@@ -221,28 +219,27 @@ def margin_chart(groups: dict[str, list[float]], x: str = "reward margin") -> Ch
                   stairs=True, limits=(0.0, None), upright=(0.0, "0"))  # fmt: skip
     for place, (name, some) in enumerate(counts.items()):
         last = place == len(counts) - 1
-        points = [*zip(edges, map(float, some), strict=False), (edges[-1], 0.0)]
+        points = list(zip(edges, [*some, 0.0], strict=True))
         chart.lines.append(Line(name, points, colors[place], "solid" if last else "dashed", fill=last))
         if gone := sum(not math.isfinite(value) for value in groups[name]):
             chart.notes.append(f"{gone:,} margins {name} are not finite and left out")
     return chart
 
 
-def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[int]]]:
+def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[float]]]:
     """Return edges at multiples of a round width, one at 0 if it lies inside, and counts of each group's finite values."""
     finite = {name: [v for v in some if math.isfinite(v)] for name, some in groups.items()}
     everything = [v for some in finite.values() for v in some]
     low, high = min(everything), max(everything)
     if is_level(low, high):
-        half = (abs(low) if abs(low) > TINY else 1) / 2
+        half = (abs(low) or 1) / 2
         low, high = low - half, high + half
     width = round_step((high - low) / bins, (1, 2, 5, 10))
-    first, last = math.floor(low / width), math.floor(high / width) + 1
-    counts = {name: [0] * (last - first) for name in finite}
-    for name, some in finite.items():
-        for value in some:
-            counts[name][min(last - first - 1, math.floor(value / width) - first)] += 1
-    return [i * width for i in range(first, last + 1)], counts
+    edges = [i * width for i in range(math.floor(low / width), math.floor(high / width) + 2)]
+    return edges, {
+        name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()
+        for name, some in finite.items()
+    }
 
 
 def changed_sides(run: LoadedRun) -> str:
@@ -264,9 +261,9 @@ def length_chart(lengths: Mapping[Any, Histogram], key: str, title: str) -> Char
     chart = Chart(key, title, [], x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
     for name, color in (("prompt", PURPLE), ("chosen", GREEN), ("rejected", RED)):
         one = lengths.get(name)
-        if one is None or one.width is None or not one.counts or None in one.counts:
+        if one is None or one.width is None or not one.counts:
             continue
-        points = [(i * float(one.width), float(count or 0)) for i, count in enumerate([*one.counts, 0])]
+        points = [(float(i * one.width), float(count)) for i, count in enumerate([*one.counts, 0])]
         known = one.median is not None and one.max is not None
         label = f"{name} (median {one.median:g}, longest {one.max:,})" if known else name
         chart.lines.append(Line(label, points, color, "dashed" if name == "rejected" else "solid"))

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
+from orpo_lite.common.markdown import number
+
 Point = tuple[float, float]
 
-LARGEST = 1e40
-"""No float32 reaches it, and sums, products and ranges of numbers up to it are finite."""
-TINY = 1e-100
-"""Values nearer to 0 are drawn as 0: their steps and widths would be too small for a float."""
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
 COLORS = (
     ("#0b68cb", "#6cb4ff"),
@@ -33,9 +31,9 @@ TABLE_ROWS = 12
 """Rows of the table under a chart."""
 
 
-def is_number(value: Any) -> TypeGuard[float]:
-    """Tell whether a value can be drawn."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and -LARGEST <= value <= LARGEST
+def is_finite(value: float | None) -> TypeGuard[float]:
+    """Tell whether a value is known, and neither NaN nor infinite."""
+    return value is not None and math.isfinite(value)
 
 
 @dataclass
@@ -50,6 +48,7 @@ class Line:
     """Lowest and highest at each point: an interval."""
     fill: bool = False
 
+    @cached_property
     def finite(self) -> list[Point]:
         return [(x, y) for x, y in self.points if math.isfinite(y)]
 
@@ -77,12 +76,12 @@ class Chart:
 
     @property
     def drawable(self) -> bool:
-        return any(line.finite() for line in self.lines)
+        return any(line.finite for line in self.lines)
 
     @property
     def domain(self) -> tuple[float, float, float, float]:
         """Ends of the x and the y axis, with some air."""
-        points = [p for line in self.lines for p in line.finite()]
+        points = [p for line in self.lines for p in line.finite]
         xs = [x for x, _ in points]
         ys = [y for _, y in points]
         ys += [y for line in self.lines for pair in line.band or () for y in pair if math.isfinite(y)]
@@ -93,23 +92,16 @@ class Chart:
             low, high = low - max(0.5, abs(low) * 1e-3), high + max(0.5, abs(low) * 1e-3)
         elif not self.stairs:  # room for half a mark
             low, high = low - (high - low) * 0.015, high + (high - low) * 0.015
-        return low, high, *spread(min(ys), max(ys), self.limits)
-
-
-def spread(low: float, high: float, limits: tuple[float | None, float | None]) -> Point:
-    """Widen a range by some air at each end for which no limit is given."""
-    floor, top = limits
-    low = low if floor is None else min(low, floor)
-    high = high if top is None else max(high, top)
-    air = abs(high) * 0.1 if abs(high) > TINY else 1.0
-    if not is_level(low, high):
-        air = (high - low) * 0.06
-    return (low - air if floor is None else low), (high + air if top is None else high)
+        floor, top = self.limits
+        bottom = min(ys) if floor is None else min(*ys, floor)
+        peak = max(ys) if top is None else max(*ys, top)
+        air = (abs(peak) * 0.1 or 1.0) if is_level(bottom, peak) else (peak - bottom) * 0.06
+        return low, high, (bottom - air if floor is None else bottom), (peak + air if top is None else peak)
 
 
 def is_level(low: float, high: float) -> bool:
     """Tell whether two values are too close for an axis from one to the other."""
-    return high - low <= 1e-9 * max(abs(low), abs(high)) + TINY
+    return high - low <= 1e-9 * max(abs(low), abs(high))
 
 
 def round_step(raw: float, factors: tuple[float, ...] = (1, 2, 2.5, 5, 10)) -> float:
@@ -151,7 +143,7 @@ def running_mean(points: list[Point], width: int) -> list[Point]:
 def written(value: float, form: str = "g") -> str:
     """Write a value as it stands on axes and beside lines."""
     if not math.isfinite(value):
-        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+        return number(value)
     if form == "%":
         return f"{value:.1%}".replace(".0%", "%")
     if form == "count" or value == int(value) and abs(value) < 1e6:
@@ -192,14 +184,12 @@ def short(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
-@dataclass
 class Drawing:
     """A chart in the units of its SVG: 1000 by 1000, from the top left corner."""
 
-    chart: Chart
-
-    def __post_init__(self) -> None:
-        self.x0, self.x1, self.y0, self.y1 = self.chart.domain
+    def __init__(self, chart: Chart):
+        self.chart = chart
+        self.x0, self.x1, self.y0, self.y1 = chart.domain
 
     def across(self, x: float) -> float:
         return (x - self.x0) / (self.x1 - self.x0) * 1000
@@ -253,8 +243,8 @@ class Drawing:
 
     def dots(self, line: Line) -> str:
         """Return a dot for each point of a held-out or a short line, else an empty path."""
-        if line.look == "marks" or len(line.finite()) <= DOTTED and not self.chart.stairs:
-            return "".join(f"M{self.place(point)}h0" for point in line.finite())
+        if line.look == "marks" or len(line.finite) <= DOTTED and not self.chart.stairs:
+            return "".join(f"M{self.place(point)}h0" for point in line.finite)
         return ""
 
     def band(self, line: Line) -> str:
@@ -267,39 +257,29 @@ class Drawing:
         """Return the value beside a line while none is read."""
         if self.chart.stairs:
             return ""
-        finite = line.finite()
-        return written(finite[-1][1] if finite else math.nan, self.chart.form)
+        return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
 
     @property
     def summary(self) -> str:
         """The chart in words, for screen readers."""
-        sentences = [self._counted(line) if self.chart.stairs else self._ranged(line) for line in self.chart.lines]
-        return f"{self.chart.title} by {self.chart.x}. {'; '.join(filter(None, sentences))}."
+        sentences = [self._in_words(line) for line in self.chart.lines if line.finite]
+        return f"{self.chart.title} by {self.chart.x}. {'; '.join(sentences)}."
 
-    def _counted(self, line: Line) -> str:
-        total = sum(y for _, y in line.finite())
-        fullest = max(range(len(line.points) - 1), key=lambda i: line.points[i][1])
-        ends = [written(line.points[i][0]) for i in (0, -1, fullest, fullest + 1)]
-        return "{}: {:,.0f} pairs, from {} to {}, most from {} to {}".format(line.label, total, *ends)
-
-    def _ranged(self, line: Line) -> str:
-        if not (finite := line.finite()):
-            return ""
-        (x0, y0), (x1, y1), ys = finite[0], finite[-1], [y for _, y in finite]
+    def _in_words(self, line: Line) -> str:
+        (x0, y0), (x1, y1), ys = line.finite[0], line.finite[-1], [y for _, y in line.finite]
+        if self.chart.stairs:
+            return f"{line.label}: {sum(ys):,.0f} pairs, from {written(x0)} to {written(x1)}"
         first, last, low, high = (written(y, self.chart.form) for y in (y0, y1, min(ys), max(ys)))
         return f"{line.label} from {first} at {x0:g} to {last} at {x1:g}, lowest {low}, highest {high}"
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
         lines = [line for line in self.chart.lines if line.look != "faint"] or self.chart.lines
-        xs = sorted({x for line in lines for x, _ in line.points})
-        if self.chart.stairs:
-            xs = xs[:-1]  # the end of the last bin
-        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
-        if self.chart.stairs and len(xs) > TABLE_ROWS:  # counts of some bins alone would mislead
-            filled = [x for x in xs if any(y for line in lines for at, y in line.points if at == x)]
-            shown = filled if len(filled) <= 60 else shown
         values = [dict(line.points) for line in lines]
+        xs = sorted(set().union(*values))
+        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
+        if self.chart.stairs:  # all bins, as counts of some alone would mislead
+            shown = [x for x in xs if any(one.get(x) for one in values)]
         rows = [[written(x), *(written(one[x], self.chart.form) if x in one else "" for one in values)] for x in shown]
         some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
         return [self.chart.x, *(line.label for line in lines)], rows, some
@@ -348,33 +328,27 @@ def draw_axes(axes: Any, chart: Chart) -> None:
         axes.set(xticks=[], yticks=[])
         return
     x0, x1, y0, y1 = chart.domain
-    write: Callable[[float, Any], str] = lambda value, _: written(value, chart.form)  # noqa: E731
     axes.set(xlim=(x0, x1), ylim=(y0, y1), xticks=ticks(x0, x1, X_TICKS), yticks=ticks(y0, y1, Y_TICKS))
     axes.xaxis.set_major_formatter(lambda value, _: written(value))
-    axes.yaxis.set_major_formatter(write)
+    axes.yaxis.set_major_formatter(lambda value, _: written(value, chart.form))
     if chart.across:
         axes.axhline(chart.across[0], color=GRAY, linewidth=1.2, linestyle=":", label=chart.across[1])
+
+
+LOOKS: dict[str, dict[str, Any]] = {
+    "solid": {"linewidth": 1.8},
+    "dashed": {"linewidth": 1.8, "linestyle": (0, (4, 2))},
+    "faint": {"linewidth": 1, "alpha": 0.3},
+    "marks": {"linewidth": 1.2, "linestyle": (0, (1, 2)), "marker": "s", "markersize": 6, "markeredgecolor": "white"},
+}  # fmt: skip
+"""matplotlib's arguments for `Line.look`."""
 
 
 def draw_line(axes: Any, line: Line) -> None:
     """Draw one line of a chart, and its intervals."""
     color = COLORS[line.color % len(COLORS)][0]
-    looks: dict[str, dict[str, Any]] = {
-        "solid": {"linewidth": 1.8},
-        "dashed": {"linewidth": 1.8, "linestyle": (0, (4, 2))},
-        "faint": {"linewidth": 1, "alpha": 0.3},
-        "marks": {
-            "linewidth": 1.2,
-            "linestyle": (0, (1, 2)),
-            "marker": "s",
-            "markersize": 6,
-            "markeredgecolor": "white",
-        },
-    }
-    look = looks[line.look]
-    if len(line.finite()) <= DOTTED:
-        look = {"marker": "o", "markersize": 3.5} | look
-    axes.plot(*zip(*line.points, strict=True), color=color, label=line.label, **look)
+    dots = {"marker": "o", "markersize": 3.5} if len(line.finite) <= DOTTED else {}
+    axes.plot(*zip(*line.points, strict=True), color=color, label=line.label, **(dots | LOOKS[line.look]))
     if line.band:
         bars = [(x, *ends) for (x, _), ends in zip(line.points, line.band, strict=True) if math.isfinite(ends[0])]
         axes.vlines(*zip(*bars, strict=True), color=color, linewidth=1.2, alpha=0.6)

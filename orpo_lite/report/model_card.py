@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import importlib.metadata
 import json
-import math
+import logging
 import platform
 import shlex
 from collections.abc import Sequence
 from functools import cache
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+import numpy as np
 import yaml
-from huggingface_hub import EvalResult, ModelCardData
+from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub.errors import EntryNotFoundError, HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from rich.markup import escape
 
 from orpo_lite.common.console import console
@@ -24,39 +27,33 @@ from orpo_lite.common.memory import held_by
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.loading import BUILTIN
+from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
-from orpo_lite.report.page import gigabytes, verdict
-from orpo_lite.report.provenance import find_license, hub_id, public_name, published_recipe, without_paths
+from orpo_lite.report.drawing import is_finite
+from orpo_lite.report.page import gigabytes, is_encoder_decoder, read_json, verdict
 from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trainer import ORPOTrainer
 
+logger = logging.getLogger(__name__)
+
 Kind = Literal["adapter", "merged", "gguf"]
 
 SAMPLE_CHARACTERS = 1500
 NOT_OF_THE_WEIGHTS = (
-    "output_dir",
-    "logging_",
-    "save_",
-    "eval_",
-    "report_to",
-    "hub_",
-    "push_",
-    "run_name",
-    "per_device_eval",
-)
-"""Beginnings of training fields that do not shape the weights; recipe.yaml has them all."""
+    "output_dir", "logging_", "save_", "eval_", "report_to", "hub_", "push_", "run_name", "per_device_eval", "seed",
+)  # fmt: skip
+"""Beginnings of training fields that do not shape the weights, or have a row of their own; recipe.yaml has them all."""
 METRICS = {
-    "rewards/accuracies": ("accuracy", "Reward accuracy"),
-    "rewards/margins": ("reward_margin", "Reward margin"),
-    "log_odds_chosen": ("log_odds_ratio", "Log-odds ratio"),
-    "nll_loss": ("nll", "NLL per token"),
-    "loss": ("loss", "ORPO loss"),
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward_margin",
+    "log_odds_chosen": "log_odds_ratio",
+    "nll_loss": "nll",
+    "loss": "loss",
 }
-"""Evaluation's name -> type and name in the model index."""
+"""Evaluation's name of a metric -> its type in the model index."""
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 BITS = {"nf4": 4, "fp4": 4, "int8": 8}
@@ -114,33 +111,31 @@ def model_card(
 
 
 def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[str], base: str | None) -> str:
+    """Return the card of a finished run."""
     recipe, record = folder.recipe(), read_run(folder).record
-    trained_on, facts = recipe.model.name_or_path, record.base_model
-    if "hub_id" not in facts.model_fields_set:  # as in the run.json of early versions
-        facts.hub_id = hub_id(trained_on)
-    facts.quantization = facts.quantization or recipe.model.quantization
+    facts = record.base_model
     if kind == "adapter" and recipe.adapter is None:
         kind = "merged"
     hub, license, revision = facts.hub_id, facts.license, facts.commit or facts.revision
     if base is not None:
         hub, license, revision = hub_id(base), find_license(base), None
-    shown, name = public_name(base or trained_on, hub is not None), record.name or folder.path.resolve().name
+    shown = public_name(base or recipe.model.name_or_path, hub is not None)
+    name = record.name or folder.path.resolve().name
     tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if BITS.get(facts.quantization) == 4 else [])
+    sources = record.data.sources.values()
     meta = front_matter(
         kind, base=hub, license=license, tags=tags, name=repo.rpartition("/")[2] if repo else name,
-        datasets=sorted({one.path for one in record.data.sources.values() if one.section == "train" and one.path and not one.files}),
+        datasets=sorted({one.path for one in sources if one.section == "train" and one.path and not one.files}),
         results=eval_results(record, recipe, kind),
     )  # fmt: skip
-    shapes = {FAMILY.get(one.shape or "") for one in record.data.sources.values()}
+    shapes = {FAMILY.get(one.shape or "") for one in sources}
     it = usage_facts(folder.path, repo, name, shown, revision, recipe, facts.quantization, facts.dtype or "auto")
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
-    truncated = [f"{side} cut in {pairs:,} pairs" for side, pairs in record.data.drops.truncated.items() if pairs]
     return render(
         meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=facts.quantization,
         record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
-        remarks=[*truncated, *(without_paths(note, recipe, record) for note in record.data.drops.notes)],
         hyperparameters=hyperparameters(recipe, record), recipe_yaml=published_recipe(recipe, record).rstrip(),
     )  # fmt: skip
 
@@ -192,15 +187,17 @@ def write_trainer_card(
         datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
     )  # fmt: skip
     logged = {key: value for log in trainer.state.log_history for key, value in log.items()}
-    last = ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins")
     training = {
         "steps": trainer.state.global_step,
         "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
         "beta": f"{trainer.beta:g}",
         "learning rate": f"{args.learning_rate:g}",
-    } | {key: f"{logged[key]:.4f}" for key in last if key in logged}
+    }
+    for key in ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
+        if key in logged:
+            training[key] = f"{logged[key]:.4f}"
     packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
-    versions = {"python": platform.python_version()} | {package: version(package) for package in packages}
+    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     shown = public_name(named, hub is not None) if named else "a model of its own"
     tables = [("training", training), ("version", versions)]
     text = render(meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, tables=tables)
@@ -301,8 +298,8 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
     names = ", ".join(public_name(str(source.path), not source.files) for source in sources)
     measured = "" if kind == "adapter" or recipe.adapter is None else ", adapter on its base before merging"
     results = []
-    for key, (metric, title) in METRICS.items():
-        if not finite(after.get(key)):
+    for key, metric in METRICS.items():
+        if not is_finite(after.get(key)):
             continue
         more = {"before_training": before.get(key), "interval_95": after.get(f"{key}_interval")}
         if key == "rewards/accuracies":
@@ -315,17 +312,14 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
                 dataset_name=f"{after.get('pairs')} held-out pairs of {names}",
                 dataset_args={"pairs": after.get("pairs"), "fingerprint": record.data.fingerprint},
                 metric_type=metric,
-                metric_name=f"{title}{measured}",
+                metric_name=f"{ROWS[key][0].upper()}{ROWS[key][1:]}{measured}",
                 metric_value=after.get(key),
-                metric_args={name: value for name, value in more.items() if finite(value)},
+                metric_args={
+                    name: value for name, value in more.items() if value is not None and np.isfinite(value).all()
+                },
             )
         )
     return results
-
-
-def finite(value: Any) -> bool:
-    """Tell whether a number, or all of a list, can stand in the model index."""
-    return all(map(finite, value)) if isinstance(value, list) else value is not None and math.isfinite(value)
 
 
 # ---- facts for the sections ----------------------------------------------------------------------------------------------
@@ -345,9 +339,7 @@ def hyperparameters(recipe: Recipe, record: RunRecord) -> list[tuple[str, Any]]:
     rows |= {f"orpo.{k}": v for k, v in given["orpo"].items() if k != "layout"}
     for key in ("max_length", "max_prompt_length", "max_completion_length", "overlong", "completion_end"):
         rows[f"data.{key}"] = given["data"][key]
-    rows |= {
-        f"training.{k}": v for k, v in given["training"].items() if not k.startswith(NOT_OF_THE_WEIGHTS) and k != "seed"
-    }
+    rows |= {f"training.{k}": v for k, v in given["training"].items() if not k.startswith(NOT_OF_THE_WEIGHTS)}
     return [(key, value) for key, value in rows.items() if value not in (None, {}, [], "")]
 
 
@@ -363,21 +355,17 @@ def usage_facts(
     """
     from orpo_lite.common.vllm import vllm_problems, vllm_rank
 
-    adapter, config = read_json(folder / "adapter_config.json"), read_json(folder / "config.json")
+    adapter = read_json(folder / "adapter_config.json")
     problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)] if adapter else []
     # a name that every command takes: Ollama wants lower case
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lower()
-    where, seq2seq = (
-        repo or folder.resolve().name,
-        adapter.get("task_type") == "SEQ_2_SEQ_LM" or config.get("is_encoder_decoder"),
-    )
-    template = (
-        read_json(folder / "tokenizer_config.json").get("chat_template") or (folder / "chat_template.jinja").is_file()
-    )
+    where, seq2seq = repo or folder.resolve().name, is_encoder_decoder(folder)
+    template = read_json(folder / "tokenizer_config.json").get("chat_template")
     kwargs = recipe.data.template_kwargs if recipe else {}
     return {
         "where": where, "name": plain, "folder": plain if "/" in where else where, "base": base, "revision": revision,
-        "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq, "chat": bool(template),
+        "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq,
+        "chat": bool(template) or (folder / "chat_template.jinja").is_file(),
         "auto": "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
         "new_tokens": bool(adapter.get("trainable_token_indices")), "quantization": quantization,
@@ -388,6 +376,74 @@ def usage_facts(
     }  # fmt: skip
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content; empty where there is none."""
-    return json.loads(path.read_text("utf-8")) if path.is_file() else {}
+# ---- what may be published -----------------------------------------------------------------------------------------------
+
+
+def hub_id(name: str) -> str | None:
+    """Return the name if it can only be a repository on the hub, else None (a local folder, builtin:...)."""
+    if looks_local(name) or Path(name).is_dir():
+        return None
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return None
+    return name
+
+
+def public_name(name: str, on_hub: bool) -> str:
+    """Return a base or data set as others may see it: a hub id or builtin name as it is, a local path by its last part."""
+    return name if on_hub or name.startswith(BUILTIN) else last_part(name)
+
+
+def last_part(path: str) -> str:
+    """Return the name of the file or folder, of `.` and `..` too."""
+    path = path.replace("\\", "/")
+    return path.rstrip("/").rpartition("/")[2] if path.strip("./") else Path(path or ".").resolve().name
+
+
+def find_license(base: str, revision: str | None = None) -> dict[str, str] | None:
+    """Read which license a base model states: {"id", "name", "link", "source"}, or None where it states none.
+
+    It is read from the front matter of its README.md, in its folder or in its repository on the hub (through the cache; a
+    hub that cannot be reached is no error), and never guessed.
+
+    Args:
+        base: hub id, folder, or builtin:...
+        revision: commit of a hub id.
+    """
+    if base.startswith(BUILTIN):
+        stated = importlib.metadata.metadata("orpo-lite")["License-Expression"]
+        return {"id": stated.lower(), "source": "orpo-lite, which ships it"} if stated else None
+    try:
+        readme = Path(base).expanduser() / "README.md"
+        data = metadata_load(readme if hub_id(base) is None else hf_hub_download(base, "README.md", revision=revision))
+    except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError) as error:
+        logger.debug("license of %s: %s", base, error)
+        return None
+    data = data or {}
+    stated = data.get("license")
+    if isinstance(stated, list) and len(stated) == 1:
+        stated = stated[0]
+    if not stated or not isinstance(stated, str):
+        return None
+    more = {key: str(data[f"license_{key}"]) for key in ("name", "link") if data.get(f"license_{key}")}
+    return {"id": stated, "source": "README.md"} | more
+
+
+def published_recipe(recipe: Recipe, record: RunRecord) -> str:
+    """Return the recipe as YAML that loads, local paths cut to their last part; the output folder left out."""
+    content = recipe.model_dump(mode="json")
+    model, data, training = content["model"], content["data"], content["training"]
+    model["name_or_path"] = public_name(model["name_or_path"], record.base_model.hub_id is not None)
+    for section, key in ((model, "gguf_file"), (model, "chat_template"), (content["adapter"] or {}, "init_from")):
+        if section.get(key):
+            section[key] = public_name(section[key], hub_id(section[key]) is not None)
+    local = {source.path for source in record.data.sources.values() if source.files}
+    for source in [*data["train"], *(data["eval"] or [])]:
+        if source["path"] in local:
+            source["path"] = public_name(source["path"], on_hub=False)
+    training.pop("output_dir", None)
+    for key, value in training.items():
+        if isinstance(value, str) and looks_local(value):
+            training[key] = last_part(value)
+    return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

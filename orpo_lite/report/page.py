@@ -1,4 +1,4 @@
-"""report.html of one run: what its parts say, rendered by run.html.jinja."""
+"""report.html of one run, and compare.html of several over one another: what their parts say, for the templates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import hashlib
 import json
 import math
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,10 @@ import jinja2
 from markupsafe import Markup
 
 from orpo_lite.common.memory import held_by
+from orpo_lite.common.text import format_gb
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
-from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_number, script_data, written
+from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.report.run_record import LoadedRun, RunRecord, Sample
 
 LONGEST = 4000
@@ -37,18 +38,14 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
-        "drawing": Drawing, "script_data": script_data, "colors": COLORS, "script": Markup(script),  # noqa: S704  # our own file
-        "is_number": is_number, "arrow": arrow, "held_by": held_by, "metrics": ROWS, "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
+        "drawing": Drawing, "script_data": script_data, "colors": COLORS,
+        "is_finite": is_finite, "arrow": arrow, "held_by": held_by, "metrics": ROWS,
+        "script": Markup(script),  # noqa: S704  # our own file
+        "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
         "style": Markup((Path(__file__).parent / "page.css").read_text("utf-8").strip()),  # noqa: S704  # our own file
     }  # fmt: skip
-    made.filters |= {
-        "cut": cut,
-        "count": count,
-        "gigabytes": gigabytes,
-        "duration": duration,
-        "metric": metric,
-        "written": written,
-    }
+    for show in (cut, count, gigabytes, duration, metric, written):
+        made.filters[show.__name__] = show
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return made
 
@@ -86,12 +83,12 @@ def run_page(run: LoadedRun) -> bytes:
 # ---- values --------------------------------------------------------------------------------------------------------------
 
 
-def count(value: Any) -> str:
-    return f"{value:,}" if is_number(value) else ""
+def count(value: int | None) -> str:
+    return "" if value is None else f"{value:,}"
 
 
 def gigabytes(size: float | None) -> str:
-    return "" if size is None else f"{size / 1e9:.2f} GB"
+    return "" if size is None else format_gb(size, 2)
 
 
 def duration(seconds: float | None) -> str:
@@ -117,7 +114,7 @@ def metric(result: dict[str, Any], key: str) -> str:
 def interval(result: dict[str, Any]) -> tuple[float, float] | None:
     """Return the lowest and the highest value of an accuracy's interval, or None where it is not known."""
     found = result.get("rewards/accuracies_interval") or ()
-    return (found[0], found[1]) if len(found) == 2 and all(map(is_number, found)) else None
+    return (found[0], found[1]) if len(found) == 2 and all(map(is_finite, found)) else None
 
 
 def arrow(*values: str) -> str:
@@ -140,10 +137,10 @@ def verdict(record: RunRecord) -> str:
     if old is None or new is None:
         none = "eval" in record.model_fields_set and not before and not after
         why = "no pairs were held out" if none else "held-out reward accuracy before or after was not recorded"
-        steps = "?" if record.steps is None else f"{record.steps:.0f}"
+        steps = "?" if record.steps is None else record.steps
         return f"Trained for {steps} steps; {why}, so whether it helped is not known."
-    pairs = "pairs that were not counted" if after.get("pairs") is None else f"{after['pairs']:.0f} pairs"
-    if not (is_number(old) and is_number(new)):
+    pairs = "pairs that were not counted" if after.get("pairs") is None else f"{after['pairs']} pairs"
+    if not (is_finite(old) and is_finite(new)):
         return f"Held-out reward accuracy on {pairs} is not a number: something went wrong in this run."
     old_range, new_range = interval(before), interval(after)
     if new < old:
@@ -160,23 +157,22 @@ def sentence(run: LoadedRun) -> str:
     if run.state == "finished":
         return verdict(run.record)
     now = "This run is under way" if run.state == "under way" else "This run was stopped before its end"
-    held = [line for line in run.metrics if is_number(line.get("eval_rewards/accuracies")) and line["step"]]
-    accuracy = (
-        "; held-out reward accuracy was {eval_rewards/accuracies:.1%} at step {step:g}".format(**held[-1])
-        if held
-        else ""
-    )
-    return f"{now}, its last log line at step {run.record.steps:g}{accuracy}."
+    held = [line for line in run.metrics if is_finite(line.get("eval_rewards/accuracies")) and line["step"]]
+    step, accuracy = run.record.steps, ""
+    if held:
+        accuracy = (
+            f"; held-out reward accuracy was {held[-1]['eval_rewards/accuracies']:.1%} at step {held[-1]['step']:g}"
+        )
+    return f"{now}, its last log line at step {step}{accuracy}."
 
 
 def adapter(run: LoadedRun) -> str:
-    """Name the kind of adapter, its rank and alpha; empty where the recipe does not say."""
-    found = run.recipe.adapter
-    if found is None:
+    """Name the kind of adapter, its rank and alpha; empty where the recipe cannot be read."""
+    if run.recipe is None or run.recipe.adapter is None:
         return "none: full fine-tuning" if run.full_fine_tuning else ""
-    kind = "DoRA" if found.get("use_dora") else "rsLoRA" if found.get("use_rslora") else "LoRA"
-    rank, alpha = found.get("r"), found.get("alpha")
-    return f"{kind} r={rank}, alpha={alpha:g}" if is_number(rank) and is_number(alpha) else kind
+    found = run.recipe.adapter
+    kind = "DoRA" if found.use_dora else "rsLoRA" if found.use_rslora else "LoRA"
+    return f"{kind} r={found.r}, alpha={found.alpha:g}"
 
 
 # ---- parts of the page ---------------------------------------------------------------------------------------------------
@@ -189,7 +185,7 @@ def evaluation_rows(run: LoadedRun) -> list[tuple[str, str, str]]:
         return []
     rows = [(label, metric(before, key), metric(after, key)) for key, label in ROWS.items()]
     baseline = before.get("length_baseline", after.get("length_baseline"))
-    if is_number(baseline):
+    if is_finite(baseline):
         rows.append(("always preferring the longer answer", f"{baseline:.1%}", f"{baseline:.1%}"))
     return rows
 
@@ -208,50 +204,45 @@ def next_steps(run: LoadedRun) -> list[tuple[str, str]]:
     """Return commands to type next for this run, and what each is for; none for a run without a folder."""
     if run.path is None:
         return []
-    here = shown_path(run.path)
-    place, name = shlex.quote(here), run.path.resolve().name
+    here, name = shown_path(run.path), run.path.resolve().name
+    place, again, merged, gguf = map(shlex.quote, (here, f"{here}-2", f"{here}-merged", f"{name}.gguf"))
+    whole, seed = run.full_fine_tuning, 0 if run.record.seed is None else run.record.seed
     if run.state != "finished":
         why = f"resume from {run.checkpoint}" if run.checkpoint else "start again: there is no checkpoint"
         resume = " --resume" if run.checkpoint else ""
-        return [
-            (f"python -m orpo_lite.train --recipe {place}{resume}", why),
-            (f"python -m orpo_lite.report {place}", "this page again, as far as the run has come by then"),
+        found = [
+            (f"train --recipe {place}{resume}", why),
+            (f"report {place}", "this page again, as far as the run has come by then"),
         ]
-    whole, found = run.full_fine_tuning, []
-    if not whole:
-        found.append(
-            (f"python -m orpo_lite.evaluate {place}", "base against adapter, on these or other pairs (--data)")
-        )
-    found.append((f"python -m orpo_lite.chat {place}" + ("" if whole else " --compare"), "talk to it"))
-    if not whole:
-        merged = shlex.quote(f"{here}-merged")
-        found.append((f"python -m orpo_lite.merge {place} --output {merged}", "a plain transformers model"))
-    if not encoder_decoder(run.path):
-        gguf = shlex.quote(f"{name}.gguf")
-        command = f"python -m orpo_lite.export {place} --output {gguf} --quant q8_0 --ollama"
-        found.append((command, "for llama.cpp and Ollama"))
-    seed = run.record.seed
-    again = f"training.seed={1 if seed is None else int(seed) + 1}"
-    return [
-        *found,
-        (f"python -m orpo_lite.push {place} --repo USER/{shlex.quote(name)} --dry-run", "what would go to the hub"),
-        (f"python -m orpo_lite.train --recipe {place} {again}", "again with another seed, in a new folder"),
-        (f"python -m orpo_lite.report {place} {shlex.quote(f'{here}-2')}", "then compare the two"),
-    ]
+    else:
+        chat = (f"chat {place}" if whole else f"chat {place} --compare", "talk to it")
+        export = (f"export {place} --output {gguf} --quant q8_0 --ollama", "for llama.cpp and Ollama")
+        found = [chat] if whole else [
+            (f"evaluate {place}", "base against adapter, on these or other pairs (--data)"),
+            chat,
+            (f"merge {place} --output {merged}", "a plain transformers model"),
+        ]  # fmt: skip
+        found += [] if is_encoder_decoder(run.path) else [export]  # GGUF holds decoders only
+        found += [
+            (f"push {place} --repo USER/{shlex.quote(name)} --dry-run", "what would go to the hub"),
+            (f"train --recipe {place} training.seed={seed + 1}", "again with another seed, in a new folder"),
+            (f"report {place} {again}", "then compare the two"),
+        ]
+    return [(f"python -m orpo_lite.{command}", why) for command, why in found]
 
 
-def encoder_decoder(folder: Path) -> bool:
-    """Tell whether the configuration beside the weights says so; GGUF holds decoders only."""
-    for name, key, said in (
-        ("adapter_config.json", "task_type", "SEQ_2_SEQ_LM"),
-        ("config.json", "is_encoder_decoder", True),
-    ):
-        try:
-            if json.loads((folder / name).read_text("utf-8")).get(key) == said:
-                return True
-        except (OSError, ValueError, AttributeError, RecursionError):
-            continue
-    return False
+def is_encoder_decoder(folder: Path) -> bool:
+    """Tell whether the configuration beside the weights says so."""
+    task = read_json(folder / "adapter_config.json").get("task_type")
+    return task == "SEQ_2_SEQ_LM" or bool(read_json(folder / "config.json").get("is_encoder_decoder"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content; empty where there is none, or none that can be read."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
 
 
 def shown_path(path: Path) -> str:
@@ -260,3 +251,110 @@ def shown_path(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
     except ValueError:
         return str(path)
+
+
+# ---- several runs --------------------------------------------------------------------------------------------------------
+
+HOUSEKEEPING = {"name", "description", "needs", "training.output_dir"}
+"""Fields of a recipe that do not shape the weights."""
+
+
+def compare_page(runs: Sequence[LoadedRun]) -> bytes:
+    """Render the page of several runs."""
+    names = labels(runs)
+    drawn, notes = curves(list(zip(names, runs, strict=True)))
+    if len({run.beta for run in runs}) > 1:
+        notes.append(
+            "Rewards, margins and the odds term are scaled by orpo.beta, which differs: compare log-odds and accuracy."
+        )
+    # without beta, which may differ
+    spread = margin_chart(
+        {name: margins(run, "after", scale=1.0) for name, run in zip(names, runs, strict=True)},
+        "chosen minus rejected, mean log-prob",
+    )
+    if spread is not None:
+        spread.title = "Held-out pairs after training"
+        spread.hint = (
+            "Mean log-prob of the chosen answer minus that of the rejected one. Left of 0 the rejected one is likelier."
+        )
+    return render(
+        "compare.html.jinja", runs, [*drawn, spread], title=f"ORPO runs: {', '.join(run.name for run in runs)}"[:200],
+        runs=runs, compared=[(name, run, sentence(run)) for name, run in zip(names, runs, strict=True)],
+        head=("", *names), results=results(runs), other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
+        differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
+        curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(names, runs)),
+    )  # fmt: skip
+
+
+def labels(runs: Sequence[LoadedRun]) -> list[str]:
+    """Return a letter and a name for each run: that of its folder, where names are not all different."""
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        names = ["/".join(run.path.resolve().parts[-2:]) if run.path else run.name for run in runs]
+    short = (name if len(name) <= 60 else f"{name[:59]}…" for name in names)
+    return [f"{chr(ord('A') + place % 26)} · {name}" for place, name in enumerate(short)]
+
+
+def leaves(recipe: Any, place: str = "") -> dict[str, Any]:
+    """Return the leaves of a recipe by their dotted names."""
+    if not isinstance(recipe, dict) or place and not recipe:
+        return {place: recipe}
+    found: dict[str, Any] = {}
+    for name, inner in recipe.items():
+        found |= leaves(inner, f"{place}.{name}".strip("."))
+    return found
+
+
+def differences(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
+    """Return the fields in which the recipes differ, each with its value in every run; None where a run does not have it."""
+    recipes = [leaves(run.recipe.model_dump(mode="json") if run.recipe else {}) for run in runs]
+    keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in HOUSEKEEPING)
+    rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
+    return {key: row for key, row in rows.items() if any(one != row[0] for one in row[1:])}
+
+
+def results(runs: Sequence[LoadedRun]) -> list[tuple[Any, ...]]:
+    """Return the rows of the results: a name, and a cell for each run."""
+    rows: list[tuple[Any, ...]] = []
+    for key, label in ROWS.items():
+        # before without the interval, for the width of the table
+        cells = [
+            arrow(metric({key: run.evaluation("before").get(key)}, key), metric(run.evaluation("after"), key))
+            for run in runs
+        ]
+        rows.append((f"{label}, held out", *cells))
+    plain: dict[str, Callable[[LoadedRun], Any]] = {
+        "held-out pairs": lambda run: run.last_evaluation.get("pairs"),
+        "training pairs": lambda run: run.record.data.train_pairs,
+        "state": lambda run: run.state,
+        "adapter": adapter,
+        "steps": lambda run: run.record.steps,
+        "pairs per step": lambda run: run.record.effective_batch,
+        "training time": lambda run: duration(run.record.train_seconds),
+        "pairs per second": lambda run: run.record.pairs_per_second and f"{run.record.pairs_per_second:.1f}",
+        "peak memory": lambda run: gigabytes(run.record.peak_memory_bytes),
+        "device": lambda run: run.record.device,
+    }
+    for name, get in plain.items():
+        cells = [get(run) for run in runs]
+        if any(cells):
+            rows.append((name, *cells))
+    return rows
+
+
+def same_prompts(names: list[str], runs: Sequence[LoadedRun]) -> list[tuple[str, list[Sample]]]:
+    """Return the answers of all runs that have any; none where there are not two, or their prompts differ."""
+    sides = [
+        (name, samples) for name, run in zip(names, runs, strict=True) if (samples := run.record.samples.get("after"))
+    ]
+    total = min((len(some) for _, some in sides), default=0)
+    prompts = [[one.prompt for one in some[:total]] for _, some in sides]
+    return sides if len(sides) > 1 and all(one == prompts[0] for one in prompts) else []
+
+
+def shown(value: Any) -> str:
+    """Write a field's value as a recipe has it; of data sources their paths."""
+    if isinstance(value, list) and value and all(isinstance(one, dict) and "path" in one for one in value):
+        value = ", ".join(str(one["path"]) for one in value)
+    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str)
+    return text if len(text) <= 300 else f"{text[:299]}…"

@@ -26,8 +26,7 @@ from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
-from orpo_lite.report.model_card import write_card
-from orpo_lite.report.provenance import find_license, hub_id
+from orpo_lite.report.model_card import find_license, hub_id, write_card
 from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout
 from orpo_lite.trainer.distributed import sharded, world

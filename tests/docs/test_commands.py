@@ -135,11 +135,12 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
 @pytest.mark.parametrize("state", ["finished", "stopped"])
 @pytest.mark.parametrize("adapter", [None, {"r": 16}])
 def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None:
+    from orpo_lite.recipe import Recipe
     from orpo_lite.report.page import next_steps
-    from orpo_lite.report.run_record import LoadedRun, RecipeFields, RunRecord
+    from orpo_lite.report.run_record import LoadedRun, RunRecord
 
     for checkpoint in (None, "checkpoint-10"):
-        recipe = RecipeFields(adapter=adapter)
+        recipe = Recipe.load("quickstart").model_copy(update={"adapter": adapter})
         run = LoadedRun(RunRecord(seed=42), [], recipe, path=tmp_path / "my run", state=state, checkpoint=checkpoint)
         for line, _ in next_steps(run):
             check("report.html", *words_of(line))  # type: ignore[misc]
