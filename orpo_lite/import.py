@@ -1,7 +1,7 @@
-"""`python -m orpo_lite.import`; the code is in orpo_lite/recipe/importers/convert.py."""
+"""`python -m orpo_lite.import`; the code is in orpo_lite/recipe/importers."""
 
 from orpo_lite.common.console import run_command
-from orpo_lite.recipe.importers.convert import command
+from orpo_lite.recipe.importers import command
 
 __all__ = ["command"]
 

@@ -24,7 +24,7 @@ from orpo_lite.data.messages import (
     read_tools,
     text_turns,
 )
-from orpo_lite.recipe.values import leaves, unfit
+from orpo_lite.recipe.validation import leaves, unfit
 
 EXPLICIT = "conversations, explicit prompt"
 IMPLICIT = "conversations, implicit prompt"

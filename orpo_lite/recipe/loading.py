@@ -111,8 +111,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except safe_yaml.YamlError as error:
         raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
     if not isinstance(content, dict):
-        found = "the file is empty" if content is None else f"found {shown(content)} at the top"
-        found = "found a list at the top" if isinstance(content, list) else found
+        known = {type(None): "the file is empty", list: "found a list at the top"}
+        found = known.get(type(content), f"found {shown(content)} at the top")
         raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
     return content
 

@@ -23,8 +23,7 @@ from orpo_lite.recipe.schema import (
     Section,
 )
 from orpo_lite.recipe.training_fields import check_training_field, training_fields
-from orpo_lite.recipe.validation_messages import describe
-from orpo_lite.recipe.values import leaves, unfit
+from orpo_lite.recipe.validation import describe, leaves, unfit
 
 
 class Recipe(Section):
@@ -82,11 +81,6 @@ class Recipe(Section):
                 f"adapter.init_lora_weights is {init}, which changes the base weights, but model.quantization is "
                 f"{model.quantization}: set model.quantization=none or adapter.init_lora_weights=true"
             )
-        if isinstance(init, str) and not init.startswith(("gaussian", "orthogonal", "eva", "pissa", "olora")):
-            problems.append(
-                f"adapter.init_lora_weights: found {init!r}, expected true, false, gaussian, orthogonal, eva, pissa, "
-                "pissa_niter_N or olora"
-            )
         if data.max_prompt_length and data.max_length and data.max_prompt_length >= data.max_length:
             problems.append(
                 f"data.max_prompt_length ({data.max_prompt_length}) leaves no room for an answer in data.max_length "
@@ -125,24 +119,17 @@ class Recipe(Section):
             RecipeError: fields that do not fit, all at once.
         """
         problems = [f"{place}: {wrong}" for place, value in leaves(content) if (wrong := unfit(value))]
-        recipe = None
-        try:
-            recipe = cls.model_validate(content)
-        except ValidationError as error:
-            known = tuple(line.partition(" ")[0] for line in problems)
-            problems += (
-                [line for line in describe(error, cls) if not line.startswith(known)] if known else describe(error, cls)
-            )
-        except UnicodeEncodeError:  # half a character in a key: pydantic's own failure, and a problem already
-            assert problems
-        if recipe and not problems:
-            return recipe
+        if not problems:
+            try:
+                return cls.model_validate(content)
+            except ValidationError as error:
+                problems = describe(error, cls)
         mentions = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w])") for key in overridden]
-        own = [any(mention.search(line) for mention in mentions) for line in problems]
-        if all(own):
+        own = [line for line in problems if any(mention.search(line) for mention in mentions)]
+        if len(own) == len(problems):
             raise RecipeError("command line", problems)
-        lines = [f"command line, {line}" if mine else line for line, mine in zip(problems, own, strict=True)]
-        raise RecipeError(source, sorted(lines, key=lambda line: line.startswith("command line, ")))
+        others = [line for line in problems if line not in own]
+        raise RecipeError(source, [*others, *(f"command line, {line}" for line in own)])
 
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back as the same run."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from orpo_lite.recipe.values import checked_pattern
+from orpo_lite.recipe.validation import checked_pattern
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
@@ -44,6 +44,11 @@ class ModelSection(Section):
     """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
 
 
+Initialization = (
+    Literal["gaussian", "orthogonal", "eva", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+)
+
+
 class AdapterSection(Section):
     init_from: str | None = None
     """Continue training this LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
@@ -71,7 +76,7 @@ class AdapterSection(Section):
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA: also trains the magnitude of each output."""
-    init_lora_weights: bool | str = True
+    init_lora_weights: bool | Initialization = True
     """true, gaussian, orthogonal, eva, pissa, pissa_niter_N or olora; the last three need quantization: none."""
     eva_batches: Positive = 16
     """Micro-batches of training data that an EVA initialization uses."""
@@ -149,14 +154,7 @@ class DataSection(Section):
     @classmethod
     def _without_streaming(cls, given: Any) -> Any:
         """Accept recipes of older run folders, which name the removed field `streaming`."""
-        if not isinstance(given, dict) or "streaming" not in given:
-            return given
-        if given["streaming"]:
-            raise ValueError(
-                "streaming was removed: leave it out. Training data is read in batches and its tokens stay on disk, so it may be "
-                "larger than memory"
-            )
-        return {name: value for name, value in given.items() if name != "streaming"}
+        return {key: value for key, value in given.items() if key != "streaming"} if isinstance(given, dict) else given
 
 
 class OrpoSection(Section):

@@ -5,20 +5,16 @@ from __future__ import annotations
 import ast
 import functools
 import importlib.util
-import math
-import re
 import typing
-from collections.abc import Iterator
-from enum import Enum
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
 from orpo_lite.common.text import nearest, shown
 
 OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None,
-                        "on_nonfinite": typing.Literal["stop", "skip"]}  # fmt: skip
+                        "on_nonfinite": Literal["stop", "skip"]}  # fmt: skip
 """Fields that transformers does not have; ORPOConfig documents them."""
 CHOICES = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
@@ -26,6 +22,12 @@ CHOICES = {
     **dict.fromkeys(("log_level", "log_level_replica"), ("detail", "debug", "info", "warning", "error", "critical", "passive")),
 }  # fmt: skip
 """Values of fields that are plain text to transformers, or where not all of its values work here."""
+INSTEAD = dict.fromkeys(
+    ("group_by_length", "batch_rebalance"),
+    "; set orpo.tokens_per_batch instead, which puts pairs of similar length together inside each optimizer step and "
+    "deals them out evenly",
+)
+"""Values that transformers takes and a recipe does not: what to do instead."""
 HUB_WORD = (
     "publish with `python -m orpo_lite.push RUN --repo USER/NAME`, which lists the files first, uploads no checkpoint, and creates "
     "a private repository unless asked otherwise"
@@ -39,29 +41,18 @@ ELSEWHERE = {
 }  # fmt: skip
 """Fields that a run does not use: why not, and what to do instead."""
 
-UNSIGNED = {"weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers",
-            "neftune_noise_alpha"}  # fmt: skip
-SEEDS = {"seed", "data_seed"}
-BETAS = {"adam_beta1", "adam_beta2"}
-POSITIVE = {"learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
-            "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
-            "early_stopping_patience", "eval_accumulation_steps", "save_total_limit"}  # fmt: skip
-
-
-def source_of(module: str) -> ast.Module:
-    """Parse a module of transformers from its source: importing the package takes seconds."""
-    found = importlib.util.find_spec("transformers")
-    assert found and found.origin, "transformers is a dependency"
-    return ast.parse(Path(found.origin).with_name(f"{module}.py").read_text("utf-8"))
-
-
-def enums_of(tree: ast.Module) -> Iterator[tuple[str, Any]]:
-    """Yield the enumerations that a module defines, by name, as classes of our own with the same members."""
-    for node in tree.body:
-        if isinstance(node, ast.ClassDef) and any("Enum" in ast.unparse(base) for base in node.bases):
-            assigned = [part for part in node.body if isinstance(part, ast.Assign)]
-            members = {ast.unparse(part.targets[0]): ast.literal_eval(part.value) for part in assigned}
-            yield node.name, Enum(node.name, members, type=str)
+LIMITS = {
+    **dict.fromkeys(
+        ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+         "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
+         "early_stopping_patience", "eval_accumulation_steps", "save_total_limit"), Field(gt=0)),
+    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers",
+                     "neftune_noise_alpha"), Field(ge=0)),
+    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
+    **dict.fromkeys(("seed", "data_seed"), Field(ge=0, lt=2**32)),
+    "optim_args": Field(pattern=r"^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$"),
+}  # fmt: skip
+"""Bounds of values, which transformers does not check or checks late."""
 
 
 class Names(dict):
@@ -72,44 +63,40 @@ class Names(dict):
 
 
 @functools.cache
-def declared_fields() -> dict[str, tuple[Any, tuple[str, ...]]]:
-    """Map every field of transformers.TrainingArguments to its type and to the choices in its metadata."""
-    tree = source_of("training_args")
-    names = Names(
-        vars(typing) | {kind.__name__: kind for kind in (bool, int, float, str, list, dict, tuple, set, type(None))}
-    )
-    for module in (source_of("trainer_utils"), source_of("debug_utils"), tree):
-        names.update(enums_of(module))
-    found = {}
-    [body] = [node.body for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "TrainingArguments"]
-    for node in body:
+def declared_fields() -> dict[str, Any]:
+    """Map every field of transformers.TrainingArguments to its type; of an enumeration, to the texts of its members.
+
+    They are read from the source: importing the package takes seconds.
+    """
+    found = importlib.util.find_spec("transformers")
+    assert found and found.origin, "transformers is a dependency"
+    plain = (bool, int, float, str, list, dict, tuple, set, type(None))
+    names, classes = Names(vars(typing) | {kind.__name__: kind for kind in plain}), {}
+    for module in ("trainer_utils", "debug_utils", "training_args"):
+        tree = ast.parse(Path(found.origin).with_name(f"{module}.py").read_text("utf-8"))
+        classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+    for name, node in classes.items():
+        if any("Enum" in ast.unparse(base) for base in node.bases):
+            members = [ast.literal_eval(part.value) for part in node.body if isinstance(part, ast.Assign)]
+            names[name] = Literal[tuple(members)]
+    fields = {}
+    for node in classes["TrainingArguments"].body:
         if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name) and not node.target.id.startswith("_"):
-            hint = eval(ast.unparse(node.annotation), {"__builtins__": {}}, names)  # noqa: S307 (transformers' own source)
-            found[node.target.id] = hint, choices_in(node.value)
-    return found
-
-
-def choices_in(default: ast.expr | None) -> tuple[str, ...]:
-    """Return the literal `choices` in the metadata of a `field(...)`."""
-    for node in ast.walk(default) if default else ():
-        if isinstance(node, ast.Dict):
-            for key, value in zip(node.keys, node.values, strict=True):
-                if isinstance(key, ast.Constant) and key.value == "choices" and isinstance(value, ast.List):
-                    return tuple(ast.literal_eval(value))
-    return ()
+            # transformers' own source
+            fields[node.target.id] = eval(ast.unparse(node.annotation), {"__builtins__": {}}, names)  # noqa: S307
+    return fields
 
 
 @functools.cache
 def training_fields() -> dict[str, Any]:
     """Map the name of every field of the training section to its type."""
-    return {key: hint for key, (hint, _) in declared_fields().items()} | OURS
+    return declared_fields() | OURS | {"max_steps": Annotated[int, Field(gt=0)] | Literal[-1]}
 
 
 def choices_of(key: str) -> list[str]:
     """Return the texts that a training field takes where these are few: transformers' enums are `Enum | str` there."""
-    hint, listed = declared_fields().get(key, (None, ()))
-    options = [option for option in typing.get_args(hint) if isinstance(option, type) and issubclass(option, Enum)]
-    return list(CHOICES.get(key, listed)) or [choice.value for option in options for choice in option]
+    options = [option for option in typing.get_args(declared_fields().get(key)) if typing.get_origin(option) is Literal]
+    return list(CHOICES.get(key, ())) or [choice for option in options for choice in typing.get_args(option)]
 
 
 def check_training_field(key: str, value: Any) -> Any:
@@ -124,42 +111,19 @@ def check_training_field(key: str, value: Any) -> Any:
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
-    if key == "train_sampling_strategy" and value in ("group_by_length", "batch_rebalance"):
-        raise ValueError(
-            f"training.{key}: found {shown(value)}, expected random or sequential; set orpo.tokens_per_batch instead, which puts "
-            "pairs of similar length together inside each optimizer step and deals them out evenly"
-        )
     choices = choices_of(key)
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
+        hint = INSTEAD.get(value, "")
         raise ValueError(
-            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}"
+            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}{hint}"
         )
+    kind = Annotated[fields[key], LIMITS[key]] if key in LIMITS else fields[key]
     try:
-        clean = TypeAdapter(fields[key], config=ConfigDict(arbitrary_types_allowed=True)).validate_python(value)
+        return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:
-        raise ValueError(f"training.{key}: found {shown(value)}, expected: {wanted(error.errors()[0])}") from None
-    if expected := broken_limit(key, clean):
-        raise ValueError(f"training.{key}: found {shown(value)}, expected {expected}")
-    return clean.value if isinstance(clean, Enum) else clean
-
-
-def broken_limit(key: str, value: Any) -> str | None:
-    """Return what a training field expects if its value, of the right type, is outside of its limits."""
-    if key == "optim_args" and value and not all(re.fullmatch(r"[^=]+=[^=]+", part) for part in value.split(",")):
-        return "name=value, several with commas between them"
-    if isinstance(value, float) and not math.isfinite(value):
-        return "a finite number"
-    if not isinstance(value, int | float):
-        return None
-    limits = {
-        "a number above 0": key in POSITIVE and not value > 0,
-        "0 or more": key in UNSIGNED and value < 0,
-        "a number from 0 to below 1": key in BETAS and not 0 <= value < 1,
-        "a number from 0 to 4294967295": key in SEEDS and not 0 <= value < 2**32,
-        "a number above 0, or -1 to train num_train_epochs": key == "max_steps" and value < 1 and value != -1,
-    }
-    return next((expected for expected, broken in limits.items() if broken), None)
+        expected = " or ".join(dict.fromkeys(map(wanted, error.errors())))
+        raise ValueError(f"training.{key}: found {shown(value)}, expected: {expected}") from None
 
 
 def wanted(item: Any) -> str:

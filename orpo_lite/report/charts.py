@@ -47,38 +47,29 @@ class Metric:
     smoothed: bool = True
 
 
-@dataclass(frozen=True)
-class Panel:
-    key: str
-    title: str
-    hint: str
-    metrics: tuple[Metric, ...]
-    form: Literal["g", "%"] = "g"
-    unit: str = ""
-    limits: tuple[float | None, float | None] = (None, None)
-
-
 PANELS = (
-    Panel("loss", "Loss", "ORPO loss = NLL + odds term. Both parts should fall; if only the odds term does, the model "
-          "learns to reject without learning to answer.",
-          (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL per token", ORANGE, dashed=True),
-           Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
-    Panel("rewards", "Rewards", "beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen should "
-          "stay close to where it was.",
-          (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
-    Panel("margin", "Reward margin", "Chosen minus rejected: above 0 and growing where preferences are learned.",
-          (Metric("rewards/margins", "margin"),)),
-    Panel("accuracy", "Reward accuracy", "Share of pairs whose chosen answer is the likelier one; bars are 95% intervals of the "
-          "held-out pairs.", (Metric("rewards/accuracies", "accuracy"),), "%", limits=(-0.03, 1.03)),
-    Panel("log-odds", "Log-odds ratio", "Log of the odds of chosen over those of rejected, which the odds term pushes up.",
-          (Metric("log_odds_chosen", "log-odds ratio"),)),
-    Panel("learning-rate", "Learning rate", "", (Metric("learning_rate", "learning rate", smoothed=False),), limits=(0.0, None)),
-    Panel("gradient-norm", "Gradient norm", "Before clipping. Spikes that do not come down again are a sign of too high a "
-          "learning rate.", (Metric("grad_norm", "gradient norm"),), limits=(0.0, None)),
-    Panel("tokens", "Tokens per second", "Tokens that the model computed, without evaluation.",
-          (Metric("tokens_per_second", "tokens per second"),), limits=(0.0, None)),
-    Panel("memory", "Peak memory", "Highest so far.", (Metric("peak_memory_gb", "peak memory"),), unit="GB", limits=(0.0, None)),
+    (Chart("loss", "Loss", hint="ORPO loss = NLL + odds term. Both parts should fall; if only the odds term does, the model "
+           "learns to reject without learning to answer."),
+     (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL per token", ORANGE, dashed=True),
+      Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
+    (Chart("rewards", "Rewards", hint="beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen "
+           "should stay close to where it was."),
+     (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
+    (Chart("margin", "Reward margin", hint="Chosen minus rejected: above 0 and growing where preferences are learned."),
+     (Metric("rewards/margins", "margin"),)),
+    (Chart("accuracy", "Reward accuracy", hint="Share of pairs whose chosen answer is the likelier one; bars are 95% intervals "
+           "of the held-out pairs.", form="%", limits=(-0.03, 1.03)),
+     (Metric("rewards/accuracies", "accuracy"),)),
+    (Chart("log-odds", "Log-odds ratio", hint="Log of the odds of chosen over those of rejected, which the odds term pushes up."),
+     (Metric("log_odds_chosen", "log-odds ratio"),)),
+    (Chart("learning-rate", "Learning rate", limits=(0.0, None)), (Metric("learning_rate", "learning rate", smoothed=False),)),
+    (Chart("gradient-norm", "Gradient norm", hint="Before clipping. Spikes that do not come down again are a sign of too high a "
+           "learning rate.", limits=(0.0, None)), (Metric("grad_norm", "gradient norm"),)),
+    (Chart("tokens", "Tokens per second", hint="Tokens that the model computed, without evaluation.", limits=(0.0, None)),
+     (Metric("tokens_per_second", "tokens per second"),)),
+    (Chart("memory", "Peak memory", hint="Highest so far.", y="GB", limits=(0.0, None)), (Metric("peak_memory_gb", "peak memory"),)),
 )  # fmt: skip
+"""The charts of a run, without their lines, and the metrics that each draws."""
 ON_CARD = 6
 """Panels on the model card: the first ones."""
 
@@ -89,12 +80,11 @@ def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str
     Args:
         runs: name and run; of several each metric gets a chart of its own.
     """
-    several = len(runs) > 1
-    panels = [one for panel in PANELS for one in (split(panel) if several else [panel])]
+    panels = PANELS if len(runs) == 1 else [one for panel in PANELS for one in split(*panel)]
     # of several runs only the mean is drawn, see `training_lines`; held-out lines are short
-    lines = sum(len(panel.metrics) for panel in panels) * len(runs) * (1 if several else 2)
+    lines = sum(len(metrics) for _, metrics in panels) * len(runs) * (2 if len(runs) == 1 else 1)
     most = max(LEAST, BUDGET // lines)
-    charts = [chart for panel in panels if (chart := draw(panel, runs, most)).drawable]
+    charts = [chart for panel in panels if (chart := draw(*panel, runs, most)).drawable]
     longest = max(len(run.metrics) for _, run in runs)
     if longest <= most:
         return charts, []
@@ -110,36 +100,36 @@ def draw_card_curves(run: LoadedRun, path: Path) -> bool:
     Returns:
         False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
     """
-    charts = [draw(panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
+    charts = [draw(*panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
     if not any(chart.lines for chart in charts):
         return False
     save_png(charts, path)
     return True
 
 
-def split(panel: Panel) -> list[Panel]:
+def split(panel: Chart, metrics: tuple[Metric, ...]) -> list[tuple[Chart, tuple[Metric, ...]]]:
     """Return a panel for each metric of a panel."""
-    if len(panel.metrics) == 1:
-        return [panel]
+    if len(metrics) == 1:
+        return [(panel, metrics)]
+    titles = ["ORPO loss" if metric.key == "loss" else f"{panel.title}: {metric.label}" for metric in metrics]
     return [
-        replace(panel, key=f"{panel.key}-{i}", hint="", metrics=(metric,),
-                title="ORPO loss" if metric.key == "loss" else f"{panel.title}: {metric.label}")
-        for i, metric in enumerate(panel.metrics)
-    ]  # fmt: skip
+        (replace(panel, key=f"{panel.key}-{place}", hint="", title=titles[place]), (metric,))
+        for place, metric in enumerate(metrics)
+    ]
 
 
-def draw(panel: Panel, runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
-    """Return a panel's chart: for every run and metric a line of training and one of the held-out pairs.
+def draw(panel: Chart, metrics: tuple[Metric, ...], runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
+    """Return a panel with its lines: for every run and metric one of training and one of the held-out pairs.
 
     Args:
         most: points of a line.
     """
-    chart = Chart(panel.key, panel.title, [], panel.hint, y=panel.unit, form=panel.form, limits=panel.limits)
+    chart = replace(panel, lines=[], notes=[])
     for place, (name, run) in enumerate(runs):
-        for metric in panel.metrics:
+        for metric in metrics:
             if len(runs) > 1:  # dashes, so that runs do not differ by color alone
                 metric = replace(metric, color=place, dashed=bool(place % 2))
-            add_lines(chart, run, metric, name, most, alone=len(panel.metrics) == len(runs) == 1)
+            add_lines(chart, run, metric, name, most, alone=len(metrics) == len(runs) == 1)
     baseline = runs[0][1].last_evaluation.get("length_baseline")
     if panel.key == "accuracy" and len(runs) == 1 and is_finite(baseline) and chart.lines:
         chart.across = (baseline, "always the longer answer")
@@ -208,15 +198,16 @@ def margins(run: LoadedRun, when: Literal["before", "after"], scale: float | Non
     return [scale * (a - b) for a, b in zip(chosen, rejected, strict=True)]
 
 
-def margin_chart(groups: dict[str, list[float]], x: str = "reward margin") -> Chart | None:
+def margin_chart(groups: dict[str, list[float]], title: str, x: str, hint: str) -> Chart | None:
     """Return distributions of margins over one another, or None where there is no finite margin."""
     groups = {name: some for name, some in groups.items() if any(map(math.isfinite, some))}
     if not groups:
         return None
     edges, counts = histogram(groups)
     colors = [ORANGE, BLUE] if set(groups) == {"before", "after"} else list(range(len(groups)))
-    chart = Chart("margins", "Reward margins of the held-out pairs", [], x=x, y="pairs", form="count",
-                  stairs=True, limits=(0.0, None), upright=(0.0, "0"))  # fmt: skip
+    chart = Chart(
+        "margins", title, hint=hint, x=x, y="pairs", form="count", stairs=True, limits=(0.0, None), upright=0.0
+    )
     for place, (name, some) in enumerate(counts.items()):
         last = place == len(counts) - 1
         points = list(zip(edges, [*some, 0.0], strict=True))
@@ -258,7 +249,7 @@ def changed_sides(run: LoadedRun) -> str:
 
 def length_chart(lengths: Mapping[Any, Histogram], key: str, title: str) -> Chart | None:
     """Return the chart of the tokens of prompts, chosen and rejected answers, or None where they were not recorded."""
-    chart = Chart(key, title, [], x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
+    chart = Chart(key, title, x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
     for name, color in (("prompt", PURPLE), ("chosen", GREEN), ("rejected", RED)):
         one = lengths.get(name)
         if one is None or one.width is None or not one.counts:

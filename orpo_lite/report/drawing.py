@@ -58,7 +58,7 @@ class Chart:
     key: str
     """Letters and hyphens, unique on its page."""
     title: str
-    lines: list[Line]
+    lines: list[Line] = field(default_factory=list)
     hint: str = ""
     """What to look for, in a sentence."""
     x: str = "optimizer step"
@@ -71,7 +71,7 @@ class Chart:
     """Ends of the y axis, where they are not the data's."""
     across: tuple[float, str] | None = None
     """A level drawn across, and its name."""
-    upright: tuple[float, str] | None = None
+    upright: float | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -171,7 +171,7 @@ def script_data(charts: list[Chart]) -> dict[str, Any]:
         found.append(
             {"key": chart.key, "title": chart.title, "x": chart.x, "form": chart.form, "stairs": chart.stairs, "lines": lines,
              "domain": chart.domain, "limits": chart.limits, "across": chart.across and chart.across[0],
-             "upright": chart.upright and chart.upright[0]}
+             "upright": chart.upright}
         )  # fmt: skip
     return {"xs": list(shared), "charts": found}
 
@@ -220,8 +220,8 @@ class Drawing:
         across, upright = self.chart.across, self.chart.upright
         if across and self.y0 <= across[0] <= self.y1:
             return f"M0 {self.down(across[0]):.0f}H1000"
-        if upright and self.x0 <= upright[0] <= self.x1:
-            return f"M{self.across(upright[0]):.0f} 0V1000"
+        if upright is not None and self.x0 <= upright <= self.x1:
+            return f"M{self.across(upright):.0f} 0V1000"
         return ""
 
     def path(self, line: Line) -> str:
@@ -276,10 +276,10 @@ class Drawing:
         """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
         lines = [line for line in self.chart.lines if line.look != "faint"] or self.chart.lines
         values = [dict(line.points) for line in lines]
-        xs = sorted(set().union(*values))
+        xs = sorted({x for one in values for x in one})
         shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
         if self.chart.stairs:  # all bins, as counts of some alone would mislead
-            shown = [x for x in xs if any(one.get(x) for one in values)]
+            shown = xs = [x for x in xs if any(one.get(x) for one in values)]
         rows = [[written(x), *(written(one[x], self.chart.form) if x in one else "" for one in values)] for x in shown]
         some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
         return [self.chart.x, *(line.label for line in lines)], rows, some

@@ -174,8 +174,7 @@ def write_trainer_card(
     """
     from peft import PeftModel
 
-    args, model = trainer.args, trainer.unwrapped()
-    folder = Path(str(args.output_dir))
+    model, folder = trainer.unwrapped(), Path(str(trainer.args.output_dir))
     folder.mkdir(parents=True, exist_ok=True)
     named = model.config._name_or_path or ""
     hub, name = hub_id(named) if named else None, model_name or folder.resolve().name
@@ -186,21 +185,12 @@ def write_trainer_card(
         tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if kind == "adapter" else [])}),
         datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
     )  # fmt: skip
-    logged = {key: value for log in trainer.state.log_history for key, value in log.items()}
-    training = {
-        "steps": trainer.state.global_step,
-        "pairs per step": args.train_batch_size * args.gradient_accumulation_steps * args.world_size,
-        "beta": f"{trainer.beta:g}",
-        "learning rate": f"{args.learning_rate:g}",
-    }
-    for key in ("loss", "eval_loss", "eval_rewards/accuracies", "eval_rewards/margins"):
-        if key in logged:
-            training[key] = f"{logged[key]:.4f}"
     packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     shown = public_name(named, hub is not None) if named else "a model of its own"
-    tables = [("training", training), ("version", versions)]
-    text = render(meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, tables=tables)
+    text = render(
+        meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, versions=versions
+    )
     (folder / "README.md").write_text(text, "utf-8")
 
 
@@ -243,7 +233,7 @@ def environment() -> jinja2.Environment:
 def render(meta: ModelCardData, **parts: Any) -> str:
     """Render a card: front matter, and every section for which there is something."""
     nothing: dict[str, Any] = dict.fromkeys(("record", "it", "config", "dataset", "repo", "license", "held"))
-    nothing |= {"trained": False, "notes": (), "tables": ()}
+    nothing |= {"trained": False, "notes": (), "versions": None}
     return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
 
 
@@ -289,7 +279,7 @@ def front_matter(
 
 def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResult]:
     """Return the evaluation after training for the model index; what is not a finite number is left out."""
-    before, after = record.eval.get("before"), record.eval.get("after")
+    before, after = record.evaluation("before"), record.evaluation("after")
     if not before or not after:
         return []
     section = "eval" if recipe.data.eval else "train"

@@ -65,10 +65,13 @@ def render(template: str, loaded: Sequence[LoadedRun], charts: list[Chart | None
 def run_page(run: LoadedRun) -> bytes:
     """Render the page of one run; everything that comes from data or models is escaped."""
     record = run.record
-    spread = margin_chart({when: margins(run, when) for when in ("before", "after")})
+    spread = margin_chart(
+        {"before": margins(run, "before"), "after": margins(run, "after")},
+        title="Reward margins of the held-out pairs",
+        x="reward margin",
+        hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
+    )
     rows = evaluation_rows(run)
-    if spread is not None:
-        spread.hint = f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}"
     drawn, notes = curves([("", run)])
     titles = {"train": "Lengths of the training pairs", "eval": "Lengths of the held-out pairs"}
     lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in record.data.lengths.items()]
@@ -132,7 +135,7 @@ def cut(text: str | None) -> str:
 
 def verdict(record: RunRecord) -> str:
     """Say in a sentence whether the held-out accuracy moved by more than chance."""
-    before, after = (dict(record.eval.get(when) or {}) for when in ("before", "after"))
+    before, after = record.evaluation("before"), record.evaluation("after")
     old, new = before.get("rewards/accuracies"), after.get("rewards/accuracies")
     if old is None or new is None:
         none = "eval" in record.model_fields_set and not before and not after
@@ -180,7 +183,7 @@ def adapter(run: LoadedRun) -> str:
 
 def evaluation_rows(run: LoadedRun) -> list[tuple[str, str, str]]:
     """Return name and value before and after of every held-out metric; none where nothing was measured."""
-    before, after = run.evaluation("before"), run.evaluation("after")
+    before, after = run.record.evaluation("before"), run.record.evaluation("after")
     if not before and not after:
         return []
     rows = [(label, metric(before, key), metric(after, key)) for key, label in ROWS.items()]
@@ -261,36 +264,33 @@ HOUSEKEEPING = {"name", "description", "needs", "training.output_dir"}
 
 def compare_page(runs: Sequence[LoadedRun]) -> bytes:
     """Render the page of several runs."""
-    names = labels(runs)
-    drawn, notes = curves(list(zip(names, runs, strict=True)))
+    named = dict(zip(labels(runs), runs, strict=True))
+    drawn, notes = curves(list(named.items()))
     if len({run.beta for run in runs}) > 1:
         notes.append(
             "Rewards, margins and the odds term are scaled by orpo.beta, which differs: compare log-odds and accuracy."
         )
-    # without beta, which may differ
     spread = margin_chart(
-        {name: margins(run, "after", scale=1.0) for name, run in zip(names, runs, strict=True)},
-        "chosen minus rejected, mean log-prob",
+        {name: margins(run, "after", scale=1.0) for name, run in named.items()},  # without beta, which may differ
+        title="Held-out pairs after training",
+        x="chosen minus rejected, mean log-prob",
+        hint="Mean log-prob of the chosen answer minus that of the rejected one. Left of 0 the rejected one is likelier.",
     )
-    if spread is not None:
-        spread.title = "Held-out pairs after training"
-        spread.hint = (
-            "Mean log-prob of the chosen answer minus that of the rejected one. Left of 0 the rejected one is likelier."
-        )
     return render(
         "compare.html.jinja", runs, [*drawn, spread], title=f"ORPO runs: {', '.join(run.name for run in runs)}"[:200],
-        runs=runs, compared=[(name, run, sentence(run)) for name, run in zip(names, runs, strict=True)],
-        head=("", *names), results=results(runs), other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
+        runs=runs, compared=[(name, run, sentence(run)) for name, run in named.items()], head=("", *named),
+        results=results(runs), other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
         differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
-        curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(names, runs)),
+        curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(named)),
     )  # fmt: skip
 
 
 def labels(runs: Sequence[LoadedRun]) -> list[str]:
     """Return a letter and a name for each run: that of its folder, where names are not all different."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = ["/".join(run.path.resolve().parts[-2:]) if run.path else run.name for run in runs]
+    for parts in (1, 2):
+        if len(set(names)) < len(names):
+            names = ["/".join(run.path.resolve().parts[-parts:]) if run.path else run.name for run in runs]
     short = (name if len(name) <= 60 else f"{name[:59]}…" for name in names)
     return [f"{chr(ord('A') + place % 26)} · {name}" for place, name in enumerate(short)]
 
@@ -319,7 +319,10 @@ def results(runs: Sequence[LoadedRun]) -> list[tuple[Any, ...]]:
     for key, label in ROWS.items():
         # before without the interval, for the width of the table
         cells = [
-            arrow(metric({key: run.evaluation("before").get(key)}, key), metric(run.evaluation("after"), key))
+            arrow(
+                metric({key: run.record.evaluation("before").get(key)}, key),
+                metric(run.record.evaluation("after"), key),
+            )
             for run in runs
         ]
         rows.append((f"{label}, held out", *cells))
@@ -342,14 +345,11 @@ def results(runs: Sequence[LoadedRun]) -> list[tuple[Any, ...]]:
     return rows
 
 
-def same_prompts(names: list[str], runs: Sequence[LoadedRun]) -> list[tuple[str, list[Sample]]]:
+def same_prompts(named: dict[str, LoadedRun]) -> list[tuple[str, list[Sample]]]:
     """Return the answers of all runs that have any; none where there are not two, or their prompts differ."""
-    sides = [
-        (name, samples) for name, run in zip(names, runs, strict=True) if (samples := run.record.samples.get("after"))
-    ]
-    total = min((len(some) for _, some in sides), default=0)
-    prompts = [[one.prompt for one in some[:total]] for _, some in sides]
-    return sides if len(sides) > 1 and all(one == prompts[0] for one in prompts) else []
+    sides = [(name, samples) for name, run in named.items() if (samples := run.record.samples.get("after"))]
+    prompts = zip(*[[one.prompt for one in samples] for _, samples in sides], strict=False)
+    return sides if len(sides) > 1 and all(len(set(asked)) == 1 for asked in prompts) else []
 
 
 def shown(value: Any) -> str:

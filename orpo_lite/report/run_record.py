@@ -21,9 +21,6 @@ State = Literal["finished", "under way", "stopped"]
 When = Literal["before", "after"]
 T = TypeVar("T", bound=BaseModel)
 
-NAMED = 8
-"""Findings named for each file."""
-
 Count: TypeAlias = Annotated[int, Field(ge=0)]
 Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
 Bytes: TypeAlias = Count | Amount
@@ -184,6 +181,10 @@ class RunRecord(Section):
         """Return the record that a run writes; a value that the model has no place for is left out and named in `notes`."""
         return fitting(cls, json.loads(json.dumps(facts)), "run.json", notes)
 
+    def evaluation(self, when: When) -> dict[str, Any]:
+        """Return the metrics of the held-out pairs; empty where there are none."""
+        return dict(self.eval.get(when) or {})
+
 
 class HeldOutPairs(Section):
     """held_out.json: mean log-probs of the answers to every held-out pair."""
@@ -229,13 +230,9 @@ class LoadedRun:
     def full_fine_tuning(self) -> bool:
         return self.recipe is not None and self.recipe.adapter is None
 
-    def evaluation(self, when: When) -> dict[str, Any]:
-        """Return the metrics of the held-out pairs; empty where there are none."""
-        return dict(self.record.eval.get(when) or {})
-
     @property
     def last_evaluation(self) -> dict[str, Any]:
-        return self.evaluation("after") or self.evaluation("before")
+        return self.record.evaluation("after") or self.record.evaluation("before")
 
 
 def read_run(place: str | Path | RunFolder) -> LoadedRun:
@@ -269,7 +266,7 @@ def read_unfinished(folder: RunFolder, run: LoadedRun) -> None:
     before = folder.read_before() or {}
     facts = {"eval": {"before": before.get("eval")}, "samples": {"before": before.get("samples", [])}}
     run.record = fitting(RunRecord, facts, "before.json", run.notes)
-    if not run.metrics and not run.evaluation("before") and not run.record.samples.get("before"):
+    if not run.metrics and not run.record.evaluation("before") and not run.record.samples.get("before"):
         raise RequestError(
             f"{folder.path}: found neither run.json nor a line in metrics.jsonl, so there is nothing to report yet: wait for "
             f"its first log line (training.logging_steps), or train it with --recipe {folder.path}"
@@ -292,25 +289,19 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:
     lines, broken = [], []
     with path.open(encoding="utf-8", errors="replace") as file:
         for place, text in enumerate(file, 1):
-            line = numbers_in(text)
-            if math.isfinite(line.get("step", math.nan)):
+            try:
+                content = json.loads(text, parse_int=float)
+                line = {key: value for key, value in content.items() if isinstance(value, float)}
+                if not math.isfinite(line["step"]):
+                    raise ValueError(line["step"])
                 lines.append(line)
-            else:
+            except (ValueError, KeyError, AttributeError, RecursionError):
                 broken.append(place)
     if broken:
         notes.append(
             f"{len(broken):,} lines of metrics.jsonl cannot be read and are left out; the first is line {broken[0]}"
         )
     return sorted(lines, key=lambda line: line["step"])
-
-
-def numbers_in(text: str) -> dict[str, float]:
-    """Return the numbers among the values of a JSON object; empty for text that is none."""
-    try:
-        found = json.loads(text, parse_int=float)
-    except (ValueError, RecursionError):
-        return {}
-    return {key: value for key, value in found.items() if isinstance(value, float)} if isinstance(found, dict) else {}
 
 
 def fitting(kind: type[T], content: Any, file: str, notes: list[str]) -> T:
@@ -335,9 +326,7 @@ def fitting(kind: type[T], content: Any, file: str, notes: list[str]) -> T:
             found = f"{json.dumps(inside.pop(last)):.100}"
             findings.append(f"{file}: {'.'.join([*parents, last])}: {why}, found {found}; left out")
     if findings:
-        more = f", {len(findings) - NAMED:,} more fields among them" if len(findings) > NAMED else ""
-        notes += findings[:NAMED]
-        notes.append(f"{file} is not as orpo-lite writes it{more}: copy the run again, or fix these fields")
+        notes += [*findings, f"{file} is not as orpo-lite writes it: copy the run again, or fix these fields"]
     return value
 
 

@@ -19,7 +19,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer, boundaries
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import apply_override, read_yaml, shipped_recipes
-from orpo_lite.recipe.values import leaves
+from orpo_lite.recipe.validation import leaves
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.trainer import ORPOTrainer
 from tests.malformed.fuzz import tokenizer

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.importers.convert import convert
+from orpo_lite.recipe.importers import convert
 from orpo_lite.train.pipeline import run
 
 AXOLOTL = {

@@ -1,1 +1,122 @@
-"""Turn axolotl's and LLaMA-Factory's configurations into recipes."""
+"""`orpo-lite import FILE`: axolotl's and LLaMA-Factory's ORPO configurations as recipes, with an account of every field."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.markup import escape
+from rich.table import Table
+
+from orpo_lite.common.console import console
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import write_atomically
+from orpo_lite.common.text import visible
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.importers import axolotl, llamafactory
+from orpo_lite.recipe.importers.draft import Note, RecipeDraft
+from orpo_lite.recipe.loading import read_yaml
+
+
+def trainer_of(content: dict[str, Any], file: Path) -> tuple[str, Callable[[RecipeDraft], None]]:
+    """Return the name of the trainer whose file it is, and the function that converts it.
+
+    Raises:
+        RequestError: neither axolotl's nor LLaMA-Factory's, or of a method other than ORPO.
+    """
+    if "base_model" in content:
+        if content.get("rl") == "orpo":
+            return "axolotl", axolotl.convert
+        found = f"rl is {content['rl']!r}" if content.get("rl") else "rl is missing, so this is supervised training"
+        raise RequestError(f"{file}: {found}, expected rl: orpo (other methods are not trained here)")
+    if "stage" in content or "finetuning_type" in content or "pref_loss" in content:
+        stage, loss = content.get("stage"), content.get("pref_loss", "sigmoid")
+        if stage == "orpo" or (stage, loss) == ("dpo", "orpo"):  # the former until 0.7
+            return "LLaMA-Factory", llamafactory.convert
+        raise RequestError(
+            f"{file}: stage is {stage!r} and pref_loss {loss!r}, expected stage: dpo with pref_loss: orpo (other methods "
+            "are not trained here)"
+        )
+    if {"model", "data"} <= content.keys():
+        raise RequestError(f"{file}: already a recipe: python -m orpo_lite.train --recipe {file}")
+    if "model_name_or_path" in content:
+        raise RequestError(f"{file}: TRL's fields: python -m orpo_lite.compat.trl_orpo --config {file}")
+    raise RequestError(
+        f"{file}: found {', '.join(map(str, list(content)[:8]))}, expected an ORPO configuration of axolotl (base_model, rl: orpo) or "
+        "LLaMA-Factory (stage: dpo, pref_loss: orpo)"
+    )
+
+
+def convert(file: Path, name: str) -> tuple[Recipe, RecipeDraft, str]:
+    """Convert another trainer's file into a recipe called `name`.
+
+    Returns:
+        The recipe, the draft with the account of every field, and the trainer's name.
+
+    Raises:
+        RequestError: no such file, or values that no recipe takes.
+    """
+    content = read_yaml(file)
+    whose, fill = trainer_of(content, file)
+    draft = RecipeDraft(content, file.resolve().parent, str(file))
+    draft.put("name", name)
+    draft.put("description", f"Converted from {whose}'s {file.name}.")
+    fill(draft)
+    return Recipe.parse(draft.recipe, f"{file}, as a recipe"), draft, whose
+
+
+def account(draft: RecipeDraft) -> str:
+    """Return what has another meaning or no equivalent, as YAML comments for the head of the recipe."""
+    parts = []
+    for title, notes in (("Carried over with another meaning", draft.differs), ("No equivalent", draft.left)):
+        parts += [f"{title}:"] * bool(notes) + [f"  {note.field}: {note.value} : {note.why}" for note in notes]
+    return "".join(f"# {visible(part)}\n" for part in parts)
+
+
+def command(
+    file: Annotated[Path, typer.Argument(help="axolotl's or LLaMA-Factory's YAML")],
+    output: Annotated[
+        Path | None, typer.Option(help="the recipe to write; default: FILE's name with -recipe.yaml, here")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="write over an existing recipe")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print the account of the fields as JSON")] = False,
+) -> None:
+    """Turn axolotl's `rl: orpo` or LLaMA-Factory's `pref_loss: orpo` YAML into a recipe, and account for every field."""
+    stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-.") or "imported"
+    place = output or Path(f"{stem}-recipe.yaml")
+    if place.exists() and not overwrite:
+        raise RequestError(f"{place} exists already: name another with --output, or add --overwrite")
+    recipe, draft, whose = convert(file, re.sub(r"[^A-Za-z0-9._-]+", "-", place.stem).strip("-.") or stem)
+    head = f"# From {whose}'s {file.name}. Look first:\n#   python -m orpo_lite.train --recipe {place} --dry-run\n"
+    written = recipe.model_dump(mode="json", exclude_unset=True)
+    write_atomically(place, head + account(draft) + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    if as_json:
+        carried = [{"field": name, "value": value, "place": where} for name, value, where in draft.carried]
+        differs, left = ([note._asdict() for note in notes] for notes in (draft.differs, draft.left))
+        fields = {"carried": carried, "differs": differs, "no_equivalent": left, "unset": draft.unset}
+        print(json.dumps({"recipe": str(place), "from": whose} | fields, indent=1))
+        return
+    console.print(f"[bold]{escape(whose)}[/]: {len(draft.carried)} fields carried over")
+    show("carried over with another meaning", draft.differs)
+    show("no equivalent", draft.left)
+    if draft.unset:
+        console.print(f"no value, so no effect: {escape(', '.join(draft.unset))}")
+    console.print(
+        f"\nwritten: {escape(str(place))}\nnext: python -m orpo_lite.train --recipe {escape(str(place))} --dry-run",
+        soft_wrap=True,
+    )
+
+
+def show(title: str, notes: list[Note]) -> None:
+    """Print a table of notes, if there are any."""
+    table = Table("field", "value", box=None, title=f"\n{title}", title_justify="left", padding=(0, 1))
+    table.add_column("what to know", overflow="fold")  # words to type stand in it
+    for note in notes:
+        table.add_row(*(escape(str(part)) for part in note))
+    if notes:
+        console.print(table)

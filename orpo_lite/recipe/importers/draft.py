@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import shown
+from orpo_lite.recipe.loading import find_template
 from orpo_lite.recipe.training_fields import HUB_WORD, check_training_field, training_fields
-from orpo_lite.recipe.values import unfit
+from orpo_lite.recipe.validation import unfit
 
 PRIVATE = re.compile(r"(^|_)(token|api_key|secret|password)$")
 SPELLED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
@@ -48,6 +49,8 @@ class RecipeDraft:
     """The file's folder, for the paths in it."""
     file: str = "the file"
     """The file's name, for error messages."""
+    prefix: str = ""
+    """Where `source` stands in the file, before each name in the account."""
     recipe: dict[str, Any] = field(default_factory=dict)
     carried: list[tuple[str, Any, str]] = field(default_factory=list)
     """Field, value, and its place in the recipe."""
@@ -59,9 +62,22 @@ class RecipeDraft:
     """Fields without a value, which change nothing."""
 
     def __post_init__(self) -> None:
-        self.unset = [name for name, value in self.source.items() if value is None]
-        self.source = {name: spelled(name, value) for name, value in self.source.items() if value is not None}
+        self.unset = [str(name) for name, value in self.source.items() if value is None]
+        known = {str(name): value for name, value in self.source.items() if value is not None}
+        self.source = {name: spelled(name, value) for name, value in known.items()}
         self.given = dict(self.source)
+
+    def inside(self, source: dict[str, Any], where: str) -> RecipeDraft:
+        """Return a draft of a mapping inside the file, whose account goes into this one's."""
+        return RecipeDraft(source, self.folder, self.file, f"{where}.", {}, self.carried, self.differs, self.left)
+
+    def flatten(self, name: str) -> None:
+        """Put the fields of a mapping, `trl: {beta: 0.1}`, beside the others, as `trl.beta`."""
+        if isinstance(self.source.get(name), dict):
+            inner = self.source.pop(name)
+            self.source |= {f"{name}.{key}": value for key, value in inner.items() if value is not None}
+
+    # ---- the recipe --------------------------------------------------------------------------------------------------
 
     def put(self, place: str, value: Any) -> None:
         """Set a dotted place of the recipe."""
@@ -71,106 +87,120 @@ class RecipeDraft:
             section = section.setdefault(parent, {})
         section[leaf] = value
 
-    def take(self, name: str, default: Any = None) -> Any:
-        """Remove a field from the source and return its value; the caller accounts for it."""
-        return self.source.pop(name, default)
+    def take(self, name: str, place: str, default: Any = None) -> Any:
+        """Remove a field from the source and return its value; it is accounted for as carried over to `place`."""
+        if name not in self.source:
+            return default
+        value = self.source.pop(name)
+        self.carried.append((self.prefix + name, displayable(name, value), place))
+        return value
 
-    def flag(self, name: str) -> bool | None:
+    def flag(self, name: str, place: str) -> bool | None:
         """Take a field that is true or false.
 
         Raises:
             RequestError: it is neither.
         """
-        value = self.take(name)
+        value = self.take(name, place)
         if value is not None and value not in (True, False):  # 1 and 0 are in it, too
             raise RequestError(f"{self.file}: {name}: found {shown(value)}, expected true or false")
         return value
 
     def names(self, name: str, place: str) -> list[str]:
-        """Take a field that holds one name, several with commas between them, or a list, and account for it."""
-        value = self.take(name)
-        if value is None:
-            return []
-        self.note(name, value, place)
-        return (
-            [word.strip() for word in value.split(",")]
-            if isinstance(value, str)
-            else [str(one) for one in as_list(value)]
-        )
+        """Take a field that holds one name, several with commas between them, or a list."""
+        value = self.take(name, place, [])
+        if isinstance(value, str):
+            return [word.strip() for word in value.split(",")]
+        return [str(one) for one in as_list(value)]
 
-    def carry(self, name: str, place: str, change: Callable[[Any], Any] | None = None) -> None:
+    def carry(self, name: str, place: str, change: Callable[[Any], Any] = lambda value: value) -> None:
         """Carry a field over to a place of the recipe, if the file has it."""
         if name in self.source:
-            value = self.take(name)
-            self.note(name, value, place)
-            self.put(place, change(value) if change else value)
+            self.put(place, change(self.take(name, place)))
 
-    def carry_all(self, places: Mapping[str, str], silent: Mapping[str, Any]) -> None:
+    def carry_all(self, places: Mapping[str, str], silent: Mapping[str, Any] | None = None) -> None:
         """Carry over every field of a table; `silent` has the other trainer's defaults by their place in the recipe."""
-        for place, value in silent.items():
+        for place, value in (silent or {}).items():
             self.put(place, value)
         for name, place in places.items():
             self.carry(name, place)
 
-    def note(self, name: str, value: Any, place: str) -> None:
-        """Account for a field that is carried over."""
-        self.carried.append((name, displayable(name, value), place))
+    # ---- the account -------------------------------------------------------------------------------------------------
 
     def differ(self, name: str, value: Any, why: str) -> None:
         """Account for a field that means something else in the recipe."""
-        self.differs.append(Note(name, displayable(name, value), why))
+        self._note(self.differs, name, value, why)
 
     def leave(self, name: str, why: str) -> None:
         """Take a field that has no equivalent, if the file has it."""
         if name in self.source:
-            self.leave_value(name, self.take(name), why)
+            self.leave_value(name, self.source.pop(name), why)
 
     def leave_value(self, name: str, value: Any, why: str) -> None:
         """Account for a value that has no equivalent."""
-        self.left.append(Note(name, displayable(name, value), why))
+        self._note(self.left, name, value, why)
 
-    def held_out(self, name: str) -> None:
-        """Carry over the size of the held-out split: a share of the rows, or from 1 on their number."""
-        given = self.take(name)
-        size = number(given) or 0
-        if given is not None:
-            self.note(name, given, "data.eval_fraction")
-        if size >= 1:
-            self.put("data.max_eval_rows", int(size))
-            self.differ(name, given, f"data.eval_fraction is 0.05, of which at most {int(size)} pairs are kept (data.max_eval_rows)")  # fmt: skip
-        self.put("data.eval_fraction", 0.05 if size >= 1 else size)
-
-    def dtypes(self, *names: str) -> None:
-        """Account for mixed-precision flags: the recipe chooses by the device."""
-        for name in names:
-            if wanted := self.take(name):
-                self.differ(name, wanted, DTYPE)
-            elif wanted is not None:
-                self.note(name, wanted, "model.dtype")
-
-    def training(self, defaults: Mapping[str, Any], known: Mapping[str, str]) -> None:
-        """Carry over what transformers has by the same name, but for `known` fields; `defaults` are the other trainer's."""
-        for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
-            self.leave(name, HUB_WORD)
-        for name in [name for name in self.source if name in training_fields() and name not in known]:
-            try:
-                clean = check_training_field(name, self.source[name])
-            except ValueError as error:
-                self.leave(name, f"not taken: {error}")
-                continue
-            self.take(name)
-            self.note(name, clean, f"training.{name}")
-            self.put(f"training.{name}", clean)
-        self.recipe["training"] = {**defaults, **self.recipe.get("training", {})}
+    def _note(self, notes: list[Note], name: str, value: Any, why: str) -> None:
+        place = self.prefix + name
+        self.carried[:] = [one for one in self.carried if one[0] != place]
+        notes.append(Note(place, displayable(name, value), why))
 
     def rest(self, known: Mapping[str, str]) -> None:
         """List what remains, with what is known about it, and fields that were read without effect."""
         for name in list(self.source):
-            self.leave(name, known.get(name, "no equivalent here"))
-        named = {name.partition(".")[0] for name, *_ in [*self.carried, *self.differs, *self.left]}
+            self.leave(name, known.get(name) or known.get(name.partition(".")[0], "no equivalent here"))
+        named = [note[0] for note in [*self.carried, *self.differs, *self.left]]
         for name, value in self.given.items():
-            if name not in named:
+            place = self.prefix + name
+            if not any(one == place or one.startswith(f"{place}.") for one in named):
                 self.leave_value(name, value, "without effect beside the other fields")
+
+    # ---- what both trainers have -------------------------------------------------------------------------------------
+
+    def template(self, name: str, template: str, unknown: str) -> None:
+        """Put a chat template that is known by its name into the recipe; the field is taken already."""
+        if known := find_template(template):
+            self.put("model.chat_template", known)
+        else:
+            self.leave_value(name, template, unknown)
+
+    def held_out(self, name: str, no_pairs: str) -> None:
+        """Carry over the size of the held-out split: a share of the rows, or from 1 on their number."""
+        given = self.take(name, "data.eval_fraction")
+        size = number(given) or 0
+        if size >= 1:
+            self.put("data.max_eval_rows", int(size))
+            self.differ(name, given, f"data.eval_fraction is 0.05, of which at most {int(size)} pairs are kept (data.max_eval_rows)")  # fmt: skip
+        self.put("data.eval_fraction", 0.05 if size >= 1 else size)
+        if size == 0 and "eval" not in self.recipe["data"]:
+            for evaluating in ("eval_strategy", "evaluation_strategy", "eval_steps", "evals_per_epoch"):
+                self.leave(evaluating, no_pairs)
+
+    def dtypes(self, *names: str) -> None:
+        """Account for mixed-precision flags: the recipe chooses by the device."""
+        for name in names:
+            if wanted := self.take(name, "model.dtype"):
+                self.differ(name, wanted, DTYPE)
+
+    def training(self, fields: Mapping[str, Mapping[str, Any]]) -> None:
+        """Carry over what transformers has, by the same name or the one under `training` in the trainer's table."""
+        for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
+            self.leave(name, HUB_WORD)
+        if self.source.get("warmup_steps"):
+            self.leave("warmup_ratio", "warmup_steps takes precedence")
+        elif "warmup_ratio" in self.source:
+            self.take("warmup_steps", "training.warmup_steps")
+            self.carry("warmup_ratio", "training.warmup_steps")  # below 1 it is a share of all steps
+        same = {name: name for name in training_fields() if name not in fields["left"]}
+        for theirs, ours in (same | fields["training"]).items():
+            if theirs not in self.source:
+                continue
+            try:
+                self.carry(theirs, f"training.{ours}", lambda value, ours=ours: check_training_field(ours, value))
+            except ValueError as error:
+                why = str(error).partition(", expected one of")[0]
+                self.leave_value(theirs, self.given[theirs], f"not taken: {why}")
+        self.recipe["training"] = {**fields["defaults"], **self.recipe.get("training", {})}
 
     def place_of(self, path: Any) -> str:
         """Return a path of the file as seen from the working directory; a name that is on no disk stays as it is."""

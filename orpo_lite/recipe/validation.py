@@ -1,18 +1,65 @@
-"""Pydantic's errors in words: field, what was found, what was expected, and what was meant."""
+"""Checks that hold for every value in a recipe or a row of data; pydantic's errors in words."""
 
 from __future__ import annotations
 
+import math
 import re
 import typing
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
+from orpo_lite.common.credentials import looks_like_secret
 from orpo_lite.common.text import nearest, shown
 from orpo_lite.recipe.training_fields import training_fields, wanted
 
+
+def leaves(value: Any, place: str = "") -> typing.Iterator[tuple[str, Any]]:
+    """Yield every value that is neither mapping nor list, and every unfit key, with its dotted place."""
+    if isinstance(value, dict):
+        for key, item in value.items():
+            inside = f"{place}.{key}".removeprefix(".")
+            if isinstance(key, str) and unfit(key):
+                yield f"{place or 'recipe'}, key {shown(key)}", key
+            else:
+                yield from leaves(item, inside)
+    elif isinstance(value, list | tuple | set):
+        for number, item in enumerate(value):
+            yield from leaves(item, f"{place}.{number}")
+    else:
+        yield place, value
+
+
+def unfit(value: Any) -> str | None:
+    """Return what is wrong with a value wherever it stands, or None."""
+    if isinstance(value, float) and not math.isfinite(value):
+        return f"found {value}, expected a finite number"
+    if isinstance(value, str) and "\0" in value:
+        return f"found {shown(value)}, which holds a NUL character: leave it out"
+    if isinstance(value, str) and any("\ud800" <= letter <= "\udfff" for letter in value):
+        return f"found {shown(value)}, which holds half a character: write the character itself, not its escapes"
+    if isinstance(value, str) and looks_like_secret(value):
+        return (
+            "holds what looks like a token or password, and recipes are kept, shown and published: leave it out, and log in "
+            "with `hf auth login` or set HF_TOKEN (WANDB_API_KEY) instead"
+        )
+    return None
+
+
+def checked_pattern(pattern: Any) -> Any:
+    """Return the value unchanged, or raise ValueError if it is text but no regular expression."""
+    try:
+        if isinstance(pattern, str):
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError) as error:
+        raise ValueError(f"found {shown(pattern)}, which is no regular expression: {error}") from None
+    return pattern
+
+
+# ---- pydantic's errors ---------------------------------------------------------------------------------------------------
+
 UNION_MEMBER = re.compile(
-    r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|[A-Z]\w*Section|DataSource",
+    r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|bool|[A-Z]\w*Section|DataSource",
     re.DOTALL,
 )
 """Parts of an error's place that pydantic adds to the user's own keys."""
@@ -27,16 +74,11 @@ def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
         rest = item["loc"][:-1] if last else item["loc"]
         place = [str(part) for part in rest if not UNION_MEMBER.fullmatch(str(part))] + last
         field = ".".join(place)
-        if item["type"] == "extra_forbidden":
-            homes = [] if place[:-1] else sections_with(recipe, place[-1].lower())
-            hint = (
-                f" (did you mean {' or '.join(homes)}?)"
-                if homes
-                else nearest(place[-1], known_keys(recipe, place[:-1]))
-            )
-            lines.append(f"{field}: unknown key{hint}")
-        elif item["type"] == "invalid_key":
-            lines.append(f"{field}: unknown key, expected one of {', '.join(known_keys(recipe, place[:-1]))}")
+        if item["type"] in ("extra_forbidden", "invalid_key"):
+            homes = sections_with(recipe, field.lower()) if len(place) == 1 else []
+            keys = known_keys(recipe, place[:-1])
+            hint = f" (did you mean {' or '.join(homes)}?)" if homes else nearest(place[-1], keys)
+            lines.append(f"{field}: unknown key{hint or ', expected one of ' + ', '.join(keys)}")
         elif item["type"] == "missing":
             inside = known_keys(recipe, place)
             about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
