@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import REFUSED, WRONG_TYPES, Dropped
-from orpo_lite.model.chat_template import Job, TemplateRefused, render_chat, render_chats
+from orpo_lite.model.tokenizer import Job, TemplateRefused, render_chat, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -22,7 +22,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.loading import ModelSource, load_model
 from orpo_lite.model import autocast, load_base
-from orpo_lite.model.chat_template import TemplateRefused, render_chats
+from orpo_lite.model.tokenizer import TemplateRefused, render_chats
 from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
 from orpo_lite.trainer.model_setup import decoder_start
 from orpo_lite.trainer.objective import Objective

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
-from orpo_lite.model.chat_template import TemplateRefused, render_chat
+from orpo_lite.model.tokenizer import TemplateRefused, render_chat
 
 CONTEXT = 8192
 """Largest num_ctx written: Ollama reserves memory for all of it, whatever a conversation needs."""

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +26,7 @@ SMALLEST = 1 << 20
 """Bytes below which a tensor stays where it is: a copy would cost more than the memory it frees."""
 
 
-@dataclass
-class Away:
+class Away(NamedTuple):
     """A tensor that waits in host memory."""
 
     host: Tensor

@@ -25,7 +25,6 @@ from orpo_lite.model.adapter_targets import (
     adapted,
     all_linear,
     check_named,
-    check_parameters,
     check_patterns,
     excluded,
     is_named,
@@ -41,6 +40,9 @@ from orpo_lite.recipe.loading import resolve_path
 
 logger = logging.getLogger(__name__)
 
+SAME_IN_PEFT = {"r", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern", "bias", "use_rslora",
+                "use_dora", "init_lora_weights"}  # fmt: skip
+"""Fields of the adapter section that PEFT calls the same."""
 CHANGES_BASE = ("pissa", "olora")
 """Initializations that take the adapter's starting product out of the base weights."""
 CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
@@ -108,24 +110,14 @@ def new_adapter(
     targets = adapter.target_modules
     if targets in ("all-linear", ["all-linear"]):
         targets = all_linear(model, avoid)
-    check_named(model, "target_modules", targets)
-    check_named(model, "modules_to_save", adapter.modules_to_save)
-    check_parameters(model, adapter.target_parameters)
+    check_named(model, adapter, targets)
     config = LoraConfig(
+        **adapter.model_dump(include=SAME_IN_PEFT),
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
-        r=adapter.r,
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=adapter.dropout,
         target_modules=targets,
         exclude_modules=excluded(model, adapter, avoid),
-        target_parameters=adapter.target_parameters,
-        modules_to_save=adapter.modules_to_save,
-        rank_pattern=dict(adapter.rank_pattern),  # PEFT adds to it
-        alpha_pattern=dict(adapter.alpha_pattern),
-        bias=adapter.bias,
-        use_rslora=adapter.use_rslora,
-        use_dora=adapter.use_dora,
-        init_lora_weights=init,  # type: ignore[arg-type]  # the recipe has checked it
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         trainable_token_indices=token_rows(model, adapter, tokenizer),
         eva_config=EvaConfig() if init == "eva" else None,
@@ -179,8 +171,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor
     """Run EVA's data pass (arXiv 2410.07170): A from the principal directions of each layer's inputs, ranks reallocated.
 
     Args:
-        batches: input_ids, attention_mask and, optionally, labels (B, T); positions that are masked out or labeled
-            -100 are not counted. The batches are repeated until every layer's directions settle.
+        batches: input_ids and attention_mask (B, T), repeated until every layer's directions settle.
 
     Raises:
         RequestError: encoder-decoder base, no batches, or batches with too few tokens for the rank.
@@ -190,7 +181,7 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor
     if model.config.is_encoder_decoder:
         raise RequestError("adapter.init_lora_weights: eva is not supported for encoder-decoder models")
     needed = round(max([config.r, *(config.rank_pattern or {}).values()]) * (config.eva_config or EvaConfig()).rho)
-    fewest = min((eva_tokens(batch) for batch in batches), default=0)
+    fewest = min((int(batch["attention_mask"].sum()) for batch in batches), default=0)
     if fewest < needed:
         raise RequestError(
             f"adapter.init_lora_weights: eva at rank {config.r} needs at least {needed} tokens per batch, found {fewest}: "
@@ -202,16 +193,10 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor
         if next(passes, None) is None:
             raise RequestError("adapter.init_lora_weights: eva did not settle in 100 passes: raise adapter.eva_batches")
         with autocast(peft_model):
-            peft_model(batch["input_ids"], attention_mask=batch.get("attention_mask"), use_cache=False)
+            peft_model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
 
     initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
     prepare_frozen(model)
-
-
-def eva_tokens(batch: Mapping[str, torch.Tensor]) -> int:
-    """Count the positions of a batch that EVA uses."""
-    mask = batch["attention_mask"].bool() if "attention_mask" in batch else torch.ones_like(batch["input_ids"]).bool()
-    return int((mask & (batch["labels"] != -100)).sum() if "labels" in batch else mask.sum())
 
 
 def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool = False) -> PeftModel:
@@ -244,12 +229,12 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
         raise RequestError(
             f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}: check that this is its base"
         ) from error
-    wrong = [("lacks", k) for k in result.missing_keys] + [("has no place for", k) for k in result.unexpected_keys]
+    wrong = [f"{source} lacks {key}" for key in result.missing_keys]
+    wrong += [f"{base_name(model)} has no place for {key}" for key in result.unexpected_keys]
     if wrong:
-        whose = {"lacks": f"{source} lacks", "has no place for": f"{base_name(model)} has no place for"}
         raise RequestError(
-            f"adapter: {source} does not fit {base_name(model)}: {len(wrong)} tensor(s) differ, first: "
-            f"{whose[wrong[0][0]]} {wrong[0][1]}: check that this is its base"
+            f"adapter: {source} does not fit {base_name(model)}: {len(wrong)} tensor(s) differ, first: {wrong[0]}: check "
+            "that this is its base"
         )
     return peft_model
 
@@ -267,10 +252,7 @@ def lora_config(source: str) -> LoraConfig:
         )
     check_adapter(folder)
     with renaming_field("adapter"), hub_errors_in_words(source):
-        config = PeftConfig.from_pretrained(source)
-    if not isinstance(config, LoraConfig):
-        raise RequestError(f"adapter: {source} is of type {config.peft_type}, expected LORA")
-    return config
+        return PeftConfig.from_pretrained(source)  # type: ignore[return-value]  # the check takes no other
 
 
 def changed_base(source: str, init: str) -> str:

@@ -22,10 +22,7 @@ logger = logging.getLogger(__name__)
 
 def is_named(adapter: AdapterSection, router: str) -> bool:
     """Return True where the recipe's targets spell out this router."""
-    targets = adapter.target_modules
-    text = (
-        " ".join([targets] if isinstance(targets, str) else targets) + " " + " ".join(adapter.target_parameters or [])
-    )
+    text = f"{adapter.target_modules} {adapter.target_parameters}"
     return re.search(rf"\b{re.escape(router.rpartition('.')[2])}\b", text) is not None
 
 
@@ -78,31 +75,26 @@ def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -
     return [*(own or []), *aside]
 
 
-def check_named(model: PreTrainedModel, field: str, names: str | list[str] | None) -> None:
-    """Refuse names of modules that do not exist, which PEFT would skip silently."""
-    if not isinstance(names, list):
-        return
-    known = [name for name, _ in model.named_modules() if name]
-    unknown = [name for name in names if not any(k == name or k.endswith(f".{name}") for k in known)]
-    if unknown:
-        last = sorted({k.rpartition(".")[2] for k in known if not k.rpartition(".")[2].isdigit()})
-        raise RequestError(
-            f"adapter.{field}: {base_name(model) or type(model).__name__} has no module called "
-            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
-        )
-
-
-def check_parameters(model: PreTrainedModel, names: list[str] | None) -> None:
-    """Refuse names of parameters that do not exist, by PEFT's own rule, which only warns of them."""
+def check_named(model: PreTrainedModel, adapter: AdapterSection, targets: str | list[str]) -> None:
+    """Refuse names of modules and parameters that do not exist, which PEFT skips silently or with a warning."""
+    modules = [name for name, _ in model.named_modules() if name]
     # fused experts held in 4 bits are parametrized
-    known = [name.replace(".parametrizations.", ".").removesuffix(".original") for name, _ in model.named_parameters()]
-    unknown = [name for name in names or () if not any(k == name or k.endswith(f".{name}") for k in known)]
-    if unknown:
-        last = sorted({".".join(k.split(".")[-2:]) for k in known})
-        raise RequestError(
-            f"adapter.target_parameters: {base_name(model) or type(model).__name__} has no parameter called "
-            f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
-        )
+    weights = [
+        name.replace(".parametrizations.", ".").removesuffix(".original") for name, _ in model.named_parameters()
+    ]
+    for field, names, known, kind, parts in (
+        ("target_modules", targets, modules, "module", 1),
+        ("modules_to_save", adapter.modules_to_save, modules, "module", 1),
+        ("target_parameters", adapter.target_parameters, weights, "parameter", 2),
+    ):
+        listed = names if isinstance(names, list) else []
+        unknown = [name for name in listed if not any(k == name or k.endswith(f".{name}") for k in known)]
+        if unknown:
+            last = sorted({".".join(k.split(".")[-parts:]) for k in known if not k.rpartition(".")[2].isdigit()})
+            raise RequestError(
+                f"adapter.{field}: {base_name(model) or type(model).__name__} has no {kind} called "
+                f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
+            )
 
 
 def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:

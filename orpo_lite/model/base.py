@@ -23,6 +23,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import base_revision, check_quantized_share, keep_4bit_differentiable
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
 from orpo_lite.model.precision import (
+    BACKENDS,
     Precision,
     choose_precision,
     default_device,
@@ -43,7 +44,6 @@ class BaseFacts:
     revision: str | None
     precision: Precision
     attention: str
-    attention_why: str
     quantization: str
     """nf4, fp4, int8 or none; for a repository that came quantized, its own method."""
     quantized_share: float | None
@@ -73,24 +73,19 @@ def load_base(
     precision = choose_precision(spec.dtype, device)
     config = read_config(spec)
     shipped = shipped_quantization(config)
-    if shipped and shipped.get("quant_method") == "bitsandbytes":
-        # the repository's own compute dtype (usually bfloat16) is wrong on a T4 and slow on a CPU
-        shipped["bnb_4bit_compute_dtype"] = str(precision.dtype).removeprefix("torch.")
-    skipped = None if shipped else quantization_skipped_reason(spec, device)
-    if skipped:
+    if shipped:
+        adapt_shipped(spec, shipped, precision.dtype, to_shard)
+    elif skipped := quantization_skipped_reason(spec, device):
         logger.warning("%s", skipped)
         spec = spec.model_copy(update={"quantization": "none"})
     quantizes = not shipped and spec.quantization != "none"
-    settings = quantization_settings(spec, precision.dtype, to_shard) if quantizes else None
-    if to_shard and shipped and shipped.get("load_in_4bit"):
-        check_storage(spec, shipped, precision)
     with unsharded_loading():
         model = read_model(
             spec,
             config,
             dtype=precision.dtype,
             device_map={"": "cpu" if to_shard else device},
-            quantization_config=settings,
+            quantization_config=quantization_settings(spec, precision.dtype, to_shard) if quantizes else None,
             attn_implementation=attention_for(config, spec.attention),
         )
         if tokenizer is not None:
@@ -101,29 +96,39 @@ def load_base(
             f"model.name_or_path: {spec.name_or_path} is quantized with {shipped and shipped.get('quant_method')}, which "
             "adapters cannot be trained on: use the repository with the 16-bit weights"
         )
-    method = method_name(shipped) if shipped else spec.quantization
     counted = quantizes or (shipped or {}).get("quant_method") == "bitsandbytes"
     share = check_quantized_share(model) if counted else None
     if to_shard:
-        move_scales(model, device)
+        for parameter in model.parameters():  # the engines move weights, but not the scales of 4-bit ones
+            if (state := getattr(parameter, "quant_state", None)) is not None:
+                state.to(device)
     if tokenizer is not None:
         # load_tokenizer chose it; transformers' Trainer would do the same with a warning
         for holder in (model.config.get_text_config(), model.generation_config):
             if holder is not None:
                 holder.pad_token_id = tokenizer.pad_token_id
-    attention = model.config._attn_implementation or "eager"
-    facts = BaseFacts(
-        name=f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path,
-        revision=base_revision(model),
-        precision=precision,
-        attention=attention,
-        attention_why=explain_attention(model, spec, attention),
-        quantization=method,
-        quantized_share=share,
-        sentences=[],
-    )
-    facts.sentences.extend(describe(facts, spec, bool(shipped)))
-    return model, facts
+    name = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
+    revision, attention = base_revision(model), model.config._attn_implementation or "eager"
+    method = method_name(shipped) if shipped else spec.quantization
+    why = f"{type(model).__name__} {'supports it' if attention == 'sdpa' else 'has no exact sdpa'}"
+    sentences = [
+        f"base: {name}{f' at {revision}' if revision else ''}, {describe_weights(spec, method, bool(shipped), share)}",
+        f"precision: {precision.why}",
+        f"attention: {attention} ({why if spec.attention == 'auto' else 'as model.attention asks'})",
+    ]
+    return model, BaseFacts(name, revision, precision, attention, method, share, sentences)
+
+
+def describe_weights(spec: ModelSection, method: str, shipped: bool, share: float | None) -> str:
+    """Say how the weights are held."""
+    held = "not quantized" if method == "none" else method
+    if shipped:
+        held += ", as the repository ships it"
+        if spec.quantization != method:
+            held += f" (model.quantization={spec.quantization} does not apply)"
+    elif spec.double_quant and method != "none" and BACKENDS[method].bits == 4:
+        held += " with double quantization"
+    return held if share is None else f"{held}; {share:.1%} of the weights of linear layers and experts"
 
 
 def attention_for(config: PreTrainedConfig, asked: str = "auto") -> str | None:
@@ -186,23 +191,24 @@ def method_name(shipped: dict[str, Any]) -> str:
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
-def check_storage(spec: ModelSection, shipped: dict[str, Any], precision: Precision) -> None:
-    """Refuse a repository whose own 4-bit weights cannot be sharded."""
-    storage, wanted = shipped.get("bnb_4bit_quant_storage", "uint8"), str(precision.dtype).removeprefix("torch.")
-    if storage != wanted:
+def adapt_shipped(spec: ModelSection, shipped: dict[str, Any], dtype: torch.dtype, to_shard: bool) -> None:
+    """Make weights that ship quantized by bitsandbytes compute in this machine's dtype.
+
+    The repository's own (usually bfloat16) is wrong on a T4 and slow on a CPU.
+
+    Raises:
+        RequestError: they are to be sharded, and are stored as numbers of another dtype.
+    """
+    if shipped.get("quant_method") != "bitsandbytes":
+        return
+    wanted, storage = str(dtype).removeprefix("torch."), shipped.get("bnb_4bit_quant_storage", "uint8")
+    shipped["bnb_4bit_compute_dtype"] = wanted
+    if to_shard and shipped.get("load_in_4bit") and storage != wanted:
         raise RequestError(
             f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which cannot be spread over "
             f"processes beside {wanted}: use the repository with the 16-bit weights and model.quantization=nf4, or train "
             "with DDP"
         )
-
-
-def move_scales(model: PreTrainedModel, device: torch.device) -> None:
-    """Move the scales of 4-bit weights to the device that will compute: sharding engines move the weights only."""
-    for parameter in model.parameters():
-        state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one
-        if state is not None:
-            state.to(device)
 
 
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
@@ -220,20 +226,19 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
                 **options,
             )
     except RequestError as error:
-        if options.get("attn_implementation") and re.search(r"attention|attn|flash", str(error), re.IGNORECASE):
-            raise RequestError(
-                f"model.attention: {options['attn_implementation']} is not available for {spec.name_or_path}: set "
-                f"model.attention=auto ({error.__cause__})"
-            ) from error
-        raise
+        asked = options.get("attn_implementation")
+        if not asked or not re.search(r"attention|attn|flash", str(error), re.IGNORECASE):
+            raise
+        raise RequestError(
+            f"model.attention: {asked} is not available for {spec.name_or_path}: set model.attention=auto ({error.__cause__})"
+        ) from error
     except RuntimeError as error:
-        if "size mismatch" not in str(error) and "mismatched" not in str(error):
+        if "mismatch" not in str(error):
             raise
         raise RequestError(
             f"model.name_or_path: {spec.name_or_path}: weights do not fit config.json ({error}): copy or download it again"
         ) from error
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
+    if missing := sorted(info["missing_keys"]):
         raise RequestError(
             f"model.name_or_path: {spec.name_or_path} lacks {len(missing)} weight(s) of {type(model).__name__}, which "
             f"would start out random: {', '.join(missing[:3])}{', ...' if len(missing) > 3 else ''}: check that this is "
@@ -262,31 +267,3 @@ def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
             weight: Any = None if module is None else module.weight
             if weight is not None:
                 weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
-
-
-def explain_attention(model: PreTrainedModel, spec: ModelSection, attention: str) -> str:
-    """Say why the model computes with this attention."""
-    if spec.attention != "auto":
-        return "as model.attention asks"
-    supports = "supports it" if attention == "sdpa" else "has no exact sdpa"
-    return f"{type(model).__name__} {supports}"
-
-
-def describe(facts: BaseFacts, spec: ModelSection, shipped: bool) -> list[str]:
-    """Put the facts into sentences for the screen."""
-    if shipped:
-        held = f"{facts.quantization}, as the repository ships it"
-        if spec.quantization != facts.quantization:
-            held += f" (model.quantization={spec.quantization} does not apply)"
-    elif facts.quantization == "none":
-        held = "not quantized"
-    else:
-        double = spec.double_quant and "4" in facts.quantization
-        held = facts.quantization + (" with double quantization" if double else "")
-    if facts.quantized_share is not None:
-        held += f"; {facts.quantized_share:.1%} of the weights of linear layers and experts"
-    return [
-        f"base: {facts.name}{f' at {facts.revision}' if facts.revision else ''}, {held}",
-        f"precision: {facts.precision.why}",
-        f"attention: {facts.attention} ({facts.attention_why})",
-    ]

@@ -139,7 +139,7 @@ def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[to
     writer.finish()
     tied = set(model.all_tied_weights_keys)
     buffers = {name for name, _ in model.named_buffers()}
-    lacking = sorted(set(expected) - writer.written - tied - buffers)
+    lacking = sorted(set(expected) - set(writer.places) - tied - buffers)
     if lacking:
         raise RequestError(
             f"model.gguf_file: {path.name} ({architecture}) lacks {len(lacking)} weight(s) of {type(model).__name__}, "
@@ -153,28 +153,23 @@ class ShardWriter:
 
     def __init__(self, folder: Path):
         self.folder = folder
-        self.shards: list[dict[str, int]] = []
         self.waiting: dict[str, torch.Tensor] = {}
-        self.written: set[str] = set()
+        self.places: dict[str, str] = {}
+        """The shard of each tensor that was added."""
+        self.shards = 1
 
     def add(self, key: str, tensor: torch.Tensor) -> None:
         self.waiting[key] = tensor
-        self.written.add(key)
+        self.places[key] = f"model-{self.shards:05}.safetensors"
         if sum(t.nbytes for t in self.waiting.values()) >= SHARD_BYTES:
             self.flush()
 
     def flush(self) -> None:
-        if self.waiting:
-            save_file(self.waiting, self.folder / f"part-{len(self.shards)}.safetensors", metadata={"format": "pt"})
-            self.shards.append({key: tensor.nbytes for key, tensor in self.waiting.items()})
-            self.waiting = {}
+        save_file(self.waiting, self.folder / f"model-{self.shards:05}.safetensors", metadata={"format": "pt"})
+        self.waiting, self.shards = {}, self.shards + 1
 
     def finish(self) -> None:
-        self.flush()
-        places: dict[str, str] = {}
-        for number, shard in enumerate(self.shards, 1):
-            name = f"model-{number:05}-of-{len(self.shards):05}.safetensors"
-            (self.folder / f"part-{number - 1}.safetensors").rename(self.folder / name)
-            places |= dict.fromkeys(shard, name)
-        index = {"metadata": {"total_size": sum(sum(s.values()) for s in self.shards)}, "weight_map": places}
+        if self.waiting:
+            self.flush()
+        index = {"metadata": {}, "weight_map": self.places}
         (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")

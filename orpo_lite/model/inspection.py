@@ -107,11 +107,9 @@ def check_quantized_share(model: PreTrainedModel) -> float:
     Raises:
         RequestError: less than 95%, with the figure and the largest parameters that are not quantized.
     """
-    aside = routers(model)
-    aside |= {
-        name for name, module in model.named_modules() if isinstance(module, nn.Embedding | nn.modules.conv._ConvNd)
-    }
-    aside |= {name for name, module in model.named_modules() if module is model.get_output_embeddings()}
+    kinds, head = nn.Embedding | nn.modules.conv._ConvNd, model.get_output_embeddings()
+    aside = {name for name, module in model.named_modules() if isinstance(module, kinds) or module is head}
+    aside |= routers(model)
     quantized, rest = 0, Counter[str]()
     for name, parameter in model.named_parameters():
         if name.rpartition(".")[0] in aside or (parameter.ndim < 2 and weight_count(parameter) == parameter.numel()):

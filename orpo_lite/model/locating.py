@@ -39,9 +39,9 @@ def locate(spec: ModelSection) -> str:
         check_model(folder)
         return str(folder)
     if os.path.isfile(folder):
-        hint = f"set model.name_or_path={folder.parent} model.gguf_file={folder.name}" if folder.suffix == ".gguf" else (
-            "give its folder, or a hub id"
-        )  # fmt: skip
+        hint = "give its folder, or a hub id"
+        if folder.suffix == ".gguf":
+            hint = f"set model.name_or_path={folder.parent} model.gguf_file={folder.name}"
         raise RequestError(f"model.name_or_path: {name} is a file, expected a model folder: {hint}")
     check_model_path(spec.name_or_path)
     return name
@@ -132,6 +132,36 @@ def hub_errors_in_words(name: str) -> Iterator[None]:
         raise RequestError(explain(name, error)) from error
 
 
+CAUSES = (
+    (hub.GatedRepoError, "name_or_path: {name} is gated: accept its terms on {page}, then run `hf auth login`"),
+    (hub.RevisionNotFoundError, "revision: {name} has no such branch, tag or commit: see {page}/commits/main"),
+    (
+        (hub.RepositoryNotFoundError, hub.HFValidationError),
+        "name_or_path: {name} is neither a local folder nor a model that the hub shows you: check the spelling on {page}; "
+        "for a private one run `hf auth login`",
+    ),
+    (
+        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError),
+        "name_or_path: {name} is neither a local folder nor in the download cache, and the hub cannot be reached: get online "
+        "(HF_HUB_OFFLINE unset) or download {page} beforehand and give its folder",
+    ),
+)
+"""Exceptions of the hub, and what is wrong with a field of the model section."""
+BEGINNINGS = {
+    "Unrecognized model": "name_or_path: {name} has no config.json that says what model it is: see {page}/tree/main; if its "
+    "weights are GGUF, set model.gguf_file to one of those files",
+    "It looks like the config file": "name_or_path: config.json of {name} is broken: copy or download it again",
+    "Unrecognized configuration class": "name_or_path: {name} is described by a {kind}: use a model that writes text",
+    "Couldn't instantiate the backend tokenizer": "name_or_path: {name} has no readable tokenizer: copy the tokenizer's files "
+    "(tokenizer.json and tokenizer_config.json, or tokenizer.model) there; for the latter pip install sentencepiece",
+}
+"""How errors of transformers begin, and the same."""
+CODE = (
+    "trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
+    "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code for commands that take a folder)"
+)
+
+
 def explain(name: str, error: BaseException) -> str:
     """Put an error into words, by the hub's exception behind it."""
     chain, cause = [], error
@@ -139,40 +169,13 @@ def explain(name: str, error: BaseException) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(error).split())
-    name = name if len(name) <= 300 else f"{name[:300]}..."
-    page = f"https://huggingface.co/{name}"
-    if any(isinstance(c, hub.GatedRepoError) for c in chain):
-        return f"model.name_or_path: {name} is gated: accept its terms on {page}, then run `hf auth login`"
-    if any(isinstance(c, hub.RevisionNotFoundError) for c in chain):
-        return f"model.revision: {name} has no such branch, tag or commit: see {page}/commits/main"
-    if any(isinstance(c, hub.RepositoryNotFoundError | hub.HFValidationError) for c in chain):
-        return (
-            f"model.name_or_path: {name} is neither a local folder nor a model that the hub shows you: check the "
-            f"spelling on {page}; for a private one run `hf auth login`"
-        )
-    if any(isinstance(c, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError) for c in chain):
-        return (
-            f"model.name_or_path: {name} is neither a local folder nor in the download cache, and the hub cannot be "
-            f"reached: get online (HF_HUB_OFFLINE unset) or download {page} beforehand and give its folder"
-        )
-    if text.startswith("Unrecognized model"):
-        return (
-            f"model.name_or_path: {name} has no config.json that says what model it is: see {page}/tree/main; if its "
-            "weights are GGUF, set model.gguf_file to one of those files"
-        )
-    if text.startswith("Unrecognized configuration class"):
-        kind = text.partition("configuration class <class '")[2].partition("'")[0].rpartition(".")[2]
-        return f"model.name_or_path: {name} is described by a {kind}: use a model that writes text"
-    if text.startswith("Couldn't instantiate the backend tokenizer"):
-        return (
-            f"model.name_or_path: {name} has no readable tokenizer: copy the tokenizer's files (tokenizer.json and "
-            "tokenizer_config.json, or tokenizer.model) there; for the latter pip install sentencepiece"
-        )
-    if any(isinstance(c, hub.EntryNotFoundError) for c in chain):
-        return f"model.name_or_path: {name} lacks a file: see {page}/tree/main ({text})"
+    causes = [words for kinds, words in CAUSES if any(isinstance(one, kinds) for one in chain)]
+    causes += [words for beginning, words in BEGINNINGS.items() if text.startswith(beginning)]
+    if any(isinstance(one, hub.EntryNotFoundError) for one in chain):
+        causes.append("name_or_path: {name} lacks a file: see {page}/tree/main ({text})")
     if "trust_remote_code" in text:
-        return (
-            f"model.trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
-            "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code for commands that take a folder)"
-        )
-    return f"model.name_or_path: {name} cannot be loaded: {text[:400]}"
+        causes.append(CODE)
+    name = name if len(name) <= 300 else f"{name[:300]}..."
+    words = [*causes, "name_or_path: {name} cannot be loaded: {text}"][0]
+    kind = text.partition("<class '")[2].partition("'")[0].rpartition(".")[2]
+    return "model." + words.format(name=name, page=f"https://huggingface.co/{name}", kind=kind, text=text[:400])

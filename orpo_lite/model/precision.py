@@ -34,26 +34,36 @@ def default_device() -> torch.device:
     return torch.device("cpu")
 
 
-def choose_precision(dtype: str = "auto", device: torch.device | str | None = None) -> Precision:
-    """Choose the precision for `model.dtype` on a device (default: the one a run uses).
+def chosen_dtype(dtype: str, kind: str, capability: tuple[int, int] = (0, 0)) -> tuple[str, str]:
+    """Return the dtype that `model.dtype` means on a kind of device, and the one that auto would mean there.
 
     CUDA goes by compute capability alone: torch.cuda.is_bf16_supported() is true on a T4, which only emulates bfloat16.
 
     Raises:
         RequestError: float16 on the CPU, where neither autocast nor loss scaling makes it trainable.
     """
-    device = torch.device(device) if device is not None else default_device()
-    place = {"cpu": "the CPU", "mps": "an Apple GPU (MPS)", "xpu": "an Intel GPU"}.get(device.type, device.type)
-    native = {"xpu": "bfloat16"}.get(device.type, "float32")
-    if device.type == "cuda":
-        capability = torch.cuda.get_device_capability(device)
-        native = "bfloat16" if capability >= (8, 0) else "float16"
-        place = f"a GPU of compute capability {capability[0]}.{capability[1]}"
+    native = {"xpu": "bfloat16", "cuda": "bfloat16" if capability >= (8, 0) else "float16"}.get(kind, "float32")
     chosen = native if dtype == "auto" else dtype
-    if chosen == "float16" and device.type == "cpu":
+    if chosen == "float16" and kind == "cpu":
         raise RequestError(
             "model.dtype: found float16, but the CPU cannot train in it: set model.dtype=auto (float32 on the CPU)"
         )
+    return chosen, native
+
+
+def choose_precision(dtype: str = "auto", device: torch.device | str | None = None) -> Precision:
+    """Choose the precision for `model.dtype` on a device (default: the one a run uses).
+
+    Raises:
+        RequestError: see `chosen_dtype`.
+    """
+    device = torch.device(device) if device is not None else default_device()
+    place = {"cpu": "the CPU", "mps": "an Apple GPU (MPS)", "xpu": "an Intel GPU"}.get(device.type, device.type)
+    capability = (0, 0)
+    if device.type == "cuda":
+        capability = torch.cuda.get_device_capability(device)
+        place = f"a GPU of compute capability {capability[0]}.{capability[1]}"
+    chosen, native = chosen_dtype(dtype, device.type, capability)
     why = f"{chosen} computing on {place}"
     if dtype != "auto" and chosen != native:
         why += f", as model.dtype asks (auto would be {native})"
@@ -88,6 +98,7 @@ class Backend:
     unavailable: Callable[[], str | None]
     """Why it cannot be used on this machine, or None."""
     package: str
+    bits: int
     gigabytes: float
     """Memory per billion weights."""
     shardable: bool = True
@@ -124,9 +135,9 @@ def _eight_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsA
 
 
 BACKENDS = {
-    "nf4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 0.6),
-    "fp4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 0.6),
-    "int8": Backend(_eight_bits, bitsandbytes_unavailable, "bitsandbytes", 1.1, shardable=False),
+    "nf4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 4, 0.6),
+    "fp4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 4, 0.6),
+    "int8": Backend(_eight_bits, bitsandbytes_unavailable, "bitsandbytes", 8, 1.1, shardable=False),
 }
 
 

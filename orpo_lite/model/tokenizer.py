@@ -1,4 +1,9 @@
-"""Tokenizer of a run: padding token, chat template by name, new tokens."""
+"""Tokenizer of a run: padding token, chat template by name, new tokens; and the one place that renders chat templates.
+
+Chat templates are programs that come with models, rendered in transformers' sandbox. The sandbox (jinja2's
+ImmutableSandboxedEnvironment) keeps a template from files, modules and the objects that it is given. It bounds neither
+time nor memory: a template that loops forever has to be stopped by hand.
+"""
 
 from __future__ import annotations
 
@@ -7,12 +12,13 @@ import logging
 import os
 import re
 from pathlib import Path
+from typing import Any
 
+import jinja2
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
-from orpo_lite.model.chat_template import TemplateRefused, render_chat
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import chat_templates, find_template, resolve_path
@@ -150,3 +156,51 @@ def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
         return ids
     end = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
     return ids + [i for i in end if i in tokenizer.added_tokens_decoder and i not in ids]
+
+
+# ---- chat templates --------------------------------------------------------------------------------------------------
+
+Job = tuple[list[dict[str, Any]], dict[str, Any]]
+"""A conversation, and the options of apply_chat_template."""
+MAX_CHARACTERS = 10_000_000
+"""Longest text that a template may write for one conversation."""
+
+
+class TemplateRefused(jinja2.TemplateError):
+    """A conversation that the template does not take, with the reason in the template's words.
+
+    Args:
+        reason: why.
+        lineno: line of the template where its syntax is wrong.
+    """
+
+    def __init__(self, reason: str, lineno: int | None = None):
+        super().__init__(reason)
+        self.lineno = lineno
+
+
+def render_chat(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str, Any]], **options: Any) -> str:
+    """Render a conversation with the tokenizer's chat template.
+
+    Raises:
+        TemplateRefused: the template does not take it, or writes more than MAX_CHARACTERS.
+    """
+    try:
+        text = str(tokenizer.apply_chat_template(conversation, tokenize=False, **options))
+    except Exception as error:  # a template may raise anything, its own refusals included
+        line = error.lineno if isinstance(error, jinja2.TemplateSyntaxError) else None
+        raise TemplateRefused(" ".join(str(error).split())[:500] or type(error).__name__, line) from error
+    if len(text) > MAX_CHARACTERS:
+        raise TemplateRefused(f"the template writes {len(text):,} characters, at most {MAX_CHARACTERS:,} are allowed")
+    return text
+
+
+def render_chats(tokenizer: PreTrainedTokenizerBase, jobs: list[Job]) -> list[str | TemplateRefused]:
+    """Render conversations with the tokenizer's chat template: the text of each, or why the template refused it."""
+    results: list[str | TemplateRefused] = []
+    for conversation, options in jobs:
+        try:
+            results.append(render_chat(tokenizer, conversation, **options))
+        except TemplateRefused as refusal:
+            results.append(refusal)
+    return results

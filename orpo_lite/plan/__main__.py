@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 from pathlib import Path
 from typing import Annotated
@@ -11,7 +10,7 @@ import typer
 
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.plan.gpus import Card, card_here, find_cards
+from orpo_lite.plan.gpus import Card, Parallelism, card_here, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -38,26 +37,21 @@ def command(
         raise RequestError("--output says where --fit writes the recipe it finds: give --fit as well")
     if gpus is None and (strategy or offload):
         raise RequestError("--strategy and --offload say how several GPUs share a recipe: give --gpus as well")
-    if gpus is not None and fit:
-        raise RequestError("--gpus plans a recipe as it stands: leave --fit out")
-    if gpus is not None and gpu == "cpu":
-        raise RequestError("--gpus plans cards: give --gpu a card or a size, or leave it out")
+    if gpus is not None and (fit or gpu == "cpu"):
+        raise RequestError("--gpus plans a recipe as it stands for cards: leave out --fit and --gpu cpu")
     # mistakes are reported before the slow imports
     loaded = Recipe.load(recipe, overrides or [])
-    cards = find_cards(gpu) if gpu and gpu != "cpu" else []
+    parallelism = Parallelism(gpus, strategy or "ddp", offload) if gpus is not None else None
+    cards = cards_asked_for(loaded, gpu)
     if fit:
-        card = card_to_fit(loaded, gpu)
+        card = card_to_fit(cards, gpu)
         print_fit(loaded, card, output_path(loaded, card, output), as_json)
         return
-    if not gpu and loaded.memory.gpu_gb:
-        cards = [Card(f"{loaded.memory.gpu_gb:g} GB", loaded.memory.gpu_gb)]
     from orpo_lite.plan import tables
     from orpo_lite.plan.kernels import Target
-    from orpo_lite.plan.multi_gpu import Parallelism
     from orpo_lite.plan.search import Planner, judge
 
-    parallelism = Parallelism(gpus, strategy or "ddp", offload) if gpus is not None else None
-    planner = functools.partial(Planner(), parallelism=parallelism)
+    planner = Planner(parallelism=parallelism)
     default = Target("cpu") if gpu == "cpu" else Target("cuda")
     made = planner(loaded, cards[0].target if len(cards) == 1 else default)
     verdicts = [judge(loaded, card, planner) for card in cards]
@@ -69,34 +63,24 @@ def command(
         tables.show_cards(console, verdicts)
 
 
-def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
-    """Fit a recipe to a card, write it and print how it was found."""
-    from orpo_lite.plan import tables
-    from orpo_lite.plan.search import fit
-
-    found = fit(recipe, card)
-    tables.write_fit(found, path)
-    if as_json:
-        content = found.choice.plan.as_dict() | {"cards": [], "fit": tables.fit_as_dict(found, path)}
-        print(json.dumps(content, indent=1))
-        return
-    tables.show_plan(console, found.choice.plan)
-    tables.show_fit(console, found, path)
+def cards_asked_for(recipe: Recipe, gpu: str | None) -> list[Card]:
+    """Return the cards that --gpu or else memory.gpu_gb names."""
+    if gpu:
+        return find_cards(gpu) if gpu != "cpu" else []
+    size = recipe.memory.gpu_gb
+    return [Card(f"{size:g} GB", size)] if size else []
 
 
-def card_to_fit(recipe: Recipe, gpu: str | None) -> Card:
-    """Return the card to fit a recipe to: by name, by memory.gpu_gb, or the one in this machine.
+def card_to_fit(cards: list[Card], gpu: str | None) -> Card:
+    """Return the card to fit a recipe to: the one that was named, or the one in this machine.
 
     Raises:
-        RequestError: none of these names a single card.
+        RequestError: neither is a single card.
     """
-    if gpu:
-        cards = find_cards(gpu) if gpu != "cpu" else []
-        if len(cards) != 1:
-            raise RequestError(f"--gpu: found {gpu}, but --fit fits one card: name it, or give its size such as 12GB")
+    if len(cards) == 1:
         return cards[0]
-    if recipe.memory.gpu_gb:
-        return Card(f"{recipe.memory.gpu_gb:g} GB", recipe.memory.gpu_gb)
+    if gpu:
+        raise RequestError(f"--gpu: found {gpu}, but --fit fits one card: name it, or give its size such as 12GB")
     import torch
 
     if not torch.cuda.is_available():
@@ -120,6 +104,21 @@ def output_path(recipe: Recipe, card: Card, output: Path | None) -> Path:
     if not path.parent.is_dir():
         raise RequestError(f"--output: found {path}, but there is no folder {path.parent}: create it first")
     return path
+
+
+def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
+    """Fit a recipe to a card, write it and print how it was found."""
+    from orpo_lite.plan import tables
+    from orpo_lite.plan.search import fit
+
+    found = fit(recipe, card)
+    tables.write_fit(found, path)
+    if as_json:
+        content = found.choice.plan.as_dict() | {"cards": [], "fit": tables.fit_as_dict(found, path)}
+        print(json.dumps(content, indent=1))
+        return
+    tables.show_plan(console, found.choice.plan)
+    tables.show_fit(console, found, path)
 
 
 if __name__ == "__main__":

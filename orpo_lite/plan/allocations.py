@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.plan.kernels import DEQUANTIZE, INT8_FLOPS, REPLACEMENTS
+from orpo_lite.plan.kernels import DEQUANTIZE, INT8_PRODUCT, REPLACEMENTS, Target, workspace
 
 aten = torch.ops.aten
 
@@ -46,13 +45,12 @@ class Timeline(TorchDispatchMode):
     """A mode that logs every storage that torch operations make, and when it is freed, on meta tensors as on real ones.
 
     Args:
-        block: bytes that an allocation is rounded up to: 512 for CUDA's allocator, 1 for the CPU's.
-        workspace: bytes that an operation allocates for itself while it runs, from the operation, its arguments and output.
+        target: the device; CUDA's allocator rounds up to blocks, and its kernels have workspaces.
     """
 
-    def __init__(self, block: int, workspace: Callable[[Any, tuple, Any], int]) -> None:
+    def __init__(self, target: Target) -> None:
         super().__init__()
-        self.block, self.workspace = block, workspace
+        self.target = target
         self.segment: Segment = ("static", "")
         self.events: list[tuple[int, int, Segment]] = []
         """(index of the allocation, bytes gained or lost, segment)."""
@@ -68,7 +66,8 @@ class Timeline(TorchDispatchMode):
         storage = tensor.untyped_storage()
         key = storage._cdata
         if key not in self._known:
-            size = -(-storage.nbytes() // self.block) * self.block
+            block = self.target.block
+            size = -(-storage.nbytes() // block) * block
             if size == 0:
                 return
             number = self._add(size)
@@ -103,8 +102,8 @@ class Timeline(TorchDispatchMode):
         name = func._schema.name
         kernel = REPLACEMENTS.get(name)
         if kernel is not None and args[0].is_meta:
-            if name in INT8_FLOPS:
-                self._count(FLOPS, INT8_FLOPS[name](*args))
+            if name == INT8_PRODUCT:  # not made of torch's own products
+                self._count(FLOPS, 2 * args[1].numel() * args[2].shape[0])
             with self:
                 return kernel(*args, **kwargs)
         if func in COMPOSED:  # without autograd they arrive undecomposed
@@ -120,8 +119,8 @@ class Timeline(TorchDispatchMode):
             self._count(FLOPS, flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
         elif name == DEQUANTIZE:
             self._count(UNPACKED, output.numel())
-        extra = self.workspace(func, args, output)
-        if extra:
+        extra = workspace(func, args)
+        if extra and self.target.kind == "cuda":
             number = self._add(extra)
             self.labels[number] = WORKSPACE
             self.events.append((number, -extra, self.segment))
@@ -156,22 +155,17 @@ class Timeline(TorchDispatchMode):
         now: Counter[str] = Counter()
         total, highest = 0, dict[Segment, int]()
         found: dict[Segment, Counter[str]] = {}
-        for number, size, segment in self._events_with_starts():
-            now[self._part(number, freed)] += size
-            total += size
-            if total > highest.get(segment, -1):
-                highest[segment] = total
-                found[segment] = Counter(now)
-        return found
-
-    def _events_with_starts(self) -> Iterator[tuple[int, int, Segment]]:
-        """Iterate over the events, with an empty one at the start of each segment: it may be the fullest moment there."""
         last: Segment | None = None
         for number, size, segment in self.events:
-            if segment != last:
-                yield number, 0, segment
-                last = segment
-            yield number, size, segment
+            # a segment may be fullest at its start
+            for change in (size,) if segment == last else (0, size):
+                now[self._part(number, freed)] += change
+                total += change
+                if total > highest.get(segment, -1):
+                    highest[segment] = total
+                    found[segment] = Counter(now)
+            last = segment
+        return found
 
     def _part(self, number: int, freed: dict[int, Segment]) -> str:
         """Name an allocation's purpose; activations that outlive the segment that made them are kept ones."""

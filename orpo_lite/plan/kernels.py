@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 from unittest import mock
@@ -41,6 +41,10 @@ class Target:
     """CUDA compute capability; it decides the kernels and the 16-bit dtype."""
 
     @property
+    def device(self) -> torch.device:
+        return torch.device(self.kind)
+
+    @property
     def block(self) -> int:
         """Bytes that allocations are rounded up to."""
         return 512 if self.kind == "cuda" else 1
@@ -70,18 +74,16 @@ class Kernels(TorchFunctionMode):
             return func(*args, **kwargs)
         if torch.is_autocast_enabled("cpu"):  # stands for the target's autocast, since meta tensors ignore it
             if name in LOWER:
-                args, kwargs = _converted(self._lower, args, kwargs)
+                args, kwargs = tree_map(self._lower, (args, kwargs))
             elif self.target.kind == "cuda" and kwargs.get("dtype") is None:
-                args, kwargs = _converted(_raise, args, kwargs)
+                args, kwargs = tree_map(_raise, (args, kwargs))
         if name == "scaled_dot_product_attention" and args[0].is_meta:
             return attend(self.target, *args, **kwargs)
         return func(*args, **kwargs)
 
     def _lower(self, value: Any) -> Any:
         dtype = torch.get_autocast_dtype("cpu")
-        if not isinstance(value, Tensor) or value.dtype not in FLOATS:
-            return value
-        if value.dtype == dtype:
+        if not isinstance(value, Tensor) or value.dtype not in FLOATS or value.dtype == dtype:
             return value
         if not (value.is_leaf and value.requires_grad and value.dtype == torch.float32):
             return value.to(dtype)
@@ -120,10 +122,6 @@ class Kernels(TorchFunctionMode):
             yield
 
 
-def _converted(convert: Callable[[Any], Any], args: tuple, kwargs: dict[str, Any]) -> Any:
-    return tree_map(convert, (args, kwargs))
-
-
 def _raise(value: Any) -> Any:
     return value.float() if isinstance(value, Tensor) and value.dtype in FLOATS[:2] else value
 
@@ -144,38 +142,38 @@ def attend(
     Args:
         query: (batch, heads, queries, width); key and value: (batch, key heads, keys, width).
     """
+    from_right = hasattr(attn_mask, "lower_right")
+    flash = target.capability >= (8, 0) and query.dtype in FLOATS[:2] and query.shape[-1] <= 256
     if target.kind == "cpu":
-        if isinstance(attn_mask, Tensor) and attn_mask.dtype == torch.bool:
-            attn_mask = torch.zeros_like(attn_mask, dtype=query.dtype).masked_fill_(~attn_mask, -math.inf)
+        attn_mask = as_bias(attn_mask, query)
         if cpu_flash(query, attn_mask, dropout_p, enable_gqa):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-    else:
-        from_right = hasattr(attn_mask, "lower_right")
-        half, grouped = query.dtype in FLOATS[:2], query.shape[1] != key.shape[1]
-        if half and target.capability >= (8, 0) and (attn_mask is None or from_right) and query.shape[-1] <= 256:
-            return aten._scaled_dot_product_flash_attention(
-                query, key, value, dropout_p, is_causal or from_right, False, scale=scale
-            )[0]
-        if not grouped:
-            bias = None
-            if from_right:  # this kernel takes it as a flag
-                is_causal = True
-            elif attn_mask is not None:
-                bias = attn_mask
-                if bias.dtype == torch.bool:
-                    bias = torch.zeros_like(bias, dtype=query.dtype).masked_fill_(~bias, -math.inf)
-                bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
-            return aten._scaled_dot_product_efficient_attention(
-                query, key, value, bias, True, dropout_p, is_causal, scale=scale
-            )[0]
-        if from_right:
-            attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
+    elif flash and (attn_mask is None or from_right):
+        return aten._scaled_dot_product_flash_attention(
+            query, key, value, dropout_p, is_causal or from_right, False, scale=scale
+        )[0]
+    elif query.shape[1] == key.shape[1]:  # heads are not grouped
+        bias = None if from_right else as_bias(attn_mask, query)  # this kernel takes lower right as a flag
+        if bias is not None:
+            bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
+        return aten._scaled_dot_product_efficient_attention(
+            query, key, value, bias, True, dropout_p, is_causal or from_right, scale=scale
+        )[0]
+    elif from_right:
+        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     with torch._C.DisableTorchFunction():
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
+
+
+def as_bias(mask: Any, query: Tensor) -> Any:
+    """Turn a mask of what may be seen into numbers that are added to the scores, as kernels take it."""
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, -math.inf)
 
 
 class GroupedProduct(torch.autograd.Function):
@@ -212,8 +210,11 @@ def cpu_flash(query: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> 
 # ---- kernel workspaces -----------------------------------------------------------------------------------------------
 
 
-def cuda_workspace(func: Any, args: tuple, output: Any) -> int:
-    """Count the bytes that attention's backward kernels allocate; derived from their C++ sources, so an assumption."""
+def workspace(func: Any, args: tuple) -> int:
+    """Count the bytes that CUDA's attention kernels allocate in the backward pass, by their C++ sources: an assumption.
+
+    On the CPU workspaces are small; the comparison with real steps shows how small.
+    """
     if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, length, width = query.shape
@@ -228,15 +229,7 @@ def cuda_workspace(func: Any, args: tuple, output: Any) -> int:
     return 0
 
 
-def no_workspace(func: Any, args: tuple, output: Any) -> int:
-    """Return 0: on the CPU workspaces are small; the comparison with real steps shows how small."""
-    return 0
-
-
-# ---- bitsandbytes ----------------------------------------------------------------------------------------------------
-
-
-# bitsandbytes' own meta kernels show an output, but none of the memory in between: these run in their place
+# ---- bitsandbytes: its own meta kernels show an output, but none of the memory in between ----------------------------
 
 
 def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:
@@ -248,29 +241,20 @@ def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:
 
 def int8_vectorwise_quant(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, scales, and no outlier columns, whose number depends on the data."""
-    return (
-        torch.empty(rows.shape, dtype=torch.int8, device=rows.device),
-        torch.empty(rows.numel() // rows.shape[-1], dtype=torch.float32, device=rows.device),
-        torch.empty(0, dtype=torch.int64, device=rows.device),
-    )
+    scales = rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
+    return torch.empty_like(rows, dtype=torch.int8), scales, rows.new_empty(0, dtype=torch.int64)
 
 
 def int8_mixed_scaled_mm(rows: Tensor, codes: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
     """Make the int32 product, then the scaled one."""
-    shape = (*codes.shape[:-1], weight.shape[0])
-    product = torch.empty(shape, dtype=torch.int32, device=rows.device)
+    product = rows.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
     return product.to(rows.dtype), None
 
 
+DEQUANTIZE, INT8_PRODUCT = "bitsandbytes::dequantize_4bit", "bitsandbytes::int8_mixed_scaled_mm"
 REPLACEMENTS = {
     "bitsandbytes::gemm_4bit": gemm_4bit,
     "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant,
-    "bitsandbytes::int8_mixed_scaled_mm": int8_mixed_scaled_mm,
+    INT8_PRODUCT: int8_mixed_scaled_mm,
 }
 """Operations by name, and the functions that run in their place on meta tensors."""
-
-DEQUANTIZE = "bitsandbytes::dequantize_4bit"
-INT8_FLOPS = {
-    "bitsandbytes::int8_mixed_scaled_mm": lambda rows, codes, weight, *_: 2 * codes.numel() * weight.shape[0],
-}
-"""FLOPs of replaced operations that are not made of torch's own products."""

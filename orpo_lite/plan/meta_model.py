@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
+import os
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -27,12 +30,20 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
-from orpo_lite.model.precision import BACKENDS
+from orpo_lite.model.precision import BACKENDS, chosen_dtype
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
-from orpo_lite.plan.configs import base_config
 from orpo_lite.plan.kernels import Target
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
+
+CONFIGS = Path(__file__).parent / "configs"
+"""Configurations of the recipes' base models, so that plans need no download; `<org>--<model>.json` is named after a hub id."""
+
+
+def shipped_config(name: str) -> PretrainedConfig | None:
+    """Return a new configuration of a hub id whose published config.json's values ship in configs/; None for any other."""
+    file = CONFIGS / f"{name.replace('/', '--')}.json"
+    return AutoConfig.for_model(**json.loads(file.read_text("utf-8"))) if file.is_file() else None
 
 
 def find_config(spec: ModelSection) -> PretrainedConfig:
@@ -41,16 +52,13 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
     Raises:
         RequestError: none of these; nothing is downloaded.
     """
-    name = resolve_path(spec.name_or_path)
-    path = Path(name).expanduser()
+    name = os.path.expanduser(resolve_path(spec.name_or_path))
+    options: dict[str, Any] = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
+    if not os.path.exists(name):
+        options["revision"] = spec.revision
     try:
-        if spec.gguf_file and path.is_dir():
-            return AutoConfig.from_pretrained(path, gguf_file=spec.gguf_file, trust_remote_code=False)
-        if path.suffix == ".json" and path.is_file():
-            return AutoConfig.from_pretrained(path, trust_remote_code=False)
-        found = base_config(name)
-        return found or AutoConfig.from_pretrained(
-            name, revision=spec.revision, trust_remote_code=spec.trust_remote_code, local_files_only=True
+        return shipped_config(name) or AutoConfig.from_pretrained(
+            name, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     except (OSError, ValueError) as error:
         raise RequestError(
@@ -60,15 +68,12 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
 
 
 def compute_dtype(spec: ModelSection, target: Target) -> torch.dtype:
-    """Return the dtype that `choose_precision` would pick on the target, which need not be this machine.
+    """Return the dtype that training would compute in on the target, which need not be this machine.
 
     Raises:
         RequestError: float16 on the CPU.
     """
-    if target.kind == "cpu" and spec.dtype == "float16":
-        raise RequestError("model.dtype: found float16, but the CPU cannot train in it: set model.dtype=auto")
-    native = "float32" if target.kind == "cpu" else "bfloat16" if target.capability >= (8, 0) else "float16"
-    return getattr(torch, native if spec.dtype == "auto" else spec.dtype)
+    return getattr(torch, chosen_dtype(spec.dtype, target.kind, target.capability)[0])
 
 
 def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, recompute: bool) -> Any:
@@ -116,32 +121,17 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
 
 def quantize(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Insert bitsandbytes' own layers where transformers' quantizer would, with quantized meta weights."""
-    from bitsandbytes.functional import quantize_4bit
-    from bitsandbytes.nn.modules import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(settings)
     quantizer._process_model_before_weight_loading(model, device_map=None)
     model.hf_quantizer = quantizer  # type: ignore[attr-defined]  # as from_pretrained sets it
-    make: Any = Params4bit  # its arguments are those of __new__
     for module in model.modules():
-        weight: Any = getattr(module, "weight", None)
-        if isinstance(module, Linear4bit):
-            full = torch.empty(module.out_features, module.in_features, dtype=dtype, device="meta")
-            packed, state = quantize_4bit(
-                full,
-                blocksize=weight.blocksize,
-                compress_statistics=weight.compress_statistics,
-                quant_type=weight.quant_type,
-            )
-            module.weight = make(packed, requires_grad=False, quant_state=state, bnb_quantized=True,
-                                              compress_statistics=weight.compress_statistics,
-                                              quant_type=weight.quant_type, module=module)  # fmt: skip
-            module.quant_state = state  # type: ignore[assignment]  # None in its class
-        elif isinstance(module, Linear8bitLt):
-            codes = torch.empty(module.out_features, module.in_features, dtype=torch.int8, device="meta")
-            scales = torch.empty(module.out_features, dtype=torch.float32, device="meta")
-            module.weight = Int8Params(codes, requires_grad=False, CB=codes, SCB=scales)  # type: ignore[call-arg]
+        if isinstance(module, Linear4bit | Linear8bitLt):
+            weight: Any = module.weight
+            weight.data = weight.data.to(dtype)
+            weight._quantize("meta")
     model.is_loaded_in_4bit = settings.load_in_4bit  # type: ignore[attr-defined]
     model.is_loaded_in_8bit = settings.load_in_8bit  # type: ignore[attr-defined]
 
@@ -219,23 +209,16 @@ def layer_signatures(model: Any) -> list[str]:
 
 def hold_model(timeline: Timeline, model: Any) -> None:
     """Log the model's tensors with their purposes."""
-    ends = {id(end) for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None}
+    ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     for name, module in model.named_modules():
+        at_an_end = module in ends or isinstance(module, nn.Embedding)
         for key, tensor in [*module._parameters.items(), *module._buffers.items()]:
             if tensor is None:
                 continue
-            timeline.hold(
-                tensor, label_of(model, name + key, tensor, id(module) in ends or isinstance(module, nn.Embedding))
-            )
+            adapter = "lora_" in name + key or (tensor.requires_grad and isinstance(model, PeftModel))
+            timeline.hold(tensor, ADAPTER if adapter else ENDS if at_an_end else BASE)
             for constant in constants(tensor):
                 timeline.hold(constant, CONSTANTS)
-
-
-def label_of(model: Any, name: str, tensor: Tensor, at_an_end: bool) -> str:
-    """Name the purpose of a model's tensor; embeddings and head are at an end."""
-    if "lora_" in name or (tensor.requires_grad and isinstance(model, PeftModel)):
-        return ADAPTER
-    return ENDS if at_an_end else BASE
 
 
 def constants(weight: Tensor) -> list[Tensor]:
@@ -293,10 +276,9 @@ def optimizer_states(optim: str, trained: Iterable[Tensor], cuda: bool) -> Optim
     sizes = [tensor.numel() for tensor in trained]
     if "8bit" in optim and not cuda:
         optim = "adamw_torch"
-    paged = optim.startswith("paged_") and cuda
-    family = optim.removeprefix("paged_")
-    for ending in ("_8bit", "_32bit", "_bnb", "_torch_fused", "_torch", "_apex_fused", "_anyprecision"):
-        family = family.removesuffix(ending)
+    paged, eight = optim.startswith("paged_") and cuda, "8bit" in optim
+    endings = "_8bit|_32bit|_bnb|_torch_fused|_torch|_apex_fused|_anyprecision"
+    family = re.sub(f"({endings})+$", "", optim.removeprefix("paged_"))
     if family == "adafactor":
         rows = sum(sum(t.shape) if t.ndim > 1 else t.numel() for t in trained)
         return OptimizerStates(4 * rows, 0, 4 * max(sizes, default=0), "adafactor: a row and a column per matrix")
@@ -309,16 +291,14 @@ def optimizer_states(optim: str, trained: Iterable[Tensor], cuda: bool) -> Optim
     device = host = 0
     for size in sizes:
         held = count * 4 * size
-        if "8bit" in optim and size >= SMALL_8BIT:
+        if eight and size >= SMALL_8BIT:
             held = count * (size + 4 * -(-size // BLOCK_8BIT))
         if paged and size >= SMALL_PAGED:
             host += held
         else:
             device += held
-    if "8bit" in optim:
-        device += CODES
+    device += CODES if eight else 0
     # torch's plain AdamW takes the square roots of all second moments at once on a GPU
     step = 4 * sum(sizes) if optim in ("adamw_torch", "adam_torch") and cuda else 0
-    bits = "8" if "8bit" in optim else "32"
-    why = f"{optim}: {count} {bits}-bit states" + (", paged in the host's memory" if paged else "")
+    why = f"{optim}: {count} {8 if eight else 32}-bit states" + (", paged in the host's memory" if paged else "")
     return OptimizerStates(device, host, step, why)

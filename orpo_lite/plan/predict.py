@@ -6,20 +6,31 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
 
 from orpo_lite.model.activation_offload import check_count
-from orpo_lite.model.inspection import unwrap
-from orpo_lite.objective.layout import choose_layout
-from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment
-from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN
-from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.meta_model import build, compute_dtype, find_config, layer_signatures
-from orpo_lite.plan.step import COPYING, Passes, Shape, Traced, micro_batch, scoring, trace
+from orpo_lite.model.inspection import trainable_share, unwrap
+from orpo_lite.objective.layout import choose_layout, disable_dropout
+from orpo_lite.plan import step
+from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment, Timeline
+from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Parallelism
+from orpo_lite.plan.kernels import Kernels, Target
+from orpo_lite.plan.meta_model import (
+    build,
+    compute_dtype,
+    find_config,
+    hold_model,
+    layer_signatures,
+    optimizer_name,
+    optimizer_states,
+)
+from orpo_lite.plan.step import Shape, Stacks, Traced
 from orpo_lite.recipe import Recipe
+from orpo_lite.trainer.config_from_recipe import checkpointed
 
 CONTEXT, LIBRARIES = "CUDA context", "libraries' own memory"
 LIBRARY_BYTES = 72_000_000
@@ -53,7 +64,11 @@ class Plan:
     """Bytes of the host's memory while the base is loaded, assumptions included."""
     facts: Counter[str]
     recomputed: str
-    assumptions: list[str] = field(default_factory=list)
+    assumptions: list[str]
+    parallelism: Parallelism | None = None
+    """GPUs that share the recipe; the plan is of one of them."""
+    host_training: int = 0
+    """Bytes of offloaded shards and states in the host's memory, all GPUs being in one machine."""
 
     @property
     def fullest(self) -> str:
@@ -81,6 +96,13 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain numbers (bytes) and words."""
+        host = {
+            "load": self.load_host,
+            "optimizer": self.facts["optimizer on the host"],
+            "activations": self.facts[MOVED],
+        }
+        if self.parallelism:
+            host["training"] = self.host_training
         return {
             "recipe": self.recipe,
             "model": self.model,
@@ -99,82 +121,55 @@ class Plan:
                 for name, parts in self.phases.items()
             },
             "assumed": self.assumed,
-            "host": {
-                "load": self.load_host,
-                "optimizer": self.facts["optimizer on the host"],
-                "activations": self.facts[MOVED],
-            },
+            "host": host,
             "micro_batch_flops": self.facts[FLOPS],
             "parameters": self.facts["parameters"],
             "trained": self.facts["trained"],
             "assumptions": self.assumptions,
+            **(vars(self.parallelism) if self.parallelism else {}),
         }
 
 
-def plan(
-    recipe: Recipe,
-    target: Target | None = None,
-    *,
-    whole: bool = False,
-    shape: Shape | Callable[[str], Shape] | None = None,
-) -> Plan:
+def plan(recipe: Recipe, target: Target | None = None, shape: Callable[[str], Shape] | None = None) -> Plan:
     """Predict the peak memory of one optimizer step of a recipe as it stands.
 
     Args:
         target: the device; default, a CUDA card of compute capability 8.6.
-        whole: run every layer instead of extrapolating a deep model from a few.
-        shape: the micro-batch, or a function of the layout's name; default, the largest that the recipe allows.
+        shape: returns the micro-batch in a layout; default, the largest that the recipe allows.
 
     Raises:
         RequestError: the model's configuration is not available, or the recipe cannot be planned.
     """
     target = target or Target("cuda")
-    return Study(recipe, target, whole, shape).plan(checkpointed_layers(recipe, target))
+    return Study(recipe, target, shape).plan(checkpointed(recipe, target.device))
 
 
 class Study:
     """A recipe on a device, planned with any number of checkpointed layers; arguments as for `plan`.
 
-    `passes` are what is traced, see `step.trace`.
-
     Raises:
         RequestError: as `plan`.
     """
 
-    def __init__(
-        self,
-        recipe: Recipe,
-        target: Target,
-        whole: bool = False,
-        shape: Shape | Callable[[str], Shape] | None = None,
-        passes: Callable[..., Any] = Passes,
-    ) -> None:
+    def __init__(self, recipe: Recipe, target: Target, shape: Callable[[str], Shape] | None = None) -> None:
         self.recipe, self.target = recipe, target
         self.config = find_config(recipe.model)
         self.dtype = compute_dtype(recipe.model, target)
-        self.model = _plain_model(recipe, self.config, self.dtype)
-        base: Any = unwrap(self.model)
-        self.layout = choose_layout(base, recipe.orpo.layout)
-        if callable(shape):
-            shape = shape(self.layout.name)
-        self.shape = shape or micro_batch(recipe, self.layout.name, bool(self.config.is_encoder_decoder))
-        self.layers = layer_signatures(base)
+        # the whole base without quantization and adapter is enough to see its layers
+        plain = recipe.model.model_copy(update={"quantization": "none", "new_tokens": []})
+        plain = recipe.model_copy(update={"model": plain, "adapter": None})
+        self.model = build(plain, self.config, self.dtype, None, False)
+        self.layout = choose_layout(self.model, recipe.orpo.layout)
+        encoder_decoder = bool(self.config.is_encoder_decoder)
+        self.shape = shape(self.layout.name) if shape else step.micro_batch(recipe, self.layout.name, encoder_decoder)
+        self.layers = layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
-        self._trace = functools.partial(
-            trace,
-            recipe,
-            self.config,
-            target,
-            self.dtype,
-            self.layout.name,
-            self.shape,
-            scoring(self.model),
-            passes=passes,
-        )
+        self._head = step.scoring(self.model)
+        self._trace = functools.cache(self._run_step)
         self._stacks = None
-        if self.layers and not whole:
-            lag = COPYING if recipe.memory.offload_activations else 0
-            self._stacks = Stacks(self._trace, len(self.layers), period(self.layers), lag)
+        if self.layers:
+            lag = step.COPYING if recipe.memory.offload_activations else 0
+            self._stacks = Stacks(self._trace, len(self.layers), step.period(self.layers), lag)
 
     @property
     def counts(self) -> list[int]:
@@ -183,10 +178,6 @@ class Study:
             return []
         return list(range(self._stacks.edge, len(self.layers) - self._stacks.edge + 1, self._stacks.each))
 
-    def plan(self, recomputed: int | None) -> Plan:
-        """Plan with this many of the first layers checkpointed; None for all."""
-        return self.assemble(self.traced(recomputed), recomputed)
-
     def traced(self, recomputed: int | None) -> Traced:
         """Trace the step with this many of the first layers checkpointed; None for all."""
         if not self._stacks:
@@ -194,9 +185,40 @@ class Study:
         check_count(recomputed, len(self.layers))
         return self._stacks(len(self.layers) if recomputed is None else recomputed)
 
-    def assemble(self, traced: Traced, recomputed: int | None) -> Plan:
-        """Make the plan of a traced step."""
-        recipe, target = self.recipe, self.target
+    def _run_step(self, layers: int | None, recomputed: int | None) -> Traced:
+        """Trace the step of a model with so many layers (None: all), the first `recomputed` of them checkpointed."""
+        recipe, cuda = self.recipe, self.target.kind == "cuda"
+        model = build(recipe, self.config, self.dtype, layers, recomputed != 0)
+        if recipe.orpo.disable_dropout:
+            disable_dropout(model)
+        host = step.HostOfPlan() if recipe.memory.offload_activations and cuda else None
+        step.checkpoint(model, recomputed, host)
+        timeline = Timeline(self.target)
+        hold_model(timeline, model)
+        trained = [p for p in model.parameters() if p.requires_grad]
+        states = optimizer_states(optimizer_name(recipe), trained, cuda)
+        timeline.take(states.device, OPTIMIZER)
+        passes = step.Passes(model, recipe, self._head)
+        step.mark_layers(timeline, unwrap(model))
+        with timeline, Kernels(self.target).emulate():
+            if self.dtype != torch.float32:  # as accelerate wraps a prepared model
+                model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=self.dtype)(model.forward))
+            held_out = step.evaluation_pairs(recipe)
+            if held_out:
+                longest = Shape(self.shape.held_out or self.shape.pairs[:1] * held_out, self.shape.why)
+                step.evaluation(timeline, passes, passes.batch(longest, recipe, self.layout.name))
+            batch = passes.batch(self.shape, recipe, self.layout.name)
+            step.training_step(timeline, passes, trained, batch, step.accumulates(recipe))
+            timeline.take(states.step, OPTIMIZER)
+        facts = timeline.work | Counter({
+            "parameters": trainable_share(model)[1], "trained": sum(p.numel() for p in trained),
+            "optimizer on the host": states.host, "optimizer on the device": states.device, MOVED: host.bytes if host else 0,
+        })  # fmt: skip
+        return Traced(timeline.peaks(), facts, states.why)
+
+    def plan(self, recomputed: int | None) -> Plan:
+        """Plan with this many of the first layers checkpointed; None for all."""
+        recipe, target, traced = self.recipe, self.target, self.traced(recomputed)
         largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)
         phases = {"load": load_phase(traced, recipe, self.model, self.dtype)} | fullest_by_phase(traced.peaks)
         return Plan(
@@ -224,22 +246,6 @@ def fullest_by_phase(peaks: dict[Segment, Counter[str]]) -> dict[str, Counter[st
         if moments:
             found[phase] = max(moments, key=Counter.total)
     return found
-
-
-def _plain_model(recipe: Recipe, config: Any, dtype: torch.dtype) -> Any:
-    """Build the whole base without quantization and adapter, which is enough to see its layers."""
-    plain = recipe.model_copy(
-        update={"model": recipe.model.model_copy(update={"quantization": "none", "new_tokens": []}), "adapter": None}
-    )
-    return build(plain, config, dtype, None, False)
-
-
-def checkpointed_layers(recipe: Recipe, target: Target) -> int | None:
-    """Return how many layers recompute their activations: None for all, 0 for none."""
-    wish = recipe.memory.checkpointing
-    if wish == "auto":
-        wish = "all" if target.kind == "cuda" else "none"
-    return {"all": None, "none": 0}.get(wish, wish)  # type: ignore[arg-type]
 
 
 def load_phase(traced: Traced, recipe: Recipe, model: Any, dtype: torch.dtype) -> Counter[str]:
@@ -273,99 +279,3 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
     if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
         found.append("ranks as in the recipe: EVA redistributes them")
     return found
-
-
-# ---- whole models, extrapolated exactly from short ones ----------------------------------------------------------------
-#
-# A decoder is a stack of layers that checkpoint and a stack of layers that do not, either of which may be empty. Let p be
-# the period of the layers. From a stack of n layers to one of n + p, every moment of the step gains the same bytes: those
-# that one more period holds. So the peak of a segment is linear in the height of either stack. A layer's segment is found
-# in the shorter model by its position from the first or from the last layer of its stack.
-
-Run = Callable[[int, int], Traced]
-"""A step of a model with a number of layers, and a number of them, the first, checkpointed."""
-
-
-def period(signatures: list[str]) -> int:
-    """Return the fewest layers after which the stack repeats itself; all of them where it does not."""
-    count = len(signatures)
-    return next(
-        (p for p in range(1, count) if all(a == b for a, b in zip(signatures, signatures[p:], strict=False))), count
-    )
-
-
-@dataclass
-class Stacks:
-    """Steps of a model with any number of checkpointed layers, each short model run once.
-
-    Args:
-        run: traces a step of a shorter model.
-        layers: layers of the whole model.
-        each: their period.
-        lag: periods that a layer's memory reaches back, in addition to the one before it.
-    """
-
-    run: Run
-    layers: int
-    each: int
-    lag: int = 0
-    _made: dict[tuple[int, int], Traced] = field(default_factory=dict)
-
-    @property
-    def edge(self) -> int:
-        """Height from which a stack can be extrapolated: the layers at its ends are like no others."""
-        return (3 + self.lag) * self.each
-
-    def __call__(self, recomputed: int) -> Traced:
-        """Return the whole model's step with the first `recomputed` layers checkpointed."""
-        whole = (recomputed, self.layers - recomputed)
-        short = tuple(map(self._short, whole))
-        start = self._of(short)
-        grown: list[tuple[int, Traced, int]] = []
-        for stack in (0, 1):
-            times = (whole[stack] - short[stack]) // self.each
-            if times:
-                taller = tuple(n + self.each * (i == stack) for i, n in enumerate(short))
-                grown.append((stack, self._of(taller), times))
-        facts = Counter(start.facts)
-        for _, taller, times in grown:
-            facts = _extended(facts, start.facts, taller.facts, times)
-
-        def moved(segment: Segment, shifts: tuple[int, int]) -> Counter[str]:
-            """Extend a segment's peak; `shifts` are periods by which its layer moves as either stack grows."""
-            phase, place = segment
-            found = Counter(start.peaks[segment])
-            for stack, taller, times in grown:
-                there = place + self.each * shifts[stack] if isinstance(place, int) else place
-                found = _extended(found, start.peaks[segment], taller.peaks[phase, there], times)
-            return found
-
-        peaks: dict[Segment, Counter[str]] = {}
-        for segment in start.peaks:
-            phase, place = segment
-            if not isinstance(place, int):
-                peaks[segment] = moved(segment, (0, 0))
-                continue
-            stack = int(place >= short[0])
-            within, added = place - short[0] * stack, whole[stack] - short[stack]
-            below = (whole[0] - short[0]) * stack
-            # the same layer, counted from the front of its stack and from the back
-            if not added or within < short[stack] - self.each:
-                peaks[phase, place + below] = moved(segment, (stack, 0))
-            if added and within >= (1 + self.lag) * self.each:
-                peaks[phase, place + below + added] = moved(segment, (1, stack))
-        return Traced(peaks, facts, start.optimizer)
-
-    def _short(self, height: int) -> int:
-        """Return a height from which this one can be extrapolated."""
-        return min(height, self.edge + height % self.each)
-
-    def _of(self, heights: tuple[int, ...]) -> Traced:
-        first, second = heights
-        if (first, second) not in self._made:
-            self._made[first, second] = self.run(first + second, first)
-        return self._made[first, second]
-
-
-def _extended(start: Counter[str], less: Counter[str], more: Counter[str], times: int) -> Counter[str]:
-    return Counter({key: start[key] + times * (more[key] - less[key]) for key in less.keys() | more.keys()})

@@ -10,7 +10,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import torch
-from accelerate.utils.operations import convert_outputs_to_fp32
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward
 
@@ -18,10 +17,9 @@ from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.model.activation_offload import SMALLEST, CheckpointedLayers, checkpointing_layers, offload
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
-from orpo_lite.objective.layout import disable_dropout, small_model
-from orpo_lite.plan.allocations import GRADIENTS, MOVED, OPTIMIZER, Segment, Timeline
-from orpo_lite.plan.kernels import Kernels, Target, cuda_workspace, no_workspace
-from orpo_lite.plan.meta_model import build, decoder_layers, hold_model, optimizer_name, optimizer_states
+from orpo_lite.objective.layout import small_model
+from orpo_lite.plan.allocations import GRADIENTS, Segment, Timeline
+from orpo_lite.plan.meta_model import decoder_layers
 from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.trainer.objective import Objective, count_step
 
@@ -112,9 +110,8 @@ def accumulates(recipe: Recipe) -> bool:
 
 
 def scoring(model: Any) -> HeadTransform | None:
-    """Find how training would score the model's head, on a small model of the same kind."""
-    base: Any = unwrap(model)
-    small = small_model(type(base), base.config, base.config._attn_implementation or "eager", torch.float32)
+    """Find how training would score a base's head, on a small model of the same kind."""
+    small = small_model(type(model), model.config, model.config._attn_implementation or "eager", torch.float32)
     return head_transform(small, torch.device("cpu"), 1e-3)
 
 
@@ -159,56 +156,11 @@ class Traced:
     optimizer: str
 
 
-def trace(
-    recipe: Recipe,
-    config: Any,
-    target: Target,
-    dtype: torch.dtype,
-    layout: str,
-    shape: Shape,
-    transform: HeadTransform | None,
-    layers: int | None = None,
-    recomputed: int | None = None,
-    passes: Callable[..., Any] = Passes,
-) -> Traced:
-    """Run one step with `layers` of the decoder's layers (None: all), the first `recomputed` of them checkpointed.
-
-    `passes` makes the collator and passes to trace, from model, recipe and transform.
-    """
-    model = build(recipe, config, dtype, layers, recomputed != 0)
-    if recipe.orpo.disable_dropout:
-        disable_dropout(model)
-    cuda = target.kind == "cuda"
-    host = HostOfPlan() if recipe.memory.offload_activations and cuda else None
-    checkpoint(model, recomputed, host)
-    timeline = Timeline(target.block, cuda_workspace if cuda else no_workspace)
-    hold_model(timeline, model)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    states = optimizer_states(optimizer_name(recipe), trained, cuda)
-    timeline.take(states.device, OPTIMIZER)
-    made = passes(model, recipe, transform)
-    mark_layers(timeline, unwrap(model))
-    with timeline, Kernels(target).emulate():
-        if dtype != torch.float32:  # as accelerate wraps a prepared model
-            model.forward = convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(model.forward))
-        held_out = evaluation_pairs(recipe)
-        if held_out:
-            longest = Shape(shape.held_out or shape.pairs[:1] * held_out, shape.why)
-            evaluation(timeline, made, made.batch(longest, recipe, layout))
-        training_step(timeline, made, trained, made.batch(shape, recipe, layout), accumulates(recipe))
-        timeline.take(states.step, OPTIMIZER)
-    facts = timeline.work | Counter({
-        "parameters": sum(map(weights, model.parameters())), "trained": sum(p.numel() for p in trained),
-        "optimizer on the host": states.host, "optimizer on the device": states.device, MOVED: host.bytes if host else 0,
-    })  # fmt: skip
-    return Traced(timeline.peaks(), facts, states.why)
-
-
 def to_meta(batch: dict[str, Any]) -> dict[str, Any]:
     return {key: value.to(META) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def evaluation(timeline: Timeline, passes: Any, batch: dict[str, Any]) -> None:
+def evaluation(timeline: Timeline, passes: Passes, batch: dict[str, Any]) -> None:
     """Run an evaluation batch between two steps: without gradients, and with nothing kept for a backward pass."""
     timeline.segment = ("evaluation", "start")
     passes.model.eval()
@@ -218,7 +170,7 @@ def evaluation(timeline: Timeline, passes: Any, batch: dict[str, Any]) -> None:
 
 
 def training_step(
-    timeline: Timeline, passes: Any, trained: list[Tensor], batch: dict[str, Any], accumulated: bool
+    timeline: Timeline, passes: Passes, trained: list[Tensor], batch: dict[str, Any], accumulated: bool
 ) -> None:
     """Run forward and backward pass of a micro-batch, the last of its step, and gradient clipping."""
     timeline.segment = ("forward", "start")
@@ -239,12 +191,6 @@ def hold_gradients(timeline: Timeline, trained: list[Tensor]) -> None:
     for parameter in trained:
         if parameter.grad is not None:
             timeline.hold(parameter.grad, GRADIENTS)
-
-
-def weights(parameter: Tensor) -> int:
-    """Count the weights that a parameter stands for: 4-bit ones are packed."""
-    state: Any = getattr(parameter, "quant_state", None)
-    return state.shape.numel() if state is not None else parameter.numel()
 
 
 class HostOfPlan:
@@ -271,11 +217,9 @@ def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> N
     if recomputed == 0:
         return
     base: Any = unwrap(model)
-    options = {"use_reentrant": False}
-    if hasattr(base, "activation_checkpointing_enable"):
-        base.activation_checkpointing_enable(activation_checkpointing_kwargs=options)
-    else:
-        base.gradient_checkpointing_enable(gradient_checkpointing_kwargs=options)
+    # its name until transformers 5.22
+    enable = getattr(base, "activation_checkpointing_enable", None) or base.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
     if recomputed is not None:
         CheckpointedLayers(recomputed).on_train_begin(None, None, None, base)
     if host:
@@ -313,3 +257,93 @@ def mark_layers(timeline: Timeline, base: Any) -> None:
     for i, layer in enumerate(layers):
         layer.register_forward_pre_hook(functools.partial(before, i))
         layer.register_forward_hook(functools.partial(after, i))
+
+
+# ---- whole models, extrapolated exactly from short ones ----------------------------------------------------------------
+#
+# A decoder is a stack of layers that checkpoint and a stack of layers that do not, either of which may be empty. Let p be
+# the period of the layers. From a stack of n layers to one of n + p, every moment of the step gains the same bytes: those
+# that one more period holds. So the peak of a segment is linear in the height of either stack. A layer's segment is found
+# in the shorter model by its position from the first or from the last layer of its stack.
+
+
+def period(signatures: list[str]) -> int:
+    """Return the fewest layers after which the stack repeats itself; all of them where it does not."""
+    count = len(signatures)
+    return next(
+        (p for p in range(1, count) if all(a == b for a, b in zip(signatures, signatures[p:], strict=False))), count
+    )
+
+
+Heights = tuple[int, int]
+"""Layers of the stack that checkpoints, and of the stack that does not."""
+
+
+@dataclass
+class Stacks:
+    """Steps of a model with any number of checkpointed layers.
+
+    Args:
+        trace: traces a step of a model with a number of layers, the first so many of them checkpointed; it is asked
+            for the same shorter model again and again.
+        layers: layers of the whole model.
+        each: their period.
+        lag: periods that a layer's memory reaches back, in addition to the one before it.
+    """
+
+    trace: Callable[[int, int], Traced]
+    layers: int
+    each: int
+    lag: int = 0
+
+    @property
+    def edge(self) -> int:
+        """Height from which a stack can be extrapolated: the layers at its ends are like no others."""
+        return (3 + self.lag) * self.each
+
+    def __call__(self, recomputed: int) -> Traced:
+        """Return the whole model's step with the first `recomputed` layers checkpointed."""
+        whole = (recomputed, self.layers - recomputed)
+        short = (self._short(whole[0]), self._short(whole[1]))
+        start = self.trace(sum(short), short[0])
+        grown: list[tuple[Heights, Traced, int]] = []
+        for stack in (0, 1):
+            times = (whole[stack] - short[stack]) // self.each
+            if times:
+                heights = (short[0] + self.each * (stack == 0), short[1] + self.each * (stack == 1))
+                grown.append((heights, self.trace(sum(heights), heights[0]), times))
+
+        def extend(numbers: Callable[[Heights, Traced], Counter[str]]) -> Counter[str]:
+            """Add what the further periods of either stack add to some numbers of the shortest model."""
+            first = numbers(short, start)
+            found = Counter(first)
+            for heights, taller, times in grown:
+                more = numbers(heights, taller)
+                for key in first.keys() | more.keys():
+                    found[key] += times * (more[key] - first[key])
+            return found
+
+        peaks: dict[Segment, Counter[str]] = {}
+        for phase, place in start.peaks:
+            for find in self._ways_to_find(place, short, whole):
+                peaks[phase, find(whole)] = extend(
+                    lambda heights, traced, phase=phase, find=find: traced.peaks[phase, find(heights)]
+                )
+        return Traced(peaks, extend(lambda _, traced: traced.facts), start.optimizer)
+
+    def _short(self, height: int) -> int:
+        """Return a height from which this one can be extrapolated."""
+        return min(height, self.edge + height % self.each)
+
+    def _ways_to_find(self, place: int | str, short: Heights, whole: Heights) -> list[Callable[[Heights], int | str]]:
+        """Return how a place is found at other heights: a layer by its position from the front of its stack, or the back."""
+        if not isinstance(place, int):
+            return [lambda _: place]
+        stack = int(place >= short[0])
+        within, grows = place - short[0] * stack, whole[stack] > short[stack]
+        ways: list[Callable[[Heights], int | str]] = []
+        if not grows or within < short[stack] - self.each:
+            ways.append(lambda heights: heights[0] * stack + within)
+        if grows and within >= (1 + self.lag) * self.each:
+            ways.append(lambda heights: heights[0] * stack + within + heights[stack] - short[stack])
+        return ways

@@ -13,10 +13,9 @@ from rich.table import Table
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb, visible
 from orpo_lite.plan.allocations import PARTS
-from orpo_lite.plan.gpus import FITS, TIGHT
-from orpo_lite.plan.multi_gpu import ParallelPlan
+from orpo_lite.plan.gpus import FITS, NOT, TIGHT
 from orpo_lite.plan.predict import PHASES, Plan
-from orpo_lite.plan.search import FETCHING, UNPACKING, Choice, Fit, Verdict
+from orpo_lite.plan.search import FETCHING, UNPACKING, Fit, Verdict
 
 SMALL = 5e6
 """Bytes below which a part gets no row of its own."""
@@ -34,9 +33,8 @@ def show_plan(console: Console, made: Plan) -> None:
         cells = [made.phases[phase][part] for phase in phases]
         if any(size >= SMALL for size in cells):
             table.add_row(part, *(gigabytes(size) if size >= SMALL else "" for size in cells))
-    totals = {phase: gigabytes(made.phases[phase].total()) for phase in phases}
-    bold = (f"[bold]{total}[/]" if phase == made.fullest else total for phase, total in totals.items())
-    table.add_row("[bold]in tensors[/]", *bold)
+    totals = [f"[bold]{gigabytes(made.phases[phase].total())}[/]" for phase in phases]
+    table.add_row("[bold]in tensors[/]", *totals)
     console.print(table)
     console.print("layer recompute: what one layer holds while it is computed, the first time or again", style="dim")
     for name, size in made.assumed.items():
@@ -45,11 +43,11 @@ def show_plan(console: Console, made: Plan) -> None:
         f"[bold]peak {format_gb(made.peak, 2)} in tensors, in the {made.fullest} phase; {format_gb(made.needed, 2)} with "
         "everything assumed[/]"
     )
-    host = f"host: {format_gb(made.load_host, 2)} while loading"
     paged = made.facts["optimizer on the host"]
-    console.print(host + (f", {format_gb(paged, 2)} of paged optimizer states" if paged else ""))
-    if isinstance(made, ParallelPlan) and made.host_training:
-        console.print(f"host: {format_gb(made.host_training, 2)} of offloaded shards and optimizer states in training")
+    host = f", {format_gb(paged, 2)} of paged optimizer states" if paged else ""
+    if made.host_training:
+        host += f", {format_gb(made.host_training, 2)} of offloaded shards and optimizer states in training"
+    console.print(f"host: {format_gb(made.load_host, 2)} while loading{host}")
     for sentence in made.assumptions:
         if not sentence.startswith("CUDA context"):  # printed above
             console.print(f"assumed: {sentence}", style="dim")
@@ -64,7 +62,7 @@ def facts_table(made: Plan) -> Table:
         major, minor = made.target.capability
         later = "and later" if major >= 8 else "and earlier"
         device = f"CUDA, with the kernels of compute capability {major}.{minor} {later}"
-    shared = f"; one of {made.parallelism}" if isinstance(made, ParallelPlan) else ""
+    shared = f"; one of {made.parallelism}" if made.parallelism else ""
     for name, text in (
         ("recipe", made.recipe),
         ("model", f"{made.model}, {made.facts['parameters']:,} parameters, {made.facts['trained']:,} trained"),
@@ -103,11 +101,11 @@ def show_cards(console: Console, verdicts: list[Verdict]) -> None:
     for one in verdicts:
         row = (f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), one.words)
         groups.setdefault(row, []).append(one.card.name)
-        if one.remedy is not None:
-            need = (
-                f"it needs {format_gb(one.remedied.needed, 2)} with" if one.remedied else "nothing that was tried fits"
-            )
-            remedies.setdefault(f"{need} {one.remedy}".rstrip(), []).append(one.card.name)
+        if one.words == NOT:
+            remedy = "nothing that was tried fits"
+            if one.remedy:
+                remedy = f"it needs {format_gb(one.remedy.plan.needed, 2)} with {' '.join(one.remedy.words)}"
+            remedies.setdefault(remedy, []).append(one.card.name)
     for (total, needs, words), names in groups.items():
         style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
         table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names))
@@ -129,8 +127,8 @@ def verdict_as_dict(one: Verdict) -> dict[str, Any]:
         "total_bytes": int(one.card.gigabytes * 1e9),
         "needed_bytes": one.plan.needed,
         "verdict": one.words,
-        "fits_with": one.remedy,
-        "fits_with_bytes": one.remedied.needed if one.remedied else None,
+        "fits_with": " ".join(one.remedy.words) if one.remedy else None,
+        "fits_with_bytes": one.remedy.plan.needed if one.remedy else None,
     }
 
 
@@ -141,7 +139,7 @@ def write_fit(found: Fit, path: Path) -> None:
     """Write the fitted recipe: the fields that differ from their defaults, and a header that says where they come from.
 
     Raises:
-        RequestError: the file exists already, or cannot be written.
+        RequestError: the file cannot be written.
     """
     made = found.choice.plan
     content = found.recipe.model_dump(mode="json", exclude_defaults=True)
@@ -154,8 +152,6 @@ def write_fit(found: Fit, path: Path) -> None:
     try:
         with path.open("x", encoding="utf-8") as file:
             file.write(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    except FileExistsError:
-        raise RequestError(f"{path}: exists already; give another file with --output, or remove it") from None
     except OSError as error:
         raise RequestError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
 
@@ -174,37 +170,22 @@ def show_fit(console: Console, found: Fit, written: Path) -> None:
         f"assumes that unpacking a 4-bit weight costs as much as {UNPACKING:.0f} FLOPs, fetching a byte from the host {FETCHING:.0f}",
         style="dim",
     )
-    console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
-    left = found.card.gigabytes * 1e9 - choice.plan.needed
+    left = format_gb(found.card.gigabytes * 1e9 - choice.plan.needed, 2)
     console.print(
-        f"{format_gb(left, 2)} of the card remain, by figures that were not measured on one; a screen on the card takes some of "
-        "them: name a size that is free, such as --gpu 11GB"
+        f"{left} of the card remain; a screen on it takes some of them: name a size that is free, as in --gpu 11GB"
     )
+    console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
     lengths = " ".join(word for word in choice.words if word.startswith("data."))
     if lengths:
         console.print(f"[yellow]{lengths} changes what is trained on: nothing fits with the recipe's own lengths[/]")
-    console.print(f"written: {escape(str(written))}", soft_wrap=True)
-    console.print(f"to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)
+    console.print(f"written; to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)
 
 
 def fit_as_dict(found: Fit, written: Path) -> dict[str, Any]:
-    """Return a fit as plain numbers and words."""
-
-    def plain(choice: Choice) -> dict[str, Any]:
-        return {
-            "overrides": list(choice.words),
-            "pairs": choice.pairs,
-            "checkpointing": choice.checkpointing,
-            "needed_bytes": choice.plan.needed,
-            "fits": choice.fits,
-            "step_flops": choice.flops,
-            "relative_time": choice.cost / found.before.cost,
-        }
-
+    """Return a fit as plain numbers and words, without its plan."""
     return {
         "card": found.card.name,
-        "total_bytes": int(found.card.gigabytes * 1e9),
         "recipe": str(written),
-        "chosen": plain(found.choice),
-        "as_it_stands": plain(found.before),
+        "overrides": list(found.choice.words),
+        "relative_time": found.choice.cost / found.before.cost,
     }

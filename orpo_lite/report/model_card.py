@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import numpy as np
+import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -26,6 +27,7 @@ from orpo_lite.common.markdown import fence, inline, number
 from orpo_lite.common.memory import held_by
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
+from orpo_lite.model.precision import BACKENDS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
@@ -56,7 +58,6 @@ METRICS = {
 """Evaluation's name of a metric -> its type in the model index."""
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
-BITS = {"nf4": 4, "fp4": 4, "int8": 8}
 
 
 def write_card(folder: RunFolder) -> None:
@@ -121,7 +122,9 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         hub, license, revision = hub_id(base), find_license(base), None
     shown = public_name(base or recipe.model.name_or_path, hub is not None)
     name = record.name or folder.path.resolve().name
-    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if BITS.get(facts.quantization) == 4 else [])
+    backend = BACKENDS.get(facts.quantization)
+    four_bits = backend is not None and backend.bits == 4
+    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if four_bits else [])
     sources = record.data.sources.values()
     meta = front_matter(
         kind, base=hub, license=license, tags=tags, name=repo.rpartition("/")[2] if repo else name,
@@ -352,14 +355,20 @@ def usage_facts(
     where, seq2seq = repo or folder.resolve().name, is_encoder_decoder(folder)
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     kwargs = recipe.data.template_kwargs if recipe else {}
+    settings, options = None, {}
+    if recipe and quantization in BACKENDS:
+        spec = recipe.model.model_copy(update={"quantization": quantization})
+        settings = BACKENDS[quantization].settings(spec, getattr(torch, dtype, torch.float32), False)
+        options = settings.to_diff_dict()
     return {
         "where": where, "name": plain, "folder": plain if "/" in where else where, "base": base, "revision": revision,
         "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq,
         "chat": bool(template) or (folder / "chat_template.jinja").is_file(),
         "auto": "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
-        "new_tokens": bool(adapter.get("trainable_token_indices")), "quantization": quantization,
-        "bits": BITS.get(quantization), "dtype": dtype, "double_quant": bool(recipe and recipe.model.double_quant),
+        "new_tokens": bool(adapter.get("trainable_token_indices")), "dtype": dtype,
+        "quantizer": type(settings).__name__ if settings else None,
+        "quantizer_options": {key: value for key, value in options.items() if key[0] != "_" and key != "quant_method"},
         "gguf_file": recipe and recipe.model.gguf_file and Path(recipe.model.gguf_file).name,
         "trust_remote_code": bool(recipe and recipe.model.trust_remote_code),
         "template_kwargs": {key: value for key, value in kwargs.items() if key.isidentifier()},

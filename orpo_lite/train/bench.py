@@ -37,11 +37,10 @@ def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
     from transformers import AutoModelForCausalLM
 
     from orpo_lite.model import load_tokenizer
-    from orpo_lite.model.base import read_config
-    from orpo_lite.plan.configs import base_config
+    from orpo_lite.plan.meta_model import find_config
 
     tokenizer = load_tokenizer(recipe.model)
-    config: Any = base_config(recipe.model.name_or_path) or read_config(recipe.model)
+    config: Any = find_config(recipe.model)
     decoder = config.get_text_config(decoder=True)
     decoder.num_hidden_layers = layers
     if getattr(decoder, "layer_types", None):

@@ -138,9 +138,9 @@ def weight(layers: int = 6) -> float:
 
 def shape(layers: int) -> Any:
     """Configuration of SmolLM2-135M with so many layers."""
-    from orpo_lite.plan.configs import base_config
+    from orpo_lite.plan.meta_model import shipped_config
 
-    config: Any = base_config("HuggingFaceTB/SmolLM2-135M-Instruct")
+    config: Any = shipped_config("HuggingFaceTB/SmolLM2-135M-Instruct")
     config.num_hidden_layers = layers
     return config
 
@@ -180,11 +180,11 @@ def measure(layers: int = 6, repeats: int = 5) -> tuple[Cost, float, dict[str, A
     batches = {str(shape): [shape] for shape in SHAPES} | {f"2 x {shape}": [shape] * 2 for shape in SHAPES[:4]}
     with tempfile.TemporaryDirectory() as scratch:
         args = ORPOConfig(output_dir=scratch, layout="shared", report_to="none", gradient_checkpointing=False)
-        first = Dataset.from_list(Shape(SHAPES[:1], "").batch)
+        first = Dataset.from_list(Shape(SHAPES[:1], "").rows)
         trainer = ORPOTrainer(model, args, None, first, None, tokenizer)
 
     def steps(shapes: list[tuple[int, int, int]]) -> Any:
-        batch = trainer.data_collator(Shape(tuple(shapes), "").batch)
+        batch = trainer.data_collator(Shape(tuple(shapes), "").rows)
 
         def work() -> None:
             trainer.current_gradient_accumulation_steps = 1

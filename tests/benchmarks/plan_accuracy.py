@@ -37,15 +37,15 @@ from transformers.utils import logging as transformers_logging
 from orpo_lite.common.console import console, run_command
 from orpo_lite.model import attach_adapter, load_base
 from orpo_lite.plan.allocations import Timeline
-from orpo_lite.plan.kernels import Target, no_workspace
+from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.meta_model import hold_model
-from orpo_lite.plan.predict import checkpointed_layers, plan
+from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import longest_pair
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.train.bench import trl_row, trl_trainer
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.config_from_recipe import arguments
+from orpo_lite.trainer.config_from_recipe import arguments, checkpointed
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 TOLERANCE, UNDER = 0.05, 0.03
@@ -205,7 +205,7 @@ def compare(case: Case) -> Held:
 def train(recipe: Recipe, scratch: Path, trl: bool = False) -> tuple[int, int]:
     """Bytes of the loaded model, and at the fullest moment of two real optimizer steps on the CPU, ours or TRL's."""
     base, facts = load_base(recipe.model, device="cpu")
-    recomputed = checkpointed_layers(recipe, Target("cpu"))
+    recomputed = checkpointed(recipe, torch.device("cpu"))
     model = attach_adapter(base, recipe.adapter, checkpointing=recomputed != 0)
     # autocast as on a GPU: left to itself the trainer goes without on a CPU
     with mock.patch.object(ORPOConfig, "_choose_precision", lambda self: None):
@@ -229,7 +229,7 @@ def train(recipe: Recipe, scratch: Path, trl: bool = False) -> tuple[int, int]:
         trainer = ORPOTrainer(model, args, None, Dataset.from_list([row] * rows), None, processing_class=_Tokens())
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    timeline = Timeline(1, no_workspace)
+    timeline = Timeline(Target("cpu"))
     hold_model(timeline, model)
     held = sum(size for _, size, _ in timeline.events)
     gc.collect()

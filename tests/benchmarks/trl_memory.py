@@ -8,7 +8,6 @@ accelerate converts to float32 where the model computes in 16 bits, and checkpoi
 from __future__ import annotations
 
 import contextlib
-import functools
 import importlib.metadata
 import json
 import warnings
@@ -140,7 +139,11 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
     )
     cuda = ours.target.kind == "cuda"
     try:
-        made = Study(theirs, ours.target, whole, ours.shape, functools.partial(TrlPasses, cuda=cuda)).plan(recomputed)
+        with mock.patch("orpo_lite.plan.step.Passes", lambda *given: TrlPasses(*given, cuda=cuda)):
+            study = Study(theirs, ours.target, lambda _: ours.shape)
+            if whole:
+                study._stacks = None
+            made = study.plan(recomputed)
     except NotImplementedError as error:
         raise RequestError(
             f"the step of TRL {VERSION} with {recipe.model.name_or_path} cannot be planned: {error}"

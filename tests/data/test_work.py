@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from orpo_lite.data.lengths import pair_costs, pair_work, place_weight, places
 from orpo_lite.data.step_batches import step_loader
-from orpo_lite.plan.configs import base_config
+from orpo_lite.plan.meta_model import shipped_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config import ORPOConfig
 from tests.benchmarks.balance import MEASURED, Cost, command, recipe_lengths, simulate, synthetic, waiting, weight
@@ -49,7 +49,7 @@ def test_work_is_tokens_and_places():
 
 
 def test_attention_weighs_less_the_wider_a_model_is():
-    small, wide = base_config("HuggingFaceTB/SmolLM2-135M-Instruct"), base_config("mistralai/Mistral-7B-v0.1")
+    small, wide = shipped_config("HuggingFaceTB/SmolLM2-135M-Instruct"), shipped_config("mistralai/Mistral-7B-v0.1")
     assert place_weight(small) > 5 * place_weight(wide) > 0
     # the weight is what was measured, on the model it was measured on
     assert weight() == pytest.approx(MEASURED.attention / MEASURED.token, rel=0.05)

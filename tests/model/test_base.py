@@ -126,7 +126,7 @@ def test_attention_is_exact_for_the_model(section, family, kernel):
     _, facts = load_base(section(family))
     assert facts.attention == kernel and kernel in facts.sentences[2]
     model, facts = load_base(section(family, attention="eager"))
-    assert facts.attention == model.config._attn_implementation == "eager" and "asks" in facts.attention_why
+    assert facts.attention == model.config._attn_implementation == "eager" and "asks" in facts.sentences[2]
 
 
 def test_attention_that_cannot_be_had_is_refused(section):

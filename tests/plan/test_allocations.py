@@ -2,14 +2,15 @@
 
 import torch
 
+from orpo_lite.plan import allocations
 from orpo_lite.plan.allocations import BASE, HEAD, KEPT, LAYER, WORKSPACE, Timeline
-from orpo_lite.plan.kernels import Kernels, Target, no_workspace
+from orpo_lite.plan.kernels import Kernels, Target
 
 META = torch.device("meta")
 
 
-def timeline(block: int = 1, workspace=no_workspace) -> Timeline:
-    return Timeline(block, workspace)
+def timeline(kind: str = "cpu") -> Timeline:
+    return Timeline(Target(kind))
 
 
 def test_each_allocation_counts_under_the_part_it_lived_for():
@@ -46,8 +47,10 @@ def test_a_segment_that_only_frees_is_as_full_as_it_began():
     assert log.peaks()["backward", 0].total() == 400
 
 
-def test_sizes_are_rounded_to_blocks_and_workspace_is_there_for_one_operation():
-    log = timeline(512, lambda func, args, output: 1000 if func is torch.ops.aten.mul.Tensor else 0)
+def test_sizes_are_rounded_to_blocks_and_workspace_is_there_for_one_operation(monkeypatch):
+    product = torch.ops.aten.mul.Tensor
+    monkeypatch.setattr(allocations, "workspace", lambda func, args: 1000 if func is product else 0)
+    log = timeline("cuda")
     with log:
         log.segment = ("forward", 0)
         a = torch.empty(1, device=META)
@@ -102,7 +105,7 @@ def attention_operations(target: Target, query_heads: int, key_heads: int, dtype
 
     query = torch.empty(1, query_heads, 64, 32, dtype=dtype, device=META)
     key = torch.empty(1, key_heads, 64, 32, dtype=dtype, device=META)
-    with Watch(512, no_workspace), Kernels(target).emulate():
+    with Watch(Target("cuda")), Kernels(target).emulate():
         torch.nn.functional.scaled_dot_product_attention(
             query, key, key, mask, is_causal=mask is None, enable_gqa=query_heads != key_heads
         )

@@ -1,4 +1,4 @@
-"""The plan before a run starts: over the data's own pairs, from the cache, and against the card that is there."""
+"""The plan before a run starts: over the data's own pairs, and against the card that is there."""
 
 import json
 from pathlib import Path
@@ -14,6 +14,7 @@ from orpo_lite.plan.before_training import Lengths, costliest
 from orpo_lite.plan.gpus import CONTEXT_BYTES
 from orpo_lite.plan.kernels import Target
 from orpo_lite.plan.predict import plan
+from orpo_lite.plan.search import Planner, changed
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import results
@@ -23,9 +24,8 @@ PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]]
 
 
 @pytest.fixture
-def recipe(tmp_path, monkeypatch):
-    """A small llama's recipe, with a cache of its own."""
-    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "cache"))
+def recipe(tmp_path):
+    """A small llama's recipe."""
     config = LlamaConfig(vocab_size=3000, hidden_size=128, intermediate_size=320, num_attention_heads=4,
                          num_key_value_heads=2, num_hidden_layers=2, architectures=["LlamaForCausalLM"])  # fmt: skip
     config.save_pretrained(tmp_path / "base")
@@ -37,8 +37,6 @@ def recipe(tmp_path, monkeypatch):
             "data": {"train": "x.jsonl", "max_length": 128},
             "training": {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2},
         }
-        from orpo_lite.plan.search import changed
-
         made = changed(Recipe.parse(content), list(words))
         assert made is not None
         return made
@@ -63,7 +61,6 @@ def card(monkeypatch):
         for kind, size in (("memory", reserved), ("max_memory", reserved)):
             monkeypatch.setattr(torch.cuda, f"{kind}_reserved", lambda device=None, size=size: size)
         monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device=None: allocated)
-        monkeypatch.setattr(start, "holders", lambda: "python, 4242, 800 MiB")
         return torch.device("cuda", 0)
 
     return make
@@ -95,60 +92,18 @@ def test_shape_is_of_the_data_and_of_tighter_limits(recipe, lengths):
 
 def test_a_plan_of_unequal_answers_and_held_out_pairs_moves_with_both(recipe):
     made = {
-        name: plan(recipe("data.eval=y.jsonl"), shape=Shape(pairs, "", held_out))
+        name: plan(recipe("data.eval=y.jsonl"), shape=lambda _, p=pairs, h=held_out: Shape(p, "", h))
         for name, pairs, held_out in (
             ("even", ((8, 40, 40),), ((8, 40),)),
             ("chosen shorter", ((8, 20, 40),), ((8, 40),)),
             ("long held out", ((8, 40, 40),), ((8, 400),)),
         )
     }
-    same = plan(recipe("data.eval=y.jsonl"), shape=Shape(((8, 40),), "", ((8, 40),)))
+    same = plan(recipe("data.eval=y.jsonl"), shape=lambda _: Shape(((8, 40),), "", ((8, 40),)))
     assert made["even"].phases == same.phases
     assert made["chosen shorter"].phases["backward"].total() < made["even"].phases["backward"].total()
     assert made["long held out"].phases["evaluation"].total() > made["even"].phases["evaluation"].total()
     assert made["long held out"].phases["backward"] == made["even"].phases["backward"]
-
-
-def test_cache_gives_the_plan_back_and_knows_what_it_depends_on(recipe, lengths, monkeypatch):
-    made = start.cached_plan(recipe(), Target("cuda"), lengths)
-    (file,) = start.cache_folder().iterdir()
-
-    def unasked(*args, **kwargs):
-        raise AssertionError("planned anew")
-
-    with monkeypatch.context() as patch:
-        patch.setattr(start, "plan", unasked)
-        again = start.cached_plan(recipe("training.learning_rate=1", "data.seed=3"), Target("cuda"), lengths)
-        assert again == made and again.as_dict() == made.as_dict() and again.needed == made.needed
-        longer = Lengths(PAIRS + 1, PAIRS[:2])
-        for changed, target, pairs in (
-            (recipe("adapter.r=4"), Target("cuda"), lengths),
-            (recipe("training.optim=sgd"), Target("cuda"), lengths),
-            (recipe("memory.checkpointing=none"), Target("cuda"), lengths),
-            (recipe("data.eval_fraction=0"), Target("cuda"), lengths),
-            (recipe(), Target("cuda", (7, 5)), lengths),
-            (recipe(), Target("cuda"), longer),
-        ):
-            with pytest.raises(AssertionError, match="planned anew"):
-                start.cached_plan(changed, target, pairs)
-        patch.setattr(start, "installed", lambda name: "another")
-        with pytest.raises(AssertionError, match="planned anew"):
-            start.cached_plan(recipe(), Target("cuda"), lengths)
-    whole = file.read_text()
-    for damaged in ("", whole[: len(whole) // 2], "[]", json.dumps({"recipe": "small"})):
-        file.write_text(damaged)
-        assert start.cached_plan(recipe(), Target("cuda"), lengths).needed == made.needed
-        assert file.read_text() == whole
-    assert [path.name for path in start.cache_folder().iterdir()] == [file.name]
-
-
-def test_cache_that_cannot_be_written_is_done_without(recipe, lengths, tmp_path, monkeypatch):
-    (tmp_path / "file").write_text("")
-    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "file"))
-    assert start.cached_plan(recipe(), Target("cuda"), lengths).needed
-    monkeypatch.delenv("ORPO_LITE_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    assert start.cache_folder() == tmp_path / "orpo_lite" / "plans"
 
 
 def test_a_card_with_room_gets_a_line(recipe, lengths, card, capsys):
@@ -182,7 +137,7 @@ def test_who_else_is_on_the_card_is_said(recipe, lengths, card):
     with pytest.raises(RequestError) as caught:
         start.plan_before_loading(recipe(), lengths, device, False, "again")
     message = str(caught.value)
-    assert "0.4 GB left of 12.0 GB, since 11.6 GB are held by python, 4242, 800 MiB" in message
+    assert "0.4 GB left of 12.0 GB, since 11.6 GB are held by other programs" in message
     assert "It fits once those programs have ended" in message and "Nothing that was tried makes it fit" in message
 
 
@@ -194,7 +149,7 @@ def test_a_plan_that_fails_stops_nothing(recipe, lengths, card, capsys, tmp_path
 
 
 def test_measured_beside_planned(recipe, lengths, card, capsys):
-    made = start.cached_plan(recipe(), Target("cuda"), lengths)
+    made = Planner(lengths.shape)(recipe(), Target("cuda"))
     device = card(12e9, allocated=made.peak * 2, reserved=made.peak * 3)
     record = results.memory_facts(made, device)
     assert record == made.as_dict() | {
@@ -204,8 +159,7 @@ def test_measured_beside_planned(recipe, lengths, card, capsys):
     assert results.memory_facts(None, torch.device("cpu")) is None
 
 
-def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
-    monkeypatch.setenv("ORPO_LITE_CACHE", str(tmp_path / "cache"))
+def test_on_the_cpu_a_run_plans_when_asked(tmp_path, capsys):
     words = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4", "data.max_rows=40"]
     recipe = Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'run'}"])
     assert plan_memory(recipe, None, False, asked=False, force=False, again="") == (recipe, None)
@@ -219,7 +173,7 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, monkeypatch, capsys):
     assert facts["plan"]["peak_bytes"] > 0
 
 
-def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, monkeypatch):
+def test_gpu_gb_fits_the_recipe_to_its_card(recipe, card, capsys):
     lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
     asked = recipe("memory.gpu_gb=12", "memory.checkpointing=all")
     found = start.fit_to_card(asked, lengths, card(24e9))
@@ -227,8 +181,6 @@ def test_gpu_gb_fits_the_recipe_to_its_card_and_remembers(recipe, card, capsys, 
     # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
     assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
     assert "memory.gpu_gb=12: fitted with memory.checkpointing=none" in capsys.readouterr().out
-    monkeypatch.setattr(start, "fit", None)
-    assert start.fit_to_card(asked, lengths, card(24e9)) == found
     assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
 
 

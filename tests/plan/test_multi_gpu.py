@@ -25,9 +25,10 @@ from orpo_lite.plan.allocations import (
     LOADING,
     OPTIMIZER,
 )
+from orpo_lite.plan.gpus import Parallelism
 from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.multi_gpu import BUCKET, Parallelism, ParallelPlan, find_units, gathered, held
-from orpo_lite.plan.predict import Study
+from orpo_lite.plan.multi_gpu import BUCKET, find_units
+from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.search import Planner
 from orpo_lite.recipe import Recipe
 
@@ -63,42 +64,33 @@ def recipe(base: Path, **sections) -> Recipe:
 planner = Planner()
 
 
-def planned(base: Path, gpus: int, strategy: str, offload: bool = False, **sections) -> ParallelPlan:
-    made = planner(recipe(base, **sections), Target("cuda"), Parallelism(gpus, strategy, offload))
-    assert isinstance(made, ParallelPlan)
-    return made
+def planned(base: Path, gpus: int, strategy: str, offload: bool = False, **sections) -> Plan:
+    parallelism = Parallelism(gpus, strategy, offload)
+    return Planner(parallelism=parallelism)(recipe(base, **sections), Target("cuda"))
 
 
-def ceil(a: int, b: int) -> int:
-    return -(-a // b)
-
-
-def shard(gpus: int) -> dict[str, int]:
-    """Bytes that the first of the GPUs holds, by hand: bf16 base, float32 norms and adapters, rows spread, rounded up."""
-    linear = sum(ceil(rows, gpus) * columns * 2 for rows, columns in LINEAR)
-    norms = ceil(H, gpus) * 4
-    lora = sum((ceil(RANK, gpus) * columns + ceil(rows, gpus) * RANK) * 4 for rows, columns in LINEAR)
-    return {"base": LAYERS * (linear + 2 * norms) + norms, "ends": 2 * ceil(V, gpus) * H * 2, "adapter": LAYERS * lora}
+def weights() -> dict[str, int]:
+    """Bytes of the weights, by hand: bf16 base, float32 norms and adapters."""
+    linear = sum(rows * columns * 2 for rows, columns in LINEAR)
+    lora = sum((rows + columns) * RANK * 4 for rows, columns in LINEAR)
+    return {"base": LAYERS * (linear + 2 * H * 4) + H * 4, "ends": 2 * V * H * 2, "adapter": LAYERS * lora}
 
 
 @pytest.mark.parametrize("gpus", [2, 3, 8])
 def test_shards_and_gathered_layers_by_hand(gpus, base):
     sixteen = {"model": {"quantization": "none"}}
     made, one = planned(base, gpus, "fsdp2", **sixteen), planner(recipe(base, **sixteen), Target("cuda"))
-    parts, alone, by_hand = made.phases["backward"], one.phases["backward"], shard(gpus)
-    layer = sum(ceil(rows, gpus) * gpus * columns * 2 for rows, columns in LINEAR) + 2 * ceil(H, gpus) * gpus * 2
-    layer += sum((ceil(RANK, gpus) * columns + ceil(rows, gpus) * RANK) * gpus * 2 for rows, columns in LINEAR)
-    embeddings = ceil(V, gpus) * gpus * H * 2
-    end = embeddings + ceil(H, gpus) * gpus * 2
+    parts, alone, by_hand = made.phases["backward"], one.phases["backward"], weights()
+    layer = sum(rows * columns * 2 for rows, columns in LINEAR) + 2 * H * 2
+    layer += sum((rows + columns) * RANK * 2 for rows, columns in LINEAR)
+    embeddings = V * H * 2
+    end = embeddings + H * 2
     rounding = 512 * LAYERS * 24  # the allocator's blocks
-    whole = shard(1)
-    assert parts[BASE] == pytest.approx(alone[BASE] - whole["base"] + by_hand["base"], abs=rounding)
-    assert parts[ENDS] == pytest.approx(by_hand["ends"], abs=rounding)
-    assert parts[ADAPTER] == pytest.approx(by_hand["adapter"], abs=rounding)
-    ratio = by_hand["adapter"] / whole["adapter"]
-    assert parts[GRADIENTS] == math.ceil(alone[GRADIENTS] * ratio) and parts[OPTIMIZER] == math.ceil(
-        alone[OPTIMIZER] * ratio
-    )
+    assert parts[BASE] == pytest.approx(by_hand["base"] / gpus, abs=rounding)
+    assert parts[ENDS] == pytest.approx(by_hand["ends"] / gpus, abs=rounding)
+    assert parts[ADAPTER] == pytest.approx(by_hand["adapter"] / gpus, abs=rounding)
+    assert parts[GRADIENTS] == math.ceil(alone[GRADIENTS] / gpus)
+    assert parts[OPTIMIZER] == math.ceil(alone[OPTIMIZER] / gpus)
     assert parts[GATHERED] in {2 * layer, max(2 * end, end + layer), max(2 * embeddings, embeddings + layer)}
     assert made.phases["step"][GATHERED] == 0 and made.phases["forward"][KEPT] > 0
 
@@ -232,10 +224,11 @@ def test_shards_are_those_of_fsdp2(base, tmp_path):
     done = subprocess.run([*command, str(tmp_path / "shards.py"), str(tmp_path / "model")], capture_output=True, text=True, env=settings)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
     real = json.loads(done.stdout.splitlines()[-1])
-    units = find_units(Study(recipe(base), Target("cuda")), Parallelism(2, "fsdp2"))
-    assert real["frozen"] == held(units.every, 2, trained=False)
-    assert real["trained"] == held(units.every, 2, trained=True)
+    study = Study(recipe(base), Target("cuda"))
+    static = study.traced(None).peaks["static", ""]
+    rounding = 512 * LAYERS * 24
+    assert real["frozen"] == pytest.approx((static[BASE] + static[ENDS]) / 2, abs=rounding)
+    assert real["trained"] == pytest.approx(static[ADAPTER] / 2, abs=rounding)
     # at rest in float32, the adapters and norms travel in 16 bits
-    layer = units.layers[0]
-    assert real["layer"] == held(layer, 1)
-    assert gathered(layer, 2) == sum(p.rows * p.gathered_row_bytes for p in layer)
+    travels = 2 * H * 2 + TRAINED // LAYERS * 2
+    assert real["layer"] - find_units(study).layer == travels

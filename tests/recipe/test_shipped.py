@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.plan.configs import FOLDER, base_config
+from orpo_lite.plan.meta_model import CONFIGS, shipped_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, shipped_recipes
 from tests.tiny import base_tokenizer, tiny_config, tiny_model
@@ -79,19 +79,19 @@ def write_rows(path, numbers, implicit):
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_base_model_has_its_config_here(name):
     recipe = Recipe.load(name)
-    assert base_config(recipe.model.name_or_path) is not None
+    assert shipped_config(recipe.model.name_or_path) is not None
 
 
-@pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in FOLDER.glob("*.json")))
+@pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")))
 def test_config_has_the_published_number_of_parameters(name):
-    layers = base_config(name).num_hidden_layers
+    layers = shipped_config(name).num_hidden_layers
     first, second = (parameters_of(name, count) for count in (1, 2))
     assert first + (layers - 1) * (second - first) == PARAMETERS[name]
 
 
 def parameters_of(name, layers):
     """Parameters of a base with this many of its layers, which are all alike."""
-    config = base_config(name)
+    config = shipped_config(name)
     config.num_hidden_layers = layers
     if getattr(config, "layer_types", None):
         config.layer_types = config.layer_types[:layers]
@@ -100,14 +100,14 @@ def parameters_of(name, layers):
 
 
 def test_no_config_for_a_model_that_is_not_here(tmp_path):
-    assert base_config("org/unknown") is None
-    assert base_config(str(tmp_path)) is None
+    assert shipped_config("org/unknown") is None
+    assert shipped_config(str(tmp_path)) is None
 
 
 @pytest.mark.parametrize("name", PARAMETERS)
 def test_tiny_config_changes_sizes_only(name):
     """What makes an architecture special, windows, caps, ties and biases, must be there in the tiny model too."""
-    real, tiny = base_config(name), tiny_config(base_config(name))
+    real, tiny = shipped_config(name), tiny_config(shipped_config(name))
     sizes = {"hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
              "head_dim", "num_local_experts", "vocab_size", "sliding_window", "max_window_layers", "initializer_range",
              "layer_types", "dtype", "bos_token_id", "eos_token_id", "pad_token_id"}  # fmt: skip
@@ -144,7 +144,7 @@ def test_recipe_trains_one_step(name, tmp_path):
     ]
     if not base.startswith(BUILTIN):
         tokenizer = base_tokenizer(base)
-        config = tiny_config(base_config(base), tokenizer)
+        config = tiny_config(shipped_config(base), tokenizer)
         tiny_model(config).save_pretrained(tmp_path / "base")
         tokenizer.save_pretrained(tmp_path / "base")
         words.append(f"model.name_or_path={tmp_path / 'base'}")

@@ -119,7 +119,6 @@ def called(verb: str, words: list[str], place: Path, monkeypatch, capfd) -> tupl
     from orpo_lite.common import console as cli
 
     monkeypatch.chdir(place)
-    monkeypatch.setenv("ORPO_LITE_CACHE", str(place / "plans"))
     monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", str(place / "cache"))
     monkeypatch.setattr("sys.argv", [verb, *words])
     try:

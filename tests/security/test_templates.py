@@ -9,8 +9,7 @@ import pytest
 from transformers import AutoTokenizer
 
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
-from orpo_lite.model import chat_template
-from orpo_lite.model.chat_template import TemplateRefused, render_chat, render_chats
+from orpo_lite.model.tokenizer import MAX_CHARACTERS, TemplateRefused, render_chat, render_chats
 from orpo_lite.recipe.loading import PACKAGE, resolve_path
 from tests.training import CHATML, rows
 
@@ -69,7 +68,7 @@ def test_one_that_fails_does_not_fail_its_neighbors(tokenizer) -> None:
 def test_a_row_for_which_the_template_writes_too_much_is_dropped_by_name(num_proc, tokenizer) -> None:
     answers = [[{"role": "assistant", "content": f"number {n}!"}] for n in range(40)]
     data = rows(40).remove_columns("chosen").add_column("chosen", answers)
-    flood = f"{{{{ 'a' * {chat_template.MAX_CHARACTERS + 1} }}}}"
+    flood = f"{{{{ 'a' * {MAX_CHARACTERS + 1} }}}}"
     tokenizer.chat_template = (
         "{% for m in messages %}{% if 'number 23!' in m.content %}" + flood + "{% endif %}{{ m.content }}{% endfor %}"
     )
@@ -84,7 +83,7 @@ def test_no_other_code_renders_by_itself() -> None:
         for file in PACKAGE.rglob("*.py")
         if ".apply_chat_template(" in file.read_text("utf-8").replace('"inputs = tokenizer.apply_chat_template(', "")
     }
-    assert callers == {"model/chat_template.py"}
+    assert callers == {"model/tokenizer.py"}
 
 
 def test_a_template_that_is_a_file_of_the_model_is_sandboxed_too(tokenizer, tmp_path: Path) -> None:
