@@ -13,24 +13,7 @@ from orpo_lite.model.inspection import (
 from orpo_lite.model.precision import Precision, autocast, choose_precision
 from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
 
-__all__ = [
-    "BaseFacts",
-    "Precision",
-    "attach_adapter",
-    "autocast",
-    "base_name",
-    "base_revision",
-    "check_quantized_share",
-    "choose_precision",
-    "initialize_eva",
-    "keep_4bit_differentiable",
-    "load_adapter",
-    "load_base",
-    "load_tokenizer",
-    "read_config",
-    "routers",
-    "save_adapter",
-    "stop_token_ids",
-    "tokenizer_notes",
-    "trainable_share",
-]
+__all__ = ["BaseFacts", "Precision", "attach_adapter", "autocast", "base_name", "base_revision",
+           "check_quantized_share", "choose_precision", "initialize_eva", "keep_4bit_differentiable", "load_adapter",
+           "load_base", "load_tokenizer", "read_config", "routers", "save_adapter", "stop_token_ids",
+           "tokenizer_notes", "trainable_share"]  # fmt: skip

@@ -21,15 +21,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.adapter_targets import (
-    adapted,
-    all_linear,
-    check_named,
-    check_patterns,
-    excluded,
-    is_named,
-    token_rows,
-)
+from orpo_lite.model import adapter_targets
 from orpo_lite.model.base import grow_embeddings, grow_vocabulary
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
 from orpo_lite.model.locating import adapter_folder, hub_errors_in_words, renaming_field
@@ -106,27 +98,27 @@ def new_adapter(
             f"adapter.init_lora_weights: {init} with use_rslora and a rank or alpha pattern cannot be saved as a plain "
             "adapter: remove one of the three"
         )
-    avoid = {name for name in routers(model) if not is_named(adapter, name)} | outside_text(model)
+    avoid = {name for name in routers(model) if not adapter_targets.is_named(adapter, name)} | outside_text(model)
     targets = adapter.target_modules
     if targets in ("all-linear", ["all-linear"]):
-        targets = all_linear(model, avoid)
-    check_named(model, adapter, targets)
+        targets = adapter_targets.all_linear(model, avoid)
+    adapter_targets.check_named(model, adapter, targets)
     config = LoraConfig(
         **adapter.model_dump(include=SAME_IN_PEFT),
         task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=adapter.dropout,
         target_modules=targets,
-        exclude_modules=excluded(model, adapter, avoid),
+        exclude_modules=adapter_targets.excluded(model, adapter, avoid),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
-        trainable_token_indices=token_rows(model, adapter, tokenizer),
+        trainable_token_indices=adapter_targets.token_rows(model, adapter, tokenizer),
         eva_config=EvaConfig() if init == "eva" else None,
         revision=base_revision(model),
     )
     # EVA replaces the initial weights, so PEFT advises to create none
     peft_model = wrap(model, config, low_cpu_mem_usage=init == "eva")
-    check_patterns(peft_model, adapter)
-    hit = sorted(name for name in adapted(peft_model) if name in avoid)
+    adapter_targets.check_patterns(peft_model, adapter)
+    hit = sorted(name for name in adapter_targets.adapted(peft_model) if name in avoid)
     if hit:
         raise RequestError(
             f"adapter.target_modules: {adapter.target_modules!r} would adapt the router {hit[0]}: narrow it, or name the "

@@ -23,9 +23,9 @@ def command(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables (bytes)")] = False,
     fit: Annotated[
-        bool, typer.Option("--fit", help="find the fastest settings that fit the card, and write them as a recipe")
+        bool,
+        typer.Option("--fit", help="find the fastest settings that fit the card, and write them as NAME-CARD.yaml"),
     ] = False,
-    output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
     gpus: Annotated[int | None, typer.Option(help="plan one of this many GPUs")] = None,
     strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp, fsdp2, zero2 or zero3")] = None,
     offload: Annotated[
@@ -33,8 +33,6 @@ def command(
     ] = False,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
-    if output and not fit:
-        raise RequestError("--output says where --fit writes the recipe it finds: give --fit as well")
     if gpus is None and (strategy or offload):
         raise RequestError("--strategy and --offload say how several GPUs share a recipe: give --gpus as well")
     if gpus is not None and (fit or gpu == "cpu"):
@@ -44,8 +42,7 @@ def command(
     parallelism = Parallelism(gpus, strategy or "ddp", offload) if gpus is not None else None
     cards = cards_asked_for(loaded, gpu)
     if fit:
-        card = card_to_fit(cards, gpu)
-        print_fit(loaded, card, output_path(loaded, card, output), as_json)
+        print_fit(loaded, card_to_fit(cards, gpu), as_json)
         return
     from orpo_lite.plan import tables
     from orpo_lite.plan.kernels import Target
@@ -90,29 +87,22 @@ def card_to_fit(cards: list[Card], gpu: str | None) -> Card:
     return card_here(torch.device("cuda"))[0]
 
 
-def output_path(recipe: Recipe, card: Card, output: Path | None) -> Path:
-    """Return where the fitted recipe goes, checked before the search.
+def print_fit(recipe: Recipe, card: Card, as_json: bool) -> None:
+    """Fit a recipe to a card, write it and print how it was found.
 
     Raises:
-        RequestError: no YAML file, one that exists, or a missing folder.
+        RequestError: a file of the fitted recipe's name exists already; nothing fits.
     """
-    path = output or Path(f"{card.fitted_name(recipe.name)}.yaml")
-    if path.suffix not in (".yaml", ".yml"):
-        raise RequestError(f"--output: found {path}, expected the name of a recipe file, ending in .yaml")
+    path = Path(f"{card.fitted_name(recipe.name)}.yaml")
     if path.exists():
-        raise RequestError(f"{path}: exists already; give another file with --output, or remove it")
-    if not path.parent.is_dir():
-        raise RequestError(f"--output: found {path}, but there is no folder {path.parent}: create it first")
-    return path
-
-
-def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
-    """Fit a recipe to a card, write it and print how it was found."""
+        raise RequestError(
+            f"{path}: exists already: move or remove it, and the recipe for {card.title} is written there"
+        )
     from orpo_lite.plan import tables
     from orpo_lite.plan.search import fit
 
     found = fit(recipe, card)
-    tables.write_fit(found, path)
+    path.write_text(tables.fitted_recipe(found), "utf-8")
     if as_json:
         content = found.choice.plan.as_dict() | {"cards": [], "fit": tables.fit_as_dict(found, path)}
         print(json.dumps(content, indent=1))

@@ -15,19 +15,10 @@ from accelerate.utils.operations import convert_outputs_to_fp32
 from orpo_lite.model.activation_offload import check_count
 from orpo_lite.model.inspection import trainable_share, unwrap
 from orpo_lite.objective.layout import choose_layout, disable_dropout
-from orpo_lite.plan import step
+from orpo_lite.plan import meta_model, step
 from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment, Timeline
 from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Parallelism
 from orpo_lite.plan.kernels import Kernels, Target
-from orpo_lite.plan.meta_model import (
-    build,
-    compute_dtype,
-    find_config,
-    hold_model,
-    layer_signatures,
-    optimizer_name,
-    optimizer_states,
-)
 from orpo_lite.plan.step import Shape, Stacks, Traced
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config_from_recipe import checkpointed
@@ -153,16 +144,16 @@ class Study:
 
     def __init__(self, recipe: Recipe, target: Target, shape: Callable[[str], Shape] | None = None) -> None:
         self.recipe, self.target = recipe, target
-        self.config = find_config(recipe.model)
-        self.dtype = compute_dtype(recipe.model, target)
+        self.config = meta_model.find_config(recipe.model)
+        self.dtype = meta_model.compute_dtype(recipe.model, target)
         # the whole base without quantization and adapter is enough to see its layers
         plain = recipe.model.model_copy(update={"quantization": "none", "new_tokens": []})
         plain = recipe.model_copy(update={"model": plain, "adapter": None})
-        self.model = build(plain, self.config, self.dtype, None, False)
+        self.model = meta_model.build(plain, self.config, self.dtype, None, False)
         self.layout = choose_layout(self.model, recipe.orpo.layout)
         encoder_decoder = bool(self.config.is_encoder_decoder)
         self.shape = shape(self.layout.name) if shape else step.micro_batch(recipe, self.layout.name, encoder_decoder)
-        self.layers = layer_signatures(self.model)
+        self.layers = meta_model.layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
         self._head = step.scoring(self.model)
         self._trace = functools.cache(self._run_step)
@@ -188,15 +179,15 @@ class Study:
     def _run_step(self, layers: int | None, recomputed: int | None) -> Traced:
         """Trace the step of a model with so many layers (None: all), the first `recomputed` of them checkpointed."""
         recipe, cuda = self.recipe, self.target.kind == "cuda"
-        model = build(recipe, self.config, self.dtype, layers, recomputed != 0)
+        model = meta_model.build(recipe, self.config, self.dtype, layers, recomputed != 0)
         if recipe.orpo.disable_dropout:
             disable_dropout(model)
         host = step.HostOfPlan() if recipe.memory.offload_activations and cuda else None
         step.checkpoint(model, recomputed, host)
         timeline = Timeline(self.target)
-        hold_model(timeline, model)
+        meta_model.hold_model(timeline, model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        states = optimizer_states(optimizer_name(recipe), trained, cuda)
+        states = meta_model.optimizer_states(meta_model.optimizer_name(recipe), trained, cuda)
         timeline.take(states.device, OPTIMIZER)
         passes = step.Passes(model, recipe, self._head)
         step.mark_layers(timeline, unwrap(model))

@@ -10,7 +10,6 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb, visible
 from orpo_lite.plan.allocations import PARTS
 from orpo_lite.plan.gpus import FITS, NOT, TIGHT
@@ -135,12 +134,8 @@ def verdict_as_dict(one: Verdict) -> dict[str, Any]:
 # ---- a fitted recipe -------------------------------------------------------------------------------------------------
 
 
-def write_fit(found: Fit, path: Path) -> None:
-    """Write the fitted recipe: the fields that differ from their defaults, and a header that says where they come from.
-
-    Raises:
-        RequestError: the file cannot be written.
-    """
+def fitted_recipe(found: Fit) -> str:
+    """Return the fitted recipe as YAML: fields that differ from their defaults, under a header that says where they are from."""
     made = found.choice.plan
     content = found.recipe.model_dump(mode="json", exclude_defaults=True)
     header = (
@@ -149,11 +144,7 @@ def write_fit(found: Fit, path: Path) -> None:
         "# An optimizer step has per_device_train_batch_size x gradient_accumulation_steps pairs; tokens_per_batch cuts it into\n"
         "# micro-batches.\n"
     )
-    try:
-        with path.open("x", encoding="utf-8") as file:
-            file.write(header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True))
-    except OSError as error:
-        raise RequestError(f"{path}: cannot be written ({error.strerror}); give another file with --output") from None
+    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
 
 def show_fit(console: Console, found: Fit, written: Path) -> None:

@@ -165,9 +165,10 @@ def written(base, tmp_path) -> Path:
 
 
 @pytest.mark.parametrize("json_", [False, True])
-def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys):
-    output = tmp_path / "fitted.yaml"
-    words = ["--recipe", str(written), "--fit", "--gpu", "24GB", "--output", str(output)]
+def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    output = Path("small-24gb.yaml")
+    words = ["--recipe", str(written), "--fit", "--gpu", "24GB"]
     assert run(*words, *["--json"] * json_) == 0
     printed = capsys.readouterr().out
     if json_:
@@ -189,8 +190,6 @@ def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys
         (["--fit", "--gpu", "all"], "--fit fits one card"),
         (["--fit", "--gpu", "cpu"], "--fit fits one card"),
         (["--fit"], "there is no GPU here"),
-        (["--output", "x.yaml"], "give --fit as well"),
-        (["--fit", "--gpu", "12GB", "--output", "x.json"], "ending in .yaml"),
     ],
 )
 def test_mistakes(words, message, written, capsys, monkeypatch):
@@ -199,11 +198,12 @@ def test_mistakes(words, message, written, capsys, monkeypatch):
     assert message in " ".join(capsys.readouterr().err.split())
 
 
-def test_an_existing_file_stays(written, capsys):
-    before = written.read_bytes()
-    assert run("--recipe", str(written), "--fit", "--gpu", "12GB", "--output", str(written)) == 2
-    assert "exists already" in capsys.readouterr().err
-    assert written.read_bytes() == before
+def test_an_existing_file_stays(written, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("small-12gb.yaml").write_text("mine")
+    assert run("--recipe", str(written), "--fit", "--gpu", "12GB") == 2
+    assert "small-12gb.yaml: exists already" in capsys.readouterr().err
+    assert Path("small-12gb.yaml").read_text() == "mine"
 
 
 def test_gpu_gb_says_which_card(written):
