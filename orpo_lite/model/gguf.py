@@ -9,8 +9,6 @@ import functools
 import hashlib
 import json
 import logging
-import os
-import shutil
 import tempfile
 from collections import Counter
 from pathlib import Path
@@ -49,13 +47,11 @@ def cached_folder(path: Path) -> Path:
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():
             logger.info(f"GGUF: dequantizing {path.name} once, into {folder}")
-            aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
-            try:
-                convert(path, aside)
-                aside.chmod(0o755)
-                os.rename(aside, folder)
-            finally:
-                shutil.rmtree(aside, ignore_errors=True)
+            with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-") as aside:
+                made = Path(aside) / "model"
+                made.mkdir()
+                convert(path, made)
+                made.rename(folder)
     return folder
 
 
