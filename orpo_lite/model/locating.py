@@ -68,9 +68,8 @@ def find_gguf(name: str, gguf_file: str, revision: str | None) -> Path:
             raise RequestError(
                 f"model.gguf_file: {path} does not exist; GGUF files there: {', '.join(there) or 'none'}"
             )
-    elif looks_local(name):
-        raise RequestError(f"model.name_or_path: there is no folder {name} (model.gguf_file names a file inside it)")
     else:
+        check_model_path(name)
         with hub_errors_in_words(name):
             path = Path(hf_hub_download(name, gguf_file, revision=revision))
     with path.open("rb") as stream:

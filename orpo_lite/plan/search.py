@@ -195,12 +195,11 @@ class Search:
         """
         stages: list[tuple[str, ...]] = [(), (OFFLOAD,)]
         if shorten:
-            weights, backend = (), BACKENDS.get(self.recipe.model.quantization)
-            if self.recipe.adapter and (backend is None or backend.bits > 4):
-                weights = ("model.quantization=nf4",)
-                stages.append((OFFLOAD, *weights))
-            stages += [(OFFLOAD, *weights, *shorter(self.recipe, eighths)) for eighths in EIGHTHS]
-        return next(filter(None, map(self.fastest, stages)), None)
+            backend, four_bits = BACKENDS.get(self.recipe.model.quantization), (OFFLOAD, "model.quantization=nf4")
+            if self.recipe.adapter and (backend is None or backend.bits > 4) and self._applied(four_bits):
+                stages.append(four_bits)
+            stages += [(*stages[-1], *shorter(self.recipe, eighths)) for eighths in EIGHTHS]
+        return next(filter(None, map(self.fastest, filter(self._applied, stages))), None)
 
     def fastest(self, words: tuple[str, ...]) -> Choice | None:
         """Return the cheapest choice that fits with some overrides; everything tried is added to `tried`."""
@@ -236,8 +235,11 @@ class Search:
         tokens = pair_tokens(self._study(words).shape.pairs[0], self.start.layout.name)
         return (f"orpo.tokens_per_batch={pairs * tokens}", *cut)
 
+    def _applied(self, words: tuple[str, ...]) -> Recipe | None:
+        return changed(self.recipe, ["memory.checkpointing=all", *words])
+
     def _study(self, words: tuple[str, ...]) -> Study:
-        trial = changed(self.recipe, ["memory.checkpointing=all", *words])
+        trial = self._applied(words)
         if trial is None:
             raise RequestError(f"--fit: {' '.join(words)} conflicts with the rest of {self.recipe.name}")
         return self.planner.study(trial, self.card.target)
