@@ -166,9 +166,11 @@ def show_fit(console: Console, found: Fit, written: Path) -> None:
         f"{left} of the card remain; a screen on it takes some of them: name a size that is free, as in --gpu 11GB"
     )
     console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
-    lengths = " ".join(word for word in choice.words if word.startswith("data."))
-    if lengths:
-        console.print(f"[yellow]{lengths} changes what is trained on: nothing fits with the recipe's own lengths[/]")
+    deeper = " ".join(word for word in choice.words if word.startswith(("data.", "model.")))
+    if deeper:
+        console.print(
+            f"[yellow]{deeper} changes what is trained: nothing fits with the recipe's own weights and lengths[/]"
+        )
     console.print(f"written; to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)
 
 
