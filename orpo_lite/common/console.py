@@ -1,4 +1,4 @@
-"""Consoles that no text from data or models can act on, and how every command runs: exit status, errors, --json."""
+"""Consoles that no text from data or models can act on, how every command runs, and facts of this process."""
 
 from __future__ import annotations
 
@@ -75,12 +75,6 @@ def progress_bar(label: str, total: int | None, in_bytes: bool = False) -> Itera
         yield bar.update
 
 
-def reports_errors() -> bool:
-    """Return True if this process reports errors in the request: one per machine until the processes have joined."""
-    joined = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
-    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
-
-
 def run_command(function: Callable[..., Any], on_usage_error: Callable[[list[str]], None] | None = None) -> None:
     """Run a module's command as `python -m orpo_lite.<name>`: parse the arguments, then `guard`."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
@@ -128,6 +122,18 @@ def guard(app: Callable[..., Any], on_usage_error: Callable[[list[str]], None] |
         sys.exit(1)
 
 
+def print_error(title: str, text: str, trace: bool) -> None:
+    """Print an error on stderr without secrets, after its traceback where asked, each line by rank where there are several."""
+    whose = f"rank {rank()}: " if processes() > 1 else ""
+    if trace:
+        lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
+        sys.stderr.write("".join(whose + line for line in lines))
+    errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
+
+
+# ---- facts of this process -------------------------------------------------------------------------------------------
+
+
 def rank() -> int:
     """Return this process's number among those that a launcher has started, 0 where it is alone."""
     return int(os.environ.get("RANK") or 0)
@@ -138,10 +144,24 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def print_error(title: str, text: str, trace: bool) -> None:
-    """Print an error on stderr without secrets, after its traceback where asked, each line by rank where there are several."""
-    whose = f"rank {rank()}: " if processes() > 1 else ""
-    if trace:
-        lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
-        sys.stderr.write("".join(whose + line for line in lines))
-    errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
+def reports_errors() -> bool:
+    """Return True if this process reports errors in the request: one per machine until the processes have joined."""
+    joined = "torch.distributed" in sys.modules and sys.modules["torch.distributed"].is_initialized()
+    return joined or os.environ.get("LOCAL_RANK", "0") == "0"
+
+
+def peak_memory_bytes(device: Any) -> int:
+    """Return the peak memory so far of a torch device: what torch allocated on CUDA, else the process's resident set."""
+    if str(device).startswith("cuda"):
+        return sys.modules["torch"].cuda.max_memory_allocated(device)
+    if sys.platform == "win32":
+        import psutil
+
+        return psutil.Process().memory_info().peak_wset
+    if sys.platform == "linux":
+        # getrusage would count what the parent held when it started this process
+        with open("/proc/self/status", encoding="ascii", errors="replace") as lines:
+            return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) * 1024
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

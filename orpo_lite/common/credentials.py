@@ -8,7 +8,6 @@ import io
 import os
 import platform
 import re
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -74,7 +73,7 @@ class Scrubber:
     """
 
     def __init__(self, report: bool = False) -> None:
-        self.secrets = sorted(set(_secrets()), key=len, reverse=True)
+        self.secrets = known_secrets()
         self.homes = sorted({str(Path.home()), str(Path.home().resolve())} - {"/"}, key=len, reverse=True)
         self.words: list[tuple[re.Pattern[str], str]] = []
         with contextlib.suppress(Exception):  # a container's user may have no name
@@ -105,7 +104,7 @@ class Scrubber:
 
 def without_secrets(text: str) -> str:
     """Return text without this machine's tokens, anything shaped like one, or passwords in addresses."""
-    return hide_secrets(text, sorted(set(_secrets()), key=len, reverse=True), user="<secret>@")
+    return hide_secrets(text, known_secrets(), user="<secret>@")
 
 
 def hide_secrets(text: str, secrets: list[str], user: str) -> str:
@@ -118,15 +117,17 @@ def hide_secrets(text: str, secrets: list[str], user: str) -> str:
     return text
 
 
-def _secrets() -> Iterator[str]:
-    for name, value in os.environ.items():
-        if SECRET_NAME.search(name) and not name.endswith(("PATH", "FILE")) and len(value.strip()) >= SHORTEST:
-            yield value.strip()
+def known_secrets() -> list[str]:
+    """Return the secrets in this process's environment and in token files, longest first."""
+    found = {
+        value.strip()
+        for name, value in os.environ.items()
+        if SECRET_NAME.search(name) and not name.endswith(("PATH", "FILE"))
+    }
     for path in token_files():
         with contextlib.suppress(OSError):
-            for word in re.split(r"[\s=]+", path.read_text("utf-8", errors="replace")):
-                if len(word) >= SHORTEST:
-                    yield word
+            found.update(re.split(r"[\s=]+", path.read_text("utf-8", errors="replace")))
+    return sorted((word for word in found if len(word) >= SHORTEST), key=len, reverse=True)
 
 
 def token_files() -> list[Path]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 from pathlib import Path
@@ -54,16 +55,12 @@ def append_line(path: Path, line: str) -> None:
 
 def sync_folder(path: Path) -> None:
     """Make a folder's new names survive a power cut, where its file system can (Drive's and Windows' cannot)."""
-    try:
+    with contextlib.suppress(OSError):
         handle = os.open(path, os.O_RDONLY)
-    except OSError:
-        return
-    try:
-        os.fsync(handle)
-    except OSError:
-        pass
-    finally:
-        os.close(handle)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
 
 
 def lock_folder(folder: Path) -> None:
@@ -86,10 +83,8 @@ def lock_folder(folder: Path) -> None:
             f"{folder}: another process is training in this folder; wait for it or stop it, or choose another "
             "training.output_dir"
         ) from None
-    except NotImplementedError:
-        return
-    except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
+    except (NotImplementedError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
         return
     _held[key] = lock

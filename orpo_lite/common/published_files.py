@@ -96,11 +96,11 @@ def sort_files(
     kept: dict[str, tuple[Path, str]] = {}
     problems: list[str] = []
     for name, path in walk(folder):
-        reason = match(name.rstrip("/"), KEPT)
-        if match(name, allowed) and path.is_symlink() and not path.resolve().is_relative_to(folder):
+        wanted, reason = match(name, allowed), match(name.rstrip("/"), KEPT)
+        if wanted and path.is_symlink() and not path.resolve().is_relative_to(folder):
             problems.append(f"{name}: a link that leads out of the folder")
             continue
-        if match(name, allowed) and path.is_file():
+        if wanted and path.is_file():
             uploaded[name] = path
         elif reason:
             kept[name] = (path, reason)

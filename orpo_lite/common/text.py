@@ -1,8 +1,9 @@
-"""Words and numbers for messages: nearest names, values cut to a line, sizes, and text that cannot act on a screen."""
+"""Words and numbers for messages, and text that can neither act on a screen nor break out of a Markdown page."""
 
 from __future__ import annotations
 
 import difflib
+import math
 import re
 from collections.abc import Iterable
 from pathlib import Path
@@ -34,3 +35,45 @@ def shown(value: Any, width: int = 100) -> str:
 def format_gb(size: float, digits: int = 1) -> str:
     """Format a number of bytes in GB (10^9 bytes), for example `7.3 GB`."""
     return f"{size / 1e9:.{digits}f} GB"
+
+
+def held_by(facts: dict) -> str:
+    """Say what a run's `peak_memory_bytes` (run.json) counts: on the CPU, much more than tensors."""
+    return "in the whole process, libraries included" if facts["device"].startswith("cpu") else "in tensors on the GPU"
+
+
+# ---- Markdown --------------------------------------------------------------------------------------------------------
+
+
+def inline(text: str) -> str:
+    """Escape text for a sentence or a table cell, so that it is shown as it is."""
+    escaped = "".join(f"\\{c}" if c in "\\`*_{}[]<>|#~$&" else c for c in shown_lines(text))
+    # what would open a list or a rule at the start of a line
+    return re.sub(r"^(\d{0,9})([-+=.)])(?=[-=\s]|$)", r"\1\\\2", " ".join(escaped.split()))
+
+
+def fence(text: str, language: str = "text") -> str:
+    """Put text into a code block that it cannot end: the fence is longer than any run of backticks inside."""
+    ticks = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
+    return f"{ticks}{language}\n{shown_lines(text)}\n{ticks}"
+
+
+def shown_lines(text: str) -> str:
+    """Make text visible with every kind of line break as a newline."""
+    return visible(text.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def markdown_table(rows: Iterable[Iterable[str]], head: Iterable[str] = ("", "")) -> str:
+    """Build a table of cells that are Markdown already."""
+    lines = [list(head), *map(list, rows)]
+    lines.insert(1, ["---"] * len(lines[0]))
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def number(value: Any, form: str = ".4f") -> str:
+    """Format a number, or say in words what stands in its place."""
+    if not isinstance(value, int | float) or isinstance(value, bool):
+        return "not known" if value is None else inline(str(value))
+    if not math.isfinite(value):
+        return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
+    return format(value, form)

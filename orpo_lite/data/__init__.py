@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import datasets
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.token_cache import Tokenized, TokenizeOptions
-    from orpo_lite.recipe import DataSection, DataSource
+    from orpo_lite.data.token_cache import Tokenized
+    from orpo_lite.recipe import DataSection
 
 __all__ = ["DropReport", "Pairs", "TooManyDropped", "load_pairs", "pair_lengths"]
 
@@ -55,57 +55,37 @@ def load_pairs(
         TooManyDropped: more than half of the training or of the held-out rows dropped, or none left; its report covers
             every source read.
     """
-    from orpo_lite.data.token_cache import TokenizeOptions  # which imports torch
-
-    options = TokenizeOptions(
-        max_length=spec.max_length,
-        max_prompt_length=spec.max_prompt_length,
-        max_completion_length=spec.max_completion_length,
-        overlong=spec.overlong,
-        completion_end=spec.completion_end,
-        apply_template=spec.apply_template,
-        template_kwargs=spec.template_kwargs,
-        encoder_decoder=encoder_decoder,
-        num_proc=spec.num_proc,
-        strict=True,
-    )
     shapes: Shapes = {}
-    train = read_section(spec, spec.train, field, spec.max_rows, tokenizer, options, shapes)
-    held_out: list[Tokenized] = []
-    if spec.eval:
-        held_out = read_section(spec, spec.eval, "data.eval", spec.max_eval_rows, tokenizer, options, shapes)
+    train = read_section(spec, field, tokenizer, encoder_decoder, shapes)
+    held_out = read_section(spec, "data.eval", tokenizer, encoder_decoder, shapes) if spec.eval else []
     report = DropReport.merge([done.report for done in train + held_out])
     for name, section in ((field, train), ("data.eval", held_out)):
-        try:
-            if section:
-                DropReport.merge([done.report for done in section]).check(name)
-        except TooManyDropped as error:
-            error.report, error.shapes = report, shapes
-            raise
+        problem = DropReport.merge([done.report for done in section]).problem(name) if section else None
+        if problem:
+            raise TooManyDropped(problem, report, shapes)
     return assemble(spec, train, held_out, report, shapes)
 
 
 def read_section(
-    spec: DataSection,
-    sources: list[DataSource],
-    field: str,
-    limit: int | None,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions,
-    shapes: Shapes,
+    spec: DataSection, field: str, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, shapes: Shapes
 ) -> list[Tokenized]:
-    """Tokenize each source and describe it in `shapes`; `limit` is over all of them in their order."""
-    from orpo_lite.data.token_cache import tokenize_source
+    """Tokenize each source of data.train or data.eval, up to the section's limit, and describe it in `shapes`."""
+    from orpo_lite.data.token_cache import TokenizeOptions, tokenize_source  # which imports torch
 
-    done: list[Tokenized] = []
-    section = field.removeprefix("data.")
-    for number, source in enumerate(sources):
+    common = TokenizeOptions.__dataclass_fields__.keys() & type(spec).model_fields.keys()
+    options = TokenizeOptions(
+        **{name: getattr(spec, name) for name in common}, encoder_decoder=encoder_decoder, strict=True
+    )
+    held_out = field == "data.eval"
+    limit = spec.max_eval_rows if held_out else spec.max_rows
+    section, done = field.removeprefix("data."), list[Tokenized]()
+    for number, source in enumerate((spec.eval or []) if held_out else spec.train):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:
             done[-1].report.notes.append(f"{field}: the row limit left {source.path} and the sources after it unread")
             break
         # a recipe's built-in held-out pairs keep their columns when the training pairs are a user's
-        columns = None if field == "data.eval" and source.path.startswith("builtin:") else spec.columns
+        columns = None if held_out and source.path.startswith("builtin:") else spec.columns
         opened = open_source(source, spec.split, columns, left, field)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"
@@ -207,8 +187,6 @@ def hold_out(keys: np.ndarray, fraction: float, limit: int | None, random: np.ra
         if taken + sizes[place] <= wanted and taken + sizes[place] < len(keys):
             chosen[place] = True
             taken += sizes[place]
-            if taken == wanted:
-                break
     if not taken:
         chosen[np.argmin(sizes)] = True
     return chosen[group]

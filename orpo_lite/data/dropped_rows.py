@@ -84,12 +84,9 @@ class DropReport:
     @classmethod
     def merge(cls, reports: list[DropReport]) -> DropReport:
         """Return the sum of several reports; cached only if all of them were."""
-        counts: Counter[str] = Counter()
-        for report in reports:
-            counts.update(report.counts)
         return cls(
             kept=sum(report.kept for report in reports),
-            counts=counts,
+            counts=sum((report.counts for report in reports), Counter()),
             files=[file for report in reports for file in report.files],
             prompt_cut=sum(report.prompt_cut for report in reports),
             completion_cut=sum(report.completion_cut for report in reports),
@@ -101,21 +98,20 @@ class DropReport:
         """Return whether nothing, or less than half of the rows, is left."""
         return not self.kept or self.counts.total() > self.rows / 2
 
-    def check(self, what: str) -> None:
-        """Raise TooManyDropped if nothing, or less than half, is left; `what` names the data in the message."""
+    def problem(self, what: str) -> str | None:
+        """Return the error if nothing, or less than half, is left, or None; `what` names the data in it."""
         if not self.mostly_dropped():
-            return
+            return None
         if not self.rows:
-            raise TooManyDropped(f"{what}: no rows at all", self)
+            return f"{what}: no rows at all"
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         first = self.drops[0]
-        raise TooManyDropped(
+        return (
             f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}), which is "
             f"{'more than half' if self.kept else 'all of them'}; the first: row {first.row} of {first.source}, "
             f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; fix the "
             "data, map its columns (data.columns), or if length is the reason raise max_length, or cut the prompts "
-            "(max_prompt_length, with overlong=truncate); in a recipe these are data.max_length and so on",
-            self,
+            "(max_prompt_length, with overlong=truncate); in a recipe these are data.max_length and so on"
         )
 
     def as_dict(self, rows: bool = False) -> dict[str, Any]:
@@ -145,7 +141,6 @@ class DropReport:
 class TooManyDropped(RequestError):
     """More than half of the rows, or all, were dropped. `report` has which and why; `shapes` is that of Pairs."""
 
-    def __init__(self, message: str, report: DropReport):
+    def __init__(self, message: str, report: DropReport, shapes: dict[str, dict[str, Any]] | None = None):
         super().__init__(message)
-        self.report = report
-        self.shapes: dict[str, dict[str, Any]] = {}
+        self.report, self.shapes = report, shapes or {}

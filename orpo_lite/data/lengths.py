@@ -1,4 +1,4 @@
-"""Lengths of tokenized pairs as arrays, and what a pair costs in time.
+"""Lengths of tokenized pairs as arrays, and the tokens that a pair costs.
 
 The pairs themselves stay on disk, with at most a batch of them in memory.
 """
@@ -15,9 +15,6 @@ if TYPE_CHECKING:
 
     from orpo_lite.data import Pairs
 
-EFFICIENCY = 0.64
-"""Speed of attention's operations relative to that of the linear layers, as `tests.benchmarks.balance --measure` found
-it on one CPU core; fused attention on GPUs is reported to reach half to three quarters."""
 BATCH_ROWS = 10_000
 MAX_BINS = 60
 """The most bins of a histogram."""
@@ -95,9 +92,6 @@ def _histograms(rows: Any) -> dict[str, Any]:
     return found
 
 
-# ---- what a pair costs in time: its tokens, and the places of attention, which grow with their square ------------------
-
-
 def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     """Return the tokens that each pair costs in a layout, (N,) int64.
 
@@ -111,44 +105,3 @@ def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     if layout == "packed":
         return lengths[0] + lengths[1]
     return lengths[0] + lengths[1] - common_prefixes(pairs, "chosen_ids", "rejected_ids")
-
-
-def pair_work(pairs: Any, layout: str, weight: float) -> np.ndarray:
-    """Return the time of each pair in tokens, (N,) int64: its tokens, and `weight` for each place of its attention."""
-    tokens = pair_costs(pairs, layout)
-    if "prompt_ids" in pairs.column_names:  # encoder-decoder: its three kinds of attention are not counted
-        return tokens
-    chosen, rejected = (list_lengths(pairs, f"{side}_ids").astype(np.float64) for side in ("chosen", "rejected"))
-    if layout == "shared":
-        prompt = common_prefixes(pairs, "chosen_ids", "rejected_ids")
-        return tokens + np.round(weight * places(prompt, chosen - prompt, rejected - prompt)).astype(np.int64)
-    if layout == "padded":
-        chosen = rejected = np.maximum(chosen, rejected)
-    return tokens + np.round(weight * (chosen**2 + rejected**2) / 2).astype(np.int64)
-
-
-def places(prompt: np.ndarray, chosen: np.ndarray, rejected: np.ndarray) -> np.ndarray:
-    """Count the (query, key) places of causal attention over pairs that share their prompt, (N,), from token counts."""
-    return (prompt + chosen) ** 2 / 2 + rejected * (prompt + rejected / 2)
-
-
-def place_weight(config: Any) -> float:
-    """Return how many tokens one place of attention costs in LoRA training, by FLOPs and `EFFICIENCY`.
-
-    A frozen matrix of P numbers, such as the output head, takes 2 P per token forward and 2 P backward. A place takes
-    4 d forward and 8 d backward per layer, where d is the width of all heads. Models without attention heads: 0.
-    """
-    text = config.get_text_config(decoder=True)
-
-    def number(name: str, default: float = 0.0) -> float:
-        """Return a field, or its mean over the layers where each has its own."""
-        return float(np.mean(getattr(text, name, None) or default))
-
-    heads, hidden, layers = number("num_attention_heads"), number("hidden_size"), number("num_hidden_layers")
-    if not heads or not layers:
-        return 0.0
-    size = number("head_dim", hidden / heads)
-    matrices = 3 * hidden * number("num_experts_per_tok", 1) * number("intermediate_size", 4 * hidden)
-    layer = 2 * hidden * size * (heads + number("num_key_value_heads", heads)) + matrices
-    token = 4 * (layers * layer + hidden * text.vocab_size)
-    return 12 * layers * heads * size / token / EFFICIENCY

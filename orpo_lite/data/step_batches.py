@@ -22,8 +22,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader, Dataset
 
-from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.data.lengths import pair_costs, pair_work
+from orpo_lite.data.lengths import pair_costs
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.config import ORPOConfig
@@ -97,14 +96,11 @@ def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool =
     return [sorted(part) for part in parts] + [[]] * (count - len(parts))
 
 
-def cut_by_tokens(
-    costs: np.ndarray, work: np.ndarray, processes: int, budget: int, padded: bool = False
-) -> list[MicroBatches]:
+def cut_by_tokens(costs: np.ndarray, processes: int, budget: int, padded: bool = False) -> list[MicroBatches]:
     """Cut the pairs of one optimizer step into micro-batches of at most `budget` tokens.
 
     Args:
-        costs: tokens of each pair, (N,) int64, which the budget counts.
-        work: time of each pair, by which the processes get their share.
+        costs: tokens of each pair, (N,) int64.
         processes: number of processes.
         budget: tokens per micro-batch.
         padded: whether the layout pads the pairs of a micro-batch to each other.
@@ -112,38 +108,29 @@ def cut_by_tokens(
     Returns:
         The micro-batches of each process: the same number on all, some of them empty.
     """
-    shares = [np.array(share, dtype=np.int64) for share in deal(work, processes)]
+    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes)]
     count = max(len(micro_batches(costs[share], budget, 1, padded)) for share in shares)
     cut = [micro_batches(costs[share], budget, count, padded) for share in shares]
     return even([[share[batch].tolist() for batch in batches] for share, batches in zip(shares, cut, strict=True)])
 
 
-def cut_by_pairs(
-    work: np.ndarray, processes: int, pairs: int, padded: bool = False, whole: bool = False
-) -> list[MicroBatches]:
+def cut_by_pairs(costs: np.ndarray, processes: int, pairs: int, whole: bool = False) -> list[MicroBatches]:
     """Cut the pairs of one optimizer step into micro-batches of at most `pairs` pairs, as few as hold them all.
 
     Args and return value as in `cut_by_tokens`, but for `pairs`, the pairs per micro-batch, and `whole`: keep the
     micro-batches that a single process would form and deal those, since a mean of micro-batch means depends on them.
     """
     if whole:
-        parts = [list(range(len(work)))[i : i + pairs] for i in range(0, len(work), pairs)]
-        sums = np.array([work[part].sum() for part in parts], dtype=np.int64)
+        parts = [list(range(len(costs)))[i : i + pairs] for i in range(0, len(costs), pairs)]
+        sums = np.array([costs[part].sum() for part in parts], dtype=np.int64)
         dealt = deal(sums, processes, max_items=-(-len(parts) // processes))
         return even([[parts[i] for i in sorted(share)] for share in dealt])
-    rounds = -(-len(work) // (processes * pairs))
-    shares = [np.array(share, dtype=np.int64) for share in deal(work, processes, max_items=rounds * pairs)]
+    rounds = -(-len(costs) // (processes * pairs))
+    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes, max_items=rounds * pairs)]
     count = max(-(-len(share) // pairs) for share in shares)
-    cut: list[MicroBatches] = []
-    for share in shares:
-        if padded:  # pairs of similar length are padded to each other
-            size = max(1, -(-len(share) // count))
-            share = share[np.argsort(-work[share], kind="stable")]
-            parts = [share[i : i + size].tolist() for i in range(0, len(share), size)]
-        else:
-            parts = [share[part].tolist() for part in deal(work[share], count, max_items=pairs)]
-        cut.append([sorted(part) for part in parts])
-    return even(cut)
+    return even(
+        [[sorted(share[part].tolist()) for part in deal(costs[share], count, max_items=pairs)] for share in shares]
+    )
 
 
 def even(cut: list[MicroBatches]) -> list[MicroBatches]:
@@ -165,11 +152,10 @@ class StepPlan:
         tokens_per_batch: the most tokens of a micro-batch of several pairs; None goes by pairs.
         processes: number of processes.
         seed: of the permutation; None keeps the pairs in their order.
-        padded: whether the layout pads the pairs of a micro-batch to each other.
+        padded: whether the layout pads the pairs of a micro-batch to each other, which a budget counts.
         drop_last: leave out the pairs that do not fill a last step or, without a budget, micro-batches on all processes.
         pairs_per_batch: pairs per micro-batch without a budget.
         whole: keep the micro-batches of a single process, see `cut_by_pairs`.
-        work: time of each pair, (N,) int64, by which the processes get their share; by default its tokens.
     """
 
     costs: np.ndarray
@@ -181,7 +167,6 @@ class StepPlan:
     drop_last: bool = False
     pairs_per_batch: int = 1
     whole: bool = False
-    work: np.ndarray | None = None
 
     def __len__(self) -> int:
         """Count the optimizer steps of an epoch."""
@@ -205,11 +190,11 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Return the micro-batches of each process in one optimizer step; the same number on all of them."""
         pairs = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        work = self.costs[pairs] if self.work is None else self.work[pairs]
+        costs = self.costs[pairs]
         if self.tokens_per_batch:
-            cut = cut_by_tokens(self.costs[pairs], work, self.processes, self.tokens_per_batch, self.padded)
+            cut = cut_by_tokens(costs, self.processes, self.tokens_per_batch, self.padded)
         else:
-            cut = cut_by_pairs(work, self.processes, self.pairs_per_batch, self.padded, self.whole)
+            cut = cut_by_pairs(costs, self.processes, self.pairs_per_batch, self.whole)
         return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
@@ -224,14 +209,7 @@ class StepDataset(Dataset):
         own_collator: makes the fillers; by default `collator`.
     """
 
-    def __init__(
-        self,
-        pairs: Any,
-        plan: StepPlan,
-        collator: Any,
-        process: int,
-        own_collator: PaddedCollator | PackedCollator | None = None,
-    ):
+    def __init__(self, pairs: Any, plan: StepPlan, collator: Any, process: int, own_collator: Any = None):
         self.pairs, self.plan, self.collator, self.process = pairs, plan, collator, process
         self.own_collator = own_collator or collator
 
@@ -285,23 +263,14 @@ class StepLoader(DataLoader):
 
 
 def step_loader(
-    pairs: Any,
-    args: ORPOConfig,
-    layout: str,
-    collator: Any,
-    own_collator: Any = None,
-    accumulation: int = 1,
-    weight: float = 0.0,
+    pairs: Any, args: ORPOConfig, layout: str, collator: Any, own_collator: Any = None, accumulation: int = 1
 ) -> StepLoader:
     """Return the training loader for `tokens_per_batch` or several processes, from a trainer's arguments.
 
     Args:
-        pairs: tokenized pairs.
-        args: of the trainer.
         layout: shared, packed or padded.
         collator, own_collator: see `StepDataset`.
         accumulation: micro-batches that `args.train_batch_size` holds, without a budget.
-        weight: tokens that one place of attention costs, see `lengths.place_weight`.
     """
     budget = args.tokens_per_batch
     costs = pair_costs(pairs, layout)
@@ -320,7 +289,6 @@ def step_loader(
         drop_last=args.dataloader_drop_last,
         pairs_per_batch=args.train_batch_size // accumulation,
         whole=args.nll_mean == "micro",
-        work=pair_work(pairs, layout, weight) if args.world_size > 1 else None,
     )
     return StepLoader(
         StepDataset(pairs, plan, collator, args.process_index, own_collator),

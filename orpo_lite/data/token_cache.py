@@ -91,7 +91,8 @@ def tokenize_rows(
             "or build one from a list with Dataset.from_list"
         )
     done = tokenize_source(given, tokenizer, options)
-    done.report.check(source)
+    if problem := done.report.problem(source):
+        raise TooManyDropped(problem, done.report)
     pairs = done.rows.remove_columns("key")
     if given.enough is not None:
         pairs = pairs.select(range(min(len(pairs), given.enough)))

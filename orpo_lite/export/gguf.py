@@ -15,13 +15,13 @@ from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.common.vllm import vllm_problems, vllm_rank
 from orpo_lite.export.gguf_vocabulary import byte_level, splitting_rule, stop_ids, token_fields, write_vocabulary
 from orpo_lite.export.llama_cpp import run_converter
 from orpo_lite.export.ollama import modelfile
 from orpo_lite.model import read_config
 from orpo_lite.model.untrusted_files import check_adapter, check_links
 from orpo_lite.recipe import ModelSection
+from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
 SMALL = 50 * 10**6

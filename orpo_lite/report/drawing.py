@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeGuard
 
 import numpy as np
 
-from orpo_lite.common.markdown import number
+from orpo_lite.common.text import number
 
 Point = tuple[float, float]
 

@@ -23,8 +23,7 @@ from rich.markup import escape
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.markdown import fence, inline, number
-from orpo_lite.common.memory import held_by
+from orpo_lite.common.text import fence, held_by, inline, number
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.model.precision import BACKENDS
@@ -346,7 +345,7 @@ def usage_facts(
         base: hub id, builtin:..., or the name of a local folder.
         quantization: how the base is held on loading, as in training.
     """
-    from orpo_lite.common.vllm import vllm_problems, vllm_rank
+    from orpo_lite.report.vllm import vllm_problems, vllm_rank
 
     adapter = read_json(folder / "adapter_config.json")
     problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)] if adapter else []

@@ -15,8 +15,7 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orpo_lite.common.memory import held_by
-from orpo_lite.common.text import format_gb
+from orpo_lite.common.text import format_gb, held_by
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written

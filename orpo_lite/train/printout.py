@@ -8,9 +8,8 @@ from typing import TYPE_CHECKING, Any
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.common.console import console, errors
-from orpo_lite.common.memory import held_by, peak_memory_bytes
-from orpo_lite.common.text import format_gb
+from orpo_lite.common.console import console, errors, peak_memory_bytes
+from orpo_lite.common.text import format_gb, held_by
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share

@@ -15,9 +15,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, peak_memory_bytes
 from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
-from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import Pairs
 from orpo_lite.data.lengths import length_histograms

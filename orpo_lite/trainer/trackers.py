@@ -15,9 +15,7 @@ from transformers.integrations.integration_utils import (
 )
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.markdown import inline
-from orpo_lite.common.markdown import table as markdown_table
-from orpo_lite.common.text import nearest
+from orpo_lite.common.text import inline, markdown_table, nearest
 
 MODULES = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
 """Modules, any of which a tracker works with, where they are not called as the tracker is."""

@@ -17,10 +17,9 @@ from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
+from orpo_lite.common.console import peak_memory_bytes
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.memory import peak_memory_bytes
 from orpo_lite.data.collate import PackedCollator, PaddedCollator, from_trl
-from orpo_lite.data.lengths import place_weight
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, TokenizeOptions, check_same_stream, tokenize_rows
 from orpo_lite.model import keep_4bit_differentiable
@@ -317,10 +316,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         args = self.args
         if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
-        return step_loader(
-            self.train_dataset, args, self.layout.name, self.data_collator, self.collator, self.accumulation_steps,
-            place_weight(self.model.config),
-        )  # fmt: skip
+        layout, own = self.layout.name, self.collator
+        return step_loader(self.train_dataset, args, layout, self.data_collator, own, self.accumulation_steps)
 
     def get_batch_samples(
         self, epoch_iterator: Any, num_batches: int, device: torch.device

@@ -15,12 +15,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import orpo_lite
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.vllm import vllm_problems, vllm_rank
 from orpo_lite.export import llama_cpp as converter
 from orpo_lite.export.gguf import check_space, export
 from orpo_lite.export.gguf_types import BLOCKS, CONVERTER, kind_of, with_gguf
 from orpo_lite.export.gguf_verify import Mismatch, check_fields
 from orpo_lite.export.gguf_vocabulary import splitting_rule
+from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from tests.export.conftest import FAMILIES
 from tests.model.conftest import logits
 from tests.tiny import base_tokenizer, tiny_tokenizer
@@ -189,7 +189,7 @@ def test_vllm(adapter_folder):
     for change, words in [
         ({"use_dora": True}, "DoRA"),
         ({"bias": "all"}, "biases"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save=lm_head"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save=['lm_head']"),
         ({"r": 1024}, "512"),
         ({"rank_pattern": {"q_proj": 2}}, "rank_pattern"),
         ({"target_parameters": ["mlp.experts"]}, "fused"),

@@ -9,7 +9,7 @@ from tests.benchmarks.merge import bench, differing, make_adapter, make_base
 
 PEAK = """
 import sys
-from orpo_lite.common.memory import peak_memory_bytes
+from orpo_lite.common.console import peak_memory_bytes
 from orpo_lite.merge.run import merge
 merge(*sys.argv[1:])
 print(peak_memory_bytes("cpu"))

@@ -320,7 +320,7 @@ def test_a_config_file_is_enough(bases):
 def test_a_7b_plan_is_quick_and_small():
     code = (
         "import time\n"
-        "from orpo_lite.common.memory import peak_memory_bytes\n"
+        "from orpo_lite.common.console import peak_memory_bytes\n"
         "from orpo_lite.plan.predict import plan\n"
         "from orpo_lite.recipe import Recipe\n"
         "plan(Recipe.load('mistral-qlora'))\n"

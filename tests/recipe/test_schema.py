@@ -327,7 +327,7 @@ def test_training_fields_read_off_the_source_are_transformers_own():
 
 def test_a_recipe_is_loaded_and_checked_without_torch():
     script = (
-        "import sys; from orpo_lite.recipe import Recipe, json_schema; from orpo_lite.common import memory; "
+        "import sys; from orpo_lite.recipe import Recipe, json_schema; from orpo_lite.common import console; "
         "Recipe.load('mistral-qlora', ['training.optim=adamw_8bit']); json_schema(); "
         "print(*{'torch', 'transformers', 'datasets', 'numpy'} & sys.modules.keys())"
     )

@@ -21,7 +21,7 @@ from markdown_it import MarkdownIt
 from PIL import Image
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.markdown import fence, inline
+from orpo_lite.common.text import fence, inline
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import PACKAGE
 from orpo_lite.report.charts import draw_card_curves
