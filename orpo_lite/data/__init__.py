@@ -78,7 +78,8 @@ def read_section(
     )
     held_out = field == "data.eval"
     limit = spec.max_eval_rows if held_out else spec.max_rows
-    section, done = field.removeprefix("data."), list[Tokenized]()
+    section = field.removeprefix("data.")
+    done: list[Tokenized] = []
     for number, source in enumerate((spec.eval or []) if held_out else spec.train):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:

@@ -134,46 +134,30 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
 
 
 def lengths_table(counted: dict[str, np.ndarray]) -> Table:
-    """Return a histogram of tokens per pair with median, 95th percentile and maximum, one column for each part."""
-    top = max(int(tokens.max()) for tokens in counted.values())
-    # edges double, since real lengths vary twentyfold
-    edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
-    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
-    table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
-    histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
-    for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        cells = [bar(h[place], h.max(), width) for h in histograms]
-        if any(h[place] for h in histograms):
-            table.add_row(f"{low:,} to {high - 1:,}", *cells)
-    for name in ("median", "p95", "max"):
-        table.add_row(name, *(f"{summary(tokens)[name]:,.0f}" for tokens in counted.values()), style="bold")
+    """Return median, 95th percentile, maximum and sum of tokens per pair, one column for each part."""
+    table = Table("tokens", title="training pairs by length", title_justify="left", box=None)
+    for part in counted:
+        table.add_column(part, justify="right")
+    found = {part: summary(tokens) for part, tokens in counted.items()}
+    for name in ("median", "p95", "max", "sum"):
+        table.add_row(name, *(f"{values[name]:,.0f}" for values in found.values()))
     return table
 
 
-def bar(count: int, largest: int, width: int) -> str:
-    """Return a bar of at most `width` blocks and the count, joined by a space that does not break."""
-    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
-
-
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return one pair decoded: the prompt of both sequences, and the labels of each."""
-    if "prompt_ids" in row:
-        prompts, labels = [row["prompt_ids"]] * 2, [row["chosen_ids"], row["rejected_ids"]]
-    else:
-        starts = row["chosen_start"], row["rejected_start"]
-        sequences = row["chosen_ids"], row["rejected_ids"]
-        prompts = [ids[:start] for ids, start in zip(sequences, starts, strict=True)]
-        labels = [ids[start:] for ids, start in zip(sequences, starts, strict=True)]
+    """Return one pair decoded: the prompt, as it precedes the chosen answer, and the labels of each side."""
+    starts = row.get("chosen_start", 0), row.get("rejected_start", 0)
+    prompt = row.get("prompt_ids") or row["chosen_ids"][: starts[0]]
+    chosen, rejected = row["chosen_ids"][starts[0] :], row["rejected_ids"][starts[1] :]
     return {
         "source": row["source"],
         "row": row["row"],
-        "tokens": {"prompt": len(prompts[0]), "chosen": len(labels[0]), "rejected": len(labels[1])},
-        "prompt": tokenizer.decode(prompts[0]),
-        "prompt_of_rejected": None if prompts[0] == prompts[1] else tokenizer.decode(prompts[1]),
-        "chosen": [tokenizer.decode([token]) for token in labels[0]],
-        "rejected": [tokenizer.decode([token]) for token in labels[1]],
-        "chosen_text": tokenizer.decode(labels[0]),
-        "rejected_text": tokenizer.decode(labels[1]),
+        "tokens": {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)},
+        "prompt": tokenizer.decode(prompt),
+        "chosen": [tokenizer.decode([token]) for token in chosen],
+        "rejected": [tokenizer.decode([token]) for token in rejected],
+        "chosen_text": tokenizer.decode(chosen),
+        "rejected_text": tokenizer.decode(rejected),
     }
 
 
@@ -184,12 +168,12 @@ def example_text(number: int, pair: dict[str, Any]) -> Group:
         f"example {number}: row {pair['row']} of source {pair['source']}: {tokens['prompt']} prompt, "
         f"{tokens['chosen']} chosen and {tokens['rejected']} rejected tokens"
     )
-    parts = [Text(title, style="bold"), marked("prompt   .", pair["prompt"], "dim")]
-    if pair["prompt_of_rejected"] is not None:
-        parts.append(marked("its other end before rejected .", pair["prompt_of_rejected"][-60:], "dim"))
-    parts.append(marked("chosen   +", pair["chosen_text"], "green"))
-    parts.append(marked("rejected -", pair["rejected_text"], "red"))
-    return Group(*parts)
+    return Group(
+        Text(title, style="bold"),
+        marked("prompt   .", pair["prompt"], "dim"),
+        marked("chosen   +", pair["chosen_text"], "green"),
+        marked("rejected -", pair["rejected_text"], "red"),
+    )
 
 
 def marked(mark: str, text: str, style: str) -> Text:

@@ -129,23 +129,15 @@ def is_json_line(line: str) -> bool:
         row = json.loads(line)
     except (ValueError, RecursionError):
         return False
-    return isinstance(row, dict) and rows_inside(row) is None
-
-
-def rows_inside(document: dict[str, Any]) -> list[Any] | None:
-    """Return the rows of a document such as {"data": [...]}; None if it is a row itself."""
-    lists = [value for value in document.values() if isinstance(value, list) and value and isinstance(value[0], dict)]
-    return lists[0] if len(lists) == 1 and not {"chosen", "rejected", "conversations"} & document.keys() else None
+    return isinstance(row, dict)
 
 
 def document_rows(file: str, text: str) -> list[Any]:
     """Return the rows of a JSON document, which is held in memory as a whole."""
     rows = parse_json(text, file, DOCUMENT) if text.strip() else []
-    if isinstance(rows, dict):
-        return rows_inside(rows) or [rows]
-    if not isinstance(rows, list):
+    if not isinstance(rows, list | dict):
         raise RequestError(f"{file}: found {kind(rows)}, {DOCUMENT}")
-    return rows
+    return rows if isinstance(rows, list) else [rows]
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -242,14 +234,13 @@ def cell_value(cell: str) -> Any:
 
 
 def parquet_rows(file: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a parquet file; a compressed one is held in memory, since parquet is read from its end."""
+    """Yield the rows of a parquet file."""
     import pyarrow
     from pyarrow import parquet
 
     try:
         with open_bytes(file) as stream:
-            whole = parquet.ParquetFile(stream if file.endswith(".parquet") else io.BytesIO(stream.read()))
-            for batch in whole.iter_batches(batch_size=BATCH_ROWS):
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS):
                 yield from without_nulls(batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the content

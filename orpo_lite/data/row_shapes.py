@@ -42,6 +42,7 @@ FAMILY = dict.fromkeys((EXPLICIT, IMPLICIT, ULTRAFEEDBACK, SHAREGPT, ALPACA), "c
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "system", "conversations", "instruction", "input", "history",
            "chat_template_kwargs")  # fmt: skip
 HH_ANSWER = "\n\nAssistant:"
+SIDES = ("chosen", "rejected")
 
 
 class Pair(NamedTuple):
@@ -95,11 +96,16 @@ def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
     """
     if not rows:
         raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
-    shape = detect(rows[:200]) or detect(rows)
-    there = [any(isinstance(row, dict) and side in row for row in rows) for side in ("chosen", "rejected")]
+    shape = detect(rows)
+    there = [any(isinstance(row, dict) and side in row for row in rows) for side in SIDES]
     if shape is None or sum(there) == 1:
-        check_kinds(rows[0], label)
-        found = describe_columns(rows[0]) if isinstance(rows[0], dict) else f"rows that are {type(rows[0]).__name__}"
+        first = rows[0]
+        if isinstance(first, dict) and {"chosen", "rejected"} <= first.keys():
+            try:
+                check_kinds(first, [side for side in (*SIDES, "prompt") if side in first])
+            except Dropped as drop:
+                raise RequestError(f"{label}: row 0: {drop.detail}: fix the data") from None
+        found = describe_columns(first) if isinstance(first, dict) else f"rows that are {type(first).__name__}"
         raise RequestError(
             f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
             "map other names with data.columns, for example {prompt: question, chosen: good, rejected: bad}"
@@ -118,14 +124,13 @@ def detect(rows: Iterable[Any]) -> str | None:
     return counts.most_common(1)[0][0] if counts else None
 
 
-def check_kinds(row: Any, label: str) -> None:
-    """Raise RequestError for a row with the right columns and the wrong values in them."""
-    if isinstance(row, dict) and {"chosen", "rejected"} <= row.keys():
-        for side in ("chosen", "rejected", "prompt"):
-            if side in row and not isinstance(row[side], str | list | dict):
-                raise RequestError(
-                    f"{label}: row 0: {side} is {kind(row[side])}, expected text or messages: fix the data"
-                )
+def check_kinds(row: dict[str, Any], columns: Iterable[str]) -> None:
+    """Raise Dropped if a column is missing or is neither text nor messages."""
+    for column in columns:
+        if row.get(column) is None:
+            raise Dropped(EMPTY, f"{column} is missing")
+        if not isinstance(row[column], str | list | dict):
+            raise Dropped(WRONG_TYPES, f"{column} is {kind(row[column])}, expected text or messages")
 
 
 def to_pair(row: Any, of_source: str, *, strict: bool, apply_template: bool, tool_calls: bool) -> Pair:
@@ -144,11 +149,7 @@ def to_pair(row: Any, of_source: str, *, strict: bool, apply_template: bool, too
     """
     shape = row_shape(row)
     if isinstance(row, dict):
-        for side in ("chosen", "rejected"):
-            if row.get(side) is None:
-                raise Dropped(EMPTY, f"{side} is missing")
-            if not isinstance(row[side], str | list | dict):
-                raise Dropped(WRONG_TYPES, f"{side} is {kind(row[side])}, expected text or messages")
+        check_kinds(row, SIDES)
     if shape is None or FAMILY[shape] != FAMILY[of_source]:
         found = f"columns {describe_columns(row)}" if isinstance(row, dict) else kind(row)
         raise Dropped(WRONG_TYPES, f"found {shape or found}, the source is {of_source}")
@@ -180,6 +181,7 @@ def conversation_sides(
     """Return prompt, chosen and rejected of a row whose answers are messages."""
     chosen = messages(row["chosen"], "chosen", tool_calls)
     rejected = messages(row["rejected"], "rejected", tool_calls)
+    begin = {side[0]["role"] if side else None for side in (chosen, rejected)}
     system: Messages = []
     if isinstance(row.get("system"), str) and row["system"].strip() and (strict or shape in (SHAREGPT, ALPACA)):
         system = [{"role": "system", "content": row["system"]}]
@@ -189,13 +191,12 @@ def conversation_sides(
         prompt = messages(row["conversations"], "conversations", tool_calls)
     elif shape == EXPLICIT:
         prompt = messages(row["prompt"], "prompt", tool_calls)
-    elif shape == ULTRAFEEDBACK and row["prompt"].strip() and both_answer(chosen, rejected):
+    elif shape == ULTRAFEEDBACK and row["prompt"].strip() and begin == {"assistant"}:
         prompt = [{"role": "user", "content": checked_text(row["prompt"], "prompt")}]
     else:
         prompt = None
     # the answers of some data sets begin with the prompt, or with the part of it that the prompt column lacks
-    repeated = all(side and side[0]["role"] in ("system", "user") for side in (chosen, rejected))
-    if prompt is not None and strict and repeated:
+    if prompt is not None and strict and begin <= {"system", "user"}:
         chosen, rejected = (side if side[: len(prompt)] == prompt else prompt + side for side in (chosen, rejected))
         prompt = None
     if prompt is None:
@@ -203,11 +204,6 @@ def conversation_sides(
     if system and (not prompt or prompt[0]["role"] != "system"):
         prompt = system + prompt
     return prompt, chosen, rejected
-
-
-def both_answer(chosen: Messages, rejected: Messages) -> bool:
-    """Return whether both sides begin with an assistant turn."""
-    return all(side and side[0]["role"] == "assistant" for side in (chosen, rejected))
 
 
 def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> tuple[Messages, Messages, Messages]:
@@ -219,9 +215,8 @@ def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> t
             raise Dropped(WRONG_TYPES, f"{side} ends with a {turns[-1]['role']} turn, expected assistant")
     if chosen[:-1] == rejected[:-1]:
         return chosen[:-1], chosen[-1:], rejected[-1:]
-    common = 0
-    while common < min(len(chosen), len(rejected)) and chosen[common] == rejected[common]:
-        common += 1
+    turns = enumerate(zip(chosen, rejected, strict=False))
+    common = next((number for number, (one, other) in turns if one != other), min(len(chosen), len(rejected)))
     if strict or not common:
         raise Dropped(PROMPTS_DIFFER, f"chosen and rejected differ from turn {common + 1}, before the last answer")
     return chosen[:common], chosen[common:], rejected[common:]
@@ -229,7 +224,7 @@ def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> t
 
 def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, str, str]:
     """Return prompt, chosen and rejected of a row whose answers are text."""
-    chosen, rejected = (checked_text(row[side], side) for side in ("chosen", "rejected"))
+    chosen, rejected = (checked_text(row[side], side) for side in SIDES)
     if shape == STRINGS:
         return checked_text(row["prompt"], "prompt"), chosen, rejected
     if not chosen or not rejected:
@@ -238,16 +233,15 @@ def string_sides(row: dict[str, Any], shape: str, strict: bool) -> tuple[str, st
         return split_strings(chosen, rejected)
     cuts = [text.rfind(HH_ANSWER) + len(HH_ANSWER) for text in (chosen, rejected)]
     prompt, other = chosen[: cuts[0]], rejected[: cuts[1]]
+    if prompt != other and not strict:
+        return split_strings(chosen, rejected)
     if prompt != other:
-        if not strict:
-            return split_strings(chosen, rejected)
         place = len(os.path.commonprefix([chosen, rejected]))
-        raise Dropped(
-            PROMPTS_DIFFER, f"they differ from {chosen[place : place + 30]!r} / {rejected[place : place + 30]!r}"
-        )
+        here, there = chosen[place : place + 30], rejected[place : place + 30]
+        raise Dropped(PROMPTS_DIFFER, f"they differ from {here!r} / {there!r}")
     answers = chosen[cuts[0] :], rejected[cuts[1] :]
     if strict:
-        for side, answer in zip(("chosen", "rejected"), answers, strict=True):
+        for side, answer in zip(SIDES, answers, strict=True):
             if HH_TURN.search(answer):
                 raise Dropped(WRONG_TYPES, f"{side} ends with a Human turn, expected Assistant")
         check_turns(text_turns(prompt))
@@ -279,10 +273,8 @@ def alpaca_prompt(row: dict[str, Any]) -> Messages:
     parts = [row["instruction"], row.get("input") or ""]
     if not isinstance(parts[1], str):
         raise Dropped(WRONG_TYPES, f"input is {kind(parts[1])}, expected text")
-    return [
-        *turns,
-        {"role": "user", "content": "\n\n".join(checked_text(part, "instruction") for part in parts if part)},
-    ]
+    text = "\n\n".join(checked_text(part, "instruction") for part in parts if part)
+    return [*turns, {"role": "user", "content": text}]
 
 
 def check(pair: Pair, strict: bool) -> None:
@@ -296,15 +288,13 @@ def check(pair: Pair, strict: bool) -> None:
             check_turns(pair.prompt)
     elif strict and not pair.prompt.strip():
         raise Dropped(EMPTY_PROMPT, "the prompt is empty")
-    for name, side in (("chosen", pair.chosen), ("rejected", pair.rejected)):
-        if isinstance(side, list):
-            if not side:
-                raise Dropped(EMPTY, f"{name} holds no turn")
-            if strict and side[-1]["role"] != "assistant":
-                raise Dropped(WRONG_TYPES, f"{name} ends with a {side[-1]['role']} turn, expected assistant")
-            if strict and not any(turn.get("tool_calls") or turn.get("content", "").strip() for turn in side):
-                raise Dropped(EMPTY, f"{name} is empty")
-        elif strict and not side.strip():
+    for name, side in zip(SIDES, (pair.chosen, pair.rejected), strict=True):
+        turns: Messages = [{"role": "assistant", "content": side}] if isinstance(side, str) else side
+        if not turns:
+            raise Dropped(EMPTY, f"{name} holds no turn")
+        if strict and turns[-1]["role"] != "assistant":
+            raise Dropped(WRONG_TYPES, f"{name} ends with a {turns[-1]['role']} turn, expected assistant")
+        if strict and not any(turn.get("tool_calls") or turn.get("content", "").strip() for turn in turns):
             raise Dropped(EMPTY, f"{name} is empty")
     if strict and pair.chosen == pair.rejected:
         raise Dropped(EQUAL, "chosen and rejected are the same text")

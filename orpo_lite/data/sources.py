@@ -130,12 +130,11 @@ def is_local(path: str) -> bool:
 
 def local_files(path: str, split: str) -> list[str]:
     """Return the data files behind a path, glob or folder, sorted; an empty list if it is none of these."""
-    place = Path(path)
     if os.path.isfile(path):
         found = [path]
     elif os.path.isdir(path):
-        every = sorted(str(file) for file in place.rglob("*") if file.is_file() and file_format(file.name))
-        found = of_split(place, every, split)
+        every = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and file_format(file.name))
+        return of_split(Path(path), every, split)
     elif glob.has_magic(path):
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
@@ -169,13 +168,12 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
     if not files:
         raise RequestError(f"{folder}: holds no data files; expected {EXPECTED}")
     named = splits_named(folder, files)
-    if not any(named.values()):
-        return files
+    names = sorted({name for name in named.values() if name})
     found = [file for file in files if named[file] == SPLITS.get(split, split)]
-    if not found:
-        names = ", ".join(sorted({name for name in named.values() if name}))
+    if names and not found:
+        names = ", ".join(names)
         raise RequestError(f"{folder}: no file of the split {split!r}; by their names the files are: {names}")
-    return found
+    return found if names else files
 
 
 def hash_files(files: list[str]) -> str:
@@ -205,11 +203,11 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
         raise RequestError(
             f"{path}: cannot be read as a saved data set ({type(error).__name__}: {first_line(error)}): save it again"
         ) from error
-    if isinstance(saved, datasets.DatasetDict):
-        if split not in saved:
-            raise RequestError(f"{path}: no split {split!r}; there are {', '.join(map(str, saved))} (data.split)")
-        return saved[split]
-    return saved
+    if not isinstance(saved, datasets.DatasetDict):
+        return saved
+    if split not in saved:
+        raise RequestError(f"{path}: no split {split!r}; there are {', '.join(map(str, saved))} (data.split)")
+    return saved[split]
 
 
 def check_names(folder: Path) -> None:

@@ -63,10 +63,7 @@ def tokenize_rows(
     """Tokenize preference rows of any shape.
 
     Args:
-        rows: raw rows; columns that are not part of a preference row are left out. A stream (of `datasets` or torch)
-            is read once to disk.
-        tokenizer: any transformers tokenizer.
-        options: how rows become tokens.
+        rows: raw rows. A stream (of `datasets` or torch) is read once to disk.
         source: names the rows in the report and in errors.
         enough: usable pairs after which a stream is read no further; None reads it to its end.
 
@@ -121,26 +118,26 @@ def tokenize_source(
     """Tokenize one source, or take its tokens from the cache.
 
     The cache is a folder beside that of `datasets`. Its keys hold the source's content, the tokenizer with its template,
-    the options and this package's code, so that nothing outdated is ever found.
-
-    Args:
-        source: the rows; what a stream yields is not known before it is read, so its tokens are not cached.
-        tokenizer: any transformers tokenizer.
-        options: how rows become tokens.
-        number: value of the column `source`.
+    the options and this package's code, so that nothing outdated is ever found. What a stream yields is not known before
+    it is read, so its tokens are not cached. `number` is the value of the column `source`.
     """
     import datasets
 
-    if not source.content or not datasets.is_caching_enabled():
+    if source.content and datasets.is_caching_enabled():
+        folder = cache_root() / cache_key(source.content, tokenizer, options, number)
+    else:
         folder = temporary_root() / uuid.uuid4().hex
-        write_tokens(folder, source, tokenizer, options, number)
-        return read_tokens(folder, source.label, cached=False)
-    folder = cache_root() / cache_key(source.content, tokenizer, options, number)
     with one_at_a_time(folder.with_suffix(".lock")):
         cached = folder.is_dir()
         if not cached:
-            write_tokens(folder, source, tokenizer, options, number)
-    return read_tokens(folder, source.label, cached)
+            with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
+                write_tokens(Path(unfinished), source, tokenizer, options, number)
+                with contextlib.suppress(OSError):  # without locks another process may be faster: with the same result
+                    Path(unfinished).rename(folder)
+    about = json.loads((folder / "report.json").read_text("utf-8"))
+    counts = {"counts": collections.Counter(about["report"]["counts"])}
+    report = DropReport(**about["report"] | counts, files=[(folder / "drops.jsonl", source.label)], cached=cached)
+    return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
 
 
 @contextlib.contextmanager
@@ -156,27 +153,7 @@ def one_at_a_time(path: Path) -> Iterator[None]:
         path.unlink(missing_ok=True)
 
 
-def read_tokens(folder: Path, label: str, cached: bool) -> Tokenized:
-    """Return what `write_tokens` wrote."""
-    import datasets
-
-    about = json.loads((folder / "report.json").read_text("utf-8"))
-    counts = {"counts": collections.Counter(about["report"]["counts"])}
-    report = DropReport(**about["report"] | counts, files=[(folder / "drops.jsonl", label)], cached=cached)
-    return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
-
-
 def write_tokens(
-    folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
-) -> None:
-    """Tokenize a source into a new `folder`, which appears once it is complete."""
-    with tempfile.TemporaryDirectory(dir=folder.parent, ignore_cleanup_errors=True) as unfinished:
-        fill_folder(Path(unfinished), source, tokenizer, options, number)
-        with contextlib.suppress(OSError):  # another process was faster: its result is the same
-            Path(unfinished).rename(folder)
-
-
-def fill_folder(
     folder: Path, source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int
 ) -> None:
     """Write pairs.arrow, drops.jsonl and report.json."""

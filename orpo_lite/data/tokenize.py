@@ -21,14 +21,12 @@ from orpo_lite.data.dropped_rows import (
     Dropped,
 )
 from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, template_text, turn_end
-from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, Pair, to_pair
+from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, to_pair
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 2**31 - 1
-SIDES = ("chosen", "rejected")
-
 NO_TURN_END = (
     "completion_end is turn, but the template writes no end-of-turn token that the tokenizer knows: completions end with "
     "EOS, as with trl"
@@ -41,29 +39,22 @@ SYSTEM_UNUSED = (
     "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
 )
 DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
-UNLIKE_TRL = "of label tokens would be prompt under TRL's rule"
-COMMON_OPENING = "no prompt column: the texts' common opening"
+COMMON_OPENING = "no prompt column: the texts' common opening became the prompt"
 
 
 @dataclass(kw_only=True)
 class TokenizeOptions:
-    """Rules for turning rows into tokens. The defaults are TRL's."""
+    """Rules for turning rows into tokens, as in a recipe's `data` section. The defaults are TRL's."""
 
     max_length: int | None = 1024
-    """Tokens of prompt and completion together; None is no limit."""
     max_prompt_length: int | None = None
-    """Tokens of the prompt; None leaves it to max_length."""
     max_completion_length: int | None = None
     """Tokens of the completion; encoder-decoders take 128 if None, decoders read it only if `strict`, as in TRL."""
     overlong: Literal["drop", "truncate"] = "truncate"
-    """drop: leave out pairs that do not fit; truncate: cut the completion's end and, if `strict` or with a
-    max_prompt_length, the prompt's oldest content."""
+    """truncate cuts the completion's end and, if `strict` or with a max_prompt_length, the prompt's oldest content."""
     completion_end: Literal["trl", "turn"] = "trl"
-    """trl: all that the template writes, then EOS if it is not last; turn: cut after the first end-of-turn token."""
     apply_template: bool = False
-    """Turn plain strings into messages."""
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    """Variables for the chat template."""
     encoder_decoder: bool = False
     """Tokenize prompt and completions separately, with special tokens added."""
     strict: bool = False
@@ -193,9 +184,8 @@ class PairTokenizer:
         options, split = self.options, self.options.encoder_decoder
         if options.strict and pair.chat and texts[0] in texts[1:]:
             raise Dropped(REFUSED, "the template writes nothing for the answer")
-        prompt: Ids = []
+        prompt = self._fit_encoder_prompt(ids[0]) if split else ids[0]
         if split:
-            prompt = self._fit_encoder_prompt(ids[0])
             prompt_cut = len(prompt) < len(ids[0])
             whole = Side(ids[1], 0), Side(ids[2], 0)
             fitted = [
@@ -215,20 +205,9 @@ class PairTokenizer:
         counts["several turns"] += several and not split
         counts["prompt cut"] += prompt_cut
         counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, whole, strict=True))
-        counts["labels"] += len(chosen.ids) - chosen.start + len(rejected.ids) - rejected.start
-        counts["tokens"] += len(prompt) + len(chosen.ids) + len(rejected.ids)
         if split:
             return prompt, chosen.ids, rejected.ids
-        counts["moved"] += self._moved(chosen, rejected)
         return chosen.ids, rejected.ids, chosen.start, rejected.start
-
-    def _moved(self, chosen: Side, rejected: Side) -> int:
-        """Count the tokens of strings that would be on the other side of the boundary by TRL's rule, or by no rule."""
-        if not self.chat and self.shape == HH:
-            return 2 * len(os.path.commonprefix([chosen.ids[chosen.start :], rejected.ids[rejected.start :]]))
-        if self.shape == BARE_STRINGS:
-            return chosen.start + rejected.start - 2 * (self.bos is not None)
-        return 0
 
     # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
 
@@ -324,10 +303,9 @@ class PairTokenizer:
 
     def notes(self, counts: Counter[str]) -> list[str]:
         """Return what the counts of a whole source amount to, one sentence each."""
-        options, moved = self.options, counts["moved"]
+        options = self.options
         dated = "strftime_now" in self.template and "date_string" not in options.template_kwargs
         plain = not self.chat and self.shape != HH and options.strict
-        of_labels, of_tokens = moved / max(1, counts["labels"]), moved / max(1, counts["tokens"])
         told = {
             NO_TURN_END: options.completion_end == "turn" and self.chat and self.turn_end is None,
             NO_EOS: self.eos is None and not options.encoder_decoder,
@@ -337,8 +315,7 @@ class PairTokenizer:
             WITHOUT_TEMPLATE: plain and getattr(self.tokenizer, "chat_template", None),
             f"{counts['system unused']} rows {SYSTEM_UNUSED}": counts["system unused"],
             DATED: dated,
-            f"split at the last 'Assistant:': {of_labels:.1%} {UNLIKE_TRL}": moved and self.shape == HH,
-            f"{COMMON_OPENING}, {of_tokens:.1%} of all tokens, became the prompt": moved and self.shape != HH,
+            COMMON_OPENING: self.shape == BARE_STRINGS,
         }
         return [note for note, holds in told.items() if holds]
 

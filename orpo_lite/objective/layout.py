@@ -7,7 +7,6 @@ unequal length, longer than any of its windows, and log-probs and gradients must
 from __future__ import annotations
 
 import copy
-import functools
 import json
 import logging
 import math
@@ -26,6 +25,8 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", 
 """Kinds of layers in a config's layer_types that mix tokens by attention alone."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 """Largest difference of a mean log-prob, and of the gradients' norm relative to itself, that counts as rounding."""
+_compared: dict[tuple[type, str, str, str], str | None] = {}
+"""What `compare` found, by class, content of the configuration, layout and attention."""
 
 
 class Layout(NamedTuple):
@@ -79,32 +80,22 @@ def refusal(model: PreTrainedModel) -> str | None:
 
 
 def inexactness(model: PreTrainedModel, layout: str) -> str | None:
-    """Compare a layout with the padded one on a small model of the same kind; None where they agree."""
+    """Compare a layout with the padded one on a small model of the same kind, once; None where they agree."""
     inner = inner_attention(model)
     assert inner is not None
-    key = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    return _inexactness(type(model), key, _Config(model.config, key), layout, inner)
+    content = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
+    key = (type(model), content, layout, inner)
+    if key not in _compared:
+        _compared[key] = compare(type(model), model.config, layout, inner)
+    return _compared[key]
 
 
-class _Config:
-    """A config that is hashed by its content, as a key of a cache."""
-
-    def __init__(self, config: PretrainedConfig, key: str):
-        self.config, self.key = config, key
-
-    def __hash__(self) -> int:
-        return hash(self.key)
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config) and self.key == other.key
-
-
-@functools.cache
-def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout: str, inner: str) -> str | None:
+def compare(kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, inner: str) -> str | None:
+    """Say by how much a layout differs on a small model of a class and configuration; None where it is rounding."""
     reason = "it could not be checked"
     for dtype, tolerance in TOLERANCE.items():
         try:
-            model = small_model(kind, config.config, inner, dtype)
+            model = small_model(kind, config, inner, dtype)
             expected = outcome(model, "padded")
             got = outcome(model, layout)
         except Exception as error:  # whatever a model's code raises, the model cannot be checked
@@ -116,9 +107,8 @@ def _inexactness(kind: type[PreTrainedModel], key: str, config: _Config, layout:
         if math.isnan(worst):  # models that compute softmax in float32 overflow on float64's mask value
             reason = "its small model's log-probs are not finite"
             continue
-        return (
-            None if worst <= tolerance else f"a small model of its kind differs by {worst:.1g} from the padded layout"
-        )
+        same = worst <= tolerance
+        return None if same else f"a small model of its kind differs by {worst:.1g} from the padded layout"
     return reason
 
 

@@ -76,7 +76,6 @@ def test_zstd(tmp_path: Path) -> None:
         ("array.json", json.dumps(rows(3))),
         ("pretty.json", json.dumps(rows(3), indent=2)),
         ("lines.json", lines(rows(3)).decode()),
-        ("inside.json", json.dumps({"version": 1, "data": rows(3)})),
         ("array.jsonl", json.dumps(rows(3))),
         ("blank.jsonl", "\n\n" + lines(rows(3)).decode().replace("\n", "\r\n\r\n")),
         ("mark.jsonl", "\ufeff" + lines(rows(3)).decode()),
@@ -103,13 +102,11 @@ def test_tables_with_text_and_with_messages(suffix: str, tmp_path: Path) -> None
         assert read(write_table(tmp_path / f"messages.{suffix}", cells, delimiter)) == rows(3)
 
 
-def test_parquet_plain_and_compressed(tmp_path: Path) -> None:
+def test_parquet(tmp_path: Path) -> None:
     given = rows(3)
     given[1]["prompt"].insert(0, {"role": "system", "content": "Be kind."})
     datasets.Dataset.from_list(given).to_parquet(str(tmp_path / "pairs.parquet"))
     assert read(tmp_path / "pairs.parquet") == given
-    (tmp_path / "pairs.parquet.gz").write_bytes(gzip.compress((tmp_path / "pairs.parquet").read_bytes()))
-    assert read(tmp_path / "pairs.parquet.gz") == given
 
 
 def test_globs_and_folders_read_every_file_in_order(tmp_path: Path) -> None:
