@@ -43,12 +43,17 @@ class PaddedCollator:
     decoder_start_token_id: int | None = None
 
     def __call__(self, pairs: list[Row]) -> dict[str, Any]:
-        if self.decoder_start_token_id is not None:
-            return self._encoder_decoder(pairs, self.decoder_start_token_id)
         sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
-        starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
-        batch = self._pad(sequences)
-        width = batch["input_ids"].shape[1]
+        if self.decoder_start_token_id is None:
+            starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
+            batch = self._pad(sequences)
+            width = batch["input_ids"].shape[1]
+        else:
+            sequences = [[self.decoder_start_token_id, *ids] for ids in sequences]
+            starts = [1] * len(sequences)
+            batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
+            batch["decoder_input_ids"] = self._pad([ids[:-1] for ids in sequences])["input_ids"]
+            width = batch["decoder_input_ids"].shape[1]
         labels: list[Label] = []
         for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
             pair, chosen = i % len(pairs), i < len(pairs)
@@ -59,17 +64,6 @@ class PaddedCollator:
                 sides = (counted, -1, pair) if chosen else (-1, counted, -1)
                 labels.append((i * width + t - 1, ids[t], *sides))
         return batch | about_pairs(labels, pairs, self)
-
-    def _encoder_decoder(self, pairs: list[Row], start_token: int) -> dict[str, Any]:
-        batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
-        completions = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
-        decoder = self._pad([[start_token, *ids[:-1]] for ids in completions])["input_ids"]
-        labels: list[Label] = []
-        for i, ids in enumerate(completions):
-            pair, chosen = i % len(pairs), i < len(pairs)
-            sides = (pair, -1, pair) if chosen else (-1, pair, -1)
-            labels += [(i * decoder.shape[1] + t, token, *sides) for t, token in enumerate(ids)]
-        return batch | {"decoder_input_ids": decoder} | about_pairs(labels, pairs, self)
 
     def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
         ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
@@ -150,23 +144,19 @@ def about_pairs(labels: list[Label], pairs: list[Row], collator: PaddedCollator 
 def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
     """Convert a batch of TRL's DPO collator, or of a user's own of that form, to one of `collator`."""
     encoder_decoder = "chosen_input_ids" not in batch
-
-    def unpad(name: str, i: int, keep: Tensor) -> list[int]:
-        return batch[name][i][keep[i].bool()].tolist()
-
     pairs: list[Row] = []
     for i in range(len(batch["chosen_labels"])):
         pair: Row = {}
         for side in ("chosen", "rejected"):
-            labels = batch[f"{side}_labels"]
+            labels = batch[f"{side}_labels"][i]
             if encoder_decoder:
-                pair[f"{side}_ids"] = unpad(f"{side}_labels", i, labels != -100)
+                pair[f"{side}_ids"] = labels[labels != -100].tolist()
                 continue
-            mask = batch[f"{side}_attention_mask"]
-            pair[f"{side}_ids"] = unpad(f"{side}_input_ids", i, mask)
-            pair[f"{side}_start"] = int((labels[i][mask[i].bool()] == -100).sum())
+            kept = batch[f"{side}_attention_mask"][i].bool()
+            pair[f"{side}_ids"] = batch[f"{side}_input_ids"][i][kept].tolist()
+            pair[f"{side}_start"] = int((labels[kept] == -100).sum())
         if encoder_decoder:
-            pair["prompt_ids"] = unpad("prompt_input_ids", i, batch["prompt_attention_mask"])
+            pair["prompt_ids"] = batch["prompt_input_ids"][i][batch["prompt_attention_mask"][i].bool()].tolist()
         pairs.append(pair)
     return collator(pairs)
 

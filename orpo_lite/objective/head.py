@@ -224,37 +224,17 @@ def score_rows(
     return _recomputed(logits, hidden, labels, chunk or 256)
 
 
-@torch.no_grad()
-def check_head(model: nn.Module, transform: HeadTransform, called: nn.Module | None = None, **inputs: Tensor) -> float:
-    """Measure the largest difference between the model's own log-probs and `score_labels`', over one short sequence.
-
-    It reveals families whose logits are not a linear head with a softcap or a scale, whatever their config says.
-
-    Args:
-        called: the model inside the wrappers of its engine; default: the model itself.
-    """
-    was_training, called = model.training, called or model
-    model.eval()
-    try:
-        expected = called(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
-        rows = torch.arange(len(expected), device=expected.device)
-        target = LabelRows(rows, expected.argmin(-1))
-        with score_labels(model, target, transform, None):
-            called(**inputs, use_cache=False)
-    finally:
-        model.train(was_training)
-    assert target.logps is not None
-    return (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
-
-
 def head_transform(
     model: Any, device: torch.device, tolerance: float, called: nn.Module | None = None
 ) -> HeadTransform | None:
     """Find how a model's head is scored without its logits; None where only the whole logits will do.
 
+    The model's own log-probs over one short sequence are compared with those of `score_labels`, which reveals families
+    whose logits are not a linear head with a softcap or a scale, whatever their config says.
+
     Args:
         tolerance: largest difference of a log-prob that counts as rounding.
-        called: see `check_head`.
+        called: the model inside the wrappers of its engine; default: the model itself.
     """
     if model.get_output_embeddings() is None:
         return None
@@ -263,7 +243,18 @@ def head_transform(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    difference = check_head(model, transform, called, **inputs)
+    was_training, called = model.training, called or model
+    model.eval()
+    try:
+        with torch.no_grad():
+            expected = called(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+            target = LabelRows(torch.arange(len(expected), device=expected.device), expected.argmin(-1))
+            with score_labels(model, target, transform, None):
+                called(**inputs, use_cache=False)
+    finally:
+        model.train(was_training)
+    assert target.logps is not None
+    difference = (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
     if difference <= tolerance:
         return transform
     logger.warning(
