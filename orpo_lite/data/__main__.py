@@ -35,10 +35,10 @@ def command(
         pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
     except TooManyDropped as error:
         # show the counts before the error, which sets the exit status
-        print_report(error.report, error.shapes, None, list_drops, as_json)
+        print_report(error.report, error.shapes, None, [], list_drops, as_json)
         raise
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
-    print_report(pairs.report, pairs.shapes, pairs, list_drops, as_json, shown)
+    print_report(pairs.report, pairs.shapes, pairs, shown, list_drops, as_json)
 
 
 def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -53,31 +53,13 @@ def print_report(
     report: DropReport,
     shapes: Shapes,
     pairs: Pairs | None,
+    shown: list[dict[str, Any]],
     list_drops: bool,
     as_json: bool,
-    shown: list[dict[str, Any]] | None = None,
 ) -> None:
-    """Print what was read, as tables or as JSON.
-
-    Args:
-        report, shapes: as in `Pairs`.
-        pairs: None if they cannot be used.
-        list_drops: print every dropped row.
-        as_json: print one JSON document.
-        shown: decoded examples.
-    """
-    splits = {"train": pairs.train, "eval": pairs.eval} if pairs else {}
-    splits = {name: rows for name, rows in splits.items() if rows is not None}
+    """Print what was read, as tables or as JSON: `report` and `shapes` of `pairs`, which are None if they cannot be used."""
     if as_json:
-        content = {
-            "sources": shapes,
-            "report": report.as_dict(rows=list_drops),
-            "pairs": {name: len(rows) for name, rows in splits.items()},
-            "lengths": {name: {k: summary(v) for k, v in pair_lengths(rows).items()} for name, rows in splits.items()},
-            "fingerprint": pairs.fingerprint if pairs else None,
-            "examples": shown or [],
-        }
-        print(json.dumps(content, indent=1))
+        print(json.dumps(as_content(report, shapes, pairs, list_drops) | {"examples": shown}, indent=1))
         return
     console.print(sources_table(report, shapes), "")
     if report.counts:
@@ -96,8 +78,21 @@ def print_report(
     if shown:
         marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")
         console.print(Text.assemble("\n", *marks, "⏎ line break"))
-    for number, pair in enumerate(shown or [], 1):
+    for number, pair in enumerate(shown, 1):
         console.print("", example_text(number, pair), soft_wrap=True)
+
+
+def as_content(report: DropReport, shapes: Shapes, pairs: Pairs | None, list_drops: bool) -> dict[str, Any]:
+    """Return what was read as plain values."""
+    splits = {"train": pairs.train, "eval": pairs.eval} if pairs else {}
+    splits = {name: rows for name, rows in splits.items() if rows is not None}
+    return {
+        "sources": shapes,
+        "report": report.as_dict(rows=list_drops),
+        "pairs": {name: len(rows) for name, rows in splits.items()},
+        "lengths": {name: {k: summary(v) for k, v in pair_lengths(rows).items()} for name, rows in splits.items()},
+        "fingerprint": pairs.fingerprint if pairs else None,
+    }
 
 
 def sources_table(report: DropReport, shapes: Shapes) -> Table:
@@ -107,11 +102,13 @@ def sources_table(report: DropReport, shapes: Shapes) -> Table:
         table.add_column(name, overflow="fold")
     for name in ("rows", "kept", "dropped"):
         table.add_column(name, justify="right", no_wrap=True)
-    for label, about in shapes.items():
-        counts = (f"{n:,}" for n in (about["rows"], about["kept"], about["rows"] - about["kept"]))
-        table.add_row(Text(visible(label)), about["section"], about["shape"], *counts)
+    counted = [
+        ((visible(name), one["section"], one["shape"]), one["rows"], one["kept"]) for name, one in shapes.items()
+    ]
     if len(shapes) > 1:
-        table.add_row("all", "", "", *(f"{n:,}" for n in (report.rows, report.kept, report.rows - report.kept)))
+        counted.append((("all", "", ""), report.rows, report.kept))
+    for words, rows, kept in counted:
+        table.add_row(*map(Text, words), f"{rows:,}", f"{kept:,}", f"{rows - kept:,}")
     return table
 
 

@@ -243,25 +243,22 @@ def head_transform(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    was_training, called = model.training, called or model
+    was_training, forward = model.training, called or model
     model.eval()
     try:
         with torch.no_grad():
-            expected = called(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+            expected = forward(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
             target = LabelRows(torch.arange(len(expected), device=expected.device), expected.argmin(-1))
             with score_labels(model, target, transform, None):
-                called(**inputs, use_cache=False)
+                forward(**inputs, use_cache=False)
     finally:
         model.train(was_training)
     assert target.logps is not None
     difference = (target.logps - expected.gather(1, target.labels[:, None]).squeeze(1)).abs().max().item()
     if difference <= tolerance:
         return transform
-    logger.warning(
-        "%s computes its logits by more than a head, a softcap and a scale (log-probs differ by %.2g): whole logits are kept",
-        type(model).__name__,
-        difference,
-    )
+    words = "%s computes its logits by more than a head, a softcap and a scale (log-probs differ by %.2g)"
+    logger.warning(f"{words}: whole logits are kept", type(model).__name__, difference)
     return None
 
 

@@ -69,9 +69,8 @@ def refusal(model: PreTrainedModel) -> str | None:
     other = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if other:
         return f"its {', '.join(other)} layers are not attention alone, and may reach across packed pairs"
-    for module in model.modules():
-        if isinstance(module, nn.Conv1d):
-            return "its convolutions over the sequence reach across packed pairs"
+    if any(isinstance(module, nn.Conv1d) for module in model.modules()):
+        return "its convolutions over the sequence reach across packed pairs"
     if not model._can_set_attn_implementation():
         return "its attention does not go through transformers' AttentionInterface"
     if inner_attention(model) is None:
@@ -129,12 +128,8 @@ def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Te
     logits = output.logits.flatten(0, 1)[batch["label_rows"]].double()
     logps = logits.log_softmax(-1).gather(1, batch["label_ids"][:, None]).squeeze(1)
     # per pair and side, weighted by position in the sequence, so that swapped tokens show
-    sums = []
-    for side in ("chosen_pair", "rejected_pair", "nll_pair"):
-        for pair in range(3):
-            mine = logps[batch[side] == pair]
-            sums.append((mine * torch.arange(1, len(mine) + 1)).sum() / len(mine) ** 2)
-    sums = torch.stack(sums)
+    groups = [logps[batch[side] == pair] for side in ("chosen_pair", "rejected_pair", "nll_pair") for pair in range(3)]
+    sums = torch.stack([(mine * torch.arange(1, len(mine) + 1)).sum() / len(mine) ** 2 for mine in groups])
     loss = sums.sum() + (output.aux_loss.double() if router else 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
