@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
 import numpy as np
-import torch
 import yaml
 from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -26,7 +25,6 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import fence, held_by, inline, number
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
-from orpo_lite.model.precision import BACKENDS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
@@ -121,9 +119,8 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         hub, license, revision = hub_id(base), find_license(base), None
     shown = public_name(base or recipe.model.name_or_path, hub is not None)
     name = record.name or folder.path.resolve().name
-    backend = BACKENDS.get(facts.quantization)
-    four_bits = backend is not None and backend.bits == 4
-    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if four_bits else [])
+    it = usage_facts(folder.path, repo, name, shown, revision, recipe, facts.quantization, facts.dtype or "auto")
+    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if it["bits"] == 4 else [])
     sources = record.data.sources.values()
     meta = front_matter(
         kind, base=hub, license=license, tags=tags, name=repo.rpartition("/")[2] if repo else name,
@@ -131,7 +128,6 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         results=eval_results(record, recipe, kind),
     )  # fmt: skip
     shapes = {FAMILY.get(one.shape or "") for one in sources}
-    it = usage_facts(folder.path, repo, name, shown, revision, recipe, facts.quantization, facts.dtype or "auto")
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
     return render(
         meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=facts.quantization,
@@ -354,11 +350,16 @@ def usage_facts(
     where, seq2seq = repo or folder.resolve().name, is_encoder_decoder(folder)
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
     kwargs = recipe.data.template_kwargs if recipe else {}
-    settings, options = None, {}
-    if recipe and quantization in BACKENDS:
-        spec = recipe.model.model_copy(update={"quantization": quantization})
-        settings = BACKENDS[quantization].settings(spec, getattr(torch, dtype, torch.float32), False)
-        options = settings.to_diff_dict()
+    backend, settings = None, None
+    if recipe and quantization != "none":
+        import torch
+
+        from orpo_lite.model.precision import BACKENDS
+
+        if backend := BACKENDS.get(quantization):
+            spec = recipe.model.model_copy(update={"quantization": quantization})
+            settings = backend.settings(spec, getattr(torch, dtype, torch.float32), False)
+    options = settings.to_diff_dict() if settings else {}
     return {
         "where": where, "name": plain, "folder": plain if "/" in where else where, "base": base, "revision": revision,
         "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq,
@@ -366,7 +367,7 @@ def usage_facts(
         "auto": "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
         "new_tokens": bool(adapter.get("trainable_token_indices")), "dtype": dtype,
-        "quantizer": type(settings).__name__ if settings else None,
+        "bits": backend and backend.bits, "quantizer": type(settings).__name__ if settings else None,
         "quantizer_options": {key: value for key, value in options.items() if key[0] != "_" and key != "quant_method"},
         "gguf_file": recipe and recipe.model.gguf_file and Path(recipe.model.gguf_file).name,
         "trust_remote_code": bool(recipe and recipe.model.trust_remote_code),
