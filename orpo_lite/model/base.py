@@ -6,9 +6,9 @@ import contextlib
 import logging
 import os
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import torch
 from transformers import (
@@ -148,21 +148,13 @@ def attention_for(config: PreTrainedConfig, asked: str = "auto") -> str | None:
     return asked if asked != "auto" else "eager" if capped else None
 
 
-@contextlib.contextmanager
-def unsharded_loading() -> Iterator[None]:
+def unsharded_loading() -> contextlib.AbstractContextManager[object]:
     """Let transformers load whole models inside, even where ZeRO-3's settings are already known.
 
     It would partition weights while it loads them (and cannot, if they are quantized), which growing a vocabulary or
     counting weights would have to allow for; the trainer partitions them later.
     """
-    from transformers.integrations import deepspeed
-
-    kept = deepspeed._hf_deepspeed_config_weak_ref
-    deepspeed._hf_deepspeed_config_weak_ref = None
-    try:
-        yield
-    finally:
-        deepspeed._hf_deepspeed_config_weak_ref = kept
+    return mock.patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
 
 
 def local_device() -> torch.device:
