@@ -116,8 +116,7 @@ def refuse(place: Path, problems: list[str]) -> None:
     """Raise RequestError that names every problem, if there are any."""
     if problems:
         raise RequestError(
-            f"{place} holds what is not to be published, so nothing was uploaded:\n"
-            + "\n".join(f"  - {line}" for line in problems)
+            "\n  - ".join([f"{place} holds what is not to be published, so nothing was uploaded:", *problems])
             + "\nmove these files out of the folder, and take credentials out of the text (revoke them if the folder "
             "was ever shared); then push again"
         )
