@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 Row = dict[str, Any]
+ROW_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "row")
 Label = tuple[int, ...]
 """The fields of LABEL_FIELDS, see `PaddedCollator`."""
 LABEL_FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
@@ -138,7 +139,8 @@ def about_pairs(labels: list[Label], pairs: list[Row], collator: PaddedCollator 
     columns = torch.tensor(labels, dtype=torch.int64).reshape(-1, len(LABEL_FIELDS))
     fields: dict[str, Any] = {name: columns[:, i].contiguous() for i, name in enumerate(LABEL_FIELDS)}
     rows = torch.tensor([pair.get("row", -1) for pair in pairs], dtype=torch.int64)
-    return fields | {"pair_rows": rows, "made_of": MadeOf(pairs, collator)}
+    kept = [{name: pair[name] for name in ROW_FIELDS if name in pair} for pair in pairs]
+    return fields | {"pair_rows": rows, "made_of": MadeOf(kept, collator)}
 
 
 def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:

@@ -240,7 +240,10 @@ class TrlDataset(Dataset):
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows: Any = super().__iter__()
-        return ({**row, **trl_columns(row)} for row in rows)
+        # a view of some columns, as `dataset["chosen_ids"]` iterates over, lacks what the others are computed from
+        there = {*super().column_names}
+        rest = {"prompt_ids"} if "prompt_ids" in there else {"chosen_start", "rejected_start"}
+        return ({**row, **trl_columns(row)} for row in rows) if there >= {"chosen_ids", "rejected_ids"} | rest else rows
 
 
 def with_trl_columns(rows: Any) -> Any:
