@@ -21,7 +21,7 @@ from orpo_lite.data.sources import local_files
 from orpo_lite.evaluate.answering import Answerer, Sampling
 from orpo_lite.evaluate.loading import ModelSource
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.trainer.out_of_memory import named
+from orpo_lite.trainer.interruptions import named
 
 FORMS = 'expected {"turns": ["...", "..."]}, {"prompt": "..."} or {"prompt": [messages, the last from the user]}'
 

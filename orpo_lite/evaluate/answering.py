@@ -24,9 +24,9 @@ from orpo_lite.evaluate.loading import ModelSource, load_model
 from orpo_lite.model import autocast, load_base
 from orpo_lite.model.tokenizer import TemplateRefused, render_chats
 from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
-from orpo_lite.trainer.model_setup import decoder_start
 from orpo_lite.trainer.objective import Objective
 from orpo_lite.trainer.run_folder import tokenizer_of
+from orpo_lite.trainer.setup import decoder_start
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""

@@ -77,7 +77,7 @@ def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool
     """Import what training needs, and train; a signal ends the command as a shell expects."""
     from orpo_lite.train.pipeline import run, silence_other_ranks
     from orpo_lite.trainer.distributed import as_lost_peer
-    from orpo_lite.trainer.interrupts import Stopped
+    from orpo_lite.trainer.interruptions import Stopped
 
     if rank():
         silence_other_ranks()

@@ -308,7 +308,7 @@ def train(model: Any, args: Any, rows: Any, tokenizer: Any) -> tuple[str, str]:
     """Train: the loss must be finite and fall, and only the adapter may change; return what happened, and what is wrong."""
     import torch
 
-    from orpo_lite.trainer.nonfinite_report import NonFinite
+    from orpo_lite.trainer.nonfinite_guard import NonFinite
     from orpo_lite.trainer.trainer import ORPOTrainer
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}

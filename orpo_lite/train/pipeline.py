@@ -33,15 +33,12 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
 from orpo_lite.train.results import HeldOut, finish, measure_before, measure_held_out, run_facts
 from orpo_lite.trainer import distributed
-from orpo_lite.trainer.callbacks import Bar, MetricsFile
+from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers, end_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
-from orpo_lite.trainer.deepspeed import zero_stage_asked
-from orpo_lite.trainer.distributed import shards_by_launcher
-from orpo_lite.trainer.nonfinite_report import NonFinite
-from orpo_lite.trainer.out_of_memory import OutOfMemory, named
+from orpo_lite.trainer.distributed import asked_of_launcher, zero_stage_asked
+from orpo_lite.trainer.interruptions import OutOfMemory, named
+from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_folder import Resume, RunFolder
-from orpo_lite.trainer.trackers import SameRun, check_trackers, log_table, sample_rows
-from orpo_lite.trainer.trackers import end as end_trackers
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
@@ -114,7 +111,6 @@ def run(
         before = measure_before(folder, recipe, trainer, pairs, tokenizer)
         outcome = train(trainer, folder)
         after = measure_held_out(recipe, trainer, pairs, tokenizer, before)
-        log_table(trainer, "samples", *sample_rows(before.samples, after.samples))
         end_trackers(trainer)
 
         facts = run_facts(recipe, pairs, base, trainer, HeldOut.both(before, after, recipe), planned, outcome.metrics)
@@ -155,7 +151,7 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
     Raises:
         RequestError: an initialization of the adapter that needs the whole base, which several processes share.
     """
-    fsdp = shards_by_launcher() or bool(recipe.training.get("fsdp"))
+    fsdp = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
     to_shard = fsdp or zero_stage_asked(recipe.training.get("deepspeed")) == 3
     if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("eva", "pissa", "olora"):
         raise RequestError(
@@ -188,12 +184,13 @@ def connect(trainer: ORPOTrainer, recipe: Recipe, pairs: Pairs, folder: RunFolde
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # a different one in a notebook than in a terminal
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())
-    trainer.add_callback(SameRun())
     trainer.guard.data, trainer.guard.folder = recipe.data, folder.path if folder else None
     trainer.guard.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
     if folder is None:
         return
     trainer.args.output_dir = str(folder.checkpoints)
+    # trackers see one run, also in what is measured after training, and where it is resumed
+    trainer.args.run_name = trainer.args.run_name or folder.path.name
     trainer.add_callback(MetricsFile(folder.metrics, resumed=folder.checkpoint is not None))
     for callback in trainer.callback_handler.callbacks:
         if isinstance(callback, TensorBoardCallback) and callback.logging_dir is None:

@@ -15,8 +15,8 @@ from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.trainer.checkpoint_folder import newest_good
 from orpo_lite.trainer.distributed import world
-from orpo_lite.trainer.nonfinite_report import NonFinite
-from orpo_lite.trainer.out_of_memory import OutOfMemory
+from orpo_lite.trainer.interruptions import OutOfMemory
+from orpo_lite.trainer.nonfinite_guard import NonFinite
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs

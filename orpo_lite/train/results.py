@@ -30,7 +30,7 @@ from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout
 from orpo_lite.trainer.distributed import sharded, world
 from orpo_lite.trainer.generate import answer, score_answers
-from orpo_lite.trainer.out_of_memory import named
+from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
 from orpo_lite.trainer.trainer import ORPOTrainer
 

@@ -27,7 +27,7 @@ from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
 from orpo_lite.recipe import DataSource, ModelSection
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.config import REMOVED_FIELDS, RENAMED_FIELDS, ORPOConfig, outdated_fields
-from orpo_lite.trainer.model_setup import load_by_name, tokenizer_of
+from orpo_lite.trainer.setup import load_by_name, tokenizer_of
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:

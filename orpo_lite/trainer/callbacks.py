@@ -1,8 +1,9 @@
-"""Output of a run while it trains: one progress bar, and metrics.jsonl."""
+"""Output of a run while it trains: one progress bar, metrics.jsonl, and the experiment trackers of `report_to`."""
 
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import json
 import logging
 import os
@@ -10,9 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TrackioCallback
 from transformers.trainer_callback import ProgressCallback
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import check_mounted, disk_of, write_atomically
+from orpo_lite.common.text import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -109,3 +113,47 @@ class MetricsFile(TrainerCallback):
                 logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)
             return
         self.waiting.clear()
+
+
+# ---- experiment trackers -----------------------------------------------------------------------------------------------
+
+MODULES = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
+"""Modules, any of which a tracker works with, where they are not called as the tracker is."""
+PACKAGES = {"azure_ml": "azureml-core", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
+"""What to install for it, where that is not called as the tracker is."""
+
+
+def check_trackers(report_to: Any) -> None:
+    """Refuse a tracker that would fail only after loading the model.
+
+    Args:
+        report_to: as in TrainingArguments: a name or several; "all" and "none" need nothing.
+
+    Raises:
+        RequestError: a name that transformers does not know, or a package that is not installed, with the pip command.
+    """
+    for name in [report_to] if isinstance(report_to, str) else report_to or []:
+        if name in ("all", "none"):
+            continue
+        if name not in INTEGRATION_TO_CALLBACK:
+            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
+            raise RequestError(
+                f"report_to: found {name!r}{nearest(str(name), INTEGRATION_TO_CALLBACK)}, expected none, all, or some of {known}"
+            )
+        if not any(importlib.util.find_spec(module) for module in MODULES.get(name, (name,))):
+            packages = PACKAGES.get(name, name)
+            raise RequestError(
+                f"report_to: {name} is asked for, but its package is not installed: pip install {packages}, or remove it"
+            )
+
+
+def end_trackers(trainer: Any) -> None:
+    """Finish trackio's run, which an evaluation after training has started again."""
+    if trainer.is_world_process_zero() and any(
+        isinstance(one, TrackioCallback) for one in trainer.callback_handler.callbacks
+    ):
+        import trackio  # pyright: ignore[reportMissingImports]
+        from trackio import context_vars  # pyright: ignore[reportMissingImports]
+
+        if context_vars.current_run.get() is not None:
+            trackio.finish()

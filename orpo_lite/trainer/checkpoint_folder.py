@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -46,15 +45,24 @@ def checkpoints(folder: Path) -> list[Path]:
     return sorted(found, key=step_of)
 
 
-def files_in(checkpoint: Path) -> Iterator[Path]:
-    """List every file of a checkpoint but its manifest, subfolders included."""
-    return (p for p in sorted(checkpoint.rglob("*")) if not p.is_dir() and p.relative_to(checkpoint) != Path(MANIFEST))
+def files_in(checkpoint: Path) -> dict[str, Path]:
+    """Return every file of a checkpoint but its manifest, subfolders included, by its name inside."""
+    found = {
+        path.relative_to(checkpoint).as_posix(): path for path in sorted(checkpoint.rglob("*")) if not path.is_dir()
+    }
+    found.pop(MANIFEST, None)
+    return found
 
 
 def digest(path: Path) -> str:
     """Return the SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def fingerprint(content: dict[str, Any]) -> str:
+    """Return the SHA-256 of a manifest's content, so that damage to the manifest itself is found."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 # ---- writing -------------------------------------------------------------------------------------------------------
@@ -67,19 +75,14 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
         OSError: the disk is full or gone.
     """
     listed = {}
-    for path in files_in(checkpoint):
+    for name, path in files_in(checkpoint).items():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        listed[path.relative_to(checkpoint).as_posix()] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        listed[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
     for folder in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         sync_folder(folder)
     content = facts | {"files": listed}
     write_atomically(checkpoint / MANIFEST, json.dumps(content | {"sha256": fingerprint(content)}, indent=1))
-
-
-def fingerprint(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of a manifest's content, so that damage to the manifest itself is found."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def place(aside: Path, final: Path) -> None:
@@ -112,13 +115,12 @@ def prune(folder: Path, limit: int | None, best: Path | None) -> None:
     if not limit or limit < 0:
         return
     found = checkpoints(folder)
-    if not found or not (found[-1] / MANIFEST).is_file():
-        return
-    keep = {found[-1].name} | ({best.name} if best is not None else set())
     sealed = [path for path in found if (path / MANIFEST).is_file()]
-    spare = [path for path in sealed if path.name not in keep]
-    room = max(limit - len([path for path in sealed if path.name in keep]), 0)
-    doomed = [path for path in found if path not in sealed] + spare[: len(spare) - room]
+    if not sealed or sealed[-1] != found[-1]:
+        return
+    kept = [path for path in sealed if path == found[-1] or best is not None and path.name == best.name]
+    spare = [path for path in sealed if path not in kept]
+    doomed = [path for path in found if path not in sealed] + spare[: len(spare) - max(limit - len(kept), 0)]
     for path in doomed:
         # a name that no resume considers, before its files go one by one
         gone = path.with_name(f".{path.name}{ASIDE}")
@@ -156,18 +158,16 @@ LEFT_ANYWHERE = (".DS_Store", "Thumbs.db", "desktop.ini")
 def damage(checkpoint: Path) -> str | None:
     """Describe what is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
     try:
-        listed = manifest(checkpoint)["files"]
-        found = {path.relative_to(checkpoint).as_posix() for path in files_in(checkpoint)}
+        listed, found = manifest(checkpoint)["files"], files_in(checkpoint)
         for name, wanted in listed.items():
-            path = checkpoint / name
             if name not in found:
                 return f"{name} is missing"
-            size = path.stat().st_size
+            size = found[name].stat().st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size:,} bytes, {wanted['bytes']:,} were written"
-            if digest(path) != wanted["sha256"]:
+            if digest(found[name]) != wanted["sha256"]:
                 return f"{name} has other content than was written (its SHA-256 differs)"
-        if strange := sorted(name for name in found - listed.keys() if Path(name).name not in LEFT_ANYWHERE):
+        if strange := sorted(name for name in found.keys() - listed if Path(name).name not in LEFT_ANYWHERE):
             return f"{strange[0]} was added later (it is not in {MANIFEST})"
     except ValueError as error:
         return str(error)

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import EarlyStoppingCallback, Trainer, TrainerCallback
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 
 from orpo_lite.common.errors import RequestError
@@ -33,8 +33,8 @@ from orpo_lite.trainer.checkpoint_folder import (
 )
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import gathered, sharded
-from orpo_lite.trainer.health_warnings import HealthWarnings
-from orpo_lite.trainer.interrupts import Stopped, StopRequest
+from orpo_lite.trainer.health import HealthWarnings
+from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
 from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
 from orpo_lite.trainer.objective import unwrapped
 
@@ -59,23 +59,17 @@ class CheckpointedTrainer(Trainer):
 
     args: ORPOConfig
     model: Any
-    guard: NonFiniteGuard
-    health: HealthWarnings
     sums: dict[str, Tensor]
     """What was summed since the last log: the loss and the metrics; scalars."""
     logged_at = began_at = 0
     """Optimizer steps done at the last log, and when this session began."""
     session_loss = 0.0
     """Sum of the steps' losses that this session has logged, mean over the processes."""
-    clock = 0.0
-    """When the metrics were logged last; evaluations since then are added."""
-    train_seconds = 0.0
-    """Seconds of training, those before a resume and evaluations during training included."""
-    ends = False
-    """Whether training ends at this step by itself: at its last step, or by a callback such as early stopping."""
+    clock = train_seconds = 0.0
+    """When the metrics were logged last, evaluations since then added; seconds of training, those before a resume included."""
+    ends = ended = False
+    """Whether training ends at this step by itself; whether the checkpoint resumed from is that of a run's last step."""
     resumed_from: Path | None = None
-    ended = False
-    """Whether the checkpoint resumed from is that of a run's last step."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
@@ -139,13 +133,12 @@ class CheckpointedTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint, unless it is damaged or a signal has stopped the run, whose weights stay as they are."""
         best = Path(str(self.state.best_model_checkpoint))
-        if self.stopping.number is not None:
-            return
-        if (best / MANIFEST).is_file() and (wrong := damage(best)):
+        wrong = damage(best) if (best / MANIFEST).is_file() else None
+        if wrong:
             logger.warning("the best checkpoint is damaged (%s: %s): the adapter is that of the last step", best, wrong)
             self.state.best_model_checkpoint = None
-            return
-        super()._load_best_model()
+        elif self.stopping.number is None:
+            super()._load_best_model()
 
     # ---- saving ----------------------------------------------------------------------------------------------------
 
@@ -160,12 +153,12 @@ class CheckpointedTrainer(Trainer):
         name = f"checkpoint-{state.global_step}"
         aside = folder / f".{name}{ASIDE}"
         before, running = state.best_model_checkpoint, self._running_state()
-        parts = (
-            lambda: self._make_staging_folder(aside),
-            lambda: self._write(model, trial, aside, folder / name, running),
-            lambda: self._seal(aside, folder / name),
+        wrong = (
+            self._on_every_process(lambda: self._make_staging_folder(aside))
+            or self._on_every_process(lambda: self._write(model, trial, aside, folder / name, running))
+            or self._on_every_process(lambda: self._seal(aside, folder / name))
         )
-        if wrong := next(filter(None, map(self._on_every_process, parts)), None):
+        if wrong:
             shutil.rmtree(aside, ignore_errors=True)
             state.best_model_checkpoint = before
             left = sorted(path.name for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
@@ -206,7 +199,7 @@ class CheckpointedTrainer(Trainer):
 
     def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
-            seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._resume_requirements()})
+            seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._facts()})
             place(aside / final.name, final)
             aside.rmdir()
 
@@ -219,13 +212,11 @@ class CheckpointedTrainer(Trainer):
             wrong = disk_trouble(error)
             if wrong is None:
                 raise
-        if self.args.world_size == 1:
-            return wrong
-        failed = int(self.total(torch.tensor(int(wrong is not None), device=self.args.device)))
+        failed = self.args.world_size > 1 and self.total(torch.tensor(wrong is not None, device=self.args.device).int())
         return wrong or ("another process failed" if failed else None)
 
-    def _resume_requirements(self) -> dict[str, Any]:
-        """Return what a checkpoint can only be resumed with."""
+    def _facts(self) -> dict[str, Any]:
+        """Return what a checkpoint can only be resumed with, as its manifest says it."""
         args = self.args
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
         versions = {name: importlib.metadata.version(name) for name in VERSIONS}
@@ -233,25 +224,21 @@ class CheckpointedTrainer(Trainer):
 
     def _running_state(self) -> dict[str, Any]:
         """Return what is summed since the last log: the mean over processes of the loss, sums of the metrics."""
-        totals = self.totals()
+        totals, now = self.totals(), time.monotonic()
         # with their types, since float32 sums continue in float32 or end in other bits
         types = {name: str(value.dtype).removeprefix("torch.") for name, value in self.sums.items()}
-        now = time.monotonic()
         return {
             "loss": totals.get("loss", 0.0) / self.args.world_size,
             "sums": {name: [value, types[name]] for name, value in totals.items() if name != "loss"},
             "logged_at_step": self.logged_at,
             "seconds_since_log": now - self.clock,
             "seconds": self.train_seconds + now - self.train_started,
-            "watched": [*self.guard.state(), self.health.warnings],
+            "watched": [self.guard.skipped, self.guard.overflows, self.guard.in_a_row, self.health.warnings],
             "ended": self.ends,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """Save the model as transformers does; of sharded models only the adapter is gathered, never the base.
-
-        Without transformers' pickle of the arguments: nothing reads it, and a token may be in it.
-        """
+        """Save the model as transformers does, without its pickle of the arguments: a token may be in it."""
         weights = self.whole_weights()
         folder = Path(output_dir or str(self.args.output_dir))
         if weights is None:
@@ -267,10 +254,7 @@ class CheckpointedTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def whole_weights(self) -> dict[str, Tensor] | None:
-        """Gather what is trained for the process that saves; None where the model itself holds it whole.
-
-        All processes call it together.
-        """
+        """Gather what is trained for the process that saves, on all together; None where the model itself holds it whole."""
         if not sharded(self.model) and not self.is_deepspeed_enabled:
             return None
         return gathered(self.model, keep=self.args.should_save)
@@ -304,18 +288,35 @@ class CheckpointedTrainer(Trainer):
             found = Path(str(asked))
             if not found.is_dir():
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
-            if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():
-                return self._accept_unsealed(found)
-            if wrong := damage(found):
-                raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
+        if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():  # plain transformers or TRL wrote it
+            logger.warning("%s has no %s: it cannot be checked for damage", found, MANIFEST)
+            missing = [name for name in NEEDED if not (found / name).is_file()]
+            if missing and self.args.world_size == 1:
+                raise RequestError(
+                    f"{found}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
+                )
+        elif asked is not True and (wrong := damage(found)):
+            raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
+        else:
+            self._check_origin(found, manifest(found))
         check_torch_files(found)
-        self._check_engine(found)
-        self._check_processes(found)
         return found
 
-    def _check_processes(self, found: Path) -> None:
-        """Compare pairs per step, processes and versions with those that the checkpoint was written with."""
-        facts, here = manifest(found), self._resume_requirements()
+    def _check_origin(self, found: Path, facts: dict[str, Any]) -> None:
+        """Compare engine, pairs per step, processes and versions with those that the checkpoint was written with."""
+        here = self._facts()
+        there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
+        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
+        if not there:
+            raise RequestError(
+                f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
+            )
+        if engine not in there:
+            remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
+            raise RequestError(
+                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: start it with the launcher "
+                f"file of {there[0]} to resume{remedy}"
+            )
         if facts["pairs_per_step"] != here["pairs_per_step"]:
             raise RequestError(
                 f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
@@ -337,32 +338,6 @@ class CheckpointedTrainer(Trainer):
                     "%s was written with %s %s, here is %s: the result may differ in the last bits",
                     found.name, name, facts["versions"].get(name), version,
                 )  # fmt: skip
-
-    def _check_engine(self, checkpoint: Path) -> None:
-        """Raise RequestError where a checkpoint lacks optimizer states, or has them as another engine writes them."""
-        there = [kind for kind, names in ENGINES.items() if any(any(checkpoint.glob(name)) for name in names)]
-        here = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
-        if not there:
-            raise RequestError(
-                f"{checkpoint}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
-            )
-        if here not in there:
-            remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
-            raise RequestError(
-                f"{checkpoint}: its optimizer states are those of {there[0]}, and here is {here}: start it with the launcher "
-                f"file of {there[0]} to resume{remedy}"
-            )
-
-    def _accept_unsealed(self, checkpoint: Path) -> Path:
-        """Take a checkpoint that plain transformers or TRL has written: nothing shows whether it is complete."""
-        missing = [name for name in NEEDED if not (checkpoint / name).is_file()]
-        if missing and self.args.world_size == 1:
-            raise RequestError(
-                f"{checkpoint}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
-            )
-        check_torch_files(checkpoint)
-        logger.warning("%s has no %s: it cannot be checked for damage", checkpoint, MANIFEST)
-        return checkpoint
 
     def _restore_callbacks(self) -> None:
         """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""
@@ -393,66 +368,13 @@ class CheckpointedTrainer(Trainer):
             for key, (value, kind) in sums.items()
         }
         self.logged_at = running["logged_at_step"]
-        *counts, self.health.warnings = running["watched"]
-        self.guard.restore(counts)
+        guard = self.guard
+        guard.skipped, guard.overflows, guard.in_a_row, self.health.warnings = running["watched"]
         self.clock = time.monotonic() - running["seconds_since_log"]
         self.train_seconds = running["seconds"]
         # a signal may have come while the evaluation ran that early stopping ended the run by
         stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
         early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)
-        state = json.loads((checkpoint / NEEDED[0]).read_text("utf-8"))
         # one that took all the steps it was to take resumes where there are to be more now
+        state = json.loads((checkpoint / NEEDED[0]).read_text("utf-8"))
         self.ended = early or running["ended"] and state["global_step"] < state["max_steps"]
-
-
-class SavePoints(TrainerCallback):
-    """When to save: also by the clock, and when a signal has asked to stop; after the evaluation that is due."""
-
-    def __init__(self, trainer: CheckpointedTrainer):
-        self.trainer = trainer
-        self.saved_at, self.saved_step, self.deferred, self.stops = 0.0, -1, False, False
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved_at, self.saved_step, self.deferred, self.stops = time.monotonic(), -1, False, False
-        self.trainer.begin()
-
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        ends_epoch = float(state.epoch).is_integer() or control.should_training_stop
-        asked, due = self._agreed(args)
-        self.trainer.ends = control.should_training_stop
-        control.should_save |= asked or due
-        control.should_training_stop |= asked
-        self.stops = asked and not ends_epoch
-        if control.should_save and ends_epoch:
-            # the epoch's own evaluation and logs come first: a resumed run would never make them
-            control.should_save, self.deferred = False, True
-
-    def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopping.number is None:
-            self.trainer.ends = control.should_training_stop
-        if self.trainer.is_in_train and self._agreed(args)[0]:
-            control.should_save = control.should_training_stop = True
-            self.stops = not float(state.epoch or 0).is_integer()
-
-    def on_epoch_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.ended:
-            control.should_log = control.should_evaluate = control.should_save = False
-        elif self.stops:
-            control.should_log = control.should_evaluate = False
-            control.should_save = self.saved_step != state.global_step
-        elif self.deferred:
-            control.should_save, self.deferred = True, False
-
-    def on_save(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.saved_at, self.saved_step = time.monotonic(), state.global_step
-
-    def _agreed(self, args: Any) -> tuple[bool, bool]:
-        """Return whether to stop, and whether the clock says to save, alike on all processes."""
-        asked = self.trainer.stopping.number is not None
-        minutes = args.save_minutes
-        due = minutes is not None and time.monotonic() - self.saved_at >= 60 * minutes
-        if args.world_size > 1:
-            asked, due = (self.trainer.total(torch.tensor([asked, due], device=args.device).int()) > 0).tolist()
-            if asked and self.trainer.stopping.number is None:
-                self.trainer.stopping.number = 15
-        return asked, due

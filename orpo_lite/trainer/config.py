@@ -52,6 +52,18 @@ REMOVED_FIELDS = {
     "use_num_logits_to_keep": "logits are only ever computed where there is a label",
 }
 """Name that older versions of TRL and transformers took -> what happens without it."""
+CHOICES = {
+    "overlong": ("truncate", "drop"),
+    "completion_end": ("trl", "turn"),
+    "nll_scope": ("prompt+chosen", "chosen"),
+    "nll_mean": ("window", "micro"),
+    "layout": ("auto", "shared", "packed", "padded"),
+    "on_nonfinite": ("stop", "skip"),
+}
+"""Values that a field takes."""
+POSITIVE = ("tokens_per_batch", "head_chunk", "checkpointed_layers", "max_length", "max_prompt_length",
+            "max_completion_length", "save_minutes", "early_stopping_patience")  # fmt: skip
+"""Fields whose value, if any, is above 0."""
 
 
 def _help(text: str, **default: Any) -> Any:
@@ -89,45 +101,22 @@ class ORPOConfig(TrainingArguments):
     template_kwargs: dict[str, Any] | str | None = _help("Variables of the chat template.", default=None)
     beta: float = _help("Weight of the odds-ratio term, lambda in the paper.", default=0.1)
     nll_scope: str = _help("prompt+chosen, as in TRL, or chosen: the labels of the NLL term.", default="prompt+chosen")
-    nll_mean: str = _help(
-        "window: means over the optimizer step; micro: TRL's mean of micro-batch means.", default="window"
-    )
+    nll_mean: str = _help("window: means over the optimizer step; micro: TRL's mean of means.", default="window")
     layout: str = _help("auto, shared, packed or padded: how pairs become a batch.", default="auto")
-    tokens_per_batch: int | None = _help(
-        "Tokens of a micro-batch, as the layout counts them; unset takes per_device_train_batch_size pairs each.",
-        default=None,
-    )
+    tokens_per_batch: int | None = _help("Tokens of a micro-batch, in place of a number of pairs.", default=None)
     disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
     padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
-    generate_during_eval: bool = _help(
-        "Answer a batch of held-out prompts at each evaluation and log them.", default=False
-    )
+    generate_during_eval: bool = _help("Answer and log some held-out prompts at each evaluation.", default=False)
     is_encoder_decoder: bool | None = _help("Kind of the model that model_init returns.", default=None)
-    model_init_kwargs: dict[str, Any] | str | None = _help(
-        "Arguments of from_pretrained for a model given by name.", default=None
-    )
+    model_init_kwargs: dict[str, Any] | str | None = _help("Arguments of from_pretrained.", default=None)
     trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
     dataset_num_proc: int | None = _help("Processes for tokenizing.", default=None)
     head_chunk: int | None = _help("Rows of logits held at a time; unset chooses by vocabulary.", default=None)
-    checkpointed_layers: int | None = _help(
-        "With checkpointing on, the number of layers, from the first, that recompute; unset means all.", default=None
-    )
-    offload_activations: bool = _help(
-        "With checkpointing on, keep the saved inputs of layers in host memory until their backward pass.",
-        default=False,
-    )
-    save_minutes: float | None = _help(
-        "Minutes after the last checkpoint at which another is written, in addition to save_strategy's.",
-        default=None,
-    )
-    early_stopping_patience: int | None = _help(
-        "Evaluations without a better metric_for_best_model (loss, unless set) after which training stops.",
-        default=None,
-    )
-    on_nonfinite: str = _help(
-        "stop or skip: what to do at a step whose loss or gradients are not finite; it never reaches the adapter.",
-        default="stop",
-    )
+    checkpointed_layers: int | None = _help("First layers that recompute with checkpointing; unset, all.", default=None)
+    offload_activations: bool = _help("Keep what checkpointing saves in host memory.", default=False)
+    save_minutes: float | None = _help("Minutes between checkpoints, besides save_strategy's.", default=None)
+    early_stopping_patience: int | None = _help("Evaluations without a better metric before a stop.", default=None)
+    on_nonfinite: str = _help("stop or skip, at a step whose loss or gradients are not finite.", default="stop")
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __new__(cls, *args: Any, **given: Any) -> ORPOConfig:
@@ -136,31 +125,14 @@ class ORPOConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        expected = {
-            "overlong": ("truncate", "drop"),
-            "completion_end": ("trl", "turn"),
-            "nll_scope": ("prompt+chosen", "chosen"),
-            "nll_mean": ("window", "micro"),
-            "layout": ("auto", "shared", "packed", "padded"),
-            "on_nonfinite": ("stop", "skip"),
-        }
-        for name, choices in expected.items():
+        for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
-        for name in (
-            "tokens_per_batch",
-            "head_chunk",
-            "checkpointed_layers",
-            "max_length",
-            "max_prompt_length",
-            "max_completion_length",
-            "save_minutes",
-            "early_stopping_patience",
-        ):
+        for name in POSITIVE:
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise ValueError(f"ORPOConfig.{name}: found {value!r}, expected a number above 0, or None")
@@ -211,20 +183,16 @@ class ORPOConfig(TrainingArguments):
                 setattr(self, CHECKPOINTING, self.gradient_checkpointing is not False)
             self.gradient_checkpointing = None  # type: ignore[assignment]  # transformers', where the new name is set
             if self.gradient_checkpointing_kwargs and not self.activation_checkpointing_kwargs:
-                self.activation_checkpointing_kwargs, self.gradient_checkpointing_kwargs = (
-                    self.gradient_checkpointing_kwargs,
-                    None,
-                )
+                self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
+                self.gradient_checkpointing_kwargs = None
 
 
 def outdated_fields(names: Iterable[str], known: Iterable[str]) -> list[str]:
     """Write a sentence for each name that is no longer a field."""
-    lines, fields = [], set(known)
-    for name in names:
-        if name in fields:
-            continue
+    lines = []
+    for name in set(names) - set(known):
         if name in RENAMED_FIELDS:
             lines.append(f"{name} is now called {RENAMED_FIELDS[name]}")
         elif name in REMOVED_FIELDS:
             lines.append(f"{name} no longer exists: remove it ({REMOVED_FIELDS[name]})")
-    return lines
+    return sorted(lines)

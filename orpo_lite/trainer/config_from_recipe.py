@@ -42,6 +42,8 @@ DEFAULTS: dict[str, Any] = {
 """Defaults of a recipe's `training:` section where transformers' own do not suit QLoRA."""
 BITSANDBYTES = ("8bit", "paged", "bnb", "lion", "ademamix")
 """Parts of the names of bitsandbytes' optimizers, which need a GPU."""
+REFUSED = (ValueError, TypeError, ImportError)
+"""Errors by which transformers refuses arguments."""
 SET_BY_OTHER_SECTIONS = ("bf16", "fp16", "gradient_checkpointing", "activation_checkpointing")
 """Fields that follow from model.dtype and memory.checkpointing."""
 
@@ -92,9 +94,8 @@ def arguments(
 
 def check_best(name: str | None) -> None:
     """Refuse a metric that no evaluation has; transformers would only notice after the first evaluation."""
-    measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), OrpoSection())) - {
-        "aux_loss"
-    }  # which only some models have
+    measured = set(pair_metrics(torch.zeros(1, len(COLUMNS)), OrpoSection()))
+    measured.remove("aux_loss")  # only some models have it
     if name is not None and name.removeprefix("eval_") not in measured:
         raise RequestError(
             f"training.metric_for_best_model: found {shown(name)}{nearest(name.removeprefix('eval_'), measured)}, expected one of "
@@ -107,23 +108,29 @@ def checked_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig
 
     Raises:
         RequestError: values that transformers refuses, alone or together, or arguments that the schedule does not take.
+            It names the fields that the message names, or those without which there would be no error.
     """
     try:
-        args = ORPOConfig(**training, **ours)
-    except (ValueError, TypeError, ImportError) as error:
-        raise refusal(error, training, refused_fields(error, training, ours)) from error
-    try:
-        # as for the real optimizer, which is made after loading the model
-        get_scheduler(
-            args.lr_scheduler_type,
-            torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
-            num_warmup_steps=1,
-            num_training_steps=10,
-            scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]  # parsed by now
-        )
-    except (ValueError, TypeError) as error:
-        named = [name for name in ("lr_scheduler_kwargs", "lr_scheduler_type") if name in training]
+        return make_config(training, ours)
+    except REFUSED as error:
+        named = fields_in_message(str(error), training)
+        for left_out in training if not named else ():
+            with contextlib.suppress(*REFUSED):
+                make_config({name: value for name, value in training.items() if name != left_out}, ours)
+                named.append(left_out)
         raise refusal(error, training, named) from error
+
+
+def make_config(training: dict[str, Any], ours: dict[str, Any]) -> ORPOConfig:
+    """Make an ORPOConfig, and a schedule as the real optimizer will have, which is made after loading the model."""
+    args = ORPOConfig(**training, **ours)
+    get_scheduler(
+        args.lr_scheduler_type,
+        torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=1.0),
+        num_warmup_steps=1,
+        num_training_steps=10,
+        scheduler_specific_kwargs=dict(args.lr_scheduler_kwargs or {}),  # type: ignore[arg-type]  # parsed by now
+    )
     return args
 
 
@@ -132,32 +139,17 @@ def field_named(training: dict[str, Any]) -> Iterator[None]:
     """Report errors inside by the fields of the recipe that their messages name; pass on any others."""
     try:
         yield
-    except RequestError:
-        raise
-    except (ValueError, TypeError, ImportError) as error:
-        if named := fields_in_message(str(error), training):
-            raise refusal(error, training, named) from error
-        raise
+    except REFUSED as error:
+        named = fields_in_message(str(error), training)
+        if isinstance(error, RequestError) or not named:
+            raise
+        raise refusal(error, training, named) from error
 
 
 def refusal(error: Exception, training: dict[str, Any], fields: list[str]) -> RequestError:
     """Make the error for fields that transformers refuses."""
     found = ", ".join(f"training.{name} (found {shown(training[name])})" for name in fields) or "training"
     return RequestError(f"{found}: refused: {' '.join(str(error).split())}; correct it or remove it")
-
-
-def refused_fields(error: Exception, training: dict[str, Any], ours: dict[str, Any]) -> list[str]:
-    """List the given fields that the error names; if it names none, those without which there would be no error."""
-    if named := fields_in_message(str(error), training):
-        return named
-    found = []
-    for left_out in training:
-        try:
-            ORPOConfig(**{name: value for name, value in training.items() if name != left_out}, **ours)
-            found.append(left_out)
-        except (ValueError, TypeError, ImportError):
-            continue
-    return found
 
 
 def fields_in_message(message: str, training: dict[str, Any]) -> list[str]:

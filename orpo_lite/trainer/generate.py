@@ -15,7 +15,6 @@ from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.loss import log1mexp
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.objective.packed_attention import plain_attention
-from orpo_lite.trainer.trackers import log_table
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -39,14 +38,11 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Return the options of transformers' generate."""
-        drawn = self.temperature > 0
-        return {
-            "max_new_tokens": self.max_new_tokens,
-            "do_sample": drawn,
-            "temperature": self.temperature if drawn else None,
-            "top_p": self.top_p if drawn else None,
-            "top_k": 0 if drawn else None,
-        }
+        if not self.temperature:
+            greedy = dict.fromkeys(("temperature", "top_p", "top_k"))
+            return {"max_new_tokens": self.max_new_tokens, "do_sample": False} | greedy
+        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": True} | sampled
 
 
 @torch.no_grad()
@@ -88,12 +84,11 @@ def generate(
         model.train(was_training)
         model.config.use_cache = use_cache
     new = out[:, 1:] if model.config.is_encoder_decoder else out[:, width:]
-    return [up_to_stop(row, stops or []) for row in new.tolist()]
-
-
-def up_to_stop(ids: list[int], stops: list[int]) -> list[int]:
-    """Cut ids after the first that ends an answer; what follows in a batch is padding."""
-    return ids[: next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))]
+    answers = []
+    for ids in new.tolist():  # what follows the end of an answer in a batch is padding
+        end = next((place + 1 for place, token in enumerate(ids) if token in (stops or ())), len(ids))
+        answers.append(ids[:end])
+    return answers
 
 
 def answer(
@@ -106,12 +101,9 @@ def answer(
     answers: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
-        new = generate(model, tokenizer, part, Sampling(max_new_tokens), stops)
-        texts = tokenizer.batch_decode(new, skip_special_tokens=True)
-        answers += [
-            {"prompt": tokenizer.decode(p), "answer": t.strip(), "ids": ids}
-            for p, t, ids in zip(part, texts, new, strict=True)
-        ]
+        for prompt, ids in zip(part, generate(model, tokenizer, part, Sampling(max_new_tokens), stops), strict=True):
+            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+            answers.append({"prompt": tokenizer.decode(prompt), "answer": text, "ids": ids})
     return answers
 
 
@@ -123,18 +115,15 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
 
 
 def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
-    """Answer a batch of held-out prompts, as TRL's generate_during_eval, to the log and to trackers, by TRL's names."""
+    """Answer a batch of held-out prompts, as TRL's generate_during_eval, and log the answers."""
     args, step = trainer.args, trainer.state.global_step
     count = min(args.eval_batch_size, len(pairs))
     rows = pairs.select(random.Random(step).sample(range(len(pairs)), count))
     model = trainer.unwrapped()
     with trainer.compute_loss_context_manager():
         answers = answer(model, trainer.tokenizer, rows, count, args.max_completion_length or 128)
-    if not trainer.is_world_process_zero():
-        return answers
-    for sample in answers:
+    for sample in answers if trainer.is_world_process_zero() else ():
         logger.info("step %d: %s -> %s", step, sample["prompt"][-200:], sample["answer"])
-    log_table(trainer, "game_log", ["Prompt", "Policy"], [[sample["prompt"], sample["answer"]] for sample in answers])
     return answers
 
 
@@ -149,49 +138,32 @@ def score_answers(
         before: answers of the untrained model to the same prompts, which get logp_trained and log_odds_trained. Those
             without ids, of an older version's run, stay as they are.
     """
-    old: list[dict[str, Any]] = (
-        before if len(before) == len(samples) and all("ids" in one for one in before) else samples
-    )
+    if not samples:
+        return
+    old = before if len(before) == len(samples) and all("ids" in one for one in before) else samples
     rows: Any = pairs.with_format(None).select(range(len(samples)))
-    scored = []
-    size = max(1, trainer.args.per_device_eval_batch_size)
-    was_training = trainer.model.training
+    answered = [with_answers(*each) for each in zip(rows, samples, old, strict=True)]
+    size, was_training, scored = max(1, trainer.args.per_device_eval_batch_size), trainer.model.training, []
     trainer.model.eval()
     try:
-        for start in range(0, len(samples), size):
-            part = [
-                answered(rows[i], samples[i]["ids"], old[i]["ids"])
-                for i in range(start, min(start + size, len(samples)))
-            ]
-            scored.append(trainer.prediction_step(trainer.model, trainer.collator(part), False)[1])
+        for start in range(0, len(answered), size):
+            batch = trainer.collator(answered[start : start + size])
+            scored.append(trainer.prediction_step(trainer.model, batch, False)[1])
     finally:
         trainer.model.train(was_training)
         plain_attention(unwrap(trainer.unwrapped()))
-    if not scored:
-        return
     columns = torch.cat(scored).double().cpu()
-    chosen, rejected = (columns[:, COLUMNS.index(name)] for name in ("logps/chosen", "logps/rejected"))
-    for sample, p, odds in zip(samples, chosen.tolist(), log_odds(chosen).tolist(), strict=True):
+    logps, of_old = (columns[:, COLUMNS.index(name)] for name in ("logps/chosen", "logps/rejected"))
+    for sample, p, odds in zip(samples, logps.tolist(), (logps - log1mexp(logps)).tolist(), strict=True):
         sample |= {"tokens": len(sample["ids"]), "logp": p, "log_odds": odds}
     if old is not samples:
-        for sample, p, odds in zip(old, rejected.tolist(), log_odds(rejected).tolist(), strict=True):
+        for sample, p, odds in zip(old, of_old.tolist(), (of_old - log1mexp(of_old)).tolist(), strict=True):
             sample |= {"logp_trained": p, "log_odds_trained": odds}
 
 
-def answered(row: dict[str, Any], chosen: list[int], rejected: list[int]) -> dict[str, Any]:
-    """Return a tokenized pair with other answers to its prompt."""
-    if "prompt_ids" in row:
-        return row | {"chosen_ids": chosen, "rejected_ids": rejected}
-    prompt = list(row["chosen_ids"][: row["chosen_start"]])
-    start = len(prompt)
-    return row | {
-        "chosen_ids": prompt + chosen,
-        "chosen_start": start,
-        "rejected_ids": prompt + rejected,
-        "rejected_start": start,
-    }
-
-
-def log_odds(logps: torch.Tensor) -> torch.Tensor:
-    """Compute log(p / (1 - p)) of mean log-probs, the paper's odds of an answer."""
-    return logps - log1mexp(logps)
+def with_answers(row: dict[str, Any], sample: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
+    """Return a tokenized pair with two answers to its prompt in place of chosen and rejected."""
+    alone = "prompt_ids" in row
+    prompt = [] if alone else list(row["chosen_ids"][: row["chosen_start"]])
+    start = {} if alone else {"chosen_start": len(prompt), "rejected_start": len(prompt)}
+    return row | start | {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}

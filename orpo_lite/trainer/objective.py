@@ -18,7 +18,7 @@ from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, s
 from orpo_lite.objective.loss import PairStatistics, configured_loss, pair_statistics
 from orpo_lite.objective.metrics import metric_sums
 from orpo_lite.objective.packed_attention import packed_attention
-from orpo_lite.trainer.distributed import frozen_linear, recomputable
+from orpo_lite.trainer.distributed import recomputable
 
 logger = logging.getLogger(__name__)
 
@@ -27,9 +27,6 @@ MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_id
 
 class Objective:
     """The ORPO loss of batches on a model, without a Trainer: the training loop and the memory plan both call it.
-
-    A plan builds it as `Objective(settings, model.config, head)` and calls `loss(model, [batch], count_step([batch]))`
-    for a training step of one micro-batch, and `statistics(model, batch)` for a batch of an evaluation.
 
     Args:
         settings: an ORPOConfig, or anything with its `beta`, `nll_mean` and `head_chunk`; read at each call.
@@ -51,20 +48,17 @@ class Objective:
         """The batch whose forward pass was begun last."""
 
     def find_head(self, model: nn.Module, device: torch.device, exact: float) -> None:
-        """Find how the model's head is scored without whole logits, by a forward pass.
-
-        Every process calls it where they share the head's weights.
+        """Find how the model's head is scored without whole logits, by a forward pass of all processes that share its weights.
 
         Args:
             model: the model as it is called, inside any engine's wrapper.
-            device: where the inputs of that pass go.
             exact: largest difference between logits that still counts as none.
         """
         plain = unwrapped(model)
         with autocast(plain):
             self.head = head_transform(plain, device, exact, model)
         layer = plain.get_output_embeddings()
-        if self.head is not None and not frozen_linear(layer) and not recomputable(layer):
+        if self.head is not None and not recomputable(layer):
             logger.warning(
                 "the output head is sharded on its own and trained, quantized or adapted: whole logits are kept, since its weights "
                 "are not available to compute them again in the backward pass"
@@ -72,11 +66,7 @@ class Objective:
             self.head = None
 
     def statistics(self, model: nn.Module, batch: dict[str, Any]) -> tuple[PairStatistics, Tensor | None]:
-        """Run the forward pass of a batch and reduce it to its pairs.
-
-        Returns:
-            One entry per pair, and the routers' auxiliary loss (a scalar) where they have one.
-        """
+        """Run the forward pass of a batch; return one entry per pair, and the routers' loss (a scalar) where they have one."""
         if self.find_at_first is not None:
             self.find_at_first(model)
             self.find_at_first = None
@@ -109,8 +99,8 @@ class Objective:
 
         Args:
             batches: micro-batches on the model's device.
-            totals: NLL labels, pairs and micro-batches of the whole optimizer step on all processes, see `count_step`;
-                the result is then the batches' share of the step's loss. Without it, their loss on their own.
+            totals: from `count_step`, of the whole optimizer step on all processes: the result is then the batches' share
+                of the step's loss; without it, their loss on their own.
 
         Returns:
             The loss, a float32 scalar with its graph, and the sums that `metrics.finish_metrics` makes means of.
@@ -159,22 +149,21 @@ class StepInProgress:
     device: torch.device
     losses: list[Tensor] = field(default_factory=list)
     """Loss of each item that is done: its share of the step's."""
-    rng_state: Tensor | None = None
-    device_rng_state: Tensor | None = None
+    rng_states: list[Tensor] = field(default_factory=list)
+    """Random states at the step's first pass, of the host and of the device."""
+
+    @property
+    def _generators(self) -> list[Any]:
+        return [torch, *([torch.get_device_module(self.device)] if self.device.type != "cpu" else [])]
 
     def save_rng(self) -> None:
         """Remember the random state at the step's first pass: a resumed run loads its own only after the step's batches."""
-        if self.rng_state is None:
-            self.rng_state = torch.get_rng_state()
-            if self.device.type != "cpu":
-                self.device_rng_state = torch.get_device_module(self.device).get_rng_state()
+        self.rng_states = self.rng_states or [one.get_rng_state() for one in self._generators]
 
     def restore_rng(self) -> None:
         """Let dropout draw in the repeated step what it would have drawn."""
-        assert self.rng_state is not None
-        torch.set_rng_state(self.rng_state)
-        if self.device_rng_state is not None:
-            torch.get_device_module(self.device).set_rng_state(self.device_rng_state)
+        for one, state in zip(self._generators, self.rng_states, strict=True):
+            one.set_rng_state(state)
 
     def index_of(self, item: dict[str, Any]) -> int | None:
         """Return the position of an item, by identity; None where it is not of this step."""

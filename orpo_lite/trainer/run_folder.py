@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -23,13 +22,12 @@ SAME_RESULT = re.compile(
 )
 """Changes with which a run resumes to the same result: of memory and speed, and of how failing steps are handled."""
 OTHER_RUN = re.compile(
-    r"model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
+    r"pairs per optimizer step|model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"
 )
 """Changes with which no run can resume: other weights, other pairs, another order, another optimizer's state."""
 LEFT_BY_A_KILL = {LOCK, "recipe.yaml.part"}
 """Files that a run killed right at its start leaves in its folder."""
-BATCH = ("per_device_train_batch_size", "gradient_accumulation_steps")
 
 Resume = bool | Literal["force"]
 
@@ -66,8 +64,8 @@ class RunFolder:
     def create(cls, recipe: Recipe, resume: Resume = False, processes: int = 1) -> RunFolder:
         """Create the folder of a new run, or open the one to resume; locked until `unlock`.
 
-        An unfinished run of the same recipe, apart from settings of memory, is resumed from its newest good checkpoint
-        if it has one; a folder that holds anything else is not touched, and the next free number is appended.
+        An unfinished run of the same recipe, apart from settings of memory, is resumed from its newest good checkpoint.
+        A folder that holds anything else is not touched: the next free number is appended.
 
         Args:
             resume: refuse to start a new run; "force" resumes despite changes where that is meaningful.
@@ -86,12 +84,10 @@ class RunFolder:
                     if folder._resumes(recipe, resume, processes):
                         stack.pop_all()
                         return folder
-            elif resume and (folder.path / "run.json").is_file():
-                raise RequestError(
-                    f"--resume: the run in {folder.path} is finished; start without --resume for a new one"
-                )
             elif resume:
-                raise RequestError(f"--resume: {folder.path} {no_checkpoint([])}")
+                done = (folder.path / "run.json").is_file()
+                why = "is a finished run; start without --resume for a new one" if done else no_checkpoint([])
+                raise RequestError(f"--resume: {folder.path} {why}")
             return folder._begin(recipe)
         except OSError as error:
             raise RequestError(
@@ -117,38 +113,30 @@ class RunFolder:
         if changed and not resume:
             return False
         if self.checkpoint is not None:
-            facts = manifest(self.checkpoint)
-            if facts["processes"] != processes:
-                changed.append(f"processes: was {facts['processes']}, is {processes}")
-            pairs = processes * math.prod(
-                recipe.training.get(name) or default for name, default in zip(BATCH, (8, 1), strict=True)
+            changed += changes_of_step(manifest(self.checkpoint), recipe, processes)
+        never = [line for line in changed if OTHER_RUN.match(line)]
+        if never or changed and resume != "force":
+            lines = "".join(f"\n  - {line}" for line in (never if resume == "force" else changed))
+            way = "" if never else ", or resume with them: --resume=force"
+            raise RequestError(
+                f"--resume: {self.path} was started with other settings:{lines}\nundo the changes, or start without --resume "
+                f"in another training.output_dir{way}"
             )
-            if facts["pairs_per_step"] != pairs:
-                changed.append(f"pairs per optimizer step: was {facts['pairs_per_step']}, is {pairs}")
-        if changed:
-            never = [line for line in changed if OTHER_RUN.match(line) or line.startswith("pairs per optimizer")]
-            if resume != "force" or never:
-                lines = "\n".join(f"  - {line}" for line in (never if resume == "force" else changed))
-                way = "" if never else ", or resume with them: --resume=force"
-                raise RequestError(
-                    f"--resume: {self.path} was started with other settings:\n{lines}\nundo the changes, "
-                    f"or start without --resume in another training.output_dir{way}"
-                )
-            self.notes += [f"resuming with a change: {line}" for line in changed]
+        self.notes += [f"resuming with a change: {line}" for line in changed]
         if changes:
             recipe.save(self.path / "recipe.yaml")
         return True
 
     def _begin(self, recipe: Recipe) -> RunFolder:
-        folder, number = RunFolder(self.path), 2
-        while folder.path.exists() and any(path.name not in LEFT_BY_A_KILL for path in folder.path.iterdir()):
-            folder, number = RunFolder(self.path.with_name(f"{self.path.name}-{number}")), number + 1
-        folder.path.mkdir(parents=True, exist_ok=True)
-        lock_folder(folder.path)
-        if folder.path != recipe.folder:  # its own recipe leads back to it, also to resume
-            recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(folder.path)}})
-        recipe.save(folder.path / "recipe.yaml")
-        folder.checkpoints.mkdir(exist_ok=True)
+        path, number = self.path, 2
+        while path.exists() and any(one.name not in LEFT_BY_A_KILL for one in path.iterdir()):
+            path, number = self.path.with_name(f"{self.path.name}-{number}"), number + 1
+        folder = RunFolder(path)
+        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        lock_folder(path)
+        if path != recipe.folder:  # its own recipe leads back to it, also to resume
+            recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(path)}})
+        recipe.save(path / "recipe.yaml")
         return folder
 
     def unlock(self) -> None:
@@ -182,16 +170,15 @@ class RunFolder:
         Raises:
             RequestError: there is none yet, or it is broken.
         """
+        path = self.path / "run.json"
         try:
-            return json.loads((self.path / "run.json").read_text("utf-8"))
+            return json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
             raise RequestError(
-                f"{self.path}: no run.json, so this run did not finish; train it with --resume first"
+                f"{self.path}: no run.json, so this run did not finish; train it with --resume"
             ) from None
         except (ValueError, RecursionError) as error:
-            raise RequestError(
-                f"{self.path / 'run.json'} is broken JSON ({error}): copy the run again, or train it again"
-            ) from None
+            raise RequestError(f"{path} is broken JSON ({error}): copy the run again, or train it again") from None
 
     def read_before(self) -> dict[str, Any] | None:
         """Read before.json; None where it cannot be read, since it can be made again."""
@@ -207,13 +194,22 @@ class RunFolder:
 
 def no_checkpoint(damaged: list[str]) -> str:
     """Say that there is no checkpoint to resume from, and why."""
-    if not damaged:
-        return (
-            "holds no checkpoint to resume from (training.save_strategy, save_steps and save_minutes say when one is "
-            "written); start without --resume"
-        )
-    lines = "".join(f"\n  - {line}" for line in damaged)
-    return f"holds no good checkpoint to resume from; start without --resume, from the beginning:{lines}"
+    if damaged:
+        lines = "".join(f"\n  - {line}" for line in damaged)
+        return f"holds no good checkpoint to resume from; start without --resume, from the beginning:{lines}"
+    return (
+        "holds no checkpoint to resume from (training.save_strategy, save_steps and save_minutes say when one is written); "
+        "start without --resume"
+    )
+
+
+def changes_of_step(facts: dict[str, Any], recipe: Recipe, processes: int) -> list[str]:
+    """Write a line for each way in which an optimizer step differs from those before a checkpoint, by its manifest."""
+    batch = recipe.training.get("per_device_train_batch_size") or 8
+    pairs = processes * batch * (recipe.training.get("gradient_accumulation_steps") or 1)
+    now = {"processes": processes, "pairs_per_step": pairs}
+    names = {"processes": "processes", "pairs_per_step": "pairs per optimizer step"}
+    return [f"{words}: was {facts[key]}, is {now[key]}" for key, words in names.items() if facts[key] != now[key]]
 
 
 def differences(old: Any, new: Any, place: str = "") -> list[str]:

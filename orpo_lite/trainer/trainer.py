@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -12,80 +13,63 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from orpo_lite.common.console import peak_memory_bytes
-from orpo_lite.common.errors import RequestError
-from orpo_lite.data.collate import PackedCollator, PaddedCollator, from_trl
+from orpo_lite.data.collate import from_trl
 from orpo_lite.data.step_batches import step_loader
-from orpo_lite.data.token_cache import DropReport, TokenizeOptions, check_same_stream, tokenize_rows
-from orpo_lite.model import keep_4bit_differentiable
+from orpo_lite.data.token_cache import DropReport, check_same_stream, tokenize_rows
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
-from orpo_lite.objective.layout import choose_layout, disable_dropout
+from orpo_lite.objective.layout import choose_layout
 from orpo_lite.objective.metrics import finish_metrics, pair_metrics
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.deepspeed import EvaluationEngine, prepare_to_train, ready_to_evaluate
-from orpo_lite.trainer.distributed import accumulating, check_data_parallel, complete, reshard, zero_stage
-from orpo_lite.trainer.generate import log_answers
-from orpo_lite.trainer.model_setup import (
-    adapt,
-    check_tokenized,
-    decoder_start,
-    load_by_name,
-    pad_token,
-    tokenizer_of,
+from orpo_lite.trainer.distributed import (
+    accumulating,
+    check_data_parallel,
+    prepare_to_train,
+    ready_to_evaluate,
+    reshard,
 )
-from orpo_lite.trainer.nonfinite_guard import learning_rate
+from orpo_lite.trainer.generate import log_answers
+from orpo_lite.trainer.health import learning_rate
+from orpo_lite.trainer.interruptions import Limit, retried
 from orpo_lite.trainer.objective import (
-    Objective,
     StepInProgress,
     count_step,
     micro_batches,
     prediction_rows,
     unwrapped,
 )
-from orpo_lite.trainer.optimizer import optimizer_for
-from orpo_lite.trainer.out_of_memory import Limit, ran_out, reason, smaller, stuck, too_large
-from orpo_lite.trainer.trackers import check_trackers
+from orpo_lite.trainer.setup import (
+    check_arguments,
+    check_tokenized,
+    collator_for,
+    loraplus_optimizer,
+    make_objective,
+    pairs_needed,
+    prepare_model,
+    tokenize_options,
+    tokenizer_of,
+    untokenized,
+)
 from orpo_lite.trainer.transformers_contract import warn_if_untested
-from orpo_lite.trainer.trl_names import TrlNames, TrlRows, stored_metrics, with_columns, with_trl_columns
+from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns, with_trl_columns
 
 logger = logging.getLogger(__name__)
-
-
-def untokenized(rows: Any) -> bool:
-    """Tell whether rows are still to be tokenized."""
-    return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
-
-
-def pairs_needed(args: ORPOConfig) -> int:
-    """Return the pairs that `args.max_steps` optimizer steps train on, over all processes.
-
-    Raises:
-        RequestError: max_steps is not set.
-    """
-    if args.max_steps <= 0:
-        raise RequestError(
-            f"ORPOConfig.max_steps: found {args.max_steps}, expected a number above 0: a streaming train_dataset does not "
-            "say how many rows it has, so max_steps says how far it is read"
-        )
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 class ORPOTrainer(TrlNames, CheckpointedTrainer):
     """Trains a model, usually a PEFT one, with ORPO (arXiv 2403.07691).
 
-    Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed.
-    Loss, gradients and metrics equal TRL's on the same batch in float32 (logits/* aside, which here average
-    completion rows only), and stay finite where TRL's do not. With `args.nll_mean == "window"`, the default, the NLL
-    is normalized by its labels and the odds-ratio term by its pairs over the whole optimizer step on all processes:
-    batch 8 x 1, 4 x 2 and 1 x 8 give the same gradients.
+    Takes what trl.experimental.orpo.ORPOTrainer takes, so that a script written for it runs with the import changed. Loss,
+    gradients and metrics equal TRL's on the same batch in float32 (logits/* aside, which here average completion rows only),
+    and stay finite where TRL's do not. With `args.nll_mean == "window"`, the default, the NLL is normalized by its labels and
+    the odds-ratio term by its pairs over the whole optimizer step on all processes.
 
     Args:
         model: a model, a PeftModel, or the name or path of one.
@@ -106,13 +90,11 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     """
 
     _tag_names = ["orpo", "orpo-lite"]
-    collator: PaddedCollator | PackedCollator
     predictions: Any = None
     """Predictions of the last evaluation: one row per pair, with the columns `metrics.COLUMNS`."""
     step_in_progress: StepInProgress | None = None
-    engine_to_evaluate: EvaluationEngine | None = None
-    given_rows: Any = None
-    """The training rows as they were given, where they were not tokenized yet."""
+    deepspeed_settings: dict[str, Any] | None = None
+    """DeepSpeed's settings before an engine that only evaluates was made of them."""
 
     def __init__(
         self,
@@ -136,47 +118,34 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             logger.warning("TRL's data collator is not needed: ours takes its place")
             data_collator = None
         torch.manual_seed(args.seed)  # a new adapter's weights are random
-        self._peft_config, self.stored, self._own_collator = peft_config, stored_metrics(), data_collator is not None
-        if isinstance(model, str):
-            model = load_by_name(model, args, peft_config is not None)
-        elif args.model_init_kwargs is not None:
+        self._peft_config, self._own_collator = peft_config, data_collator is not None
+        model = prepare_model(model, args, peft_config)
+        if model is None and (args.is_encoder_decoder is None or processing_class is None):
             raise ValueError(
-                "ORPOTrainer: `model_init_kwargs` are for a model given by name; this one is loaded already"
+                "ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder and give a processing_class"
             )
-        if model is not None:
-            encoder_decoder = bool(model.config.is_encoder_decoder)
-            model = self._ready(model, args)
-        elif args.is_encoder_decoder is None:
-            raise ValueError("ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder")
-        else:
-            encoder_decoder = args.is_encoder_decoder
-        self.is_encoder_decoder = encoder_decoder
+        self.is_encoder_decoder = bool(args.is_encoder_decoder if model is None else model.config.is_encoder_decoder)
         if processing_class is None:
-            if model is None:
-                raise ValueError("ORPOTrainer: with model_init, give a processing_class")
             processing_class = tokenizer_of(model, args)
         tokenizer = self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
-
         self.drop_reports: dict[str, DropReport] = {}
-        self._tokenize_options = tokenize_options(args, encoder_decoder)
+        self._tokenize_options = tokenize_options(args, self.is_encoder_decoder)
+        self.given_rows = train_dataset if untokenized(train_dataset) else None  # for the report of a step not finite
+        streamed = isinstance(train_dataset, IterableDataset)
         with args.main_process_first(desc="tokenizing"):
-            streamed = isinstance(train_dataset, IterableDataset)
-            if train_dataset is not None:
-                self.given_rows = train_dataset if untokenized(train_dataset) else None
-                train_dataset = self._tokenized(train_dataset, "train", pairs_needed(args) if streamed else None)
+            train_dataset = self._tokenized(train_dataset, "train", pairs_needed(args) if streamed else None)
             if isinstance(eval_dataset, dict):
-                eval_dataset = {k: self._tokenized(d, k) for k, d in eval_dataset.items()}
-            elif eval_dataset is not None:
+                eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
+            else:
                 eval_dataset = self._tokenized(eval_dataset, "eval")
-        train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
         if streamed:
-            check_same_stream(train_dataset, "train", args.world_size)  # type: ignore[arg-type]  # it is tokenized by now
+            check_same_stream(train_dataset, "train", args.world_size)
+        train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
 
         if args.ddp_find_unused_parameters is None and model is not None:
             # a search of the graph in every pass, for what only experts and parts beside the language model can be
-            base = unwrap(model)
-            args.ddp_find_unused_parameters = bool(routers(base) or outside_text(base))
+            args.ddp_find_unused_parameters = bool(routers(unwrap(model)) or outside_text(unwrap(model)))
         self.accumulation_steps = args.gradient_accumulation_steps
         if args.tokens_per_batch or args.world_size > 1:
             # one item of the loader is an optimizer step: transformers must not count micro-batches itself
@@ -195,26 +164,18 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
+        if type(self).training_step is not ORPOTrainer.training_step:
+            self.training_step = self._checked(self.training_step)
         self.layout = choose_layout(unwrap(self.model), args.layout)
-        if self.layout.name == "padded":
-            start = decoder_start(self.model.config) if encoder_decoder else None
-            self.collator = PaddedCollator(pad_token(args, tokenizer), args.nll_scope, start)
-        else:
-            self.collator = PackedCollator(args.nll_scope, share=self.layout.name == "shared")
+        self.collator = collator_for(self.layout.name, args, self.model.config, tokenizer)
         if data_collator is None:
             self.data_collator = self.collator
         check_data_parallel(self.accelerator)
         if not self.is_deepspeed_enabled:
             # the loss is normalized over the step: nobody may divide it again
             self.accelerator.gradient_accumulation_steps = 1
-        self.objective = Objective(args, self.model.config, None, self.accelerator.num_processes)
-        if self.objective.router_loss and not self.objective.router_coefficient:
-            logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
-        exact = 1e-3 if args.mixed_precision == "no" else 0.2
-        if complete(self.model) and not self.is_fsdp_enabled and zero_stage(self.accelerator) != 3:
-            self.objective.find_head(self.model, args.device, exact)
-        else:  # no process holds the model whole: its head is examined once all of them run it
-            self.objective.find_at_first = lambda model: self.objective.find_head(model, args.device, exact)
+        self.objective = make_objective(self)
+        self.set_trl_attributes(self._tokenize_options)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
@@ -223,28 +184,14 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
-    def _ready(self, model: Any, args: ORPOConfig) -> Any:
-        """Attach the adapter, switch dropout off, and let gradients pass 4-bit layers."""
-        keep_4bit_differentiable(model)
-        if any(isinstance(module, FSDPModule) for module in model.modules()):
-            # it is sharded already: accelerate must not put DDP around it
-            model.is_distributed_loading_by_transformers = True
-        if self._peft_config is not None:
-            model = adapt(model, self._peft_config, checkpointing=bool(args.gradient_checkpointing))
-        if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
-            kind = model.active_peft_config.peft_type
-            raise ValueError(
-                f"ORPOTrainer: {kind} adapters put virtual tokens before the prompt, which ORPO's labels do not allow for; use LoRA"
-            )
-        if args.disable_dropout:
-            disable_dropout(model)
-        return model
-
     def call_model_init(self, trial: Any = None) -> Any:
-        return self._ready(super().call_model_init(trial), self.args)
+        return prepare_model(super().call_model_init(trial), self.args, self._peft_config)
+
+    # ---- the pairs -------------------------------------------------------------------------------------------------
 
     def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Dataset:
-        if isinstance(rows, Dataset) and "chosen_ids" in rows.column_names:
+        """Tokenize rows as the constructor's are, a stream as far as `enough` pairs; None and tokenized pairs stay."""
+        if not untokenized(rows):
             check_tokenized(rows, name)
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
@@ -254,15 +201,13 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return batches of held-out pairs; rows that are not tokenized yet are tokenized as the others were."""
-        if untokenized(eval_dataset):
-            eval_dataset = self._tokenized(eval_dataset, "eval")
-        return super().get_eval_dataloader(eval_dataset)  # type: ignore[arg-type]
+        rows = self._tokenized(eval_dataset, "eval") if untokenized(eval_dataset) else eval_dataset
+        return super().get_eval_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Return the same for `predict`."""
-        if untokenized(test_dataset):
-            test_dataset = self._tokenized(test_dataset, "test")
-        return super().get_test_dataloader(test_dataset)  # type: ignore[arg-type]
+        rows = self._tokenized(test_dataset, "test") if untokenized(test_dataset) else test_dataset
+        return super().get_test_dataloader(rows)
 
     def unwrapped(self, model: Any = None) -> Any:
         """Return the transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
@@ -295,14 +240,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device, one of TRL's form in ours."""
-
-        def ours(one: dict[str, Any]) -> dict[str, Any]:
-            return one if "label_rows" in one else from_trl(one, self.collator)
-
-        if "micro_batches" in batch:
-            batch = batch | {"micro_batches": [ours(one) for one in batch["micro_batches"]]}
-        else:
-            batch = ours(batch)
+        ours = [one if "label_rows" in one else from_trl(one, self.collator) for one in micro_batches(batch)]
+        batch = batch | {"micro_batches": ours} if "micro_batches" in batch else ours[0]
         moved: Any = send_to_device(batch, self.args.device)
         return moved
 
@@ -348,27 +287,43 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             return self._forward_backward(model, inputs, num_items_in_batch)
         step.save_rng()
         items = [inputs]
-        while True:
-            try:
-                losses = [self._forward_backward(model, item, num_items_in_batch) for item in items]
-                break
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                why = reason(error)
-            # past the except clause, since the error's traceback holds the graph
-            self._shrink_micro_batches(self.micro_limit, "step", why)
+
+        def begin_again(why: str) -> None:
+            self._shrink(self.micro_limit, "step", why)
             model.zero_grad()
             self.sums = dict(step.sums)
             step.losses.clear()
             step.restore_rng()
-            items = step.items[: place + 1]
+            items[:] = step.items[: place + 1]
+
+        def passes() -> list[Tensor]:
+            return [self._forward_backward(model, item, num_items_in_batch) for item in items]
+
+        losses = retried(passes, begin_again)
+        self._record(step, losses)
+        return losses[-1]
+
+    def _record(self, step: StepInProgress, losses: list[Tensor]) -> None:
+        """Count the losses of items of a step that were computed, and check the step after its last."""
         for loss in losses:
             self._add({"loss": loss})
         step.losses += losses
-        if place == len(step.items) - 1:
+        if len(step.losses) == len(step.items):
             self.guard.check_step()
-        return losses[-1]
+
+    def _checked(self, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        """Wrap a subclass's `training_step`: where it does not call ours, the loss that it returns is checked as ours is."""
+
+        def training_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            step = self.step_in_progress
+            done = len(step.losses) if step else 0
+            loss = own(model, inputs, *args, **kwargs)
+            if step is not None and step.index_of(inputs) == done == len(step.losses):
+                self.guard.check_loss(loss)
+                self._record(step, [loss.detach()])
+            return loss
+
+        return training_step
 
     def _forward_backward(self, model: nn.Module, item: dict[str, Any], totals: Tensor | None) -> Tensor:
         """Run the passes of an item, gradients synchronized on the last only; returns its loss, a scalar."""
@@ -402,19 +357,15 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.accelerator.backward(loss, **options)
         return loss.detach()
 
-    def _shrink_micro_batches(self, limit: Limit, passes: str, why: str) -> None:
+    def _shrink(self, limit: Limit, passes: str, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
-        batch, step = self.objective.last_batch, self.state.global_step + (passes == "step")
-        what = f"step {step}" if passes == "step" else f"the {passes} at step {step}"
-        optim = OptimizerNames(self.args.optim).value
+        training, optim, obstacle = passes == "step", OptimizerNames(self.args.optim).value, ""
         if self.accelerator.distributed_type != DistributedType.NO:
-            raise stuck(what, batch, "in distributed training, where the processes wait for one another", why)
-        if passes == "step" and ("lomo" in optim or "layerwise" in optim):
-            raise stuck(what, batch, f"with {optim}, which changes weights during the backward pass", why)
-        if len(batch["pair_rows"]) < 2:
-            raise too_large(what, batch, self.train_dataset if passes == "step" else None, why)
-        limit.halve(batch, step)
-        logger.warning("%s", smaller(what, limit, why))
+            obstacle = "in distributed training, where the processes wait for one another"
+        elif training and ("lomo" in optim or "layerwise" in optim):
+            obstacle = f"with {optim}, which changes weights during the backward pass"
+        step, pairs = self.state.global_step + training, self.train_dataset if training else None
+        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle)
         clear_device_cache(garbage_collection=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -423,7 +374,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.loraplus_lr_ratio:
-            self.optimizer = optimizer_for(self.model, self.args, self.args.loraplus_lr_ratio)
+            self.optimizer = loraplus_optimizer(self.model, self.args, self.args.loraplus_lr_ratio)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))
 
@@ -441,19 +392,12 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Return loss, one row per pair with the columns `COLUMNS`, and zeros for labels; in parts where memory runs out."""
         inputs = self._to_device(inputs)
-        while True:
-            try:
-                found = []
-                with torch.no_grad():
-                    for part in self.eval_limit.cut(inputs):
-                        found.append(self.objective.statistics(model, part))
-                break
-            except RuntimeError as error:
-                if not ran_out(error):
-                    raise
-                why = reason(error)
-            found.clear()
-            self._shrink_micro_batches(self.eval_limit, "evaluation", why)
+
+        def passes() -> list:
+            with torch.no_grad():
+                return [self.objective.statistics(model, part) for part in self.eval_limit.cut(inputs)]
+
+        found = retried(passes, lambda why: self._shrink(self.eval_limit, "evaluation", why))
         loss, rows = prediction_rows(found, self.args)
         return loss, rows, torch.zeros(len(rows), device=rows.device)
 
@@ -478,7 +422,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             del metrics["aux_loss"]
         assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
-        self.health.check_predictions(output.predictions, dataloader.dataset, self.state.global_step)
         return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
@@ -495,41 +438,39 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Add the metrics since the last log: exact means over all pairs of the steps that were taken, on all processes."""
+        guard = self.guard
         if "loss" in logs:
-            self._log_means(logs)
-        elif "train_loss" in logs:
-            self._log_summary(logs)
+            totals, self.sums = self.totals(), {}
+            steps = self._steps_taken(self.logged_at)
+            self.logged_at = self.state.global_step
+            if "loss" in totals:
+                loss = totals.pop("loss") / self.args.world_size
+                self.session_loss += loss
+                logs["loss"] = loss / max(steps, 1)
+            if steps == 0:
+                del logs["loss"]  # 0, which transformers would log, is no loss of anything
+            if guard.left_out:
+                logs.pop("grad_norm", None)
+            logs |= self._means(totals) if "pairs" in totals else {}
+            logs |= {"skipped_steps": len(guard.skipped)} if guard.skipped else {}
+            logs |= {"overflow_steps": guard.overflows} if guard.overflows else {}
+        elif "train_loss" in logs:  # the mean over the steps that this session has taken
+            steps = self._steps_taken(self.began_at)
+            loss = self.session_loss + self.totals().get("loss", 0.0) / self.args.world_size
+            if steps:
+                logs["train_loss"] = loss / steps
+            elif guard.skipped:
+                del logs["train_loss"]
         super().log(logs, start_time)
 
-    def _log_means(self, logs: dict[str, float]) -> None:
-        totals, self.sums = self.totals(), {}
-        steps = self._steps_taken(self.logged_at)
-        self.logged_at = self.state.global_step
-        if "loss" in totals:
-            loss = totals.pop("loss") / self.args.world_size
-            self.session_loss += loss
-            logs["loss"] = loss / max(steps, 1)
-        if steps == 0:
-            del logs["loss"]  # 0, which transformers would log, is no loss of anything
-        if self.guard.left_out:
-            logs.pop("grad_norm", None)
-        if "pairs" in totals:
-            seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
-            logs |= finish_metrics(totals)
-            logs["tokens_per_second"] = totals["tokens"] / seconds
-            logs["pairs_per_second"] = totals["pairs"] / seconds
-            logs["peak_memory_gb"] = peak_memory_bytes(self.args.device) / 1e9
-        logs |= {"skipped_steps": len(self.guard.skipped)} if self.guard.skipped else {}
-        logs |= {"overflow_steps": self.guard.overflows} if self.guard.overflows else {}
-
-    def _log_summary(self, logs: dict[str, float]) -> None:
-        """Set the mean loss over the steps that this session has taken."""
-        steps = self._steps_taken(self.began_at)
-        loss = self.session_loss + self.totals().get("loss", 0.0) / self.args.world_size
-        if steps:
-            logs["train_loss"] = loss / steps
-        elif self.guard.skipped:
-            del logs["train_loss"]
+    def _means(self, totals: dict[str, float]) -> dict[str, float]:
+        """Return the metrics of sums since the last log, with throughput and memory."""
+        seconds, self.clock = time.monotonic() - self.clock, time.monotonic()
+        return finish_metrics(totals) | {
+            "tokens_per_second": totals["tokens"] / seconds,
+            "pairs_per_second": totals["pairs"] / seconds,
+            "peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9,
+        }
 
     def _steps_taken(self, since: int) -> int:
         """Count optimizer steps since another, without those left out."""
@@ -538,40 +479,10 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def health_record(self) -> dict[str, Any]:
         """Return what run.json keeps: warnings, steps left out, overflows of fp16, and the file of rows not finite."""
-        return {"warnings": self.health.warnings, **self.guard.record()}
-
-
-def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, preprocess_logits: Any) -> None:
-    """Raise where arguments of ORPOTrainer cannot be used, and set those that it needs otherwise."""
-    if train_dataset is None and eval_dataset is None:
-        raise ValueError("ORPOTrainer: `train_dataset` is required")
-    if not isinstance(args, ORPOConfig):
-        raise TypeError(
-            f"ORPOTrainer: args is a {type(args).__module__}.{type(args).__name__}, expected orpo_lite.ORPOConfig, which takes "
-            "the same fields: from orpo_lite import ORPOConfig"
-        )
-    check_trackers(args.report_to)
-    if preprocess_logits is not None or args.batch_eval_metrics:
-        raise ValueError(
-            "ORPOTrainer: preprocess_logits_for_metrics and batch_eval_metrics are not supported, since predictions "
-            "are one row per pair (orpo_lite.objective.metrics.COLUMNS) and no logits; use compute_metrics"
-        )
-    if args.n_gpu > 1:
-        logger.warning("one of %d GPUs is used: start with `accelerate launch` to use all", args.n_gpu)
-        args._n_gpu = 1
-    args.remove_unused_columns = False  # our collator reads columns that no model's forward takes
-
-
-def tokenize_options(args: ORPOConfig, encoder_decoder: bool) -> TokenizeOptions:
-    """Return how rows are tokenized, by the arguments."""
-    return TokenizeOptions(
-        max_length=args.max_length if args.max_length is not None else 512,
-        max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length or (128 if encoder_decoder else None),
-        overlong=args.overlong,  # type: ignore[arg-type]
-        completion_end=args.completion_end,  # type: ignore[arg-type]
-        apply_template=False,
-        template_kwargs=args.template_kwargs or {},  # type: ignore[arg-type]
-        encoder_decoder=encoder_decoder,
-        num_proc=args.dataset_num_proc,
-    )
+        guard = self.guard
+        return {
+            "warnings": self.health.warnings,
+            "skipped_steps": guard.skipped,
+            "overflow_steps": guard.overflows,
+            "nonfinite_rows": guard.file.name if guard.file else None,
+        }

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import pkgutil
-from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -20,6 +19,7 @@ from orpo_lite.objective.loss import log_odds_ratio
 from orpo_lite.objective.metrics import finish_metrics
 
 if TYPE_CHECKING:
+    from orpo_lite.data.token_cache import TokenizeOptions
     from orpo_lite.trainer.checkpointing import CheckpointedTrainer as Base
     from orpo_lite.trainer.objective import Objective
 else:
@@ -27,31 +27,9 @@ else:
 
 Half = Literal["train", "eval"]
 
-WHOLE_LOGITS = "the logits of a batch are never formed whole; compute_loss(model, batch, return_outputs=True) gives loss and metrics"
-ROWS = "rows are tokenized in batches before the trainer starts; give rows as you want them tokenized, or `chosen_ids` and `chosen_start`"
-ABSENT = {
-    "concatenated_forward": WHOLE_LOGITS,
-    "concatenated_inputs": WHOLE_LOGITS,
-    "get_batch_logps": WHOLE_LOGITS,
-    "tokenize_row": ROWS,
-    "build_tokenized_answer": ROWS,
-    "generate_from_model": "generate_during_eval answers greedily and leaves `trainer.answers`",
-}
-"""Methods of TRL's trainer that have no counterpart, and what to use instead."""
-SETTINGS: dict[str, Callable[[Any], Any]] = {
-    "max_length": lambda trainer: trainer.args.max_length if trainer.args.max_length is not None else 512,
-    "max_completion_length": lambda trainer: (
-        trainer.args.max_completion_length or (128 if trainer.is_encoder_decoder else None)
-    ),
-    "padding_value": lambda trainer: (
-        trainer.args.padding_value if trainer.args.padding_value is not None else trainer.tokenizer.pad_token_id
-    ),
-    "generate_during_eval": lambda trainer: trainer.args.generate_during_eval,
-    "aux_loss_enabled": lambda trainer: trainer.objective.router_loss,
-    "aux_loss_coef": lambda trainer: trainer.objective.router_coefficient,
-}
-"""Settings that TRL's trainer keeps as attributes."""
-NOT_CALLED = {*ABSENT, "odds_ratio_loss", "get_batch_loss_metrics"}
+NOT_CALLED = {"build_tokenized_answer", "concatenated_forward", "concatenated_inputs", "generate_from_model",
+              "get_batch_logps", "get_batch_loss_metrics", "odds_ratio_loss", "tokenize_row"}  # fmt: skip
+"""Methods of TRL's trainer that nothing calls here; the guide "From TRL" says what to use instead of those that are absent."""
 
 
 class TrlNames(Base):
@@ -61,7 +39,8 @@ class TrlNames(Base):
     tokenizer: Any
     is_encoder_decoder: bool
     objective: Objective
-    stored: dict[str, dict[str, list[float]]]
+    stored: dict[str, dict[str, list[float]]] | None = None
+    """Numbers of `store_metrics` since the last log of training and of evaluation."""
     totals_of_step: Tensor | None = None
     """What the optimizer step holds whose loss is being computed, see `count_step`."""
     card_writer = "orpo_lite.report.model_card:write_trainer_card"
@@ -80,11 +59,13 @@ class TrlNames(Base):
                 "effect: override compute_loss(model, inputs, return_outputs, num_items_in_batch) instead"
             )
 
-    def __getattr__(self, name: str) -> Any:
-        if name in SETTINGS:
-            return SETTINGS[name](self)
-        why = f" (of TRL's trainer): {ABSENT[name]}" if name in ABSENT else ""
-        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}{why}")
+    def set_trl_attributes(self, options: TokenizeOptions) -> None:
+        """Set what TRL's trainer keeps as attributes."""
+        pad = self.args.padding_value
+        self.max_length, self.max_completion_length = options.max_length, options.max_completion_length
+        self.padding_value = self.tokenizer.pad_token_id if pad is None else pad
+        self.generate_during_eval = self.args.generate_during_eval
+        self.aux_loss_enabled, self.aux_loss_coef = self.objective.router_loss, self.objective.router_coefficient
 
     @property
     def beta(self) -> float:
@@ -99,11 +80,7 @@ class TrlNames(Base):
     def odds_ratio_loss(
         self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Compute beta times the log-sigmoid of the log odds ratio, rewards of both sides, and the means of the two logs.
-
-        Args:
-            policy_chosen_logps: mean log-prob of each chosen completion's tokens, (B,).
-            policy_rejected_logps: the same of the rejected ones, (B,).
+        """Compute the odds-ratio term from mean log-probs of chosen and rejected completions, (B,) each.
 
         Returns:
             As TRL's: losses (B,), chosen and rejected rewards (B,) without gradient, mean log-sigmoid, mean log odds.
@@ -127,13 +104,16 @@ class TrlNames(Base):
 
     def store_metrics(self, metrics: dict[str, float], train_eval: Half = "train") -> None:
         """Keep your own numbers for the next log of training or evaluation, which shows the mean of each."""
+        self.stored = self.stored or {"train": {}, "eval": {}}
         for key, value in metrics.items():
-            self.stored[train_eval][key].append(float(value))
+            self.stored[train_eval].setdefault(key, []).append(float(value))
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         """Log with the means of what `store_metrics` was given."""
-        stored = self.stored.pop("train" if "learning_rate" in logs or "loss" in logs else "eval", {})
-        logs |= {key: sum(values) / len(values) for key, values in stored.items()}
+        if self.stored:
+            half = self.stored["train" if "learning_rate" in logs or "loss" in logs else "eval"]
+            logs |= {key: sum(values) / len(values) for key, values in half.items()}
+            half.clear()
         super().log(logs, start_time)
 
     # ---- hub ---------------------------------------------------------------------------------------------------------
@@ -185,10 +165,6 @@ class TrlNames(Base):
             pkgutil.resolve_name(self.card_writer)(self, model_name, dataset_name, tags)
 
 
-def stored_metrics() -> dict[str, dict[str, list[float]]]:
-    return defaultdict(lambda: defaultdict(list))
-
-
 # ---- TRL's columns ----------------------------------------------------------------------------------------------------
 
 
@@ -198,16 +174,16 @@ def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
     They are `prompt_input_ids`, `prompt_attention_mask`, and of both sides `chosen_input_ids`, `chosen_attention_mask`
     and `chosen_labels` (-100 over the prompt); of encoder-decoder models, whose completions stand alone, only labels.
     """
-    alone = "prompt_ids" in pair
-    shared = min(pair["chosen_start"], pair["rejected_start"])
-    prompt = list(pair["prompt_ids"] if alone else pair["chosen_ids"][:shared])
-    row = {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
+    row: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
-        ids, start = list(pair[f"{side}_ids"]), 0 if alone else int(pair[f"{side}_start"])
+        ids = list(pair[f"{side}_ids"])
+        start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
         row[f"{side}_labels"] = [-100] * start + ids[start:]
-        if not alone:
+        if "prompt_ids" not in pair:
             row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
-    return row
+    common = None if "prompt_ids" in pair else min(pair["chosen_start"], pair["rejected_start"])
+    prompt = list(pair["chosen_ids" if common is not None else "prompt_ids"])[:common]
+    return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
 class TrlDataset(Dataset):
@@ -219,9 +195,8 @@ class TrlDataset(Dataset):
     @property
     def trl_names(self) -> list[str]:
         """Names of the computed columns."""
-        alone = "prompt_ids" in self._data.column_names
-        sides = [f"{side}_{name}" for side in ("chosen", "rejected")
-                 for name in (("labels",) if alone else ("input_ids", "attention_mask", "labels"))]  # fmt: skip
+        names = ("labels",) if "prompt_ids" in self._data.column_names else ("input_ids", "attention_mask", "labels")
+        sides = [f"{side}_{name}" for side in ("chosen", "rejected") for name in names]
         return ["prompt_input_ids", "prompt_attention_mask", *sides]
 
     @property

@@ -205,8 +205,6 @@ def test_attributes_and_methods_of_trls_trainer(base, settings, trl_orpo):
     trainer.store_metrics({"mine": 2.0}, train_eval="eval")
     assert trainer.evaluate()["mine"] == 1.5
     assert "mine" not in trainer.evaluate()
-    with pytest.raises(AttributeError, match="concatenated_forward.*compute_loss"):
-        trainer.concatenated_forward(trainer.model, batch)
     assert not hasattr(trainer, "tokenize_row")
 
 

@@ -1,4 +1,4 @@
-"""The optimizer's groups: LoRA+ rates, and what weight decay spares."""
+"""The optimizer's groups: LoRA+ rates."""
 
 import pytest
 import torch
@@ -6,7 +6,7 @@ from transformers import TrainingArguments
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, load_base
-from orpo_lite.trainer.optimizer import optimizer_for
+from orpo_lite.trainer.setup import loraplus_optimizer
 from tests.model.conftest import disturb
 
 
@@ -23,7 +23,7 @@ def args(tmp_path):
 @pytest.mark.parametrize("optim", ["adamw_torch", "adamw_torch_fused", "sgd", "adafactor", "rmsprop"])
 def test_loraplus_gives_b_its_own_rate(attach, args, optim):
     model = attach("llama", "nf4")
-    optimizer = optimizer_for(model, args(optim=optim), 16)
+    optimizer = loraplus_optimizer(model, args(optim=optim), 16)
     rates = {id(p): g["lr"] for g in optimizer.param_groups for p in g["params"]}
     names = {n: rates[id(p)] for n, p in model.named_parameters() if p.requires_grad}
     assert {r for n, r in names.items() if "lora_A" in n} == {1e-3}
@@ -37,22 +37,16 @@ def test_loraplus_gives_b_its_own_rate(attach, args, optim):
     assert model(input_ids=tokens, labels=tokens).loss != first
 
 
-def test_plain_optimizer_spares_norms_and_biases_the_decay(section, args):
-    model = attach_adapter(load_base(section("gpt2"))[0], None)
-    optimizer = optimizer_for(model, args(optim="adamw_torch", adam_beta2=0.9))
-    spared = {id(p) for g in optimizer.param_groups if g["weight_decay"] == 0 for p in g["params"]}
-    assert spared == {id(p) for n, p in model.named_parameters() if "bias" in n or ".ln_" in n}
-    assert sum(len(g["params"]) for g in optimizer.param_groups) == len(list(model.parameters()))
-    assert optimizer.defaults["betas"][1] == 0.9
+def test_loraplus_needs_a_lora_adapter(section, args):
     with pytest.raises(RequestError, match="LoRA"):
-        optimizer_for(model, args(), 16)
+        loraplus_optimizer(attach_adapter(load_base(section("gpt2"))[0], None), args(), 16)
 
 
 def test_the_first_step_of_adam_is_the_learning_rate(attach, args):
     """Adam's first step is its rate times the gradient's sign, so the rates show in what moves."""
     model = attach("llama")
     disturb(model)
-    optimizer = optimizer_for(model, args(optim="adamw_torch", adam_epsilon=1e-12), 16)
+    optimizer = loraplus_optimizer(model, args(optim="adamw_torch", adam_epsilon=1e-12), 16)
     for group in optimizer.param_groups:
         group["weight_decay"] = 0.0
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}

@@ -169,7 +169,7 @@ def test_a_t4_session_that_ends_goes_on_with_the_same_cells(
     """A run that was stopped after a checkpoint stands for the session that went away."""
     from orpo_lite import Recipe
     from orpo_lite.train.pipeline import run
-    from orpo_lite.trainer.interrupts import Stopped
+    from orpo_lite.trainer.interruptions import Stopped
     from orpo_lite.trainer.trainer import ORPOTrainer
 
     words = dict(

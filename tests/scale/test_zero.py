@@ -8,7 +8,7 @@ import pytest
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import load_base, load_tokenizer
 from orpo_lite.recipe import ModelSection
-from orpo_lite.trainer.deepspeed import zero_stage_asked
+from orpo_lite.trainer.distributed import zero_stage_asked
 from tests.scale import checks
 from tests.scale.group import together
 

@@ -10,7 +10,7 @@ import torch
 from orpo_lite import ORPOTrainer
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
-from orpo_lite.trainer.health_warnings import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, HealthWarnings
+from orpo_lite.trainer.health import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, HealthWarnings
 from tests.trainer.poison import build, llama
 from tests.training import config, rows
 

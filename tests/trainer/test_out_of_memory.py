@@ -19,7 +19,7 @@ from orpo_lite.data.lengths import pair_costs
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.callbacks import MetricsFile
 from orpo_lite.trainer.checkpoint_folder import seal
-from orpo_lite.trainer.out_of_memory import OutOfMemory, named, ran_out
+from orpo_lite.trainer.interruptions import OutOfMemory, named, ran_out
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.tiny import tiny_model
 from tests.training import SIZES, config, rows
@@ -192,7 +192,9 @@ def test_a_single_pair_that_does_not_fit_is_named_and_the_checkpoint_stays(tmp_p
     with pytest.raises(OutOfMemory, match="checkpointing") as caught:
         trainer.train()
     message = str(caught.value)
-    assert f"single pair of {costs[longest]:,} tokens, number {longest} of the tokenized pairs" in message
+    assert (
+        f"single pair of {costs[longest]:,} tokens, row {longest} (number {longest} of the tokenized pairs" in message
+    )
     for word in ("data.max_length", "model.quantization", "memory.offload_activations", "11.76 GiB"):
         assert word in message
     step = trainer.state.global_step

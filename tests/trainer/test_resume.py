@@ -15,7 +15,7 @@ from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
 from orpo_lite.trainer.callbacks import MetricsFile
 from orpo_lite.trainer.checkpoint_folder import checkpoints, damage, manifest
-from orpo_lite.trainer.interrupts import Stopped
+from orpo_lite.trainer.interruptions import Stopped
 from tests.training import SIZES, config, rows
 
 LORA = dict(r=4, lora_alpha=8, target_modules="all-linear", lora_dropout=0.2)

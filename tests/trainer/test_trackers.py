@@ -1,20 +1,17 @@
-"""Trackers get our metrics and tables of answers, offline; one that is not installed is said before anything is spent."""
+"""Trackers get our metrics, offline; one that is not installed is said before anything is spent."""
 
 import importlib.util
 import os
 import shutil
 import socket
-import sys
-import types
 
 import pytest
-from transformers.integrations.integration_utils import WandbCallback
 
 from orpo_lite import ORPOTrainer
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
-from orpo_lite.trainer.trackers import check_trackers, log_table
+from orpo_lite.trainer.callbacks import check_trackers
 from tests.trainer.test_trainer import adapted
 from tests.training import config, rows
 
@@ -67,57 +64,18 @@ def test_a_run_in_tensorboard_and_trackio(tmp_path, trackio_folder):
              f"training.output_dir={tmp_path / 'run'}"]  # fmt: skip
     done = run(Recipe.load("quickstart", words))
     assert done is not None
-    old, new = (done.facts["samples"][when] for when in ("before", "after"))
     logged = tensorboard(tmp_path / "run" / "tensorboard")
     for name in OURS:
         assert [each.step for each in logged.Scalars(f"train/{name}")] == [1, 2], name
         assert {0, 2} <= {each.step for each in logged.Scalars(f"eval/{name}")}
     last = logged.Scalars("eval/rewards/margins")[-1].value
     assert last == pytest.approx(done.facts["eval"]["after"]["rewards/margins"], rel=1e-5)
-    text = logged.Tensors("samples/text_summary")[0].tensor_proto.string_val[0].decode()
-    assert text.startswith("| prompt | before | after |") and len(text.splitlines()) == 4
-    assert "\\<\\|im\\_start" in text  # as text, not as HTML or Markdown
 
     lines, runs = trackio_lines("whole")
     assert len(runs) == 1, "what comes after training is in a run of its own"
     for name in OURS:
         assert len([line for line in lines if f"train/{name}" in line]) == 2
         assert len([line for line in lines if f"eval/{name}" in line]) >= 2
-    table = next(line["samples"]["_value"] for line in lines if "samples" in line)
-    assert [row["before"] for row in table] == [one["answer"] for one in old]
-    assert [row["after"] for row in table] == [one["answer"] for one in new]
-    assert table[0]["after: mean log-prob"] == pytest.approx(new[0]["logp"])
-
-
-@needs_trackio
-def test_answers_during_evaluation(tmp_path, tokenizer, trackio_folder):
-    args = config(tmp_path, generate_during_eval=True, per_device_eval_batch_size=3, max_completion_length=4, project="during",
-                  report_to=["tensorboard", "trackio"], eval_strategy="steps", eval_steps=1, max_steps=2)  # fmt: skip
-    trainer = ORPOTrainer(adapted("llama"), args, None, rows(8), rows(7), tokenizer)
-    folder = next(one for one in trainer.callback_handler.callbacks if type(one).__name__ == "TensorBoardCallback")
-    folder.logging_dir = str(tmp_path / "board")
-    trainer.train()
-    lines, _ = trackio_lines("during")
-    tables = [line for line in lines if "game_log" in line]
-    assert [table["train/global_step"] for table in tables] == [1, 2]
-    assert [row["Policy"] for row in tables[-1]["game_log"]["_value"]] == [one["answer"] for one in trainer.answers]
-    texts = tensorboard(tmp_path / "board").Tensors("game_log/text_summary")
-    assert [text.step for text in texts] == [1, 2] and b"| Prompt | Policy |" in texts[0].tensor_proto.string_val[0]
-
-
-def test_a_table_for_wandb(tmp_path, tokenizer, monkeypatch):
-    """By the calls that wandb documents; wandb itself wants an account."""
-    sent = []
-    wandb = types.ModuleType("wandb")
-    wandb.Table = lambda columns, data: (columns, data)  # type: ignore[attr-defined]
-    wandb.log = sent.append  # type: ignore[attr-defined]
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    trainer = ORPOTrainer(adapted("llama"), config(tmp_path), None, rows(2), None, tokenizer)
-    trainer.callback_handler.callbacks.append(WandbCallback.__new__(WandbCallback))
-    log_table(trainer, "samples", ["a", "b"], [["x", 1], ["y", 2]])
-    assert sent == [{"samples": (["a", "b"], [["x", 1], ["y", 2]]), "train/global_step": 0}]
-    log_table(trainer, "samples", ["a"], [])
-    assert len(sent) == 1
 
 
 def test_one_that_is_not_installed_is_said_before_anything_is_spent(tmp_path, tokenizer, monkeypatch):

@@ -1,0 +1,313 @@
+"""What a run says of its numbers: warnings where they look suspicious, and the report of a step that is not finite."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import math
+import statistics
+from collections import deque
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.collate import pair_tokens, select_pairs
+from orpo_lite.data.lengths import numbers
+from orpo_lite.data.sources import open_source
+from orpo_lite.trainer.distributed import sharded
+from orpo_lite.trainer.objective import micro_batches
+from orpo_lite.trainer.trl_names import TrlRows
+
+if TYPE_CHECKING:
+    from orpo_lite.recipe import DataSection
+
+logger = logging.getLogger(__name__)
+
+LOW_LORA_LEARNING_RATE = 1e-5
+HISTORY = 100
+"""Number of steps that a loss is compared with."""
+ENOUGH = 16
+"""Number of steps before a median and its spread mean anything."""
+BLOCK, BLOCKS = 8, 5
+"""A trend is what all of BLOCKS successive means, each over BLOCK steps, follow."""
+UNCHANGED_AFTER = 20
+"""Optimizer steps, at a learning rate above 0, after which an unchanged adapter is no accident."""
+SHOWN = 4
+"""Number of pairs and tensors that a message lists."""
+
+
+class HealthWarnings:
+    """The warnings of a run so far, and the figures of its last steps.
+
+    Args:
+        log: whether this process logs them; all processes keep them.
+    """
+
+    def __init__(self, log: bool = True):
+        self.log = log
+        self.warnings: list[dict[str, Any]] = []
+        """One entry per warning: its kind, the optimizer step from 1 (0: before training), the message."""
+        self.losses: deque[float] = deque(maxlen=HISTORY)
+        self.trend: deque[tuple[float, float]] = deque(maxlen=BLOCK * BLOCKS)
+
+    def warn(self, kind: str, step: int, words: str) -> None:
+        """Log a warning, unless one of its kind has been logged, and keep it."""
+        if any(one["kind"] == kind for one in self.warnings):
+            return
+        self.warnings.append({"kind": kind, "step": step, "message": words})
+        if self.log:
+            logger.warning("%s", words)
+
+    def check_learning_rate(self, rate: float) -> None:
+        """Check the learning rate of a LoRA adapter, before training."""
+        if rate < LOW_LORA_LEARNING_RATE:
+            self.warn(
+                "low learning rate",
+                0,
+                f"learning_rate {rate:g} is low for LoRA, which usually wants 5e-5 to 5e-4: the adapter may hardly change; "
+                "try training.learning_rate=1e-4",
+            )
+
+    def step(self, step: int, loss: float, chosen: float, margin: float, zero_gradient: bool) -> None:
+        """Check an optimizer step that is about to be taken.
+
+        Args:
+            loss: of the whole step.
+            chosen: mean log-prob of its chosen answers' tokens.
+            margin: that, less the same of the rejected answers.
+            zero_gradient: every gradient is exactly 0.
+        """
+        if zero_gradient:
+            self.warn(
+                "zero gradient",
+                step,
+                f"step {step}: every gradient is exactly 0, so nothing is learned. If the loss is far above where it began, the "
+                "weights were thrown out: try a lower training.learning_rate. Otherwise check whether the adapter's modules take part "
+                "in the forward pass (adapter.target_modules) and, in fp16, whether gradients underflow (model.dtype=float32)",
+            )
+        self._spike(step, loss)
+        self._collapse(step, chosen, margin)
+
+    def _spike(self, step: int, loss: float) -> None:
+        """Find one loss far out, or three in a row; by median and MAD, which a few odd batches do not move."""
+        if len(self.losses) >= ENOUGH:
+            *past, third, second = self.losses
+            middle = statistics.median(past)
+            spread = max(1.4826 * statistics.median(abs(x - middle) for x in past), 0.02 * abs(middle))
+            far, running = middle + max(25 * spread, 1.5 * abs(middle)), middle + max(6 * spread, 0.3 * abs(middle))
+            if loss > far or min(loss, second, third) > running:
+                self.warn(
+                    "loss spike",
+                    step,
+                    f"step {step}: the loss jumped to {loss:.4g}, where the median of the {len(past)} steps before is "
+                    f"{middle:.4g}. If it stays there, try a lower training.learning_rate, more warm-up "
+                    "(training.warmup_steps) or a smaller training.max_grad_norm; if it recurs with certain rows, look at those",
+                )
+        self.losses.append(loss)
+
+    def _collapse(self, step: int, chosen: float, margin: float) -> None:
+        """Find a margin that grows while the chosen answers themselves become less likely, block after block."""
+        self.trend.append((chosen, margin))
+        if len(self.trend) < BLOCK * BLOCKS:
+            return
+        blocks = np.array(self.trend).reshape(BLOCKS, BLOCK, 2)
+        means = blocks.mean(1)
+        noise = np.sqrt(blocks.var(1, ddof=1).mean(0) * 2 / BLOCK)
+        direction = np.array([-1, 1])  # log-probs fall, the margin grows
+        steady = (np.diff(means, axis=0) * direction > 0).all()
+        # beyond the noise of the blocks' means, and enough to matter: 0.1 is a tenth of the tokens' probability
+        if steady and ((means[-1] - means[0]) * direction > np.maximum(4 * noise, 0.1)).all():
+            self.warn(
+                "rewards collapsing",
+                step,
+                f"step {step}: over the last {BLOCK * BLOCKS} steps the chosen answers' mean log-prob fell from "
+                f"{means[0, 0]:.3f} to {means[-1, 0]:.3f} while the margin grew from {means[0, 1]:.3f} to {means[-1, 1]:.3f}: "
+                "the model unlearns the rejected answers and the chosen ones along with them. Try a smaller orpo.beta or "
+                "training.learning_rate, fewer epochs, or orpo.nll_scope=prompt+chosen",
+            )
+
+
+class Unchanged:
+    """Finds an adapter that training leaves as it was: sums of what is trained, at the start and later.
+
+    Of LoRA only B is compared: it starts at 0, so that no update of it is rounded away unseen.
+    """
+
+    def __init__(self, model: nn.Module):
+        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+        self.parameters = [p for name, p in trained if "lora_B" in name] or [p for _, p in trained]
+        self.before = self.sums()
+        self.steps = 0
+
+    def sums(self) -> list[tuple[float, float]]:
+        # of absolute values too: an antisymmetric change has a sum of 0
+        values = [local(p).detach().double() for p in self.parameters]
+        return [(float(one.sum()), float(one.abs().sum())) for one in values]
+
+    def stepped(self, step: int, health: HealthWarnings, learning_rate: float, last: bool = False) -> None:
+        """Compare after an optimizer step that was taken, or (`last`) after all of them."""
+        if not last:
+            self.steps += learning_rate > 0
+        if (self.steps if last else self.steps == UNCHANGED_AFTER) and self.parameters and self.sums() == self.before:
+            health.warn(
+                "adapter unchanged",
+                step,
+                f"step {step}: after {self.steps} optimizer steps the trained weights are bit for bit what they were: updates "
+                "are rounded away or never made. Try a higher training.learning_rate, check adapter.target_modules, and "
+                "train in float32 (trainable parameters in 16 bits lose small updates)",
+            )
+
+
+# ---- the report of a step that is not finite ---------------------------------------------------------------------------
+
+
+def locate_pairs(trainer: Any, sources: list[str], blame: bool) -> list[dict[str, Any]]:
+    """Find where the pairs of the step in progress come from, on all processes.
+
+    Args:
+        sources: paths that the pairs' `source` column counts.
+        blame: compute each pair of an item whose loss is not finite alone, without gradients.
+
+    Returns:
+        For each pair its row, source, number in the tokenized pairs (None: unknown), tokens and, where blamed, loss.
+    """
+    step, found = trainer.step_in_progress, []
+    blame &= not sharded(trainer.model)  # their forward pass takes all processes
+    losses = [float(loss) for loss in step.losses]
+    devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
+        for index, item in enumerate(step.items):
+            wrong = index < len(losses) and not math.isfinite(losses[index])
+            for batch in micro_batches(item):
+                pairs = located(batch, trainer.train_dataset, sources)
+                for place, pair in enumerate(pairs if blame and wrong else []):
+                    pair["loss"] = float(trainer.objective.loss(trainer.model, [select_pairs(batch, [place])])[0])
+                found += pairs
+    return gather_object(found) if trainer.accelerator.num_processes > 1 else found
+
+
+def located(batch: dict[str, Any], dataset: Any, sources: list[str]) -> list[dict[str, Any]]:
+    """Find where a batch's pairs come from, see `locate_pairs`."""
+    places = []
+    rows = numbers(dataset, "row") if "row" in getattr(dataset, "column_names", ()) else np.empty(0)
+    for place, (row, tokens) in enumerate(zip(batch["pair_rows"].tolist(), pair_tokens(batch), strict=False)):
+        found = {"row": row, "source": None, "number": None, "tokens": tokens}
+        chosen = batch["label_ids"][batch["chosen_pair"] == place].tolist()
+        for number in np.flatnonzero(rows == row).tolist():
+            # sources and their weights repeat row numbers: the tokens tell which it was
+            if list(dataset[number]["chosen_ids"])[-len(chosen) :] == chosen:
+                source = dataset[number].get("source", len(sources))
+                found |= {"number": number, "source": sources[source] if source < len(sources) else None}
+                break
+        places.append(found)
+    return places
+
+
+def describe_step(trainer: Any, pairs: list[dict[str, Any]]) -> str:
+    """Say which numbers of the step in progress are not finite, through which rows, and what to try."""
+    losses, weights = [float(loss) for loss in trainer.step_in_progress.losses], trained(trainer.model)
+    loss = sum(gather_object(losses) if trainer.accelerator.num_processes > 1 else losses)
+    found = f"the loss is {loss:.4g}" + (", but gradients are not finite" if math.isfinite(loss) else "")
+    lines = [
+        f"step {trainer.state.global_step + 1}: {found}. It was found before the optimizer step, which was not taken"
+    ]
+    if bad := not_finite({name: p.grad for name, p in weights.items() if p.grad is not None}):
+        lines.append(f"gradients: {bad}")
+    if bad := not_finite(weights):
+        lines.append(f"trained weights, thrown out by the steps before: {bad}")
+    lines.append(f"pairs of the step: {listed(pairs)}")
+    if culprits := [pair for pair in pairs if not math.isfinite(pair.get("loss", 0.0))]:
+        lines.append(f"not finite when computed alone: {listed(culprits)}")
+    precise = (
+        "" if trainer.args.mixed_precision == "no" else "model.dtype=float32 (or bfloat16, where it was float16), "
+    )
+    lines.append(
+        f"look at the rows; try {precise}a lower training.learning_rate (it was {learning_rate(trainer):.3g} here) and more "
+        "training.warmup_steps; if the very first step fails, look at the base model's weights"
+    )
+    return "\n  ".join(lines)
+
+
+def listed(pairs: list[dict[str, Any]]) -> str:
+    """List pairs by row, source, number and tokens."""
+    words = []
+    for pair in pairs[:SHOWN]:
+        place = f"row {pair['row']}" if pair["row"] >= 0 else "an unknown row"
+        if pair["source"]:
+            place += f" of {pair['source']}"
+        if pair["number"] is not None:
+            place += f" (number {pair['number']} of the tokenized pairs, {pair['tokens']:,} tokens)"
+        words.append(place)
+    return "; ".join(words) + (f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
+
+
+def read_rows(trainer: Any, pairs: list[dict[str, Any]], data: DataSection | None) -> list[dict[str, Any]]:
+    """Read the rows of pairs as they were given; the text of their tokens where one of them cannot be read again.
+
+    Args:
+        pairs: from `locate_pairs`.
+        data: the section of the recipe that they come from; None where a script gave them to the trainer.
+    """
+    known = [pair for pair in pairs if pair["number"] is not None]
+    try:
+        if data is None:
+            return [dict(trainer.given_rows[pair["row"]]) for pair in known]
+        return [read_row(data, pair["source"], pair["row"]) for pair in known]
+    except (RequestError, OSError, LookupError, TypeError, ValueError, StopIteration):
+        texts = map(TrlRows(list, trainer.tokenizer).row, (trainer.train_dataset[pair["number"]] for pair in known))
+        return [{name: text[name] for name in ("prompt", "chosen", "rejected")} for text in texts]
+
+
+def read_row(data: DataSection, path: str | None, row: int) -> dict[str, Any]:
+    """Read one row of a source of data.train again; StopIteration where there is none."""
+    source = next(one for one in data.train if one.path == path or (not path and len(data.train) == 1))
+    batches = open_source(source, data.split, data.columns, field="data.train").batches()
+    return dict(next(itertools.islice(itertools.chain.from_iterable(batches), row, None)))
+
+
+# ---- numbers of tensors that may be sharded ----------------------------------------------------------------------------
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return this process's part of a tensor that may be sharded."""
+    if isinstance(tensor, DTensor):
+        return tensor.to_local()
+    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves an empty tensor in the parameter's place
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Return trained parameters by name, without what PEFT puts around it."""
+    named = ((name, p) for name, p in model.named_parameters() if p.requires_grad)
+    return {name.removeprefix("base_model.model.").replace(".default.", "."): p for name, p in named}
+
+
+def largest(tensors: list[Tensor], device: torch.device) -> Tensor:
+    """Return the largest absolute value over tensors, a float32 scalar on `device`; NaN or inf where one holds such a value.
+
+    It is the norm of order inf, since that of order 2 overflows where all values are finite.
+    """
+    if not tensors:
+        return torch.zeros((), device=device)
+    return torch.nn.utils.get_total_norm([local(one) for one in tensors], math.inf).to(device, torch.float32)
+
+
+def not_finite(tensors: dict[str, Tensor]) -> str:
+    """Name the tensors that hold values that are not finite, and count those; of shards, this process's."""
+    counts = {name: int((~torch.isfinite(local(one))).sum()) for name, one in tensors.items()}
+    bad = {name: count for name, count in counts.items() if count}
+    if not bad:
+        return ""
+    whole = sum(tensors[name].numel() for name in bad)
+    first = ", ".join(f"{name} ({count:,} of {tensors[name].numel():,})" for name, count in list(bad.items())[:SHOWN])
+    more = f" and {len(bad) - SHOWN} more" if len(bad) > SHOWN else ""
+    return f"{sum(bad.values()):,} of {whole:,} values not finite in {len(bad)} tensors: {first}{more}"
+
+
+def learning_rate(trainer: Any) -> float:
+    """Return the learning rate of the step in progress; before training that of the arguments."""
+    return float(trainer.args.learning_rate if trainer.optimizer is None else trainer.optimizer.param_groups[0]["lr"])
