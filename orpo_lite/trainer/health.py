@@ -21,7 +21,7 @@ from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import open_source
 from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import micro_batches
-from orpo_lite.trainer.trl_names import TrlRows
+from orpo_lite.trainer.trl_names import trl_row
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -259,7 +259,7 @@ def read_rows(trainer: Any, pairs: list[dict[str, Any]], data: DataSection | Non
             return [dict(trainer.given_rows[pair["row"]]) for pair in known]
         return [read_row(data, pair["source"], pair["row"]) for pair in known]
     except (RequestError, OSError, LookupError, TypeError, ValueError, StopIteration):
-        texts = map(TrlRows(list, trainer.tokenizer).row, (trainer.train_dataset[pair["number"]] for pair in known))
+        texts = [trl_row(trainer.train_dataset[pair["number"]], trainer.tokenizer) for pair in known]
         return [{name: text[name] for name in ("prompt", "chosen", "rejected")} for text in texts]
 
 

@@ -201,12 +201,12 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return batches of held-out pairs; rows that are not tokenized yet are tokenized as the others were."""
-        rows = self._tokenized(eval_dataset, "eval") if untokenized(eval_dataset) else eval_dataset
+        rows: Any = self._tokenized(eval_dataset, "eval") if untokenized(eval_dataset) else eval_dataset
         return super().get_eval_dataloader(rows)
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Return the same for `predict`."""
-        rows = self._tokenized(test_dataset, "test") if untokenized(test_dataset) else test_dataset
+        rows: Any = self._tokenized(test_dataset, "test") if untokenized(test_dataset) else test_dataset
         return super().get_test_dataloader(rows)
 
     def unwrapped(self, model: Any = None) -> Any:

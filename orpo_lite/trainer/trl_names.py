@@ -232,26 +232,24 @@ def with_trl_columns(rows: Any) -> Any:
     return view
 
 
-class TrlRows:
-    """Your own collator, given each pair in TRL's form as well as in ours.
+def trl_row(pair: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
+    """Return a tokenized pair with TRL's columns, and the texts `prompt`, `chosen` and `rejected` of its tokens."""
+    row = {**pair, **trl_columns(pair)}
+    row["prompt"] = tokenizer.decode(row["prompt_input_ids"])
+    for side in ("chosen", "rejected"):
+        start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
+        row[side] = tokenizer.decode(list(pair[f"{side}_ids"])[start:])
+    return row
 
-    The texts `prompt`, `chosen` and `rejected` are decoded tokens, other columns as they were.
-    """
+
+class TrlRows:
+    """Your own collator, given each pair in TRL's form as well as in ours, other columns as they were."""
 
     def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], tokenizer: Any):
         self.collator, self.tokenizer = collator, tokenizer
 
     def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.collator([self.row(pair) for pair in pairs])
-
-    def row(self, pair: dict[str, Any]) -> dict[str, Any]:
-        """Return a pair with TRL's columns and texts."""
-        row = {**pair, **trl_columns(pair)}
-        row["prompt"] = self.tokenizer.decode(row["prompt_input_ids"])
-        for side in ("chosen", "rejected"):
-            start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
-            row[side] = self.tokenizer.decode(list(pair[f"{side}_ids"])[start:])
-        return row
+        return self.collator([trl_row(pair, self.tokenizer) for pair in pairs])
 
 
 def with_columns(pairs: Any, rows: Any) -> Any:
