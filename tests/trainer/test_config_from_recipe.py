@@ -7,8 +7,8 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
 
 CASES = [
-    (["training.logging_steps=0"], ["training.logging_steps: found 0", "above 0"]),
-    (["training.save_steps=0"], ["training.save_steps: found 0", "above 0"]),
+    (["training.logging_steps=0"], ["training.logging_steps: found 0", "greater than 0"]),
+    (["training.save_steps=0"], ["training.save_steps: found 0", "greater than 0"]),
     (['training.lr_scheduler_kwargs={"foo": 1}'], ["training.lr_scheduler_kwargs (found {'foo': 1})", "'foo'"]),
     (["training.lr_scheduler_kwargs='{'"], ["training.lr_scheduler_kwargs (found '{')"]),
     (
@@ -21,7 +21,7 @@ CASES = [
         ["training.load_best_model_at_end (found True)", "training.eval_strategy (found 'no')"],
     ),
     (['training.accelerator_config={"x": 1}'], ["training.accelerator_config (found {'x': 1})"]),
-    (["training.train_sampling_strategy=group_by_length"], ["training.train_sampling_strategy", "random or sequential"]),
+    (["training.train_sampling_strategy=group_by_length"], ["training.train_sampling_strategy", "random, sequential"]),
 ]  # fmt: skip
 
 
