@@ -22,7 +22,7 @@ CHOICES = {
     **dict.fromkeys(("log_level", "log_level_replica"), ("detail", "debug", "info", "warning", "error", "critical", "passive")),
 }  # fmt: skip
 """Values of fields that are plain text to transformers, or where not all of its values work here."""
-INSTEAD = dict.fromkeys(
+INSTEAD: dict[str, str] = dict.fromkeys(
     ("group_by_length", "batch_rebalance"),
     "; set orpo.tokens_per_batch instead, which puts pairs of similar length together inside each optimizer step and "
     "deals them out evenly",
@@ -41,7 +41,7 @@ ELSEWHERE = {
 }  # fmt: skip
 """Fields that a run does not use: why not, and what to do instead."""
 
-LIMITS = {
+LIMITS: dict[str, Any] = {
     **dict.fromkeys(
         ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
          "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
@@ -118,7 +118,7 @@ def check_training_field(key: str, value: Any) -> Any:
         raise ValueError(
             f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}{hint}"
         )
-    kind = Annotated[fields[key], LIMITS[key]] if key in LIMITS else fields[key]
+    kind: Any = Annotated[fields[key], LIMITS[key]] if key in LIMITS else fields[key]
     try:
         return TypeAdapter(kind, config=ConfigDict(allow_inf_nan=False)).validate_python(value)
     except ValidationError as error:

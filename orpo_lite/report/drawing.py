@@ -15,14 +15,8 @@ from orpo_lite.common.text import number
 Point = tuple[float, float]
 
 BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
-COLORS = (
-    ("#0b68cb", "#6cb4ff"),
-    ("#b45309", "#ffb057"),
-    ("#1a7f37", "#56d364"),
-    ("#cf222e", "#ff8a80"),
-    ("#7c3aed", "#cda5ff"),
-    ("#0e7490", "#4dd0e1"),
-)
+COLORS = (("#0b68cb", "#6cb4ff"), ("#b45309", "#ffb057"), ("#1a7f37", "#56d364"), ("#cf222e", "#ff8a80"),
+          ("#7c3aed", "#cda5ff"), ("#0e7490", "#4dd0e1"))  # fmt: skip
 """On a light and on a dark page; the model card takes the light ones."""
 Y_TICKS, X_TICKS = 4, 6
 DOTTED = 30

@@ -111,7 +111,7 @@ def model_card(
 def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[str], base: str | None) -> str:
     """Return the card of a finished run."""
     recipe, record = folder.recipe(), read_run(folder).record
-    facts = record.base_model
+    facts, held = record.base_model, record.base_model.quantization or "none"
     if kind == "adapter" and recipe.adapter is None:
         kind = "merged"
     hub, license, revision = facts.hub_id, facts.license, facts.commit or facts.revision
@@ -119,18 +119,17 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         hub, license, revision = hub_id(base), find_license(base), None
     shown = public_name(base or recipe.model.name_or_path, hub is not None)
     name = record.name or folder.path.resolve().name
-    it = usage_facts(folder.path, repo, name, shown, revision, recipe, facts.quantization, facts.dtype or "auto")
+    it = usage_facts(folder.path, repo, name, shown, revision, recipe, held, facts.dtype or "auto")
     tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if it["bits"] == 4 else [])
     sources = record.data.sources.values()
-    meta = front_matter(
-        kind, base=hub, license=license, tags=tags, name=repo.rpartition("/")[2] if repo else name,
-        datasets=sorted({one.path for one in sources if one.section == "train" and one.path and not one.files}),
-        results=eval_results(record, recipe, kind),
-    )  # fmt: skip
+    datasets = sorted({one.path for one in sources if one.section == "train" and one.path and not one.files})
+    meta = front_matter(kind, hub, license, tags, datasets=datasets or None)
+    if results := eval_results(record, recipe, kind):
+        meta.model_name, meta.eval_results = repo.rpartition("/")[2] if repo else name, results
     shapes = {FAMILY.get(one.shape or "") for one in sources}
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
     return render(
-        meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=facts.quantization,
+        meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=held,
         record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
@@ -151,7 +150,7 @@ def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], 
             ("modules to save", ", ".join(config.get("modules_to_save") or [])),
             ("DoRA", config.get("use_dora")), ("rsLoRA", config.get("use_rslora"))]  # fmt: skip
     return render(
-        front_matter(kind, base=hub, license=license, tags=["lora"], name=name),
+        front_matter(kind, hub, license, ["lora"]),
         name=name, kind=kind, shown=shown, hub=hub, license=license, repo=repo, notes=notes, config=rows,
         it=usage_facts(source, repo, name, shown if named else "BASE", revision),
     )  # fmt: skip
@@ -177,12 +176,10 @@ def write_trainer_card(
     named = model.config._name_or_path or ""
     hub, name = hub_id(named) if named else None, model_name or folder.resolve().name
     kind: Kind = "adapter" if isinstance(model, PeftModel) else "merged"
-    given = [tags] if isinstance(tags, str) else tags or []
-    meta = front_matter(
-        kind, name=name, base=hub, license=None,
-        tags=sorted({*given, "orpo", "orpo-lite", *(["lora"] if kind == "adapter" else [])}),
-        datasets=[dataset_name] if dataset_name and hub_id(dataset_name) else None,
-    )  # fmt: skip
+    given = {tags} if isinstance(tags, str) else set(tags or ())
+    given |= {"orpo", "orpo-lite"} | ({"lora"} if kind == "adapter" else set())
+    datasets = [dataset_name] if dataset_name and hub_id(dataset_name) else None
+    meta = front_matter(kind, hub, None, sorted(given), datasets=datasets)
     packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
     versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     shown = public_name(named, hub is not None) if named else "a model of its own"
@@ -244,17 +241,10 @@ def cut(text: str) -> str:
 
 
 def front_matter(
-    kind: Kind,
-    *,
-    name: str,
-    base: str | None,
-    license: dict[str, str] | None,
-    tags: list[str],
-    datasets: list[str] | None = None,
-    results: list[EvalResult] | None = None,
-) -> ModelCardData:
+    kind: Kind, base: str | None, license: dict[str, str] | None, tags: list[str], **more: Any
+) -> ModelCardData:  # fmt: skip
     """Return the front matter in huggingface_hub's own classes, so that the hub accepts it; `base` is a hub id or None."""
-    license, more = license or {}, {}
+    license = license or {}
     if base:
         more["base_model_relation"] = RELATIONS[kind]
     if link := license.get("link"):
@@ -268,9 +258,6 @@ def front_matter(
         tags=[*tags, *(["gguf"] if kind == "gguf" else [])],
         license=license.get("id"),
         license_name=license.get("name"),
-        datasets=datasets or None,
-        model_name=name if results else None,
-        eval_results=results or None,
         **more,
     )
 

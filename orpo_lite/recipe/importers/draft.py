@@ -182,7 +182,7 @@ class RecipeDraft:
             if wanted := self.take(name, "model.dtype"):
                 self.differ(name, wanted, DTYPE)
 
-    def training(self, fields: Mapping[str, Mapping[str, Any]]) -> None:
+    def training(self, fields: dict[str, Any]) -> None:
         """Carry over what transformers has, by the same name or the one under `training` in the trainer's table."""
         for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
             self.leave(name, HUB_WORD)
