@@ -75,8 +75,8 @@ class Recipe(Section):
                 f"adapter is null (full fine-tuning) but model.quantization is {model.quantization}: quantized weights "
                 "cannot be trained; set model.quantization=none or give an adapter"
             )
-        init = adapter.init_lora_weights if adapter else True
-        if isinstance(init, str) and init.startswith(("pissa", "olora")) and model.quantization != "none":
+        init = str(adapter.init_lora_weights) if adapter else ""
+        if init.startswith(("pissa", "olora")) and model.quantization != "none":
             problems.append(
                 f"adapter.init_lora_weights is {init}, which changes the base weights, but model.quantization is "
                 f"{model.quantization}: set model.quantization=none or adapter.init_lora_weights=true"

@@ -63,7 +63,6 @@ def command(
     if json_too:
         print(as_json(loaded))
         return
-    assert loaded[0].path is not None
     path = output or loaded[0].path / ("report.html" if len(loaded) == 1 else "compare.html")
     if path.is_dir() or not path.parent.is_dir():
         raise RequestError(f"--output: found {str(path)!r}, expected the name of a file in an existing folder")

@@ -116,16 +116,15 @@ def metric(result: dict[str, Any], key: str) -> str:
 def interval(result: dict[str, Any]) -> tuple[float, float] | None:
     """Return the lowest and the highest value of an accuracy's interval, or None where it is not known."""
     found = result.get("rewards/accuracies_interval") or ()
-    return (found[0], found[1]) if len(found) == 2 and all(map(is_finite, found)) else None
+    return (found[0], found[1]) if len(found) == 2 else None
 
 
 def arrow(*values: str) -> str:
     return Markup(" → ").join(filter(None, values))
 
 
-def cut(text: str | None) -> str:
+def cut(text: str) -> str:
     """Return a text, or the beginning of a very long one."""
-    text = text or ""
     return text if len(text) <= LONGEST else f"{text[:LONGEST]} [{len(text) - LONGEST:,} more characters]"
 
 
@@ -203,9 +202,7 @@ def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple
 
 
 def next_steps(run: LoadedRun) -> list[tuple[str, str]]:
-    """Return commands to type next for this run, and what each is for; none for a run without a folder."""
-    if run.path is None:
-        return []
+    """Return commands to type next for this run, and what each is for."""
     here, name = shown_path(run.path), run.path.resolve().name
     place, again, merged, gguf = map(shlex.quote, (here, f"{here}-2", f"{here}-merged", f"{name}.gguf"))
     whole, seed = run.full_fine_tuning, 0 if run.record.seed is None else run.record.seed
@@ -289,7 +286,7 @@ def labels(runs: Sequence[LoadedRun]) -> list[str]:
     names = [run.name for run in runs]
     for parts in (1, 2):
         if len(set(names)) < len(names):
-            names = ["/".join(run.path.resolve().parts[-parts:]) if run.path else run.name for run in runs]
+            names = ["/".join(run.path.resolve().parts[-parts:]) for run in runs]
     short = (name if len(name) <= 60 else f"{name[:59]}…" for name in names)
     return [f"{chr(ord('A') + place % 26)} · {name}" for place, name in enumerate(short)]
 

@@ -202,6 +202,7 @@ class HeldOutPairs(Section):
 class LoadedRun:
     """One run as its report takes it: finished, under way or stopped, of this version or an older one."""
 
+    path: Path
     record: RunRecord = field(default_factory=RunRecord)
     """run.json; for an unfinished run what else is known, in the same fields."""
     metrics: list[dict[str, float]] = field(default_factory=list)
@@ -209,7 +210,6 @@ class LoadedRun:
     recipe: Recipe | None = None
     """None where it cannot be read, which `notes` says."""
     pairs: HeldOutPairs = field(default_factory=HeldOutPairs)
-    path: Path | None = None
     state: State = "finished"
     checkpoint: str | None = None
     """The newest one of an unfinished run."""
@@ -218,7 +218,7 @@ class LoadedRun:
 
     @property
     def name(self) -> str:
-        return self.record.name or (self.path.name if self.path else "run")
+        return self.record.name or self.path.name
 
     @property
     def beta(self) -> float:
@@ -242,7 +242,7 @@ def read_run(place: str | Path | RunFolder) -> LoadedRun:
         RequestError: no run folder, a run.json that is no JSON object, or a run of which nothing is known yet.
     """
     folder = place if isinstance(place, RunFolder) else RunFolder.open(place)
-    run = LoadedRun(path=folder.path)
+    run = LoadedRun(folder.path)
     try:
         run.recipe = folder.recipe()
     except RequestError as error:

@@ -141,6 +141,6 @@ def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None
 
     for checkpoint in (None, "checkpoint-10"):
         recipe = Recipe.load("quickstart").model_copy(update={"adapter": adapter})
-        run = LoadedRun(RunRecord(seed=42), [], recipe, path=tmp_path / "my run", state=state, checkpoint=checkpoint)
+        run = LoadedRun(tmp_path / "my run", RunRecord(seed=42), [], recipe, state=state, checkpoint=checkpoint)
         for line, _ in next_steps(run):
             check("report.html", *words_of(line))  # type: ignore[misc]

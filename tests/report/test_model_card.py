@@ -460,7 +460,7 @@ LINE = {"loss": 1.0, "nll_loss": 0.9, "log_odds_ratio": -0.7, "rewards/chosen": 
 
 
 def draw_curves(lines, path):
-    return draw_card_curves(LoadedRun(RunRecord(), lines), path)
+    return draw_card_curves(LoadedRun(path.parent, RunRecord(), lines), path)
 
 
 def ink(path):
