@@ -12,14 +12,14 @@ from orpo_lite.common.errors import RequestError
 
 TOKENIZER = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
              "vocab.txt", "merges.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")  # fmt: skip
+LICENSES = ("LICENSE", "LICENSE.txt", "LICENSE.md", "NOTICE", "NOTICE.txt")
 COMMON = dict.fromkeys(TOKENIZER, "tokenizer") | {
     "README.md": "model card",
     "recipe.yaml": "the run's recipe",
     "curves.png": "picture of the training and held-out curves",
     "chat_template.jinja": "chat template, as trained with",
     "additional_chat_templates/*.jinja": "chat template",
-    **dict.fromkeys(("LICENSE", "LICENSE.txt", "LICENSE.md"), "license"),
-    **dict.fromkeys(("NOTICE", "NOTICE.txt"), "notice that the base's license requires"),
+    **dict.fromkeys(LICENSES, "license"),
 }
 ALLOWED = {
     "adapter": COMMON
@@ -45,8 +45,7 @@ KEPT = {
     ".lock": "held while a run uses the folder",
     "metrics.jsonl": "the curves' numbers",
     "held_out.json": "how likely every held-out pair was, before and after",
-    "report.html": "your own report; the model card says what matters",
-    "compare.html": "your own report of several runs",
+    **dict.fromkeys(("report.html", "compare.html"), "your own report; the model card says what matters"),
     "*.gguf": "an export: push it with --gguf",
     "Modelfile": "goes with the GGUF file that it names",
     **dict.fromkeys((".DS_Store", "Thumbs.db", "desktop.ini"), "the file manager's"),
@@ -56,10 +55,9 @@ KEPT = {
 
 UNEXPECTED = (
     (r"optimizer.*|scheduler\.pt|scaler\.pt|rng_state.*|trainer_state\.json|training_args\.bin", "training state"),
-    (r"checkpoint-\d+/|global_step\d+/|.*\.ckpt", "checkpoint"),
     (r"\.env.*|.*\.env|\.netrc|.*\.pem|.*\.key|id_rsa.*|credentials.*|token", "usually holds secrets"),
     (r"\.git/", "git's database, with everything that was ever committed"),
-    (r".*\.(bin|pt|pth|pkl|pickle|npz)", "pickled file, which could run code when it is loaded"),
+    (r".*\.(bin|pt|pth|ckpt|pkl|pickle|npz)", "pickled file, which could run code when it is loaded"),
     (r".*", "not written by orpo_lite"),
 )
 
@@ -96,13 +94,12 @@ def sort_files(
     kept: dict[str, tuple[Path, str]] = {}
     problems: list[str] = []
     for name, path in walk(folder):
-        wanted, reason = match(name, allowed), match(name.rstrip("/"), KEPT)
-        if wanted and path.is_symlink() and not path.resolve().is_relative_to(folder):
+        if match(name, allowed) and path.is_symlink() and not path.resolve().is_relative_to(folder):
             problems.append(f"{name}: a link that leads out of the folder")
             continue
-        if wanted and path.is_file():
+        if match(name, allowed) and path.is_file():
             uploaded[name] = path
-        elif reason:
+        elif reason := match(name.rstrip("/"), KEPT):
             kept[name] = (path, reason)
         else:
             problems.append(f"{name}: {next(text for pattern, text in UNEXPECTED if re.fullmatch(pattern, name))}")

@@ -5,19 +5,19 @@ from __future__ import annotations
 import json
 import re
 import struct
-import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path, PurePath, PureWindowsPath
+from pathlib import Path
 from typing import Any, Literal
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.console import console
 from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import ALLOWED, COMMON, refuse, sort_files
+from orpo_lite.common.published_files import ALLOWED, LICENSES, refuse, sort_files
+from orpo_lite.model.untrusted_files import read_object
 from orpo_lite.recipe.loading import BUILTIN
+from orpo_lite.report.model_card import model_card
+from orpo_lite.report.provenance import hub_id, last_part
 
 Kind = Literal["adapter", "merged", "gguf"]
 NOTES = re.compile(r"(?m)^## Notes\n\n(?:- .*\n)+")
@@ -44,23 +44,15 @@ class UploadPlan:
     kept: dict[str, tuple[Path, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
-    def read(self, name: str) -> bytes:
+    def text(self, name: str) -> str:
         """Return a file's content; nothing where the plan has no such file."""
         content = self.files.get(name, b"")
-        return content if isinstance(content, bytes) else content.read_bytes()
+        return (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8")
 
     def sizes(self) -> dict[str, int]:
         """Return the size of every file in bytes, in the order of names."""
         return {name: len(content) if isinstance(content, bytes) else content.stat().st_size
                 for name, content in sorted(self.files.items())}  # fmt: skip
-
-
-@contextmanager
-def temporary_folder_beside(folder: Path) -> Iterator[Path]:
-    """Yield a temporary folder beside the run, whose disk is likelier to have room for a model than that of /tmp."""
-    folder = folder.resolve()
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}-merged-") as place:
-        yield Path(place)
 
 
 def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
@@ -86,8 +78,8 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
     required = {"adapter_config.json", "adapter_model.safetensors"}
     if kind == "merged":
         index = folder / "model.safetensors.index.json"
-        required = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        if "auto_map" in read_json(folder / "config.json"):
+        required = set(read_object(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        if "auto_map" in read_object(folder / "config.json"):
             allowed = allowed | {"*.py": "the model's own code, which config.json names"}
     files, kept = sort_files(folder, allowed, token)
     if missing := required - set(files):
@@ -97,18 +89,8 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
     return UploadPlan(kind, dict(files), kept)
 
 
-def plan_merged(run: Path, place: Path, of_run: UploadPlan, token: str | None) -> UploadPlan:
-    """Merge the run's adapter into its base; the upload has the run's recipe and curves."""
-    from orpo_lite.merge.run import merge
-
-    console.print("merging into a temporary folder beside the run, removed after the push")
-    plan = plan_upload(merge(run, place / run.resolve().name), token)
-    add_files_of_run(of_run, plan)
-    return plan
-
-
-def plan_gguf(file: Path, of_run: UploadPlan, token: str | None) -> UploadPlan:
-    """Plan to upload a GGUF file, the Modelfile beside it, and the run's recipe and curves."""
+def plan_gguf(file: Path, token: str | None) -> UploadPlan:
+    """Plan to upload a GGUF file and the Modelfile beside it."""
     head = b""
     if file.is_file():
         with file.open("rb") as opened:
@@ -122,26 +104,20 @@ def plan_gguf(file: Path, of_run: UploadPlan, token: str | None) -> UploadPlan:
             f"--gguf: {file} is an adapter, whose card would be that of a whole model: push the run itself, or the GGUF "
             "file of the merged model (export without --adapter)"
         )
-    plan = UploadPlan("gguf", {file.name: file})
-    modelfile = file.with_name("Modelfile")
+    plan, modelfile = UploadPlan("gguf", {file.name: file}), file.with_name("Modelfile")
     if modelfile.is_file():
         refuse(file.parent, [f"Modelfile, {found}" for found in find_secrets(modelfile, token)])
-        # a reader has the two side by side, wherever the file was exported to
-        line = re.compile(rf"(?m)^((?:FROM|ADAPTER)\s+)\S*?{re.escape(file.name)}\s*$")
-        text, count = line.subn(lambda found: f"{found[1]}./{file.name}", modelfile.read_text("utf-8"))
-        if count:
-            plan.files["Modelfile"] = text.encode("utf-8")
+        if f"./{file.name}\n" in modelfile.read_text("utf-8"):
+            plan.files["Modelfile"] = modelfile
         else:
-            plan.kept["Modelfile"] = (modelfile, f"does not name {file.name}")
-    add_files_of_run(of_run, plan)
+            plan.kept["Modelfile"] = (modelfile, f"does not name ./{file.name}")
     return plan
 
 
 def add_files_of_run(run: UploadPlan, plan: UploadPlan) -> None:
     """Add the run's files that describe the weights of the plan; what the run keeps stays kept."""
-    for name, content in run.files.items():
-        if name in ("recipe.yaml", "curves.png") or COMMON.get(name) == COMMON["LICENSE"]:
-            plan.files.setdefault(name, content)
+    shared = {"recipe.yaml", "curves.png", *LICENSES} & run.files.keys()
+    plan.files = {name: run.files[name] for name in shared} | plan.files
     plan.kept = {name: why for name, why in run.kept.items() if name not in plan.files} | plan.kept
 
 
@@ -154,14 +130,11 @@ def add_card(plan: UploadPlan, folder: Path, repo: str, base_repo: str | None) -
             else "WARNING: no model card: the folder holds neither README.md nor a run's run.json"
         )
         return
-    from orpo_lite.report.model_card import model_card
-
-    readme = folder / "README.md"
-    if plan.kind == "adapter" and readme.is_file() and readme.read_text("utf-8") != model_card(folder):
+    if plan.kind == "adapter" and "README.md" in plan.files and plan.text("README.md") != model_card(folder):
         plan.notes.append("README.md is not the card that run.json gives (edited?), so it is uploaded as it is")
         return
     text = model_card(folder, plan.kind, repo=repo, base=base_repo)
-    found = NOTES.search(plan.read("README.md").decode("utf-8"))
+    found = NOTES.search(plan.text("README.md"))
     if found and plan.kind == "merged":  # only the merged model's own card has the results of the merge
         text = NOTES.sub(lambda _: found[0], text)
     plan.files["README.md"] = text.encode("utf-8")
@@ -178,16 +151,16 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
         run: the folder whose recipe.yaml and adapter_config.json name the base and the data.
         base_repo: hub id to name as the base, whatever the run says.
     """
-    recipe = read_recipe(run)
-    base, names = base_names(run, base_repo)
-    texts = {name: plan.read(name).decode("utf-8") for name in TEXTS if name in plan.files}
-    sections = [recipe.get(name) for name in ("model", "adapter", "data", "training")]
-    fields = [field for name, text in texts.items() if name.endswith(".json") for field in json.loads(text).items()]
-    values = [*strings(sections), *(value for key, value in fields if re.search("path|file|dir", key))]
-    swaps = {path: last_part(path) for path in (str(run.resolve()), *filter(is_absolute, values))}
+    recipe: Any = safe_yaml.read(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
+    adapter = read_object(run / "adapter_config.json") if (run / "adapter_config.json").is_file() else {}
+    texts = {name: plan.text(name) for name in TEXTS if name in plan.files}
+    values = strings([recipe, *(json.loads(text) for name, text in texts.items() if name.endswith(".json"))])
+    swaps = {path: last_part(path) for path in (str(run.resolve()), *values) if ABSOLUTE.match(path)}
     output = recipe.get("training", {}).get("output_dir")
-    if is_absolute(output):
+    if output in swaps:
         swaps[output] = f"outputs/{last_part(output)}"  # where a run of this recipe would go without it
+    names = {recipe.get("model", {}).get("name_or_path"), adapter.get("base_model_name_or_path")} - {None, ""}
+    base = base_repo or min(map(public_base, names), key=lambda name: name.startswith((BUILTIN, LOCAL)), default="")
     swaps |= {name: base for name in names if name != base}
     if len(Path.home().parts) > 1:
         swaps[str(Path.home())] = "~"
@@ -206,31 +179,11 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
         )
 
 
-def base_names(run: Path, base_repo: str | None = None) -> tuple[str, set[str]]:
-    """Return the name of the base for readers ('' where nothing names it), and every name that the run has for it."""
-    adapter = read_json(run / "adapter_config.json") if (run / "adapter_config.json").is_file() else {}
-    found = (read_recipe(run).get("model", {}).get("name_or_path"), adapter.get("base_model_name_or_path"))
-    names = {name for name in found if name}
-    cached = {name: re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name) for name in names}
-    known = [match[1].replace("--", "/", 1) if match else name for name, match in sorted(cached.items())]
-    public = sorted((name for name in known if not is_local(name)), key=lambda name: name.startswith(BUILTIN))
-    return base_repo or (public[0] if public else LOCAL + last_part(known[0]) if known else ""), names
-
-
-def is_absolute(value: Any) -> bool:
-    return isinstance(value, str) and bool(ABSOLUTE.match(value))
-
-
-def is_local(name: str) -> bool:
-    """Return True for the name of a base that can only be a folder of this machine."""
-    return not name.startswith(BUILTIN) and (
-        is_absolute(name) or name.startswith((".", "/", "~")) or Path(name).expanduser().is_dir()
-    )
-
-
-def last_part(path: str) -> str:
-    """Return the name of a file or folder, on this or another kind of system."""
-    return (PureWindowsPath(path) if "\\" in path else PurePath(path)).name
+def public_base(name: str) -> str:
+    """Return a base's name for readers: its hub id, also by the download cache, or `local:` and the last part."""
+    if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
+        return cached[1].replace("--", "/", 1)
+    return name if name.startswith(BUILTIN) or hub_id(name) else LOCAL + last_part(name)
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -243,20 +196,6 @@ def strings(value: Any) -> Iterator[str]:
 
 
 def path_pattern(path: str) -> re.Pattern[str]:
-    """Match a path in a text, also with JSON's doubled backslashes, but not as a part of a longer path."""
+    """Match a path in a text, also with JSON's doubled backslashes, but not as a part of a longer name."""
     forms = "|".join(re.escape(form) for form in dict.fromkeys((path, json.dumps(path)[1:-1])))
-    tail = r"(?![\w-])" if is_absolute(path) else r"(?![\w/-])"
-    return re.compile(rf"(?<![\w/.-])(?:{forms}){tail}")
-
-
-def read_recipe(run: Path) -> dict[str, Any]:
-    file = run / "recipe.yaml"
-    return safe_yaml.read(file) or {} if file.is_file() else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Read a JSON file; RequestError where it is none."""
-    try:
-        return json.loads(path.read_text("utf-8"))
-    except ValueError as error:
-        raise RequestError(f"{path}: not JSON ({error})") from None
+    return re.compile(rf"(?<![\w/.-])(?:{forms})(?![\w-])")

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import jinja2
 import numpy as np
 import yaml
-from huggingface_hub import EvalResult, ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rich.markup import escape
@@ -387,6 +387,15 @@ def last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] if path.strip("./") else Path(path or ".").resolve().name
 
 
+def hub_has_readme(base: str, revision: str | None) -> bool:
+    """Ask the hub once: a download would ask it for 23 seconds where it cannot be reached."""
+    try:
+        return HfApi().file_exists(base, "README.md", revision=revision)
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        logger.debug("README.md of %s: %s", base, error)
+        return False
+
+
 def find_license(base: str, revision: str | None = None) -> dict[str, str] | None:
     """Read which license a base model states: {"id", "name", "link", "source"}, or None where it states none.
 
@@ -402,7 +411,10 @@ def find_license(base: str, revision: str | None = None) -> dict[str, str] | Non
         return {"id": stated.lower(), "source": "orpo-lite, which ships it"} if stated else None
     try:
         readme = Path(base).expanduser() / "README.md"
-        data = metadata_load(readme if hub_id(base) is None else hf_hub_download(base, "README.md", revision=revision))
+        if hub_id(base) is not None:
+            known = hub_has_readme(base, revision)
+            readme = hf_hub_download(base, "README.md", revision=revision, local_files_only=not known)
+        data = metadata_load(readme)
     except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError) as error:
         logger.debug("license of %s: %s", base, error)
         return None
