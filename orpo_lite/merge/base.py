@@ -3,26 +3,41 @@
 from __future__ import annotations
 
 import copy
+import math
 import re
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import nn
+from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.quantized_base import RoundTrip, dequantized, quantized_modules
-from orpo_lite.merge.safetensors_blocks import Cast, Source, Stored, blocks, stored_tensors
+from orpo_lite.merge.safetensors_blocks import (
+    Block,
+    Computed,
+    Read,
+    Source,
+    Stored,
+    blocks,
+    rounded,
+    stored_tensors,
+)
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
 from orpo_lite.model.locating import hub_errors_in_words, locate
-from orpo_lite.model.precision import quantization_settings
+from orpo_lite.model.precision import default_device, quantization_settings
 from orpo_lite.recipe import ModelSection
 from orpo_lite.trainer.run_folder import RunFolder
+
+BLOCKSIZE = 64
+"""Weights that share a scale in bitsandbytes' 4-bit formats, by its default and transformers'."""
+MARK = ".quant_state.bitsandbytes__"
 
 
 class Base:
@@ -79,7 +94,7 @@ class Base:
             self.quantize(trained)
             for key, one in self.sources.items():
                 if isinstance(one, Stored) and one.dtype in (torch.float32, torch.float64) and one.dtype != trained:
-                    self.sources[key] = Cast(one, trained)
+                    self.sources[key] = rounded(one, trained)
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model without its weights, to compute in float32."""
@@ -133,7 +148,7 @@ class Base:
                 raise RequestError(f"--onto quantized: {key} is not a whole layer of {type(self.model).__name__}")
             assert isinstance(one, Stored)
             transposed = isinstance(self.model.get_submodule(path), Conv1D)
-            self.sources[key] = RoundTrip(one, spec.quantization, spec.double_quant, trained, transposed)
+            self.sources[key] = round_trip(one, spec.quantization, spec.double_quant, trained, transposed)
 
 
 def differ(one: Source, other: Source) -> bool:
@@ -179,3 +194,118 @@ def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:
         known = RunFolder(adapter).read().get("base_model", {}).get("dtype", known)
     # float16 cannot be asked for on the CPU; it rounds stored weights far less than 4 bits do
     return torch.bfloat16 if known == "bfloat16" else torch.float32
+
+
+# ---- weights as quantized training saw them: rounded to 4 or 8 bits and back, block by block -------------------------------
+
+
+def quantized_modules(model: PreTrainedModel, settings: Any) -> set[str]:
+    """Name the linear layers that transformers would load in 4 or 8 bits; `model` is a skeleton, changed in place."""
+    from transformers.quantizers.auto import AutoHfQuantizer
+
+    quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
+    quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
+    kinds = ("Linear4bit", "Linear8bitLt")
+    return {name for name, module in model.named_modules() if type(module).__name__ in kinds}
+
+
+def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.dtype, transposed: bool) -> Computed:
+    """Return a stored weight, quantized as training did and dequantized again.
+
+    Args:
+        method: nf4, fp4 or int8.
+        trained: dtype in which training read the weight before it quantized it.
+        transposed: True for GPT-2's Conv1D, which is quantized transposed.
+    """
+    two_steps = double_quant and method != "int8"
+
+    def reader() -> Read:
+        if transposed:
+            weight = source.read().to(trained).T.contiguous()
+            whole = restore(weight, method, rounded_scales([weight]) if two_steps else None).T.contiguous()
+            return lambda block: whole[block].clone()
+        scales = rounded_scales(source.read(block).to(trained) for block in blocks(source.shape)) if two_steps else None
+
+        def read(block: Block) -> Tensor:
+            first = block[0].start * math.prod(source.shape[1:]) // BLOCKSIZE
+            return restore(source.read(block).to(trained), method, scales, first)
+
+        return read
+
+    return Computed(source.key, source.shape, source.dtype, reader)
+
+
+def rounded_scales(parts: Iterable[Tensor]) -> Tensor:
+    """Return the scales of all 4-bit blocks of a weight, rounded as double quantization does.
+
+    That is to 8 bits around their mean (bitsandbytes' compress_statistics).
+    """
+    from bitsandbytes import functional
+
+    found = []
+    for part in parts:
+        flat = part.float().flatten()
+        found.append(nn.functional.pad(flat, (0, -len(flat) % BLOCKSIZE)).view(-1, BLOCKSIZE).abs().amax(1))
+    absmax = torch.cat(found)
+    mean = absmax.mean()
+    held, state = functional.quantize_blockwise(absmax - mean, blocksize=256)
+    return functional.dequantize_blockwise(held, state) + mean
+
+
+def restore(weight: Tensor, method: str, scales: Tensor | None, first: int = 0) -> Tensor:
+    """Quantize some whole rows and dequantize them again, with the weight's own scales from `first` on if given."""
+    from bitsandbytes import functional
+
+    weight = weight.to(default_device())  # a card does in seconds what takes a processor minutes
+    if method == "int8":
+        held, rows, _ = functional.int8_vectorwise_quant(weight.half())
+        return functional.int8_vectorwise_dequant(held, rows).cpu()
+    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCKSIZE, quant_type=method)
+    if scales is not None:
+        state.absmax = scales[first : first + len(state.absmax)].to(weight.device)
+    return functional.dequantize_4bit(packed, state).cpu()
+
+
+def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, Source]:
+    """Turn the tensors of a repository in bitsandbytes' format into dequantized weights.
+
+    Raises:
+        RequestError: the repository is quantized in another way.
+    """
+    from bitsandbytes import functional
+
+    def from_8_bits(source: Stored, scales: Stored) -> Computed:
+        def reader() -> Read:
+            scale = scales.read()
+            return lambda block: functional.int8_vectorwise_dequant(source.read(block), scale[block])
+
+        return Computed(source.key, source.shape, target, reader)
+
+    def from_4_bits(source: Stored, parts: dict[str, Stored]) -> Computed:
+        def state() -> Any:
+            held = {name: part.read() for name, part in parts.items()}
+            return functional.QuantState.from_dict(held, device=torch.device("cpu"))
+
+        def reader() -> Read:
+            whole = functional.dequantize_4bit(source.read(), state())
+            return lambda block: whole[block].clone()
+
+        return Computed(source.key, tuple(state().shape), target, reader)
+
+    found: dict[str, Source] = {}
+    four = {key.partition(MARK)[0] for key in tensors if MARK in key}
+    for key, stored in tensors.items():
+        path, _, leaf = key.rpartition(".")
+        if key in four:
+            begin = f"{key}."
+            parts = {other.removeprefix(begin): part for other, part in tensors.items() if other.startswith(begin)}
+            found[key] = from_4_bits(stored, parts)
+        elif leaf == "weight" and f"{path}.SCB" in tensors:
+            found[key] = from_8_bits(stored, tensors[f"{path}.SCB"])
+        elif path not in four and MARK not in key and leaf not in ("SCB", "weight_format"):
+            found[key] = stored
+    if all(isinstance(one, Stored) for one in found.values()):
+        raise RequestError(
+            "--onto quantized: the base is not quantized by bitsandbytes: name its 16-bit original with --base"
+        )
+    return found

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
-from peft import LoraConfig, PeftModel
+from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -125,7 +125,6 @@ class Adapter:
 
     model: PeftModel
     """Skeleton on the meta device with the adapter on it, its tensors as views of the file."""
-    config: LoraConfig
     edits: dict[str, list[Edit]]
     file: Mapped = field(repr=False)
 
@@ -150,15 +149,13 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     config.init_lora_weights = config.inference_mode = True
     config.lora_dropout = 0.0  # PEFT refuses dropout on experts, and would apply it in a new model
     config.base_model_name_or_path = None
-    weights = Path(source) / ADAPTER_WEIGHTS
-    file = Mapped(weights)
-    for key, value in file.tensors.items():
-        if not value.is_floating_point():
-            raise RequestError(f"adapter: {weights}: {key} is {value.dtype}, expected floating-point weights")
+    file = Mapped(Path(source) / ADAPTER_WEIGHTS)
     drop_duplicates(source, file)
     try:
         peft_model = wrap(model, config, low_cpu_mem_usage=True)
-        with without_device_moves():
+        # the adapter stays where it is: PEFT would move it to the device and dtype of its base, which is a skeleton
+        stay = {"_move_adapter_to_device_of_base_layer": lambda *_, **__: None}
+        with patch.multiple(BaseTunerLayer, **stay), patch.multiple(lora.ParamWrapper, **stay):
             result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
     except KeyError as error:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
@@ -172,7 +169,7 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
             f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
             f"tensor(s), first {result.unexpected_keys[0]}"
         )
-    return Adapter(peft_model, config, collect(source, peft_model), file)
+    return Adapter(peft_model, collect(source, peft_model), file)
 
 
 def drop_duplicates(source: str | Path, file: Mapped) -> None:
@@ -193,34 +190,23 @@ def drop_duplicates(source: str | Path, file: Mapped) -> None:
         seen[place] = key
 
 
-@contextlib.contextmanager
-def without_device_moves() -> Iterator[None]:
-    """Keep PEFT from moving an adapter to the device and dtype of its base, which is a skeleton here."""
-    classes = (BaseTunerLayer, lora.ParamWrapper)
-    kept = [kind._move_adapter_to_device_of_base_layer for kind in classes]
-    for kind in classes:
-        kind._move_adapter_to_device_of_base_layer = lambda *_, **__: None  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for kind, method in zip(classes, kept, strict=True):
-            kind._move_adapter_to_device_of_base_layer = method  # type: ignore[method-assign]
-
-
 def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
     """Collect every change by the parameter's name in the bare model."""
     edits: dict[str, list[Edit]] = {}
-    inside: nn.Module = model.get_base_model()
+    inside: nn.Module = model.get_base_model().requires_grad_(False)
+    for path, parameter in inside.named_parameters():
+        added = any(word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable"))
+        if added and parameter.is_meta:
+            raise RequestError(
+                f"adapter: {source} lacks a tensor for {bare(path)}, which adapter_config.json says it adapts"
+            )
+        # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
+        if not added and not parameter.is_meta:
+            edits[bare(path)] = [Replaced(parameter)]
     for path, module in inside.named_modules():
         if isinstance(module, BaseTunerLayer | ModulesToSaveWrapper | TrainableTokensWrapper):
             for leaf, edit in edits_of(source, path, module):
                 edits.setdefault(f"{bare(path)}.{leaf}", []).append(edit)
-    # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
-    for path, parameter in inside.named_parameters():
-        if not parameter.is_meta and not any(
-            word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable")
-        ):
-            edits.setdefault(bare(path), []).insert(0, Replaced(parameter.data))
     for found in edits.values():
         # edits before the last replacement have no effect
         del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
@@ -241,12 +227,10 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         RequestError: it is of a kind that cannot be merged, or adds a bias to a layer that has none.
     """
     if isinstance(module, ModulesToSaveWrapper):
-        trained = dict(module.modules_to_save[NAME].named_parameters())
-        return [(leaf, Replaced(loaded(source, f"{path}.{leaf}", value))) for leaf, value in trained.items()]
+        return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]
     if isinstance(module, TrainableTokensWrapper):
         tokens = module.token_adapter.tied_adapter or module.token_adapter
-        index = torch.tensor(tokens.token_indices[NAME])
-        return [("weight", Rows(index, loaded(source, path, tokens.trainable_tokens_delta[NAME])))]
+        return [("weight", Rows(torch.tensor(tokens.token_indices[NAME]), tokens.trainable_tokens_delta[NAME]))]
     if type(module).__module__.startswith("peft.tuners.trainable_tokens"):
         return []  # inside the wrapper above
     variant = module.lora_variant.get(NAME) if isinstance(module, lora.LoraLayer) else None
@@ -260,12 +244,10 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     layer: Any = module
     scale = layer.scaling[NAME]
     if type(layer) is lora.Embedding:
-        a = loaded(source, path, layer.lora_embedding_A[NAME])  # (rank, tokens)
-        b = loaded(source, path, layer.lora_embedding_B[NAME])  # (width, rank)
+        a, b = layer.lora_embedding_A[NAME], layer.lora_embedding_B[NAME]  # (rank, tokens), (width, rank)
         left, right, transposed = a.T, b.T, True
     else:
-        a = loaded(source, path, layer.lora_A[NAME].weight)
-        b = loaded(source, path, layer.lora_B[NAME].weight)
+        a, b = layer.lora_A[NAME].weight, layer.lora_B[NAME].weight
         if type(layer) is lora.ParamWrapper:
             return [(layer.parameter_name, experts(layer, a, b, scale))]
         transposed = layer.fan_in_fan_out
@@ -273,14 +255,14 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     if variant is None:
         found: list[tuple[str, Edit]] = [("weight", LowRank(left, right, scale))]
     else:
-        magnitude = loaded(source, path, layer.lora_magnitude_vector[NAME].weight).flatten()
+        magnitude = layer.lora_magnitude_vector[NAME].weight.flatten()
         found = [("weight", Dora(left, right, scale, magnitude, along_rows=not transposed))]
     if layer.lora_bias.get(NAME):
         if getattr(layer.get_base_layer(), "bias", None) is None:
             raise RequestError(
                 f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
             )
-        found.append(("bias", Added(loaded(source, path, layer.lora_B[NAME].bias), scale)))
+        found.append(("bias", Added(layer.lora_B[NAME].bias, scale)))
     return found
 
 
@@ -294,16 +276,3 @@ def experts(module: Any, a: Tensor, b: Tensor, scale: float) -> LowRank:
     if module._did_swap_in_out_features:
         return LowRank(b, a, scale)
     return LowRank(a.transpose(1, 2), b.transpose(1, 2), scale)
-
-
-def loaded(source: str | Path, path: str, value: Any) -> Tensor:
-    """Return the adapter's tensor.
-
-    Raises:
-        RequestError: the file has none for this place.
-    """
-    if value.is_meta:
-        raise RequestError(
-            f"adapter: {source} lacks a tensor for {bare(path)}, which adapter_config.json says it adapts"
-        )
-    return value.detach()

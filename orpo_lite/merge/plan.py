@@ -6,12 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedConfig
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import Adapter, Dora, Edit, Replaced, Rows, bare, read_adapter
-from orpo_lite.merge.safetensors_blocks import DTYPES, Cast, Resized, Source, Stored, stored_tensors
+from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized, stored_tensors
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
 from orpo_lite.model.adapter import lora_config, trained_rows
@@ -23,7 +22,6 @@ class Plan:
     """A merge that can be done.
 
     Attributes:
-        config: configuration of the merged model.
         dtype: dtype of most of the merged weights.
         shards: file name -> tensors to write, in order.
         untied: parameters that are one tensor in the base and two in the merged model.
@@ -31,7 +29,6 @@ class Plan:
 
     base: Base
     adapter: Adapter
-    config: PreTrainedConfig
     dtype: torch.dtype
     shards: dict[str, list[Job]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
@@ -42,7 +39,7 @@ class Plan:
 
     @property
     def nbytes(self) -> int:
-        return sum(job.slot.nbytes for job in self.jobs)
+        return sum(job.nbytes for job in self.jobs)
 
 
 def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, rows: int = 0) -> Plan:
@@ -63,7 +60,7 @@ def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, row
     exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     adapter = read_adapter(source, model)
     edits = adapter.edits
-    plan = Plan(base, adapter, model.config, dtype or base.dtype)
+    plan = Plan(base, adapter, dtype or base.dtype)
     routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
     for one, other in base.tied.items():
         if not alike(edits.get(one, []), edits.get(other, [])):
@@ -88,7 +85,7 @@ def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torc
             return None
         if not changed and asked in (None, one.dtype):
             return None
-    return asked or (one.source.dtype if isinstance(one, Cast) else one.dtype)
+    return asked or one.dtype
 
 
 def resize(base: Base, source: Path, rows: int) -> None:
@@ -116,7 +113,7 @@ def resize(base: Base, source: Path, rows: int) -> None:
         for link in links:
             shape, one = shapes[link.parameter], base.sources[key]
             if link.parameter.rpartition(".")[0] in names and tuple(one.shape) != shape:
-                base.sources[key] = Resized(one, shape[0])
+                base.sources[key] = resized(one, shape[0])
                 base.keys.links[key] = [Link.whole(link.parameter, shape)]
 
 
@@ -133,8 +130,9 @@ def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, ot
     base = plan.base
     # an encoder-decoder's flag also ties its two embeddings, and T5's scales the outputs: it stays as it was, since
     # transformers loads separately what a checkpoint holds twice
-    if not plan.config.is_encoder_decoder:
-        plan.config.tie_word_embeddings = plan.config.get_text_config().tie_word_embeddings = False
+    config = base.model.config
+    if not config.is_encoder_decoder:
+        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     homes = {link.parameter: key for key, (_, links) in routes.items() for link in links}
     held = routes[homes.get(other) or homes[one]][0]
     for name in (one, other):
@@ -144,14 +142,11 @@ def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, ot
 
 def check_all_applied(source: Path, plan: Plan) -> None:
     """Raise RequestError unless every change of the adapter has found its weights."""
-    homes = {link.parameter for job in plan.jobs for link, _ in job.changes}
-    homes |= {
-        one
-        for pair in plan.base.tied.items()
-        for one in pair
-        if set(pair) & homes and not set(pair) <= set(plan.untied)
-    }
-    lost = sorted(set(plan.adapter.edits) - homes)
+    applied = {link.parameter for job in plan.jobs for link, _ in job.changes}
+    for pair in plan.base.tied.items():
+        if applied & set(pair) and not set(pair) <= set(plan.untied):
+            applied |= set(pair)
+    lost = sorted(set(plan.adapter.edits) - applied)
     if lost:
         why = plan.base.keys.unclear.get(lost[0], f"{plan.base.spec.name_or_path} stores no such weight")
         raise RequestError(

@@ -17,7 +17,6 @@ from typing import Any
 
 import psutil
 import torch
-from rich.markup import escape
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 
 from orpo_lite.common.console import console, progress_bar
@@ -91,19 +90,19 @@ def merge(
     check_disk(output, plan.nbytes)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
     written = str(plan.dtype).removeprefix("torch.")
-    console.print(f"base: {escape(named)}, {onto} weights; merged weights: {written}", soft_wrap=True)
+    lines = [f"base: {named}, {onto} weights; merged weights: {written}"]
     if plan.untied:
-        console.print(
-            f"{' and '.join(plan.untied)}: one tensor in the base, two here, since they are adapted differently",
-            soft_wrap=True,
+        lines.append(
+            f"{' and '.join(plan.untied)}: one tensor in the base, two here, since they are adapted differently"
         )
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
     start = time.monotonic()
     with finished_as(output) as folder, one_torch_thread():
         with progress_bar("merging", plan.nbytes, in_bytes=True) as advance:
             write_shards(folder, plan.shards, advance, plan.adapter.file.release)
         seconds = time.monotonic() - start
         notes = [f"Merged onto the {onto} weights of the base, in {written}."]
-        own = named_base(source, trust_remote_code)
+        own = named_base(source, trust_remote_code) if base else spec
         if base and own and own.name_or_path != base:
             notes.append(f"The adapter was trained on {own.name_or_path}; --base says to merge it into {base}.")
         write_configuration(folder, plan, tokenizer)
@@ -113,13 +112,8 @@ def merge(
         if (source / "curves.png").is_file():
             shutil.copyfile(source / "curves.png", folder / "curves.png")
     size = plan.nbytes / 1e9
-    console.print(
-        f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)",
-        soft_wrap=True,
-        markup=False,
-    )
-    for note in notes[1:]:
-        console.print(f"  {escape(note)}", soft_wrap=True)
+    done = f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)"
+    console.print("\n  ".join([done, *notes[1:]]), soft_wrap=True, markup=False)
     if facts is not None:
         facts |= {"output": str(output), "base": named, "onto": str(onto), "dtype": written, "bytes": plan.nbytes,
                   "seconds": round(seconds, 3), "untied": list(plan.untied), "notes": notes}  # fmt: skip
@@ -135,9 +129,7 @@ def named_base(source: Path, trust_remote_code: bool) -> ModelSection | None:
 
 
 def check_request(source: Path, output: Path) -> None:
-    """Raise RequestError where the source is no adapter or the output cannot be written."""
-    if not source.exists():
-        raise RequestError(f"{source}: no such folder: expected a run or adapter folder, or a hub id USER/NAME")
+    """Raise RequestError where the source is no adapter or the output is in use."""
     if not (source / "adapter_config.json").is_file():
         plain = (source / "config.json").is_file()
         hint = "it is a plain model already" if plain else "expected a run or adapter folder"
@@ -146,9 +138,6 @@ def check_request(source: Path, output: Path) -> None:
         raise RequestError(f"--output: {output} is a file, expected a folder to write: choose another name")
     if output.exists() and any(output.iterdir()):
         raise RequestError(f"--output: {output} exists and is not empty: choose another folder, or remove it first")
-    parent = next(p for p in output.absolute().parents if p.exists())
-    if not (parent.is_dir() and os.access(parent, os.W_OK | os.X_OK)):
-        raise RequestError(f"--output: {parent} is not a folder that you can write to: choose another one")
 
 
 def check_disk(output: Path, nbytes: int) -> None:
@@ -193,9 +182,10 @@ def finished_as(output: Path) -> Iterator[Path]:
 
 def write_configuration(folder: Path, plan: Plan, tokenizer: PreTrainedTokenizerBase) -> None:
     """Write everything beside the weights: configuration, generation defaults, tokenizer, files of the base."""
-    config, home = plan.config, next(iter(plan.base.files.values())).parent
+    model, home = plan.base.model, next(iter(plan.base.files.values())).parent
+    config = model.config
     config.dtype = plan.dtype
-    config.architectures = config.architectures or [type(plan.base.model).__name__]
+    config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
     generation = GenerationConfig.from_model_config(config)
     if (home / "generation_config.json").is_file():

@@ -1,4 +1,4 @@
-"""Safetensors files read and written in blocks, so that a checkpoint of any size passes through little memory."""
+"""Tensors of safetensors files read in blocks, so that a checkpoint of any size passes through little memory."""
 
 from __future__ import annotations
 
@@ -8,9 +8,8 @@ import mmap
 import struct
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -41,42 +40,7 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 Block = tuple[slice, ...]
 """Rows of a tensor, or rows of one matrix where a stack of matrices is too large for one block. Contiguous in the file."""
-
-
-class Source(Protocol):
-    """A tensor that is read in blocks: as stored, or computed from what is stored."""
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def shape(self) -> tuple[int, ...]: ...
-    @property
-    def dtype(self) -> torch.dtype: ...
-    def reader(self) -> Callable[[Block], Tensor]:
-        """Return a function that reads a block as a new tensor.
-
-        It keeps what all blocks share (scales, new rows), so drop it after the last block.
-        """
-        ...
-
-
-@dataclass(frozen=True)
-class Derived:
-    """A tensor computed from another one; key, shape and dtype are the other's unless a subclass says otherwise."""
-
-    source: Source
-
-    @property
-    def key(self) -> str:
-        return self.source.key
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return self.source.shape
-
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.source.dtype
+Read = Callable[[Block], Tensor]
 
 
 def blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[Block]:
@@ -117,79 +81,89 @@ class Stored:
             raise ValueError(f"{self.file}: {self.key} is stored as {self.stored_dtype}, which cannot be read here")
         return DTYPES[self.stored_dtype]
 
-    def reader(self) -> Callable[[Block], Tensor]:
+    def reader(self) -> Read:
         return self.read
 
     def read(self, block: Block = ()) -> Tensor:
-        """Read a block, by default the whole tensor.
-
-        Raises:
-            OSError: the file ends before the block does.
-        """
-        shape, start, stride = list(self.shape), self.start, self.nbytes
+        """Read a block, by default the whole tensor."""
+        shape, start, stride = list(self.shape), 0, self.nbytes
         for dim, part in enumerate(block):
             stride //= self.shape[dim] or 1
             start += part.start * stride
             shape[dim] = part.stop - part.start
-        count = math.prod(shape)
-        if count == 0:
-            return torch.empty(shape, dtype=self.dtype)
-        data = torch.empty(count * self.dtype.itemsize, dtype=torch.uint8)
-        with self.file.open("rb", buffering=0) as file:
-            file.seek(start)
-            view, done = memoryview(data.numpy()), 0  # type: ignore[arg-type]  # numpy's stubs do not declare the buffer
-            while done < len(view):
-                read = file.readinto(view[done : done + COPY_BYTES])
-                if not read:
-                    raise OSError(f"{self.file}: ends in the middle of {self.key}; copy or download it again")
-                done += read
-        return data.view(self.dtype).view(shape)
+        count = math.prod(shape) * self.dtype.itemsize
+        return self.read_bytes(start, count).view(self.dtype).view(shape)
+
+    def read_bytes(self, start: int, count: int) -> Tensor:
+        """Read some bytes of the tensor as they are stored.
+
+        Raises:
+            OSError: the file ends before the bytes do.
+        """
+        data = torch.empty(count, dtype=torch.uint8)
+        with self.file.open("rb") as file:
+            file.seek(self.start + start)
+            if file.readinto(data.numpy()) < count:  # type: ignore[arg-type]  # numpy's stubs do not declare the buffer
+                raise OSError(f"{self.file}: ends in the middle of {self.key}; copy or download it again")
+        return data
+
+    def copied_blocks(self) -> Iterator[Tensor]:
+        """Read the tensor's bytes one block after the other."""
+        for start in range(0, self.nbytes, COPY_BYTES):
+            yield self.read_bytes(start, min(COPY_BYTES, self.nbytes - start))
 
 
 @dataclass(frozen=True)
-class Resized(Derived):
-    """An embedding, output head or its bias with another number of rows.
+class Computed:
+    """A tensor that is computed from what is stored."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    reader: Callable[[], Read]
+    """Returns a function that reads a block as a new tensor. It keeps what all blocks share (scales, new rows), so drop
+    it after the last block."""
+
+
+Source = Stored | Computed
+
+
+def resized(source: Source, rows: int) -> Computed:
+    """Give an embedding, output head or its bias another number of rows.
 
     New rows are what orpo_lite.model.base.grow_embeddings makes them: the mean of the others, 0 in a bias.
     """
+    held, shape = source.shape[0], (rows, *source.shape[1:])
 
-    rows: int
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        return (self.rows, *self.source.shape[1:])
-
-    def reader(self) -> Callable[[Block], Tensor]:
-        read, held = self.source.reader(), self.source.shape[0]
-        if self.rows <= held:
+    def reader() -> Read:
+        read = source.reader()
+        if rows <= held:
             return read
-        new = torch.zeros((), dtype=self.dtype)
-        if len(self.shape) > 1:
+        whole = read((slice(0, held),))
+        new = torch.zeros((), dtype=whole.dtype)
+        if len(shape) > 1:
             # some columns at a time: the whole matrix in float32 would be the largest thing in memory
-            columns = read((slice(0, held),)).split(256, dim=1)
-            new = torch.cat([part.float().mean(0) for part in columns]).to(self.dtype)
+            new = torch.cat([part.float().mean(0) for part in whole.split(256, dim=1)]).to(whole.dtype)
+        del whole
 
-        def rows(block: Block) -> Tensor:
+        def read_rows(block: Block) -> Tensor:
             start, stop = block[0].start, block[0].stop
-            more = new.expand(max(0, stop - max(start, held)), *self.shape[1:])
+            more = new.expand(max(0, stop - max(start, held)), *shape[1:])
             return torch.cat([read((slice(start, min(stop, held)),)), more]) if start < held else more.clone()
 
-        return rows
+        return read_rows
+
+    return Computed(source.key, shape, source.dtype, reader)
 
 
-@dataclass(frozen=True)
-class Cast(Derived):
-    """A weight as training read it, in a dtype coarser than the stored one."""
+def rounded(source: Source, dtype: torch.dtype) -> Computed:
+    """Read weights as training did, in a dtype coarser than the stored one."""
 
-    target: torch.dtype
+    def reader() -> Read:
+        read = source.reader()
+        return lambda block: read(block).to(dtype)
 
-    @property
-    def dtype(self) -> torch.dtype:
-        return self.target
-
-    def reader(self) -> Callable[[Block], Tensor]:
-        read = self.source.reader()
-        return lambda block: read(block).to(self.target)
+    return Computed(source.key, source.shape, source.dtype, reader)
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
@@ -222,81 +196,16 @@ class Mapped:
             self.map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
         self.tensors: dict[str, Tensor] = {}
         for key, stored in held.items():
-            if math.prod(stored.shape) == 0 or stored.start % stored.dtype.itemsize:
+            count = math.prod(stored.shape)
+            if count == 0 or stored.start % stored.dtype.itemsize:
                 self.tensors[key] = stored.read()  # torch needs aligned data
                 continue
             with warnings.catch_warnings():
                 warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                flat = torch.frombuffer(
-                    self.map, dtype=stored.dtype, count=math.prod(stored.shape), offset=stored.start
-                )
+                flat = torch.frombuffer(self.map, dtype=stored.dtype, count=count, offset=stored.start)
             self.tensors[key] = flat.view(stored.shape)
 
     def release(self) -> None:
         """Give the pages read so far back to the system."""
         if hasattr(mmap, "MADV_DONTNEED"):
             self.map.madvise(mmap.MADV_DONTNEED)
-
-
-@dataclass(frozen=True)
-class Slot:
-    """A tensor to be written."""
-
-    key: str
-    dtype: str
-    """Name in safetensors' headers."""
-    shape: tuple[int, ...]
-    nbytes: int
-
-
-@dataclass
-class ShardFile:
-    """A safetensors file written tensor by tensor, in the order of its header; a context manager."""
-
-    path: Path
-    slots: list[Slot]
-    advance: Callable[[int], None] = field(default=lambda count: None)
-    """Called with the number of bytes after each write."""
-
-    def __enter__(self) -> ShardFile:
-        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-        place = 0
-        for slot in self.slots:
-            end = place + slot.nbytes
-            header[slot.key] = {"dtype": slot.dtype, "shape": list(slot.shape), "data_offsets": [place, end]}
-            place = end
-        encoded = json.dumps(header, separators=(",", ":")).encode()
-        encoded += b" " * (-len(encoded) % 8)
-        self.file = self.path.open("wb", buffering=0)
-        self._write(memoryview(struct.pack("<Q", len(encoded)) + encoded))
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.file.close()
-
-    def add(self, tensor: Tensor) -> None:
-        """Append a block of the tensor whose turn it is, in its written dtype."""
-        data = memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
-        self._write(data)
-        self.advance(len(data))
-
-    def copy(self, stored: Stored) -> None:
-        """Append a stored tensor byte by byte.
-
-        Raises:
-            OSError: the stored file ends before the tensor does.
-        """
-        with stored.file.open("rb", buffering=0) as source:
-            source.seek(stored.start)
-            left = stored.nbytes
-            while left:
-                data = source.read(min(left, COPY_BYTES))
-                if not data:
-                    raise OSError(f"{stored.file}: ends in the middle of {stored.key}; copy or download it again")
-                self._write(memoryview(data))
-                left -= len(data)
-                self.advance(len(data))
-
-    def _write(self, data: memoryview) -> None:
-        while data:
-            data = data[self.file.write(data) :]

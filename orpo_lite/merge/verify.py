@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
+from peft import PeftModel
 from peft.tuners import lora
 from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
@@ -28,9 +29,9 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME, bare
 from orpo_lite.merge.plan import Plan, make_plan
-from orpo_lite.merge.safetensors_blocks import Block, Source, blocks
+from orpo_lite.merge.safetensors_blocks import Block, Read, Source
 from orpo_lite.merge.weight_map import Link
-from orpo_lite.merge.write import first, map_blocks, part
+from orpo_lite.merge.write import map_blocks, part
 from orpo_lite.model.precision import default_device
 from orpo_lite.recipe import ModelSection
 
@@ -45,8 +46,8 @@ TEXTS = (
 """Probes where a run kept no training rows."""
 ROOM = 256 << 20
 """Bytes that one layer may take in float32 beyond the merge's largest tensor, unless the check is asked for."""
-MANY, SECONDS_PER_WEIGHT = 3 * 10**9, 4e-8
-"""Weights beyond which the check does not quantize the base on a CPU unless asked to, and the time for each of them."""
+MANY = 3 * 10**9
+"""Weights beyond which the check does not quantize the base on a CPU unless asked to: that takes two minutes."""
 
 
 def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
@@ -84,12 +85,12 @@ def check_merged(
     if asked is False:
         return ["outputs not compared with those of base and adapter (--no-verify)"]
     needed = memory_needed(plan.adapter.model)
-    largest = max(job.slot.nbytes for job in plan.jobs)
+    largest = max(job.nbytes for job in plan.jobs)
     if asked is None and needed > largest + ROOM:
         return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
     tokens, origin = probe_tokens(source, tokenizer)
     # the tokenizer may know more tokens than the model
-    tokens = tokens.clamp(max=plan.config.get_text_config().vocab_size - 1)
+    tokens = tokens.clamp(max=plan.base.model.config.get_text_config().vocab_size - 1)
     merged = Base(ModelSection(name_or_path=str(folder), quantization="none"))
     try:
         expected = run(plan.base, plan.adapter.model, tokens)
@@ -100,9 +101,10 @@ def check_merged(
         if asked:
             raise RuntimeError(why) from error
         return [f"not verified: {why}"]
-    drift = compare(expected, found, tokens)
-    notes = [f"against base and adapter unmerged, on {origin}: {drift}"]
-    if not drift.spread < (1e-3 if plan.dtype == torch.float32 else 0.1):
+    notes = [f"against base and adapter unmerged, on {origin}: {drift(expected, found, tokens)}"]
+    # of the logits' standard deviation; also of a model of zeros
+    distance = (found - expected).abs().mean() / expected.std().clamp(min=1e-30)
+    if not distance < (1e-3 if plan.dtype == torch.float32 else 0.1):
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is not None:
         notes.append(drift_from_training(plan, source, tokens, found, trained, asked))
@@ -120,57 +122,34 @@ def drift_from_training(
     """Compare with the quantized base and the adapter of training; return a sentence."""
     weights = sum(math.prod(job.source.shape) for job in plan.jobs)
     if asked is None and weights > MANY and default_device().type == "cpu":
-        minutes = weights * SECONDS_PER_WEIGHT / 60
-        return f"not compared with the quantized base of training (about {minutes:.0f} minutes here): --verify does it"
+        return "not compared with the quantized base of training, which takes minutes on a CPU: --verify does it"
     try:
         base = Base(trained[0], "quantized", trained[1])
         as_trained = run(base, make_plan(source, base).adapter.model, tokens)
     except (RequestError, RuntimeError) as error:
         return f"not compared with the quantized base of training: {error}"
-    return f"against the quantized base and adapter of training: {compare(as_trained, merged_logits, tokens)}"
+    return f"against the quantized base and adapter of training: {drift(as_trained, merged_logits, tokens)}"
 
 
-@dataclass(frozen=True)
-class Drift:
-    """The distance of one model's next-token distributions from another's, over the same tokens.
+def drift(reference: Tensor, other: Tensor, tokens: Tensor) -> str:
+    """Compare next-token distributions of two models by their logits (B, T, V) on tokens (B, T).
 
-    Attributes:
-        kl: mean Kullback-Leibler divergence from the reference, nats per token.
-        top1: share of positions with the same most likely token.
-        nll: of the reference and of the other, nats per token.
-        spread: mean absolute difference of the logits, as a share of the reference's standard deviation.
+    KL divergence from the reference and negative log-likelihood are in nats per token.
     """
-
-    kl: float
-    top1: float
-    nll: tuple[float, float]
-    spread: float
-
-    def __str__(self) -> str:
-        return f"KL {self.kl:.2g}, top-1 agreement {self.top1:.1%}, NLL {self.nll[0]:.4f} before and {self.nll[1]:.4f} after"
-
-
-def compare(reference: Tensor, other: Tensor, tokens: Tensor) -> Drift:
-    """Compare logits (B, T, V) of two models on tokens (B, T)."""
     kl, before, after = 0.0, 0.0, 0.0
     for one, two, row in zip(reference, other, tokens, strict=True):  # in float64, so a sequence at a time
         a, b = one[:-1].double().log_softmax(-1), two[:-1].double().log_softmax(-1)
         kl += (a.exp() * (a - b)).sum(-1).mean().item() / len(tokens)
         before -= a.gather(-1, row[1:, None]).mean().item() / len(tokens)
         after -= b.gather(-1, row[1:, None]).mean().item() / len(tokens)
-    return Drift(
-        kl=kl,
-        top1=(reference.argmax(-1) == other.argmax(-1)).float().mean().item(),
-        nll=(before, after),
-        spread=((other - reference).abs().mean() / reference.std().clamp(min=1e-30)).item(),  # of a model of zeros too
-    )
+    top1 = (reference.argmax(-1) == other.argmax(-1)).float().mean().item()
+    return f"KL {kl:.2g}, top-1 agreement {top1:.1%}, NLL {before:.4f} before and {after:.4f} after"
 
 
 class Weights:
     """A base's parameters by name, read from its files as a whole or in blocks."""
 
     def __init__(self, base: Base):
-        self.base = base
         self.homes: dict[str, list[tuple[Source, Link]]] = {}
         for key, links in base.keys.links.items():
             for link in links:
@@ -184,61 +163,51 @@ class Weights:
     def whole(self, name: str, shape: torch.Size) -> Tensor:
         """Read a parameter in float32."""
         full = torch.zeros(shape)
-
-        def place(view: Tensor, start: list[int]) -> None:
-            full[tuple(slice(s, s + n) for s, n in zip(start, view.shape, strict=True))] = view.float()
-
-        for source, link in self.homes[name]:
-            for _ in views(source, link, place):
-                pass
+        for _ in self.map(name, lambda view, *place: full[place].copy_(view)):
+            pass
         return full
 
     def rows(self, name: str, ids: Tensor, size: int) -> Tensor:
-        """Read rows (..., size) of an embedding in float32, for ids (...); blocks without any of them are not read."""
+        """Read rows (..., size) of an embedding in float32, for ids (...)."""
         wanted, where = ids.unique(return_inverse=True)
         table = torch.zeros(len(wanted), size)
-        for source, link in self.homes[name]:
-            read = source.reader()
-            for block in blocks(source.shape):
-                shape = [p.stop - p.start for p in block] + list(source.shape[len(block) :])
-                found = part(torch.empty(shape, device="meta"), first(block, len(shape)), link)
-                if found is None:
-                    continue
-                (begin, column), (length, width) = found[1], found[0].shape
-                here = (wanted >= begin) & (wanted < begin + length)
-                if here.any():
-                    view, _ = part(read(block), first(block, len(shape)), link)  # type: ignore[misc]  # as `found`
-                    table[here, column : column + width] = view[wanted[here] - begin].float()
+
+        def copy(view: Tensor, rows: slice, columns: slice) -> None:
+            here = (wanted >= rows.start) & (wanted < rows.stop)
+            table[here, columns] = view[wanted[here] - rows.start].float()
+
+        for _ in self.map(name, copy):
+            pass
         return table[where]
 
     def product(self, name: str, x: Tensor, size: int, transposed: bool = False) -> Tensor:
         """Multiply x (..., in) by a parameter (size, in), or (in, size) if transposed, block by block."""
         out = x.new_zeros(*x.shape[:-1], size)
 
-        def multiply(view: Tensor, start: list[int]) -> tuple[slice, Tensor]:
-            rows, columns = (slice(s, s + n) for s, n in zip(start, view.shape, strict=True))
+        def multiply(view: Tensor, rows: slice, columns: slice) -> tuple[slice, Tensor]:
             if transposed:
                 return columns, x[..., rows] @ view.float()
             return rows, F.linear(x[..., columns], view.float())
 
-        for source, link in self.homes[name]:
-            for place, result in views(source, link, multiply):
-                out[..., place] += result
+        for place, result in self.map(name, multiply):
+            out[..., place] += result
         return out
 
+    def map(self, name: str, function: Callable[..., T]) -> Iterator[T]:
+        """Call a function with each block of a parameter and the slices of its dimensions that the block is."""
+        for source, link in self.homes[name]:
+            read = source.reader()
 
-def views(source: Source, link: Link, function: Callable[[Tensor, list[int]], T]) -> Iterator[T]:
-    """Apply a function to each block of a stored tensor that is part of a parameter, and its first index there."""
-    read = source.reader()
+            def apply(block: Block, read: Read = read, link: Link = link) -> T | None:
+                found = part(read(block), block, link)
+                if found is None:
+                    return None
+                view, start = found
+                return function(view, *(slice(s, s + n) for s, n in zip(start, view.shape, strict=True)))
 
-    def apply(block: Block) -> T | None:
-        weights = read(block)
-        found = part(weights, first(block, weights.dim()), link)
-        return None if found is None else function(*found)
-
-    for _, result in map_blocks(apply, source.shape):
-        if result is not None:
-            yield result
+            for _, result in map_blocks(apply, source.shape):
+                if result is not None:
+                    yield result
 
 
 PLAIN = {"shape", "layout", "requires_grad", "grad", "ndim", "is_sparse", "names", "is_cuda", "grad_fn"}
@@ -256,6 +225,8 @@ class WeightsOnDemand(TorchFunctionMode):
         super().__init__()
         self.weights = weights
         self.names = {id(value): bare(name) for name, value in model.named_parameters(remove_duplicate=False)}
+        self.stacks: dict[str, Tensor] = {}
+        """Experts of the layer that was computed last: they are used one by one, and read as a whole."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -270,9 +241,8 @@ class WeightsOnDemand(TorchFunctionMode):
             out = self.weights.product(self.name(args[1]), args[0], args[1].shape[0])
             return out if bias is None else out + bias
         if func is torch.addmm and len(args) == 3 and not kwargs and self.absent(args[2]):  # Conv1D
-            return self.weights.product(self.name(args[2]), args[1], args[2].shape[1], transposed=True) + self.real(
-                args[0]
-            )
+            out = self.weights.product(self.name(args[2]), args[1], args[2].shape[1], transposed=True)
+            return out + self.real(args[0])
         if func is F.embedding and self.absent(args[1]):
             return self.weights.rows(self.name(args[1]), args[0], args[1].shape[1])
         return func(*tree_map(self.real, args), **tree_map(self.real, kwargs))
@@ -287,11 +257,21 @@ class WeightsOnDemand(TorchFunctionMode):
         return name
 
     def real(self, value: Any) -> Any:
+        if self.absent(value) and value.dim() > 2:
+            return self.stack(self.name(value), value.shape)
         if self.absent(value):
             return self.weights.whole(self.name(value), value.shape)
         if id(value) in self.names and value.is_floating_point() and value.dtype != torch.float32:
             return value.float()
         return value
+
+    def stack(self, name: str, shape: torch.Size) -> Tensor:
+        layer = name.rpartition(".")[0]
+        if not all(other.startswith(f"{layer}.") for other in self.stacks):
+            self.stacks.clear()
+        if name not in self.stacks:
+            self.stacks[name] = self.weights.whole(name, shape)
+        return self.stacks[name]
 
 
 @torch.no_grad()
@@ -306,38 +286,14 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
     for name, buffer in named.named_buffers():
         if bare(name) in weights.homes:
             buffer.copy_(weights.whole(bare(name), buffer.shape))
-    undo: list[Callable[[], None]] = []
-    try:
-        for path, module in named.named_modules():
-            undo += feed(path, module, weights)
-        extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
+    extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
+    with ExitStack() as undo:
+        for module in named.modules():
+            if isinstance(module, TrainableTokensWrapper):
+                module.forward = partial(trained_tokens, module.token_adapter)
+                undo.callback(module.__dict__.pop, "forward")
         with torch.autocast("cpu", enabled=False), WeightsOnDemand(named, weights):
             return model(input_ids=tokens, use_cache=False, **extra).logits.float()
-    finally:
-        for step in undo:
-            step()
-
-
-def feed(path: str, module: Any, weights: Weights) -> list[Callable[[], None]]:
-    """Make a module that needs it compute from files in a way of its own; return what undoes it."""
-    if isinstance(module, TrainableTokensWrapper):
-        module.forward = partial(trained_tokens, module.token_adapter)
-        return [partial(module.__dict__.pop, "forward")]
-    # experts are used one by one, so their stack would be read once per expert
-    kept = {leaf: value for leaf, value in module.named_parameters(recurse=False) if value.is_meta and value.dim() > 2}
-    if not kept or path.endswith(".base_layer"):  # adapted experts are computed once per call
-        return []
-
-    def before(*_: object) -> None:
-        for leaf, value in kept.items():
-            found = weights.whole(f"{bare(path)}.{leaf}", value.shape)
-            module._parameters[leaf] = nn.Parameter(found, requires_grad=False)
-
-    def after(*_: object) -> None:
-        module._parameters.update(kept)
-
-    handles = [module.register_forward_pre_hook(before), module.register_forward_hook(after, always_call=True)]
-    return [handle.remove for handle in handles]
 
 
 def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
@@ -354,18 +310,16 @@ def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
     return out
 
 
-def memory_needed(model: nn.Module) -> int:
+def memory_needed(model: PeftModel) -> int:
     """Return the most bytes of float32 weights that `run` holds at once, for the largest module of the model."""
-    named: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
     largest = 0
-    for each in named.modules():
-        module: Any = each
+    for module in model.get_base_model().modules():
         if isinstance(module, lora.LoraLayer) and NAME in module.lora_variant:
             # PEFT's DoRA holds weights, change, their sum, its square and a copy
             held = 5 * sum(math.prod(p.shape) for p in module.get_base_layer().parameters(recurse=False))
         elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
             continue
         else:
-            held = sum(math.prod(p.shape) for p in each.parameters(recurse=False) if p.is_meta)
+            held = sum(math.prod(p.shape) for p in module.parameters(recurse=False) if p.is_meta)
         largest = max(largest, 4 * held)
     return largest

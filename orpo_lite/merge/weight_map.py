@@ -24,24 +24,6 @@ from transformers.core_model_loading import (
     rename_source_key,
 )
 
-VIEWS = {
-    torch.ops.aten.split.Tensor,
-    torch.ops.aten.split_with_sizes.default,
-    torch.ops.aten.slice.Tensor,
-    torch.ops.aten.select.int,
-    torch.ops.aten.squeeze.default,
-    torch.ops.aten.squeeze.dim,
-    torch.ops.aten.squeeze.dims,
-    torch.ops.aten.unsqueeze.default,
-    torch.ops.aten.transpose.int,
-    torch.ops.aten.permute.default,
-    torch.ops.aten.t.default,
-    torch.ops.aten.view.default,
-    torch.ops.aten.unbind.int,
-    torch.ops.aten.alias.default,
-    torch.ops.aten.detach.default,
-}
-
 
 @dataclass(frozen=True)
 class Shared:
@@ -228,7 +210,7 @@ class Views(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops.aten.clone.default:
             return args[0]
-        self.only_views = self.only_views and func in VIEWS
+        self.only_views = self.only_views and func.is_view
         return func(*args, **(kwargs or {}))
 
 

@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
+import struct
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from orpo_lite.merge.lora_edits import Dora, Edit
-from orpo_lite.merge.safetensors_blocks import NAMES, Block, ShardFile, Slot, Source, Stored, blocks
+from orpo_lite.merge.safetensors_blocks import NAMES, Block, Read, Source, Stored, blocks
 from orpo_lite.merge.weight_map import Link
 
 T = TypeVar("T")
@@ -41,14 +42,10 @@ def one_torch_thread() -> Iterator[None]:
 
 def map_blocks(function: Callable[[Block], T], shape: tuple[int, ...]) -> Iterator[tuple[Block, T]]:
     """Apply a function to every block of a tensor, on a few threads; yield (block, result) in order."""
-    every = list(blocks(shape))
-    if len(every) == 1:
-        yield every[0], function(every[0])
-        return
     pool = ThreadPoolExecutor(THREADS)
     pending: deque[tuple[Block, Future[T]]] = deque()
     try:
-        for block in every:
+        for block in blocks(shape):
             pending.append((block, pool.submit(function, block)))
             if len(pending) > THREADS:
                 done, result = pending.popleft()
@@ -76,26 +73,33 @@ class Job:
     dtype: torch.dtype | None
 
     @property
-    def slot(self) -> Slot:
-        shape = self.source.shape
+    def written_dtype(self) -> str:
+        """The name of the dtype in the safetensors header."""
+        return NAMES[self.dtype] if self.dtype else self.source.stored_dtype  # type: ignore[union-attr]  # it is Stored
+
+    @property
+    def nbytes(self) -> int:
         if self.dtype is None:
-            assert isinstance(self.source, Stored)
-            return Slot(self.key, self.source.stored_dtype, shape, self.source.nbytes)
-        return Slot(self.key, NAMES[self.dtype], shape, math.prod(shape) * self.dtype.itemsize)
+            return self.source.nbytes  # type: ignore[union-attr]  # it is Stored
+        return math.prod(self.source.shape) * self.dtype.itemsize
 
     def merged_blocks(self) -> Iterator[Tensor]:
-        """Yield the merged weights in `dtype`, block by block.
+        """Yield the merged weights in `dtype`, or the bytes to copy, block by block.
 
         Raises:
             RuntimeError: a weight that is not finite, or too large for the dtype.
         """
+        if self.dtype is None:
+            assert isinstance(self.source, Stored)
+            yield from self.source.copied_blocks()
+            return
         read = self.source.reader()
         self.measure_norms(read)
 
         def merge_block(block: Block) -> Tensor:
             weights = as_computed(read(block))
             for link, edit in self.changes:
-                found = part(weights, first(block, weights.dim()), link)
+                found = part(weights, block, link)
                 if found is not None:
                     edit.apply(*found)
             return self.cast(weights)
@@ -103,14 +107,14 @@ class Job:
         for _, weights in map_blocks(merge_block, self.source.shape):
             yield weights
 
-    def measure_norms(self, read: Callable[[Block], Tensor]) -> None:
+    def measure_norms(self, read: Read) -> None:
         """Gather DoRA's norms along columns, which need all rows before the first one can be written."""
         for link, edit in self.changes:
             if isinstance(edit, Dora) and not edit.along_rows:
                 edit.squares = None
                 for block in blocks(self.source.shape):
                     weights = as_computed(read(block))
-                    found = part(weights, first(block, weights.dim()), link)
+                    found = part(weights, block, link)
                     if found is not None:
                         edit.measure(*found)
 
@@ -135,12 +139,7 @@ def as_computed(weights: Tensor) -> Tensor:
     return weights if weights.dtype == torch.float64 else weights.float()
 
 
-def first(block: Block, dims: int) -> list[int]:
-    """Return the first index of a block in every dimension."""
-    return [p.start for p in block] + [0] * (dims - len(block))
-
-
-def part(weights: Tensor, start: list[int], link: Link) -> tuple[Tensor, list[int]] | None:
+def part(weights: Tensor, block: Block, link: Link) -> tuple[Tensor, list[int]] | None:
     """Return what a block of a stored tensor is in the parameter: (view in its dimensions, first index of the view).
 
     None where block and link do not meet.
@@ -148,9 +147,9 @@ def part(weights: Tensor, start: list[int], link: Link) -> tuple[Tensor, list[in
     begin: dict[int, int] = dict(link.fixed)
     order: list[tuple[int, int]] = []
     for shared in link.shared:
-        offset, size = start[shared.stored_dim], weights.shape[shared.stored_dim]
+        offset = block[shared.stored_dim].start if shared.stored_dim < len(block) else 0
         low = max(shared.stored_start, offset)
-        high = min(shared.stored_start + shared.length, offset + size)
+        high = min(shared.stored_start + shared.length, offset + weights.shape[shared.stored_dim])
         if low >= high:
             return None
         weights = weights.narrow(shared.stored_dim, low - offset, high - low)
@@ -170,26 +169,34 @@ def write_shards(
     Args:
         shards: file name -> tensors in the order in which they lie.
         advance: called after every write with the number of bytes.
-        release: called after every changed tensor, to give back the memory of its changes.
+        release: called after every tensor, to give back the memory of its changes.
     """
     for name, jobs in shards.items():
-        with ShardFile(folder / name, [job.slot for job in jobs], advance) as file:
+        with (folder / name).open("wb") as file:
+            file.write(safetensors_header(jobs))
             for job in jobs:
-                if job.dtype is None:
-                    assert isinstance(job.source, Stored)
-                    file.copy(job.source)
-                    continue
-                for weights in job.merged_blocks():
-                    file.add(weights)
+                for block in job.merged_blocks():
+                    data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
+                    file.write(data)
+                    advance(data.nbytes)
                 release()
     if set(shards) != {"model.safetensors"}:
-        every = [(name, job) for name, jobs in shards.items() for job in jobs]
+        every = {job.key: (name, job) for name, jobs in shards.items() for job in jobs}
         sizes = {
-            "total_parameters": sum(math.prod(job.source.shape) for _, job in every),
-            "total_size": sum(job.slot.nbytes for _, job in every),
+            "total_parameters": sum(math.prod(job.source.shape) for _, job in every.values()),
+            "total_size": sum(job.nbytes for _, job in every.values()),
         }
-        index = {
-            "metadata": sizes,
-            "weight_map": {job.key: name for name, job in sorted(every, key=lambda e: e[1].key)},
-        }
+        index = {"metadata": sizes, "weight_map": {key: every[key][0] for key in sorted(every)}}
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2), "utf-8")
+
+
+def safetensors_header(jobs: list[Job]) -> bytes:
+    """Return the start of a safetensors file: where each tensor lies in what follows."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for job in jobs:
+        start, end = end, end + job.nbytes
+        header[job.key] = {"dtype": job.written_dtype, "shape": list(job.source.shape), "data_offsets": [start, end]}
+    encoded = json.dumps(header, separators=(",", ":")).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    return struct.pack("<Q", len(encoded)) + encoded
