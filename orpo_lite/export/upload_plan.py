@@ -14,10 +14,9 @@ from orpo_lite.common import safe_yaml
 from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import ALLOWED, LICENSES, refuse, sort_files
-from orpo_lite.model.untrusted_files import read_object
 from orpo_lite.recipe.loading import BUILTIN
-from orpo_lite.report.model_card import model_card
-from orpo_lite.report.provenance import hub_id, last_part
+from orpo_lite.report.model_card import hub_id, last_part, model_card
+from orpo_lite.report.page import read_json
 
 Kind = Literal["adapter", "merged", "gguf"]
 NOTES = re.compile(r"(?m)^## Notes\n\n(?:- .*\n)+")
@@ -78,8 +77,8 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
     required = {"adapter_config.json", "adapter_model.safetensors"}
     if kind == "merged":
         index = folder / "model.safetensors.index.json"
-        required = set(read_object(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
-        if "auto_map" in read_object(folder / "config.json"):
+        required = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
+        if "auto_map" in read_json(folder / "config.json"):
             allowed = allowed | {"*.py": "the model's own code, which config.json names"}
     files, kept = sort_files(folder, allowed, token)
     if missing := required - set(files):
@@ -152,7 +151,7 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
         base_repo: hub id to name as the base, whatever the run says.
     """
     recipe: Any = safe_yaml.read(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
-    adapter = read_object(run / "adapter_config.json") if (run / "adapter_config.json").is_file() else {}
+    adapter = read_json(run / "adapter_config.json")
     texts = {name: plan.text(name) for name in TEXTS if name in plan.files}
     values = strings([recipe, *(json.loads(text) for name, text in texts.items() if name.endswith(".json"))])
     swaps = {path: last_part(path) for path in (str(run.resolve()), *values) if ABSOLUTE.match(path)}
@@ -160,7 +159,8 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
     if output in swaps:
         swaps[output] = f"outputs/{last_part(output)}"  # where a run of this recipe would go without it
     names = {recipe.get("model", {}).get("name_or_path"), adapter.get("base_model_name_or_path")} - {None, ""}
-    base = base_repo or min(map(public_base, names), key=lambda name: name.startswith((BUILTIN, LOCAL)), default="")
+    known = sorted(map(public_base, names), key=lambda name: (name.startswith(LOCAL), name.startswith(BUILTIN), name))
+    base = base_repo or (known[0] if known else "")
     swaps |= {name: base for name in names if name != base}
     if len(Path.home().parts) > 1:
         swaps[str(Path.home())] = "~"
