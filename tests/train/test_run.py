@@ -295,3 +295,8 @@ def test_import_and_help_load_next_to_nothing(arguments):
     assert done.returncode == 0
     modules = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert not modules & {*HEAVY, "numpy", "pydantic"}
+
+
+def test_usage_names_the_command_as_it_was_started():
+    done = subprocess.run([sys.executable, "-m", "orpo_lite", "train", "--help"], capture_output=True, text=True)
+    assert done.stdout.strip().startswith("Usage: orpo-lite train ")
