@@ -24,8 +24,9 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables (bytes)")] = False,
     fit: Annotated[
         bool,
-        typer.Option("--fit", help="find the fastest settings that fit the card, and write them as NAME-CARD.yaml"),
+        typer.Option("--fit", help="find the fastest settings that fit the card, and write them as a recipe"),
     ] = False,
+    output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
     gpus: Annotated[int | None, typer.Option(help="plan one of this many GPUs")] = None,
     strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp, fsdp2, zero2 or zero3")] = None,
     offload: Annotated[
@@ -35,6 +36,10 @@ def command(
     """Predict the peak memory of one training step, and which cards it fits."""
     if gpus is None and (strategy or offload):
         raise RequestError("--strategy and --offload say how several GPUs share a recipe: give --gpus as well")
+    if output and (not fit or output.suffix != ".yaml"):
+        raise RequestError(
+            f"--output: found {output}, expected a file that ends in .yaml for --fit: give --fit as well"
+        )
     if gpus is not None and (fit or gpu == "cpu"):
         raise RequestError("--gpus plans a recipe as it stands for cards: leave out --fit and --gpu cpu")
     # mistakes are reported before the slow imports
@@ -42,7 +47,8 @@ def command(
     parallelism = Parallelism(gpus, strategy or "ddp", offload) if gpus is not None else None
     cards = cards_asked_for(loaded, gpu)
     if fit:
-        print_fit(loaded, card_to_fit(cards, gpu), as_json)
+        card = card_to_fit(cards, gpu)
+        print_fit(loaded, card, output or Path(f"{card.fitted_name(loaded.name)}.yaml"), as_json)
         return
     from orpo_lite.plan import tables
     from orpo_lite.plan.kernels import Target
@@ -87,17 +93,16 @@ def card_to_fit(cards: list[Card], gpu: str | None) -> Card:
     return card_here(torch.device("cuda"))[0]
 
 
-def print_fit(recipe: Recipe, card: Card, as_json: bool) -> None:
+def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
     """Fit a recipe to a card, write it and print how it was found.
 
     Raises:
-        RequestError: a file of the fitted recipe's name exists already; nothing fits.
+        RequestError: the file exists already, or its folder does not; nothing fits.
     """
-    path = Path(f"{card.fitted_name(recipe.name)}.yaml")
     if path.exists():
-        raise RequestError(
-            f"{path}: exists already: move or remove it, and the recipe for {card.title} is written there"
-        )
+        raise RequestError(f"{path}: exists already; give another file with --output, or remove it")
+    if not path.parent.is_dir():
+        raise RequestError(f"--output: found {path}, but there is no folder {path.parent}: create it first")
     from orpo_lite.plan import tables
     from orpo_lite.plan.search import fit
 

@@ -167,8 +167,8 @@ def written(base, tmp_path) -> Path:
 @pytest.mark.parametrize("json_", [False, True])
 def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    output = Path("small-24gb.yaml")
-    words = ["--recipe", str(written), "--fit", "--gpu", "24GB"]
+    output = Path("fitted.yaml" if json_ else "small-24gb.yaml")
+    words = ["--recipe", str(written), "--fit", "--gpu", "24GB", *["--output", "fitted.yaml"] * json_]
     assert run(*words, *["--json"] * json_) == 0
     printed = capsys.readouterr().out
     if json_:
@@ -190,6 +190,9 @@ def test_the_command_writes_a_recipe_that_loads(json_, written, tmp_path, capsys
         (["--fit", "--gpu", "all"], "--fit fits one card"),
         (["--fit", "--gpu", "cpu"], "--fit fits one card"),
         (["--fit"], "there is no GPU here"),
+        (["--output", "x.yaml"], "give --fit as well"),
+        (["--fit", "--gpu", "12GB", "--output", "x.json"], "that ends in .yaml"),
+        (["--fit", "--gpu", "12GB", "--output", "nowhere/x.yaml"], "there is no folder nowhere"),
     ],
 )
 def test_mistakes(words, message, written, capsys, monkeypatch):
