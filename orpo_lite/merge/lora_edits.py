@@ -154,8 +154,8 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     try:
         peft_model = wrap(model, config, low_cpu_mem_usage=True)
         # the adapter stays where it is: PEFT would move it to the device and dtype of its base, which is a skeleton
-        stay = {"_move_adapter_to_device_of_base_layer": lambda *_, **__: None}
-        with patch.multiple(BaseTunerLayer, **stay), patch.multiple(lora.ParamWrapper, **stay):
+        move, stay = "_move_adapter_to_device_of_base_layer", lambda *_, **__: None
+        with patch.object(BaseTunerLayer, move, stay), patch.object(lora.ParamWrapper, move, stay):
             result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
     except KeyError as error:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
