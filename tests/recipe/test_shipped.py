@@ -78,8 +78,8 @@ def write_rows(path, numbers, implicit):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_base_model_has_its_config_here(name):
-    recipe = Recipe.load(name)
-    assert shipped_config(recipe.model.name_or_path) is not None
+    base = Recipe.load(name).model.name_or_path
+    assert base.startswith(BUILTIN) or shipped_config(base) is not None  # a builtin one ships whole
 
 
 @pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")))
