@@ -227,10 +227,11 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         RequestError: it is of a kind that cannot be merged, or adds a bias to a layer that has none.
     """
     if isinstance(module, ModulesToSaveWrapper):
-        return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]
+        return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]  # type: ignore[operator]
     if isinstance(module, TrainableTokensWrapper):
         tokens = module.token_adapter.tied_adapter or module.token_adapter
-        return [("weight", Rows(torch.tensor(tokens.token_indices[NAME]), tokens.trainable_tokens_delta[NAME]))]
+        index = torch.tensor(tokens.token_indices[NAME])
+        return [("weight", Rows(index, tokens.trainable_tokens_delta[NAME]))]  # type: ignore[arg-type]
     if type(module).__module__.startswith("peft.tuners.trainable_tokens"):
         return []  # inside the wrapper above
     variant = module.lora_variant.get(NAME) if isinstance(module, lora.LoraLayer) else None

@@ -177,7 +177,7 @@ def write_shards(
             for job in jobs:
                 for block in job.merged_blocks():
                     data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
-                    file.write(data)
+                    file.write(data)  # type: ignore[arg-type]  # numpy's stubs do not declare the buffer
                     advance(data.nbytes)
                 release()
     if set(shards) != {"model.safetensors"}:
