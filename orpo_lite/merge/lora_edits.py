@@ -227,11 +227,10 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         RequestError: it is of a kind that cannot be merged, or adds a bias to a layer that has none.
     """
     if isinstance(module, ModulesToSaveWrapper):
-        return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]  # type: ignore[operator]
+        return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]
     if isinstance(module, TrainableTokensWrapper):
         tokens = module.token_adapter.tied_adapter or module.token_adapter
-        index = torch.tensor(tokens.token_indices[NAME])
-        return [("weight", Rows(index, tokens.trainable_tokens_delta[NAME]))]  # type: ignore[arg-type]
+        return [("weight", Rows(torch.tensor(tokens.token_indices[NAME]), tokens.trainable_tokens_delta[NAME]))]
     if type(module).__module__.startswith("peft.tuners.trainable_tokens"):
         return []  # inside the wrapper above
     variant = module.lora_variant.get(NAME) if isinstance(module, lora.LoraLayer) else None
@@ -256,14 +255,14 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     if variant is None:
         found: list[tuple[str, Edit]] = [("weight", LowRank(left, right, scale))]
     else:
-        magnitude = layer.lora_magnitude_vector[NAME].weight.flatten()
+        magnitude = layer.lora_magnitude_vector[NAME].weight.flatten()  # type: ignore[operator]
         found = [("weight", Dora(left, right, scale, magnitude, along_rows=not transposed))]
     if layer.lora_bias.get(NAME):
         if getattr(layer.get_base_layer(), "bias", None) is None:
             raise RequestError(
                 f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
             )
-        found.append(("bias", Added(layer.lora_B[NAME].bias, scale)))
+        found.append(("bias", Added(layer.lora_B[NAME].bias, scale)))  # type: ignore[arg-type]
     return found
 
 
