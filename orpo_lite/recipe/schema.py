@@ -154,6 +154,8 @@ class DataSection(Section):
     @classmethod
     def _without_streaming(cls, given: Any) -> Any:
         """Accept recipes of older run folders, which name the removed field `streaming`."""
+        if isinstance(given, dict) and given.get("streaming"):
+            raise ValueError("streaming was removed: leave it out, files larger than memory stay on disk")
         return {key: value for key, value in given.items() if key != "streaming"} if isinstance(given, dict) else given
 
 

@@ -325,6 +325,13 @@ def test_training_fields_read_off_the_source_are_transformers_own():
         assert not listed or set(choices_of(key)) <= set(listed), key
 
 
+def test_streaming_was_removed():
+    """Old run folders say `streaming: false`, which means nothing anymore; true would."""
+    assert not hasattr(Recipe.load("quickstart", ["data.streaming=false"]).data, "streaming")
+    with pytest.raises(RequestError, match="streaming was removed"):
+        Recipe.load("quickstart", ["data.streaming=true"])
+
+
 def test_a_recipe_is_loaded_and_checked_without_torch():
     script = (
         "import sys; from orpo_lite.recipe import Recipe, json_schema; from orpo_lite.common import console; "
