@@ -253,7 +253,7 @@ def read_rows(trainer: Any, pairs: list[dict[str, Any]], data: DataSection | Non
         pairs: from `locate_pairs`.
         data: the section of the recipe that they come from; None where a script gave them to the trainer.
     """
-    known = [pair for pair in pairs if pair["number"] is not None]
+    known = sorted((pair for pair in pairs if pair["number"] is not None), key=lambda pair: pair["number"])
     try:
         if data is None:
             return [dict(trainer.given_rows[pair["row"]]) for pair in known]
