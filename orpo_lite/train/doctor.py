@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 import json
 import math
@@ -208,8 +209,9 @@ def quantizing() -> Iterator[Finding]:
 
 def four_bit_errors(device: Any, dtype: Any) -> dict[str, float]:
     """Compute the relative errors of a matrix in NF4, of a layer's outputs with it, and of the gradient of its inputs."""
-    import bitsandbytes as bnb
     import torch
+
+    bnb: Any = importlib.import_module("bitsandbytes")
 
     generator = torch.Generator().manual_seed(0)
     weight = (torch.randn(96, 256, generator=generator) * 0.02).to(dtype)
