@@ -115,15 +115,22 @@ def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
 
 
 def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
-    """Answer a batch of held-out prompts, as TRL's generate_during_eval, and log the answers."""
+    """Answer a batch of held-out prompts, as TRL's generate_during_eval, to the log and to W&B, by TRL's names."""
     args, step = trainer.args, trainer.state.global_step
     count = min(args.eval_batch_size, len(pairs))
     rows = pairs.select(random.Random(step).sample(range(len(pairs)), count))
     model = trainer.unwrapped()
     with trainer.compute_loss_context_manager():
         answers = answer(model, trainer.tokenizer, rows, count, args.max_completion_length or 128)
-    for sample in answers if trainer.is_world_process_zero() else ():
+    if not trainer.is_world_process_zero():
+        return answers
+    for sample in answers:
         logger.info("step %d: %s -> %s", step, sample["prompt"][-200:], sample["answer"])
+    if "wandb" in args.report_to:
+        import wandb  # pyright: ignore[reportMissingImports]
+
+        table = wandb.Table(["Prompt", "Policy"], [[sample["prompt"], sample["answer"]] for sample in answers])
+        wandb.log({"game_log": table, "train/global_step": step})
     return answers
 
 

@@ -3,6 +3,8 @@
 import copy
 import logging
 import math
+import sys
+import types
 
 import pytest
 import torch
@@ -22,6 +24,7 @@ from transformers import (
 )
 
 from orpo_lite import ORPOConfig, ORPOTrainer
+from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.objective import micro_batches
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, config, gradients, rows
@@ -150,12 +153,20 @@ def test_evaluation_weighs_by_pairs(batch, tmp_path, tokenizer):
         assert got[f"eval_{key}"] == pytest.approx(value, abs=1e-5), key
 
 
-def test_generate_during_eval_answers_held_out_prompts(tmp_path, tokenizer):
+def test_generate_during_eval_answers_held_out_prompts(tmp_path, tokenizer, monkeypatch):
     args = config(tmp_path, generate_during_eval=True, per_device_eval_batch_size=3, max_completion_length=6)
     trainer = ORPOTrainer(adapted("llama"), args, None, rows(4), rows(7), tokenizer)
     trainer.evaluate()
     prompts = [tokenizer.decode(row["chosen_ids"][: row["chosen_start"]]) for row in trainer.eval_dataset]
     assert len(trainer.answers) == 3 and all(sample["prompt"] in prompts for sample in trainer.answers)
+    sent = []
+    wandb = types.ModuleType("wandb")
+    wandb.Table, wandb.log = lambda columns, data: (columns, data), sent.append
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    trainer.args.report_to = ["wandb"]
+    log_answers(trainer, trainer.eval_dataset)
+    columns, data = sent[0]["game_log"]
+    assert columns == ["Prompt", "Policy"] and len(data) == 3 and all(prompt in prompts for prompt, _ in data)
 
 
 def test_a_script_written_for_trl(tmp_path, tokenizer):
