@@ -131,14 +131,25 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
 
 
 def lengths_table(counted: dict[str, np.ndarray]) -> Table:
-    """Return median, 95th percentile, maximum and sum of tokens per pair, one column for each part."""
-    table = Table("tokens", title="training pairs by length", title_justify="left", box=None)
-    for part in counted:
-        table.add_column(part, justify="right")
-    found = {part: summary(tokens) for part, tokens in counted.items()}
-    for name in ("median", "p95", "max", "sum"):
-        table.add_row(name, *(f"{values[name]:,.0f}" for values in found.values()))
+    """Return a histogram of tokens per pair with median, 95th percentile and maximum, one column for each part."""
+    top = max(int(tokens.max()) for tokens in counted.values())
+    # edges double, since real lengths vary twentyfold
+    edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
+    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
+    table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
+    histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
+    for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
+        cells = [bar(h[place], h.max(), width) for h in histograms]
+        if any(h[place] for h in histograms):
+            table.add_row(f"{low:,} to {high - 1:,}", *cells)
+    for name in ("median", "p95", "max"):
+        table.add_row(name, *(f"{summary(tokens)[name]:,.0f}" for tokens in counted.values()), style="bold")
     return table
+
+
+def bar(count: int, largest: int, width: int) -> str:
+    """Return a bar of at most `width` blocks and the count, joined by a space that does not break."""
+    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
