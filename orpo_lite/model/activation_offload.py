@@ -36,19 +36,14 @@ class Away(NamedTuple):
 
 
 class HostMemory:
-    """Copies tensors to page-locked memory of the host and back, bit for bit.
+    """Copies tensors to page-locked memory of the host and back, bit for bit."""
 
-    Args:
-        smallest: bytes of the smallest tensor that is moved.
-    """
-
-    def __init__(self, smallest: int = SMALLEST) -> None:
-        self.smallest = smallest
+    def __init__(self) -> None:
         self._stream: Any = None
 
     def pack(self, tensor: Tensor) -> Tensor | Away:
         """Copy a tensor to the host; small ones stay."""
-        if tensor.nbytes < self.smallest or isinstance(tensor, nn.Parameter):
+        if tensor.nbytes < SMALLEST or isinstance(tensor, nn.Parameter):
             return tensor
         if tensor.device.type != "cuda":
             return Away(tensor.to("cpu", copy=True), tensor.device, None)

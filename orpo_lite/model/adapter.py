@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import re
@@ -9,6 +10,7 @@ import tempfile
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from textwrap import shorten
 from typing import Any
 
 import torch
@@ -118,12 +120,6 @@ def new_adapter(
     # EVA replaces the initial weights, so PEFT advises to create none
     peft_model = wrap(model, config, low_cpu_mem_usage=init == "eva")
     adapter_targets.check_patterns(peft_model, adapter)
-    hit = sorted(name for name in adapter_targets.adapted(peft_model) if name in avoid)
-    if hit:
-        raise RequestError(
-            f"adapter.target_modules: {adapter.target_modules!r} would adapt the router {hit[0]}: narrow it, or name the "
-            "router in it if that is wanted"
-        )
     if changes_base:
         initial = {
             key: tensor.detach().to("cpu", torch.float32, copy=True)
@@ -204,7 +200,10 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     config = lora_config(source)
     init = str(config.init_lora_weights).lower()
     if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantized(model)):
-        raise RequestError(changed_base(source, init))
+        raise RequestError(
+            f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
+            "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
+        )
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
     config.auto_mapping = None  # names a library to import; a run's own adapter must not pass it on
@@ -212,22 +211,20 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
-    grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
+    rows = config.trainable_token_indices or []
+    trained = itertools.chain(*rows.values()) if isinstance(rows, dict) else rows
+    grow_embeddings(model, 1 + max(trained, default=-1))  # where the tokenizer is not at hand
+    misfit = f"adapter: {source} does not fit {base_name(model)}, so check that this is its base: "
     try:
         with renaming_field("adapter"), hub_errors_in_words(source):
             peft_model = wrap(model, config)
             result = peft_model.load_adapter(source, "default", is_trainable=trainable)
     except (RequestError, RuntimeError, SafetensorError) as error:
-        raise RequestError(
-            f"adapter: {source} does not fit {base_name(model)}: {first_mismatch(error)}: check that this is its base"
-        ) from error
-    wrong = [f"{source} lacks {key}" for key in result.missing_keys]
-    wrong += [f"{base_name(model)} has no place for {key}" for key in result.unexpected_keys]
+        raise RequestError(misfit + shorten(str(error).removeprefix("adapter: "), 400)) from error
+    wrong = [f"it lacks {key}" for key in result.missing_keys]
+    wrong += [f"the base has no place for {key}" for key in result.unexpected_keys]
     if wrong:
-        raise RequestError(
-            f"adapter: {source} does not fit {base_name(model)}: {len(wrong)} tensor(s) differ, first: {wrong[0]}: check "
-            "that this is its base"
-        )
+        raise RequestError(f"{misfit}{len(wrong)} tensor(s) differ, first: {wrong[0]}")
     return peft_model
 
 
@@ -245,27 +242,6 @@ def lora_config(source: str) -> LoraConfig:
     check_adapter(folder)
     with renaming_field("adapter"), hub_errors_in_words(source):
         return PeftConfig.from_pretrained(source)  # type: ignore[return-value]  # the check takes no other
-
-
-def changed_base(source: str, init: str) -> str:
-    """Say why an adapter with such an initialization does not fit an unchanged base."""
-    return (
-        f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
-        "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
-    )
-
-
-def trained_rows(config: LoraConfig) -> list[int]:
-    """List the ids of the tokens whose embeddings are in the adapter itself."""
-    rows = config.trainable_token_indices or []
-    return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
-
-
-def first_mismatch(error: Exception) -> str:
-    """Return the first module of torch's or PEFT's list of different shapes, in one line."""
-    text = " ".join(str(error).split()).removeprefix("adapter: ")
-    found = re.search(r"size mismatch for (\S+):[^.]*\.?", text)
-    return found.group(0) if found else text
 
 
 def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:

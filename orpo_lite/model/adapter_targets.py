@@ -49,11 +49,8 @@ def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
         kept = sorted(trial.target_modules or [])
     except ValueError:  # only some of the linear modules that PEFT takes for a fused expert's parts
         kept = [name for name in names if name not in ("w1", "w2", "w3", "gate_proj", "up_proj", "down_proj")]
-    left = [name for name in names if name not in kept]
     logger.warning(
-        f"adapter: all-linear adapts {', '.join(kept)} here, not the fused experts"
-        + (f", nor {', '.join(left)}, which PEFT takes for names of the experts" if left else "")
-        + "; adapter.target_parameters reaches experts"
+        f"adapter: all-linear adapts {', '.join(kept)} here, not the fused experts; adapter.target_parameters reaches those"
     )
     return kept
 

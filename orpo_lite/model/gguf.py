@@ -1,4 +1,4 @@
-"""GGUF bases: dequantized once, tensor by tensor, into a plain safetensors folder that everything else loads.
+"""GGUF bases: dequantized once, weight by weight, into a plain safetensors folder that everything else loads.
 
 transformers can read a GGUF file, but then it neither quantizes nor saves the model.
 """
@@ -24,8 +24,6 @@ from orpo_lite.common.errors import RequestError
 
 logger = logging.getLogger(__name__)
 
-SHARD_BYTES = 256 * 10**6
-"""Size of a shard, which is in memory while it is written."""
 FORMAT = 1
 """Version of the cached folder: raise it when the code below writes something else."""
 
@@ -37,7 +35,7 @@ def cached_folder(path: Path) -> Path:
     or not at all.
 
     Raises:
-        RequestError: one part of a split file, or an architecture that transformers cannot read.
+        RequestError: one part of a split file, or an architecture that transformers cannot read in full.
         OSError, ValueError: whatever transformers raises while it reads the file.
     """
     folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / f"{fingerprint(path, path.stat().st_mtime_ns)}-{FORMAT}"
@@ -63,19 +61,13 @@ def fingerprint(path: Path, mtime_ns: int) -> str:
 
 
 def convert(path: Path, folder: Path) -> None:
-    """Write configuration, tokenizer and safetensors shards of a GGUF file; one shard is in memory at a time."""
-    try:
-        import gguf  # noqa: F401  # transformers reads GGUF through it
-    except ImportError as error:
-        raise RequestError(
-            "model.gguf_file: reading GGUF needs the gguf package: pip install 'orpo-lite[export]'"
-        ) from error
+    """Write configuration, tokenizer and weights of a GGUF file; one weight is in memory at a time."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config, trust_remote_code=False)
-    dtypes = write_shards(path, model, folder)
+    dtypes = write_weights(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
     if hasattr(config, "quantization_config"):
         del config.quantization_config  # type: ignore[attr-defined]
@@ -86,8 +78,8 @@ def convert(path: Path, folder: Path) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[torch.dtype]:
-    """Dequantize tensor by tensor and write shards; returns how many weights came out in which dtype.
+def write_weights(path: Path, model: PreTrainedModel, folder: Path) -> Counter[torch.dtype]:
+    """Dequantize and write each weight, a file of its own; returns how many numbers came out in which dtype.
 
     Blocks are dequantized in float32 as scale times small integer (plus offset), with a float16 scale: float16 keeps
     three more bits of that than bfloat16 does. Floats of the file keep their own type.
@@ -96,12 +88,6 @@ def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[to
     from transformers import modeling_gguf_pytorch_utils as reading
 
     reader = GGUFReader(path)
-    split = reader.fields.get("split.count")
-    if split is not None and int(split.contents()) > 1:
-        raise RequestError(
-            f"model.gguf_file: {path.name} is one of {split.contents()} parts: join them first with llama.cpp's "
-            "llama-gguf-split --merge"
-        )
     architecture = str(reader.fields["general.architecture"].contents())
     processor = reading.TENSOR_PROCESSORS.get(architecture, reading.TensorProcessor)(config=model.config.to_dict())
     names = reading.get_gguf_hf_weights_map(model, processor)
@@ -109,7 +95,7 @@ def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[to
     expected = {key: tensor.shape for key, tensor in model.state_dict().items()}
     # several tensors of the file may make one weight (an expert's gate and up projections)
     parts = Counter(names[tensor.name] for tensor in reader.tensors if tensor.name in names)
-    writer = ShardWriter(folder)
+    files: dict[str, str] = {}
     done: Counter[torch.dtype] = Counter()
     pending: dict[str, Any] = {"tensors": {}}
     for tensor in reader.tensors:
@@ -130,42 +116,17 @@ def write_shards(path: Path, model: PreTrainedModel, folder: Path) -> Counter[to
             if key not in expected or value.shape != expected[key]:
                 found = tuple(value.shape)
                 raise RequestError(f"model.gguf_file: {path.name}: {key} is {found}, expected {expected.get(key)}")
-            writer.add(key, value.to(dtype).contiguous())
+            files[key] = f"model-{len(files) + 1:05}.safetensors"
+            save_file({key: value.to(dtype).contiguous()}, folder / files[key], metadata={"format": "pt"})
             done[dtype] += value.numel()
-    writer.finish()
+    index = {"metadata": {}, "weight_map": files}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
     tied = set(model.all_tied_weights_keys)
     buffers = {name for name, _ in model.named_buffers()}
-    lacking = sorted(set(expected) - set(writer.places) - tied - buffers)
+    lacking = sorted(set(expected) - set(files) - tied - buffers)
     if lacking:
         raise RequestError(
             f"model.gguf_file: {path.name} ({architecture}) lacks {len(lacking)} weight(s) of {type(model).__name__}, "
-            f"first {lacking[0]}: transformers cannot read this architecture from GGUF; use its safetensors repository"
+            f"first {lacking[0]}: join a split file with llama.cpp's llama-gguf-split --merge, or use the safetensors repository"
         )
     return done
-
-
-class ShardWriter:
-    """Collects tensors, writes a safetensors shard whenever there are enough of them, and the index at the end."""
-
-    def __init__(self, folder: Path):
-        self.folder = folder
-        self.waiting: dict[str, torch.Tensor] = {}
-        self.places: dict[str, str] = {}
-        """The shard of each tensor that was added."""
-        self.shards = 1
-
-    def add(self, key: str, tensor: torch.Tensor) -> None:
-        self.waiting[key] = tensor
-        self.places[key] = f"model-{self.shards:05}.safetensors"
-        if sum(t.nbytes for t in self.waiting.values()) >= SHARD_BYTES:
-            self.flush()
-
-    def flush(self) -> None:
-        save_file(self.waiting, self.folder / f"model-{self.shards:05}.safetensors", metadata={"format": "pt"})
-        self.waiting, self.shards = {}, self.shards + 1
-
-    def finish(self) -> None:
-        if self.waiting:
-            self.flush()
-        index = {"metadata": {}, "weight_map": self.places}
-        (self.folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")

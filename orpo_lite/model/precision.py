@@ -95,12 +95,7 @@ class Backend:
 
     settings: Callable[[ModelSection, torch.dtype, bool], Any]
     """(section, compute dtype, to be sharded) -> transformers' quantization_config."""
-    unavailable: Callable[[], str | None]
-    """Why it cannot be used on this machine, or None."""
-    package: str
     bits: int
-    gigabytes: float
-    """Memory per billion weights."""
     shardable: bool = True
     """FSDP and ZeRO-3 can spread its weights over processes."""
 
@@ -135,9 +130,9 @@ def _eight_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsA
 
 
 BACKENDS = {
-    "nf4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 4, 0.6),
-    "fp4": Backend(_four_bits, bitsandbytes_unavailable, "bitsandbytes", 4, 0.6),
-    "int8": Backend(_eight_bits, bitsandbytes_unavailable, "bitsandbytes", 8, 1.1, shardable=False),
+    "nf4": Backend(_four_bits, 4),
+    "fp4": Backend(_four_bits, 4),
+    "int8": Backend(_eight_bits, 8, shardable=False),
 }
 
 
@@ -157,13 +152,12 @@ def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str
     """
     if spec.quantization == "none" or device.type not in ("cpu", "mps"):
         return None
-    backend = BACKENDS[spec.quantization]
-    if not (why := backend.unavailable()):
+    if not (why := bitsandbytes_unavailable()):
         return None
     size = choose_precision(spec.dtype, device).dtype.itemsize
     return (
         f"model.quantization: {spec.quantization} is skipped, since {why}: the weights stay in {size * 8} bits, "
-        f"{size} GB per billion weights instead of {backend.gigabytes} GB"
+        f"{size} GB per billion weights instead of {BACKENDS[spec.quantization].bits / 8:g} GB"
     )
 
 
@@ -178,10 +172,10 @@ def quantization_settings(spec: ModelSection, dtype: torch.dtype, to_shard: bool
         RequestError: the backend does not work here, or its weights cannot be sharded.
     """
     backend = BACKENDS[spec.quantization]
-    if why := backend.unavailable():
+    if why := bitsandbytes_unavailable():
         raise RequestError(
-            f"model.quantization: {spec.quantization} needs {backend.package}, and {why}: set model.quantization=none, or "
-            f"pip install -U {backend.package}"
+            f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
+            "pip install -U bitsandbytes"
         )
     if to_shard and not backend.shardable:
         raise RequestError(

@@ -7,7 +7,6 @@ time nor memory: a template that loops forever has to be stopped by hand.
 
 from __future__ import annotations
 
-import importlib.util
 import logging
 import os
 import re
@@ -107,12 +106,9 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     stem = find_template(name)
     path = known[stem] if stem else Path(os.path.expanduser(resolve_path(name)))
     if not os.path.isfile(path):
-        more = "" if importlib.util.find_spec("trl") else (
-            "; TRL brings more (gemma, phi3, qwen2.5, qwen3, ...): pip install 'orpo-lite[trl]'"
-        )  # fmt: skip
         raise RequestError(
             f"model.chat_template: no template {name!r}{nearest(name, known)}; expected the path of a Jinja file "
-            f"or one of: {', '.join(sorted(known))}{more}"
+            f"or one of: {', '.join(sorted(known))} (pip install 'orpo-lite[trl]' brings TRL's)"
         )
     source = path.read_text("utf-8")
     replaced = tokenizer.chat_template is not None and tokenizer.chat_template != source

@@ -23,16 +23,14 @@ from transformers import (
     BitsAndBytesConfig,
     PretrainedConfig,
     PreTrainedModel,
-    TrainingArguments,
 )
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
-from orpo_lite.model.precision import BACKENDS, chosen_dtype
+from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
-from orpo_lite.plan.kernels import Target
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
 
@@ -65,15 +63,6 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
             f"model.name_or_path: no configuration of {spec.name_or_path} here, and a plan downloads nothing: give a model "
             f"folder or its config.json, or fetch that file once (hf download {spec.name_or_path} config.json)"
         ) from error
-
-
-def compute_dtype(spec: ModelSection, target: Target) -> torch.dtype:
-    """Return the dtype that training would compute in on the target, which need not be this machine.
-
-    Raises:
-        RequestError: float16 on the CPU.
-    """
-    return getattr(torch, chosen_dtype(spec.dtype, target.kind, target.capability)[0])
 
 
 def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, recompute: bool) -> Any:
@@ -254,12 +243,6 @@ class OptimizerStates:
     step: int
     """On the card only during a step."""
     why: str
-
-
-def optimizer_name(recipe: Recipe) -> str:
-    """Return training.optim, or transformers' default."""
-    default = TrainingArguments.__dataclass_fields__["optim"].default
-    return str(recipe.training.get("optim") or default or TrainingArguments.default_optim)
 
 
 def optimizer_states(optim: str, trained: Iterable[Tensor], cuda: bool) -> OptimizerStates:

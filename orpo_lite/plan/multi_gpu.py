@@ -33,6 +33,14 @@ BUCKET = 500_000_000
 """Elements of DeepSpeed's gradient bucket (reduce_bucket_size), allocated in full however few gradients there are."""
 LIVE = 1_000_000_000
 """Elements that ZeRO-3 keeps gathered at most (stage3_max_live_parameters); below that it releases none."""
+ZERO2 = f"DeepSpeed's defaults: a gradient bucket of {BUCKET:,} elements, float32 copies of trained weights"
+ASSUMED = {
+    "ddp": [],
+    "fsdp2": ["two units of FSDP2 at a time: the one at work, and the buffer of the next"],
+    "zero2": [ZERO2],
+    "zero3": [ZERO2, f"ZeRO-3 gathers up to {LIVE:,} elements before it releases any"],
+}
+"""What a plan for several GPUs assumes of each strategy."""
 WEIGHTS = (BASE, ENDS, ADAPTER)
 
 
@@ -74,7 +82,7 @@ def parallel_plan(study: Study, recomputed: int | None, parallelism: Parallelism
         single,
         phases={"load": load} | fullest_by_phase(peaks),
         load_host=host,
-        assumptions=[*single.assumptions, *assumptions(parallelism.strategy)],
+        assumptions=[*single.assumptions, "all GPUs are in one machine", *ASSUMED[parallelism.strategy]],
         parallelism=parallelism,
         host_training=offloaded,
     )
@@ -135,20 +143,6 @@ def gathered_units(place: Segment, units: Units, parallelism: Parallelism) -> in
     always = units.end if units.tied else 0
     here = 2 * units.layer if isinstance(where, int) else max(2 * units.start, units.start + units.layer)
     return always + here + arriving
-
-
-def assumptions(strategy: str) -> list[str]:
-    """List the assumptions of a plan for several GPUs, in sentences."""
-    found = ["all GPUs are in one machine, as far as the host's memory is concerned"]
-    if strategy == "fsdp2":
-        found.append("two units of FSDP2 at a time: the one at work, and the buffer of the next")
-    if strategy.startswith("zero"):
-        found.append(
-            f"DeepSpeed's defaults: a gradient bucket of {BUCKET:,} elements, float32 copies of trained weights"
-        )
-    if strategy == "zero3":
-        found.append(f"ZeRO-3 gathers up to {LIVE:,} elements before it releases any")
-    return found
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ from typing import Any
 
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
+from transformers import TrainingArguments
 
 from orpo_lite.model.activation_offload import check_count
 from orpo_lite.model.inspection import trainable_share, unwrap
+from orpo_lite.model.precision import chosen_dtype
 from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.plan import meta_model, step
 from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment, Timeline
@@ -145,7 +147,7 @@ class Study:
     def __init__(self, recipe: Recipe, target: Target, shape: Callable[[str], Shape] | None = None) -> None:
         self.recipe, self.target = recipe, target
         self.config = meta_model.find_config(recipe.model)
-        self.dtype = meta_model.compute_dtype(recipe.model, target)
+        self.dtype: torch.dtype = getattr(torch, chosen_dtype(recipe.model.dtype, target.kind, target.capability)[0])
         # the whole base without quantization and adapter is enough to see its layers
         plain = recipe.model.model_copy(update={"quantization": "none", "new_tokens": []})
         plain = recipe.model_copy(update={"model": plain, "adapter": None})
@@ -187,7 +189,8 @@ class Study:
         timeline = Timeline(self.target)
         meta_model.hold_model(timeline, model)
         trained = [p for p in model.parameters() if p.requires_grad]
-        states = meta_model.optimizer_states(meta_model.optimizer_name(recipe), trained, cuda)
+        optim = recipe.training.get("optim") or TrainingArguments.default_optim
+        states = meta_model.optimizer_states(optim, trained, cuda)
         timeline.take(states.device, OPTIMIZER)
         passes = step.Passes(model, recipe, self._head)
         step.mark_layers(timeline, unwrap(model))
@@ -258,7 +261,6 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
     if target.kind == "cpu":
         return ["workspaces that operations allocate while they run are left out"]
     found = [
-        f"CUDA context {CONTEXT_BYTES / 1e9:.1f} GB, libraries' own memory {LIBRARY_BYTES / 1e9:.2f} GB",
         f"fragmentation: {FRAGMENTATION:.0%} of the short-lived memory of a step",
         "workspaces of the attention kernels' backward passes, derived from their sources",
         f"host: {HOST_BYTES / 1e9:.1f} GB for Python, CUDA and data; the checkpoint's pages can be evicted at any time",

@@ -24,11 +24,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import apply_override
 from orpo_lite.trainer.config_from_recipe import checkpointed
 
-EIGHTHS = (7, 6, 5, 4, 3, 2, 1)
-"""Shorter lengths to try, in eighths of the recipe's."""
 OFFLOAD = "memory.offload_activations=true"
-
-
 UNPACKING = 450.0
 """ASSUMED. FLOPs that a card could do while it unpacks a 4-bit weight: some 4.5 bytes through its memory, at the 100 FLOPs
 per byte that recent cards reach in 16-bit products in practice."""
@@ -51,7 +47,6 @@ class Planner:
     ) -> None:
         self.shape, self.parallelism = shape, parallelism
         self._studies: dict[tuple[str, Target], Study] = {}
-        self._plans: dict[tuple[Study, int | None], Plan] = {}
 
     def __call__(self, recipe: Recipe, target: Target) -> Plan:
         """Plan a recipe as it stands.
@@ -71,11 +66,7 @@ class Planner:
 
     def plan(self, study: Study, recomputed: int | None) -> Plan:
         """Plan a study's recipe with this many of the first layers checkpointed; None for all."""
-        key = study, recomputed
-        if key not in self._plans:
-            shared = self.parallelism
-            self._plans[key] = parallel_plan(study, recomputed, shared) if shared else study.plan(recomputed)
-        return self._plans[key]
+        return parallel_plan(study, recomputed, self.parallelism) if self.parallelism else study.plan(recomputed)
 
 
 def changed(recipe: Recipe, words: list[str]) -> Recipe | None:
@@ -99,10 +90,8 @@ class Choice:
     """all, none, or the number of layers."""
     plan: Plan
     fits: bool
-    flops: float
-    """Of an optimizer step of the longest pairs, recomputation included."""
     cost: float
-    """The same, with everything else that takes time converted to FLOPs."""
+    """FLOPs of an optimizer step of the longest pairs, recomputation included; whatever else takes time is converted."""
 
     @property
     def pairs(self) -> int:
@@ -198,7 +187,7 @@ class Search:
             backend, four_bits = BACKENDS.get(self.recipe.model.quantization), (OFFLOAD, "model.quantization=nf4")
             if self.recipe.adapter and (backend is None or backend.bits > 4) and self._applied(four_bits):
                 stages.append(four_bits)
-            stages += [(*stages[-1], *shorter(self.recipe, eighths)) for eighths in EIGHTHS]
+            stages += [(*stages[-1], *shorter(self.recipe, eighths)) for eighths in range(7, 0, -1)]
         return next(filter(None, map(self.fastest, filter(self._applied, stages))), None)
 
     def fastest(self, words: tuple[str, ...]) -> Choice | None:
@@ -240,8 +229,7 @@ class Search:
 
     def _study(self, words: tuple[str, ...]) -> Study:
         trial = self._applied(words)
-        if trial is None:
-            raise RequestError(f"--fit: {' '.join(words)} conflicts with the rest of {self.recipe.name}")
+        assert trial is not None  # `first_that_fits` leaves out what conflicts
         return self.planner.study(trial, self.card.target)
 
     def _choice(self, words: tuple[str, ...], study: Study, recomputed: int | None) -> Choice:
@@ -251,7 +239,7 @@ class Search:
         cost = share * (facts[FLOPS] + FETCHING * facts[MOVED]) + math.ceil(share) * UNPACKING * facts[UNPACKED]
         word = {None: "all", 0: "none"}.get(recomputed, str(recomputed))
         words = (f"memory.checkpointing={word}", *words) if words else ()
-        return Choice(words, word, made, verdict(made, self.card) == FITS, share * facts[FLOPS], cost)
+        return Choice(words, word, made, verdict(made, self.card) == FITS, cost)
 
 
 def shorter(recipe: Recipe, eighths: int) -> tuple[str, ...]:

@@ -42,14 +42,12 @@ def show_plan(console: Console, made: Plan) -> None:
         f"[bold]peak {format_gb(made.peak, 2)} in tensors, in the {made.fullest} phase; {format_gb(made.needed, 2)} with "
         "everything assumed[/]"
     )
-    paged = made.facts["optimizer on the host"]
-    host = f", {format_gb(paged, 2)} of paged optimizer states" if paged else ""
-    if made.host_training:
-        host += f", {format_gb(made.host_training, 2)} of offloaded shards and optimizer states in training"
-    console.print(f"host: {format_gb(made.load_host, 2)} while loading{host}")
+    paged, sharded = format_gb(made.facts["optimizer on the host"], 2), format_gb(made.host_training, 2)
+    console.print(
+        f"host: {format_gb(made.load_host, 2)} while loading; {paged} of paged optimizer states, {sharded} of offloaded shards"
+    )
     for sentence in made.assumptions:
-        if not sentence.startswith("CUDA context"):  # printed above
-            console.print(f"assumed: {sentence}", style="dim")
+        console.print(f"assumed: {sentence}", style="dim")
 
 
 def facts_table(made: Plan) -> Table:
@@ -58,9 +56,7 @@ def facts_table(made: Plan) -> Table:
     table.add_column(style="bold")
     device = "the CPU"
     if made.target.kind != "cpu":
-        major, minor = made.target.capability
-        later = "and later" if major >= 8 else "and earlier"
-        device = f"CUDA, with the kernels of compute capability {major}.{minor} {later}"
+        device = "CUDA, with the kernels of compute capability {}.{}".format(*made.target.capability)
     shared = f"; one of {made.parallelism}" if made.parallelism else ""
     for name, text in (
         ("recipe", made.recipe),
@@ -111,12 +107,6 @@ def show_cards(console: Console, verdicts: list[Verdict]) -> None:
     console.print(table)
     for words, names in remedies.items():  # below the table, whose wrapped lines could not be copied
         console.print(f"on {', '.join(names)} {words}", soft_wrap=True, markup=False)
-    if len({one.plan.target for one in verdicts}) > 1:
-        console.print(
-            "Cards before compute capability 8.0 compute in float16 and with other kernels, so the same recipe needs another "
-            "amount on them.",
-            style="dim",
-        )
 
 
 def verdict_as_dict(one: Verdict) -> dict[str, Any]:
@@ -141,8 +131,6 @@ def fitted_recipe(found: Fit) -> str:
     header = (
         f"# {found.before.plan.recipe}, fitted to {found.card.title} by python -m orpo_lite.plan --fit:\n"
         f"# planned peak {format_gb(made.peak, 2)} in tensors, {format_gb(made.needed, 2)} with everything assumed.\n"
-        "# An optimizer step has per_device_train_batch_size x gradient_accumulation_steps pairs; tokens_per_batch cuts it into\n"
-        "# micro-batches.\n"
     )
     return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
 
@@ -150,20 +138,15 @@ def fitted_recipe(found: Fit) -> str:
 def show_fit(console: Console, found: Fit, written: Path) -> None:
     """Print the recipe as it stands and as fitted, and where the fitted one was written."""
     before, choice, card = found.before, found.choice, escape(found.card.title)
-    table = numbers_table(f"on {card}", ["pairs", "checkpointing", "needs GB", "FLOPs", "time"])
+    table = numbers_table(f"on {card}", ["pairs", "checkpointing", "needs GB", "time"])
     for name, one in (("as it stands" + ("" if before.fits else ", does not fit"), before), ("fitted", choice)):
         layers = f"{one.checkpointing} layers" if one.checkpointing.isdigit() else one.checkpointing
-        relative = (f"{one.flops / before.flops:.2f}", f"{one.cost / before.cost:.2f}")
-        table.add_row(name, str(one.pairs), layers, gigabytes(one.plan.needed), *relative)
+        table.add_row(name, str(one.pairs), layers, gigabytes(one.plan.needed), f"{one.cost / before.cost:.2f}")
     console.print(table)
     console.print(
-        "pairs: of the longest that data allows, per micro-batch; FLOPs: of an optimizer step, recomputation included; time: "
-        f"assumes that unpacking a 4-bit weight costs as much as {UNPACKING:.0f} FLOPs, fetching a byte from the host {FETCHING:.0f}",
+        "pairs: of the longest that data allows, per micro-batch; time: FLOPs of an optimizer step, assuming that unpacking a 4-bit "
+        f"weight costs as much as {UNPACKING:.0f} of them, fetching a byte from the host {FETCHING:.0f}",
         style="dim",
-    )
-    left = format_gb(found.card.gigabytes * 1e9 - choice.plan.needed, 2)
-    console.print(
-        f"{left} of the card remain; a screen on it takes some of them: name a size that is free, as in --gpu 11GB"
     )
     console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
     deeper = " ".join(word for word in choice.words if word.startswith(("data.", "model.")))

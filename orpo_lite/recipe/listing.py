@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from typing import Annotated
 
 import typer
@@ -43,7 +42,6 @@ def command(
             {"recipe": name, "base": content["model"]["name_or_path"], "data": sources, "needs": content.get("needs", ""),
              "description": content.get("description", "")}
         )  # fmt: skip
-    rows.sort(key=lambda row: (card_memory(row["needs"]), row["recipe"]))
     if as_json:
         print(json.dumps(rows, indent=1))
         return
@@ -53,9 +51,3 @@ def command(
         table.add_row(row["recipe"], Text.assemble(f"{row['needs']}\n", (below, "dim")))
     console.print(table)
     console.print("\nnext: python -m orpo_lite.train --recipe NAME data.train=my.jsonl --dry-run", soft_wrap=True)
-
-
-def card_memory(needs: str) -> int:
-    """Return the GB of all cards together that a recipe says it needs."""
-    cards = re.match(r"(?:(\d+) (?:x|GPUs of) )?(\d+) GB", needs)
-    return int(cards[1] or 1) * int(cards[2]) if cards else 0

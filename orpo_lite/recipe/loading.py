@@ -111,9 +111,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except safe_yaml.YamlError as error:
         raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
     if not isinstance(content, dict):
-        known = {type(None): "the file is empty", list: "found a list at the top"}
-        found = known.get(type(content), f"found {shown(content)} at the top")
-        raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
+        raise RecipeError(str(path), [f"found {shown(content)} at the top, expected sections such as model: and data:"])
     return content
 
 

@@ -70,16 +70,12 @@ class Recipe(Section):
     def _sections_agree(self) -> Recipe:
         problems = []
         model, adapter, data = self.model, self.adapter, self.data
-        if adapter is None and model.quantization != "none":
+        init = adapter and str(adapter.init_lora_weights)
+        if model.quantization != "none" and (init is None or init.startswith(("pissa", "olora"))):
+            asked = f"adapter.init_lora_weights is {init}" if init else "adapter is null (full fine-tuning)"
             problems.append(
-                f"adapter is null (full fine-tuning) but model.quantization is {model.quantization}: quantized weights "
-                "cannot be trained; set model.quantization=none or give an adapter"
-            )
-        init = str(adapter.init_lora_weights) if adapter else ""
-        if init.startswith(("pissa", "olora")) and model.quantization != "none":
-            problems.append(
-                f"adapter.init_lora_weights is {init}, which changes the base weights, but model.quantization is "
-                f"{model.quantization}: set model.quantization=none or adapter.init_lora_weights=true"
+                f"{asked}, which changes the base weights, but model.quantization is {model.quantization}: set "
+                "model.quantization=none, or give an adapter with init_lora_weights=true"
             )
         if data.max_prompt_length and data.max_length and data.max_prompt_length >= data.max_length:
             problems.append(

@@ -22,12 +22,6 @@ CHOICES = {
     **dict.fromkeys(("log_level", "log_level_replica"), ("detail", "debug", "info", "warning", "error", "critical", "passive")),
 }  # fmt: skip
 """Values of fields that are plain text to transformers, or where not all of its values work here."""
-INSTEAD: dict[str, str] = dict.fromkeys(
-    ("group_by_length", "batch_rebalance"),
-    "; set orpo.tokens_per_batch instead, which puts pairs of similar length together inside each optimizer step and "
-    "deals them out evenly",
-)
-"""Values that transformers takes and a recipe does not: what to do instead."""
 HUB_WORD = (
     "publish with `python -m orpo_lite.push RUN --repo USER/NAME`, which lists the files first, uploads no checkpoint, and creates "
     "a private repository unless asked otherwise"
@@ -114,7 +108,8 @@ def check_training_field(key: str, value: Any) -> Any:
     choices = choices_of(key)
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
-        hint = INSTEAD.get(value, "")
+        # transformers also has group_by_length and batch_rebalance
+        hint = "; to sort by length, set orpo.tokens_per_batch instead" if key == "train_sampling_strategy" else ""
         raise ValueError(
             f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}{hint}"
         )

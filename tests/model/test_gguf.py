@@ -166,9 +166,8 @@ def test_dequantized_once_by_the_files_content(tmp_path, cache, caplog):
     assert module.cached_folder(tmp_path / "a.gguf") != first
 
 
-def test_many_shards_hold_the_same(tmp_path, cache, monkeypatch):
+def test_a_file_per_weight_holds_the_same(tmp_path, cache):
     expected = write_gguf(tmp_path / "a.gguf", Q.F32)
-    monkeypatch.setattr(module, "SHARD_BYTES", 60_000)
     model, _ = load_base(spec(tmp_path / "a.gguf"))
     assert len(list(next(cache.glob("*-1")).glob("*.safetensors"))) > 3
     torch.testing.assert_close(logits(model), logits(expected))
@@ -177,7 +176,7 @@ def test_many_shards_hold_the_same(tmp_path, cache, monkeypatch):
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "a.gguf", Q.F16)
     with monkeypatch.context() as broken:
-        broken.setattr(module.ShardWriter, "finish", lambda self: 1 / 0)
+        broken.setattr(module, "save_file", lambda *given, **options: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             module.cached_folder(tmp_path / "a.gguf")
     assert [p for p in cache.iterdir() if p.is_dir()] == []

@@ -8,16 +8,22 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.model import activation_offload
 from orpo_lite.model.activation_offload import Away, CheckpointedLayers, HostMemory, checkpointing_layers, offload
 
 LLAMA = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
+
+
+@pytest.fixture(autouse=True)
+def every_tensor_is_large_enough(monkeypatch):
+    monkeypatch.setattr(activation_offload, "SMALLEST", 1)
 
 
 class Watched(HostMemory):
     """Counts, and remembers what it was given without holding it."""
 
     def __init__(self) -> None:
-        super().__init__(smallest=1)
+        super().__init__()
         self.given: list[StorageWeakRef] = []
         self.back = 0
 
@@ -69,8 +75,9 @@ def test_what_is_away_is_gone_from_where_it_was():
     assert loss.requires_grad
 
 
-def test_small_tensors_and_weights_stay():
-    place = HostMemory(smallest=1000)
+def test_small_tensors_and_weights_stay(monkeypatch):
+    monkeypatch.setattr(activation_offload, "SMALLEST", 1000)
+    place = HostMemory()
     small, weight = torch.zeros(249), torch.nn.Parameter(torch.zeros(1000))
     assert place.pack(small) is small and place.pack(weight) is weight and place.unpack(small) is small
     kept = place.pack(torch.ones(250))

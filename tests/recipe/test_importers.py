@@ -279,12 +279,12 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (AXOLOTL | {"rl": "dpo"}, r"theirs.yml: rl is 'dpo', expected rl: orpo"),
-        (AXOLOTL | {"rl": None}, "rl is missing, so this is supervised training"),
+        (AXOLOTL | {"rl": "dpo"}, "theirs.yml: rl is 'dpo', expected an ORPO"),
+        (AXOLOTL | {"rl": None}, "rl is None, expected an ORPO"),
         (FACTORY | {"pref_loss": "sigmoid"}, "stage is 'dpo' and pref_loss 'sigmoid', expected"),
         (FACTORY | {"stage": "sft"}, "stage is 'sft'"),
         ({"model_name_or_path": "x", "beta": 0.1}, "trl_orpo --config"),
-        ({"model": {"name_or_path": "x"}, "data": {"train": "y"}}, "already a recipe"),
+        ({"model": {"name_or_path": "x"}, "data": {"train": "y"}}, "a recipe already"),
         ({"a": 1}, "found a, expected an ORPO configuration"),
         (["x"], "at the top"),
         (AXOLOTL | {"lora_r": "many"}, "adapter.r: found 'many'"),

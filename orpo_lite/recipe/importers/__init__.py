@@ -32,23 +32,19 @@ def trainer_of(content: dict[str, Any], file: Path) -> tuple[str, Callable[[Reci
     if "base_model" in content:
         if content.get("rl") == "orpo":
             return "axolotl", axolotl.convert
-        found = f"rl is {content['rl']!r}" if content.get("rl") else "rl is missing, so this is supervised training"
-        raise RequestError(f"{file}: {found}, expected rl: orpo (other methods are not trained here)")
-    if "stage" in content or "finetuning_type" in content or "pref_loss" in content:
+        found = f"rl is {content.get('rl')!r}"
+    elif "stage" in content or "finetuning_type" in content or "pref_loss" in content:
         stage, loss = content.get("stage"), content.get("pref_loss", "sigmoid")
         if stage == "orpo" or (stage, loss) == ("dpo", "orpo"):  # the former until 0.7
             return "LLaMA-Factory", llamafactory.convert
-        raise RequestError(
-            f"{file}: stage is {stage!r} and pref_loss {loss!r}, expected stage: dpo with pref_loss: orpo (other methods "
-            "are not trained here)"
-        )
-    if {"model", "data"} <= content.keys():
-        raise RequestError(f"{file}: already a recipe: python -m orpo_lite.train --recipe {file}")
-    if "model_name_or_path" in content:
-        raise RequestError(f"{file}: TRL's fields: python -m orpo_lite.compat.trl_orpo --config {file}")
+        found = f"stage is {stage!r} and pref_loss {loss!r}"
+    elif {"model", "data"} <= content.keys():
+        found = "this is a recipe already"
+    else:
+        found = f"found {', '.join(map(str, list(content)[:8]))}"
     raise RequestError(
-        f"{file}: found {', '.join(map(str, list(content)[:8]))}, expected an ORPO configuration of axolotl (base_model, rl: orpo) or "
-        "LLaMA-Factory (stage: dpo, pref_loss: orpo)"
+        f"{file}: {found}, expected an ORPO configuration of axolotl (base_model, rl: orpo) or LLaMA-Factory (stage: dpo, "
+        f"pref_loss: orpo); one of TRL's runs as it is: python -m orpo_lite.compat.trl_orpo --config {file}"
     )
 
 
