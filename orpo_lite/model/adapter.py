@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import os
 import re
@@ -200,10 +199,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     config = lora_config(source)
     init = str(config.init_lora_weights).lower()
     if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantized(model)):
-        raise RequestError(
-            f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
-            "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
-        )
+        raise RequestError(changed_base(source, init))
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
     config.auto_mapping = None  # names a library to import; a run's own adapter must not pass it on
@@ -211,9 +207,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
-    rows = config.trainable_token_indices or []
-    trained = itertools.chain(*rows.values()) if isinstance(rows, dict) else rows
-    grow_embeddings(model, 1 + max(trained, default=-1))  # where the tokenizer is not at hand
+    grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
     misfit = f"adapter: {source} does not fit {base_name(model)}, so check that this is its base: "
     try:
         with renaming_field("adapter"), hub_errors_in_words(source):
@@ -242,6 +236,20 @@ def lora_config(source: str) -> LoraConfig:
     check_adapter(folder)
     with renaming_field("adapter"), hub_errors_in_words(source):
         return PeftConfig.from_pretrained(source)  # type: ignore[return-value]  # the check takes no other
+
+
+def changed_base(source: str, init: str) -> str:
+    """Say why an adapter with such an initialization does not fit an unchanged base."""
+    return (
+        f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
+        "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
+    )
+
+
+def trained_rows(config: LoraConfig) -> list[int]:
+    """List the ids of the tokens whose embeddings are in the adapter itself."""
+    rows = config.trainable_token_indices or []
+    return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
 def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:

@@ -79,10 +79,6 @@ class Parallelism:
         """The strategy shards the weights, and so can offload them to the host."""
         return self.strategy in ("fsdp2", "zero3")
 
-    @property
-    def deepspeed(self) -> bool:
-        return self.strategy.startswith("zero")
-
 
 GENERATIONS = {
     (6, 0): {"p100": 16},

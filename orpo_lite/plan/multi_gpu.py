@@ -70,7 +70,7 @@ def parallel_plan(study: Study, recomputed: int | None, parallelism: Parallelism
     if parallelism.sharded:
         shard(load, parallelism)
         # FSDP2 moves unit by unit to the card, ZeRO-3 weight by weight
-        load[LOADING] = units.weight if parallelism.deepspeed else max(units.start, units.layer, units.end)
+        load[LOADING] = units.weight if parallelism.strategy == "zero3" else max(units.start, units.layer, units.end)
         # each process loads the base into the host's memory and passes its shards on; unchanged from the file, all
         # processes map the same pages of it
         mapped = study.recipe.model.quantization == "none" and getattr(study.config, "dtype", None) == study.dtype

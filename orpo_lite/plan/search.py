@@ -132,7 +132,8 @@ def fit(recipe: Recipe, card: Card, planner: Planner | None = None, *, shorten: 
     assert fitted is not None  # it was planned
     needs = f"{found.plan.needed / 1e9:.1f} GB of {card.title}, as planned"
     fitted = fitted.model_copy(update={"name": card.fitted_name(recipe.name), "needs": needs})
-    return Fit(card, fitted, found, search.tried, search.as_it_stands())
+    before = search.choice((), search.start, checkpointed(recipe, card.target.device))
+    return Fit(card, fitted, found, search.tried, before)
 
 
 @dataclass(frozen=True)
@@ -169,10 +170,6 @@ class Search:
         # means per micro-batch, or incomplete ones dropped: another micro-batch would train something else
         self._fixed = recipe.orpo.nll_mean == "micro" or bool(recipe.training.get("dataloader_drop_last"))
 
-    def as_it_stands(self) -> Choice:
-        """Return the recipe without a change."""
-        return self._choice((), self.start, checkpointed(self.recipe, self.card.target.device))
-
     def first_that_fits(self, shorten: bool) -> Choice | None:
         """Return the fastest choice with the mildest changes that make the recipe fit; None if none do.
 
@@ -207,13 +204,13 @@ class Search:
         """Return a micro-batch of so many pairs with the fewest checkpointed layers that fit; with all if none does."""
         words = (*self._batch(pairs, words), *words)
         study = self._study(words)
-        most = self._choice(words, study, None)
+        most = self.choice(words, study, None)
         if not most.fits:
             return most
         counts = [*([] if OFFLOAD in words else [0]), *study.counts]
         # memory falls with their number
-        fewest = bisect_left(counts, True, key=lambda count: self._choice(words, study, count).fits)
-        best = self._choice(words, study, counts[fewest]) if fewest < len(counts) else most
+        fewest = bisect_left(counts, True, key=lambda count: self.choice(words, study, count).fits)
+        best = self.choice(words, study, counts[fewest]) if fewest < len(counts) else most
         return most if most.cost <= WORTH * best.cost else best
 
     def _batch(self, pairs: int, words: tuple[str, ...]) -> tuple[str, ...]:
@@ -232,7 +229,8 @@ class Search:
         assert trial is not None  # `first_that_fits` leaves out what conflicts
         return self.planner.study(trial, self.card.target)
 
-    def _choice(self, words: tuple[str, ...], study: Study, recomputed: int | None) -> Choice:
+    def choice(self, words: tuple[str, ...], study: Study, recomputed: int | None) -> Choice:
+        """Plan a study with some layers checkpointed, and count what its optimizer step costs."""
         made = self.planner.plan(study, recomputed)
         facts, tokens = made.facts, [pair_tokens(pair, made.layout) for pair in made.shape.pairs]
         share = self.step_pairs * tokens[0] / sum(tokens)

@@ -88,22 +88,18 @@ def numbers_table(first: str, columns: list[str]) -> Table:
 
 
 def show_cards(console: Console, verdicts: list[Verdict]) -> None:
-    """Print which cards a recipe fits, and what would make it fit the others; equal rows share a line."""
-    table = Table("GB", "needs", "verdict", box=None)
-    table.add_column("cards", overflow="fold")
-    groups: dict[tuple[str, str, str], list[str]] = {}
+    """Print which cards a recipe fits, and what would make it fit the others."""
+    table = Table("GB", "needs", "verdict", "card", box=None)
     remedies: dict[str, list[str]] = {}
     for one in verdicts:
-        row = (f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), one.words)
-        groups.setdefault(row, []).append(one.card.name)
+        style = {FITS: "green", TIGHT: "yellow"}.get(one.words, "red")
+        verdict = f"[{style}]{one.words}[/]"
+        table.add_row(f"{one.card.gigabytes:g}", gigabytes(one.plan.needed), verdict, one.card.name)
         if one.words == NOT:
             remedy = "nothing that was tried fits"
             if one.remedy:
                 remedy = f"it needs {format_gb(one.remedy.plan.needed, 2)} with {' '.join(one.remedy.words)}"
             remedies.setdefault(remedy, []).append(one.card.name)
-    for (total, needs, words), names in groups.items():
-        style = {FITS: "green", TIGHT: "yellow"}.get(words, "red")
-        table.add_row(total, needs, f"[{style}]{words}[/]", ", ".join(names))
     console.print(table)
     for words, names in remedies.items():  # below the table, whose wrapped lines could not be copied
         console.print(f"on {', '.join(names)} {words}", soft_wrap=True, markup=False)
