@@ -109,8 +109,14 @@ def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
     found = fit(recipe, card)
     path.write_text(tables.fitted_recipe(found), "utf-8")
     if as_json:
-        content = found.choice.plan.as_dict() | {"cards": [], "fit": tables.fit_as_dict(found, path)}
-        print(json.dumps(content, indent=1))
+        choice = found.choice
+        told = {
+            "card": card.name,
+            "recipe": str(path),
+            "overrides": choice.words,
+            "relative_time": choice.cost / found.before.cost,
+        }
+        print(json.dumps(choice.plan.as_dict() | {"cards": [], "fit": told}, indent=1))
         return
     tables.show_plan(console, found.choice.plan)
     tables.show_fit(console, found, path)

@@ -151,13 +151,3 @@ def show_fit(console: Console, found: Fit, written: Path) -> None:
             f"[yellow]{deeper} changes what is trained: nothing fits with the recipe's own weights and lengths[/]"
         )
     console.print(f"written; to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)
-
-
-def fit_as_dict(found: Fit, written: Path) -> dict[str, Any]:
-    """Return a fit as plain numbers and words, without its plan."""
-    return {
-        "card": found.card.name,
-        "recipe": str(written),
-        "overrides": list(found.choice.words),
-        "relative_time": found.choice.cost / found.before.cost,
-    }

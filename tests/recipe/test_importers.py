@@ -269,7 +269,7 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
     assert "no equivalent" in done.output and "theirs-recipe.yaml --dry-run" in done.output
     recipe = Recipe.load(str(place / "theirs-recipe.yaml"))
     assert run(recipe, dry_run=True) is None
-    assert "No equivalent" in (place / "theirs-recipe.yaml").read_text()
+    assert "no equivalent" in (place / "theirs-recipe.yaml").read_text()
     again = CliRunner().invoke(shell, [str(file)])
     assert isinstance(again.exception, RequestError) and "exists already" in str(again.exception)
     told = CliRunner().invoke(shell, [str(file), "--overwrite", "--json"])

@@ -10,8 +10,6 @@ from typing import Annotated, Any
 
 import typer
 import yaml
-from rich.markup import escape
-from rich.table import Table
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
@@ -19,7 +17,7 @@ from orpo_lite.common.files import write_atomically
 from orpo_lite.common.text import visible
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.importers import axolotl, llamafactory
-from orpo_lite.recipe.importers.draft import Note, RecipeDraft
+from orpo_lite.recipe.importers.draft import RecipeDraft
 from orpo_lite.recipe.loading import read_yaml
 
 
@@ -67,9 +65,9 @@ def convert(file: Path, name: str) -> tuple[Recipe, RecipeDraft, str]:
 
 
 def account(draft: RecipeDraft) -> str:
-    """Return what has another meaning or no equivalent, as YAML comments for the head of the recipe."""
+    """Return what has another meaning or no equivalent, as YAML comments for the head of the recipe and the screen."""
     parts = []
-    for title, notes in (("Carried over with another meaning", draft.differs), ("No equivalent", draft.left)):
+    for title, notes in (("carried over with another meaning", draft.differs), ("no equivalent", draft.left)):
         parts += [f"{title}:"] * bool(notes) + [f"  {note.field}: {note.value} : {note.why}" for note in notes]
     return "".join(f"# {visible(part)}\n" for part in parts)
 
@@ -97,22 +95,8 @@ def command(
         fields = {"carried": carried, "differs": differs, "no_equivalent": left, "unset": draft.unset}
         print(json.dumps({"recipe": str(place), "from": whose} | fields, indent=1))
         return
-    console.print(f"[bold]{escape(whose)}[/]: {len(draft.carried)} fields carried over")
-    show("carried over with another meaning", draft.differs)
-    show("no equivalent", draft.left)
+    lines = [f"{whose}: {len(draft.carried)} fields carried over", account(draft)]
     if draft.unset:
-        console.print(f"no value, so no effect: {escape(', '.join(draft.unset))}")
-    console.print(
-        f"\nwritten: {escape(str(place))}\nnext: python -m orpo_lite.train --recipe {escape(str(place))} --dry-run",
-        soft_wrap=True,
-    )
-
-
-def show(title: str, notes: list[Note]) -> None:
-    """Print a table of notes, if there are any."""
-    table = Table("field", "value", box=None, title=f"\n{title}", title_justify="left", padding=(0, 1))
-    table.add_column("what to know", overflow="fold")  # words to type stand in it
-    for note in notes:
-        table.add_row(*(escape(str(part)) for part in note))
-    if notes:
-        console.print(table)
+        lines.append(f"no value, so no effect: {', '.join(draft.unset)}")
+    lines.append(f"written: {place}\nnext: python -m orpo_lite.train --recipe {place} --dry-run")
+    console.print("\n".join(lines), markup=False, soft_wrap=True)
