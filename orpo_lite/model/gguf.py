@@ -69,8 +69,7 @@ def convert(path: Path, folder: Path) -> None:
         model = auto.from_config(config, trust_remote_code=False)
     dtypes = write_weights(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
-    if hasattr(config, "quantization_config"):
-        del config.quantization_config  # type: ignore[attr-defined]
+    vars(config).pop("quantization_config", None)
     config.architectures = [type(model).__name__]
     config.save_pretrained(folder)
     if model.generation_config is not None:

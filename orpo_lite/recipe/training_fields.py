@@ -6,6 +6,7 @@ import ast
 import functools
 import importlib.util
 import typing
+from collections import defaultdict
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -49,13 +50,6 @@ LIMITS: dict[str, Any] = {
 """Bounds of values, which transformers does not check or checks late."""
 
 
-class Names(dict):
-    """Names that annotations of fields use; a class that is not known here, such as an accelerate config, is Any."""
-
-    def __missing__(self, name: str) -> Any:
-        return Any
-
-
 @functools.cache
 def declared_fields() -> dict[str, Any]:
     """Map every field of transformers.TrainingArguments to its type; of an enumeration, to the texts of its members.
@@ -65,7 +59,8 @@ def declared_fields() -> dict[str, Any]:
     found = importlib.util.find_spec("transformers")
     assert found and found.origin, "transformers is a dependency"
     plain = (bool, int, float, str, list, dict, tuple, set, type(None))
-    names, classes = Names(vars(typing) | {kind.__name__: kind for kind in plain}), {}
+    # a class that is not known here, such as an accelerate config, is Any
+    names, classes = defaultdict(lambda: Any, vars(typing) | {kind.__name__: kind for kind in plain}), {}
     for module in ("trainer_utils", "debug_utils", "training_args"):
         tree = ast.parse(Path(found.origin).with_name(f"{module}.py").read_text("utf-8"))
         classes |= {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
