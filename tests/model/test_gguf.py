@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-import sys
 
 import gguf
 import numpy as np
@@ -114,8 +113,9 @@ def test_weights_are_what_the_file_holds(tmp_path, cache, kind, dtype):
     torch.testing.assert_close(
         logits(model), logits(expected), atol=2e-2 if dtype == torch.float16 else 1e-5, rtol=1e-3
     )
-    stored = load_file(next(next(cache.glob("*-1")).glob("*.safetensors")))
-    assert stored["model.layers.0.mlp.up_proj.weight"].dtype == dtype
+    files = list(next(cache.glob("*-1")).glob("*.safetensors"))
+    stored = {key: tensor for file in files for key, tensor in load_file(file).items()}
+    assert len(files) == len(stored) and stored["model.layers.0.mlp.up_proj.weight"].dtype == dtype
     assert stored["model.norm.weight"].dtype == torch.float32
 
 
@@ -166,13 +166,6 @@ def test_dequantized_once_by_the_files_content(tmp_path, cache, caplog):
     assert module.cached_folder(tmp_path / "a.gguf") != first
 
 
-def test_a_file_per_weight_holds_the_same(tmp_path, cache):
-    expected = write_gguf(tmp_path / "a.gguf", Q.F32)
-    model, _ = load_base(spec(tmp_path / "a.gguf"))
-    assert len(list(next(cache.glob("*-1")).glob("*.safetensors"))) > 3
-    torch.testing.assert_close(logits(model), logits(expected))
-
-
 def test_a_conversion_that_fails_leaves_nothing(tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "a.gguf", Q.F16)
     with monkeypatch.context() as broken:
@@ -210,6 +203,6 @@ def test_every_wrong_way_to_name_the_file_shows_the_right_one(tmp_path, cache):
 
 def test_without_the_gguf_package(tmp_path, cache, monkeypatch):
     write_gguf(tmp_path / "a.gguf", Q.F16)
-    monkeypatch.setitem(sys.modules, "gguf", None)
-    with pytest.raises(RequestError, match=r"pip install 'orpo-lite\[export\]'"):
+    monkeypatch.setattr("transformers.modeling_gguf_pytorch_utils.is_gguf_available", lambda: False)
+    with pytest.raises(RequestError, match="Please install torch and gguf"):
         load_base(spec(tmp_path / "a.gguf"))
