@@ -42,7 +42,8 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
         # a run folder's tokenizer is as it was trained with: template, padding and new tokens are in it
         with hub_errors_in_words(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
-        return remember(tokenizer, [], spec.new_tokens)
+        tokenizer.orpo_lite_new_tokens = spec.new_tokens
+        return tokenizer
     name = locate(spec)
     with hub_errors_in_words(spec.name_or_path):
         config = read_config(spec).get_text_config()
@@ -61,12 +62,7 @@ def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
         notes += add_tokens(tokenizer, spec.new_tokens)
     for note in notes:
         logger.info(note)
-    return remember(tokenizer, notes, spec.new_tokens)
-
-
-def remember(tokenizer: PreTrainedTokenizerBase, notes: list[str], added: list[str]) -> PreTrainedTokenizerBase:
-    """Keep notes and new tokens on the tokenizer."""
-    tokenizer.orpo_lite_notes, tokenizer.orpo_lite_new_tokens = notes, list(added)
+    tokenizer.orpo_lite_notes, tokenizer.orpo_lite_new_tokens = notes, spec.new_tokens
     return tokenizer
 
 
