@@ -104,7 +104,7 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
     if not os.path.isfile(path):
         raise RequestError(
             f"model.chat_template: no template {name!r}{nearest(name, known)}; expected the path of a Jinja file "
-            f"or one of: {', '.join(sorted(known))} (pip install 'orpo-lite[trl]' brings TRL's)"
+            f"or one of: {', '.join(sorted(known))}; pip install 'orpo-lite[trl]' brings TRL's"
         )
     source = path.read_text("utf-8")
     replaced = tokenizer.chat_template is not None and tokenizer.chat_template != source
