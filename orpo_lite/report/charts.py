@@ -93,17 +93,11 @@ def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str
     ]
 
 
-def draw_card_curves(run: LoadedRun, path: Path) -> bool:
-    """Draw curves.png for the model card.
-
-    Returns:
-        False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
-    """
+def draw_card_curves(run: LoadedRun, path: Path) -> None:
+    """Draw curves.png for the model card; nothing where metrics.jsonl holds none of the metrics."""
     charts = [draw(*panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
-    if not any(chart.lines for chart in charts):
-        return False
-    save_png(charts, path)
-    return True
+    if any(chart.lines for chart in charts):
+        save_png(charts, path)
 
 
 def split(panel: Chart, metrics: tuple[Metric, ...]) -> list[tuple[Chart, tuple[Metric, ...]]]:
