@@ -46,7 +46,8 @@
       if (chart.stairs) this.xs.pop();
       this.home = chart.domain;
       this.view = this.home;
-      this.rest = this.lines.map((line) => line.value.textContent);
+      this.rest = this.lines.map((line) => (chart.stairs ? "" : written(line.y.filter((y) => y !== null).pop(), chart.form)));
+      this.lines.forEach((line, i) => { line.value.textContent = this.rest[i]; });
       this.svg.setAttribute("role", "application");
       this.svg.setAttribute("aria-roledescription", "chart");
       this.svg.setAttribute("aria-label", this.svg.getAttribute("aria-label") +
