@@ -245,7 +245,8 @@ class Answerer:
         start = decoder_start(self.model.config) if encoder_decoder else None
         collate = PaddedCollator(self.tokenizer.pad_token_id or 0, "chosen", start)
         pair = {name: values[0] for name, values in chunk.columns.items()}
-        return {key: value.to(self.model.device) for key, value in collate([pair]).items()}
+        device, batch = self.model.device, collate([pair])
+        return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
 
 
 def write(text: str) -> None:
