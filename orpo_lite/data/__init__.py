@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
     from orpo_lite.data.token_cache import Tokenized
-    from orpo_lite.recipe import DataSection
+    from orpo_lite.recipe import DataSection, DataSource
 
 __all__ = ["DropReport", "Pairs", "TooManyDropped", "load_pairs", "pair_lengths"]
 
@@ -56,8 +56,12 @@ def load_pairs(
             every source read.
     """
     shapes: Shapes = {}
-    train = read_section(spec, field, tokenizer, encoder_decoder, shapes)
-    held_out = read_section(spec, "data.eval", tokenizer, encoder_decoder, shapes) if spec.eval else []
+
+    def read(sources: list[DataSource], name: str, limit: int | None) -> list[Tokenized]:
+        return read_section(spec, sources, name, limit, tokenizer, encoder_decoder, shapes)
+
+    train = read(spec.train, field, spec.max_rows)
+    held_out = read(spec.eval or [], "data.eval", spec.max_eval_rows)
     report = DropReport.merge([done.report for done in train + held_out])
     for name, section in ((field, train), ("data.eval", held_out)):
         problem = DropReport.merge([done.report for done in section]).problem(name) if section else None
@@ -67,26 +71,30 @@ def load_pairs(
 
 
 def read_section(
-    spec: DataSection, field: str, tokenizer: PreTrainedTokenizerBase, encoder_decoder: bool, shapes: Shapes
+    spec: DataSection,
+    sources: list[DataSource],
+    field: str,
+    limit: int | None,
+    tokenizer: PreTrainedTokenizerBase,
+    encoder_decoder: bool,
+    shapes: Shapes,
 ) -> list[Tokenized]:
-    """Tokenize each source of data.train or data.eval, up to the section's limit, and describe it in `shapes`."""
+    """Tokenize each source, up to a limit of rows over all of them in their order, and describe it in `shapes`."""
     from orpo_lite.data.token_cache import TokenizeOptions, tokenize_source  # which imports torch
 
     common = TokenizeOptions.__dataclass_fields__.keys() & type(spec).model_fields.keys()
     options = TokenizeOptions(
         **{name: getattr(spec, name) for name in common}, encoder_decoder=encoder_decoder, strict=True
     )
-    held_out = field == "data.eval"
-    limit = spec.max_eval_rows if held_out else spec.max_rows
     section = field.removeprefix("data.")
     done: list[Tokenized] = []
-    for number, source in enumerate((spec.eval or []) if held_out else spec.train):
+    for number, source in enumerate(sources):
         left = None if limit is None else limit - sum(one.report.rows for one in done)
         if left == 0:
             done[-1].report.notes.append(f"{field}: the row limit left {source.path} and the sources after it unread")
             break
         # a recipe's built-in held-out pairs keep their columns when the training pairs are a user's
-        columns = None if held_out and source.path.startswith("builtin:") else spec.columns
+        columns = None if field == "data.eval" and source.path.startswith("builtin:") else spec.columns
         opened = open_source(source, spec.split, columns, left, field)
         if any(shape["path"] == source.path for shape in shapes.values()):
             opened.label = f"{source.path} ({section} {number + 1})"

@@ -85,10 +85,13 @@ def open_source(
     rows: datasets.Dataset | None = None
     # unlike Path's methods, os.path's are false for a name that no file can have
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        check_splits(source, asked, os.path.isfile(os.path.join(path, "dataset_dict.json")))
+        check_splits(source, asked, os.path.isfile(os.path.join(path, "dataset_dict.json")), "one table")
         files, rows = [path], load_saved(path, asked)
     elif files := local_files(path, asked):
-        check_splits(source, asked, os.path.isdir(path) and any(splits_named(Path(path), files).values()))
+        named = os.path.isdir(path) and any(splits_named(Path(path), files).values())
+        check_splits(
+            source, asked, named, "a folder without splits in its names" if os.path.isdir(path) else "a local file"
+        )
     elif is_local(source.path):
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {EXPECTED}")
     else:
@@ -147,12 +150,12 @@ def local_files(path: str, split: str) -> list[str]:
     return found
 
 
-def check_splits(source: DataSource, asked: str, there: bool) -> None:
+def check_splits(source: DataSource, asked: str, there: bool, what: str) -> None:
     """Raise RequestError for a split of a source that has none, of which all rows would be read."""
     if asked != "train" and not there:
         where = "split" if source.split else "data.split"
         raise RequestError(
-            f"{shorten(source.path)}: {where} is {asked!r}, but nothing there names a split; leave it out (a hub source "
+            f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out (a hub source "
             "beside it can have its own: {path: owner/name, split: ...}), and set data.max_rows for the first rows only"
         )
 
