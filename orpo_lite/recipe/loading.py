@@ -111,7 +111,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except safe_yaml.YamlError as error:
         raise RecipeError(f"{path}, line {error.line}" if error.line else str(path), [str(error)]) from None
     if not isinstance(content, dict):
-        raise RecipeError(str(path), [f"found {shown(content)} at the top, expected sections such as model: and data:"])
+        found = "a list" if isinstance(content, list) else shown(content)
+        found = f"found {found} at the top" if content is not None else "the file is empty"
+        raise RecipeError(str(path), [f"{found}, expected sections such as model: and data:"])
     return content
 
 
