@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -14,11 +14,11 @@ from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, set_peft_model_state_dict
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.safetensors_blocks import Mapped
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config, wrap
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 
@@ -119,18 +119,8 @@ Edit = LowRank | Added | Replaced | Rows
 """A change of one parameter: `apply(block, start)` makes it in a float32 block."""
 
 
-@dataclass
-class Adapter:
-    """An adapter's changes by parameter name; its tensors stay on disk until they are used."""
-
-    model: PeftModel
-    """Skeleton on the meta device with the adapter on it, its tensors as views of the file."""
-    edits: dict[str, list[Edit]]
-    file: Mapped = field(repr=False)
-
-
-def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
-    """Attach an adapter to a skeleton without reading its weights, and collect what it does to which parameter.
+def read_adapter(source: str | Path, model: PreTrainedModel) -> tuple[PeftModel, dict[str, list[Edit]]]:
+    """Attach an adapter to a skeleton, its tensors mapped from their file; return it and its changes by parameter name.
 
     Args:
         source: adapter folder.
@@ -149,14 +139,14 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
     config.init_lora_weights = config.inference_mode = True
     config.lora_dropout = 0.0  # PEFT refuses dropout on experts, and would apply it in a new model
     config.base_model_name_or_path = None
-    file = Mapped(Path(source) / ADAPTER_WEIGHTS)
-    drop_duplicates(source, file)
+    tensors = load_file(Path(source) / ADAPTER_WEIGHTS)
+    drop_duplicates(source, tensors)
     try:
         peft_model = wrap(model, config, low_cpu_mem_usage=True)
         # the adapter stays where it is: PEFT would move it to the device and dtype of its base, which is a skeleton
         move, stay = "_move_adapter_to_device_of_base_layer", lambda *_, **__: None
         with patch.object(BaseTunerLayer, move, stay), patch.object(lora.ParamWrapper, move, stay):
-            result = set_peft_model_state_dict(peft_model, file.tensors, low_cpu_mem_usage=True)
+            result = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
     except KeyError as error:
         raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
     except (RuntimeError, ValueError) as error:  # also wrap's RequestError
@@ -169,24 +159,23 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> Adapter:
             f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
             f"tensor(s), first {result.unexpected_keys[0]}"
         )
-    return Adapter(peft_model, collect(source, peft_model), file)
+    return peft_model, collect(source, peft_model)
 
 
-def drop_duplicates(source: str | Path, file: Mapped) -> None:
+def drop_duplicates(source: str | Path, tensors: dict[str, Tensor]) -> None:
     """Drop the second of two equal tensors for one place: PEFT writes trained and resized embeddings twice.
 
     Raises:
         RequestError: two different tensors are for the same place.
     """
     seen: dict[str, str] = {}
-    for key, value in sorted(file.tensors.items()):  # X.modules_to_save.weight comes before X.weight
+    for key, value in sorted(tensors.items()):  # X.modules_to_save.weight comes before X.weight
         place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
         earlier = seen.get(place, key)
         if earlier != key:
-            if ".modules_to_save." not in earlier or not torch.equal(file.tensors[earlier], value):
+            if ".modules_to_save." not in earlier or not torch.equal(tensors[earlier], value):
                 raise RequestError(f"adapter: {source}: {earlier} and {key} are for the same place")
-            del file.tensors[earlier]
-            file.release()
+            del tensors[earlier]
         seen[place] = key
 
 

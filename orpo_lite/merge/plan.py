@@ -6,10 +6,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from peft import PeftModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
-from orpo_lite.merge.lora_edits import Adapter, Dora, Edit, Replaced, Rows, bare, read_adapter
+from orpo_lite.merge.lora_edits import Dora, Edit, Replaced, Rows, bare, read_adapter
 from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized, stored_tensors
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
@@ -22,13 +23,16 @@ class Plan:
     """A merge that can be done.
 
     Attributes:
+        adapted: the base's skeleton with the adapter on it.
+        edits: the adapter's changes by parameter name.
         dtype: dtype of most of the merged weights.
         shards: file name -> tensors to write, in order.
         untied: parameters that are one tensor in the base and two in the merged model.
     """
 
     base: Base
-    adapter: Adapter
+    adapted: PeftModel
+    edits: dict[str, list[Edit]]
     dtype: torch.dtype
     shards: dict[str, list[Job]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
@@ -58,9 +62,8 @@ def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, row
     resize(base, source, rows)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    adapter = read_adapter(source, model)
-    edits = adapter.edits
-    plan = Plan(base, adapter, dtype or base.dtype)
+    adapted, edits = read_adapter(source, model)
+    plan = Plan(base, adapted, edits, dtype or base.dtype)
     routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
     for one, other in base.tied.items():
         if not alike(edits.get(one, []), edits.get(other, [])):
@@ -146,7 +149,7 @@ def check_all_applied(source: Path, plan: Plan) -> None:
     for pair in plan.base.tied.items():
         if applied & set(pair) and not set(pair) <= set(plan.untied):
             applied |= set(pair)
-    lost = sorted(set(plan.adapter.edits) - applied)
+    lost = sorted(set(plan.edits) - applied)
     if lost:
         why = plan.base.keys.unclear.get(lost[0], f"{plan.base.spec.name_or_path} stores no such weight")
         raise RequestError(

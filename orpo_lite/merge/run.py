@@ -99,7 +99,7 @@ def merge(
     start = time.monotonic()
     with finished_as(output) as folder, one_torch_thread():
         with progress_bar("merging", plan.nbytes, in_bytes=True) as advance:
-            write_shards(folder, plan.shards, advance, plan.adapter.file.release)
+            write_shards(folder, plan.shards, advance)
         seconds = time.monotonic() - start
         notes = [f"Merged onto the {onto} weights of the base, in {written}."]
         own = named_base(source, trust_remote_code) if base else spec

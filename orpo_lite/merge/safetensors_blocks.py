@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import mmap
 import struct
-import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,27 +183,3 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
                 raise RequestError(f"{key} is in {found[key].file} and again in {file}: download the model again")
             found[key] = Stored(key, file, facts["dtype"], tuple(facts["shape"]), 8 + length + begin, end - begin)
     return found
-
-
-class Mapped:
-    """A safetensors file's tensors as views of its memory map: read when used, dropped again by `release`."""
-
-    def __init__(self, file: Path):
-        held = stored_tensors([file])
-        with file.open("rb") as handle:
-            self.map = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-        self.tensors: dict[str, Tensor] = {}
-        for key, stored in held.items():
-            count = math.prod(stored.shape)
-            if count == 0 or stored.start % stored.dtype.itemsize:
-                self.tensors[key] = stored.read()  # torch needs aligned data
-                continue
-            with warnings.catch_warnings():
-                warnings.filterwarnings("ignore", message="The given buffer is not writable")
-                flat = torch.frombuffer(self.map, dtype=stored.dtype, count=count, offset=stored.start)
-            self.tensors[key] = flat.view(stored.shape)
-
-    def release(self) -> None:
-        """Give the pages read so far back to the system."""
-        if hasattr(mmap, "MADV_DONTNEED"):
-            self.map.madvise(mmap.MADV_DONTNEED)

@@ -84,7 +84,7 @@ def check_merged(
     """
     if asked is False:
         return ["outputs not compared with those of base and adapter (--no-verify)"]
-    needed = memory_needed(plan.adapter.model)
+    needed = memory_needed(plan.adapted)
     largest = max(job.nbytes for job in plan.jobs)
     if asked is None and needed > largest + ROOM:
         return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
@@ -93,8 +93,7 @@ def check_merged(
     tokens = tokens.clamp(max=plan.base.model.config.get_text_config().vocab_size - 1)
     merged = Base(ModelSection(name_or_path=str(folder), quantization="none"))
     try:
-        expected = run(plan.base, plan.adapter.model, tokens)
-        plan.adapter.file.release()
+        expected = run(plan.base, plan.adapted, tokens)
         found = run(merged, merged.model, tokens)
     except Exception as error:  # a model may do anything with weights that are not there
         why = f"{type(plan.base.model).__name__} cannot be run from its files: {error}"
@@ -125,7 +124,7 @@ def drift_from_training(
         return "not compared with the quantized base of training, which takes minutes on a CPU: --verify does it"
     try:
         base = Base(trained[0], "quantized", trained[1])
-        as_trained = run(base, make_plan(source, base).adapter.model, tokens)
+        as_trained = run(base, make_plan(source, base).adapted, tokens)
     except (RequestError, RuntimeError) as error:
         return f"not compared with the quantized base of training: {error}"
     return f"against the quantized base and adapter of training: {drift(as_trained, merged_logits, tokens)}"

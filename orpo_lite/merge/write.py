@@ -161,15 +161,12 @@ def part(weights: Tensor, block: Block, link: Link) -> tuple[Tensor, list[int]] 
     return weights, [begin[dim] for dim in sorted(begin)]
 
 
-def write_shards(
-    folder: Path, shards: dict[str, list[Job]], advance: Callable[[int], None], release: Callable[[], None]
-) -> None:
+def write_shards(folder: Path, shards: dict[str, list[Job]], advance: Callable[[int], None]) -> None:
     """Write the shards, and an index unless there is only the file that needs none.
 
     Args:
         shards: file name -> tensors in the order in which they lie.
         advance: called after every write with the number of bytes.
-        release: called after every tensor, to give back the memory of its changes.
     """
     for name, jobs in shards.items():
         with (folder / name).open("wb") as file:
@@ -179,7 +176,6 @@ def write_shards(
                     data = block.contiguous().reshape(-1).view(torch.uint8).numpy()
                     file.write(data)  # type: ignore[arg-type]  # numpy's stubs do not declare the buffer
                     advance(data.nbytes)
-                release()
     if set(shards) != {"model.safetensors"}:
         every = {job.key: (name, job) for name, jobs in shards.items() for job in jobs}
         sizes = {
