@@ -21,9 +21,9 @@ from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.loading import ModelSource, load_model
-from orpo_lite.model import autocast, load_base
+from orpo_lite.model import autocast, load_base, stop_token_ids
 from orpo_lite.model.tokenizer import TemplateRefused, render_chats
-from orpo_lite.trainer.generate import Sampling, generate, stop_tokens
+from orpo_lite.trainer.generate import Sampling, generate
 from orpo_lite.trainer.objective import Objective
 from orpo_lite.trainer.run_folder import tokenizer_of
 from orpo_lite.trainer.setup import decoder_start
@@ -141,7 +141,7 @@ class Answerer:
     @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stop_tokens(self.model, self.tokenizer) or []
+        return stop_token_ids(self.tokenizer, self.model.generation_config)
 
     @contextlib.contextmanager
     def side(self, name: str) -> Iterator[Any]:

@@ -25,13 +25,12 @@ from orpo_lite.export.llama_cpp import (
     byte_level,
     run_converter,
     splitting_rule,
-    stop_ids,
     token_fields,
     write_vocabulary,
 )
 from orpo_lite.export.ollama import modelfile
 from orpo_lite.merge.run import merge
-from orpo_lite.model import read_config
+from orpo_lite.model import read_config, stop_token_ids
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
 from orpo_lite.recipe import ModelSection
@@ -110,12 +109,14 @@ def export(
             made, words = write_model(request, model, config, tokenizer, generation, kind, llama_quantize)
             lines = [f"wrote {output} ({kind.name}, {made.stat().st_size / 1e6:,.1f} MB)", words]
         if ollama:
-            stops = stop_ids(tokenizer, generation)
+            stops = stop_token_ids(tokenizer, generation)
             adds_bos = token_fields(tokenizer, stops)["tokenizer.ggml.add_bos_token"]
             weights, lora = ("./base.gguf", f"./{output.name}") if adapter else (f"./{output.name}", None)
             text, notes = modelfile(weights, tokenizer, stops, generation, context_of(config), adds_bos, lora)
             lines += notes
-        put_in_place(made, output, text)
+        if text is not None:
+            write_atomically(output.parent / "Modelfile", text)
+        os.rename(made, output)
     lines.append(next_step(output, adapter, ollama, spec.name_or_path))
     if trained:
         lines.append(vllm_line(source))
@@ -177,16 +178,6 @@ def context_of(config: Any) -> int | None:
     return getattr(config.get_text_config(), "max_position_embeddings", None)
 
 
-def put_in_place(made: Path, output: Path, modelfile: str | None) -> None:
-    """Give the finished file its name and the usual permissions, and write the Modelfile beside it."""
-    umask = os.umask(0)
-    os.umask(umask)
-    made.chmod(0o666 & ~umask)
-    if modelfile is not None:
-        write_atomically(output.parent / "Modelfile", modelfile)
-    os.rename(made, output)
-
-
 def next_step(output: Path, adapter: bool, ollama: bool, base: str) -> str:
     """Say how to run what was written."""
     if not ollama:
@@ -246,7 +237,7 @@ def write_model(
 
     made, direct = Path(request["output"]), kind.by == "converter"
     exact = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
-    fields = request["fields"] | token_fields(tokenizer, stop_ids(tokenizer, generation))
+    fields = request["fields"] | token_fields(tokenizer, stop_token_ids(tokenizer, generation))
     request |= {
         "task": "model",
         "model": str(model.resolve()),

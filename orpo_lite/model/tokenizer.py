@@ -135,19 +135,25 @@ def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[st
     return [note + (f" (in the vocabulary already: {', '.join(known)})" if known else "")]
 
 
-def stop_token_ids(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """List the tokens that end an answer: EOS, and the special token that the chat template writes after one."""
-    ids: list[int] = [tokenizer.eos_token_id]  # type: ignore[list-item]
+def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation: Any = None) -> list[int]:
+    """List the tokens that end an answer: EOS, the special token that the chat template writes, a generation config's."""
+    more = getattr(generation, "eos_token_id", None)
+    ids = [tokenizer.eos_token_id, *end_of_turn(tokenizer), *(more if isinstance(more, list) else [more])]
+    return [i for i in dict.fromkeys(ids) if i is not None]  # type: ignore[misc]
+
+
+def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Return the special token that the chat template writes after an answer, if there is one."""
     if tokenizer.chat_template is None:
-        return ids
+        return []
     mark = "X9stop"
     turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": mark}]
     try:
         text = render_chat(tokenizer, turns)
     except TemplateRefused:
-        return ids
+        return []
     end = tokenizer(text.rpartition(mark)[2].lstrip(), add_special_tokens=False)["input_ids"][:1]
-    return ids + [i for i in end if i in tokenizer.added_tokens_decoder and i not in ids]
+    return [i for i in end if i in tokenizer.added_tokens_decoder]
 
 
 # ---- chat templates --------------------------------------------------------------------------------------------------

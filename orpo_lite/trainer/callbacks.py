@@ -6,7 +6,6 @@ import contextlib
 import importlib.util
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,7 @@ from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK,
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import check_mounted, disk_of, write_atomically
+from orpo_lite.common.files import append_line, check_mounted, disk_of, write_atomically
 from orpo_lite.common.text import nearest
 
 logger = logging.getLogger(__name__)
@@ -93,21 +92,14 @@ class MetricsFile(TrainerCallback):
             return
         if state.is_world_process_zero and logs and self._counts({"step": state.global_step} | logs):
             logs.pop("eval_model_preparation_time", None)
-            self.waiting.append(json.dumps({"step": state.global_step} | logs) + "\n")
+            self.waiting.append(json.dumps({"step": state.global_step} | logs))
             self._write()
 
     def _write(self) -> None:
         """Append the waiting lines; with a full disk or a missing drive they keep waiting, and training continues."""
         try:
             check_mounted(self.path.parent, self.disk)
-            with self.path.open("ab", buffering=0) as file:
-                start, rest = file.seek(0, os.SEEK_END), "".join(self.waiting).encode("utf-8")
-                try:
-                    while rest:
-                        rest = rest[file.write(rest) :]
-                except OSError:
-                    file.truncate(start)  # leave no partial line
-                    raise
+            append_line(self.path, "\n".join(self.waiting))
         except OSError as error:
             if len(self.waiting) == 1:
                 logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
-from transformers import StoppingCriteriaList
 
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.inspection import unwrap
@@ -18,7 +17,6 @@ from orpo_lite.objective.packed_attention import plain_attention
 
 if TYPE_CHECKING:
     from datasets import Dataset
-    from transformers import StoppingCriteria
     from transformers.generation.streamers import BaseStreamer
 
     from orpo_lite.trainer.trainer import ORPOTrainer
@@ -38,11 +36,10 @@ class Sampling:
 
     def options(self) -> dict[str, Any]:
         """Return the options of transformers' generate."""
-        if not self.temperature:
-            greedy = dict.fromkeys(("temperature", "top_p", "top_k"))
-            return {"max_new_tokens": self.max_new_tokens, "do_sample": False} | greedy
-        sampled = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
-        return {"max_new_tokens": self.max_new_tokens, "do_sample": True} | sampled
+        chosen: dict[str, Any] = dict.fromkeys(("temperature", "top_p", "top_k"))
+        if self.temperature:
+            chosen = {"temperature": self.temperature, "top_p": self.top_p, "top_k": 0}
+        return {"max_new_tokens": self.max_new_tokens, "do_sample": self.temperature > 0} | chosen
 
 
 @torch.no_grad()
@@ -51,17 +48,15 @@ def generate(
     tokenizer: Any,
     prompts: list[list[int]],
     sampling: Sampling,
-    stops: list[int] | None,
+    stops: list[int],
     streamer: BaseStreamer | None = None,
-    stopping: StoppingCriteria | None = None,
 ) -> list[list[int]]:
     """Generate the new tokens after each prompt, up to and including the one that ends an answer.
 
     Args:
         prompts: token ids; for encoder-decoders the encoder's.
-        stops: tokens that end an answer, from `stop_tokens`.
+        stops: tokens that end an answer, from `stop_token_ids`.
         streamer: receives each token; for one prompt only.
-        stopping: checked after each token.
     """
     pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0
     width = max(map(len, prompts))
@@ -75,9 +70,8 @@ def generate(
             input_ids=ids,
             attention_mask=mask,
             pad_token_id=pad,
-            eos_token_id=stops,
+            eos_token_id=stops or None,
             streamer=streamer,
-            stopping_criteria=StoppingCriteriaList([stopping] if stopping is not None else []),
             **sampling.options(),
         )
     finally:
@@ -86,7 +80,7 @@ def generate(
     new = out[:, 1:] if model.config.is_encoder_decoder else out[:, width:]
     answers = []
     for ids in new.tolist():  # what follows the end of an answer in a batch is padding
-        end = next((place + 1 for place, token in enumerate(ids) if token in (stops or ())), len(ids))
+        end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
         answers.append(ids[:end])
     return answers
 
@@ -97,7 +91,7 @@ def answer(
     """Answer the first `count` held-out prompts greedily: [{"prompt": ..., "answer": ..., "ids": new tokens}, ...]."""
     rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
     prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
-    stops = stop_tokens(model, tokenizer)
+    stops = stop_token_ids(tokenizer, model.generation_config)
     answers: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch_size):
         part = prompts[start : start + batch_size]
@@ -105,13 +99,6 @@ def answer(
             text = tokenizer.decode(ids, skip_special_tokens=True).strip()
             answers.append({"prompt": tokenizer.decode(prompt), "answer": text, "ids": ids})
     return answers
-
-
-def stop_tokens(model: Any, tokenizer: Any) -> list[int] | None:
-    """List the tokens that end an answer: EOS, the template's end of turn, and those of the model's generation config."""
-    given = getattr(model.generation_config, "eos_token_id", None)
-    ids = {*stop_token_ids(tokenizer), *(given if isinstance(given, list) else [given])} - {None}
-    return sorted(ids) or None
 
 
 def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:

@@ -6,7 +6,6 @@ import contextlib
 import logging
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -199,17 +198,13 @@ class StopRequest:
             self.number, self._since = number, time.monotonic()
             if os.environ.get("RANK", "0") == "0":
                 name = signal.Signals(number).name
-                say(f"\n{name}: stopping after this step, with a checkpoint; send it again to stop at once")
+                # no print, which the signal may have interrupted
+                os.write(
+                    2,
+                    f"\n{name}: stopping after this step, with a checkpoint; send it again to stop at once\n".encode(),
+                )
         elif TORCHRUN not in os.environ or time.monotonic() - self._since > ECHO_SECONDS:
             raise Stopped(number, f"stopped at once by a second {signal.Signals(number).name}")
-
-
-def say(text: str) -> None:
-    """Print from a signal handler, which may have interrupted a print."""
-    try:
-        print(text, file=sys.stderr, flush=True)
-    except RuntimeError:
-        os.write(2, f"{text}\n".encode())
 
 
 class SavePoints(TrainerCallback):

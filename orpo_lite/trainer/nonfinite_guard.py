@@ -14,16 +14,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
 
-from orpo_lite.trainer.health import (
-    Unchanged,
-    describe_step,
-    largest,
-    learning_rate,
-    locate_pairs,
-    not_finite,
-    read_rows,
-    trained,
-)
+from orpo_lite.trainer import health
 
 if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
@@ -78,7 +69,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.in_a_row = 0
-        self.unchanged = Unchanged(self.trainer.model)
+        self.unchanged = health.Unchanged(self.trainer.model)
 
     def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Take the gradients of a left-out step away, so that no optimizer changes anything."""
@@ -93,7 +84,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         if not self.left_out and not self.overflowed:
-            self.unchanged.stepped(state.global_step + 1, self.trainer.health, learning_rate(self.trainer))
+            self.unchanged.stepped(state.global_step + 1, self.trainer.health, health.learning_rate(self.trainer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.unchanged.stepped(state.global_step, self.trainer.health, 0.0, last=True)
@@ -146,7 +137,7 @@ class NonFiniteGuard(TrainerCallback):
         assert step is not None
         device, zero = trainer.args.device, torch.zeros((), device=trainer.args.device)
         losses = torch.stack([loss.to(device, torch.float32) for loss in step.losses]).sum() if step.losses else zero
-        peak = largest([p.grad for p in trainer.model.parameters() if p.grad is not None], device)
+        peak = health.largest([p.grad for p in trainer.model.parameters() if p.grad is not None], device)
         names = ("logps/chosen", "logps/rejected", "pairs")
         sums = [trainer.sums.get(name, zero) - step.sums.get(name, zero) for name in names]
         figures = torch.stack([(~torch.isfinite(losses)).float(), (~torch.isfinite(peak)).float(),
@@ -160,7 +151,7 @@ class NonFiniteGuard(TrainerCallback):
             NonFinite: a trained weight is not finite.
         """
         trainer = self.trainer
-        wrong = not_finite(trained(trainer.model))
+        wrong = health.not_finite(health.trained(trainer.model))
         if trainer.total(torch.tensor(float(bool(wrong)), device=trainer.args.device)).item():
             raise NonFinite(
                 f"step {trainer.state.global_step}: trained weights are not finite after it ({wrong}), though loss and "
@@ -174,8 +165,8 @@ class NonFiniteGuard(TrainerCallback):
         """Report the step in progress, and raise, or drop its gradients and metrics. The schedule continues."""
         trainer, step = self.trainer, self.trainer.step_in_progress
         assert step is not None
-        pairs = locate_pairs(trainer, self.sources, blame=not self.inside_backward)
-        report = describe_step(trainer, pairs) + self._write_rows(trainer.state.global_step + 1, pairs)
+        pairs = health.locate_pairs(trainer, self.sources, blame=not self.inside_backward)
+        report = health.describe_step(trainer, pairs) + self._write_rows(trainer.state.global_step + 1, pairs)
         if trainer.args.on_nonfinite != "skip":
             raise NonFinite(report)
         self.skipped.append(trainer.state.global_step + 1)
@@ -195,7 +186,8 @@ class NonFiniteGuard(TrainerCallback):
 
     def _write_rows(self, step: int, pairs: list[dict[str, Any]]) -> str:
         """Write the rows of the run's first step that is not finite, and say where they are and what for."""
-        if self.folder is None or self.file is not None or not (rows := read_rows(self.trainer, pairs, self.data)):
+        rows = [] if self.folder is None or self.file else health.read_rows(self.trainer, pairs, self.data)
+        if self.folder is None or not rows:
             return ""
         path = self.folder / f"nonfinite-step-{step}.jsonl"
         try:

@@ -26,6 +26,7 @@ from orpo_lite.model.inspection import outside_text, routers, unwrap
 from orpo_lite.objective.layout import choose_layout
 from orpo_lite.objective.metrics import finish_metrics, pair_metrics
 from orpo_lite.objective.packed_attention import plain_attention
+from orpo_lite.trainer import setup
 from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import (
@@ -44,18 +45,6 @@ from orpo_lite.trainer.objective import (
     micro_batches,
     prediction_rows,
     unwrapped,
-)
-from orpo_lite.trainer.setup import (
-    check_arguments,
-    check_tokenized,
-    collator_for,
-    loraplus_optimizer,
-    make_objective,
-    pairs_needed,
-    prepare_model,
-    tokenize_options,
-    tokenizer_of,
-    untokenized,
 )
 from orpo_lite.trainer.transformers_contract import warn_if_untested
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns, with_trl_columns
@@ -113,28 +102,29 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     ):
         warn_if_untested()
         args = args or ORPOConfig(output_dir="outputs")
-        check_arguments(args, train_dataset, eval_dataset, preprocess_logits_for_metrics)
+        setup.check_arguments(args, train_dataset, eval_dataset, preprocess_logits_for_metrics)
         if type(data_collator).__name__ == "DPODataCollatorWithPadding":
             logger.warning("TRL's data collator is not needed: ours takes its place")
             data_collator = None
         torch.manual_seed(args.seed)  # a new adapter's weights are random
         self._peft_config, self._own_collator = peft_config, data_collator is not None
-        model = prepare_model(model, args, peft_config)
+        model = setup.prepare_model(model, args, peft_config)
         if model is None and (args.is_encoder_decoder is None or processing_class is None):
             raise ValueError(
                 "ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder and give a processing_class"
             )
         self.is_encoder_decoder = bool(args.is_encoder_decoder if model is None else model.config.is_encoder_decoder)
         if processing_class is None:
-            processing_class = tokenizer_of(model, args)
+            processing_class = setup.tokenizer_of(model, args)
         tokenizer = self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
         self.drop_reports: dict[str, DropReport] = {}
-        self._tokenize_options = tokenize_options(args, self.is_encoder_decoder)
-        self.given_rows = train_dataset if untokenized(train_dataset) else None  # for the report of a step not finite
+        self._tokenize_options = setup.tokenize_options(args, self.is_encoder_decoder)
+        # for the report of a step that is not finite
+        self.given_rows = train_dataset if setup.untokenized(train_dataset) else None
         streamed = isinstance(train_dataset, IterableDataset)
         with args.main_process_first(desc="tokenizing"):
-            train_dataset = self._tokenized(train_dataset, "train", pairs_needed(args) if streamed else None)
+            train_dataset = self._tokenized(train_dataset, "train", setup.pairs_needed(args) if streamed else None)
             if isinstance(eval_dataset, dict):
                 eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
             else:
@@ -167,14 +157,14 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if type(self).training_step is not ORPOTrainer.training_step:
             self.training_step = self._checked(self.training_step)
         self.layout = choose_layout(unwrap(self.model), args.layout)
-        self.collator = collator_for(self.layout.name, args, self.model.config, tokenizer)
+        self.collator = setup.collator_for(self.layout.name, args, self.model.config, tokenizer)
         if data_collator is None:
             self.data_collator = self.collator
         check_data_parallel(self.accelerator)
         if not self.is_deepspeed_enabled:
             # the loss is normalized over the step: nobody may divide it again
             self.accelerator.gradient_accumulation_steps = 1
-        self.objective = make_objective(self)
+        self.objective = setup.make_objective(self)
         self.set_trl_attributes(self._tokenize_options)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
@@ -185,14 +175,14 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             self.model.add_model_tags(self._tag_names)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        return prepare_model(super().call_model_init(trial), self.args, self._peft_config)
+        return setup.prepare_model(super().call_model_init(trial), self.args, self._peft_config)
 
     # ---- the pairs -------------------------------------------------------------------------------------------------
 
-    def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Dataset:
+    def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Any:
         """Tokenize rows as the constructor's are, a stream as far as `enough` pairs; None and tokenized pairs stay."""
-        if not untokenized(rows):
-            check_tokenized(rows, name)
+        if not setup.untokenized(rows):
+            setup.check_tokenized(rows, name)
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
         self.drop_reports[name] = report
@@ -201,13 +191,11 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return batches of held-out pairs; rows that are not tokenized yet are tokenized as the others were."""
-        rows: Any = self._tokenized(eval_dataset, "eval") if untokenized(eval_dataset) else eval_dataset
-        return super().get_eval_dataloader(rows)
+        return super().get_eval_dataloader(self._tokenized(eval_dataset, "eval"))
 
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Return the same for `predict`."""
-        rows: Any = self._tokenized(test_dataset, "test") if untokenized(test_dataset) else test_dataset
-        return super().get_test_dataloader(rows)
+        return super().get_test_dataloader(self._tokenized(test_dataset, "test"))
 
     def unwrapped(self, model: Any = None) -> Any:
         """Return the transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
@@ -374,7 +362,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.loraplus_lr_ratio:
-            self.optimizer = loraplus_optimizer(self.model, self.args, self.args.loraplus_lr_ratio)
+            self.optimizer = setup.loraplus_optimizer(self.model, self.args, self.args.loraplus_lr_ratio)
             return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))
 
