@@ -21,13 +21,7 @@ from transformers.pytorch_utils import Conv1D
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.export.llama_cpp import (
-    byte_level,
-    run_converter,
-    splitting_rule,
-    token_fields,
-    write_vocabulary,
-)
+from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule, token_fields, write_vocabulary
 from orpo_lite.export.ollama import modelfile
 from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids

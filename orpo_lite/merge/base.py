@@ -18,16 +18,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.safetensors_blocks import (
-    Block,
-    Computed,
-    Read,
-    Source,
-    Stored,
-    blocks,
-    rounded,
-    stored_tensors,
-)
+from orpo_lite.merge.safetensors_blocks import Block, Computed, Read, Source, Stored, blocks, rounded, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
 from orpo_lite.model.locating import hub_errors_in_words, locate

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
@@ -20,23 +21,12 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
 from orpo_lite.model import save_adapter
 from orpo_lite.model.untrusted_files import check_torch_files
-from orpo_lite.trainer.checkpoint_folder import (
-    ASIDE,
-    MANIFEST,
-    clean,
-    damage,
-    manifest,
-    newest_good,
-    place,
-    prune,
-    seal,
-)
+from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import gathered, sharded
 from orpo_lite.trainer.health import HealthWarnings
 from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
 from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
-from orpo_lite.trainer.objective import unwrapped
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +86,7 @@ class CheckpointedTrainer(Trainer):
             Stopped: a signal stopped the training.
         """
         if self.args.should_save:
-            clean(self.checkpoint_folder)
+            folders.clean(self.checkpoint_folder)
         self.resumed_from = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
         self.stopping, self.ended, self.train_seconds, self.session_loss = StopRequest(), False, 0.0, 0.0
         self.train_started = self.clock = time.monotonic()
@@ -133,7 +123,7 @@ class CheckpointedTrainer(Trainer):
     def _load_best_model(self) -> None:
         """Load the best checkpoint, unless it is damaged or a signal has stopped the run, whose weights stay as they are."""
         best = Path(str(self.state.best_model_checkpoint))
-        wrong = damage(best) if (best / MANIFEST).is_file() else None
+        wrong = folders.damage(best) if (best / folders.MANIFEST).is_file() else None
         if wrong:
             logger.warning("the best checkpoint is damaged (%s: %s): the adapter is that of the last step", best, wrong)
             self.state.best_model_checkpoint = None
@@ -151,7 +141,7 @@ class CheckpointedTrainer(Trainer):
         self.guard.check_weights()
         folder, state = self.checkpoint_folder, self.state
         name = f"checkpoint-{state.global_step}"
-        aside = folder / f".{name}{ASIDE}"
+        aside = folder / f".{name}{folders.ASIDE}"
         before, running = state.best_model_checkpoint, self._running_state()
         wrong = (
             self._on_every_process(lambda: self._make_staging_folder(aside))
@@ -161,7 +151,7 @@ class CheckpointedTrainer(Trainer):
         if wrong:
             shutil.rmtree(aside, ignore_errors=True)
             state.best_model_checkpoint = before
-            left = sorted(path.name for path in folder.glob("checkpoint-*") if (path / MANIFEST).is_file())
+            left = sorted(path.name for path in folder.glob("checkpoint-*") if (path / folders.MANIFEST).is_file())
             logger.warning(
                 "%s could not be written (%s): training continues; %s. Make room in %s, or mount it again, before the next one",
                 name, wrong, f"{', '.join(left)} stays" if left else "there is no other checkpoint", folder,
@@ -169,7 +159,7 @@ class CheckpointedTrainer(Trainer):
         elif self.args.should_save:
             best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
             try:
-                prune(folder, self.save_limit, best)
+                folders.prune(folder, self.save_limit, best)
             except OSError as error:  # the next save tries again
                 logger.warning("older checkpoints in %s could not be deleted (%s)", folder, error.strerror)
 
@@ -199,8 +189,8 @@ class CheckpointedTrainer(Trainer):
 
     def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
-            seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._facts()})
-            place(aside / final.name, final)
+            folders.seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._facts()})
+            folders.place(aside / final.name, final)
             aside.rmdir()
 
     def _on_every_process(self, work: Callable[[], None]) -> str | None:
@@ -247,11 +237,15 @@ class CheckpointedTrainer(Trainer):
                 (folder / "training_args.bin").unlink(missing_ok=True)
         elif self.args.should_save:
             folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(unwrapped(self.model), folder, weights)
+            save_adapter(self.unwrapped(), folder, weights)
             if self.processing_class is not None:
                 self.processing_class.save_pretrained(str(folder))
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
+
+    def unwrapped(self) -> Any:
+        """Return the transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
+        return extract_model_from_parallel(self.model)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Gather what is trained for the process that saves, on all together; None where the model itself holds it whole."""
@@ -277,7 +271,7 @@ class CheckpointedTrainer(Trainer):
     def _verified(self, asked: str | bool) -> Path:
         """Return the checkpoint to resume from, once it is known to be complete and to belong here."""
         if asked is True:
-            found, lines = newest_good(self.checkpoint_folder)
+            found, lines = folders.newest_good(self.checkpoint_folder)
             for line in lines:
                 logger.warning("damaged, so not resumed from: %s", line)
             if found is None:
@@ -288,17 +282,19 @@ class CheckpointedTrainer(Trainer):
             found = Path(str(asked))
             if not found.is_dir():
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
-        if not (found / MANIFEST).is_file() and (found / NEEDED[0]).is_file():  # plain transformers or TRL wrote it
-            logger.warning("%s has no %s: it cannot be checked for damage", found, MANIFEST)
+        if (
+            not (found / folders.MANIFEST).is_file() and (found / NEEDED[0]).is_file()
+        ):  # plain transformers or TRL wrote it
+            logger.warning("%s has no %s: it cannot be checked for damage", found, folders.MANIFEST)
             missing = [name for name in NEEDED if not (found / name).is_file()]
             if missing and self.args.world_size == 1:
                 raise RequestError(
                     f"{found}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
                 )
-        elif asked is not True and (wrong := damage(found)):
+        elif asked is not True and (wrong := folders.damage(found)):
             raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         else:
-            self._check_origin(found, manifest(found))
+            self._check_origin(found, folders.manifest(found))
         check_torch_files(found)
         return found
 

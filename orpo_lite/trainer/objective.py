@@ -54,7 +54,7 @@ class Objective:
             model: the model as it is called, inside any engine's wrapper.
             exact: largest difference between logits that still counts as none.
         """
-        plain = unwrapped(model)
+        plain: Any = extract_model_from_parallel(model)
         with autocast(plain):
             self.head = head_transform(plain, device, exact, model)
         layer = plain.get_output_embeddings()
@@ -75,7 +75,7 @@ class Objective:
         if self.router_loss:
             inputs["output_router_logits"] = True
         target = LabelRows(batch["label_rows"], batch["label_ids"])
-        plain = unwrapped(model)
+        plain: Any = extract_model_from_parallel(model)
         with contextlib.ExitStack() as stack:
             if "segments" in batch:
                 inputs["orpo_segments"] = batch["segments"]
@@ -127,11 +127,6 @@ class Objective:
             part = metric_sums(stats, aux, self.settings.beta, batch["attention_mask"])
             sums = {key: sums.get(key, 0) + value for key, value in part.items()}
         return loss, sums
-
-
-def unwrapped(model: Any) -> Any:
-    """Return the transformers or PEFT model inside an engine's wrapper."""
-    return extract_model_from_parallel(model)
 
 
 @dataclass

@@ -39,13 +39,7 @@ from orpo_lite.trainer.distributed import (
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.health import learning_rate
 from orpo_lite.trainer.interruptions import Limit, retried
-from orpo_lite.trainer.objective import (
-    StepInProgress,
-    count_step,
-    micro_batches,
-    prediction_rows,
-    unwrapped,
-)
+from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.transformers_contract import warn_if_untested
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns, with_trl_columns
 
@@ -196,10 +190,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     def get_test_dataloader(self, test_dataset: Any) -> DataLoader:
         """Return the same for `predict`."""
         return super().get_test_dataloader(self._tokenized(test_dataset, "test"))
-
-    def unwrapped(self, model: Any = None) -> Any:
-        """Return the transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
-        return unwrapped(self.model if model is None else model)
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
