@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-import shutil
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
 from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule, token_fields, write_vocabulary
 from orpo_lite.export.ollama import modelfile
-from orpo_lite.merge.run import merge
+from orpo_lite.merge.run import SPARE_BYTES, check_disk, merge
 from orpo_lite.model import read_config, stop_token_ids
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
@@ -31,8 +30,6 @@ from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
-SMALL = 50 * 10**6
-"""Bytes allowed for tokenizer and metadata when disk space is checked."""
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 INSTEAD = "; export the merged model instead (without --adapter)"
 Pairs = dict[str, dict[str, torch.Tensor]]
@@ -200,12 +197,7 @@ def check_space(config: Any, folder: Path, bits: float, trained: bool, twice: bo
     with torch.device("meta"):
         weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     stored = weights * (config.dtype or torch.float32).itemsize
-    needed = int(weights * bits / 8) + stored * (int(trained) + int(twice)) + SMALL
-    free = shutil.disk_usage(folder).free
-    if needed > free:
-        raise RequestError(
-            f"--output: {folder} has {free / 1e9:.1f} GB free, {needed / 1e9:.1f} GB are needed until the file is finished"
-        )
+    check_disk(folder, int(weights * bits / 8) + stored * (int(trained) + int(twice)) + SPARE_BYTES)
 
 
 def write_model(

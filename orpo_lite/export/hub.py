@@ -7,6 +7,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
+from unittest.mock import patch
 
 import typer
 from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
@@ -28,11 +29,8 @@ REMEDIES = {
     403: "this token may not write to {repo}: expected your own name, or an organization that you may write to, before "
     "the /, and a token with the role `write`",
     404: "is {user} the right user or organization?",
-    409: "{repo} was changed by someone else meanwhile: push again",
-    412: "{repo} was changed by someone else meanwhile: push again",
-    429: "it limits how often you may ask: push again later",
     **dict.fromkeys((402, 413, 507), "it has no room for this: see {endpoint}/settings/billing for {user}'s storage"),
-    **dict.fromkeys((500, 502, 503, 504), "it has trouble of its own: push again later"),
+    **dict.fromkeys((409, 412, 429, 500, 502, 503, 504), "push again later"),
 }
 """Status of the hub's answer -> what it means, and what to do."""
 
@@ -90,7 +88,8 @@ def push(
     api, facts = HfApi(token=token), {} if facts is None else facts
     with contextlib.ExitStack() as stack:
         if dry_run:
-            stack.enter_context(offline())
+            # no request leaves, not even the one that asks for a newer version of a cached base
+            stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
         of_run = plan_upload(folder, token)
         plan = plan_gguf(Path(gguf), token) if gguf is not None else of_run
         merging = merged and plan.kind == "adapter"
@@ -128,17 +127,6 @@ def check_name(option: str, name: str) -> None:
         reason = str(error)
     if reason:
         raise RequestError(f"{option}: found {name!r}, expected USER/NAME, or ORGANIZATION/NAME ({reason})")
-
-
-@contextlib.contextmanager
-def offline() -> Iterator[None]:
-    """Let no request leave, not even the one that asks for a newer version of a cached base."""
-    before = constants.HF_HUB_OFFLINE
-    constants.HF_HUB_OFFLINE = True
-    try:
-        yield
-    finally:
-        constants.HF_HUB_OFFLINE = before
 
 
 def merge_beside(folder: Path, stack: contextlib.ExitStack) -> Path:

@@ -12,20 +12,10 @@ import typer
 
 from orpo_lite.common.console import console, json_alone, run_command
 
-
-class Onto(StrEnum):
-    """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
-
-    original = "original"
-    quantized = "quantized"
-
-
-class Dtype(StrEnum):
-    """Dtype of the merged weights."""
-
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
+Onto = StrEnum("Onto", ["original", "quantized"])
+"""Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
+Dtype = StrEnum("Dtype", ["bfloat16", "float16", "float32"])
+"""Dtype of the merged weights."""
 
 
 def command(

@@ -87,7 +87,7 @@ def merge(
         origin = Base(spec, onto, trained)
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
     plan = make_plan(source, origin, dtype=getattr(torch, dtype) if dtype else None, rows=1 + max(ids, default=-1))
-    check_disk(output, plan.nbytes)
+    check_disk(output, plan.nbytes + SPARE_BYTES)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
     written = str(plan.dtype).removeprefix("torch.")
     lines = [f"base: {named}, {onto} weights; merged weights: {written}"]
@@ -140,14 +140,14 @@ def check_request(source: Path, output: Path) -> None:
         raise RequestError(f"--output: {output} exists and is not empty: choose another folder, or remove it first")
 
 
-def check_disk(output: Path, nbytes: int) -> None:
-    """Raise RequestError where the disk has too little room for the weights."""
+def check_disk(output: Path, needed: int) -> None:
+    """Raise RequestError where the disk has too little room for what is written until the output is finished."""
     parent = next(p for p in (output.absolute(), *output.absolute().parents) if p.exists())
-    needed, free = nbytes + SPARE_BYTES, shutil.disk_usage(parent).free
+    free = shutil.disk_usage(parent).free
     if needed > free:
         raise RequestError(
-            f"--output: the merged model takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free: make "
-            "room, or choose another disk"
+            f"--output: this takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free: make room, or "
+            "choose another disk"
         )
 
 

@@ -13,6 +13,7 @@ from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import PreTrainedModel
@@ -168,9 +169,7 @@ class KeyMap:
             )
             held = {pair.dim for pair in shared}
             fixed = tuple(
-                (dim, index)
-                for dim, index in enumerate(offsets(tuple(parameter.shape), int(value.storage_offset())))
-                if dim not in held
+                (dim, index) for dim, index in enumerate(first_index(parameter.shape, value)) if dim not in held
             )
             found[key] = Link(name, shared, fixed)
         if len(found) != len(members):
@@ -209,14 +208,9 @@ class Views(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def offsets(shape: tuple[int, ...], offset: int) -> list[int]:
-    """Return the index of the element at this offset in a contiguous tensor."""
-    index = []
-    for dim in range(len(shape)):
-        stride = math.prod(shape[dim + 1 :])
-        index.append(offset // stride)
-        offset %= stride
-    return index
+def first_index(shape: tuple[int, ...], view: torch.Tensor) -> list[int]:
+    """Return the index of a view's first element in a contiguous tensor."""
+    return [int(index) for index in np.unravel_index(int(view.storage_offset()), shape)]
 
 
 def region(shape: tuple[int, ...], view: torch.Tensor) -> list[tuple[int, int, int]] | None:
@@ -225,7 +219,7 @@ def region(shape: tuple[int, ...], view: torch.Tensor) -> list[tuple[int, int, i
     None where the view is not a block, if perhaps with its dimensions permuted.
     """
     strides = [math.prod(shape[dim + 1 :]) for dim in range(len(shape))]
-    starts = offsets(shape, int(view.storage_offset()))
+    starts = first_index(shape, view)
     left = list(range(len(shape)))
     found: list[tuple[int, int, int]] = []
     for size, stride in zip(view.shape, view.stride(), strict=True):

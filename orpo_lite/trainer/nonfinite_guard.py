@@ -92,10 +92,6 @@ class NonFiniteGuard(TrainerCallback):
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def begin_step(self) -> None:
-        """Forget the step before."""
-        self.left_out = self.overflowed = False
-
     def check_loss(self, loss: Tensor) -> None:
         """Check a loss before its backward pass, where that takes the optimizer's step.
 

@@ -245,7 +245,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if not items:
             return items, None
         self.step_in_progress = StepInProgress(items, dict(self.sums), self.args.device)
-        self.guard.begin_step()
+        self.guard.left_out = self.guard.overflowed = False
         totals = count_step([micro for item in items for micro in micro_batches(item)])
         return items, self.total(totals.to(device))
 

@@ -127,7 +127,7 @@ def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
         with pytest.raises(RequestError, match=words):
             export(request.pop("source"), request.pop("output"), **request)
     with monkeypatch.context() as full:
-        full.setattr("orpo_lite.export.gguf.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
+        full.setattr("orpo_lite.merge.run.shutil.disk_usage", lambda path: shutil._ntuple_diskusage(1, 1, 0))
         with pytest.raises(RequestError, match="0.0 GB free"):
             check_space(FAMILIES["llama"](), tmp_path, 16, True, False)
 
