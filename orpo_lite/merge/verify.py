@@ -32,7 +32,6 @@ from orpo_lite.merge.plan import Plan, make_plan
 from orpo_lite.merge.safetensors_blocks import Block, Read, Source
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import map_blocks, part
-from orpo_lite.model.precision import default_device
 from orpo_lite.recipe import ModelSection
 
 T = TypeVar("T")
@@ -46,8 +45,6 @@ TEXTS = (
 """Probes where a run kept no training rows."""
 ROOM = 256 << 20
 """Bytes that one layer may take in float32 beyond the merge's largest tensor, unless the check is asked for."""
-MANY = 3 * 10**9
-"""Weights beyond which the check does not quantize the base on a CPU unless asked to: that takes two minutes."""
 
 
 def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
@@ -106,22 +103,14 @@ def check_merged(
     if not distance < (1e-3 if plan.dtype == torch.float32 else 0.1):
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is not None:
-        notes.append(drift_from_training(plan, source, tokens, found, trained, asked))
+        notes.append(drift_from_training(source, tokens, found, trained))
     return notes
 
 
 def drift_from_training(
-    plan: Plan,
-    source: Path,
-    tokens: Tensor,
-    merged_logits: Tensor,
-    trained: tuple[ModelSection, torch.dtype],
-    asked: bool | None,
+    source: Path, tokens: Tensor, merged_logits: Tensor, trained: tuple[ModelSection, torch.dtype]
 ) -> str:
     """Compare with the quantized base and the adapter of training; return a sentence."""
-    weights = sum(math.prod(job.source.shape) for job in plan.jobs)
-    if asked is None and weights > MANY and default_device().type == "cpu":
-        return "not compared with the quantized base of training, which takes minutes on a CPU: --verify does it"
     try:
         base = Base(trained[0], "quantized", trained[1])
         as_trained = run(base, make_plan(source, base).adapted, tokens)

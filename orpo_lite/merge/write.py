@@ -126,10 +126,8 @@ class Job:
             largest = max(-low.item(), high.item())
             if not largest <= torch.finfo(self.dtype).max:
                 raise RuntimeError(
-                    f"merging gives NaN or infinity in {self.key}: are base and adapter intact?"
-                    if not math.isfinite(largest)
-                    else f"merging gives {largest:.3g} in {self.key}, more than {str(self.dtype).removeprefix('torch.')} "
-                    "can hold: try --dtype bfloat16"
+                    f"merging gives {largest:.3g} in {self.key}, which {self.dtype} cannot hold: try --dtype bfloat16; if it "
+                    "is NaN or infinity, are base and adapter intact?"
                 )
         return weights.to(self.dtype)
 

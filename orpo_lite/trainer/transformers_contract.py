@@ -30,10 +30,5 @@ def warn_if_untested(version: str = transformers.__version__) -> None:
     """Log one line where transformers is older or newer than what was tested."""
     release = Version(version).release[:2]
     if not Version(LOWEST).release <= release <= Version(HIGHEST).release:
-        logger.warning(
-            "transformers %s is outside the tested range %s to %s: check that the loss falls as before, or install a tested "
-            "version",
-            version,
-            LOWEST,
-            HIGHEST,
-        )
+        words = "transformers %s is outside the tested range %s to %s: check that the loss falls as before, or install another"
+        logger.warning(words, version, LOWEST, HIGHEST)

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import patch
 
 import gguf
 import huggingface_hub
@@ -21,7 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
-from orpo_lite.export.hub import offline, push
+from orpo_lite.export.hub import push
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
@@ -287,7 +288,7 @@ def test_dry_run_shows_the_same_and_asks_nothing(hub, folder, capsys, monkeypatc
 
 def test_a_dry_run_lets_no_request_out(hub):
     api = huggingface_hub.HfApi(token=hub.token)
-    with offline(), pytest.raises(OfflineModeIsEnabled):
+    with patch.object(constants, "HF_HUB_OFFLINE", True), pytest.raises(OfflineModeIsEnabled):
         api.whoami()
     assert hub.requests == [] and api.whoami()["name"] == "me"
 
