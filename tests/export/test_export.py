@@ -52,7 +52,7 @@ def test_a_run_becomes_a_gguf_file(converter, adapter_folder, tmp_path, capsys):
     model, run = adapter_folder("llama")
     out = export(run, tmp_path / "out" / "my.gguf", quant="f32", ollama=True)
     said = " ".join(capsys.readouterr().out.split())
-    assert "(100% of the weights) hold the source's values" in said and "logits differ by 0.0e+00" in said
+    assert "(100% of the weights) hold the source's values" in said and "KL 0, top-1 agreement 100.0%" in said
     assert "--max-lora-rank 8" in said
     assert sorted(p.name for p in out.parent.iterdir()) == ["Modelfile", "my.gguf"]
     _, copy = read_back(out, Path(model.get_base_model().name_or_path))

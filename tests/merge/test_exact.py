@@ -183,7 +183,7 @@ def test_every_tensor_of_the_adapter_has_one_place(adapted, tmp_path):
         merge(adapter, out)
     # finite as stored, and infinite once multiplied
     save_file(whole | {key: torch.full_like(whole[key], 3e38)}, adapter / "adapter_model.safetensors")
-    with pytest.raises(RuntimeError, match=r"NaN or infinity in model\.layers\.1\.self_attn\.v_proj\.weight"):
+    with pytest.raises(RuntimeError, match=r"gives (inf|nan) in model\.layers\.1\.self_attn\.v_proj\.weight"):
         merge(adapter, out)
     data = (adapter / "adapter_model.safetensors").read_bytes()
     (adapter / "adapter_model.safetensors").write_bytes(data[:-100])
