@@ -229,9 +229,8 @@ def explain(repo: str, endpoint: str, error: BaseException) -> str:
     said = f"{status} {error.server_message or error.response.reason_phrase}".strip()
     if status == 403 and any(word in said.lower() for word in ("storage", "quota", "exceed")):
         status = 507
-    remedy = REMEDIES.get(status, "it refused the request").format(
-        endpoint=endpoint, repo=repo, user=repo.partition("/")[0]
-    )
+    names = {"endpoint": endpoint, "repo": repo, "user": repo.partition("/")[0]}
+    remedy = REMEDIES.get(status, "it refused the request").format(**names)
     return f"{endpoint} answered {said} to the push to {repo}: {remedy}"
 
 

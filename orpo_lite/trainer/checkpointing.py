@@ -275,9 +275,7 @@ class CheckpointedTrainer(Trainer):
             for line in lines:
                 logger.warning("damaged, so not resumed from: %s", line)
             if found is None:
-                raise RequestError(
-                    f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint; start without it"
-                )
+                raise RequestError(f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint")
         else:
             found = Path(str(asked))
             if not found.is_dir():
@@ -288,9 +286,7 @@ class CheckpointedTrainer(Trainer):
             logger.warning("%s has no %s: it cannot be checked for damage", found, folders.MANIFEST)
             missing = [name for name in NEEDED if not (found / name).is_file()]
             if missing and self.args.world_size == 1:
-                raise RequestError(
-                    f"{found}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
-                )
+                raise RequestError(f"{found}: {', '.join(missing)} missing, so training cannot resume exactly")
         elif asked is not True and (wrong := folders.damage(found)):
             raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         else:
@@ -304,9 +300,7 @@ class CheckpointedTrainer(Trainer):
         there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
         if not there:
-            raise RequestError(
-                f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
-            )
+            raise RequestError(f"{found}: holds no optimizer state (training.save_only_model) to resume from")
         if engine not in there:
             remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
             raise RequestError(
