@@ -22,7 +22,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
 from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule, token_fields, write_vocabulary
 from orpo_lite.export.ollama import modelfile
-from orpo_lite.merge.run import SPARE_BYTES, check_disk, merge
+from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
@@ -85,7 +85,6 @@ def export(
             lines = [f"wrote {output} ({words}); it goes with a GGUF file of {spec.name_or_path}"]
         else:
             kind = kind or kind_of("bf16" if config.dtype == torch.bfloat16 else "f16", None)
-            check_space(config, output.parent, kind.bits, trained, kind.by != "converter")
             if trained:
                 run_converter(request | {"task": "vocabulary"})  # refuses an unknown architecture before the merge
                 model = merge(
@@ -183,14 +182,6 @@ def vllm_line(source: Path) -> str:
 
 
 # ---- a whole model -------------------------------------------------------------------------------------------------------
-
-
-def check_space(config: Any, folder: Path, bits: float, trained: bool, twice: bool) -> None:
-    """Raise RequestError where merged model, intermediate file and result do not fit on the disk together."""
-    with torch.device("meta"):
-        weights = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
-    stored = weights * (config.dtype or torch.float32).itemsize
-    check_disk(folder, int(weights * bits / 8) + stored * (int(trained) + int(twice)) + SPARE_BYTES)
 
 
 def write_model(

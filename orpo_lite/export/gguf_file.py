@@ -40,31 +40,16 @@ class Kind:
     """A type of GGUF file."""
 
     name: str
-    bits: float
-    """Bits per weight, approximately."""
     limit: float
     """Largest relative error ||w' - w|| / ||w|| that the type may cause in a weight tensor."""
     by: str
     """Its writer: converter, gguf or llama.cpp."""
 
 
-CONVERTER = {
-    "f32": Kind("f32", 32, 1e-6, "converter"),
-    "f16": Kind("f16", 16, 2e-3, "converter"),
-    "bf16": Kind("bf16", 16, 8e-3, "converter"),
-    "q8_0": Kind("q8_0", 8.5, 0.03, "converter"),
-    # ternary, for models trained so (BitNet); others lose most of their information
-    "tq1_0": Kind("tq1_0", 1.7, 1.0, "converter"),
-    "tq2_0": Kind("tq2_0", 2.1, 1.0, "converter"),
-}
-BLOCKS = {
-    "q5_1": Kind("q5_1", 6, 0.1, "gguf"),
-    "q5_0": Kind("q5_0", 5.5, 0.1, "gguf"),
-    "q4_1": Kind("q4_1", 5, 0.2, "gguf"),
-    "q4_0": Kind("q4_0", 4.5, 0.2, "gguf"),
-    # blocks of 32 with one power of two, for models trained so (gpt-oss); others lose more than with q4_0
-    "mxfp4": Kind("mxfp4", 4.25, 0.2, "gguf"),
-}
+CONVERTER = {"f32": 1e-6, "f16": 2e-3, "bf16": 8e-3, "q8_0": 0.03, "tq1_0": 1.0, "tq2_0": 1.0}
+"""The converter's types and their limits. The last two are ternary, for models trained so (BitNet); others lose most."""
+BLOCKS = {"q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2, "mxfp4": 0.2}
+"""The gguf package's. The last has one power of two for 32 weights, for models trained so (gpt-oss)."""
 LLAMA_CPP = re.compile(r"(q([2-6])_k(_[sml])?|iq([1-4])_[a-z]+|q[458]_[01])")
 
 
@@ -76,9 +61,9 @@ def kind_of(name: str, llama_quantize: str | None) -> Kind:
     """
     name, known = name.lower(), ", ".join([*CONVERTER, *BLOCKS])
     if name in CONVERTER:
-        return CONVERTER[name]
+        return Kind(name, CONVERTER[name], "converter")
     if name in BLOCKS and not llama_quantize:
-        return BLOCKS[name]
+        return Kind(name, BLOCKS[name], "gguf")
     match = LLAMA_CPP.fullmatch(name)
     if not match:
         raise RequestError(f"--quant: no type {name!r}; expected {known}, or by llama.cpp's quantizer q4_k_m etc.")
@@ -91,7 +76,7 @@ def kind_of(name: str, llama_quantize: str | None) -> Kind:
     if not os.access(llama_quantize, os.X_OK) or Path(llama_quantize).is_dir():
         raise RequestError(f"--llama-quantize: {llama_quantize} is not a program that can be run")
     bits = int(match[2] or match[4] or name[1])
-    return Kind(name, bits + 1, {1: 0.8, 2: 0.6, 3: 0.4, 4: 0.2, 5: 0.1, 6: 0.06, 8: 0.03}[bits], "llama.cpp")
+    return Kind(name, {1: 0.8, 2: 0.6, 3: 0.4, 4: 0.2, 5: 0.1, 6: 0.06, 8: 0.03}[bits], "llama.cpp")
 
 
 # ---- quantizing ----------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import sys
 from enum import StrEnum
@@ -10,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import console, json_alone, run_command
+from orpo_lite.common.console import json_alone, run_command
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
@@ -43,13 +42,10 @@ def command(
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
     facts: dict[str, Any] = {}
     with json_alone(as_json) as print_json:
-        folder = merge(source, output, base=base, dtype=dtype, onto=onto, verify=verify,
-                       trust_remote_code=trust_remote_code, facts=facts)  # fmt: skip
+        merge(source, output, base=base, dtype=dtype, onto=onto, verify=verify,
+              trust_remote_code=trust_remote_code, facts=facts)  # fmt: skip
         if as_json:
-            return print_json(facts)
-    seq2seq = json.loads((folder / "config.json").read_text("utf-8")).get("is_encoder_decoder", False)
-    auto = "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM"
-    console.print(f"next: transformers.{auto}.from_pretrained({output!r})", soft_wrap=True, markup=False)
+            print_json(facts)
 
 
 if __name__ == "__main__":

@@ -299,13 +299,11 @@ class CheckpointedTrainer(Trainer):
         here = self._facts()
         there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
-        if not there:
-            raise RequestError(f"{found}: holds no optimizer state (training.save_only_model) to resume from")
         if engine not in there:
-            remedy = ", with any number of processes, one too" if there[0] == "FSDP2" else ""
+            kind = there[0] if there else "no engine (training.save_only_model)"
             raise RequestError(
-                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: start it with the launcher "
-                f"file of {there[0]} to resume{remedy}"
+                f"{found}: its optimizer states are those of {kind}, and here is {engine}: resume with the launcher file that "
+                "it was started with, or start anew"
             )
         if facts["pairs_per_step"] != here["pairs_per_step"]:
             raise RequestError(
