@@ -497,9 +497,9 @@ def test_offline(hub, folder, monkeypatch):
         (403, "Private repository storage limit reached", "storage limit.*no room"),
         (402, "Payment required", "no room"),
         (404, "namespace not found", "is me the right user"),
-        (409, "conflict", "changed by someone else"),
+        (409, "conflict", "push again later"),
         (400, "bad", "refused the request"),
-        (429, "slow down", "limits how often"),
+        (429, "slow down", "push again later"),
         (413, "too large", "no room"),
     ],
 )
