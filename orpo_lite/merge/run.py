@@ -174,7 +174,7 @@ def write_configuration(folder: Path, plan: Plan, tokenizer: PreTrainedTokenizer
     generation = GenerationConfig.from_model_config(config)
     if (home / "generation_config.json").is_file():
         generation = GenerationConfig.from_pretrained(home)
-    generation.eos_token_id = sorted(stop_token_ids(tokenizer, generation))
+    generation.eos_token_id = sorted(stop_token_ids(tokenizer, generation)) or None
     generation.pad_token_id = tokenizer.pad_token_id
     if generation.temperature is not None or generation.top_p is not None:
         # some bases ship sampling settings with sampling off, which transformers refuses to write
