@@ -70,13 +70,11 @@ def parse_question(row: Any, number: int, path: str) -> Question:
         raise RequestError(f"{place} is a {type(row).__name__}, {FORMS}")
     given = row.get("id", row.get("question_id", number))
     category = row.get("category")
-    turns: Any = row["turns"] if row.get("turns") is not None else [row.get("prompt")]
-    opening: list[dict[str, Any]] = []
-    follow_ups: list[Any] = []
+    turns = row["turns"] if row.get("turns") is not None else [row.get("prompt")]
     try:
         prompt, *follow_ups = turns if isinstance(turns, list) else []
-        opening = messages(
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt, "prompt", False
+        opening = (
+            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages(prompt, "prompt", False)
         )
         usable = opening[-1]["role"] == "user" and all(text.strip() for text in (opening[-1]["content"], *follow_ups))
     except (Dropped, LookupError, ValueError, TypeError, AttributeError):
