@@ -130,3 +130,17 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
     text = page_of(name).read_text("utf-8")
     links = re.findall(r"\]\((?!https?://|#)([^)\s#]+)", text) + re.findall(r'src="(?!https?://)([^"]+)"', text)
     assert not [link for link in links if not (page_of(name).parent / link).exists()]
+
+
+@pytest.mark.parametrize("state", ["finished", "stopped"])
+@pytest.mark.parametrize("adapter", [None, {"r": 16}])
+def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None:
+    from orpo_lite.recipe import Recipe
+    from orpo_lite.report.page import next_steps
+    from orpo_lite.report.run_record import LoadedRun, RunRecord
+
+    for checkpoint in (None, "checkpoint-10"):
+        recipe = Recipe.load("quickstart").model_copy(update={"adapter": adapter})
+        run = LoadedRun(tmp_path / "my run", RunRecord(seed=42), [], recipe, state=state, checkpoint=checkpoint)
+        for line, _ in next_steps(run):
+            check("report.html", *words_of(line))  # type: ignore[misc]
