@@ -136,7 +136,7 @@ class Endpoint:
             if response.status_code < 300:
                 return self.reply_text(response)
             reason = self.redacted(" ".join(response.text.split())[:300] or response.reason_phrase)
-            if response.status_code == 400 and any(name in reason for name in options):
+            if response.status_code == 400 and options:
                 self.options = {}  # newer models refuse a temperature, and call max_tokens otherwise
             elif response.status_code not in RETRY_STATUS:
                 raise RequestError(
