@@ -227,6 +227,20 @@ def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     }
 
 
+def changed_sides(run: LoadedRun) -> str:
+    """Say in a sentence how many pairs changed sides; empty where that is not known."""
+    before, after = margins(run, "before"), margins(run, "after")
+    if not before or len(before) != len(after):
+        return ""
+    won = sum(a <= 0 < b for a, b in zip(before, after, strict=True))
+    lost = sum(b <= 0 < a for a, b in zip(before, after, strict=True))
+    wrong = sum(b <= 0 for b in after)
+    return (
+        f"Of {len(after):,} pairs, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
+        f"{wrong:,} are on the wrong side now."
+    )
+
+
 def length_chart(lengths: Mapping[Any, Histogram], key: str, title: str) -> Chart | None:
     """Return the chart of the tokens of prompts, chosen and rejected answers, or None where they were not recorded."""
     chart = Chart(key, title, x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))

@@ -95,6 +95,17 @@ class Chart:
         """Tell whether a line has a dot at each point: a held-out or a short one."""
         return line.look == "marks" or len(line.finite) <= DOTTED and not self.stairs
 
+    def last(self, line: Line) -> str:
+        """Return the value beside a line while none is read."""
+        if self.stairs:
+            return ""
+        return written(line.finite[-1][1] if line.finite else math.nan, self.form)
+
+    @property
+    def summary(self) -> str:
+        """The chart in words, for screen readers."""
+        return f"{self.title} by {self.x}; the table under it holds its numbers."
+
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
         lines = [line for line in self.lines if line.look != "faint"] or self.lines

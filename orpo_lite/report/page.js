@@ -46,8 +46,7 @@
       if (chart.stairs) this.xs.pop();
       this.home = chart.domain;
       this.view = this.home;
-      this.rest = this.lines.map((line) => (chart.stairs ? "" : written(line.y.filter((y) => y !== null).pop(), chart.form)));
-      this.lines.forEach((line, i) => { line.value.textContent = this.rest[i]; });
+      this.rest = this.lines.map((line) => line.value.textContent);
       this.svg.setAttribute("role", "application");
       this.svg.setAttribute("aria-roledescription", "chart");
       this.svg.setAttribute("aria-label", this.svg.getAttribute("aria-label") +

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from orpo_lite.common.text import format_gb, held_by
 from orpo_lite.evaluate.held_out import ROWS
-from orpo_lite.report.charts import curves, length_chart, margin_chart, margins
+from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, is_finite, script_data, written
 from orpo_lite.report.run_record import LoadedRun, RunRecord, Sample
 
@@ -63,7 +63,7 @@ def run_page(run: LoadedRun) -> bytes:
         {"before": margins(run, "before"), "after": margins(run, "after")},
         title="Reward margins of the held-out pairs",
         x="reward margin",
-        hint="Left of 0 the rejected answer is the likelier one.",
+        hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
     )
     rows = evaluation_rows(run)
     drawn, notes = curves([("", run)])

@@ -38,8 +38,6 @@ NF4_ERROR = 0.0926
 """Relative error of the probe's matrix when each value is replaced by the nearest of NF4's codes times its block's scale."""
 LIMIT = 300
 """Seconds that a probe may take for its next finding: imports take minutes from a cold network disk."""
-FAST = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
-"""torch's attention kernels whose memory grows linearly with length, by their SDPBackend names."""
 STEPS, ROWS, COMPARED = 10, 80, 6
 """Optimizer steps of 8 pairs, pairs that they are drawn from, and pairs that the layouts are compared on."""
 MIN_DROP = 0.1
@@ -235,34 +233,10 @@ def rounding(dtype: Any) -> float:
 
 
 def computing() -> Iterator[Finding]:
-    """Name the dtype that training takes, and the fast attention kernels that work for packed pairs in it."""
+    """Name the dtype that training takes."""
     from orpo_lite.model.precision import choose_precision, default_device
 
-    device = default_device()
-    precision = choose_precision(device=device)
-    yield Finding("precision", OK, precision.why)
-    tried = {kernel: kernel_error(kernel, device, precision.dtype) for kernel in FAST}
-    fast = [kernel.removesuffix("_ATTENTION").lower() for kernel, error in tried.items() if error is None]
-    text, remedy = f"fast kernels for packed pairs: {', '.join(fast) or 'none'}", ""
-    if device.type == "cuda" and not fast:
-        remedy = "memory grows with the square of a pair's length: keep data.max_length short, or update torch"
-    yield Finding("attention", NOTE if remedy else OK, text, remedy, tried)
-
-
-def kernel_error(kernel: str, device: Any, dtype: Any) -> str | None:
-    """Run an attention kernel as for packed pairs, whose queries are at the end of their keys; return why it fails, or None."""
-    import torch
-    from torch.nn.attention import SDPBackend, sdpa_kernel
-    from torch.nn.attention.bias import causal_lower_right
-
-    q, k, v = (torch.ones(1, 8, rows, 64, device=device, dtype=dtype, requires_grad=True) for rows in (64, 160, 160))
-    try:
-        with sdpa_kernel(getattr(SDPBackend, kernel)):
-            mask: Any = causal_lower_right(64, 160)
-            torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).sum().backward()
-    except Exception as error:
-        return in_words(error, 120)
-    return None
+    yield Finding("precision", OK, choose_precision(device=default_device()).why)
 
 
 def training() -> Iterator[Finding]:
@@ -366,6 +340,6 @@ PROBES = [
     Probe("torch", machine.devices),
     Probe("libraries", machine.libraries, needs=("torch",)),
     Probe("bitsandbytes", quantizing, needs=("torch", "libraries")),
-    Probe("attention", computing, needs=("torch", "libraries")),
+    Probe("precision", computing, needs=("torch", "libraries")),
 ]
 SELF_TEST = Probe("training", training, needs=("torch", "libraries", "bitsandbytes"))
