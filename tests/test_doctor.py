@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import warnings
@@ -224,6 +225,16 @@ def test_low_disk(free, verdicts, monkeypatch):
     assert all(bool(f.remedy) == (f.verdict != OK) and f"{free / 1e9:.1f} GB" in f.text for f in found)
 
 
+def test_a_folder_that_cannot_be_written_to(monkeypatch):
+    def refuse(**kwargs):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    found = list(machine.disk())
+    assert [f.verdict for f in found] == [NOTE, NOTE] and "Read-only" in found[0].text
+    assert "training.output_dir" in found[0].remedy and "HF_HOME" in found[1].remedy
+
+
 @pytest.mark.parametrize(
     ("fields", "verdict", "words"),
     [
@@ -308,6 +319,12 @@ def test_a_t4(t4):
     assert found.verdict == OK and "Tesla T4, compute capability 7.5, 15.5 GB free of 15.8 GB" in found.text
     found = next(doctor.computing())
     assert found.verdict == OK and "float16 computing on a GPU of compute capability 7.5" in found.text
+
+
+def test_a_card_that_others_use(t4, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (9_000_000_000, 15_800_000_000))
+    found = next(machine.cards())
+    assert found.verdict == NOTE and "6.8 GB are in use" in found.text and "nvidia-smi" in found.remedy
 
 
 def test_a_card_that_this_torch_has_no_code_for(t4, monkeypatch):

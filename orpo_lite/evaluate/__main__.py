@@ -61,6 +61,8 @@ def command(
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
+    if judge_model and not judge:
+        raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
     if sum(given is not None for given in (data, prompts, lm_eval)) > 1:
         raise RequestError("--data, --prompts and --lm-eval are three kinds of evaluation: choose one")
     if top_p < 1 and not temperature:
@@ -76,7 +78,7 @@ def command(
         source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
         if judge:
             source.check_two_sides("--judge")
-        found = find_judge(judge, judge_model, trust_remote_code) if judge or judge_model else None
+        found = find_judge(judge, judge_model, trust_remote_code) if judge else None
         sampling = Sampling(max_new_tokens, temperature, top_p)
         answer_prompts(source, questions, sampling, seed, batch_size, output, found, as_json)
     else:

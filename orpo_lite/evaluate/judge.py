@@ -173,7 +173,7 @@ class Endpoint:
         return text.replace(key, "<key>") if key else text
 
 
-def find_judge(name: str | None, model: str | None, trust_remote_code: bool) -> LocalJudge | Endpoint:
+def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJudge | Endpoint:
     """Find the judge that a folder, hub id or address names; a model on this machine is loaded at its first question.
 
     Args:
@@ -182,11 +182,11 @@ def find_judge(name: str | None, model: str | None, trust_remote_code: bool) -> 
     Raises:
         RequestError: there is no such judge.
     """
-    if name and name.startswith(("http://", "https://")):
+    if name.startswith(("http://", "https://")):
         if not model:
             raise RequestError(f"--judge: name the model at {name} with --judge-model")
         return Endpoint(name, model)
-    if model or not name:
+    if model:
         raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
     return LocalJudge(Answerer(resolve_model(name, trust_remote_code)), name)
 

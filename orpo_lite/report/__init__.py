@@ -37,7 +37,7 @@ def as_json(runs: Sequence[LoadedRun]) -> str:
     from orpo_lite.report.page import differences, sentence
 
     content = [
-        {"path": run.path, "state": run.state, "verdict": sentence(run), "notes": run.notes,
+        {"path": run.path, "state": run.state, "verdict": sentence(run), "checkpoint": run.checkpoint, "notes": run.notes,
          "log_lines": len(run.metrics), "last": run.metrics[-1] if run.metrics else None, "facts": run.record,
          "recipe": run.recipe, "margins": {when: margins(run, when) for when in ("before", "after")}}
         for run in runs

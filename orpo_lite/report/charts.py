@@ -93,11 +93,17 @@ def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str
     ]
 
 
-def draw_card_curves(run: LoadedRun, path: Path) -> None:
-    """Draw curves.png for the model card; nothing where metrics.jsonl holds none of the metrics."""
+def draw_card_curves(run: LoadedRun, path: Path) -> bool:
+    """Draw curves.png for the model card.
+
+    Returns:
+        False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
+    """
     charts = [draw(*panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
-    if any(chart.lines for chart in charts):
-        save_png(charts, path)
+    if not any(chart.lines for chart in charts):
+        return False
+    save_png(charts, path)
+    return True
 
 
 def split(panel: Chart, metrics: tuple[Metric, ...]) -> list[tuple[Chart, tuple[Metric, ...]]]:

@@ -40,6 +40,10 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "merged", "gguf"]
 
+NOT_OF_THE_WEIGHTS = (
+    "output_dir", "logging_", "save_", "eval_", "report_to", "hub_", "push_", "run_name", "per_device_eval", "seed",
+)  # fmt: skip
+"""Beginnings of training fields that do not shape the weights, or have a row of their own; recipe.yaml has them all."""
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -52,7 +56,8 @@ def write_card(folder: RunFolder) -> None:
     path = folder.path / "curves.png"
     path.unlink(missing_ok=True)
     try:
-        draw_card_curves(read_run(folder), path)
+        if not draw_card_curves(read_run(folder), path):
+            console.print("no curves.png: metrics.jsonl holds no metrics (training.logging_strategy, eval_strategy)")
     except Exception as error:  # a font, a full disk, a broken matplotlib
         path.unlink(missing_ok=True)
         console.print(
@@ -245,17 +250,21 @@ def front_matter(
 
 
 def hyperparameters(recipe: Recipe, record: RunRecord) -> list[tuple[str, Any]]:
-    """Return what is read first, and what was resolved from the recipe; the card holds the recipe itself, too."""
-    rows = {
-        "learning rate": recipe.training.get("learning_rate"),
-        "beta": recipe.orpo.beta,
+    """Return what shaped the weights: the recipe's own fields, and what was resolved from them."""
+    rows: dict[str, Any] = {
         "pairs per optimizer step": record.effective_batch,
         "optimizer steps": record.steps,
         "seed": record.seed,
         "compute dtype": record.base_model.dtype,
         "layout": "{} ({})".format(record.layout.get("name"), record.layout.get("why")) if record.layout else None,
     }
-    return [(key, value) for key, value in rows.items() if value is not None]
+    given = yaml.safe_load(published_recipe(recipe, record))
+    rows |= {f"adapter.{k}": v for k, v in (given["adapter"] or {}).items() if v is not False and k != "eva_batches"}
+    rows |= {f"orpo.{k}": v for k, v in given["orpo"].items() if k != "layout"}
+    for key in ("max_length", "max_prompt_length", "max_completion_length", "overlong", "completion_end"):
+        rows[f"data.{key}"] = given["data"][key]
+    rows |= {f"training.{k}": v for k, v in given["training"].items() if not k.startswith(NOT_OF_THE_WEIGHTS)}
+    return [(key, value) for key, value in rows.items() if value not in (None, {}, [], "")]
 
 
 def usage_facts(

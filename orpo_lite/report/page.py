@@ -225,10 +225,11 @@ def compare_page(runs: Sequence[LoadedRun]) -> bytes:
 
 
 def labels(runs: Sequence[LoadedRun]) -> list[str]:
-    """Return a letter and a name for each run: the end of its path, where names are not all different."""
+    """Return a letter and a name for each run: that of its folder, where names are not all different."""
     names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        names = ["/".join(run.path.resolve().parts[-2:]) for run in runs]
+    for parts in (1, 2):
+        if len(set(names)) < len(names):
+            names = ["/".join(run.path.resolve().parts[-parts:]) for run in runs]
     short = (name if len(name) <= 60 else f"{name[:59]}…" for name in names)
     return [f"{chr(ord('A') + place % 26)} · {name}" for place, name in enumerate(short)]
 

@@ -211,6 +211,8 @@ class LoadedRun:
     """None where it cannot be read, which `notes` says."""
     pairs: HeldOutPairs = field(default_factory=HeldOutPairs)
     state: State = "finished"
+    checkpoint: str | None = None
+    """The newest one of an unfinished run."""
     notes: list[str] = field(default_factory=list)
     """What is missing or damaged, in sentences for the page."""
 
@@ -266,6 +268,8 @@ def read_unfinished(folder: RunFolder, run: LoadedRun) -> None:
             f"its first log line (training.logging_steps), or train it with --recipe {folder.path}"
         )
     run.state = "under way" if is_locked(folder.path) else "stopped"
+    names = [path.name for path in folder.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
+    run.checkpoint = max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
     run.record.steps = int(run.metrics[-1]["step"]) if run.metrics else 0
     if run.recipe:
         model = run.recipe.model

@@ -10,6 +10,7 @@ import platform
 import re
 import shutil
 import subprocess
+import tempfile
 import time
 import traceback
 import warnings
@@ -25,11 +26,13 @@ from orpo_lite.common.text import format_gb
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 """A note is worth knowing and stops nothing; with a problem, training cannot work as it should."""
 LIBRARIES = ("torch", "transformers", "accelerate", "datasets", "peft", "orpo_lite.train.pipeline")
-CULPRITS = ("torchvision", "torchaudio", "flash_attn", "xformers", "bitsandbytes")
+UNNEEDED = ("torchvision", "torchaudio", "flash_attn", "xformers")
 """Packages that libraries import where they are installed, and fail with where they do not fit torch."""
 RAM = (2e9, 6e9)
 """Free bytes of the host below which memory is a problem, or a note: torch with CUDA, the data, a matrix in transit."""
 HUB_SECONDS = 5
+IN_USE = 1.5e9
+"""Bytes in use on a card that the CUDA context of one process does not explain."""
 INSTALL_TORCH = "install torch for your CUDA: https://pytorch.org/get-started/locally"
 
 
@@ -108,12 +111,10 @@ def libraries() -> Iterator[Finding]:
             importlib.import_module(name)
         except BaseException as error:
             trail = str(error) + "".join(frame.filename for frame in traceback.extract_tb(error.__traceback__))
-            culprit = next((each for each in CULPRITS if each in trail), None)
-            remedy = (
-                f"pip uninstall {culprit}, or install the build that fits torch"
-                if culprit
-                else f"pip install -U {name}"
-            )
+            culprit = next((each for each in UNNEEDED if each in trail), None)
+            remedy = f"pip uninstall {culprit}, which is not needed here" if culprit else f"pip install -U {name}"
+            if "bitsandbytes" in trail:
+                remedy = "repair bitsandbytes, or uninstall it and set model.quantization=none"
             yield Finding("libraries", PROBLEM, f"{name} cannot be imported: {in_words(error)}", remedy)
             return
     yield Finding("libraries", OK, f"all import, in {time.monotonic() - started:.0f} s")
@@ -134,7 +135,7 @@ def memory() -> Iterator[Finding]:
 
 
 def disk() -> Iterator[Finding]:
-    """Check free space where runs and downloaded models go."""
+    """Check free space and write access where runs and downloaded models go."""
     from huggingface_hub import constants
 
     yield room("working folder", Path.cwd(), 5e9, "checkpoints and the adapter", "training.output_dir")
@@ -142,11 +143,17 @@ def disk() -> Iterator[Finding]:
 
 
 def room(name: str, folder: Path, little: float, purpose: str, setting: str) -> Finding:
-    """Check a folder's free bytes, which are a note below `little`."""
+    """Check a folder's free bytes, which are a note below `little`, and that it can be written to."""
     place = next(one for one in (folder, *folder.parents) if one.is_dir())
     free = shutil.disk_usage(place).free
     text, verdict = f"{folder}: {format_gb(free)} free", by_size(free, 1e9, little)
     remedy = "" if verdict == OK else f"make room ({purpose}), or set {setting} elsewhere"
+    try:
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        text += f", but it cannot be written to ({error.strerror})"
+        verdict, remedy = NOTE, f"set {setting} to a folder that can"
     return Finding(name, verdict, text, remedy, {"folder": str(folder), "free": free})
 
 
@@ -269,7 +276,13 @@ def cards() -> Iterator[Finding]:
         if error := product_error(torch.device("cuda", index)):
             verdict, text = PROBLEM, f"{text}; a matrix product fails: {error}"
             remedy = f"this torch has code for {', '.join(torch.cuda.get_arch_list())}: {INSTALL_TORCH}"
+        elif total - free > IN_USE + torch.cuda.memory_reserved(index):
+            verdict, text = NOTE, f"{text}; {format_gb(total - free)} are in use"
+            remedy = "nvidia-smi shows by which programs: stop them before training"
         yield Finding(name, verdict, text, remedy, {"total": total, "free": free})
+    if count > 1:
+        text = f"{count} cards; training takes the first, accelerate launch -m orpo_lite.train all of them"
+        yield Finding("cards", OK, text)
 
 
 def product_error(device: Any) -> str | None:

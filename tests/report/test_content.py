@@ -18,6 +18,7 @@ from orpo_lite.report import command, write_report
 from orpo_lite.report.charts import histogram
 from orpo_lite.report.drawing import Chart, Line, running_mean, thinned
 from orpo_lite.report.drawing import written as plain
+from orpo_lite.report.run_record import read_run
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.report.conftest import NAN, evaluation, facts, log_lines
 
@@ -188,12 +189,15 @@ def test_a_long_run_is_thinned_and_says_so(written, tmp_path):
 def test_a_run_under_way_and_one_that_stopped(written, tmp_path):
     folder = written(tmp_path / "run", None, log_lines(12), None)
     assert "This run was stopped before its end, its last log line at step 12" in told(folder).text
+    (folder / "checkpoints" / "checkpoint-9").mkdir(parents=True)
+    (folder / "checkpoints" / "checkpoint-10").mkdir()
     (folder / "before.json").write_text(
         json.dumps({"eval": evaluation(0.5, 0.0), "samples": [{"prompt": "Why?", "answer": "So."}]})
     )
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": 1.')  # killed here
     shown = told(folder)
+    assert read_run(folder).checkpoint == "checkpoint-10"
     assert "Why?" in shown.text and "50.0%" in shown.text and "1 lines of metrics.jsonl cannot be read" in shown.text
     lock_folder(folder)
     try:

@@ -445,9 +445,7 @@ LINE = {"loss": 1.0, "nll_loss": 0.9, "log_odds_ratio": -0.7, "rewards/chosen": 
 
 
 def draw_curves(lines, path):
-    path.unlink(missing_ok=True)
-    draw_card_curves(LoadedRun(path.parent, RunRecord(), lines), path)
-    return path.is_file()
+    return draw_card_curves(LoadedRun(path.parent, RunRecord(), lines), path)
 
 
 def ink(path):
@@ -466,7 +464,7 @@ def test_picture_of_a_run(finished, tmp_path):
     assert min(loss[:3]) > 100 and min(rewards[2:]) > 100  # ORPO loss, NLL and odds term; chosen and rejected
     assert all(min(panel[:2]) > 100 for panel in (odds, margin, accuracy))  # training pairs and held-out pairs
     assert rate[0] > 100 and rate[1:] == [0, 0, 0]
-    draw_card_curves(read_run(finished), tmp_path / "again.png")
+    assert draw_card_curves(read_run(finished), tmp_path / "again.png")
     assert (tmp_path / "again.png").read_bytes() == (finished / "curves.png").read_bytes()
     with Image.open(finished / "curves.png") as picture:
         assert picture.mode != "RGBA" or picture.getextrema()[3] == (255, 255)  # readable on a dark page too
