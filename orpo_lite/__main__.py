@@ -47,7 +47,7 @@ def main() -> None:
 
         sys.argv[:2] = [f"orpo-lite {name}"]
         function = load(name)
-        run_command(function, f"orpo-lite {name}")
+        run_command(function, vars(sys.modules[function.__module__]).get("on_usage_error"), f"orpo-lite {name}")
     elif name in ("-V", "--version"):
         print(f"orpo-lite {__version__}")
     elif name in ("-h", "--help"):

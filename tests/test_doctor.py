@@ -425,6 +425,16 @@ def test_bitsandbytes_whose_layer_is_wrong(monkeypatch):
     assert found.verdict == PROBLEM and "forward 10" in found.text
 
 
+def test_kernels_that_work_are_listed(monkeypatch):
+    _, found = doctor.computing()
+    assert (
+        found.verdict == OK and found.facts.keys() == set(doctor.FAST) and "fast kernels for packed pairs" in found.text
+    )
+    monkeypatch.setattr(doctor, "FAST", ("MATH", "FLASH_ATTENTION"))
+    monkeypatch.setattr(doctor, "kernel_error", lambda kernel, *_: None if kernel == "MATH" else "not available")
+    assert [*doctor.computing()][1].text.endswith(": math")
+
+
 # ---- the self-test -------------------------------------------------------------------------------------------------
 
 

@@ -75,19 +75,24 @@ def progress_bar(label: str, total: int | None, in_bytes: bool = False) -> Itera
         yield bar.update
 
 
-def run_command(function: Callable[..., Any], name: str | None = None) -> None:
+def run_command(
+    function: Callable[..., Any], on_usage_error: Callable[[list[str]], None] | None = None, name: str | None = None
+) -> None:
     """Run a module's command as `python -m orpo_lite.<name>`: parse the arguments, then `guard`."""
     app = typer.Typer(add_completion=False, rich_markup_mode=None, pretty_exceptions_enable=False)
     app.command(context_settings={"help_option_names": ["-h", "--help"]})(function)
-    guard(app, name)
+    guard(app, on_usage_error, name)
 
 
-def guard(app: Callable[..., Any], name: str | None = None) -> None:
+def guard(
+    app: Callable[..., Any], on_usage_error: Callable[[list[str]], None] | None = None, name: str | None = None
+) -> None:
     """Call a typer app and exit: 0 done, 1 the run failed, 2 the request was wrong; `--debug` shows the traceback.
 
     Neither the message nor the traceback shows a token.
 
     Args:
+        on_usage_error: prints more about a command line that the parser refused; it gets the arguments.
         name: the command as its usage shows it, where that is not `python -m MODULE`.
     """
     # click has no option that takes a value or none
@@ -106,6 +111,10 @@ def guard(app: Callable[..., Any], name: str | None = None) -> None:
         if reports_errors() and not isinstance(error, ReportedElsewhere):
             print_error("error", str(error), debug)
         sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 2 and on_usage_error:
+            on_usage_error(arguments)
+        raise
     except KeyboardInterrupt:
         errors.print("[bold red]interrupted[/]")
         sys.exit(130)

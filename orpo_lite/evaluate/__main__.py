@@ -14,10 +14,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import show, show_groups
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.answer_file import Question
     from orpo_lite.evaluate.answering import Sampling
-    from orpo_lite.evaluate.judge import Endpoint, LocalJudge
-    from orpo_lite.evaluate.loading import ModelSource
 
 
 def command(
@@ -70,17 +67,10 @@ def command(
     if lm_eval is not None:
         print_lm_eval(run, lm_eval, as_json, trust_remote_code)
     elif prompts is not None:
-        from orpo_lite.evaluate.answer_file import read_questions
-        from orpo_lite.evaluate.judge import find_judge
-        from orpo_lite.evaluate.loading import resolve_model
         from orpo_lite.trainer.generate import Sampling
 
-        source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
-        if judge:
-            source.check_two_sides("--judge")
-        found = find_judge(judge, judge_model, trust_remote_code) if judge else None
         sampling = Sampling(max_new_tokens, temperature, top_p)
-        answer_prompts(source, questions, sampling, seed, batch_size, output, found, as_json)
+        answer_prompts(run, prompts, sampling, seed, batch_size, output, judge, judge_model, as_json, trust_remote_code)
     else:
         evaluate_pairs(run, data, as_json, trust_remote_code)
 
@@ -102,21 +92,34 @@ def evaluate_pairs(run: str, data: str | None, as_json: bool, trust_remote_code:
 
 
 def answer_prompts(
-    source: ModelSource, questions: list[Question], sampling: Sampling, seed: int, batch_size: int,
-    output: Path | None, judge: LocalJudge | Endpoint | None, as_json: bool,
-) -> None:  # fmt: skip
-    """Answer prompts with every side, and have the answers judged."""
-    from orpo_lite.evaluate.answer_file import answer_questions
+    run: str,
+    prompts: str,
+    sampling: Sampling,
+    seed: int,
+    batch_size: int,
+    output: Path | None,
+    judge: str | None,
+    judge_model: str | None,
+    as_json: bool,
+    trust_remote_code: bool,
+) -> None:
+    """Answer a file of prompts with every side, and have the answers judged."""
+    from orpo_lite.evaluate.answer_file import answer_questions, read_questions
     from orpo_lite.evaluate.answering import Answerer
-    from orpo_lite.evaluate.judge import judge_answers, show_summary
+    from orpo_lite.evaluate.judge import find_judge, judge_answers, show_summary
+    from orpo_lite.evaluate.loading import resolve_model
 
-    summary = None
+    source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
+    found = summary = None
+    if judge:
+        source.check_two_sides("--judge")
+        found = find_judge(judge, judge_model, trust_remote_code)
     with json_alone(as_json) as print_json:
         rows = answer_questions(Answerer(source), questions, sampling, seed, batch_size, output)
-        if judge:
+        if found:
             gc.collect()  # frees the models that answered
             verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
-            summary = judge_answers(judge, rows, source.names, verdicts)
+            summary = judge_answers(found, rows, source.names, verdicts)
         if as_json:
             print_json({"answers": rows, "judged": summary})
             return

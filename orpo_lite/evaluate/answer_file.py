@@ -70,17 +70,23 @@ def parse_question(row: Any, number: int, path: str) -> Question:
         raise RequestError(f"{place} is a {type(row).__name__}, {FORMS}")
     given = row.get("id", row.get("question_id", number))
     category = row.get("category")
-    turns = row["turns"] if row.get("turns") is not None else [row.get("prompt")]
-    try:
-        prompt, *follow_ups = turns if isinstance(turns, list) else []
-        opening = (
-            [{"role": "user", "content": prompt}] if isinstance(prompt, str) else messages(prompt, "prompt", False)
-        )
-        usable = opening[-1]["role"] == "user" and all(text.strip() for text in (opening[-1]["content"], *follow_ups))
-    except (Dropped, LookupError, ValueError, TypeError, AttributeError):
-        usable = False
-    if not usable:
+    turns, prompt = row.get("turns"), row.get("prompt")
+    follow_ups: list[str] = []
+    if isinstance(turns, list) and turns and all(isinstance(turn, str) and turn.strip() for turn in turns):
+        prompt, *follow_ups = turns
+    elif turns is not None:
+        raise RequestError(f"{place}: turns is not a list of texts: {FORMS}")
+    if isinstance(prompt, str) and prompt.strip():
+        opening = [{"role": "user", "content": prompt}]
+    elif isinstance(prompt, list | dict) and prompt:
+        try:
+            opening = messages(prompt, "prompt", False)
+        except Dropped as error:
+            raise RequestError(f"{place}: {error.detail}: {FORMS}") from None
+    else:
         raise RequestError(f"{place}: found {describe_columns(row)}: {FORMS}")
+    if opening[-1]["role"] != "user":
+        raise RequestError(f"{place}: the prompt ends with a turn of the {opening[-1]['role']}: {FORMS}")
     return Question(str(given), None if category is None else str(category), opening, follow_ups)
 
 
@@ -154,6 +160,7 @@ def answer_questions(
     results = ResultFile(output, [vars(one) | {"settings": settings} for one in questions])
     if len(results.rows) == len(questions):
         return results.rows
+    check_room(answerer, questions)
     with progress_bar("answering", len(questions)) as advance:
         advance(len(results.rows))
         for start in range(0, len(questions), batch_size):
@@ -202,6 +209,19 @@ def converse(
                 answered[n].append(None)
                 conversations[n].append({"role": "assistant", "content": ""})
     return answered
+
+
+def check_room(answerer: Answerer, questions: list[Question]) -> None:
+    """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
+    for one in questions:
+        try:
+            [ids] = answerer.prompts([one.prompt])
+        except RequestError as error:
+            raise RequestError(f"--prompts: {one.id}: {error}") from None
+        if answerer.room(ids, 1) < 1:
+            raise RequestError(
+                f"--prompts: {one.id} has {len(ids):,} tokens, and the model takes {answerer.context:,}: leave it out"
+            )
 
 
 def fingerprint(source: ModelSource) -> str | None:

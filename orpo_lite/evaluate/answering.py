@@ -129,7 +129,7 @@ class Answerer:
     @cached_property
     def model(self) -> Any:
         """The trained model: with the adapter on, or whole."""
-        errors.print(f"loading {self.source.path}", soft_wrap=True, markup=False)
+        errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
         return load_model(self.source, self.tokenizer)[0].eval()
 
     @cached_property
@@ -203,22 +203,17 @@ class Answerer:
         """Make a streamer that writes an answer to the terminal."""
         return Stream(self.tokenizer, strip=self.format.kind != "plain")
 
-    @torch.no_grad()
     def mean_logps(self, turns: Turns, first: str, second: str) -> dict[str, tuple[float, float]]:
         """Compute the mean log-prob per completion token, the end included, of two answers under every side.
 
         Raises:
             RequestError: an answer that training would drop.
         """
-        batch, found = self.pair_batch(turns, first, second), {}
+        batch = self.pair_batch(turns, first, second)
+        found = {}
         for name in self.names:
-            with self.side(name) as model, autocast(model):
-                if id(model) not in self.objectives:
-                    objective = self.objectives[id(model)] = Objective(SimpleNamespace(head_chunk=None), model.config)
-                    exact = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
-                    objective.find_head(model, model.device, exact)
-                stats, _ = self.objectives[id(model)].statistics(model, batch)
-            found[name] = stats.chosen_logps.item(), stats.rejected_logps.item()
+            with self.side(name) as model:
+                found[name] = self.score(model, batch)
         return found
 
     def pair_batch(self, turns: Turns, first: str, second: str) -> dict[str, Any]:
@@ -247,6 +242,17 @@ class Answerer:
         pair = {name: values[0] for name, values in chunk.columns.items()}
         device, batch = self.model.device, collate([pair])
         return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
+
+    @torch.no_grad()
+    def score(self, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
+        """Compute the mean log-prob of the first and of the second answer under a model as it stands."""
+        with autocast(model):
+            if id(model) not in self.objectives:
+                objective = self.objectives[id(model)] = Objective(SimpleNamespace(head_chunk=None), model.config)
+                exact = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
+                objective.find_head(model, model.device, exact)
+            stats, _ = self.objectives[id(model)].statistics(model, batch)
+        return stats.chosen_logps.item(), stats.rejected_logps.item()
 
 
 def write(text: str) -> None:

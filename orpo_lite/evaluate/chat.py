@@ -118,8 +118,8 @@ class Chat:
         self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
         if self.answerer.format.note:
             self.say(self.answerer.format.note)
-        if self.comparison and self.comparison.file:
-            self.say(f"your choices are appended to {self.comparison.file.path.absolute()}")
+        if self.comparison:
+            self.say(self.comparison.opening())
         self.say(
             f"/help lists the commands; {BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n"
         )
@@ -264,6 +264,11 @@ class Comparison:
         self.preferred: list[str] = []
         """The side of each answer that was preferred."""
 
+    def opening(self) -> str:
+        """Say where choices go."""
+        assert self.file is not None
+        return f"your choices are appended to {self.file.path.absolute()}, which holds {self.file.held:,} pairs"
+
     def closing(self) -> str:
         """Sum up the choices, and say how to train on them."""
         assert self.file is not None
@@ -392,15 +397,30 @@ class PreferenceFile:
     """JSON lines that choices are appended to, each on the disk before the chat continues; what is in it stays.
 
     Raises:
-        RequestError: the file cannot be written.
+        RequestError: the file cannot be written, or holds something else.
     """
 
     def __init__(self, path: str | Path):
+        from orpo_lite.data.row_shapes import row_shape
+
         self.path = Path(path).expanduser()
         exists = self.path.exists()
         if self.path.is_dir() or not os.access(self.path if exists else self.path.absolute().parent, os.W_OK):
             raise RequestError(f"--preferences: {self.path} is not a file that can be written: choose another name")
-        if exists and self.path.read_bytes()[-1:] not in (b"", b"\n"):
+        lines = self.path.read_text("utf-8", "replace").split("\n") if exists else []
+        self.held = sum(bool(line.strip()) for line in lines)
+        """Pairs that were in it."""
+        for number, line in enumerate(lines, 1):
+            try:
+                known = not line.strip() or row_shape(json.loads(line)) is not None
+            except (ValueError, RecursionError):
+                known = False
+            if not known:
+                raise RequestError(
+                    f"--preferences: line {number} of {self.path} is not a preference pair in JSON, so nothing is appended "
+                    "to it: fix the line, or choose another file"
+                )
+        if lines and lines[-1]:
             append_line(self.path, "")  # ends a line that has no line break
 
     def append(self, row: dict[str, Any]) -> None:

@@ -7,8 +7,6 @@ import re
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from rich.markup import escape
-from rich.table import Table
 
 from orpo_lite.common.console import console
 from orpo_lite.recipe import RuleSection
@@ -145,6 +143,8 @@ def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """Print evaluations of the same pairs as a table, a column for each."""
+    from rich.table import Table
+
     first = next(iter(results.values()))
     title = f"{first['pairs']} held-out pairs"
     table = Table("held-out pairs", *results, box=None, title=title, title_justify="left")
@@ -164,6 +164,9 @@ def format_share(value: float, interval: tuple[float, float]) -> str:
 
 def show_groups(results: dict[str, dict[str, Any]]) -> None:
     """Print accuracy and margin by length and source, two columns for each evaluation."""
+    from rich.markup import escape
+    from rich.table import Table
+
     first, *_ = results.values()
     table = Table("reward accuracy by", "pairs", box=None)
     for name in results:

@@ -45,6 +45,9 @@ RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504, 529)
 LONGEST_PAUSE = 60.0
 """Seconds between two tries."""
 
+NEWER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
+"""What models call options that they refuse by these names; None: they have no such option."""
+
 
 class LocalJudge:
     """A model on this machine as the judge; its replies are greedy."""
@@ -136,13 +139,12 @@ class Endpoint:
             if response.status_code < 300:
                 return self.reply_text(response)
             reason = self.redacted(" ".join(response.text.split())[:300] or response.reason_phrase)
-            if response.status_code == 400 and options:
-                self.options = {}  # newer models refuse a temperature, and call max_tokens otherwise
+            refused = {name for name in NEWER_NAMES.keys() & options.keys() if name in reason}
+            if response.status_code == 400 and refused:
+                kept = {name: one for name, one in options.items() if name not in refused}
+                self.options = kept | {new: options[name] for name in refused if (new := NEWER_NAMES[name])}
             elif response.status_code not in RETRY_STATUS:
-                raise RequestError(
-                    f"{self} answered {response.status_code} ({reason}): check that this is the address of an OpenAI-compatible "
-                    f"server (redirects are not followed), --judge-model, and the key in {KEY}"
-                )
+                raise RequestError(f"{self} answered {response.status_code} ({reason}): {remedy(response.status_code)}")
             given = response.headers.get("Retry-After", "")
             failure, wait = f"{response.status_code} ({reason})", float(given) if given.isdigit() else 0.0
         raise RuntimeError(
@@ -189,6 +191,15 @@ def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJu
     if model:
         raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
     return LocalJudge(Answerer(resolve_model(name, trust_remote_code)), name)
+
+
+def remedy(status: int) -> str:
+    """Say what to do about a status."""
+    if status in (401, 403):
+        return f"set {KEY} to a key for this address"
+    if status < 400:
+        return "name the address that it redirects to"
+    return "check that this is the address of an OpenAI-compatible server, and --judge-model the name of a model there"
 
 
 def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:

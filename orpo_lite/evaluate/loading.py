@@ -68,6 +68,14 @@ class ModelSource:
                 "folder that it was merged from"
             )
 
+    def __str__(self) -> str:
+        if self.kind == "model":
+            return f"{self.path}, a whole model"
+        if self.base is not None:
+            return f"{self.path}, fine-tuned from {self.base.name_or_path}"
+        quantized = "" if self.model.quantization == "none" else f", {self.model.quantization}"
+        return f"{self.path}, an adapter on {self.model.name_or_path}{quantized}"
+
 
 def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
     """Find out what a path or hub id names.
@@ -78,7 +86,6 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
         RequestError: no model there, or a run that did not finish.
     """
     folder = Path(os.path.expanduser(resolve_path(path)))
-    plain: dict[str, Any] = {"quantization": "none", "trust_remote_code": trust_remote_code}  # as its files have it
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
         raise RequestError(f"{path} is a file, {EXPECTED}{hint}")
@@ -87,27 +94,38 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
             raise RequestError(f"{path}: there is no such folder: {EXPECTED}")
         downloaded = adapter_folder(path)
         if not (downloaded / "adapter_config.json").is_file():
-            return ModelSource(path, "model", ModelSection(name_or_path=path, **plain))
+            return ModelSource(path, "model", whole_model(path, trust_remote_code))
         folder = downloaded
-    recipe, facts = None, {}
+    recipe = facts = None
     if (folder / "recipe.yaml").is_file():
         recipe = RunFolder.open(folder).recipe()
-        if (folder / "run.json").is_file():  # publishing leaves it out
-            facts = RunFolder(folder).read()
+        # publishing leaves run.json out and adds a card; a run that has neither did not finish
+        facts = None if not (folder / "run.json").is_file() and is_published(folder) else RunFolder(folder).read()
     if (folder / "adapter_config.json").is_file():
         base = base_section(folder, None, trust_remote_code)
-        return ModelSource(str(folder), "adapter", base, recipe=recipe, facts=facts)
+        return ModelSource(str(folder), "adapter", base, recipe=recipe, facts=facts or {})
     if (folder / "config.json").is_file():
-        after = ModelSection(name_or_path=str(folder), **plain)
+        after = whole_model(str(folder), trust_remote_code)
         if recipe is None or recipe.adapter is not None:
             return ModelSource(str(folder), "model", after)
         before = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
         after = after.model_copy(update={"dtype": recipe.model.dtype})
-        return ModelSource(str(folder), "fine-tuned", after, before, recipe, facts)
+        return ModelSource(str(folder), "fine-tuned", after, before, recipe, facts or {})
     if recipe is not None:
         RunFolder(folder).read()  # raises where the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
     raise RequestError(f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}")
+
+
+def is_published(folder: Path) -> bool:
+    """Check for the model card of a run, which the cards that PEFT writes are not."""
+    card = folder / "README.md"
+    return card.is_file() and "\n- orpo\n" in card.read_text("utf-8", "replace").partition("\n---\n")[0]
+
+
+def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
+    """Describe a model as its files have it."""
+    return ModelSection(name_or_path=path, quantization="none", trust_remote_code=trust_remote_code)
 
 
 def load_model(source: ModelSource, tokenizer: Any) -> tuple[Any, BaseFacts]:
@@ -141,7 +159,9 @@ class HeldOut:
         with tempfile.TemporaryDirectory() as scratch:
             args = arguments(self.recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
             trainer = ORPOTrainer(model, args, None, None, self.pairs.eval, self.tokenizer)
-        trainer.remove_callback(PrinterCallback)  # it would print between lines of JSON
+        trainer.remove_callback(
+            PrinterCallback
+        )  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
         return trainer
 
     def evaluate_sides(self) -> dict[str, dict[str, Any]]:
@@ -165,12 +185,7 @@ def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: b
         RequestError: no model there, no held-out pairs, or unusable data.
     """
     source = resolve_model(path, trust_remote_code)
-    recipe = source.recipe
-    if recipe is None:
-        if data is None:
-            raise RequestError(f"{path}: no recipe.yaml says which pairs are held out; give --data FILE")
-        content = {"name": "given", "model": source.model.model_dump(), "data": {"train": data}}
-        recipe = Recipe.parse(content | ({} if source.kind == "adapter" else {"adapter": None}), path)
+    recipe = source.recipe or default_recipe(source, data, path)
     recipe.model = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
     if data is not None:
         recipe.data.eval = [DataSource(path=data)]
@@ -182,6 +197,16 @@ def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: b
     pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
     names = source_names(recipe.data, recipe.data.eval or recipe.data.train, pairs.eval)
     return HeldOut(source, recipe, tokenizer, pairs, names)
+
+
+def default_recipe(source: ModelSource, data: str | None, path: str) -> Recipe:
+    """Make a recipe for a folder that has none: its model, and the given pairs."""
+    if data is None:
+        raise RequestError(
+            f"{path}: there is no recipe.yaml, so nothing says which pairs are held out; give --data FILE"
+        )
+    content = {"name": "given", "model": source.model.model_dump(), "data": {"train": data}}
+    return Recipe.parse(content | ({} if source.kind == "adapter" else {"adapter": None}), path)
 
 
 def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: str) -> Pairs:

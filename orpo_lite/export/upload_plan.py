@@ -15,7 +15,8 @@ from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import ALLOWED, LICENSES, refuse, sort_files
 from orpo_lite.recipe.loading import BUILTIN
-from orpo_lite.report.model_card import hub_id, last_part, model_card, read_json
+from orpo_lite.report.model_card import hub_id, last_part, model_card
+from orpo_lite.report.page import read_json
 
 Kind = Literal["adapter", "merged", "gguf"]
 NOTES = re.compile(r"(?m)^## Notes\n\n(?:- .*\n)+")

@@ -22,6 +22,7 @@ from orpo_lite.report.drawing import (
     Point,
     is_finite,
     is_level,
+    round_step,
     running_mean,
     save_png,
     thinned,
@@ -224,8 +225,7 @@ def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     if is_level(low, high):
         half = (abs(low) or 1) / 2
         low, high = low - half, high + half
-    power = 10.0 ** math.floor(math.log10((high - low) / bins))
-    width = next(factor * power for factor in (1, 2, 5, 10) if factor * power * bins >= high - low)
+    width = round_step((high - low) / bins, (1, 2, 5, 10))
     edges = [i * width for i in range(math.floor(low / width), math.floor(high / width) + 2)]
     return edges, {
         name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()

@@ -1,4 +1,4 @@
-"""Charts as plain values, for the page's script to draw, and drawn as a PNG for the model card."""
+"""Charts as plain values, and how they are drawn: as SVG for the page, as a PNG for the model card."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
 COLORS = (("#0b68cb", "#6cb4ff"), ("#b45309", "#ffb057"), ("#1a7f37", "#56d364"), ("#cf222e", "#ff8a80"),
           ("#7c3aed", "#cda5ff"), ("#0e7490", "#4dd0e1"))  # fmt: skip
 """On a light and on a dark page; the model card takes the light ones."""
+Y_TICKS, X_TICKS = 4, 6
 DOTTED = 30
 """Lines of up to this many points have a dot at each."""
 TABLE_ROWS = 12
@@ -91,37 +92,23 @@ class Chart:
         air = (abs(peak) * 0.1 or 1.0) if is_level(bottom, peak) else (peak - bottom) * 0.06
         return low, high, (bottom - air if floor is None else bottom), (peak + air if top is None else peak)
 
-    def dotted(self, line: Line) -> bool:
-        """Tell whether a line has a dot at each point: a held-out or a short one."""
-        return line.look == "marks" or len(line.finite) <= DOTTED and not self.stairs
-
-    def last(self, line: Line) -> str:
-        """Return the value beside a line while none is read."""
-        if self.stairs:
-            return ""
-        return written(line.finite[-1][1] if line.finite else math.nan, self.form)
-
-    @property
-    def summary(self) -> str:
-        """The chart in words, for screen readers."""
-        return f"{self.title} by {self.x}; the table under it holds its numbers."
-
-    def table(self) -> tuple[list[str], list[list[str]], str]:
-        """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
-        lines = [line for line in self.lines if line.look != "faint"] or self.lines
-        values = [dict(line.points) for line in lines]
-        xs = sorted({x for one in values for x in one})
-        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
-        if self.stairs:  # all bins, as counts of some alone would mislead
-            shown = xs = [x for x in xs if any(one.get(x) for one in values)]
-        rows = [[written(x), *(written(one[x], self.form) if x in one else "" for one in values)] for x in shown]
-        some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
-        return [self.x, *(line.label for line in lines)], rows, some
-
 
 def is_level(low: float, high: float) -> bool:
     """Tell whether two values are too close for an axis from one to the other."""
     return high - low <= 1e-9 * max(abs(low), abs(high))
+
+
+def round_step(raw: float, factors: tuple[float, ...] = (1, 2, 2.5, 5, 10)) -> float:
+    """Return the smallest round number that is not below `raw`."""
+    power = 10.0 ** math.floor(math.log10(raw))
+    return next(factor * power for factor in factors if factor * power >= raw * (1 - 1e-9))
+
+
+def ticks(low: float, high: float, most: int) -> list[float]:
+    """Return the round numbers between two others, at most `most` + 1 of them."""
+    step = round_step((high - low) / most)
+    first = math.ceil(low / step - 1e-9)
+    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
 
 
 def thinned(points: list[Point], most: int) -> list[Point]:
@@ -191,6 +178,107 @@ def short(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
+class Drawing:
+    """A chart in the units of its SVG: 1000 by 1000, from the top left corner."""
+
+    def __init__(self, chart: Chart):
+        self.chart = chart
+        self.x0, self.x1, self.y0, self.y1 = chart.domain
+
+    def across(self, x: float) -> float:
+        return (x - self.x0) / (self.x1 - self.x0) * 1000
+
+    def down(self, y: float) -> float:
+        return 1000 - (y - self.y0) / (self.y1 - self.y0) * 1000
+
+    def place(self, point: Point) -> str:
+        return f"{self.across(point[0]):.0f} {self.down(point[1]):.0f}"
+
+    @property
+    def y_ticks(self) -> list[tuple[str, str]]:
+        """Distance from the bottom in percent, and the text, of each tick."""
+        marks = ticks(self.y0, self.y1, Y_TICKS)
+        return [(f"{100 - self.down(y) / 10:.2f}%", written(y, self.chart.form)) for y in marks]
+
+    @property
+    def x_ticks(self) -> list[tuple[str, str]]:
+        return [(f"{self.across(x) / 10:.2f}%", written(x)) for x in ticks(self.x0, self.x1, X_TICKS)]
+
+    @property
+    def grid(self) -> str:
+        return "".join(f"M0 {self.down(y):.0f}H1000" for y in ticks(self.y0, self.y1, Y_TICKS))
+
+    @property
+    def level(self) -> str:
+        """Path of the line that is drawn across or upright, empty where it lies outside."""
+        across, upright = self.chart.across, self.chart.upright
+        if across and self.y0 <= across[0] <= self.y1:
+            return f"M0 {self.down(across[0]):.0f}H1000"
+        if upright is not None and self.x0 <= upright <= self.x1:
+            return f"M{self.across(upright):.0f} 0V1000"
+        return ""
+
+    def path(self, line: Line) -> str:
+        """Return the path of a line, with gaps where values are not finite."""
+        parts, pen = [], "M"
+        for point in line.points:
+            if not math.isfinite(point[1]):
+                pen = "M"
+            elif self.chart.stairs and pen == "L":
+                parts.append("H{}V{}".format(*self.place(point).split()))
+            else:
+                parts.append(f"{pen}{self.place(point)}")
+                pen = "L"
+        return "".join(parts)
+
+    def area(self, line: Line) -> str:
+        ends = [self.place((line.points[i][0], 0.0)) for i in (-1, 0)]
+        return f"{self.path(line)}L{ends[0]}L{ends[1]}Z"
+
+    def dots(self, line: Line) -> str:
+        """Return a dot for each point of a held-out or a short line, else an empty path."""
+        if line.look == "marks" or len(line.finite) <= DOTTED and not self.chart.stairs:
+            return "".join(f"M{self.place(point)}h0" for point in line.finite)
+        return ""
+
+    def band(self, line: Line) -> str:
+        bars = zip(line.points, line.band or (), strict=False)
+        return "".join(
+            f"M{self.place((x, low))}L{self.place((x, high))}" for (x, _), (low, high) in bars if math.isfinite(low)
+        )
+
+    def last(self, line: Line) -> str:
+        """Return the value beside a line while none is read."""
+        if self.chart.stairs:
+            return ""
+        return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
+
+    @property
+    def summary(self) -> str:
+        """The chart in words, for screen readers."""
+        sentences = [self._in_words(line) for line in self.chart.lines if line.finite]
+        return f"{self.chart.title} by {self.chart.x}. {'; '.join(sentences)}."
+
+    def _in_words(self, line: Line) -> str:
+        (x0, y0), (x1, y1), ys = line.finite[0], line.finite[-1], [y for _, y in line.finite]
+        if self.chart.stairs:
+            return f"{line.label}: {sum(ys):,.0f} pairs, from {written(x0)} to {written(x1)}"
+        first, last, low, high = (written(y, self.chart.form) for y in (y0, y1, min(ys), max(ys)))
+        return f"{line.label} from {first} at {x0:g} to {last} at {x1:g}, lowest {low}, highest {high}"
+
+    def table(self) -> tuple[list[str], list[list[str]], str]:
+        """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
+        lines = [line for line in self.chart.lines if line.look != "faint"] or self.chart.lines
+        values = [dict(line.points) for line in lines]
+        xs = sorted({x for one in values for x in one})
+        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
+        if self.chart.stairs:  # all bins, as counts of some alone would mislead
+            shown = xs = [x for x in xs if any(one.get(x) for one in values)]
+        rows = [[written(x), *(written(one[x], self.chart.form) if x in one else "" for one in values)] for x in shown]
+        some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
+        return [self.chart.x, *(line.label for line in lines)], rows, some
+
+
 # ---- the model card ------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 1500, 840
@@ -234,7 +322,7 @@ def draw_axes(axes: Any, chart: Chart) -> None:
         axes.set(xticks=[], yticks=[])
         return
     x0, x1, y0, y1 = chart.domain
-    axes.set(xlim=(x0, x1), ylim=(y0, y1))
+    axes.set(xlim=(x0, x1), ylim=(y0, y1), xticks=ticks(x0, x1, X_TICKS), yticks=ticks(y0, y1, Y_TICKS))
     axes.xaxis.set_major_formatter(lambda value, _: written(value))
     axes.yaxis.set_major_formatter(lambda value, _: written(value, chart.form))
     if chart.across:

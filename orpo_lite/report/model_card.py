@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib.metadata
 import json
 import logging
@@ -14,8 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
+import numpy as np
 import yaml
-from huggingface_hub import HfApi, ModelCardData, hf_hub_download, metadata_load
+from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
 from rich.markup import escape
@@ -28,9 +28,9 @@ from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
-from orpo_lite.report.page import cut, gigabytes, verdict
+from orpo_lite.report.drawing import is_finite
+from orpo_lite.report.page import gigabytes, is_encoder_decoder, read_json, verdict
 from orpo_lite.report.run_record import RunRecord, read_run
-from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import RunFolder
 
 if TYPE_CHECKING:
@@ -40,10 +40,19 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "merged", "gguf"]
 
+SAMPLE_CHARACTERS = 1500
 NOT_OF_THE_WEIGHTS = (
     "output_dir", "logging_", "save_", "eval_", "report_to", "hub_", "push_", "run_name", "per_device_eval", "seed",
 )  # fmt: skip
 """Beginnings of training fields that do not shape the weights, or have a row of their own; recipe.yaml has them all."""
+METRICS = {
+    "rewards/accuracies": "accuracy",
+    "rewards/margins": "reward_margin",
+    "log_odds_chosen": "log_odds_ratio",
+    "nll_loss": "nll",
+    "loss": "loss",
+}
+"""Evaluation's name of a metric -> its type in the model index."""
 RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
@@ -115,6 +124,8 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     sources = record.data.sources.values()
     datasets = sorted({one.path for one in sources if one.section == "train" and one.path and not one.files})
     meta = front_matter(kind, hub, license, tags, datasets=datasets or None)
+    if results := eval_results(record, recipe, kind):
+        meta.model_name, meta.eval_results = repo.rpartition("/")[2] if repo else name, results
     shapes = {FAMILY.get(one.shape or "") for one in sources}
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
     return render(
@@ -221,6 +232,11 @@ def render(meta: ModelCardData, **parts: Any) -> str:
     return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
 
 
+def cut(text: str) -> str:
+    gone = len(text) - SAMPLE_CHARACTERS
+    return text if gone <= 0 else f"{text[:SAMPLE_CHARACTERS]}\n[{gone:,} more characters]"
+
+
 # ---- front matter --------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +260,41 @@ def front_matter(
         license_name=license.get("name"),
         **more,
     )
+
+
+def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResult]:
+    """Return the evaluation after training for the model index; what is not a finite number is left out."""
+    before, after = record.evaluation("before"), record.evaluation("after")
+    if not before or not after:
+        return []
+    section = "eval" if recipe.data.eval else "train"
+    sources = [source for source in record.data.sources.values() if source.section == section and source.path]
+    on_hub = [str(source.path) for source in sources if not source.files]
+    names = ", ".join(public_name(str(source.path), not source.files) for source in sources)
+    measured = "" if kind == "adapter" or recipe.adapter is None else ", adapter on its base before merging"
+    results = []
+    for key, metric in METRICS.items():
+        if not is_finite(after.get(key)):
+            continue
+        more = {"before_training": before.get(key), "interval_95": after.get(f"{key}_interval")}
+        if key == "rewards/accuracies":
+            more["always_the_longer_answer"] = after.get("length_baseline")
+        results.append(
+            EvalResult(
+                task_type="text-generation",
+                task_name="preference pairs",
+                dataset_type=on_hub[0] if len(on_hub) == len(sources) == 1 else "preference-pairs",
+                dataset_name=f"{after.get('pairs')} held-out pairs of {names}",
+                dataset_args={"pairs": after.get("pairs"), "fingerprint": record.data.fingerprint},
+                metric_type=metric,
+                metric_name=f"{ROWS[key][0].upper()}{ROWS[key][1:]}{measured}",
+                metric_value=after.get(key),
+                metric_args={
+                    name: value for name, value in more.items() if value is not None and np.isfinite(value).all()
+                },
+            )
+        )
+    return results
 
 
 # ---- facts for the sections ----------------------------------------------------------------------------------------------
@@ -277,6 +328,8 @@ def usage_facts(
         base: hub id, builtin:..., or the name of a local folder.
         quantization: how the base is held on loading, as in training.
     """
+    from orpo_lite.report.vllm import vllm_problems, vllm_rank
+
     adapter = read_json(folder / "adapter_config.json")
     problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)] if adapter else []
     # a name that every command takes: Ollama wants lower case
@@ -309,20 +362,6 @@ def usage_facts(
     }  # fmt: skip
 
 
-def is_encoder_decoder(folder: Path) -> bool:
-    """Tell whether the configuration beside the weights says so."""
-    task = read_json(folder / "adapter_config.json").get("task_type")
-    return task == "SEQ_2_SEQ_LM" or bool(read_json(folder / "config.json").get("is_encoder_decoder"))
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON file's content; empty where there is none, or none that can be read."""
-    try:
-        return dict(json.loads(path.read_text("utf-8")))
-    except (OSError, ValueError, TypeError, RecursionError):
-        return {}
-
-
 # ---- what may be published -----------------------------------------------------------------------------------------------
 
 
@@ -348,6 +387,15 @@ def last_part(path: str) -> str:
     return path.rstrip("/").rpartition("/")[2] if path.strip("./") else Path(path or ".").resolve().name
 
 
+def hub_has_readme(base: str, revision: str | None) -> bool:
+    """Ask the hub once: a download would ask it for 23 seconds where it cannot be reached."""
+    try:
+        return HfApi().file_exists(base, "README.md", revision=revision)
+    except Exception as error:  # of whichever HTTP client the hub's library uses
+        logger.debug("README.md of %s: %s", base, error)
+        return False
+
+
 def find_license(base: str, revision: str | None = None) -> dict[str, str] | None:
     """Read which license a base model states: {"id", "name", "link", "source"}, or None where it states none.
 
@@ -364,9 +412,7 @@ def find_license(base: str, revision: str | None = None) -> dict[str, str] | Non
     try:
         readme = Path(base).expanduser() / "README.md"
         if hub_id(base) is not None:
-            known = False
-            with contextlib.suppress(Exception):  # asked once: a download asks for 23 seconds where there is no network
-                known = HfApi().file_exists(base, "README.md", revision=revision)
+            known = hub_has_readme(base, revision)
             readme = hf_hub_download(base, "README.md", revision=revision, local_files_only=not known)
         data = metadata_load(readme)
     except (EntryNotFoundError, OSError, ValueError, yaml.YAMLError) as error:

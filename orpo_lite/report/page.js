@@ -1,5 +1,5 @@
 "use strict";
-// Draws the charts, reads and zooms them, and answers keys; without it the tables under them hold the numbers.
+// Reads, zooms and answers keys on the charts that the page holds already; without it they stay as they are drawn.
 (() => {
   const data = JSON.parse(document.getElementById("charts-data").textContent);
   const said = document.body.appendChild(make("p", "sr"));
@@ -64,7 +64,6 @@
           return button;
         });
       this.listen();
-      this.draw();
       this.state();
     }
 

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 import math
+import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -17,8 +18,12 @@ from markupsafe import Markup
 from orpo_lite.common.text import format_gb, held_by
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
-from orpo_lite.report.drawing import COLORS, Chart, is_finite, script_data, written
+from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.report.run_record import LoadedRun, RunRecord, Sample
+
+LONGEST = 4000
+"""Characters shown of a text."""
+
 
 # ---- rendering -----------------------------------------------------------------------------------------------------------
 
@@ -32,7 +37,7 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
-        "script_data": script_data, "colors": COLORS,
+        "drawing": Drawing, "script_data": script_data, "colors": COLORS,
         "is_finite": is_finite, "arrow": arrow, "held_by": held_by, "metrics": ROWS,
         "script": Markup(script),  # noqa: S704  # our own file
         "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
@@ -73,7 +78,7 @@ def run_page(run: LoadedRun) -> bytes:
         "run.html.jinja", [run], [spread if rows else None, *drawn, *lengths],
         title=f"ORPO run {run.name}", run=run, verdict=sentence(run), adapter=adapter(run), evaluations=rows, margins=spread,
         answers=answers([(when, record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn, notes=notes,
-        lengths=[chart for chart in lengths if chart],
+        lengths=[chart for chart in lengths if chart], steps=next_steps(run),
     )  # fmt: skip
 
 
@@ -118,9 +123,9 @@ def arrow(*values: str) -> str:
     return Markup(" → ").join(filter(None, values))
 
 
-def cut(text: str, longest: int = 4000) -> str:
+def cut(text: str) -> str:
     """Return a text, or the beginning of a very long one."""
-    return text if len(text) <= longest else f"{text[:longest]} [{len(text) - longest:,} more characters]"
+    return text if len(text) <= LONGEST else f"{text[:LONGEST]} [{len(text) - LONGEST:,} more characters]"
 
 
 # ---- the result in words -------------------------------------------------------------------------------------------------
@@ -164,11 +169,9 @@ def sentence(run: LoadedRun) -> str:
 
 def adapter(run: LoadedRun) -> str:
     """Name the kind of adapter, its rank and alpha; empty where the recipe cannot be read."""
-    if run.recipe is None:
-        return ""
+    if run.recipe is None or run.recipe.adapter is None:
+        return "none: full fine-tuning" if run.full_fine_tuning else ""
     found = run.recipe.adapter
-    if found is None:
-        return "none: full fine-tuning"
     kind = "DoRA" if found.use_dora else "rsLoRA" if found.use_rslora else "LoRA"
     return f"{kind} r={found.r}, alpha={found.alpha:g}"
 
@@ -193,6 +196,60 @@ def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple
     sides = [(name, samples) for name, samples in sides if samples]
     total = min((len(samples) for _, samples in sides), default=0)
     return [(sides[0][1][i].prompt, [(name, samples[i]) for name, samples in sides]) for i in range(total)]
+
+
+# ---- next steps ----------------------------------------------------------------------------------------------------------
+
+
+def next_steps(run: LoadedRun) -> list[tuple[str, str]]:
+    """Return commands to type next for this run, and what each is for."""
+    here, name = shown_path(run.path), run.path.resolve().name
+    place, again, merged, gguf = map(shlex.quote, (here, f"{here}-2", f"{here}-merged", f"{name}.gguf"))
+    whole, seed = run.full_fine_tuning, 0 if run.record.seed is None else run.record.seed
+    if run.state != "finished":
+        why = f"resume from {run.checkpoint}" if run.checkpoint else "start again: there is no checkpoint"
+        resume = " --resume" if run.checkpoint else ""
+        found = [
+            (f"train --recipe {place}{resume}", why),
+            (f"report {place}", "this page again, as far as the run has come by then"),
+        ]
+    else:
+        chat = (f"chat {place}" if whole else f"chat {place} --compare", "talk to it")
+        export = (f"export {place} --output {gguf} --quant q8_0 --ollama", "for llama.cpp and Ollama")
+        found = [chat] if whole else [
+            (f"evaluate {place}", "base against adapter, on these or other pairs (--data)"),
+            chat,
+            (f"merge {place} --output {merged}", "a plain transformers model"),
+        ]  # fmt: skip
+        found += [] if is_encoder_decoder(run.path) else [export]  # GGUF holds decoders only
+        found += [
+            (f"push {place} --repo USER/{shlex.quote(name)} --dry-run", "what would go to the hub"),
+            (f"train --recipe {place} training.seed={seed + 1}", "again with another seed, in a new folder"),
+            (f"report {place} {again}", "then compare the two"),
+        ]
+    return [(f"python -m orpo_lite.{command}", why) for command, why in found]
+
+
+def is_encoder_decoder(folder: Path) -> bool:
+    """Tell whether the configuration beside the weights says so."""
+    task = read_json(folder / "adapter_config.json").get("task_type")
+    return task == "SEQ_2_SEQ_LM" or bool(read_json(folder / "config.json").get("is_encoder_decoder"))
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Return a JSON file's content; empty where there is none, or none that can be read."""
+    try:
+        return dict(json.loads(path.read_text("utf-8")))
+    except (OSError, ValueError, TypeError, RecursionError):
+        return {}
+
+
+def shown_path(path: Path) -> str:
+    """Return a path relative to here, where it lies here: a page that is passed on need not name its author's home."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------------

@@ -227,6 +227,10 @@ class LoadedRun:
         return 0.1 if known is None else known
 
     @property
+    def full_fine_tuning(self) -> bool:
+        return self.recipe is not None and self.recipe.adapter is None
+
+    @property
     def last_evaluation(self) -> dict[str, Any]:
         return self.record.evaluation("after") or self.record.evaluation("before")
 

@@ -10,14 +10,16 @@ import shlex
 from typing import TYPE_CHECKING, Annotated
 
 import typer
+from rich.markup import escape
 
-from orpo_lite.common.console import rank, run_command
+from orpo_lite.common.console import errors, rank, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder
 from orpo_lite.data.sources import is_local, local_files, open_source
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.recipe.loading import check_model_path, resolve_path
+from orpo_lite.recipe.training_fields import training_fields
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.run_folder import Resume
@@ -89,5 +91,15 @@ def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool
         raise
 
 
+def on_usage_error(arguments: list[str]) -> None:
+    """Show how a training field is written that was given as a flag, as TRL's scripts take it."""
+    for word in arguments:
+        name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
+        if word.startswith("--") and name in training_fields():
+            errors.print(
+                f"a recipe's field is a word without dashes: training.{name}={escape(value) or 'VALUE'}", soft_wrap=True
+            )
+
+
 if __name__ == "__main__":
-    run_command(command)
+    run_command(command, on_usage_error)

@@ -13,6 +13,7 @@ import sys
 import tempfile
 import time
 import traceback
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
@@ -38,6 +39,8 @@ NF4_ERROR = 0.0926
 """Relative error of the probe's matrix when each value is replaced by the nearest of NF4's codes times its block's scale."""
 LIMIT = 300
 """Seconds that a probe may take for its next finding: imports take minutes from a cold network disk."""
+FAST = ("FLASH_ATTENTION", "EFFICIENT_ATTENTION", "CUDNN_ATTENTION")
+"""torch's attention kernels whose memory grows linearly with length, by their SDPBackend names."""
 STEPS, ROWS, COMPARED = 10, 80, 6
 """Optimizer steps of 8 pairs, pairs that they are drawn from, and pairs that the layouts are compared on."""
 MIN_DROP = 0.1
@@ -95,13 +98,12 @@ def show(finding: Finding, scrub: Scrubber) -> None:
 
 def summary(found: list[Finding]) -> str:
     """Sum up the findings in a sentence."""
-    problems, notes = (sum(finding.verdict == verdict for finding in found) for verdict in (PROBLEM, NOTE))
+    verdicts = [finding.verdict for finding in found]
+    problems, notes = verdicts.count(PROBLEM), f"{verdicts.count(NOTE)} note(s)"
     if problems:
-        return f"{problems} problem(s) and {notes} note(s): fix the problems first"
-    trained = any(finding.name == "training" for finding in found)
-    return f"No problem, {notes} note(s): " + (
-        "training works here" if trained else "nothing speaks against training here"
-    )
+        return f"{problems} problem(s) and {notes}: fix the problems first"
+    trained = any(finding.name == "training" and finding.verdict == OK for finding in found)
+    return f"No problem, {notes}: " + ("training works here" if trained else "nothing speaks against training here")
 
 
 # ---- probes in another process ---------------------------------------------------------------------------------------
@@ -192,14 +194,17 @@ def quantizing() -> Iterator[Finding]:
     device = default_device()
     dtype = choose_precision(device=device).dtype
     errors = four_bit_errors(device, dtype)
+    right = abs(errors["quantizing"] / NF4_ERROR - 1) <= 0.03 and max(errors["forward"], errors["backward"]) < rounding(
+        dtype
+    )
     off = ", ".join(f"{what} {error:.1%}" for what, error in errors.items())
-    text = f"on {device.type}: errors of {off}, where NF4's is {NF4_ERROR:.1%}"
-    rounded = max(errors["forward"], errors["backward"]) < rounding(dtype)
-    if rounded and abs(errors["quantizing"] / NF4_ERROR - 1) <= 0.03:
-        yield Finding("bitsandbytes", OK, f"right {text}", facts=errors)
-    else:
-        remedy = "pip install -U bitsandbytes, with a torch of the same CUDA; until then model.quantization=none"
-        yield Finding("bitsandbytes", PROBLEM, f"wrong {text}", remedy, errors)
+    text = f"{'right' if right else 'wrong'} on {device.type}: errors of {off}, where NF4's is {NF4_ERROR:.1%}"
+    remedy = (
+        ""
+        if right
+        else "pip install -U bitsandbytes, with a torch of the same CUDA; until then model.quantization=none"
+    )
+    yield Finding("bitsandbytes", OK if right else PROBLEM, text, remedy, errors)
 
 
 def four_bit_errors(device: Any, dtype: Any) -> dict[str, float]:
@@ -233,10 +238,37 @@ def rounding(dtype: Any) -> float:
 
 
 def computing() -> Iterator[Finding]:
-    """Name the dtype that training takes."""
+    """Name the dtype that training takes, and the fast attention kernels that work for packed pairs in it."""
     from orpo_lite.model.precision import choose_precision, default_device
 
-    yield Finding("precision", OK, choose_precision(device=default_device()).why)
+    device = default_device()
+    precision = choose_precision(device=device)
+    yield Finding("precision", OK, precision.why)
+    tried = {kernel: kernel_error(kernel, device, precision.dtype) for kernel in FAST}
+    fast = [kernel.removesuffix("_ATTENTION").lower() for kernel, error in tried.items() if error is None]
+    text, remedy = f"fast kernels for packed pairs: {', '.join(fast) or 'none'}", ""
+    if device.type == "cuda" and not fast:
+        remedy = "memory grows with the square of a pair's length: keep data.max_length short, or update torch"
+    yield Finding("attention", NOTE if remedy else OK, text, remedy, tried)
+
+
+def kernel_error(kernel: str, device: Any, dtype: Any) -> str | None:
+    """Run an attention kernel forward and backward as for a packed branch, whose queries are at the end of their keys;
+    return why it does not work, or None. The self-test finds out whether results are right."""
+    import torch
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+
+    q, k, v = (torch.ones(1, 8, rows, 64, device=device, dtype=dtype, requires_grad=True) for rows in (64, 160, 160))
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # reasons why a kernel is not available
+            with sdpa_kernel(getattr(SDPBackend, kernel)):
+                mask: Any = causal_lower_right(64, 160)
+                torch.nn.functional.scaled_dot_product_attention(q, k, v, mask).sum().backward()
+    except Exception as error:
+        return in_words(error, 120)
+    return None
 
 
 def training() -> Iterator[Finding]:
@@ -340,6 +372,6 @@ PROBES = [
     Probe("torch", machine.devices),
     Probe("libraries", machine.libraries, needs=("torch",)),
     Probe("bitsandbytes", quantizing, needs=("torch", "libraries")),
-    Probe("precision", computing, needs=("torch", "libraries")),
+    Probe("attention", computing, needs=("torch", "libraries")),
 ]
 SELF_TEST = Probe("training", training, needs=("torch", "libraries", "bitsandbytes"))

@@ -168,12 +168,14 @@ def hub() -> Iterator[Finding]:
     address = urlsplit(constants.ENDPOINT)
     place = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
     remedy = "check HF_ENDPOINT, network, proxy and firewall, or try again later"
+    text = f"{place} answers"
     try:
         answer = get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=HUB_SECONDS)
-        text = f"{place} answers with status {answer.status_code}"
-        if "html" in answer.headers.get("content-type", ""):
-            text += " and a web page instead of data"
-        elif answer.status_code in (200, 404):  # a mirror need not list models
+        if answer.status_code >= 500 or answer.status_code in (401, 403, 407, 429):
+            text += f" with status {answer.status_code}"
+        elif "html" in answer.headers.get("content-type", ""):
+            text += " with a web page instead of data"
+        else:
             remedy = ""
     except Exception as error:
         text = f"{place} cannot be reached ({in_words(error, 120)})"

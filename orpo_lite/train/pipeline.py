@@ -21,6 +21,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.data import Pairs, load_pairs
@@ -202,8 +203,8 @@ def train(trainer: ORPOTrainer, folder: RunFolder) -> Any:
     try:
         with named("training, outside of the passes over a micro-batch"):
             return trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
-    except (KeyboardInterrupt, OutOfMemory, NonFinite):
-        printout.print_stopped(folder, trainer.state.global_step)
+    except (KeyboardInterrupt, OutOfMemory, NonFinite) as stop:
+        printout.print_stopped(folder, stop, trainer.state.global_step)
         raise
 
 
@@ -226,6 +227,7 @@ def on_first_process(make: Callable[[], RunFolder]) -> RunFolder:
 
 def silence_other_ranks() -> None:
     """Print nothing but errors in this process: the first one prints for all of them."""
+    console.quiet = True
     logging.getLogger("orpo_lite").setLevel(logging.ERROR)
     set_verbosity_error()
     disable_progress_bar()

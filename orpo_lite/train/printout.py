@@ -15,6 +15,8 @@ from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.trainer.checkpoint_folder import newest_good
 from orpo_lite.trainer.distributed import world
+from orpo_lite.trainer.interruptions import OutOfMemory
+from orpo_lite.trainer.nonfinite_guard import NonFinite
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
@@ -145,12 +147,16 @@ def dry_run_step(trainer: ORPOTrainer) -> None:
     console.print(f"dry run: the first step's loss is {loss:.4f}, peak memory {peak}; nothing was written")
 
 
-def print_stopped(folder: RunFolder, step: int) -> None:
+def print_stopped(folder: RunFolder, why: BaseException, step: int) -> None:
     """Print where an unfinished run stands, and how to resume it."""
     left, _ = newest_good(folder.checkpoints)
     say = "no checkpoint was written yet"
     if left is not None:
         say = f"{left.name} is kept; resume with the same command, or with --recipe {folder.path} --resume"
+        if isinstance(why, OutOfMemory):
+            say += ", which may change the memory settings (memory.*, orpo.tokens_per_batch)"
+        if isinstance(why, NonFinite):
+            say += ", which reaches the same step again unless something is changed: training.on_nonfinite=skip leaves it out"
     errors.print(f"\nstopped at step {step}: {escape(say)}", soft_wrap=True)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.metadata
 import itertools
 import json
 import platform
@@ -27,7 +28,6 @@ from orpo_lite.report import write_report
 from orpo_lite.report.model_card import find_license, hub_id, write_card
 from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout
-from orpo_lite.train.doctor_machine import installed_version
 from orpo_lite.trainer.distributed import sharded, world
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
@@ -139,7 +139,7 @@ def run_facts(
     trainable, total = trainable_share(trainer.model)
     return {
         "name": recipe.name,
-        "versions": {name: installed_version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
@@ -197,6 +197,14 @@ def probe_rows(pairs: Pairs) -> list[list[int]]:
         ids, start = row["chosen_ids"], row.get("chosen_start", 0)
         found.append(list(ids)[max(0, min(start - 4, len(ids) - 16)) :][:32])
     return [row for row in found if len(row) >= 4]
+
+
+def version(package: str) -> str | None:
+    """Return the installed version of a package, or None."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def kept_adapter(trainer: ORPOTrainer) -> str:

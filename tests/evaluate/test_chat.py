@@ -164,10 +164,13 @@ def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
         chat.command(str(merged), prompt="Hello", compare=True)
 
 
-def test_a_published_run_has_no_run_json(trained, tmp_path):
+def test_a_published_run_has_a_card_and_no_run_json(trained, tmp_path):
     copy = shutil.copytree(trained, tmp_path / "copy")
     (copy / "run.json").unlink()
     assert resolve_model(str(copy)).kind == "adapter" and resolve_model(str(copy)).recipe is not None
+    (copy / "README.md").write_text("---\nlibrary_name: peft\ntags:\n- lora\n---\n- orpo\n")  # such as PEFT writes
+    with pytest.raises(RequestError, match="no run.json, so this run did not finish"):
+        resolve_model(str(copy))
 
 
 def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
@@ -324,6 +327,7 @@ def test_several_chats_append_to_one_file(tmp_path):
     first = json.dumps(row)
     file.write_text(first)  # no line break at the end
     writers = [PreferenceFile(file) for _ in range(4)]
+    assert writers[0].held == 1
     threads = [threading.Thread(target=lambda w=w: [w.append(row) for _ in range(10)]) for w in writers]
     for thread in threads:
         thread.start()
@@ -333,7 +337,12 @@ def test_several_chats_append_to_one_file(tmp_path):
     assert len(lines) == 41 and all(json.loads(line) == row for line in lines)
 
 
-def test_files_that_cannot_be_written_are_named(tmp_path):
+def test_files_that_hold_something_else_are_left_alone(tmp_path):
+    for name, content in (("notes.md", "# Notes\n"), ("rows.jsonl", '{"text": "x"}\n')):
+        (tmp_path / name).write_text(content)
+        with pytest.raises(RequestError, match=f"line 1 of .*{name}"):
+            PreferenceFile(tmp_path / name)
+        assert (tmp_path / name).read_text() == content
     for place in (tmp_path, tmp_path / "gone" / "x.jsonl"):
         with pytest.raises(RequestError, match="is not a file that can be written"):
             PreferenceFile(place)

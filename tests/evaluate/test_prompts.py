@@ -57,14 +57,14 @@ def test_forms(file, tmp_path, shared_data):
     ("row", "words"),
     [
         ({"text": "x"}, "row 2: found text: expected"),
-        ({"turns": []}, "row 2: found turns"),
-        ({"turns": ["a", 3]}, "row 2: found turns"),
+        ({"turns": []}, "row 2: turns is not a list of texts"),
+        ({"turns": ["a", 3]}, "row 2: turns is not"),
         ({"prompt": " "}, "row 2: found prompt"),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
-            "row 2: found prompt",
+            "row 2: .*ends with a turn of",
         ),
-        ({"prompt": [{"content": "a"}]}, "row 2: found prompt"),
+        ({"prompt": [{"content": "a"}]}, "row 2: .*has no role"),
         (["x"], "row 2 is a list"),
     ],
 )
@@ -146,7 +146,8 @@ def test_a_conversation_without_room_is_left_unanswered(answerer, file, monkeypa
     rows = answer_questions(answerer, questions, Sampling(20), 0, 2, None)
     assert rows[0]["answers"]["base"][1] is None and 0 < rows[0]["tokens"]["base"][0] <= 6
     monkeypatch.setattr(type(answerer), "context", 5)
-    assert answers(answerer, questions, 2)[0]["base"] == [None, None]
+    with pytest.raises(RequestError, match="a has .* tokens, and the model takes 5: leave it out"):
+        answers(answerer, questions, 2)
 
 
 def test_the_command(trained, file, tmp_path, capsys):

@@ -16,9 +16,8 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.report import command, write_report
 from orpo_lite.report.charts import histogram
-from orpo_lite.report.drawing import Chart, Line, running_mean, thinned
+from orpo_lite.report.drawing import Chart, Line, running_mean, thinned, ticks
 from orpo_lite.report.drawing import written as plain
-from orpo_lite.report.run_record import read_run
 from orpo_lite.trainer.run_folder import RunFolder
 from tests.report.conftest import NAN, evaluation, facts, log_lines
 
@@ -31,7 +30,7 @@ class Page(HTMLParser):
     def __init__(self, content: str):
         super().__init__()
         self.inside: list[str] = []
-        self.text, self.data, self.scripts = "", "", []
+        self.text, self.code, self.data, self.scripts = "", "", "", []
         self.headings: list[tuple[str, str]] = []
         self.elements: list[tuple[str, dict[str, str | None]]] = []
         self.feed(content)
@@ -54,6 +53,8 @@ class Page(HTMLParser):
             self.text += data
             if any(re.fullmatch("h[1-4]", one) for one in self.inside):
                 self.headings[-1] = (self.headings[-1][0], self.headings[-1][1] + data)
+            if "pre" in self.inside:
+                self.code += data
 
     @property
     def charts(self) -> dict[str, Any]:
@@ -67,13 +68,22 @@ def told(folder: Path) -> Page:
 def test_every_part_is_there(written, tmp_path):
     shown = told(written(tmp_path / "run"))
     sections = [name for tag, name in shown.headings if tag == "h2"]
-    assert sections == ["Held-out pairs", "Answers", "Training", "Data", "Run"]
+    assert sections == ["Held-out pairs", "Answers", "Training", "Data", "Run", "Next steps"]
     assert set(shown.charts) == {"margins", "loss", "rewards", "margin", "accuracy", "log-odds", "learning-rate", "gradient-norm",
                                  "tokens", "memory", "lengths-train"}  # fmt: skip
     for words in ("from 50.0% to 90.0% on 40 pairs: clearly more than chance", "90.0% (85.0% to 95.0%)", "empty prompt", "15", "a note",
                   "prompt cut in 3 pairs", "LoRA r=16, alpha=32", "67 min", "9.50 GB", "loss spike. it rose", "What is 2 + 2?", "Five.",
                   "mean log-prob -0.250, log-odds 1.26", "trained: -2.000, -1.85", "longest 37", "f00d", "a made-up run"):  # fmt: skip
         assert words in shown.text, words
+    run = tmp_path / "run"
+    for line in (
+        f"python -m orpo_lite.evaluate {run}",
+        f"chat {run} --compare",
+        f"merge {run} --output {run}-merged",
+        "export",
+        "push",
+    ):
+        assert line in shown.code, line
     loss = {line["n"]: line["y"] for line in shown.charts["loss"]["lines"]}
     lines = log_lines(30)
     assert loss["ORPO loss"][0] == pytest.approx(lines[0]["loss"], rel=1e-4)
@@ -118,9 +128,9 @@ def test_margins_are_of_each_pair(written, tmp_path):
 def test_a_run_of_an_older_version(missing, written, tmp_path):
     """Whatever run.json does not have is left out, or is nothing, and the rest is there."""
     known = {} if missing == "all" else {k: v for k, v in facts().items() if k != missing}
-    assert "Made by orpo-lite" in told(written(tmp_path / "run", known)).text
+    assert "Next steps" in told(written(tmp_path / "run", known)).text
     if missing != "all":
-        assert "Made by orpo-lite" in told(written(tmp_path / "run", facts() | {missing: None})).text
+        assert "Next steps" in told(written(tmp_path / "run", facts() | {missing: None})).text
 
 
 def test_a_run_folder_of_version_0_1(tmp_path):
@@ -157,6 +167,12 @@ def test_one_log_line_no_evaluation_full_fine_tuning(written, tmp_path):
     (folder / "recipe.yaml").write_text(recipe)
     shown = told(folder)
     assert "no pairs were held out" in shown.text and "none: full fine-tuning" in shown.text
+    assert (
+        "orpo_lite.merge" not in shown.code and "orpo_lite.evaluate" not in shown.code and "--compare" not in shown.code
+    )
+    assert "orpo_lite.export" in shown.code
+    (folder / "config.json").write_text('{"is_encoder_decoder": true}')
+    assert "orpo_lite.export" not in told(folder).code
     assert shown.charts["loss"]["lines"][0]["y"] and "Held-out" not in [name for _, name in shown.headings]
     none = told(written(tmp_path / "none", lines=[], held=None))
     assert "metrics.jsonl holds no metric to draw" in none.text and "loss" not in none.charts
@@ -172,6 +188,10 @@ def test_values_that_are_not_finite_are_gaps_and_said(written, tmp_path):
     assert "2 values of ORPO loss are not finite (step 5, 6)" in shown.text and "is not a number" in shown.text
     assert shown.charts["loss"]["lines"][0]["y"][4:6] == [None, None]
     assert "NaN" not in shown.scripts[0] and "Infinity" not in shown.scripts[0]
+    path = next(
+        a["d"] for t, a in shown.elements if t == "path" and a.get("class") == "line" and a["d"].count("M") == 2
+    )
+    assert "nan" not in path and "inf" not in path
 
 
 def test_a_long_run_is_thinned_and_says_so(written, tmp_path):
@@ -197,7 +217,7 @@ def test_a_run_under_way_and_one_that_stopped(written, tmp_path):
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 13, "loss": 1.')  # killed here
     shown = told(folder)
-    assert read_run(folder).checkpoint == "checkpoint-10"
+    assert f"train --recipe {folder} --resume" in shown.code and "resume from checkpoint-10" in shown.code
     assert "Why?" in shown.text and "50.0%" in shown.text and "1 lines of metrics.jsonl cannot be read" in shown.text
     lock_folder(folder)
     try:
@@ -303,6 +323,8 @@ def test_structure_for_screen_readers(written, tmp_path):
     assert len(figures) == len(shown.charts)
     for one in figures:
         assert one["tabindex"] == "0" and len(str(one["aria-label"])) > 40
+    label = next(str(one["aria-label"]) for one in figures if str(one["aria-label"]).startswith("Learning rate"))
+    assert "from 9.667e-05 at 1 to 0 at 30" in label
     assert dict(shown.elements)["html"] == {"lang": "en"}
 
 
@@ -320,6 +342,16 @@ def test_thinned_keeps_the_ends_and_the_extremes():
 def test_running_mean_by_hand():
     points = [(1.0, 1.0), (2.0, NAN), (3.0, 3.0), (4.0, 8.0)]
     assert running_mean(points, 2) == [(3.0, 2.0), (4.0, 5.5)]
+
+
+@pytest.mark.parametrize(
+    ("low", "high"), [(0, 1), (-0.0013, 0.0621), (1e-7, 2e-7), (3, 100_003), (-5e6, 5e6), (0.4, 0.40001)]
+)
+def test_ticks_are_round_and_inside(low, high):
+    found = ticks(low, high, 4)
+    assert 2 <= len(found) <= 6 and all(
+        low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in found
+    )
 
 
 def test_histogram_counts_every_finite_value_once():

@@ -31,7 +31,7 @@ RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "
 RUN["data"]["drops"] |= {"dropped": {"empty prompt": 3}, "notes": ["a note"]}
 LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies": 0.6}]
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
-            "part-memory-": "plan"}  # fmt: skip
+            "part-memory-": "plan", "part-next-steps": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
 UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|license|hub_id|dtype)"
                     r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
@@ -117,7 +117,7 @@ def test_every_single_damage_to_the_other_files(written, tmp_path):
             for new in [*WRONG[:-2], [None], 10**30]:
                 (folder / name).write_text(as_text(damaged(content, place, new)), "utf-8")
                 shown, _ = drawn(folder)
-                assert "part-run" in shown and shown.endswith("</html>"), (name, place, new)
+                assert "part-next-steps" in shown and shown.endswith("</html>"), (name, place, new)
         (folder / name).write_text(kept, "utf-8")
 
 
@@ -153,7 +153,7 @@ def test_what_is_unknown_is_not_said_to_be_none(written, tmp_path):
     recipe = (folder / "recipe.yaml").read_text("utf-8")
     (folder / "recipe.yaml").write_text(recipe.replace("{r: 16, alpha: 32.0}", "yes please"), "utf-8")
     shown, said = drawn(folder)
-    assert "full fine-tuning" not in shown
+    assert "full fine-tuning" not in shown and "orpo_lite.merge" in shown
     assert "recipe.yaml cannot be read: " in said["notes"][0] and "adapter: found 'yes please'" in said["notes"][0]
     (folder / "recipe.yaml").write_text(recipe + "made: 2026-01-01\nmany: 0x" + "f" * 9000, "utf-8")
     other = read_run(folder)

@@ -212,25 +212,37 @@ def test_front_matter(changed):
     folder = changed(on_hub)
     (folder / "README.md").write_text(model_card(folder, repo="me/tuned"), "utf-8")
     data = metadata_load(folder / "README.md")
+    results = data["model-index"][0].pop("results")
     assert data == {
         "base_model": "org/base-7B", "base_model_relation": "adapter", "datasets": ["org/pairs"], "library_name": "peft",
         "license": "other", "license_name": "base-license", "license_link": "https://huggingface.co/org/base-7B/blob/main/LICENSE",
-        "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"],
+        "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"], "model-index": [{"name": "tuned"}],
     }  # fmt: skip
+    after = json.loads((folder / "run.json").read_text())["eval"]["after"]
+    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 120
+    metrics = {m["type"]: m["value"] for m in results[0]["metrics"]}
+    assert metrics == {"accuracy": after["rewards/accuracies"], "reward_margin": after["rewards/margins"],
+                       "log_odds_ratio": after["log_odds_chosen"], "nll": after["nll_loss"], "loss": after["loss"]}  # fmt: skip
+    assert results[0]["metrics"][0]["args"]["interval_95"] == after["rewards/accuracies_interval"]
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "gguf"])
 def test_huggingface_hub_keeps_and_validates_the_card(changed, kind, monkeypatch):
     text = model_card(changed(on_hub), kind, repo="me/tuned", notes=["Merged onto the bfloat16 weights."])
     card = ModelCard(text)
-    assert str(card) == text.rstrip("\n") + "\n"
+    assert str(card) == text.rstrip("\n") + "\n" and len(card.data.eval_results) == 5
     seen = []
 
     class Hub(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
             seen.append((self.path, body))
-            sound = yaml.safe_load(body["content"].split("---\n")[1])["base_model_relation"]
+            index = yaml.safe_load(body["content"].split("---\n")[1])["model-index"]
+            sound = all(
+                r["task"]["type"] and r["dataset"]["type"] and r["dataset"]["name"]
+                and all(m["type"] and math.isfinite(m["value"]) for m in r["metrics"])
+                for r in index[0]["results"]
+            )  # fmt: skip
             self.send_response(200 if sound else 400)
             self.end_headers()
 
@@ -258,6 +270,7 @@ def test_merged_and_gguf_cards(changed):
     for card in (merged, gguf):
         assert "- Merged \\<onto\\> x." in card
         # what was measured is the adapter, not these weights
+        assert "before merging" in front(card)["model-index"][0]["results"][0]["metrics"][0]["name"]
         assert "before merging" in card.partition("## Results")[2].partition("\n\n|")[0]
     other = front(model_card(folder, "merged", base="org/another"))
     assert other["base_model"] == "org/another" and "license" not in other
@@ -277,7 +290,7 @@ def test_whole_model_without_held_out_pairs(whole):
     card = model_card(whole)
     data = front(card)
     assert (data["library_name"], data["tags"], data["license"]) == ("transformers", ["orpo"], "cc-by-4.0")
-    assert "Sample answers" not in card
+    assert "model-index" not in data and "Sample answers" not in card
     assert "license: cc-by-4.0 (the base model's, from README.md)" in card
     assert "No pairs were held out" in card and "peft import" not in card
     assert (whole / "curves.png").is_file()  # from a single line of metrics
@@ -343,6 +356,8 @@ def test_values_that_are_not_finite(changed):
     assert (
         "| not a number |" in card and "| infinite |" in card and "is not a number" in card.partition("\n# ")[2][:200]
     )
+    metrics = front(card)["model-index"][0]["results"][0]["metrics"]
+    assert [metric["type"] for metric in metrics] == ["log_odds_ratio", "nll"]
 
 
 def execute(code, folder):
