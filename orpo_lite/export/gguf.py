@@ -66,7 +66,9 @@ def export(
     try:
         from orpo_lite.export.gguf_file import kind_of
     except ImportError as error:
-        raise RequestError(f"GGUF needs the gguf package ({error}): pip install 'orpo-lite[export]'") from error
+        raise RequestError(
+            f"GGUF is read back through the gguf package ({error}): pip install 'orpo-lite[export]'"
+        ) from error
 
     source, output = Path(source).expanduser(), Path(output).expanduser()
     trained = check_request(source, output, adapter, ollama, quant)
@@ -116,7 +118,9 @@ def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant
     """Refuse a wrong request before anything is done; return True where the source is an adapter."""
     trained = (source / "adapter_config.json").is_file()
     if not trained and not (source / "config.json").is_file():
-        raise RequestError(f"{source}: found neither adapter_config.json nor config.json, expected a run or model")
+        raise RequestError(
+            f"{source}: found neither adapter_config.json nor config.json, expected a run, adapter or model folder"
+        )
     if adapter and not trained:
         raise RequestError(f"--adapter: {source} holds a whole model, no adapter")
     if adapter and quant not in ("auto", "f32"):

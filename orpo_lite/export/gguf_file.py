@@ -66,7 +66,9 @@ def kind_of(name: str, llama_quantize: str | None) -> Kind:
         return Kind(name, BLOCKS[name], "gguf")
     match = LLAMA_CPP.fullmatch(name)
     if not match:
-        raise RequestError(f"--quant: no type {name!r}; expected {known}, or by llama.cpp's quantizer q4_k_m etc.")
+        raise RequestError(
+            f"--quant: no type {name!r}; expected {known}, or with llama.cpp's quantizer q4_k_m and its like"
+        )
     if not llama_quantize:
         raise RequestError(
             f"--quant: {name} is written by llama.cpp's quantizer: download a release of llama.cpp "
@@ -95,7 +97,9 @@ def quantize_file(path: Path, output: Path, kind: Kind, llama_quantize: str | No
     words = [str(Path(llama_quantize).absolute()), str(path), str(output), kind.name.upper()]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode or not output.is_file():
-        raise RuntimeError(f"{llama_quantize} failed ({done.returncode}); its last lines:\n{last_lines(done.stdout)}")
+        raise RuntimeError(
+            f"{llama_quantize} failed (status {done.returncode}); its last lines:\n{last_lines(done.stdout)}"
+        )
 
 
 def with_gguf(path: Path, output: Path, kind: Kind) -> None:

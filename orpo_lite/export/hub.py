@@ -229,8 +229,9 @@ def explain(repo: str, endpoint: str, error: BaseException) -> str:
     said = f"{status} {error.server_message or error.response.reason_phrase}".strip()
     if status == 403 and any(word in said.lower() for word in ("storage", "quota", "exceed")):
         status = 507
-    names = {"endpoint": endpoint, "repo": repo, "user": repo.partition("/")[0]}
-    remedy = REMEDIES.get(status, "it refused the request").format(**names)
+    remedy = REMEDIES.get(status, "it refused the request").format(
+        endpoint=endpoint, repo=repo, user=repo.partition("/")[0]
+    )
     return f"{endpoint} answered {said} to the push to {repo}: {remedy}"
 
 

@@ -153,7 +153,9 @@ def write_sentencepiece(tokenizer: PreTrainedTokenizerBase, path: Path) -> None:
     try:
         from sentencepiece import sentencepiece_model_pb2 as proto
     except ImportError as error:
-        raise RequestError("this tokenizer needs the sentencepiece package: pip install 'orpo-lite[export]'") from error
+        raise RequestError(
+            "this tokenizer is written through the sentencepiece package: pip install 'orpo-lite[export]'"
+        ) from error
     model = backend(tokenizer)["model"]
     kinds = proto.ModelProto.SentencePiece  # type: ignore[attr-defined]  # created on import
     order: dict[str, int] = {}

@@ -45,7 +45,9 @@ def build(request):
         except NotImplementedError:
             if request["pre"]:
                 return request["pre"]
-            raise NotImplementedError("tokenizer: llama.cpp has no such rule for splitting text into words") from None
+            raise NotImplementedError(
+                "tokenizer: llama.cpp does not have its rule for splitting text into words"
+            ) from None
 
     found.get_vocab_base_pre = splitting_rule
     kind = gguf.LlamaFileType["ALL_F32" if request["type"] == "f32" else f"MOSTLY_{request['type'].upper()}"]
@@ -115,7 +117,9 @@ def adapter(request):
             except (ValueError, RuntimeError) as error:  # of the converter, of unpacking, or of the shapes
                 raise NotImplementedError(f"{module}: no LoRA pair can follow the converter: {error}") from error
             if not follows:
-                raise NotImplementedError(f"{module}: the converter regroups this weight: no LoRA pair can follow")
+                raise NotImplementedError(
+                    f"{module}: the converter regroups this weight, which no LoRA pair can follow"
+                )
             model.gguf_writer.add_tensor(f"{name}.lora_a", a.numpy())
             model.gguf_writer.add_tensor(f"{name}.lora_b", rows.contiguous().numpy())
     model.gguf_writer.write_header_to_file(path=Path(request["output"]))

@@ -191,7 +191,9 @@ def modelfile(
     default = quoted(turns and turns.default or "")
     if turns and template and default:
         lines.append(f"TEMPLATE {template}")
-        notes.append("chat template: written as Ollama's; it renders probe conversations exactly as the tokenizer does")
+        notes.append(
+            "chat template: written as Ollama's template; it renders probe conversations exactly as the tokenizer does"
+        )
         if "strftime_now" in str(tokenizer.chat_template):
             notes.append("the chat template writes today's date: the Modelfile keeps the date of this export")
         if not turns.system:

@@ -65,7 +65,8 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
     kind: Kind = "adapter" if (folder / "adapter_config.json").is_file() else "merged"
     if kind == "merged" and not (folder / "config.json").is_file():
         raise RequestError(
-            f"{folder}: found neither adapter_config.json nor config.json, expected a run or a merged model"
+            f"{folder}: found neither adapter_config.json nor config.json, expected a finished run folder or a model "
+            "folder that orpo_lite.merge has written"
         )
     allowed = ALLOWED[kind]
     required = {"adapter_config.json", "adapter_model.safetensors"}
@@ -76,7 +77,9 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
             allowed = allowed | {"*.py": "the model's own code, which config.json names"}
     files, kept = sort_files(folder, allowed, token)
     if missing := required - set(files):
-        raise RequestError(f"{folder}: {', '.join(sorted(missing))} missing: was it written completely?")
+        raise RequestError(
+            f"{folder}: {', '.join(sorted(missing))} missing, so nobody could load it: was it written completely?"
+        )
     return UploadPlan(kind, dict(files), kept)
 
 

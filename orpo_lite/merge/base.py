@@ -57,11 +57,14 @@ class Base:
         shipped = shipped_quantization(self.config)
         if shipped and onto == "original":
             raise RequestError(
-                f"{spec.name_or_path} ships quantized, so it has no 16-bit weights to merge into: give its original by "
-                "--base, or take --onto quantized"
+                f"{spec.name_or_path} ships quantized, so it has no 16-bit weights to merge into: name the model that it "
+                f"was made from with --base, or take --onto quantized"
             )
         if onto == "quantized" and not shipped and spec.quantization == "none":
-            raise RequestError("--onto quantized: no quantized base is known for this adapter: take --onto original")
+            raise RequestError(
+                "--onto quantized: no quantized base is known for this adapter (no recipe.yaml, or "
+                "model.quantization=none): take --onto original"
+            )
         if shipped:
             del self.config.quantization_config  # type: ignore[attr-defined]
         stored = stored_tensors(weight_files(spec))
@@ -116,7 +119,9 @@ class Base:
             ):
                 continue  # positions that the model computes
             found = "lacks" if held < expected else "holds twice"
-            raise RequestError(f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it whole?")
+            raise RequestError(
+                f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it complete?"
+            )
 
     def quantize(self, trained: torch.dtype) -> None:
         """Replace each weight that training quantized by its round trip through 4 or 8 bits."""
@@ -289,5 +294,7 @@ def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, So
         elif path not in four and MARK not in key and leaf not in ("SCB", "weight_format"):
             found[key] = stored
     if all(isinstance(one, Stored) for one in found.values()):
-        raise RequestError("--onto quantized: this base is not bitsandbytes': name its 16-bit original with --base")
+        raise RequestError(
+            "--onto quantized: the base is not quantized by bitsandbytes: name its 16-bit original with --base"
+        )
     return found

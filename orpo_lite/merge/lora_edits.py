@@ -156,7 +156,8 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> tuple[PeftModel,
         ) from error
     if result.unexpected_keys:
         raise RequestError(
-            f"adapter: {source} does not fit: {type(model).__name__} has no place for {result.unexpected_keys[0]}"
+            f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
+            f"tensor(s), first {result.unexpected_keys[0]}"
         )
     return peft_model, collect(source, peft_model)
 
@@ -185,7 +186,9 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
     for path, parameter in inside.named_parameters():
         added = any(word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable"))
         if added and parameter.is_meta:
-            raise RequestError(f"adapter: {source} lacks a tensor for {bare(path)}, which its configuration names")
+            raise RequestError(
+                f"adapter: {source} lacks a tensor for {bare(path)}, which adapter_config.json says it adapts"
+            )
         # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
         if not added and not parameter.is_meta:
             edits[bare(path)] = [Replaced(parameter)]

@@ -152,4 +152,6 @@ def check_all_applied(source: Path, plan: Plan) -> None:
     lost = sorted(set(plan.edits) - applied)
     if lost:
         why = plan.base.keys.unclear.get(lost[0], f"{plan.base.spec.name_or_path} stores no such weight")
-        raise RequestError(f"adapter: {source} changes {len(lost)} weights that have no place, first {lost[0]}: {why}")
+        raise RequestError(
+            f"adapter: {source} changes {len(lost)} weight(s) that have no place, first {lost[0]}: {why}"
+        )

@@ -91,7 +91,9 @@ def merge(
     written = str(plan.dtype).removeprefix("torch.")
     lines = [f"base: {named}, {onto} weights; merged weights: {written}"]
     if plan.untied:
-        lines.append(f"{' and '.join(plan.untied)}: one tensor in the base, two here: they are adapted differently")
+        lines.append(
+            f"{' and '.join(plan.untied)}: one tensor in the base, two here, since they are adapted differently"
+        )
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     start = time.monotonic()
     with finished_as(output) as folder, one_torch_thread():
@@ -141,7 +143,8 @@ def check_disk(output: Path, needed: int) -> None:
     free = shutil.disk_usage(parent).free
     if needed > free:
         raise RequestError(
-            f"--output: this takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free: make room"
+            f"--output: this takes {needed / 1e9:.1f} GB, and {parent} has {free / 1e9:.1f} GB free: make room, or "
+            "choose another disk"
         )
 
 

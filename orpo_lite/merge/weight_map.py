@@ -168,8 +168,9 @@ class KeyMap:
                 Shared(own, 0, dim, start, size) for own, (dim, start, size) in enumerate(where) if dim is not None
             )
             held = {pair.dim for pair in shared}
-            starts = enumerate(first_index(parameter.shape, value))
-            fixed = tuple((dim, index) for dim, index in starts if dim not in held)
+            fixed = tuple(
+                (dim, index) for dim, index in enumerate(first_index(parameter.shape, value)) if dim not in held
+            )
             found[key] = Link(name, shared, fixed)
         if len(found) != len(members):
             return False

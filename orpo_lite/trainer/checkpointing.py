@@ -275,7 +275,9 @@ class CheckpointedTrainer(Trainer):
             for line in lines:
                 logger.warning("damaged, so not resumed from: %s", line)
             if found is None:
-                raise RequestError(f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint")
+                raise RequestError(
+                    f"resume_from_checkpoint: {self.checkpoint_folder} holds no good checkpoint; start without it"
+                )
         else:
             found = Path(str(asked))
             if not found.is_dir():
@@ -286,7 +288,9 @@ class CheckpointedTrainer(Trainer):
             logger.warning("%s has no %s: it cannot be checked for damage", found, folders.MANIFEST)
             missing = [name for name in NEEDED if not (found / name).is_file()]
             if missing and self.args.world_size == 1:
-                raise RequestError(f"{found}: {', '.join(missing)} missing, so training cannot resume exactly")
+                raise RequestError(
+                    f"{found}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
+                )
         elif asked is not True and (wrong := folders.damage(found)):
             raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         else:
@@ -299,10 +303,13 @@ class CheckpointedTrainer(Trainer):
         here = self._facts()
         there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
         engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
-        if engine not in there:
-            kind = there[0] if there else "no engine (training.save_only_model)"
+        if not there:
             raise RequestError(
-                f"{found}: its optimizer states are those of {kind}, and here is {engine}: resume with the launcher file that "
+                f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
+            )
+        if engine not in there:
+            raise RequestError(
+                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: resume with the launcher file that "
                 "it was started with, or start anew"
             )
         if facts["pairs_per_step"] != here["pairs_per_step"]:

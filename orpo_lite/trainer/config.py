@@ -127,7 +127,9 @@ class ORPOConfig(TrainingArguments):
     def __post_init__(self) -> None:
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
-                raise ValueError(f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {choices}")
+                raise ValueError(
+                    f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
+                )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
         for name in POSITIVE:

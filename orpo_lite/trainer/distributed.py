@@ -82,7 +82,8 @@ def zero_stage_asked(settings: Any = None) -> int | None:
         return int(HfDeepSpeedConfig(asked).get_value("zero_optimization.stage", 0) or 0)
     except (ValueError, TypeError, AttributeError, OSError) as error:
         raise RequestError(
-            f"{name}: found {asked!r}, expected DeepSpeed's settings or a file ({' '.join(str(error).split())[:200]})"
+            f"{name}: found {asked!r}, expected DeepSpeed's settings or a JSON file of them "
+            f"({' '.join(str(error).split())[:200]})"
         ) from None
 
 

@@ -223,7 +223,9 @@ def describe_step(trainer: Any, pairs: list[dict[str, Any]]) -> str:
     lines.append(f"pairs of the step: {listed(pairs)}")
     if culprits := [pair for pair in pairs if not math.isfinite(pair.get("loss", 0.0))]:
         lines.append(f"not finite when computed alone: {listed(culprits)}")
-    precise = "" if trainer.args.mixed_precision == "no" else "model.dtype=float32 (bfloat16, where it was float16), "
+    precise = (
+        "" if trainer.args.mixed_precision == "no" else "model.dtype=float32 (or bfloat16, where it was float16), "
+    )
     lines.append(
         f"look at the rows; try {precise}a lower training.learning_rate (it was {learning_rate(trainer):.3g} here) and more "
         "training.warmup_steps; if the very first step fails, look at the base model's weights"

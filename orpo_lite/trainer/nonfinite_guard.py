@@ -169,7 +169,9 @@ class NonFiniteGuard(TrainerCallback):
         self.in_a_row += 1
         if self.in_a_row >= IN_A_ROW or len(self.skipped) >= IN_ALL:
             count = f"{self.in_a_row} steps one after another" if self.in_a_row >= IN_A_ROW else f"{IN_ALL} steps"
-            raise NonFinite(f"training.on_nonfinite=skip gives up after {count} not finite, the last: {report}")
+            raise NonFinite(
+                f"training.on_nonfinite=skip gives up after {count} that were not finite. The last is {report}"
+            )
         self.left_out = True
         for parameter in trainer.model.parameters():
             if parameter.grad is not None:

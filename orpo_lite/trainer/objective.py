@@ -39,8 +39,9 @@ class Objective:
         self.settings, self.head, self.processes = settings, head, processes
         text = config.get_text_config(decoder=True)
         self.router_loss = bool(getattr(text, "output_router_logits", False))
-        coefficients = (getattr(text, name, None) for name in ("router_aux_loss_coef", "aux_loss_coef"))
-        self.router_coefficient: float = next(filter(None, coefficients), 0.0)
+        self.router_coefficient: float = (
+            getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
+        )
         self.find_at_first: Callable[[nn.Module], None] | None = None
         """Called with the model before its first forward pass, where no process holds the model whole before that."""
         self.last_batch: dict[str, Any] = {}

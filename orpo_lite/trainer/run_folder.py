@@ -174,7 +174,9 @@ class RunFolder:
         try:
             return json.loads(path.read_text("utf-8"))
         except FileNotFoundError:
-            raise RequestError(f"{self.path}: no run.json, so this run did not finish; train with --resume") from None
+            raise RequestError(
+                f"{self.path}: no run.json, so this run did not finish; train it with --resume"
+            ) from None
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{path} is broken JSON ({error}): copy the run again, or train it again") from None
 
@@ -196,7 +198,8 @@ def no_checkpoint(damaged: list[str]) -> str:
         lines = "".join(f"\n  - {line}" for line in damaged)
         return f"holds no good checkpoint to resume from; start without --resume, from the beginning:{lines}"
     return (
-        "holds no checkpoint to resume from (training.save_strategy says when one is written): start without --resume"
+        "holds no checkpoint to resume from (training.save_strategy, save_steps and save_minutes say when one is written); "
+        "start without --resume"
     )
 
 

@@ -121,7 +121,9 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
 def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel:
     """Attach a new adapter, and prepare a quantized base for it."""
     if isinstance(model, PeftModel):
-        raise ValueError("ORPOTrainer: the model is a PeftModel already: remove peft_config, or merge its adapter")
+        raise ValueError(
+            "ORPOTrainer: the model is a PeftModel already: remove peft_config, or merge its adapter first"
+        )
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
@@ -157,7 +159,9 @@ def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
         ValueError: the model was not loaded from a folder or the hub.
     """
     if not model.config._name_or_path:
-        raise ValueError("ORPOTrainer: the model has no name to load a tokenizer by: pass it as processing_class")
+        raise ValueError(
+            "ORPOTrainer: this model was not loaded from a folder or the hub: pass its tokenizer as processing_class"
+        )
     revision = (args.model_init_kwargs or {}).get("revision")  # type: ignore[union-attr]
     return AutoTokenizer.from_pretrained(
         model.config._name_or_path, revision=revision, trust_remote_code=args.trust_remote_code
@@ -216,7 +220,9 @@ def collator_for(
 def decoder_start(config: Any) -> int:
     """Return the token that an encoder-decoder's answers start with."""
     if config.decoder_start_token_id is None:
-        raise ValueError("ORPOTrainer: model.config.decoder_start_token_id is not set; usually it is the pad token")
+        raise ValueError(
+            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
+        )
     return config.decoder_start_token_id
 
 
@@ -246,7 +252,9 @@ def loraplus_optimizer(model: nn.Module, args: TrainingArguments, ratio: float) 
     """
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)  # type: ignore[arg-type]
     if {"params", "model", "optimizer_dict"} & set(options):
-        raise RequestError(f"training.optim: {args.optim} sorts parameters itself, as LoRA+ would have to")
+        raise RequestError(
+            f"training.optim: {args.optim} sorts parameters itself and cannot be combined with LoRA+ groups"
+        )
     if not isinstance(model, PeftModel):
         raise RequestError("adapter.loraplus_lr_ratio: LoRA+ needs a LoRA adapter, and the model has none")
     optimizer = create_loraplus_optimizer(

@@ -104,7 +104,9 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self._peft_config, self._own_collator = peft_config, data_collator is not None
         model = setup.prepare_model(model, args, peft_config)
         if model is None and (args.is_encoder_decoder is None or processing_class is None):
-            raise ValueError("ORPOTrainer: with model_init, set args.is_encoder_decoder and give a processing_class")
+            raise ValueError(
+                "ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder and give a processing_class"
+            )
         self.is_encoder_decoder = bool(args.is_encoder_decoder if model is None else model.config.is_encoder_decoder)
         if processing_class is None:
             processing_class = setup.tokenizer_of(model, args)
