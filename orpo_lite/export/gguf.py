@@ -139,6 +139,9 @@ def read_source(source: Path, spec: ModelSection) -> tuple[Any, Any]:
     if config.is_encoder_decoder:
         raise RequestError(f"{spec.name_or_path}: encoder-decoder models are not exported to GGUF")
     tokenizer = tokenizer_of(source, spec)
+    if not config.architectures:
+        with torch.device("meta"):
+            config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]
     text = config.get_text_config()
     text.vocab_size = max(text.vocab_size, len(tokenizer))
     return config, tokenizer

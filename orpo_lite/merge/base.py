@@ -56,9 +56,11 @@ class Base:
         self.spec, self.config = spec, read_config(spec)
         shipped = shipped_quantization(self.config)
         if shipped and onto == "original":
+            original = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", spec.name_or_path)
+            hint = f", by its name {original}" if original != spec.name_or_path else ""
             raise RequestError(
                 f"{spec.name_or_path} ships quantized, so it has no 16-bit weights to merge into: name the model that it "
-                f"was made from with --base, or take --onto quantized"
+                f"was made from with --base{hint}, or take --onto quantized"
             )
         if onto == "quantized" and not shipped and spec.quantization == "none":
             raise RequestError(

@@ -5,6 +5,7 @@ The merge reads the base's files tensor by tensor and writes the output's: neith
 
 from __future__ import annotations
 
+import errno
 import glob
 import os
 import shutil
@@ -133,7 +134,9 @@ def check_request(source: Path, output: Path) -> None:
         plain = (source / "config.json").is_file()
         hint = "it is a plain model already" if plain else "expected a run or adapter folder"
         raise RequestError(f"{source}: holds no adapter_config.json, so there is nothing to merge: {hint}")
-    if output.is_file() or output.exists() and any(output.iterdir()):
+    if output.exists() and not output.is_dir():
+        raise RequestError(f"--output: {output} is a file, expected a folder to write: choose another name")
+    if output.exists() and any(output.iterdir()):
         raise RequestError(f"--output: {output} exists and is not empty: choose another folder, or remove it first")
 
 
@@ -150,7 +153,11 @@ def check_disk(output: Path, needed: int) -> None:
 
 @contextmanager
 def finished_as(output: Path) -> Iterator[Path]:
-    """Yield a folder beside `output` that is renamed to it at the end, or removed where the body fails."""
+    """Yield a folder beside `output` that is renamed to it at the end, or removed where the body fails.
+
+    Raises:
+        RuntimeError: the disk is full.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
         owner = left.name.rpartition("-")[2]
@@ -163,6 +170,12 @@ def finished_as(output: Path) -> Iterator[Path]:
         if output.exists():
             output.rmdir()
         os.rename(folder, output)
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise RuntimeError(
+                f"{output.parent} takes no more data ({error.strerror}); nothing was left there"
+            ) from error
+        raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
