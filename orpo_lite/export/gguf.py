@@ -24,7 +24,7 @@ from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule
 from orpo_lite.export.ollama import modelfile
 from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids
-from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config
+from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
@@ -248,9 +248,7 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
     from orpo_lite.export.gguf_file import check_pairs
 
     adapter = lora_config(str(source))
-    start = str(adapter.init_lora_weights).lower()
-    if start.startswith((*CHANGES_BASE, *CANNOT_REPEAT)):
-        raise RequestError(changed_base(str(source), start))
+    refuse(source, adapter)
     pairs = read_pairs(source / ADAPTER_WEIGHTS)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
@@ -274,6 +272,25 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
     request |= {"task": "adapter", "matrices": str(made.with_name("pairs")), "modules": modules, "fields": fields}
     run_converter(request)
     return made, check_pairs(made, pairs)
+
+
+def refuse(source: Path, config: Any) -> None:
+    """Raise RequestError that names what a LoRA file of llama.cpp cannot hold, if there is anything."""
+    start = str(config.init_lora_weights).lower()
+    reasons = {
+        "use_dora (DoRA): llama.cpp has no weight decomposition": config.use_dora,
+        f"bias={config.bias}: llama.cpp adds no trained biases": config.bias != "none",
+        f"modules_to_save={config.modules_to_save}: whole weights are no LoRA matrices": config.modules_to_save,
+        f"target_parameters={config.target_parameters}: LoRA on fused experts": config.target_parameters,
+        "trainable_token_indices: trained token embeddings are no LoRA matrices": config.trainable_token_indices,
+        f"init_lora_weights={start}: it alters the base, so the adapter does not fit the original": (
+            start.startswith((*CHANGES_BASE, *CANNOT_REPEAT))
+        ),
+        "lora_alpha=0: nothing would be added": not config.lora_alpha,
+    }
+    found = [reason for reason, there in reasons.items() if there]
+    if found:
+        raise RequestError(f"{source}: --adapter cannot hold {'; '.join(found)}{INSTEAD}")
 
 
 def read_pairs(path: Path) -> Pairs:

@@ -142,7 +142,7 @@ def merge_beside(folder: Path, stack: contextlib.ExitStack) -> Path:
 def show(plan: UploadPlan, target: str) -> dict[str, Any]:
     """Print every file that is uploaded, every one that is kept and why, and the notes; return all of it."""
     what = ALLOWED[plan.kind]
-    files = [(name, size_of(content), match(name, what)) for name, content in sorted(plan.files.items())]
+    files = [(name, size, match(name, what)) for name, size in plan.sizes().items()]
     kept = [(name, size_of(path), why) for name, (path, why) in plan.kept.items()]
     width = max(len(name) for name, *_ in files + kept)
     lines = [f"  {name:<{width}}  {decimal(size):>9}  {words}" for name, size, words in files + kept]
@@ -156,11 +156,9 @@ def show(plan: UploadPlan, target: str) -> dict[str, Any]:
     }
 
 
-def size_of(content: Path | bytes) -> int:
-    """Return the bytes of a text, of a file, or of all files in a folder."""
-    if isinstance(content, bytes):
-        return len(content)
-    return sum(p.lstat().st_size for p in content.rglob("*")) if content.is_dir() else content.stat().st_size
+def size_of(path: Path) -> int:
+    """Return the bytes of a file, or of all files in a folder."""
+    return sum(p.lstat().st_size for p in path.rglob("*")) if path.is_dir() else path.lstat().st_size
 
 
 def prepare(api: HfApi, repo: str, revision: str | None, kind: Kind, private: bool | None) -> str:

@@ -48,6 +48,11 @@ class UploadPlan:
         content = self.files.get(name, b"")
         return (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8")
 
+    def sizes(self) -> dict[str, int]:
+        """Return the size of every file in bytes, in the order of names."""
+        return {name: len(content) if isinstance(content, bytes) else content.stat().st_size
+                for name, content in sorted(self.files.items())}  # fmt: skip
+
 
 def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
     """Sort a run folder or a merged model's folder into what is uploaded and what is kept.

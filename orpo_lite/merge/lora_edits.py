@@ -213,7 +213,7 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     """List what one of PEFT's wrappers does: (name of a parameter of its base layer, change).
 
     Raises:
-        RequestError: it is of a kind that cannot be merged.
+        RequestError: it is of a kind that cannot be merged, or adds a bias to a layer that has none.
     """
     if isinstance(module, ModulesToSaveWrapper):
         return [(leaf, Replaced(value)) for leaf, value in module.modules_to_save[NAME].named_parameters()]
@@ -247,6 +247,10 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         magnitude = layer.lora_magnitude_vector[NAME].weight.flatten()  # type: ignore[operator]
         found = [("weight", Dora(left, right, scale, magnitude, along_rows=not transposed))]
     if layer.lora_bias.get(NAME):
+        if getattr(layer.get_base_layer(), "bias", None) is None:
+            raise RequestError(
+                f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
+            )
         found.append(("bias", Added(layer.lora_B[NAME].bias, scale)))  # type: ignore[arg-type]
     return found
 

@@ -94,6 +94,7 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
     """Load a model given by name, attach a new adapter, switch dropout off, and let gradients pass 4-bit layers.
 
     Raises:
+        TypeError: not a PeftConfig.
         ValueError: the model carries an adapter already, or a kind of adapter that the loss cannot be computed through.
     """
     if isinstance(model, str):
@@ -120,6 +121,10 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
 
 def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel:
     """Attach a new adapter, and prepare a quantized base for it."""
+    if not isinstance(peft_config, PeftConfig):
+        raise TypeError(
+            f"ORPOTrainer: peft_config is a {type(peft_config).__name__}, expected a peft.PeftConfig such as LoraConfig"
+        )
     if isinstance(model, PeftModel):
         raise ValueError(
             "ORPOTrainer: the model is a PeftModel already: remove peft_config, or merge its adapter first"

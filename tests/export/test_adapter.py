@@ -65,9 +65,9 @@ def test_adapter_alone(converter, model_folder, adapter_folder, tmp_path, family
 @pytest.mark.parametrize(
     ("fields", "words"),
     [
-        ({"use_dora": True}, "lora_magnitude_vector: not a LoRA matrix"),
-        ({"modules_to_save": ["lm_head"]}, "lm_head.weight: not a LoRA matrix"),
-        ({"bias": "all"}, "bias: not a LoRA matrix"),
+        ({"use_dora": True}, "DoRA"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
+        ({"bias": "all"}, "bias=all"),
         ({"target_modules": ["q_proj", "embed_tokens"]}, "LoRA on embeddings"),
     ],
 )
