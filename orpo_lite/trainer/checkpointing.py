@@ -23,7 +23,7 @@ from orpo_lite.model import save_adapter
 from orpo_lite.model.untrusted_files import check_torch_files
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import gathered, sharded
+from orpo_lite.trainer.distributed import check_origin, gathered, sharded
 from orpo_lite.trainer.health import HealthWarnings
 from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
 from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
@@ -34,9 +34,6 @@ RUNNING = "running.json"
 """File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
 VERSIONS = ("torch", "transformers", "peft", "accelerate")
 NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
-ENGINES = {"DeepSpeed": ("global_step*",), "FSDP2": ("optimizer_0", "optimizer.bin"),
-           "one process or DDP": ("optimizer.pt", "optimizer.bin")}  # fmt: skip
-"""Files by which the optimizer states of each engine are known."""
 
 
 class CheckpointedTrainer(Trainer):
@@ -294,45 +291,9 @@ class CheckpointedTrainer(Trainer):
         elif asked is not True and (wrong := folders.damage(found)):
             raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         else:
-            self._check_origin(found, folders.manifest(found))
+            check_origin(self, found, folders.manifest(found), self._facts())
         check_torch_files(found)
         return found
-
-    def _check_origin(self, found: Path, facts: dict[str, Any]) -> None:
-        """Compare engine, pairs per step, processes and versions with those that the checkpoint was written with."""
-        here = self._facts()
-        there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
-        engine = "DeepSpeed" if self.is_deepspeed_enabled else "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
-        if not there:
-            raise RequestError(
-                f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
-            )
-        if engine not in there:
-            raise RequestError(
-                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: resume with the launcher file that "
-                "it was started with, or start anew"
-            )
-        if facts["pairs_per_step"] != here["pairs_per_step"]:
-            raise RequestError(
-                f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
-                f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
-            )
-        if facts["processes"] != here["processes"]:
-            if self.is_deepspeed_enabled:
-                raise RequestError(
-                    f"{found}: was written by {facts['processes']} processes of DeepSpeed, here are {here['processes']}: its "
-                    "optimizer states are cut for that number; resume with as many, or train with FSDP2 or DDP from the start"
-                )
-            logger.warning(
-                "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
-                found.name, facts["processes"], here["processes"],
-            )  # fmt: skip
-        for name, version in here["versions"].items():
-            if facts["versions"].get(name) != version:
-                logger.warning(
-                    "%s was written with %s %s, here is %s: the result may differ in the last bits",
-                    found.name, name, facts["versions"].get(name), version,
-                )  # fmt: skip
 
     def _restore_callbacks(self) -> None:
         """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""

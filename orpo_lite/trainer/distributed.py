@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import logging
 import os
 from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,6 +22,7 @@ from accelerate.utils import DistributedType
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
 from torch.distributed.tensor import DTensor
+from transformers import Trainer
 
 from orpo_lite.common.console import processes, rank
 from orpo_lite.common.errors import RequestError
@@ -30,6 +33,11 @@ LOST_PEER = ("closed by peer", "connection reset", "connection refused", "broken
 """Parts of messages by which gloo and NCCL report that a process is gone; they have no error class for it."""
 HALF = {"bf16": torch.bfloat16, "fp16": torch.float16}
 """DeepSpeed's names of mixed precisions."""
+ENGINES = {"DeepSpeed": ("global_step*",), "FSDP2": ("optimizer_0", "optimizer.bin"),
+           "one process or DDP": ("optimizer.pt", "optimizer.bin")}  # fmt: skip
+"""Files by which the optimizer states of each engine are known."""
+
+logger = logging.getLogger(__name__)
 
 
 def sharded(model: nn.Module) -> bool:
@@ -322,3 +330,53 @@ def partition(model: nn.Module, config: dict[str, Any], device: torch.device) ->
     zero = {name: value for name, value in config["zero_optimization"].items() if value != "auto"}
     settings = {"train_micro_batch_size_per_gpu": 1, "zero_optimization": zero} | halves
     Init(module=model, config_dict_or_path=settings)
+
+
+# ---- resuming --------------------------------------------------------------------------------------------------------------
+
+
+def check_origin(trainer: Trainer, found: Path, facts: dict[str, Any], here: dict[str, Any]) -> None:
+    """Compare engine, pairs per step, processes and versions with those that a checkpoint was written with.
+
+    Args:
+        trainer: the one that resumes.
+        found: the checkpoint's folder.
+        facts, here: pairs per step, processes and versions, of the checkpoint and of this run.
+
+    Raises:
+        RequestError: training cannot resume from it.
+    """
+    there = [kind for kind, names in ENGINES.items() if any(any(found.glob(name)) for name in names)]
+    engine = (
+        "DeepSpeed" if trainer.is_deepspeed_enabled else "FSDP2" if trainer.is_fsdp_enabled else "one process or DDP"
+    )
+    if not there:
+        raise RequestError(
+            f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
+        )
+    if engine not in there:
+        raise RequestError(
+            f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: resume with the launcher file that "
+            "it was started with, or start anew"
+        )
+    if facts["pairs_per_step"] != here["pairs_per_step"]:
+        raise RequestError(
+            f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
+            f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+        )
+    if facts["processes"] != here["processes"]:
+        if trainer.is_deepspeed_enabled:
+            raise RequestError(
+                f"{found}: was written by {facts['processes']} processes of DeepSpeed, here are {here['processes']}: its "
+                "optimizer states are cut for that number; resume with as many, or train with FSDP2 or DDP from the start"
+            )
+        logger.warning(
+            "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
+            found.name, facts["processes"], here["processes"],
+        )  # fmt: skip
+    for name, version in here["versions"].items():
+        if facts["versions"].get(name) != version:
+            logger.warning(
+                "%s was written with %s %s, here is %s: the result may differ in the last bits",
+                found.name, name, facts["versions"].get(name), version,
+            )  # fmt: skip
