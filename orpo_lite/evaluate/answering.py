@@ -180,7 +180,7 @@ class Answerer:
     ) -> list[Reply]:
         """Answer prompts as one batch; a streamer takes a single one."""
         with self.side(name) as model, autocast(model):
-            made = generate(model, self.tokenizer, prompts, sampling, self.stops or None, streamer)
+            made = generate(model, self.tokenizer, prompts, sampling, self.stops, streamer)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [
             Reply(self.format.answer(text), len(ids), bool(ids) and ids[-1] in self.stops)

@@ -173,7 +173,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     # ---- the pairs -------------------------------------------------------------------------------------------------
 
-    def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Dataset:
+    def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Any:
         """Tokenize rows as the constructor's are, a stream as far as `enough` pairs; None and tokenized pairs stay."""
         if not setup.untokenized(rows):
             setup.check_tokenized(rows, name)
