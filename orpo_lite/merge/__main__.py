@@ -9,7 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import json_alone, run_command
+from orpo_lite.common.console import console, json_alone, run_command
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
@@ -45,7 +45,8 @@ def command(
         merge(source, output, base=base, dtype=dtype, onto=onto, verify=verify,
               trust_remote_code=trust_remote_code, facts=facts)  # fmt: skip
         if as_json:
-            print_json(facts)
+            return print_json(facts)
+    console.print(f"next: python -m orpo_lite.chat {output}", soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
