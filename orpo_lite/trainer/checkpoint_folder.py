@@ -10,6 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import sync_folder, write_atomically
 
 MANIFEST = "manifest.json"
@@ -28,9 +29,19 @@ def step_of(checkpoint: Path) -> int:
 
 
 def checkpoints(folder: Path) -> list[Path]:
-    """List all checkpoints in a folder, good or not, oldest first."""
-    found = folder.iterdir() if folder.exists() else ()
-    return sorted((path for path in found if NAME.fullmatch(path.name) and path.is_dir()), key=step_of)
+    """List all checkpoints in a folder, good or not, oldest first.
+
+    Raises:
+        RequestError: the folder exists and cannot be read.
+    """
+    try:
+        found = [path for path in folder.iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        remedy = "is the drive still mounted? Mount it again, then --resume"
+        raise RequestError(f"{folder}: cannot be read ({error.strerror}): {remedy}") from None
+    return sorted(found, key=step_of)
 
 
 def files_in(checkpoint: Path) -> dict[str, Path]:

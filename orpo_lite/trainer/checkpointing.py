@@ -246,9 +246,8 @@ class CheckpointedTrainer(Trainer):
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Gather what is trained for the process that saves, on all together; None where the model itself holds it whole."""
-        if not sharded(self.model) and not self.is_deepspeed_enabled:
-            return None
-        return gathered(self.model, keep=self.args.should_save)
+        divided = sharded(self.model) or self.is_deepspeed_enabled
+        return gathered(self.model, keep=self.args.should_save) if divided else None
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -279,9 +278,8 @@ class CheckpointedTrainer(Trainer):
             found = Path(str(asked))
             if not found.is_dir():
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
-        if (
-            not (found / folders.MANIFEST).is_file() and (found / NEEDED[0]).is_file()
-        ):  # plain transformers or TRL wrote it
+        # plain transformers or TRL wrote it
+        if not (found / folders.MANIFEST).is_file() and (found / NEEDED[0]).is_file():
             logger.warning("%s has no %s: it cannot be checked for damage", found, folders.MANIFEST)
             missing = [name for name in NEEDED if not (found / name).is_file()]
             if missing and self.args.world_size == 1:

@@ -15,8 +15,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
+from transformers.training_args import OptimizerNames
 
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.step_batches import micro_batches
@@ -74,6 +76,15 @@ def named(doing: str, advice: str = SAVERS) -> Iterator[None]:
             raise
         # from None: the traceback would keep alive what fills the memory
         raise OutOfMemory(f"memory ran out while {doing}: {advice} ({reason(error)})") from None
+
+
+def obstacle_to_smaller_batches(trainer: Any, training: bool) -> str:
+    """Say why a pass cannot be repeated with smaller micro-batches; empty where it can."""
+    optim = OptimizerNames(trainer.args.optim).value
+    if trainer.accelerator.distributed_type != DistributedType.NO:
+        return "in distributed training, where the processes wait for one another"
+    changes = training and ("lomo" in optim or "layerwise" in optim)
+    return f"with {optim}, which changes weights during the backward pass" if changes else ""
 
 
 def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import DistributedType, send_to_device
@@ -38,7 +38,7 @@ from orpo_lite.trainer.distributed import (
 )
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.health import learning_rate
-from orpo_lite.trainer.interruptions import Limit, retried
+from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.transformers_contract import warn_if_untested
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns, with_trl_columns
@@ -220,8 +220,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         """Move a batch to the device, one of TRL's form in ours."""
         ours = [one if "label_rows" in one else from_trl(one, self.collator) for one in micro_batches(batch)]
         batch = batch | {"micro_batches": ours} if "micro_batches" in batch else ours[0]
-        moved: Any = send_to_device(batch, self.args.device)
-        return moved
+        return cast(Any, send_to_device(batch, self.args.device))
 
     def _add(self, sums: dict[str, Tensor]) -> None:
         self.sums = {**self.sums, **{key: self.sums.get(key, 0) + value for key, value in sums.items()}}
@@ -230,10 +229,9 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def get_train_dataloader(self) -> DataLoader:
         """Return micro-batches; with `tokens_per_batch` or several processes whole optimizer steps of them."""
-        args = self.args
+        args, layout, own = self.args, self.layout.name, self.collator
         if not args.tokens_per_batch and args.world_size == 1:
             return super().get_train_dataloader()
-        layout, own = self.layout.name, self.collator
         return step_loader(self.train_dataset, args, layout, self.data_collator, own, self.accumulation_steps)
 
     def get_batch_samples(
@@ -327,23 +325,18 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         often = self.args.torch_empty_cache_steps
         if often is not None and self.state.global_step % often == 0:
             clear_device_cache()
-        options: dict[str, Any] = {}
+        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
+        options: dict[str, Any] = {"scale_wrt_gas": False} if deepspeed else {}
         if "lomo" in OptimizerNames(self.args.optim).value:
             options["learning_rate"] = learning_rate(self)
-        if self.accelerator.distributed_type == DistributedType.DEEPSPEED:
-            options["scale_wrt_gas"] = False
         self.accelerator.backward(loss, **options)
         return loss.detach()
 
     def _shrink(self, limit: Limit, passes: str, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
-        training, optim, obstacle = passes == "step", OptimizerNames(self.args.optim).value, ""
-        if self.accelerator.distributed_type != DistributedType.NO:
-            obstacle = "in distributed training, where the processes wait for one another"
-        elif training and ("lomo" in optim or "layerwise" in optim):
-            obstacle = f"with {optim}, which changes weights during the backward pass"
+        training = passes == "step"
         step, pairs = self.state.global_step + training, self.train_dataset if training else None
-        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle)
+        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle_to_smaller_batches(self, training))
         clear_device_cache(garbage_collection=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -353,7 +346,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         if self.optimizer is None and self.args.loraplus_lr_ratio:
             self.optimizer = setup.loraplus_optimizer(self.model, self.args, self.args.loraplus_lr_ratio)
-            return self.optimizer
         return super().create_optimizer(*([] if model is None else [model]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -388,7 +380,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Count every held-out pair once, whatever the batches and processes."""
-        output = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         if self.args.generate_during_eval:
             plain_attention(unwrap(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)
@@ -398,7 +390,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             metrics["loss"] += self.objective.router_coefficient * metrics["aux_loss"]
         else:
             del metrics["aux_loss"]
-        assert output.metrics is not None
         output.metrics.update({f"{metric_key_prefix}_{key}": value for key, value in metrics.items()})
         return output
 
