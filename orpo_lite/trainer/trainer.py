@@ -124,7 +124,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             else:
                 eval_dataset = self._tokenized(eval_dataset, "eval")
         if streamed:
-            check_same_stream(train_dataset, "train", args.world_size)
+            check_same_stream(cast(Dataset, train_dataset), "train", args.world_size)
         train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
 
         if args.ddp_find_unused_parameters is None and model is not None:
