@@ -63,13 +63,6 @@ def shown_lines(text: str) -> str:
     return visible(text.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def markdown_table(rows: Iterable[Iterable[str]], head: Iterable[str] = ("", "")) -> str:
-    """Build a table of cells that are Markdown already."""
-    lines = [list(head), *map(list, rows)]
-    lines.insert(1, ["---"] * len(lines[0]))
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
-
-
 def number(value: Any, form: str = ".4f") -> str:
     """Format a number, or say in words what stands in its place."""
     if not isinstance(value, int | float) or isinstance(value, bool):
