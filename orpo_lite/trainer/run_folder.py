@@ -132,11 +132,12 @@ class RunFolder:
         while path.exists() and any(one.name not in LEFT_BY_A_KILL for one in path.iterdir()):
             path, number = self.path.with_name(f"{self.path.name}-{number}"), number + 1
         folder = RunFolder(path)
-        folder.checkpoints.mkdir(parents=True, exist_ok=True)
+        path.mkdir(parents=True, exist_ok=True)
         lock_folder(path)
         if path != recipe.folder:  # its own recipe leads back to it, also to resume
             recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(path)}})
         recipe.save(path / "recipe.yaml")
+        folder.checkpoints.mkdir(exist_ok=True)  # last: what a kill leaves before is LEFT_BY_A_KILL
         return folder
 
     def unlock(self) -> None:
