@@ -86,7 +86,7 @@ class Endpoint:
     """
 
     tries = 6
-    """How often to make a request whose failure may be temporary."""
+    """Attempts at a request whose failure may be temporary."""
     timeout = 180.0
     """Seconds to wait for an answer."""
     pause = 1.0

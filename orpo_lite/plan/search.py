@@ -144,7 +144,7 @@ class Verdict:
     plan: Plan
     words: str
     remedy: Choice | None = None
-    """What fits instead, where the recipe does not; None if nothing that was tried does."""
+    """Settings that fit, where the recipe does not; None if nothing that was tried does."""
 
 
 def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:

@@ -97,7 +97,7 @@ class DataSource(Section):
     revision: str | None = None
     """Branch, tag or commit of a hub data set."""
     weight: Annotated[float, Field(gt=0)] = 1.0
-    """How often the source is seen per epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
+    """Passes over the source per epoch: 0.5 takes a seeded half of its rows, 2 each row twice."""
     columns: Columns | None = None
     """Column map of this source; the section's `columns` if null."""
 
@@ -140,7 +140,7 @@ class DataSection(Section):
     max_completion_length: Positive | None = None
     """Tokens of the completion (encoder-decoder models: 128 if null)."""
     overlong: Literal["drop", "truncate"] = "drop"
-    """What to do with a longer pair; either way it is counted."""
+    """Drop or truncate a longer pair; either way it is counted."""
     max_rows: Positive | None = None
     """Use only the first rows of the training data (before anything is dropped)."""
     max_eval_rows: Positive | None = None
@@ -167,7 +167,7 @@ class OrpoSection(Section):
     nll_mean: Literal["window", "micro"] = "window"
     """window: normalized over the whole optimizer step; micro: TRL's mean of micro-batch means."""
     layout: Literal["auto", "shared", "packed", "padded"] = "auto"
-    """How pairs become a batch; auto takes the fastest layout that is exact for the model.
+    """Form of a batch; auto takes the fastest layout that is exact for the model.
 
     shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
     padded: two right-padded rows per pair, as in TRL."""

@@ -54,7 +54,7 @@ class Chart:
     title: str
     lines: list[Line] = field(default_factory=list)
     hint: str = ""
-    """What to look for, in a sentence."""
+    """Sentence about what to look for."""
     x: str = "optimizer step"
     y: str = ""
     """Unit of the values."""

@@ -214,7 +214,7 @@ class LoadedRun:
     checkpoint: str | None = None
     """The newest one of an unfinished run."""
     notes: list[str] = field(default_factory=list)
-    """What is missing or damaged, in sentences for the page."""
+    """Missing or damaged fields, in sentences for the page."""
 
     @property
     def name(self) -> str:

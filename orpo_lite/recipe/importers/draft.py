@@ -50,7 +50,7 @@ class RecipeDraft:
     file: str = "the file"
     """The file's name, for error messages."""
     prefix: str = ""
-    """Where `source` stands in the file, before each name in the account."""
+    """Path of `source` in the file, put before each name in the account."""
     recipe: dict[str, Any] = field(default_factory=dict)
     carried: list[tuple[str, Any, str]] = field(default_factory=list)
     """Field, value, and its place in the recipe."""
