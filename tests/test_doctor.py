@@ -12,6 +12,7 @@ import time
 import warnings
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from importlib import metadata
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,7 +22,6 @@ import torch
 import typer
 from huggingface_hub import constants
 
-from orpo_lite.common import credentials as private
 from orpo_lite.train import doctor
 from orpo_lite.train import doctor_machine as machine
 from orpo_lite.train.doctor import Probe, examine
@@ -63,16 +63,23 @@ def finds_a_problem():
     yield Finding("driver", PROBLEM, "too old", "update it")
 
 
-def test_probes_that_raise_leave_crash_or_hang_are_findings_and_the_rest_goes_on(capfd, monkeypatch):
-    monkeypatch.setattr(doctor, "LIMIT", 3)
-    probes = [Probe(f.__name__, f) for f in (raises, leaves, crashes, hangs, good)]
-    found = list(examine(probes))
+def test_probes_that_raise_or_leave_are_findings_and_the_rest_goes_on(capfd):
+    found = list(examine([Probe(f.__name__, f) for f in (raises, leaves, good)]))
     assert [(f.name, f.verdict) for f in found] == [
-        ("raises", OK), ("raises", PROBLEM), ("leaves", PROBLEM), ("crashes", PROBLEM), ("hangs", PROBLEM), ("good", OK)
+        ("raises", OK), ("raises", PROBLEM), ("leaves", PROBLEM), ("good", OK)
     ]  # fmt: skip
     assert "RuntimeError: no such thing" in found[1].text and "in raises" in found[1].facts["traceback"][-1]
-    assert "SystemExit" in found[2].text and "Killed" in found[3].text and "within 3 s" in found[4].text
-    assert all("--json" in finding.remedy for finding in found[1:5])
+    assert "SystemExit" in found[2].text
+    assert all("--json" in finding.remedy for finding in found[1:3])
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize(("probe", "words"), [(crashes, "Killed"), (hangs, "within 3 s")])
+def test_a_probe_that_crashes_or_hangs_is_named_at_the_end(probe, words, capfd, monkeypatch):
+    monkeypatch.setattr(doctor, "LIMIT", 3)
+    found = list(examine([Probe(f.__name__, f) for f in (good, probe, good)]))
+    assert [(f.name, f.verdict) for f in found] == [("good", OK), (probe.__name__, PROBLEM)]
+    assert words in found[1].text and "left out" in found[1].text and "--json" in found[1].remedy
     assert capfd.readouterr() == ("", "")
 
 
@@ -105,29 +112,21 @@ def test_one_line_a_finding_and_the_exit_status(monkeypatch, capsys):
 
 
 def tells_secrets():
-    home, host = Path.home(), os.uname().nodename
-    text = f"{home}/x, /data/{os.environ['USER']}/y, {host}, {CANARY}, https://me:word@hub.example/z, {os.environ['MY_API_KEY']}"
+    text = f"{CANARY}, https://me:word@hub.example/z, {os.environ['MY_API_KEY']}, savedsecretvalue"
     yield Finding(f"secrets {CANARY}", NOTE, text, remedy=text, facts={"where": [text, {text: 1}]})
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_nothing_private_is_printed(as_json, monkeypatch, capsys, tmp_path):
-    home = tmp_path / "grandma"
-    (home / ".cache" / "huggingface").mkdir(parents=True)
-    (home / ".cache" / "huggingface" / "stored_tokens").write_text("[mine]\nhf_token = savedsecretvalue\n")
-    for name, value in {"HOME": str(home), "USER": "grandma", "LOGNAME": "grandma", "HF_TOKEN": CANARY,
-                        "MY_API_KEY": "sesame-open-sesame", "HF_ENDPOINT": "https://hub.example"}.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    monkeypatch.delenv("HF_HOME", raising=False)
+def test_nothing_secret_is_printed(as_json, monkeypatch, capsys, tmp_path):
+    (tmp_path / "stored_tokens").write_text("[mine]\nhf_token = savedsecretvalue\n")
+    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
+    monkeypatch.setenv("HF_TOKEN", CANARY)
+    monkeypatch.setenv("MY_API_KEY", 'sesame "open" sésame\\')
     monkeypatch.setattr(doctor, "PROBES", [Probe("secrets", tells_secrets)])
     doctor.command(as_json=as_json, no_self_test=True)
     out = capsys.readouterr().out
-    hidden = [CANARY, "grandma", "sesame", "me:word", *(["hub.example"] if as_json else [])]
-    host = os.uname().nodename.partition(".")[0]
-    hidden += [host] if len(host) > 2 and host != "localhost" else []
-    assert not [word for word in hidden if word in out], out
-    assert "~/x" in out and "/data/<user>/y" in out
-    assert "savedsecretvalue" in private.Scrubber().secrets
+    assert not [word for word in (CANARY, "sesame", "open", "same", "me:word", "savedsecretvalue") if word in out], out
+    assert "hub.example/z" in out
     if as_json:
         assert json.loads(out)["verdict"] == NOTE
 
@@ -174,7 +173,7 @@ def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp
     assert "HF_TOKEN" in checks["token"]["text"]
     assert all("authorization" not in headers.lower() for headers in http.seen) and http.seen
     everything = done.stdout + done.stderr + b"".join(p.read_bytes() for p in home.rglob("*") if p.name != "token" and p.is_file())  # fmt: skip
-    for secret in (CANARY, CANARY[3:24], str(home), str(http.server_port) + "/api"):
+    for secret in (CANARY, CANARY[3:24]):
         assert secret.encode() not in everything
     left = [path for path in tmp_path.rglob("*") if path.is_file() and path.name != "token"]
     assert not left, left
@@ -184,16 +183,26 @@ def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp
 
 
 def test_packages_missing_or_outside_their_range(monkeypatch):
-    monkeypatch.setattr(machine, "requirements", lambda: ["torch>=2.8", "peft>=0.19", "gguf>=1; extra == 'export'"])
+    declared = ["torch>=2.8", "peft>=0.19", "gguf>=1; extra == 'export'"]
     versions = {"torch": "2.13.0+cu126", "peft": "0.21.2"}
-    monkeypatch.setattr(machine, "installed_version", versions.get)
+
+    def version(name):
+        if name not in versions:
+            raise metadata.PackageNotFoundError(name)
+        return versions[name]
+
+    def not_installed(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", lambda name: declared)
+    monkeypatch.setattr(metadata, "version", version)
     assert next(machine.packages()).verdict == OK
     versions["peft"] = "0.18.1"
     found = next(machine.packages())
     assert found.verdict == PROBLEM and "peft is 0.18.1" in found.text and "'peft>=0.19'" in found.remedy
     del versions["torch"]
     assert "torch is missing" in next(machine.packages()).text
-    monkeypatch.setattr(machine, "requirements", list)
+    monkeypatch.setattr(metadata, "requires", not_installed)
     assert next(machine.packages()).verdict == NOTE
 
 
@@ -271,9 +280,9 @@ def test_a_hub_that_is_not_asked(monkeypatch):
 
 
 def test_tokens_are_seen_and_not_shown(monkeypatch, tmp_path):
-    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN", "HF_TOKEN_PATH"):
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("HF_HOME", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(tmp_path / "token"))
     assert next(machine.token()).verdict == NOTE
     (tmp_path / "token").write_text(CANARY)
     found = [next(machine.token())]

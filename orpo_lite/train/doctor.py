@@ -26,14 +26,14 @@ from rich.markup import escape
 
 from orpo_lite import __version__
 from orpo_lite.common.console import console
-from orpo_lite.common.credentials import Scrubber
+from orpo_lite.common.credentials import without_secrets
 from orpo_lite.train import doctor_machine as machine
 from orpo_lite.train.doctor_machine import NOTE, OK, PROBLEM, Finding, in_words
 
 BUG_REPORT = "if this stays, add the output of python -m orpo_lite.doctor --json to a bug report"
 COLORS = {OK: "green", NOTE: "yellow", PROBLEM: "bold red"}
 """Of the verdicts, from good to bad."""
-ROUNDING = {"float32": 1e-3, "float16": 3e-2, "bfloat16": 5e-2}
+ROUNDING = {"torch.float32": 1e-3, "torch.float16": 3e-2, "torch.bfloat16": 5e-2}
 """Largest error by dtype, relative to the norm, that is rounding."""
 NF4_ERROR = 0.0926
 """Relative error of the probe's matrix when each value is replaced by the nearest of NF4's codes times its block's scale."""
@@ -70,30 +70,31 @@ def command(
     ] = False,
 ) -> None:
     """Check this machine for training: packages, memory, card, kernels, hub; then a self-test of some 20 seconds."""
-    started, found, scrub = time.monotonic(), list[Finding](), Scrubber(report=as_json)
+    started, found = time.monotonic(), list[Finding]()
     if not as_json:
         console.print(f"orpo-lite {__version__}; importing the libraries can take a minute")
     for finding in examine(PROBES if no_self_test else [*PROBES, SELF_TEST]):
         found.append(finding)
         if not as_json:
-            show(finding, scrub)
+            show(finding)
     worst = max((finding.verdict for finding in found), key=list(COLORS).index)
     seconds = time.monotonic() - started
     if as_json:
         checks = [vars(finding) for finding in found]
         report = {"orpo_lite": __version__, "verdict": worst, "seconds": round(seconds, 1), "checks": checks}
-        print(json.dumps(scrub(report), indent=1))
+        print(without_secrets(json.dumps(report, indent=1)))
     else:
         console.print(f"\n{summary(found)} ({seconds:.0f} s)", soft_wrap=True)
     if worst == PROBLEM:
         raise typer.Exit(1)
 
 
-def show(finding: Finding, scrub: Scrubber) -> None:
+def show(finding: Finding) -> None:
     """Print one line: verdict, name, what was found, and the remedy."""
     text = f"{finding.text} -> {finding.remedy}" if finding.remedy else finding.text
     verdict = f"[{COLORS[finding.verdict]}]{finding.verdict:<7}[/]"
-    console.print(f"{verdict}  [bold]{escape(scrub(finding.name))}[/]: {escape(scrub(text))}", soft_wrap=True)
+    name, text = (escape(without_secrets(words)) for words in (finding.name, text))
+    console.print(f"{verdict}  [bold]{name}[/]: {text}", soft_wrap=True)
 
 
 def summary(found: list[Finding]) -> str:
@@ -109,30 +110,30 @@ def summary(found: list[Finding]) -> str:
 # ---- probes in another process ---------------------------------------------------------------------------------------
 
 
-def examine(probes: list[Probe], broken: frozenset[str] = frozenset()) -> Iterator[Finding]:
+def examine(probes: list[Probe]) -> Iterator[Finding]:
     """Run the probes in a child process, since what they look at may raise, hang, or take its process down.
 
-    Args:
-        broken: findings with a problem so far; a probe that needs one of them is skipped, with a note.
+    The last two end the examination, with a finding that has the name of the probe.
     """
     # forking is faster, and safe as long as this process has not used CUDA
     context: Any = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
     receiver, sender = context.Pipe(duplex=False)
     sys.stdout.flush()
-    current, reason = 0, f"gave no answer within {LIMIT} s"
+    name, reason = probes[0].name, f"gave no answer within {LIMIT} s"
     # files that a killed probe leaves behind are removed with this folder
     with tempfile.TemporaryDirectory(prefix="orpo_lite_", ignore_cleanup_errors=True) as scratch:
-        process = context.Process(target=look, args=(probes, broken, sender, scratch), daemon=True)
+        process = context.Process(target=look, args=(probes, sender, scratch), daemon=True)
         process.start()
         sender.close()
         try:
             while receiver.poll(LIMIT):
-                current, finding = receiver.recv()
-                if current == len(probes):
+                message = receiver.recv()
+                if message is None:
                     return
-                if finding is not None:
-                    broken |= {finding.name} if finding.verdict == PROBLEM else set()
-                    yield finding
+                if isinstance(message, Finding):
+                    yield message
+                else:
+                    name = message
         except EOFError:
             process.join()
             code = process.exitcode
@@ -140,27 +141,26 @@ def examine(probes: list[Probe], broken: frozenset[str] = frozenset()) -> Iterat
         finally:
             process.kill()
             process.join()
-    name = probes[current].name
-    yield Finding(name, PROBLEM, reason, BUG_REPORT)
-    yield from examine(probes[current + 1 :], broken | {name})
+    yield Finding(name, PROBLEM, f"{reason}; the checks after it were left out", BUG_REPORT)
 
 
-def look(probes: list[Probe], broken: frozenset[str], sender: Any, scratch: str) -> None:
-    """Run the probes in this child process, whose output is discarded, and send (probe, finding or None for its begin)."""
+def look(probes: list[Probe], sender: Any, scratch: str) -> None:
+    """Run the probes in this child process, whose output is discarded; send the name of each, then its findings; last None."""
     sys.stdout = sys.stderr = nowhere = open(os.devnull, "w", encoding="utf-8")
     tempfile.tempdir = scratch
     for stream in (1, 2):  # the output of native code
         os.dup2(nowhere.fileno(), stream)
-    for place, probe in enumerate(probes):
-        sender.send((place, None))
+    broken: set[str] = set()
+    for probe in probes:
+        sender.send(probe.name)
         if cause := next((name for name in probe.needs if name in broken), None):
-            broken |= {probe.name}
-            sender.send((place, Finding(probe.name, NOTE, f"skipped, since there is a problem with {cause}")))
+            broken.add(probe.name)
+            sender.send(Finding(probe.name, NOTE, f"skipped, since there is a problem with {cause}"))
             continue
         for finding in findings(probe):
             broken |= {finding.name} if finding.verdict == PROBLEM else set()
-            sender.send((place, finding))
-    sender.send((len(probes), None))
+            sender.send(finding)
+    sender.send(None)
 
 
 def findings(probe: Probe) -> Iterator[Finding]:
@@ -194,9 +194,8 @@ def quantizing() -> Iterator[Finding]:
     device = default_device()
     dtype = choose_precision(device=device).dtype
     errors = four_bit_errors(device, dtype)
-    right = abs(errors["quantizing"] / NF4_ERROR - 1) <= 0.03 and max(errors["forward"], errors["backward"]) < rounding(
-        dtype
-    )
+    layer = max(errors["forward"], errors["backward"])
+    right = abs(errors["quantizing"] / NF4_ERROR - 1) <= 0.03 and layer < ROUNDING[str(dtype)]
     off = ", ".join(f"{what} {error:.1%}" for what, error in errors.items())
     text = f"{'right' if right else 'wrong'} on {device.type}: errors of {off}, where NF4's is {NF4_ERROR:.1%}"
     remedy = (
@@ -230,11 +229,6 @@ def four_bit_errors(device: Any, dtype: Any) -> dict[str, float]:
         "forward": max(relative(out, expected), relative(single, expected[:1])),
         "backward": relative(x.grad, got.sum(0).expand(40, 256)),
     }
-
-
-def rounding(dtype: Any) -> float:
-    """Return the largest relative error that is rounding in a dtype."""
-    return ROUNDING[str(dtype).removeprefix("torch.")]
 
 
 def computing() -> Iterator[Finding]:
@@ -357,7 +351,7 @@ def compare_layouts(model: Any, args: Any, rows: Any, tokenizer: Any, dtype: Any
         outcomes[layout] = loss, gradient / SCALE
     padded = outcomes.pop("padded")
     of_loss, of_gradient = (max(relative(other[n], padded[n]) for other in outcomes.values()) for n in (0, 1))
-    wrong = not max(of_loss, of_gradient) <= rounding(dtype)
+    wrong = not max(of_loss, of_gradient) <= ROUNDING[str(dtype)]
     text = f"shared, packed and padded {'do not agree' if wrong else 'agree'}: loss within {of_loss:.0e}, gradients within {of_gradient:.0e}"
     return text, wrong
 

@@ -18,9 +18,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-from orpo_lite.common.credentials import token_files
 from orpo_lite.common.text import format_gb
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
@@ -74,33 +72,24 @@ def packages() -> Iterator[Finding]:
     """Compare the installed versions with those that orpo-lite declares."""
     from packaging.requirements import Requirement
 
-    declared = [Requirement(line) for line in requirements()]
-    declared = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
-    found = {one.name: installed_version(one.name) for one in declared}
-    wrong = [one for one in declared if not one.specifier.contains(found[one.name] or "0", prereleases=True)]
-    if not declared:
+    try:
+        declared = [Requirement(line) for line in importlib.metadata.requires("orpo-lite") or ()]
+    except importlib.metadata.PackageNotFoundError:
         remedy = "pip install -c constraints.txt ."
         yield Finding("packages", NOTE, "orpo-lite is not installed, so nothing says what it needs", remedy)
-    elif wrong:
-        text = "; ".join(f"{one.name} is {found[one.name] or 'missing'}, {one.specifier} is needed" for one in wrong)
+        return
+    declared = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+    found: dict[str, str] = {}
+    for one in declared:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[one.name] = importlib.metadata.version(one.name)
+    wrong = [one for one in declared if not one.specifier.contains(found.get(one.name, "0"), prereleases=True)]
+    if wrong:
+        text = "; ".join(f"{one.name} is {found.get(one.name, 'missing')}, {one.specifier} is needed" for one in wrong)
         remedy = "pip install -U " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong)
         yield Finding("packages", PROBLEM, text, remedy, found)
     else:
         yield Finding("packages", OK, f"{len(found)} packages in the declared versions", facts=found)
-
-
-def requirements() -> list[str]:
-    """List what orpo-lite depends on; nothing where it is not installed."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.requires("orpo-lite") or []
-    return []
-
-
-def installed_version(name: str) -> str | None:
-    """Look up the installed version of a package."""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        return importlib.metadata.version(name)
-    return None
 
 
 def libraries() -> Iterator[Finding]:
@@ -165,10 +154,8 @@ def hub() -> Iterator[Finding]:
     from huggingface_hub import constants
     from huggingface_hub.utils import get_session
 
-    address = urlsplit(constants.ENDPOINT)
-    place = f"{address.scheme}://{address.hostname}" + (f":{address.port}" if address.port else "")
     remedy = "check HF_ENDPOINT, network, proxy and firewall, or try again later"
-    text = f"{place} answers"
+    text = f"{constants.ENDPOINT} answers"
     try:
         answer = get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=HUB_SECONDS)
         if answer.status_code >= 500 or answer.status_code in (401, 403, 407, 429):
@@ -178,7 +165,7 @@ def hub() -> Iterator[Finding]:
         else:
             remedy = ""
     except Exception as error:
-        text = f"{place} cannot be reached ({in_words(error, 120)})"
+        text = f"{constants.ENDPOINT} cannot be reached ({in_words(error, 120)})"
     if constants.HF_HUB_OFFLINE:
         text, remedy = "not asked, since HF_HUB_OFFLINE is set", "unset it to download"
     remedy = remedy and f"{remedy}; models that are on this machine can be trained on"
@@ -186,13 +173,12 @@ def hub() -> Iterator[Finding]:
 
 
 def token() -> Iterator[Finding]:
-    """Check that there is a token; it is not read further than that, and never shown."""
+    """Check that there is a token, which is not shown."""
+    from huggingface_hub import get_token
+
     names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()]
-    file = token_files()[0]
-    if names:
-        yield Finding("token", OK, f"present, in {names[0]}")
-    elif file.is_file() and file.stat().st_size:
-        yield Finding("token", OK, "present, saved by hf auth login")
+    if get_token():
+        yield Finding("token", OK, f"present, {f'in {names[0]}' if names else 'saved by hf auth login'}")
     else:
         remedy = "gated models (Llama, Gemma) and push need one: hf auth login, or set HF_TOKEN"
         yield Finding("token", NOTE, "none", remedy)
