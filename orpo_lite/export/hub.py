@@ -16,12 +16,13 @@ from huggingface_hub.utils import validate_repo_id
 from rich.filesize import decimal
 
 from orpo_lite.common.console import console, json_alone
-from orpo_lite.common.credentials import find_secrets
+from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import ALLOWED, match, refuse
+from orpo_lite.common.published_files import match, refuse_secrets
 
 if TYPE_CHECKING:
-    from orpo_lite.export.upload_plan import Kind, UploadPlan
+    from orpo_lite.export.upload_plan import UploadPlan
+    from orpo_lite.report.model_card import Kind
 
 REMEDIES = {
     401: "it refused the token: create a new one on {endpoint}/settings/tokens, then `hf auth login` (HF_TOKEN, where set, "
@@ -50,7 +51,8 @@ def push(
 ) -> str | None:
     """Publish a run folder's adapter, its merged model, or a GGUF file made from it.
 
-    Only files of an allow-list are uploaded, and they are listed first. The hub keeps what an interrupted upload has
+    Only files of an allow-list are uploaded; they are listed first, and whatever else the folder holds with the reason why
+    it stays. The hub keeps what an interrupted upload has
     sent, so the same call resumes it. The token is huggingface_hub's (`hf auth login`, HF_TOKEN); it is neither shown
     nor stored.
 
@@ -70,7 +72,7 @@ def push(
         Id of the commit that holds the files (the newest, where nothing had changed); None after a dry run.
 
     Raises:
-        RequestError: something in the folder must not be published; no token, no rights, no room, no connection.
+        RequestError: a text that would be uploaded holds a credential; no token, no rights, no room, no connection.
     """
     from orpo_lite.export.upload_plan import add_card, add_files_of_run, plan_gguf, plan_upload, remove_local_paths
 
@@ -90,20 +92,20 @@ def push(
         if dry_run:
             # no request leaves, not even the one that asks for a newer version of a cached base
             stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
-        of_run = plan_upload(folder, token)
-        plan = plan_gguf(Path(gguf), token) if gguf is not None else of_run
+        of_run = plan_upload(folder)
+        plan = plan_gguf(Path(gguf)) if gguf is not None else of_run
+        refuse_secrets(folder, of_run.files | plan.files, token)
         merging = merged and plan.kind == "adapter"
         state = f"{'public' if private is False else 'private'} if new"
         if not dry_run:  # before the merge, which may take minutes
             state = prepare(api, repo, revision, "merged" if merging else plan.kind, private)
         if merging:
-            plan = plan_upload(merge_beside(folder, stack), token)
+            plan = plan_upload(merge_beside(folder, stack))
         if plan is not of_run:
             add_files_of_run(of_run, plan)
         add_card(plan, folder, repo, base_repo)
         remove_local_paths(plan, folder, base_repo)
-        changed = {name: content for name, content in plan.files.items() if isinstance(content, bytes)}
-        refuse(folder, [f"{name}, {found}" for name, text in changed.items() for found in find_secrets(text, token)])
+        refuse_secrets(folder, plan.files, token)  # also what card and merge have added
         facts |= {"repository": repo, "state": state, "revision": revision, "kind": plan.kind, "commit": None}
         facts |= show(plan, f"{repo} ({state})" + (f", branch {revision}" if revision else ""))
         if dry_run:
@@ -140,25 +142,29 @@ def merge_beside(folder: Path, stack: contextlib.ExitStack) -> Path:
 
 
 def show(plan: UploadPlan, target: str) -> dict[str, Any]:
-    """Print every file that is uploaded, every one that is kept and why, and the notes; return all of it."""
-    what = ALLOWED[plan.kind]
-    files = [(name, size, match(name, what)) for name, size in plan.sizes().items()]
-    kept = [(name, size_of(path), why) for name, (path, why) in plan.kept.items()]
-    width = max(len(name) for name, *_ in files + kept)
-    lines = [f"  {name:<{width}}  {decimal(size):>9}  {words}" for name, size, words in files + kept]
-    total = f"  {len(files)} files, {decimal(sum(size for _, size, _ in files))}"
+    """Print every file that is uploaded, what is kept by the reason for it, and the notes; return all of it."""
+    files = [
+        {"name": name, "bytes": size_of(content), "what": match(name, plan.allowed)}
+        for name, content in sorted(plan.files.items())
+    ]
+    kept = [{"name": name, "bytes": size_of(path), "why": why} for name, (path, why) in plan.kept.items()]
+    rows = [(file["name"], file["bytes"], file["what"]) for file in files]
+    for why in dict.fromkeys(file["why"] for file in kept):
+        group = [file for file in kept if file["why"] == why]
+        rows.append((", ".join(file["name"] for file in group), sum(file["bytes"] for file in group), why))
+    width = max(len(name) for name in plan.files)
+    lines = [f"  {name:<{width}}  {decimal(size):>9}  {words}" for name, size, words in rows]
+    total = f"  {len(files)} files, {decimal(sum(file['bytes'] for file in files))}"
     lines.insert(len(files), f"{total}\nnot uploaded:" if kept else total)
     console.print("\n".join([f"to {target}:", *lines, *plan.notes]), soft_wrap=True, markup=False)
-    return {
-        "files": [{"name": name, "bytes": size, "what": words} for name, size, words in files],
-        "stays": [{"name": name, "bytes": size, "why": words} for name, size, words in kept],
-        "notes": plan.notes,
-    }
+    return {"files": files, "stays": kept, "notes": plan.notes}
 
 
-def size_of(path: Path) -> int:
-    """Return the bytes of a file, or of all files in a folder."""
-    return sum(p.lstat().st_size for p in path.rglob("*")) if path.is_dir() else path.lstat().st_size
+def size_of(content: Path | bytes) -> int:
+    """Return the bytes of a content, of a file, or of all files in a folder."""
+    if isinstance(content, bytes):
+        return len(content)
+    return content.stat().st_size if content.is_file() else sum(p.lstat().st_size for p in content.rglob("*"))
 
 
 def prepare(api: HfApi, repo: str, revision: str | None, kind: Kind, private: bool | None) -> str:
@@ -212,7 +218,7 @@ def errors_in_words(repo: str, api: HfApi, hint: str = "") -> Iterator[None]:
         while cause is not None and not isinstance(cause, known):
             cause = cause.__cause__ or cause.__context__
         text = explain(repo, api.endpoint, cause) if cause else f"{type(error).__name__}: {error}"
-        text = " ".join(text.replace(str(api.token), "***").split())
+        text = " ".join(without_secrets(text).split())
         # without the cause, which --debug would print and which may quote the request
         raise (RequestError if cause else RuntimeError)(text + hint) from None
 

@@ -5,20 +5,18 @@ from __future__ import annotations
 import json
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import ALLOWED, LICENSES, refuse, sort_files
+from orpo_lite.common.published_files import ALLOWED, COMMON, STAYS, Table, match, published, walk
 from orpo_lite.recipe.loading import BUILTIN
-from orpo_lite.report.model_card import hub_id, last_part, model_card
+from orpo_lite.recipe.validation import leaves
+from orpo_lite.report.model_card import Kind, hub_id, last_part, model_card
 from orpo_lite.report.page import read_json
 
-Kind = Literal["adapter", "merged", "gguf"]
 NOTES = re.compile(r"(?m)^## Notes\n\n(?:- .*\n)+")
 ABSOLUTE = re.compile(r"(?:file:/)?/[^/\s]+/|[A-Za-z]:[\\/]|\\\\")
 """The start of a path from the root, at least two names deep, on this or another kind of system."""
@@ -34,11 +32,13 @@ class UploadPlan:
     """The files to upload, those that are kept and why, and notes for the user.
 
     Attributes:
+        allowed: what may be uploaded.
         files: name in the repository -> a file, or the content where it differs from the file.
         kept: name -> path and reason.
     """
 
     kind: Kind
+    allowed: Table
     files: dict[str, Path | bytes]
     kept: dict[str, tuple[Path, str]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
@@ -48,21 +48,12 @@ class UploadPlan:
         content = self.files.get(name, b"")
         return (content if isinstance(content, bytes) else content.read_bytes()).decode("utf-8")
 
-    def sizes(self) -> dict[str, int]:
-        """Return the size of every file in bytes, in the order of names."""
-        return {name: len(content) if isinstance(content, bytes) else content.stat().st_size
-                for name, content in sorted(self.files.items())}  # fmt: skip
 
-
-def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
+def plan_upload(folder: Path) -> UploadPlan:
     """Sort a run folder or a merged model's folder into what is uploaded and what is kept.
 
-    Args:
-        folder: the folder, by any path.
-        token: the user's own, to be searched for as well.
-
     Raises:
-        RequestError: the folder is neither, lacks weights, or holds what must not be published (see `sort_files`).
+        RequestError: the folder is neither, lacks weights, or has a link that leads out of it for one of the files.
     """
     if not folder.is_dir():
         raise RequestError(f"{folder}: no such folder; expected a run folder or a merged model")
@@ -79,16 +70,17 @@ def plan_upload(folder: Path, token: str | None = None) -> UploadPlan:
         index = folder / "model.safetensors.index.json"
         required = set(read_json(index)["weight_map"].values()) if index.is_file() else {"model.safetensors"}
         if "auto_map" in read_json(folder / "config.json"):
-            allowed = allowed | {"*.py": "the model's own code, which config.json names"}
-    files, kept = sort_files(folder, allowed, token)
+            allowed = allowed | ALLOWED["merged with code"]
+    files = published(folder, allowed)
     if missing := required - set(files):
         raise RequestError(
             f"{folder}: {', '.join(sorted(missing))} missing, so nobody could load it: was it written completely?"
         )
-    return UploadPlan(kind, dict(files), kept)
+    kept = {name: (path, match(name.rstrip("/"), STAYS) or "") for name, path in walk(folder) if name not in files}
+    return UploadPlan(kind, allowed, dict(files), kept)
 
 
-def plan_gguf(file: Path, token: str | None) -> UploadPlan:
+def plan_gguf(file: Path) -> UploadPlan:
     """Plan to upload a GGUF file and the Modelfile beside it."""
     head = b""
     if file.is_file():
@@ -103,9 +95,8 @@ def plan_gguf(file: Path, token: str | None) -> UploadPlan:
             f"--gguf: {file} is an adapter, whose card would be that of a whole model: push the run itself, or the GGUF "
             "file of the merged model (export without --adapter)"
         )
-    plan, modelfile = UploadPlan("gguf", {file.name: file}), file.with_name("Modelfile")
+    plan, modelfile = UploadPlan("gguf", ALLOWED["gguf"], {file.name: file}), file.with_name("Modelfile")
     if modelfile.is_file():
-        refuse(file.parent, [f"Modelfile, {found}" for found in find_secrets(modelfile, token)])
         if f"./{file.name}\n" in modelfile.read_text("utf-8"):
             plan.files["Modelfile"] = modelfile
         else:
@@ -115,7 +106,7 @@ def plan_gguf(file: Path, token: str | None) -> UploadPlan:
 
 def add_files_of_run(run: UploadPlan, plan: UploadPlan) -> None:
     """Add the run's files that describe the weights of the plan; what the run keeps stays kept."""
-    shared = {"recipe.yaml", "curves.png", *LICENSES} & run.files.keys()
+    shared = {"recipe.yaml", "curves.png", *COMMON["license"]} & run.files.keys()
     plan.files = {name: run.files[name] for name in shared} | plan.files
     plan.kept = {name: why for name, why in run.kept.items() if name not in plan.files} | plan.kept
 
@@ -153,7 +144,8 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
     recipe: Any = safe_yaml.read(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
     adapter = read_json(run / "adapter_config.json")
     texts = {name: plan.text(name) for name in TEXTS if name in plan.files}
-    values = strings([recipe, *(json.loads(text) for name, text in texts.items() if name.endswith(".json"))])
+    contents = [recipe, *(json.loads(text) for name, text in texts.items() if name.endswith(".json"))]
+    values = [str(value) for _, value in leaves(contents)]
     swaps = {path: last_part(path) for path in (str(run.resolve()), *values) if ABSOLUTE.match(path)}
     output = recipe.get("training", {}).get("output_dir")
     if output in swaps:
@@ -184,15 +176,6 @@ def public_base(name: str) -> str:
     if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
         return cached[1].replace("--", "/", 1)
     return name if name.startswith(BUILTIN) or hub_id(name) else LOCAL + last_part(name)
-
-
-def strings(value: Any) -> Iterator[str]:
-    """Yield every string in nested lists and mappings."""
-    if isinstance(value, str):
-        yield value
-    elif isinstance(value, dict | list):
-        for inner in value.values() if isinstance(value, dict) else value:
-            yield from strings(inner)
 
 
 def path_pattern(path: str) -> re.Pattern[str]:

@@ -13,8 +13,7 @@ from datasets import Dataset, Features, Value, concatenate_datasets
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from orpo_lite.common.credentials import find_secrets
-from orpo_lite.common.published_files import ALLOWED, match, refuse, walk
+from orpo_lite.common.published_files import ALLOWED, published, refuse_secrets
 from orpo_lite.objective.loss import log_odds_ratio
 from orpo_lite.objective.metrics import finish_metrics
 
@@ -136,7 +135,7 @@ class TrlNames(Base):
             huggingface_hub's CommitInfo, or a future of it where not blocking; None on all processes but the first.
 
         Raises:
-            RequestError: a file holds what looks like a credential.
+            RequestError: a file holds what looks like a credential, or is a link that leads out of the folder.
         """
         token = token or self.args.hub_token
         if self.hub_model_id is None:
@@ -147,9 +146,8 @@ class TrlNames(Base):
         card.setdefault("model_name", str(self.hub_model_id).split("/")[-1])
         self.create_model_card(**card)
         folder = Path(str(self.args.output_dir))
-        allowed = ALLOWED["adapter"] | ALLOWED["merged"]
-        files = {name: path for name, path in walk(folder) if match(name, allowed)}
-        refuse(folder, [f"{name}, {line}" for name, path in files.items() for line in find_secrets(path, token)])
+        files = published(folder, ALLOWED["adapter"] | ALLOWED["merged"])
+        refuse_secrets(folder, files, token)
         return HfApi().upload_folder(
             repo_id=str(self.hub_model_id), folder_path=folder, allow_patterns=list(files), token=token,
             commit_message=commit_message, revision=revision or self.args.hub_revision, run_as_future=not blocking,
