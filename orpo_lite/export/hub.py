@@ -94,7 +94,8 @@ def push(
             stack.enter_context(patch.object(constants, "HF_HUB_OFFLINE", True))
         of_run = plan_upload(folder)
         plan = plan_gguf(Path(gguf)) if gguf is not None else of_run
-        refuse_secrets(folder, of_run.files | plan.files, token)
+        searched = of_run.files | plan.files
+        refuse_secrets(folder, searched, token)
         merging = merged and plan.kind == "adapter"
         state = f"{'public' if private is False else 'private'} if new"
         if not dry_run:  # before the merge, which may take minutes
@@ -105,7 +106,8 @@ def push(
             add_files_of_run(of_run, plan)
         add_card(plan, folder, repo, base_repo)
         remove_local_paths(plan, folder, base_repo)
-        refuse_secrets(folder, plan.files, token)  # also what card and merge have added
+        added = {name: content for name, content in plan.files.items() if content is not searched.get(name)}
+        refuse_secrets(folder, added, token)
         facts |= {"repository": repo, "state": state, "revision": revision, "kind": plan.kind, "commit": None}
         facts |= show(plan, f"{repo} ({state})" + (f", branch {revision}" if revision else ""))
         if dry_run:

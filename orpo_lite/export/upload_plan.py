@@ -152,7 +152,7 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
         swaps[output] = f"outputs/{last_part(output)}"  # where a run of this recipe would go without it
     names = {recipe.get("model", {}).get("name_or_path"), adapter.get("base_model_name_or_path")} - {None, ""}
     known = sorted(map(public_base, names), key=lambda name: (name.startswith(LOCAL), name.startswith(BUILTIN), name))
-    base = base_repo or (known[0] if known else "")
+    base = base_repo or next(iter(known), "")
     swaps |= {name: base for name in names if name != base}
     if len(Path.home().parts) > 1:
         swaps[str(Path.home())] = "~"

@@ -367,6 +367,15 @@ def test_credential_in_a_text_is_named_by_file_and_line_but_not_shown(hub, folde
     assert token[3:] not in str(refused.value) and hub.requests == []
 
 
+@pytest.mark.parametrize("merged", [True, False])
+def test_a_credential_in_what_the_push_itself_writes_is_found(hub, folder, monkeypatch, merged):
+    monkeypatch.setattr("orpo_lite.export.upload_plan.model_card", lambda *a, **k: f"# {TOKENS['github']}")
+    (folder / "README.md").unlink()
+    with pytest.raises(RequestError, match=r"README.md, line 1: looks like a GitHub token"):
+        push(folder, "me/quick", merged=merged)
+    assert not hub.repos["me/quick"].branches["main"][-1].files
+
+
 def test_the_users_own_token_is_found_whatever_its_shape(hub, folder, monkeypatch):
     monkeypatch.setenv("HF_TOKEN", "plainword")
     (folder / "chat_template.jinja").write_text("{# plainword #}")
