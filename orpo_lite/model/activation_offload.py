@@ -1,19 +1,20 @@
 """Activation checkpointing: which layers recompute, and their saved inputs in host memory until the backward pass.
 
 A checkpointed layer keeps only its input, rows x hidden size. For two sequences of 4,096 tokens in a model of 32 layers
-and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses for. The copy to the host overlaps with the
-layer's own work; the copy back takes a few percent of the layer's recomputation.
+and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses for. The copies to the host and back take a
+few percent of the layer's work each.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from contextlib import AbstractContextManager
+from typing import Any
 
-import torch
-from torch import Tensor, nn
-from torch.autograd.graph import saved_tensors_hooks
+from torch import nn
+from torch.autograd.graph import save_on_cpu
 from transformers import PreTrainedModel, TrainerCallback
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -22,65 +23,21 @@ from orpo_lite.model.inspection import outside_text, unwrap
 
 logger = logging.getLogger(__name__)
 
-SMALLEST = 1 << 20
-"""Bytes below which a tensor stays where it is: a copy would cost more than the memory it frees."""
 
-
-class Away(NamedTuple):
-    """A tensor that waits in host memory."""
-
-    host: Tensor
-    device: torch.device
-    copied: Any
-    """CUDA event after which the host has it; None where the copy was made at once."""
-
-
-class HostMemory:
-    """Copies tensors to page-locked memory of the host and back, bit for bit."""
-
-    def __init__(self) -> None:
-        self._stream: Any = None
-
-    def pack(self, tensor: Tensor) -> Tensor | Away:
-        """Copy a tensor to the host; small ones stay."""
-        if tensor.nbytes < SMALLEST or isinstance(tensor, nn.Parameter):
-            return tensor
-        if tensor.device.type != "cuda":
-            return Away(tensor.to("cpu", copy=True), tensor.device, None)
-        if self._stream is None:
-            self._stream = torch.cuda.Stream(tensor.device)
-        host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        self._stream.wait_stream(torch.cuda.current_stream(tensor.device))
-        with torch.cuda.stream(self._stream):
-            host.copy_(tensor, non_blocking=True)
-        tensor.record_stream(self._stream)  # its memory is not reused before the copy is done
-        return Away(host, tensor.device, self._stream.record_event())
-
-    def unpack(self, kept: Tensor | Away) -> Tensor:
-        """Copy a tensor back to its device."""
-        if isinstance(kept, Tensor):
-            return kept
-        if kept.copied is not None:
-            torch.cuda.current_stream(kept.device).wait_event(kept.copied)
-        return kept.host.to(kept.device, non_blocking=True, copy=True)
-
-
-def offload(layers: Sequence[nn.Module], place: Any) -> None:
-    """Make checkpointed layers keep their saved tensors in `place`: a HostMemory, or an object with its pack and unpack.
+def offload(layers: Sequence[nn.Module], hooks: AbstractContextManager[Any]) -> None:
+    """Make checkpointed layers keep their saved inputs where `hooks` puts them, such as torch's save_on_cpu.
 
     Must be called again whenever checkpointing is switched on, which replaces the layers' checkpointing function.
     """
+
+    def away(checkpoint: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+        # tensors saved inside the layer go to checkpoint's own hooks, which are entered later
+        with hooks:
+            return checkpoint(*args, **kwargs)
+
     for layer in layers:
-        plain: Callable[..., Any] = layer._gradient_checkpointing_func  # type: ignore[assignment]
-        plain = getattr(plain, "orpo_plain", plain)
-
-        def away(*args: Any, plain: Callable[..., Any] = plain, **kwargs: Any) -> Any:
-            # tensors saved inside the layer go to checkpoint's own hooks, which are entered later
-            with saved_tensors_hooks(place.pack, place.unpack):
-                return plain(*args, **kwargs)
-
-        away.orpo_plain = plain  # type: ignore[attr-defined]
-        layer._gradient_checkpointing_func = away  # type: ignore[assignment]
+        plain: Any = layer._gradient_checkpointing_func
+        layer._gradient_checkpointing_func = functools.partial(away, plain)  # type: ignore[assignment]
 
 
 def check_count(count: int | None, layers: int) -> None:
@@ -127,7 +84,7 @@ class CheckpointedLayers(TrainerCallback):
         for i, layer in enumerate(layers):
             layer.gradient_checkpointing = i < count
         if self.offload and args.device.type == "cuda":
-            offload(layers[:count], HostMemory())
+            offload(layers[:count], save_on_cpu(pin_memory=True))
         elif self.offload:
             logger.warning(
                 "memory.offload_activations: activations are in the CPU's memory already: nothing to offload"

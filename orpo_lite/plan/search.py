@@ -29,7 +29,8 @@ UNPACKING = 450.0
 """ASSUMED. FLOPs that a card could do while it unpacks a 4-bit weight: some 4.5 bytes through its memory, at the 100 FLOPs
 per byte that recent cards reach in 16-bit products in practice."""
 FETCHING = 1000.0
-"""ASSUMED. FLOPs that a card could do while it fetches a byte from the host, at 25 TFLOP/s and 25 GB/s; sending is free."""
+"""ASSUMED. FLOPs that a card could do while it fetches a byte from the host, at 25 TFLOP/s and 25 GB/s; sending it there
+is not counted."""
 WORTH = 1.02
 """A setting has to be faster by this factor to be preferred to one that needs less memory."""
 

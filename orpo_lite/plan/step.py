@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.graph import _engine_run_backward
+from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
-from orpo_lite.model.activation_offload import SMALLEST, CheckpointedLayers, checkpointing_layers, offload
+from orpo_lite.model.activation_offload import CheckpointedLayers, checkpointing_layers, offload
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
 from orpo_lite.objective.layout import small_model
@@ -193,23 +193,23 @@ def hold_gradients(timeline: Timeline, trained: list[Tensor]) -> None:
             timeline.hold(parameter.grad, GRADIENTS)
 
 
-class HostOfPlan:
+class HostOfPlan(saved_tensors_hooks):
     """The host's memory in a plan: offloaded tensors are gone until they return, except the last ones sent."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        self._copying: deque[Tensor] = deque(maxlen=COPYING)
+        copying: deque[Tensor] = deque(maxlen=COPYING)
 
-    def pack(self, tensor: Tensor) -> Any:
-        if tensor.nbytes < SMALLEST or isinstance(tensor, nn.Parameter):
-            return tensor
-        self.bytes += tensor.nbytes
-        self._copying.append(tensor)
-        return tensor.shape, tensor.dtype
+        def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
+            self.bytes += tensor.nbytes
+            copying.append(tensor)
+            return tensor.shape, tensor.dtype
 
-    def unpack(self, kept: Any) -> Tensor:
-        self._copying.clear()
-        return kept if isinstance(kept, Tensor) else torch.empty(kept[0], dtype=kept[1], device=META)
+        def unpack(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
+            copying.clear()
+            return torch.empty(kept[0], dtype=kept[1], device=META)
+
+        super().__init__(pack, unpack)
 
 
 def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> None:

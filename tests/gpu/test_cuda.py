@@ -7,10 +7,11 @@ import pytest
 import torch
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from orpo_lite import ORPOTrainer
-from orpo_lite.model.activation_offload import HostMemory, checkpointing_layers, offload
+from orpo_lite.model.activation_offload import checkpointing_layers, offload
 from orpo_lite.objective.head import token_logps
 from orpo_lite.train.bench import peak_over
 from tests.tiny import tiny_model
@@ -82,7 +83,7 @@ def test_offloading_frees_the_card_and_changes_no_gradient():
         model = tiny_model(LlamaConfig(**SIZES | {"hidden_size": 512, "num_hidden_layers": 8})).to(CUDA).train()
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         if away:
-            offload(checkpointing_layers(model), HostMemory())
+            offload(checkpointing_layers(model), save_on_cpu(pin_memory=True))
         ids = torch.randint(512, (4, 2048), generator=torch.Generator().manual_seed(0)).to(CUDA)
         before = torch.cuda.memory_allocated()
         loss = model(input_ids=ids).logits[..., 0].sum()

@@ -4,36 +4,34 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.autograd.graph import save_on_cpu
 from torch.multiprocessing.reductions import StorageWeakRef
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, T5Config, T5ForConditionalGeneration
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import activation_offload
-from orpo_lite.model.activation_offload import Away, CheckpointedLayers, HostMemory, checkpointing_layers, offload
+from orpo_lite.model.activation_offload import CheckpointedLayers, checkpointing_layers, offload
 
 LLAMA = LlamaConfig(vocab_size=100, hidden_size=32, intermediate_size=64, num_hidden_layers=4, num_attention_heads=4)
 
 
-@pytest.fixture(autouse=True)
-def every_tensor_is_large_enough(monkeypatch):
-    monkeypatch.setattr(activation_offload, "SMALLEST", 1)
-
-
-class Watched(HostMemory):
+class Watched(save_on_cpu):
     """Counts, and remembers what it was given without holding it."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(pin_memory=True)
         self.given: list[StorageWeakRef] = []
         self.back = 0
+        pack, unpack = self.pack_hook, self.unpack_hook
 
-    def pack(self, tensor):
-        self.given.append(StorageWeakRef(tensor.untyped_storage()))
-        return super().pack(tensor)
+        def pack_and_count(tensor):
+            self.given.append(StorageWeakRef(tensor.untyped_storage()))
+            return pack(tensor)
 
-    def unpack(self, kept):
-        self.back += 1
-        return super().unpack(kept)
+        def unpack_and_count(kept):
+            self.back += 1
+            return unpack(kept)
+
+        self.pack_hook, self.unpack_hook = pack_and_count, unpack_and_count
 
 
 def model(config=LLAMA):
@@ -73,15 +71,6 @@ def test_what_is_away_is_gone_from_where_it_was():
     loss = made(input_ids=ids, labels=ids).loss
     assert [ref.expired() for ref in place.given] == [True] * 4
     assert loss.requires_grad
-
-
-def test_small_tensors_and_weights_stay(monkeypatch):
-    monkeypatch.setattr(activation_offload, "SMALLEST", 1000)
-    place = HostMemory()
-    small, weight = torch.zeros(249), torch.nn.Parameter(torch.zeros(1000))
-    assert place.pack(small) is small and place.pack(weight) is weight and place.unpack(small) is small
-    kept = place.pack(torch.ones(250))
-    assert isinstance(kept, Away) and torch.equal(place.unpack(kept), torch.ones(250))
 
 
 def test_switching_checkpointing_on_again_leaves_one_way_there():

@@ -19,7 +19,7 @@ def shared_studies() -> Iterator[None]:
         if shape is not None or step.Passes is not ours:
             return Study(recipe, target, shape)
         content = recipe.model_dump_json(exclude={"name": True, "needs": True, "memory": {"checkpointing"}})
-        key = content, target, step.SMALLEST
+        key = content, target
         if key not in known:
             known[key] = Study(recipe, target)
         return known[key]

@@ -98,8 +98,7 @@ def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
 @pytest.mark.slow
 @pytest.mark.parametrize("checkpointing", ["all", 7])
 @pytest.mark.parametrize("name", ["llama", "gemma2"])
-def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, bases, monkeypatch):
-    monkeypatch.setattr("orpo_lite.plan.step.SMALLEST", 1)
+def test_few_layers_say_what_all_of_them_would_offloaded(name, checkpointing, bases):
     same(bases[name], checkpointing, Target("cuda"), "eager" if name == "gemma2" else "auto", offload_activations=True)
 
 
