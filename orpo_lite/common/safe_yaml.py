@@ -1,4 +1,4 @@
-"""YAML that anyone may have written: plain values only, bounded in size, no aliases, no key given twice."""
+"""YAML of recipes: plain values only, at most the size of a recipe, no aliases, no key given twice."""
 
 from __future__ import annotations
 
@@ -46,13 +46,6 @@ class Loader(yaml.SafeLoader):
             lines[name] = line
         return super().construct_mapping(node, deep)
 
-    def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        try:
-            return super().construct_object(node, deep)
-        except (ValueError, OverflowError) as error:  # a number of thousands of digits, the 99th of a month
-            problem = f"{str(node.value)[:40]!r}: {error}"
-            raise yaml.MarkedYAMLError(problem=problem, problem_mark=node.start_mark) from None
-
 
 def read(path: Path) -> Any:
     """Read the value in a file.
@@ -90,6 +83,8 @@ def parse(text: str) -> Any:
         raise YamlError(f"not readable as YAML: character #x{error.character:04x}, {error.reason}", line) from None
     except RecursionError:
         raise YamlError("nested too deeply, expected sections such as model: and data: with a few values") from None
+    except (ValueError, OverflowError) as error:  # a number of thousands of digits, the 99th of a month
+        raise YamlError(f"not readable as YAML: {error}") from None
 
 
 def explain(error: yaml.MarkedYAMLError) -> str:

@@ -101,7 +101,7 @@ CASES = [
           "did you mean learning_rate?"),
     field("key-without-section", "beta: 0.1", "beta", "unknown key", "did you mean orpo.beta?"),
     field("number-as-key", "7: 8", "7", "unknown key", "expected one of name"),
-    Case("huge-integer", written(GOOD + f"training: {{max_steps: {'9' * 5000}}}\n"), "mine.yaml, line 4", "4300 digits",
+    Case("huge-integer", written(GOOD + f"training: {{max_steps: {'9' * 5000}}}\n"), "mine.yaml", "4300 digits",
          "not readable as YAML"),
     Case("no-model", written("data: {train: a.jsonl}\n"), "model: missing", "has no default", "name_or_path"),
     Case("no-sources", written(GOOD.replace("builtin:quickstart/train.jsonl", "[]")), "data.train", "found []",
