@@ -227,6 +227,14 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
+def cut_layers(text: Any, count: int) -> None:
+    """Keep the first layers of a configuration, and of its lists with a value for each layer."""
+    for name, value in list(vars(text).items()):
+        if isinstance(value, list) and len(value) == text.num_hidden_layers:
+            setattr(text, name, value[:count])
+    text.num_hidden_layers = count
+
+
 def _fewer_layers(text: Any) -> None:
     """Keep as many layers as show every kind, at least two."""
     layers = text.num_hidden_layers
@@ -235,8 +243,6 @@ def _fewer_layers(text: Any) -> None:
     keep = min(layers, max(2, 1 + max(kinds.index(kind) for kind in set(kinds))))
     if getattr(text, "num_kv_shared_layers", 0):  # the last layers take keys and values from the ones before
         keep = layers
-    for name in patterns:
-        setattr(text, name, getattr(text, name)[:keep])
-    text.num_hidden_layers = keep
+    cut_layers(text, keep)
     if isinstance(getattr(text, "max_window_layers", None), int):
         text.max_window_layers = min(text.max_window_layers, keep)

@@ -10,7 +10,7 @@ import typer
 
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.plan.gpus import Card, Parallelism, card_here, find_cards
+from orpo_lite.plan.gpus import Card, Parallelism, Target, card_here, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -51,7 +51,6 @@ def command(
         print_fit(loaded, card, output or Path(f"{card.fitted_name(loaded.name)}.yaml"), as_json)
         return
     from orpo_lite.plan import tables
-    from orpo_lite.plan.kernels import Target
     from orpo_lite.plan.search import Planner, judge
 
     planner = Planner(parallelism=parallelism)

@@ -12,7 +12,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
-from orpo_lite.plan.kernels import DEQUANTIZE, INT8_PRODUCT, REPLACEMENTS, Target, workspace
+from orpo_lite.plan.gpus import Target
+from orpo_lite.plan.kernels import DEQUANTIZE, INT8_PRODUCT, REPLACEMENTS, workspace
 
 aten = torch.ops.aten
 

@@ -14,8 +14,7 @@ from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import pair_lengths
-from orpo_lite.plan.gpus import FITS, NOT, Card, card_here, verdict
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import FITS, NOT, Card, Target, card_here, verdict
 from orpo_lite.plan.predict import Plan
 from orpo_lite.plan.search import Planner, Search, changed, fit
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, micro_batch, pair_tokens

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 
 if TYPE_CHECKING:
     import torch
 
-    from orpo_lite.plan.kernels import Target
     from orpo_lite.plan.predict import Plan
 
 MARGIN = "fragmentation margin"
@@ -20,6 +21,27 @@ MARGIN = "fragmentation margin"
 STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
 CONTEXT_BYTES = 500_000_000
 """ASSUMED. Memory that the driver and CUDA's modules take outside the allocator: 0.3 to 0.6 GB on recent cards."""
+
+
+@dataclass(frozen=True)
+class Target:
+    """The device that is planned for."""
+
+    kind: str
+    """cuda or cpu."""
+    capability: tuple[int, int] = (8, 6)
+    """CUDA compute capability; it decides the kernels and the 16-bit dtype."""
+
+    @property
+    def device(self) -> torch.device:
+        import torch
+
+        return torch.device(self.kind)
+
+    @property
+    def block(self) -> int:
+        """Bytes that allocations are rounded up to."""
+        return 512 if self.kind == "cuda" else 1
 
 
 @dataclass(frozen=True)
@@ -40,8 +62,6 @@ class Card:
     @property
     def target(self) -> Target:
         """The device to plan for. Cards of a generation use the same kernels, and so need the same memory."""
-        from orpo_lite.plan.kernels import Target
-
         return Target("cuda", (8, 6) if self.capability >= (8, 0) else (7, 5))
 
     def fitted_name(self, recipe: str) -> str:
@@ -80,22 +100,10 @@ class Parallelism:
         return self.strategy in ("fsdp2", "zero3")
 
 
-GENERATIONS = {
-    (6, 0): {"p100": 16},
-    (6, 1): {"gtx-1080-ti": 11},
-    (7, 0): {"v100-16gb": 16, "v100-32gb": 32},
-    (7, 5): {"rtx-2060": 6, "rtx-2070": 8, "rtx-2080": 8, "rtx-2080-ti": 11, "t4": 15.8},
-    (8, 0): {"a100-40gb": 40, "a100-80gb": 80},
-    (8, 6): {"rtx-3050": 8, "rtx-3060": 12, "rtx-3060-ti": 8, "rtx-3070": 8, "rtx-3080": 10, "rtx-3080-12gb": 12,
-             "rtx-3090": 24, "rtx-a4000": 16, "rtx-a5000": 24, "rtx-a6000": 48, "a10": 23.6, "a10g": 23.6, "a40": 47.6},
-    (8, 9): {"rtx-4060": 8, "rtx-4060-ti": 8, "rtx-4060-ti-16gb": 16, "rtx-4070": 12, "rtx-4070-ti": 12,
-             "rtx-4070-ti-super": 16, "rtx-4080": 16, "rtx-4090": 24, "l4": 23.6, "l40s": 47.6, "rtx-6000-ada": 48},
-    (9, 0): {"h100": 80, "h200": 141},
-    (12, 0): {"rtx-5060-ti-16gb": 16, "rtx-5070": 12, "rtx-5070-ti": 16, "rtx-5080": 16, "rtx-5090": 32},
-}  # fmt: skip
-"""Gigabytes of cards by name, by their compute capability."""
 CARDS = {
-    name: Card(name, size, capability) for capability, cards in GENERATIONS.items() for name, size in cards.items()
+    name: Card(name, size, tuple(map(int, capability.split("."))))
+    for capability, sizes in safe_yaml.read(Path(__file__).with_suffix(".yaml")).items()
+    for name, size in sizes.items()
 }
 SIZES = [Card(f"{size} GB", size) for size in (8, 12, 16, 24, 32, 48, 80)]
 """The sizes of card that recipes are written for."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 from unittest import mock
 
@@ -19,6 +18,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
 from orpo_lite.objective import packed_attention as attention
+from orpo_lite.plan.gpus import Target
 
 aten = torch.ops.aten
 
@@ -29,25 +29,6 @@ RAISED = {"layer_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "ex
           "sum", "prod", "softplus", "cross_entropy", "nll_loss", "reciprocal", "group_norm"}  # fmt: skip
 """Functions that CUDA's autocast runs in float32; the CPU's leaves them in the dtype of their inputs."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-@dataclass(frozen=True)
-class Target:
-    """The device that is planned for."""
-
-    kind: str
-    """cuda or cpu."""
-    capability: tuple[int, int] = (8, 6)
-    """CUDA compute capability; it decides the kernels and the 16-bit dtype."""
-
-    @property
-    def device(self) -> torch.device:
-        return torch.device(self.kind)
-
-    @property
-    def block(self) -> int:
-        """Bytes that allocations are rounded up to."""
-        return 512 if self.kind == "cuda" else 1
 
 
 def lower_right(queries: int, keys: int) -> Tensor:

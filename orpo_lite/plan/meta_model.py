@@ -30,6 +30,7 @@ from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
 from orpo_lite.model.precision import BACKENDS
+from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
@@ -78,12 +79,12 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
     config = copy.deepcopy(config)
     settings = quantization(recipe.model, config, dtype)
     config._attn_implementation = attention_for(config, recipe.model.attention)
+    if layers is not None:
+        cut_layers(config.get_text_config(decoder=True), layers)
     vars(config).pop("quantization_config", None)  # applied below, on the meta device
     auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
         model = auto.from_config(config, dtype=dtype)
-    if layers is not None:
-        shorten(model, layers)
     if settings is not None:
         # bitsandbytes' table of codes, filled from a meta tensor, would spoil real quantization
         with mock.patch.dict("bitsandbytes.functional.name2qmap"):
@@ -160,18 +161,6 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
         and all(hasattr(layer, "gradient_checkpointing") for layer in module)
     ]
     return found[0] if len(found) == 1 and not model.config.is_encoder_decoder else None
-
-
-def shorten(model: Any, count: int) -> None:
-    """Keep only a decoder's first layers, and adapt its config."""
-    layers = decoder_layers(model)
-    assert layers is not None
-    text, whole = model.config.get_text_config(decoder=True), len(layers)
-    del layers[count:]
-    for name, value in list(vars(text).items()):
-        if isinstance(value, list) and len(value) == whole:
-            setattr(text, name, value[:count])
-    text.num_hidden_layers = count
 
 
 def layer_signatures(model: Any) -> list[str]:

@@ -19,11 +19,10 @@ from orpo_lite.model.precision import chosen_dtype
 from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.plan import meta_model, step
 from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment, Timeline
-from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Parallelism
-from orpo_lite.plan.kernels import Kernels, Target
+from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Parallelism, Target
+from orpo_lite.plan.kernels import Kernels
 from orpo_lite.plan.step import Shape, Stacks, Traced
 from orpo_lite.recipe import Recipe
-from orpo_lite.trainer.config_from_recipe import checkpointed
 
 CONTEXT, LIBRARIES = "CUDA context", "libraries' own memory"
 LIBRARY_BYTES = 72_000_000
@@ -123,28 +122,17 @@ class Plan:
         }
 
 
-def plan(recipe: Recipe, target: Target | None = None, shape: Callable[[str], Shape] | None = None) -> Plan:
-    """Predict the peak memory of one optimizer step of a recipe as it stands.
+class Study:
+    """A recipe on a device, planned with any number of checkpointed layers.
 
     Args:
-        target: the device; default, a CUDA card of compute capability 8.6.
-        shape: returns the micro-batch in a layout; default, the largest that the recipe allows.
+        shape: returns the micro-batch of a recipe in a layout; default, the largest that the recipe allows.
 
     Raises:
         RequestError: the model's configuration is not available, or the recipe cannot be planned.
     """
-    target = target or Target("cuda")
-    return Study(recipe, target, shape).plan(checkpointed(recipe, target.device))
 
-
-class Study:
-    """A recipe on a device, planned with any number of checkpointed layers; arguments as for `plan`.
-
-    Raises:
-        RequestError: as `plan`.
-    """
-
-    def __init__(self, recipe: Recipe, target: Target, shape: Callable[[str], Shape] | None = None) -> None:
+    def __init__(self, recipe: Recipe, target: Target, shape: Callable[[Recipe, str], Shape] | None = None) -> None:
         self.recipe, self.target = recipe, target
         self.config = meta_model.find_config(recipe.model)
         self.dtype: torch.dtype = getattr(torch, chosen_dtype(recipe.model.dtype, target.kind, target.capability)[0])
@@ -153,8 +141,8 @@ class Study:
         plain = recipe.model_copy(update={"model": plain, "adapter": None})
         self.model = meta_model.build(plain, self.config, self.dtype, None, False)
         self.layout = choose_layout(self.model, recipe.orpo.layout)
-        encoder_decoder = bool(self.config.is_encoder_decoder)
-        self.shape = shape(self.layout.name) if shape else step.micro_batch(recipe, self.layout.name, encoder_decoder)
+        longest = functools.partial(step.micro_batch, encoder_decoder=bool(self.config.is_encoder_decoder))
+        self.shape = (shape or longest)(recipe, self.layout.name)
         self.layers = meta_model.layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
         self._head = step.scoring(self.model)

@@ -6,7 +6,6 @@ step keeps its pairs. The cost of a step is counted on the meta run: FLOPs, reco
 
 from __future__ import annotations
 
-import functools
 import math
 from bisect import bisect_left
 from collections.abc import Callable
@@ -15,8 +14,7 @@ from dataclasses import dataclass
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import FLOPS, MOVED, UNPACKED
-from orpo_lite.plan.gpus import FITS, NOT, Card, Parallelism, verdict
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import FITS, NOT, Card, Parallelism, Target, verdict
 from orpo_lite.plan.multi_gpu import parallel_plan
 from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, pair_tokens
@@ -39,7 +37,7 @@ class Planner:
     """Plans of recipes that differ in some fields; what two of them have in common is traced once.
 
     Args:
-        shape: the costliest micro-batch of a recipe in a layout; default, the largest that the recipe allows.
+        shape: as for `Study`.
         parallelism: plan one of several GPUs instead of a single card.
     """
 
@@ -53,7 +51,7 @@ class Planner:
         """Plan a recipe as it stands.
 
         Raises:
-            RequestError: as `predict.plan`.
+            RequestError: the model's configuration is not available, or the recipe cannot be planned.
         """
         return self.plan(self.study(recipe, target), checkpointed(recipe, target.device))
 
@@ -61,8 +59,7 @@ class Planner:
         """Return the study of a recipe, which plans any number of checkpointed layers."""
         key = recipe.model_dump_json(exclude={"memory": {"checkpointing"}}), target
         if key not in self._studies:
-            shape = self.shape and functools.partial(self.shape, recipe)
-            self._studies[key] = Study(recipe, target, shape)
+            self._studies[key] = Study(recipe, target, self.shape)
         return self._studies[key]
 
     def plan(self, study: Study, recomputed: int | None) -> Plan:

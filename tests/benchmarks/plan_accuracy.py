@@ -37,9 +37,8 @@ from transformers.utils import logging as transformers_logging
 from orpo_lite.common.console import console, run_command
 from orpo_lite.model import attach_adapter, load_base
 from orpo_lite.plan.allocations import Timeline
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import Target
 from orpo_lite.plan.meta_model import hold_model
-from orpo_lite.plan.predict import plan
 from orpo_lite.plan.step import longest_pair
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
@@ -47,6 +46,7 @@ from orpo_lite.train.bench import trl_row, trl_trainer
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.config_from_recipe import arguments, checkpointed
 from orpo_lite.trainer.trainer import ORPOTrainer
+from tests.plans import plan
 
 TOLERANCE, UNDER = 0.05, 0.03
 """Largest error of a plan, and largest where it promises too little."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from orpo_lite.plan.gpus import CARDS, FITS, NOT, SIZES, verdict
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import CARDS, FITS, NOT, SIZES, Target, verdict
 from orpo_lite.plan.search import Planner
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import shipped_recipes

@@ -28,14 +28,14 @@ from trl.trainer import utils as trl_utils
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import HEAD, PARTS
-from orpo_lite.plan.gpus import FITS, SIZES, find_cards, verdict
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import FITS, SIZES, Target, find_cards, verdict
 from orpo_lite.plan.meta_model import find_config
-from orpo_lite.plan.predict import Plan, Study, plan
+from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import META, Shape
 from orpo_lite.plan.tables import gigabytes
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.bench import trl_row
+from tests.plans import plan
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # that it is experimental
@@ -140,7 +140,7 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
     cuda = ours.target.kind == "cuda"
     try:
         with mock.patch("orpo_lite.plan.step.Passes", lambda *given: TrlPasses(*given, cuda=cuda)):
-            study = Study(theirs, ours.target, lambda _: ours.shape)
+            study = Study(theirs, ours.target, lambda *_: ours.shape)
             if whole:
                 study._stacks = None
             made = study.plan(recomputed)

@@ -134,12 +134,12 @@ def test_the_plan_is_what_the_card_takes(tmp_path):
     """The peak that CUDA's allocator sees in two steps, beside the plan of the same recipe."""
     from orpo_lite.model import attach_adapter, load_base, load_tokenizer
     from orpo_lite.model.precision import choose_precision
-    from orpo_lite.plan.kernels import Target
-    from orpo_lite.plan.predict import plan
+    from orpo_lite.plan.gpus import Target
     from orpo_lite.plan.step import longest_pair
     from orpo_lite.recipe import Recipe
     from orpo_lite.trainer.config_from_recipe import arguments, checkpointed
     from tests.benchmarks.plan_accuracy import TOLERANCE, UNDER, Case
+    from tests.plans import plan
 
     device, folder = torch.device("cuda", torch.cuda.current_device()), tmp_path / "base"
     torch.manual_seed(0)

@@ -4,7 +4,8 @@ import torch
 
 from orpo_lite.plan import allocations
 from orpo_lite.plan.allocations import BASE, HEAD, KEPT, LAYER, WORKSPACE, Timeline
-from orpo_lite.plan.kernels import Kernels, Target
+from orpo_lite.plan.gpus import Target
+from orpo_lite.plan.kernels import Kernels
 
 META = torch.device("meta")
 

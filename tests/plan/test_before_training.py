@@ -11,14 +11,13 @@ from transformers import LlamaConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan import before_training as start
 from orpo_lite.plan.before_training import Lengths, costliest
-from orpo_lite.plan.gpus import CONTEXT_BYTES
-from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.predict import plan
+from orpo_lite.plan.gpus import CONTEXT_BYTES, Target
 from orpo_lite.plan.search import Planner, changed
 from orpo_lite.plan.step import Shape
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import results
 from orpo_lite.train.pipeline import plan_memory, run
+from tests.plans import plan
 
 PAIRS = np.array([[10, 20, 30], [40, 5, 5], [5, 50, 8], [8, 8, 8], [20, 40, 36]])
 

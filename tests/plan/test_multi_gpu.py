@@ -25,8 +25,7 @@ from orpo_lite.plan.allocations import (
     LOADING,
     OPTIMIZER,
 )
-from orpo_lite.plan.gpus import Parallelism
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import Parallelism, Target
 from orpo_lite.plan.multi_gpu import BUCKET, find_units
 from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.search import Planner

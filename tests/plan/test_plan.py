@@ -17,10 +17,9 @@ from transformers import Gemma2Config, LlamaConfig, Qwen2Config
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import CONSTANTS, GRADIENTS, KEPT, OPTIMIZER
-from orpo_lite.plan.gpus import CARDS, FITS, NOT, TIGHT, Card, find_cards, verdict
-from orpo_lite.plan.kernels import Target
+from orpo_lite.plan.gpus import CARDS, FITS, NOT, TIGHT, Card, Target, find_cards, verdict
 from orpo_lite.plan.meta_model import optimizer_states as states
-from orpo_lite.plan.predict import Plan, Study, plan
+from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.search import Planner, changed, judge
 from orpo_lite.plan.step import longest_pair, period
 from orpo_lite.plan.tables import show_plan
@@ -29,6 +28,7 @@ from orpo_lite.recipe.loading import recipes_folder
 from orpo_lite.trainer.config_from_recipe import checkpointed
 from tests.benchmarks import recipes_table
 from tests.commands import command
+from tests.plans import plan
 
 SIZES = {"vocab_size": 3000, "hidden_size": 128, "intermediate_size": 320, "num_attention_heads": 4,
          "num_key_value_heads": 2, "head_dim": 32}  # fmt: skip
@@ -320,9 +320,10 @@ def test_a_7b_plan_is_quick_and_small():
     code = (
         "import time\n"
         "from orpo_lite.common.console import peak_memory_bytes\n"
-        "from orpo_lite.plan.predict import plan\n"
+        "from orpo_lite.plan.gpus import Target\n"
+        "from orpo_lite.plan.search import Planner\n"
         "from orpo_lite.recipe import Recipe\n"
-        "plan(Recipe.load('mistral-qlora'))\n"
+        "Planner()(Recipe.load('mistral-qlora'), Target('cuda'))\n"
         "print(time.process_time(), peak_memory_bytes('cpu') / 1e9)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -14,14 +14,14 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.activation_offload import checkpointing_layers
 from orpo_lite.plan.__main__ import cards_asked_for, command
 from orpo_lite.plan.allocations import FLOPS, KEPT, MOVED, UNPACKED
-from orpo_lite.plan.gpus import CARDS, FITS, Card, verdict
-from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.predict import Study, plan
+from orpo_lite.plan.gpus import CARDS, FITS, Card, Target, verdict
+from orpo_lite.plan.predict import Study
 from orpo_lite.plan.search import fit
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.config_from_recipe import arguments
 from tests.benchmarks import plan_accuracy as truth
+from tests.plans import plan
 
 CONFIG = LlamaConfig(vocab_size=3000, hidden_size=256, intermediate_size=640, num_attention_heads=4, num_key_value_heads=2,
                      num_hidden_layers=12)  # fmt: skip

@@ -8,13 +8,14 @@ from transformers import LlamaConfig, T5Config
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, GRADIENTS, HEAD, OPTIMIZER
-from orpo_lite.plan.kernels import Target
-from orpo_lite.plan.predict import Plan, plan
+from orpo_lite.plan.gpus import Target
+from orpo_lite.plan.predict import Plan
 from orpo_lite.recipe import Recipe
 from tests.benchmarks.plan_accuracy import Case
 from tests.benchmarks.trl_memory import TrlPasses, as_dict, command, plan_trl, show, training_step
 from tests.plan.test_accuracy import check
 from tests.plan.test_plan import SIZES, near, recipe
+from tests.plans import plan
 
 VOCABULARY, LENGTH = 20_000, 128
 CUDA = Target("cuda")
