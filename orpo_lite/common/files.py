@@ -114,13 +114,8 @@ def is_locked(folder: Path) -> bool:
 
 def disk_of(path: Path) -> int:
     """Return the device number of the file system that a path is on, or would be on once it is created."""
-    while True:
-        try:
-            return path.stat().st_dev
-        except FileNotFoundError:
-            if path == path.parent:
-                raise
-            path = path.absolute().parent
+    place = path.absolute()
+    return next(one for one in (place, *place.parents) if one.exists()).stat().st_dev
 
 
 def check_mounted(path: Path, disk: int) -> None:

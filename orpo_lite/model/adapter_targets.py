@@ -6,7 +6,6 @@ import logging
 import re
 
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import LoraLayer
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -55,12 +54,6 @@ def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
     return kept
 
 
-def adapted(model: PeftModel) -> list[str]:
-    """List the names, within the base, of the modules that carry LoRA."""
-    prefix = "base_model.model."
-    return [n.removeprefix(prefix) for n, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
 def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -> str | list[str] | None:
     """Return exclude_modules with the linear routers that the recipe does not name."""
     own = adapter.exclude_modules
@@ -96,7 +89,7 @@ def check_named(model: PreTrainedModel, adapter: AdapterSection, targets: str | 
 
 def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
     """Refuse a rank or alpha pattern that matches no adapted module, by PEFT's own rule."""
-    names = adapted(model)
+    names: list[str] = [*model.targeted_module_names, *model.targeted_parameter_names]  # type: ignore[list-item]
     for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
         for pattern in patterns:
             if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):

@@ -5,8 +5,6 @@ transformers can read a GGUF file, but then it neither quantizes nor saves the m
 
 from __future__ import annotations
 
-import functools
-import hashlib
 import json
 import logging
 import tempfile
@@ -31,14 +29,16 @@ FORMAT = 1
 def cached_folder(path: Path) -> Path:
     """Return the model folder of a GGUF file: dequantized weights, configuration and tokenizer, made at first use.
 
-    The folder is in the Hugging Face cache (HF_HOME/orpo_lite/gguf), under the file's SHA-256, and appears there whole
-    or not at all.
+    The folder is in the Hugging Face cache (HF_HOME/orpo_lite/gguf), under the file's name, size and time of change, and
+    appears there whole or not at all.
 
     Raises:
         RequestError: one part of a split file, or an architecture that transformers cannot read in full.
         OSError, ValueError: whatever transformers raises while it reads the file.
     """
-    folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / f"{fingerprint(path, path.stat().st_mtime_ns)}-{FORMAT}"
+    file = path.stat()
+    name = f"{path.stem}-{file.st_size}-{file.st_mtime_ns}-{FORMAT}"
+    folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / name
     if folder.is_dir():
         return folder
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -51,13 +51,6 @@ def cached_folder(path: Path) -> Path:
                 convert(path, made)
                 made.rename(folder)
     return folder
-
-
-@functools.cache
-def fingerprint(path: Path, mtime_ns: int) -> str:
-    """Compute the SHA-256 of the file; the modification time is only a key of this process's cache."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def convert(path: Path, folder: Path) -> None:

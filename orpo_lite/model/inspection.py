@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import re
 from collections import Counter
 from typing import Any
@@ -13,8 +12,6 @@ from transformers import PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import is_quantized_parameter
-
-logger = logging.getLogger(__name__)
 
 ROUTER_NAME = re.compile(r"router|gate|gating|.*_gate")
 ROUTER_CLASS = re.compile(r"Router|TopK")
@@ -59,25 +56,20 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     At the first pass without gradients its Linear4bit (0.50) packs the weight, rounds its scales to bfloat16, and from
     then on computes it by a kernel without a backward pass, in training too: the gradients of all layers below are lost
     without an error.
+
+    Raises:
+        RequestError: an earlier pass has packed them.
     """
-    packed = 0
-    for module in model.modules():
+    for name, module in model.named_modules():
         if getattr(module, REPACKING_FLAG, False):
-            weight: Any = module.weight
-            state = getattr(weight, "quant_state", None)  # sharded weights have none
-            if getattr(state, "packing_format_for_cpu", False):
-                module.state_dict()  # bitsandbytes unpacks what it serializes
-                state = weight.quant_state
-                if not state.nested:  # its inverse leaves these scales in the packed order
-                    state.absmax = state.absmax.T.reshape(-1).float()
-                packed += 1
+            # sharded weights have no state
+            if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+                raise RequestError(
+                    f"model: an earlier pass without gradients has packed 4-bit weights such as {name} for AVX512-BF16, and "
+                    "packed weights cannot be trained through: load the model again, and give it to ORPOTrainer before it "
+                    "computes anything"
+                )
             setattr(module, REPACKING_FLAG, False)
-    if packed:
-        logger.warning(
-            "%d 4-bit weights were packed for AVX512-BF16 by an earlier pass and have been unpacked, with rounded scales: "
-            "reload the model for the original weights",
-            packed,
-        )
 
 
 def weight_count(parameter: torch.Tensor) -> int:

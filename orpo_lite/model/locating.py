@@ -6,12 +6,13 @@ import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from huggingface_hub import errors as hub
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.untrusted_files import check_links, check_model
@@ -131,50 +132,18 @@ def hub_errors_in_words(name: str) -> Iterator[None]:
         raise RequestError(explain(name, error)) from error
 
 
-CAUSES = (
-    (hub.GatedRepoError, "name_or_path: {name} is gated: accept its terms on {page}, then run `hf auth login`"),
-    (hub.RevisionNotFoundError, "revision: {name} has no such branch, tag or commit: see {page}/commits/main"),
-    (
-        (hub.RepositoryNotFoundError, hub.HFValidationError),
-        "name_or_path: {name} is neither a local folder nor a model that the hub shows you: check the spelling on {page}; "
-        "for a private one run `hf auth login`",
-    ),
-    (
-        (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError),
-        "name_or_path: {name} is neither a local folder nor in the download cache, and the hub cannot be reached: get online "
-        "(HF_HUB_OFFLINE unset) or download {page} beforehand and give its folder",
-    ),
-)
-"""Exceptions of the hub, and what is wrong with a field of the model section."""
-BEGINNINGS = {
-    "Unrecognized model": "name_or_path: {name} has no config.json that says what model it is: see {page}/tree/main; if its "
-    "weights are GGUF, set model.gguf_file to one of those files",
-    "It looks like the config file": "name_or_path: config.json of {name} is broken: copy or download it again",
-    "Unrecognized configuration class": "name_or_path: {name} is described by a {kind}: use a model that writes text",
-    "Couldn't instantiate the backend tokenizer": "name_or_path: {name} has no readable tokenizer: copy the tokenizer's files "
-    "(tokenizer.json and tokenizer_config.json, or tokenizer.model) there; for the latter pip install sentencepiece",
-}
-"""How errors of transformers begin, and the same."""
-CODE = (
-    "trust_remote_code: {name} runs Python code from its own repository: read it on {page}, and set "
-    "model.trust_remote_code=true in the recipe if you trust it (--trust-remote-code for commands that take a folder)"
-)
+CAUSES: list[dict[str, Any]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 
 
 def explain(name: str, error: BaseException) -> str:
-    """Put an error into words, by the hub's exception behind it."""
+    """Put an error into words, by the exceptions behind it."""
     chain, cause = [], error
     while cause is not None and cause not in chain:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
+    kinds = {kind.__name__ for one in chain for kind in type(one).__mro__}
     text = " ".join(str(error).split())
-    causes = [words for kinds, words in CAUSES if any(isinstance(one, kinds) for one in chain)]
-    causes += [words for beginning, words in BEGINNINGS.items() if text.startswith(beginning)]
-    if any(isinstance(one, hub.EntryNotFoundError) for one in chain):
-        causes.append("name_or_path: {name} lacks a file: see {page}/tree/main ({text})")
-    if "trust_remote_code" in text:
-        causes.append(CODE)
+    words = next(one["say"] for one in CAUSES if any(sign in kinds or sign in text for sign in one["when"]))
     name = name if len(name) <= 300 else f"{name[:300]}..."
-    words = [*causes, "name_or_path: {name} cannot be loaded: {text}"][0]
     kind = text.partition("<class '")[2].partition("'")[0].rpartition(".")[2]
     return "model." + words.format(name=name, page=f"https://huggingface.co/{name}", kind=kind, text=text[:400])
