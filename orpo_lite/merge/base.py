@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -21,6 +21,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.safetensors_blocks import Block, Computed, Read, Source, Stored, blocks, rounded, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
+from orpo_lite.model.inspection import auto_class
 from orpo_lite.model.locating import hub_errors_in_words, locate
 from orpo_lite.model.precision import default_device, quantization_settings
 from orpo_lite.recipe import ModelSection
@@ -90,9 +91,10 @@ class Base:
     def skeleton(self) -> PreTrainedModel:
         """Build the model without its weights, to compute in float32."""
         config = copy.deepcopy(self.config)
-        auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
         with init_empty_weights(include_buffers=False), hub_errors_in_words(self.spec.name_or_path):
-            model = auto.from_config(config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code)
+            model = auto_class(config).from_config(
+                config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code
+            )
         return model.eval()
 
     def separate_untied(self) -> None:

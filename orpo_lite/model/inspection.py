@@ -1,4 +1,4 @@
-"""Questions about a loaded model: its routers, quantized share, trainable share, and where it came from."""
+"""Questions about a model: its class, routers, quantized share, trainable share, and where it came from."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import is_quantized_parameter
@@ -18,6 +18,11 @@ ROUTER_CLASS = re.compile(r"Router|TopK")
 MIN_QUANTIZED = 0.95
 REPACKING_FLAG = "support_avx512bf16_for_cpu"
 """The attribute by which bitsandbytes' Linear4bit decides whether to repack weights on the CPU."""
+
+
+def auto_class(config: PreTrainedConfig) -> Any:
+    """Return the Auto class of the models that a configuration describes."""
+    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def routers(model: nn.Module) -> set[str]:

@@ -16,19 +16,13 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    BitsAndBytesConfig,
-    PretrainedConfig,
-    PreTrainedModel,
-)
+from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
+from orpo_lite.model.inspection import auto_class
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
@@ -82,9 +76,8 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
     if layers is not None:
         cut_layers(config.get_text_config(decoder=True), layers)
     vars(config).pop("quantization_config", None)  # applied below, on the meta device
-    auto: Any = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.device("meta"):
-        model = auto.from_config(config, dtype=dtype)
+        model = auto_class(config).from_config(config, dtype=dtype)
     if settings is not None:
         # bitsandbytes' table of codes, filled from a meta tensor, would spoil real quantization
         with mock.patch.dict("bitsandbytes.functional.name2qmap"):

@@ -22,7 +22,7 @@ from torch import nn
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import unwrap
-from orpo_lite.model.precision import BACKENDS
+from orpo_lite.model.precision import BACKENDS, is_quantized_parameter
 from orpo_lite.plan.allocations import ADAPTER, BASE, BUFFERS, ENDS, GATHERED, GRADIENTS, LOADING, OPTIMIZER, Segment
 from orpo_lite.plan.gpus import Parallelism
 from orpo_lite.plan.meta_model import build
@@ -167,8 +167,7 @@ def find_units(study: Study) -> Units:
     width = study.dtype.itemsize
 
     def size(weight: nn.Parameter) -> int:
-        packed = getattr(weight, "quant_state", None) is not None or not weight.is_floating_point()
-        return weight.nbytes if packed else weight.numel() * width
+        return weight.nbytes if is_quantized_parameter(weight) else weight.numel() * width
 
     def total(module: nn.Module) -> int:
         return sum(map(size, module.parameters()))

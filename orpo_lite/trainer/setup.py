@@ -14,14 +14,7 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
-    AutoTokenizer,
-    Trainer,
-    TrainingArguments,
-)
+from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.collate import PackedCollator, PaddedCollator
@@ -30,6 +23,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.model import keep_4bit_differentiable
 from orpo_lite.model.adapter import prepare_frozen
 from orpo_lite.model.base import attention_for
+from orpo_lite.model.inspection import auto_class
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
@@ -86,8 +80,7 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
     config = AutoConfig.from_pretrained(name, **found)
     if attention := attention_for(config):
         kwargs.setdefault("attn_implementation", attention)
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
-    return auto.from_pretrained(name, dtype=dtype, **kwargs)
+    return auto_class(config).from_pretrained(name, dtype=dtype, **kwargs)
 
 
 def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) -> Any:
