@@ -101,8 +101,9 @@ class Parallelism:
 
 
 CARDS = {
-    name: Card(name, size, tuple(map(int, capability.split("."))))
+    name: Card(name, size, (int(major), int(minor)))
     for capability, sizes in safe_yaml.read(Path(__file__).with_suffix(".yaml")).items()
+    for major, _, minor in [capability.partition(".")]
     for name, size in sizes.items()
 }
 SIZES = [Card(f"{size} GB", size) for size in (8, 12, 16, 24, 32, 48, 80)]
