@@ -3,35 +3,25 @@
 from __future__ import annotations
 
 import json
-import pickletools
+import pickle
+import re
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
+import torch
 from peft import PeftType
 from safetensors import SafetensorError, safe_open
-from torch.serialization import get_unsafe_globals_in_checkpoint
+from transformers.trainer_pt_utils import safe_globals
 
 from orpo_lite.common.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INDEX_OF_SHARDS = ".metadata"
-"""Index that torch.distributed.checkpoint pickles beside its shards."""
-PLAIN_RECORDS = {
-    "_codecs.encode",
-    "collections.OrderedDict",
-    "deepspeed.runtime.fp16.loss_scaler.DynamicLossScaler",
-    "deepspeed.runtime.fp16.loss_scaler.LossScaler",
-    "deepspeed.runtime.zero.config.ZeroStageEnum",
-    "deepspeed.utils.tensor_fragment.fragment_address",
-    "numpy._core.multiarray._reconstruct",
-    "numpy.core.multiarray._reconstruct",
-    "numpy.dtype",
-    "numpy.ndarray",
-    "pathlib.PosixPath",
-    "pathlib.WindowsPath",
-}
-"""What checkpoints, of FSDP2 and DeepSpeed too, hold beside torch's own numbers and tensors."""
-PICKLES = (".pt", ".pth", ".bin", ".pkl", ".pickle", ".ckpt")
+INDEX_OF_SHARDS = re.compile(
+    r"torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(_MEM_FORMAT_ENCODING|Metadata|MetadataIndex"
+    r"|StorageMeta|TensorProperties|(Bytes|Tensor|Chunk)StorageMetadata))|pathlib\.(_local\.)?\w+Path"
+    r"|torch\.(Size|serialization\._get_layout|bool|(b?float|u?int)\d\w*)"
+)
+"""What the index names that torch.distributed.checkpoint pickles beside its shards, and unpickles whatever it names."""
 AGAIN = "copy or download it again"
 
 
@@ -78,47 +68,48 @@ def check_links(folder: Path) -> None:
             )
 
 
-def check_torch_files(folder: Path) -> None:
-    """Refuse a file of torch.save in a checkpoint that would run code, or that torch.save has not written.
+def check_torch_files(checkpoint: Path) -> None:
+    """Refuse a checkpoint with a file that holds more than numbers, tensors and containers, which could run code.
 
-    Nothing is loaded: the names that the pickle would import are read from its instructions. A trainer saves nothing
-    but numbers, tensors and containers.
+    torch says so itself where it loads weights only, here without their bytes. transformers loads that way too, but names
+    no file; DeepSpeed does not, and neither does torch with the index of FSDP2's shards.
     """
-    for path in sorted(folder.rglob("*")):
-        index = path.name == INDEX_OF_SHARDS
-        if not path.is_file() or not (index or path.suffix in PICKLES):
-            continue
+    files = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in (".pt", ".pth", ".bin")]
+    for path in [*files, *checkpoint.rglob(".metadata")]:
         try:
-            names = named_in_pickle(path) if index else get_unsafe_globals_in_checkpoint(str(path))
-            foreign = sorted(n for n in {*names} - PLAIN_RECORDS if not n.startswith(("numpy.dtypes.", "torch.")))
-            found = f"would run {', '.join(foreign)}" if foreign and path.name != "training_args.bin" else ""  # unread
-        except Exception as error:  # whatever pickletools and torch find wrong
-            found = f"was not written by torch.save ({' '.join(str(error).split())})"
-        if found:
+            if path.name == ".metadata":
+                with path.open("rb") as file:
+                    IndexOfShards(file).load()
+            elif path.name != "training_args.bin":  # unread
+                with safe_globals(), torch.serialization.safe_globals(deepspeed_records(path)):
+                    torch.load(path, map_location="meta", weights_only=True)
+        except Exception as error:  # whatever pickle and torch find wrong
+            why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:200]  # without torch's advice
             raise RequestError(
-                f"{path} {found[:200]}, and such a pickle is never loaded: remove this checkpoint to resume from the previous "
-                "one, or start a new run, or write its tensors with safetensors.torch.save_file"
-            )
+                f"{path} holds more than numbers and tensors of torch.save ({why}), and such a pickle is never loaded: remove "
+                "this checkpoint to resume from the previous one, or start a new run, or write its tensors with "
+                "safetensors.torch.save_file"
+            ) from None
 
 
-def named_in_pickle(path: Path) -> set[str]:
-    """List what a bare pickle would import, read from its instructions without running any."""
-    names, texts, memo, last = set[str](), list[str | None](), dict[int, str | None](), None
-    with path.open("rb") as stream:
-        for code, value, _ in pickletools.genops(stream):
-            if "UNICODE" in code.name:
-                texts.append(value)  # type: ignore[arg-type]  # text, by the instruction
-            elif code.name in ("MEMOIZE", "BINPUT", "LONG_BINPUT", "PUT"):
-                place = len(memo) if value is None else int(value)  # type: ignore[arg-type]
-                memo[place] = texts[-1] if last is not None and "UNICODE" in last and texts else None
-            elif code.name in ("BINGET", "LONG_BINGET", "GET"):
-                texts.append(memo.get(int(value)))  # type: ignore[arg-type]
-            elif code.name in ("GLOBAL", "INST"):
-                names.add(str(value).replace(" ", "."))
-            elif code.name == "STACK_GLOBAL":
-                names.add(".".join(map(str, texts[-2:])))
-            last = code.name
-    return names
+def deepspeed_records(path: Path) -> list[Any]:
+    """Return what DeepSpeed's files hold beside numbers and tensors."""
+    if not path.parent.name.startswith("global_step"):
+        return []
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
+
+
+class IndexOfShards(pickle.Unpickler):
+    """Reads the index beside FSDP2's shards, and refuses to import anything else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if not INDEX_OF_SHARDS.fullmatch(f"{module}.{name}"):
+            raise pickle.UnpicklingError(f"it would run {module}.{name}")
+        return super().find_class(module, name)
 
 
 def check_model(folder: Path) -> None:
