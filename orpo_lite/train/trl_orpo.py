@@ -7,20 +7,22 @@ those work; it needs the extra `trl`. `accelerate launch -m orpo_lite.compat.trl
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from pyarrow import ArrowException
 from rich.markup import escape
 from yaml import YAMLError
 
 from orpo_lite.common.console import errors, guard
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
-from orpo_lite.data.file_formats import file_format
+from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.sources import is_local, load_hub, load_saved, local_files
 from orpo_lite.model.locating import hub_errors_in_words, locate, renaming_field
 from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
@@ -32,8 +34,6 @@ from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trl_names import TrlNames
-
-BUILDERS = {".jsonl": "json", ".ndjson": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
 
 
 def parser() -> Any:
@@ -116,15 +116,18 @@ def rows_of(script: Any, split: str) -> Any:
             raise RequestError(f"--dataset_name: there is no file or folder {name}")
         if not files:
             return load_hub(DataSource(path=name, name=script.dataset_config), split, streaming)
-    suffix = str(file_format(files[0]))
-    more: dict[str, Any] = {"sep": "\t"} if suffix == ".tsv" else {}
+
+    def read() -> Iterator[dict[str, Any]]:
+        return itertools.chain.from_iterable(itertools.chain.from_iterable(map(read_file, files)))
+
+    if streaming:
+        return datasets.IterableDataset.from_generator(read)
     try:
-        return datasets.load_dataset(
-            BUILDERS[suffix], data_files={split: files}, split=split, streaming=streaming, **more
-        )
-    except Exception as error:  # datasets and pyarrow have no common class for a broken file
-        why = error.__cause__ or error
-        raise RequestError(f"{', '.join(files[:3])}: cannot be read: {' '.join(str(why).split())[:300]}") from error
+        return datasets.Dataset.from_list([*read()])
+    except ArrowException as error:
+        raise RequestError(
+            f"{', '.join(files[:3])}: the rows are no table: {' '.join(str(error).split())[:300]}"
+        ) from error
 
 
 def held_out(script: Any, args: ORPOConfig) -> Any:
@@ -203,15 +206,6 @@ def main(words: Sequence[str]) -> TrlNames:
     return trainer
 
 
-def given() -> list[str]:
-    """Return the command line without our own --debug; with a value after it, --debug is transformers'."""
-    words = sys.argv[1:]
-    following = [*words[1:], "--"]
-    return [
-        word for word, then in zip(words, following, strict=False) if word != "--debug" or not then.startswith("--")
-    ]
-
-
 def start(**_: Any) -> None:
     """Run the command line.
 
@@ -220,7 +214,8 @@ def start(**_: Any) -> None:
     """
     if importlib.util.find_spec("trl") is None:
         raise RequestError("TRL's flags are parsed by TRL, which is not installed: pip install 'orpo_lite[trl]'")
-    main(given())
+    # transformers' own has a value, as in --debug=underflow_overflow
+    main([word for word in sys.argv[1:] if word != "--debug"])
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import json
 import logging
 from pathlib import Path
@@ -53,66 +52,51 @@ class MetricsFile(TrainerCallback):
 
     def __init__(self, path: Path, resumed: bool):
         self.path, self.resumed, self.disk = path, resumed, disk_of(path.parent)
-        self.evaluated: tuple[Any, Any] | None = None
-        self.waiting: list[str] = []
-        if not resumed:
+        self.before: list[dict[str, Any]] = []
+        """Logs of step 0, which neither `train` nor a checkpoint keeps."""
+        self.written = 0
+        if resumed:
+            for line in path.read_bytes().splitlines() if path.is_file() else ():
+                with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
+                    logs = json.loads(line)
+                    self.before += [logs] if logs.get("step") == 0 else []
+        else:
             path.unlink(missing_ok=True)
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Keep only the lines up to the checkpoint, by its own history: later steps are about to be repeated."""
-        if not state.is_world_process_zero or not self.resumed:
-            return
-        lines = [json.dumps({"step": 0} | logs) for logs in self._before_training()]
-        for logs in state.log_history:
-            if self._counts(logs):
-                lines.append(json.dumps({"step": logs["step"]} | {k: v for k, v in logs.items() if k != "step"}))
-        write_atomically(self.path, "".join(f"{line}\n" for line in lines))
-
-    def _before_training(self) -> list[dict[str, Any]]:
-        """Read the lines of step 0, which no checkpoint knows of."""
-        found = []
-        for line in self.path.read_bytes().splitlines() if self.path.is_file() else ():
-            with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
-                logs = json.loads(line)
-                found += [logs] if logs.get("step") == 0 else []
-        return found
-
-    def _counts(self, logs: dict[str, Any]) -> bool:
-        """Return False for the summary of the whole run, which is in run.json, and for a repeated evaluation."""
-        if "train_runtime" in logs:
-            return False
-        if "eval_loss" in logs:
-            logs.pop("eval_model_preparation_time", None)
-            last, self.evaluated = self.evaluated, (logs.get("step"), logs["eval_loss"])
-            return last != self.evaluated
-        return True
+        if state.is_world_process_zero and self.resumed:
+            lines = self._lines(state)
+            write_atomically(self.path, "".join(f"{line}\n" for line in lines))
+            self.written = len(lines)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if self.resumed and state.global_step == 0:
+        """Append what is new; with a full disk or a missing drive it waits for the next log, and training continues."""
+        if state.global_step == 0:
+            self.before += [] if self.resumed else state.log_history[-1:]
+        if not state.is_world_process_zero or not (waiting := self._lines(state)[self.written :]):
             return
-        if state.is_world_process_zero and logs and self._counts({"step": state.global_step} | logs):
-            logs.pop("eval_model_preparation_time", None)
-            self.waiting.append(json.dumps({"step": state.global_step} | logs))
-            self._write()
-
-    def _write(self) -> None:
-        """Append the waiting lines; with a full disk or a missing drive they keep waiting, and training continues."""
         try:
             check_mounted(self.path.parent, self.disk)
-            append_line(self.path, "\n".join(self.waiting))
+            append_line(self.path, "\n".join(waiting))
+            self.written += len(waiting)
         except OSError as error:
-            if len(self.waiting) == 1:
+            if len(waiting) == 1:
                 logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)
-            return
-        self.waiting.clear()
+
+    def _lines(self, state: Any) -> list[str]:
+        """Return the lines so far, without the summary of a run, which is in run.json, and repeated evaluations."""
+        lines, evaluated = [], None
+        for logs in [*self.before, *(one for one in state.log_history if one["step"] > 0)]:
+            last, evaluated = evaluated, (logs["step"], logs["eval_loss"]) if "eval_loss" in logs else evaluated
+            if "train_runtime" not in logs and not ("eval_loss" in logs and last == evaluated):
+                left_out = ("step", "eval_model_preparation_time")
+                kept = {name: value for name, value in logs.items() if name not in left_out}
+                lines.append(json.dumps({"step": logs["step"]} | kept))
+        return lines
 
 
 # ---- experiment trackers -----------------------------------------------------------------------------------------------
-
-MODULES = {"azure_ml": ("azureml",), "flyte": ("flytekit",), "tensorboard": ("tensorboard", "tensorboardX")}
-"""Modules, any of which a tracker works with, where they are not called as the tracker is."""
-PACKAGES = {"azure_ml": "azureml-core", "dagshub": "dagshub mlflow", "flyte": "flytekit"}
-"""What to install for it, where that is not called as the tracker is."""
 
 
 def check_trackers(report_to: Any) -> None:
@@ -122,7 +106,7 @@ def check_trackers(report_to: Any) -> None:
         report_to: as in TrainingArguments: a name or several; "all" and "none" need nothing.
 
     Raises:
-        RequestError: a name that transformers does not know, or a package that is not installed, with the pip command.
+        RequestError: a name that transformers does not know, or a package that is not installed, with what to install.
     """
     for name in [report_to] if isinstance(report_to, str) else report_to or []:
         if name in ("all", "none"):
@@ -132,11 +116,10 @@ def check_trackers(report_to: Any) -> None:
             raise RequestError(
                 f"report_to: found {name!r}{nearest(str(name), INTEGRATION_TO_CALLBACK)}, expected none, all, or some of {known}"
             )
-        if not any(importlib.util.find_spec(module) for module in MODULES.get(name, (name,))):
-            packages = PACKAGES.get(name, name)
-            raise RequestError(
-                f"report_to: {name} is asked for, but its package is not installed: pip install {packages}, or remove it"
-            )
+        try:
+            INTEGRATION_TO_CALLBACK[name]()
+        except (RuntimeError, ImportError, ValueError) as error:  # which says what to install
+            raise RequestError(f"report_to: {name}: {error} Or remove it from report_to.") from error
 
 
 def end_trackers(trainer: Any) -> None:

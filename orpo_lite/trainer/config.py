@@ -5,9 +5,11 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
 import torch
+import yaml
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
@@ -19,39 +21,8 @@ CHECKPOINTING = "activation_checkpointing"
 """transformers 5.23 renamed gradient_checkpointing to this; earlier versions only have the old name."""
 RENAMED = CHECKPOINTING in {f.name for f in fields(TrainingArguments)}
 
-RENAMED_FIELDS = {
-    "dataset": "dataset_name",
-    "dataset_test_name": "dataset_test_split",
-    "dataset_train_name": "dataset_train_split",
-    "evaluation_strategy": "eval_strategy",
-    "no_cuda": "use_cpu",
-    "per_gpu_eval_batch_size": "per_device_eval_batch_size",
-    "per_gpu_train_batch_size": "per_device_train_batch_size",
-    "push_to_hub_model_id": "hub_model_id",
-    "push_to_hub_token": "hub_token",
-    "torch_dtype": "dtype",
-    "use_nested_quant": "use_bnb_nested_quant",
-    "warmup_ratio": "warmup_steps",
-}
-"""Name of older versions -> the name that means the same now (warmup_steps below 1 is a share of all steps)."""
-REMOVED_FIELDS = {
-    "dataset_batch_size": "rows are always tokenized in batches",
-    "fp16_backend": "autocast is torch's",
-    "group_by_length": "set tokens_per_batch, which groups pairs of similar length inside each step",
-    "half_precision_backend": "autocast is torch's",
-    "include_inputs_for_metrics": "predictions are one row per pair (orpo_lite.objective.metrics.COLUMNS)",
-    "label_pad_token_id": "labels go by length, so no id stands for padding",
-    "logging_dir": "set the environment variable TENSORBOARD_LOGGING_DIR",
-    "overwrite_output_dir": "files in output_dir never stop a run",
-    "save_safetensors": "safetensors is the only format",
-    "truncation_mode": "the completion is cut at its end, or the pair is dropped with overlong='drop'; with max_prompt_length "
-    "a longer prompt loses its beginning",
-    "use_ipex": "transformers removed it",
-    "use_logits_to_keep": "logits are only ever computed where there is a label",
-    "use_mps_device": "an Apple GPU is used where there is one",
-    "use_num_logits_to_keep": "logits are only ever computed where there is a label",
-}
-"""Name that older versions of TRL and transformers took -> what happens without it."""
+OLD_FIELDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("old_fields.yaml").read_text("utf-8"))
+RENAMED_FIELDS, REMOVED_FIELDS = OLD_FIELDS["renamed"], OLD_FIELDS["removed"]
 CHOICES = {
     "overlong": ("truncate", "drop"),
     "completion_end": ("trl", "turn"),

@@ -84,7 +84,7 @@ def test_one_that_is_not_installed_is_said_before_anything_is_spent(tmp_path, to
         importlib.util, "find_spec", lambda name, *a: None if name in ("wandb", "mlflow") else there(name, *a)
     )
     with pytest.raises(
-        RequestError, match="report_to: wandb is asked for, but its package is not installed: pip install wandb"
+        RequestError, match="report_to: wandb: WandbCallback requires wandb to be installed. Run `pip install wandb`"
     ):
         run(
             Recipe.load(
