@@ -33,7 +33,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
 from orpo_lite.train.results import HeldOut, finish, measure_before, measure_held_out, run_facts
 from orpo_lite.trainer import distributed
-from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers, end_trackers
+from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.distributed import asked_of_launcher, zero_stage_asked
 from orpo_lite.trainer.interruptions import OutOfMemory, named
@@ -111,7 +111,6 @@ def run(
         before = measure_before(folder, recipe, trainer, pairs, tokenizer)
         outcome = train(trainer, folder)
         after = measure_held_out(recipe, trainer, pairs, tokenizer, before)
-        end_trackers(trainer)
 
         facts = run_facts(recipe, pairs, base, trainer, HeldOut.both(before, after, recipe), planned, outcome.metrics)
         facts["total_seconds"] = round(time.monotonic() - started, 3)

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK, TrackioCallback
+from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
 from transformers.trainer_callback import ProgressCallback
 
 from orpo_lite.common.errors import RequestError
@@ -67,24 +67,26 @@ class MetricsFile(TrainerCallback):
         """Keep only the lines up to the checkpoint, by its own history: later steps are about to be repeated."""
         if state.is_world_process_zero and self.resumed:
             lines = self._lines(state)
-            write_atomically(self.path, "".join(f"{line}\n" for line in lines))
+            write_atomically(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
             self.written = len(lines)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         """Append what is new; with a full disk or a missing drive it waits for the next log, and training continues."""
         if state.global_step == 0:
-            self.before += [] if self.resumed else state.log_history[-1:]
+            if self.resumed:
+                return
+            self.before += state.log_history[-1:]
         if not state.is_world_process_zero or not (waiting := self._lines(state)[self.written :]):
             return
         try:
             check_mounted(self.path.parent, self.disk)
-            append_line(self.path, "\n".join(waiting))
+            append_line(self.path, "\n".join(map(json.dumps, waiting)))
             self.written += len(waiting)
         except OSError as error:
             if len(waiting) == 1:
                 logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)
 
-    def _lines(self, state: Any) -> list[str]:
+    def _lines(self, state: Any) -> list[dict[str, Any]]:
         """Return the lines so far, without the summary of a run, which is in run.json, and repeated evaluations."""
         lines, evaluated = [], None
         for logs in [*self.before, *(one for one in state.log_history if one["step"] > 0)]:
@@ -92,7 +94,7 @@ class MetricsFile(TrainerCallback):
             if "train_runtime" not in logs and not ("eval_loss" in logs and last == evaluated):
                 left_out = ("step", "eval_model_preparation_time")
                 kept = {name: value for name, value in logs.items() if name not in left_out}
-                lines.append(json.dumps({"step": logs["step"]} | kept))
+                lines.append({"step": logs["step"]} | kept)
         return lines
 
 
@@ -120,15 +122,3 @@ def check_trackers(report_to: Any) -> None:
             INTEGRATION_TO_CALLBACK[name]()
         except (RuntimeError, ImportError, ValueError) as error:  # which says what to install
             raise RequestError(f"report_to: {name}: {error} Or remove it from report_to.") from error
-
-
-def end_trackers(trainer: Any) -> None:
-    """Finish trackio's run, which an evaluation after training has started again."""
-    if trainer.is_world_process_zero() and any(
-        isinstance(one, TrackioCallback) for one in trainer.callback_handler.callbacks
-    ):
-        import trackio  # pyright: ignore[reportMissingImports]
-        from trackio import context_vars  # pyright: ignore[reportMissingImports]
-
-        if context_vars.current_run.get() is not None:
-            trackio.finish()

@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 RUNNING = "running.json"
 """File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
 VERSIONS = ("torch", "transformers", "peft", "accelerate")
-NEEDED = ("trainer_state.json", "optimizer.pt", "scheduler.pt", "rng_state.pth")
 
 
 class CheckpointedTrainer(Trainer):
@@ -54,8 +53,8 @@ class CheckpointedTrainer(Trainer):
     """Sum of the steps' losses that this session has logged, mean over the processes."""
     clock = train_seconds = 0.0
     """When the metrics were logged last, evaluations since then added; seconds of training, those before a resume included."""
-    ends = ended = False
-    """Whether training ends at this step by itself; whether the checkpoint resumed from is that of a run's last step."""
+    ended = False
+    """Whether the run has taken its last step, also where it resumes from the checkpoint of that step."""
     resumed_from: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -221,7 +220,6 @@ class CheckpointedTrainer(Trainer):
             "seconds_since_log": now - self.clock,
             "seconds": self.train_seconds + now - self.train_started,
             "watched": [self.guard.skipped, self.guard.overflows, self.guard.in_a_row, self.health.warnings],
-            "ended": self.ends,
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -278,18 +276,9 @@ class CheckpointedTrainer(Trainer):
             found = Path(str(asked))
             if not found.is_dir():
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
-        # plain transformers or TRL wrote it
-        if not (found / folders.MANIFEST).is_file() and (found / NEEDED[0]).is_file():
-            logger.warning("%s has no %s: it cannot be checked for damage", found, folders.MANIFEST)
-            missing = [name for name in NEEDED if not (found / name).is_file()]
-            if missing and self.args.world_size == 1:
-                raise RequestError(
-                    f"{found}: {', '.join(missing)} missing, so training cannot resume exactly; take another checkpoint"
-                )
-        elif asked is not True and (wrong := folders.damage(found)):
-            raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
-        else:
-            check_origin(self, found, folders.manifest(found), self._facts())
+            if wrong := folders.damage(found):
+                raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
+        check_origin(self, found, folders.manifest(found), self._facts())
         check_torch_files(found)
         return found
 
@@ -310,8 +299,6 @@ class CheckpointedTrainer(Trainer):
         best = self.checkpoint_folder / f"checkpoint-{self.state.best_global_step}"
         if best.is_dir():  # the run folder may have been moved
             self.state.best_model_checkpoint = str(best)
-        if not (checkpoint / RUNNING).is_file():
-            return
         running = json.loads((checkpoint / RUNNING).read_text("utf-8"))
         # the summary that ends a run counts this session's steps only
         self.session_loss = -running["loss"]
@@ -326,9 +313,5 @@ class CheckpointedTrainer(Trainer):
         guard.skipped, guard.overflows, guard.in_a_row, self.health.warnings = running["watched"]
         self.clock = time.monotonic() - running["seconds_since_log"]
         self.train_seconds = running["seconds"]
-        # a signal may have come while the evaluation ran that early stopping ended the run by
         stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]
-        early = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)
-        # one that took all the steps it was to take resumes where there are to be more now
-        state = json.loads((checkpoint / NEEDED[0]).read_text("utf-8"))
-        self.ended = early or running["ended"] and state["global_step"] < state["max_steps"]
+        self.ended = any(one.early_stopping_patience_counter >= one.early_stopping_patience for one in stops)

@@ -7,10 +7,12 @@ import logging
 import math
 import statistics
 from collections import deque
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
+import yaml
 from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+WARNINGS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("health_warnings.yaml").read_text("utf-8"))
 LOW_LORA_LEARNING_RATE = 1e-5
 HISTORY = 100
 """Number of steps that a loss is compared with."""
@@ -55,10 +58,11 @@ class HealthWarnings:
         self.losses: deque[float] = deque(maxlen=HISTORY)
         self.trend: deque[tuple[float, float]] = deque(maxlen=BLOCK * BLOCKS)
 
-    def warn(self, kind: str, step: int, words: str) -> None:
-        """Log a warning, unless one of its kind has been logged, and keep it."""
+    def warn(self, kind: str, step: int, **figures: Any) -> None:
+        """Log a warning of WARNINGS with its figures, unless one of its kind has been logged, and keep it."""
         if any(one["kind"] == kind for one in self.warnings):
             return
+        words = WARNINGS[kind].format(step=step, **figures)
         self.warnings.append({"kind": kind, "step": step, "message": words})
         if self.log:
             logger.warning("%s", words)
@@ -66,12 +70,7 @@ class HealthWarnings:
     def check_learning_rate(self, rate: float) -> None:
         """Check the learning rate of a LoRA adapter, before training."""
         if rate < LOW_LORA_LEARNING_RATE:
-            self.warn(
-                "low learning rate",
-                0,
-                f"learning_rate {rate:g} is low for LoRA, which usually wants 5e-5 to 5e-4: the adapter may hardly change; "
-                "try training.learning_rate=1e-4",
-            )
+            self.warn("low learning rate", 0, rate=rate)
 
     def step(self, step: int, loss: float, chosen: float, margin: float, zero_gradient: bool) -> None:
         """Check an optimizer step that is about to be taken.
@@ -83,13 +82,7 @@ class HealthWarnings:
             zero_gradient: every gradient is exactly 0.
         """
         if zero_gradient:
-            self.warn(
-                "zero gradient",
-                step,
-                f"step {step}: every gradient is exactly 0, so nothing is learned. If the loss is far above where it began, the "
-                "weights were thrown out: try a lower training.learning_rate. Otherwise check whether the adapter's modules take part "
-                "in the forward pass (adapter.target_modules) and, in fp16, whether gradients underflow (model.dtype=float32)",
-            )
+            self.warn("zero gradient", step)
         self._spike(step, loss)
         self._collapse(step, chosen, margin)
 
@@ -101,13 +94,7 @@ class HealthWarnings:
             spread = max(1.4826 * statistics.median(abs(x - middle) for x in past), 0.02 * abs(middle))
             far, running = middle + max(25 * spread, 1.5 * abs(middle)), middle + max(6 * spread, 0.3 * abs(middle))
             if loss > far or min(loss, second, third) > running:
-                self.warn(
-                    "loss spike",
-                    step,
-                    f"step {step}: the loss jumped to {loss:.4g}, where the median of the {len(past)} steps before is "
-                    f"{middle:.4g}. If it stays there, try a lower training.learning_rate, more warm-up "
-                    "(training.warmup_steps) or a smaller training.max_grad_norm; if it recurs with certain rows, look at those",
-                )
+                self.warn("loss spike", step, loss=loss, count=len(past), middle=middle)
         self.losses.append(loss)
 
     def _collapse(self, step: int, chosen: float, margin: float) -> None:
@@ -122,14 +109,7 @@ class HealthWarnings:
         steady = (np.diff(means, axis=0) * direction > 0).all()
         # beyond the noise of the blocks' means, and enough to matter: 0.1 is a tenth of the tokens' probability
         if steady and ((means[-1] - means[0]) * direction > np.maximum(4 * noise, 0.1)).all():
-            self.warn(
-                "rewards collapsing",
-                step,
-                f"step {step}: over the last {BLOCK * BLOCKS} steps the chosen answers' mean log-prob fell from "
-                f"{means[0, 0]:.3f} to {means[-1, 0]:.3f} while the margin grew from {means[0, 1]:.3f} to {means[-1, 1]:.3f}: "
-                "the model unlearns the rejected answers and the chosen ones along with them. Try a smaller orpo.beta or "
-                "training.learning_rate, fewer epochs, or orpo.nll_scope=prompt+chosen",
-            )
+            self.warn("rewards collapsing", step, count=BLOCK * BLOCKS, first=means[0], last=means[-1])
 
 
 class Unchanged:
@@ -154,13 +134,7 @@ class Unchanged:
         if not last:
             self.steps += learning_rate > 0
         if (self.steps if last else self.steps == UNCHANGED_AFTER) and self.parameters and self.sums() == self.before:
-            health.warn(
-                "adapter unchanged",
-                step,
-                f"step {step}: after {self.steps} optimizer steps the trained weights are bit for bit what they were: updates "
-                "are rounded away or never made. Try a higher training.learning_rate, check adapter.target_modules, and "
-                "train in float32 (trainable parameters in 16 bits lose small updates)",
-            )
+            health.warn("adapter unchanged", step, count=self.steps)
 
 
 # ---- the report of a step that is not finite ---------------------------------------------------------------------------

@@ -231,7 +231,6 @@ class SavePoints(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         ends_epoch = float(state.epoch).is_integer() or control.should_training_stop
         asked, due = self._agreed(args)
-        self.trainer.ends = control.should_training_stop
         control.should_save |= asked or due
         control.should_training_stop |= asked
         self.stops = asked and not ends_epoch
@@ -240,8 +239,6 @@ class SavePoints(TrainerCallback):
             control.should_save, self.deferred = False, True
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if self.trainer.stopping.number is None:
-            self.trainer.ends = control.should_training_stop
         if self.trainer.is_in_train and self._agreed(args)[0]:
             control.should_save = control.should_training_stop = True
             self.stops = not float(state.epoch or 0).is_integer()

@@ -71,6 +71,9 @@ def test_a_run_in_tensorboard_and_trackio(tmp_path, trackio_folder):
     last = logged.Scalars("eval/rewards/margins")[-1].value
     assert last == pytest.approx(done.facts["eval"]["after"]["rewards/margins"], rel=1e-5)
 
+    import trackio
+
+    trackio.finish()  # as it does itself when the process ends
     lines, runs = trackio_lines("whole")
     assert len(runs) == 1, "what comes after training is in a run of its own"
     for name in OURS:
