@@ -109,11 +109,12 @@ def clean(folder: Path) -> None:
 def prune(folder: Path, limit: int | None, best: Path | None) -> None:
     """Delete the oldest checkpoints above `limit`, once the newest is whole.
 
-    The newest and the best stay; one without a manifest does not count and goes first.
+    The newest and the best stay; one without a manifest does not count and goes first. Age goes by when they were
+    written: a run that resumed before a damaged checkpoint writes fewer steps than that one has.
     """
     if not limit or limit < 0:
         return
-    found = checkpoints(folder)
+    found = sorted(checkpoints(folder), key=lambda path: max(one.stat().st_mtime_ns for one in (path, *path.iterdir())))
     sealed = [path for path in found if (path / MANIFEST).is_file()]
     if not sealed or sealed[-1] != found[-1]:
         return

@@ -91,6 +91,14 @@ def test_pruning_keeps_the_newest_and_the_best_and_waits_for_a_good_successor(tm
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]
 
 
+def test_pruning_goes_by_when_checkpoints_were_written(tmp_path):
+    """A run that resumed from step 4, since checkpoint-8 is damaged, keeps what it writes itself."""
+    for step in (8, 5, 6):
+        checkpoint(tmp_path, step)
+    prune(tmp_path, 1, None)
+    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
+
+
 def test_a_checkpoint_replaces_one_of_its_step_and_a_kill_between_loses_none(tmp_path):
     checkpoint(tmp_path, 4)
     aside = tmp_path / ".checkpoint-4.part"
