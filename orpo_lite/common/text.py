@@ -37,6 +37,19 @@ def format_gb(size: float, digits: int = 1) -> str:
     return f"{size / 1e9:.{digits}f} GB"
 
 
+def duration(seconds: float) -> str:
+    """Write a time in its two largest units."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    minutes, hours = round(seconds / 60), int(seconds // 3600)
+    return f"{minutes} min" if minutes < 100 else f"{hours} h {round((seconds - hours * 3600) / 60)} min"
+
+
+def cut(text: str, longest: int = 4000) -> str:
+    """Return a text, or the beginning of a very long one."""
+    return text if len(text) <= longest else f"{text[:longest]}\n[{len(text) - longest:,} more characters]"
+
+
 def held_by(facts: dict) -> str:
     """Say what a run's `peak_memory_bytes` (run.json) counts: on the CPU, much more than tensors."""
     return "in the whole process, libraries included" if facts["device"].startswith("cpu") else "in tensors on the GPU"
@@ -70,3 +83,11 @@ def number(value: Any, form: str = ".4f") -> str:
     if not math.isfinite(value):
         return "not a number" if math.isnan(value) else "infinite" if value > 0 else "minus infinite"
     return format(value, form)
+
+
+def measured(result: dict[str, Any], key: str) -> str:
+    """Write one metric of an evaluation with its interval, accuracy in percent; empty where it is not known."""
+    value, ends = result.get(key), result.get(f"{key}_interval") or []
+    form = ".1%" if key == "rewards/accuracies" else ".4f"
+    interval = " ({} to {})".format(*(number(end, form) for end in ends)) if len(ends) == 2 else ""
+    return "" if value is None else number(value, form) + interval

@@ -22,14 +22,14 @@ from rich.markup import escape
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import fence, held_by, inline, number
+from orpo_lite.common.text import cut, fence, format_gb, held_by, inline, measured, number
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import is_finite
-from orpo_lite.report.page import gigabytes, is_encoder_decoder, read_json, verdict
+from orpo_lite.report.page import is_encoder_decoder, read_json, verdict
 from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
 
@@ -40,7 +40,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "merged", "gguf"]
 
-SAMPLE_CHARACTERS = 1500
 NOT_OF_THE_WEIGHTS = (
     "output_dir", "logging_", "save_", "eval_", "report_to", "hub_", "push_", "run_name", "per_device_eval", "seed",
 )  # fmt: skip
@@ -118,7 +117,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     if base is not None:
         hub, license, revision = hub_id(base), find_license(base), None
     shown = public_name(base or recipe.model.name_or_path, hub is not None)
-    name = record.name or folder.path.resolve().name
+    name, given = record.name or folder.path.resolve().name, published_recipe(recipe, record)
     it = usage_facts(folder.path, repo, name, shown, revision, recipe, held, facts.dtype or "auto")
     tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if it["bits"] == 4 else [])
     sources = record.data.sources.values()
@@ -133,7 +132,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
-        hyperparameters=hyperparameters(recipe, record), recipe_yaml=published_recipe(recipe, record).rstrip(),
+        given=yaml.safe_load(given), recipe_yaml=given.rstrip(), not_of_the_weights=NOT_OF_THE_WEIGHTS,
     )  # fmt: skip
 
 
@@ -144,14 +143,9 @@ def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], 
     hub, revision = hub_id(named) if named else None, config.get("revision") if base is None else None
     license = find_license(named, revision) if named else None
     shown = public_name(named, hub is not None) if named else "a base that adapter_config.json does not name"
-    targets = config.get("target_modules") or []
-    rows = [("type", config.get("peft_type")), ("r", config.get("r")), ("alpha", config.get("lora_alpha")),
-            ("target modules", targets if isinstance(targets, str) else ", ".join(sorted(targets))),
-            ("modules to save", ", ".join(config.get("modules_to_save") or [])),
-            ("DoRA", config.get("use_dora")), ("rsLoRA", config.get("use_rslora"))]  # fmt: skip
     return render(
         front_matter(kind, hub, license, ["lora"]),
-        name=name, kind=kind, shown=shown, hub=hub, license=license, repo=repo, notes=notes, config=rows,
+        name=name, kind=kind, shown=shown, hub=hub, license=license, repo=repo, notes=notes, config=config,
         it=usage_facts(source, repo, name, shown if named else "BASE", revision),
     )  # fmt: skip
 
@@ -217,7 +211,8 @@ def environment() -> jinja2.Environment:
         ),
         "number": lambda value, form: Markdown(number(value, form)),
         "count": lambda value: Markdown(number(value, ",")),
-        "gigabytes": lambda size: gigabytes(size) or "not known",
+        "gigabytes": lambda size: None if size is None else format_gb(size, 2),
+        "measured": lambda result, key: Markdown(measured(result, key) or "not known"),
         "link": lambda name, hub: Markdown(f"[{inline(name)}](https://huggingface.co/{hub})" if hub else inline(name)),
         "public_name": public_name,
         "cut": cut,
@@ -227,14 +222,9 @@ def environment() -> jinja2.Environment:
 
 def render(meta: ModelCardData, **parts: Any) -> str:
     """Render a card: front matter, and every section for which there is something."""
-    nothing: dict[str, Any] = dict.fromkeys(("record", "it", "config", "dataset", "repo", "license", "held"))
+    nothing: dict[str, Any] = dict.fromkeys(("record", "recipe", "it", "config", "dataset", "repo", "license", "held"))
     nothing |= {"trained": False, "notes": (), "versions": None}
     return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
-
-
-def cut(text: str) -> str:
-    gone = len(text) - SAMPLE_CHARACTERS
-    return text if gone <= 0 else f"{text[:SAMPLE_CHARACTERS]}\n[{gone:,} more characters]"
 
 
 # ---- front matter --------------------------------------------------------------------------------------------------------
@@ -300,24 +290,6 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
 # ---- facts for the sections ----------------------------------------------------------------------------------------------
 
 
-def hyperparameters(recipe: Recipe, record: RunRecord) -> list[tuple[str, Any]]:
-    """Return what shaped the weights: the recipe's own fields, and what was resolved from them."""
-    rows: dict[str, Any] = {
-        "pairs per optimizer step": record.effective_batch,
-        "optimizer steps": record.steps,
-        "seed": record.seed,
-        "compute dtype": record.base_model.dtype,
-        "layout": "{} ({})".format(record.layout.get("name"), record.layout.get("why")) if record.layout else None,
-    }
-    given = yaml.safe_load(published_recipe(recipe, record))
-    rows |= {f"adapter.{k}": v for k, v in (given["adapter"] or {}).items() if v is not False and k != "eva_batches"}
-    rows |= {f"orpo.{k}": v for k, v in given["orpo"].items() if k != "layout"}
-    for key in ("max_length", "max_prompt_length", "max_completion_length", "overlong", "completion_end"):
-        rows[f"data.{key}"] = given["data"][key]
-    rows |= {f"training.{k}": v for k, v in given["training"].items() if not k.startswith(NOT_OF_THE_WEIGHTS)}
-    return [(key, value) for key, value in rows.items() if value not in (None, {}, [], "")]
-
-
 def usage_facts(
     folder: Path, repo: str | None, name: str, base: str, revision: str | None,
     recipe: Recipe | None = None, quantization: str = "none", dtype: str = "auto",
@@ -334,9 +306,7 @@ def usage_facts(
     problems = [problem.replace(str(folder), folder.name) for problem in vllm_problems(folder)] if adapter else []
     # a name that every command takes: Ollama wants lower case
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lower()
-    where, seq2seq = repo or folder.resolve().name, is_encoder_decoder(folder)
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    kwargs = recipe.data.template_kwargs if recipe else {}
     backend, settings = None, None
     if recipe and quantization != "none":
         import torch
@@ -348,17 +318,13 @@ def usage_facts(
             settings = backend.settings(spec, getattr(torch, dtype, torch.float32), False)
     options = settings.to_diff_dict() if settings else {}
     return {
-        "where": where, "name": plain, "folder": plain if "/" in where else where, "base": base, "revision": revision,
-        "builtin": base.startswith(BUILTIN), "seq2seq": seq2seq,
-        "chat": bool(template) or (folder / "chat_template.jinja").is_file(),
-        "auto": "AutoModelForSeq2SeqLM" if seq2seq else "AutoModelForCausalLM", "vllm_problems": problems,
+        "where": repo or folder.resolve().name, "name": plain, "base": base, "revision": revision,
+        "builtin": base.startswith(BUILTIN), "seq2seq": is_encoder_decoder(folder),
+        "chat": bool(template) or (folder / "chat_template.jinja").is_file(), "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
         "new_tokens": bool(adapter.get("trainable_token_indices")), "dtype": dtype,
         "bits": backend and backend.bits, "quantizer": type(settings).__name__ if settings else None,
         "quantizer_options": {key: value for key, value in options.items() if key[0] != "_" and key != "quant_method"},
-        "gguf_file": recipe and recipe.model.gguf_file and Path(recipe.model.gguf_file).name,
-        "trust_remote_code": bool(recipe and recipe.model.trust_remote_code),
-        "template_kwargs": {key: value for key, value in kwargs.items() if key.isidentifier()},
     }  # fmt: skip
 
 

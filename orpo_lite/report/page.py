@@ -5,7 +5,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import math
 import shlex
 from collections.abc import Callable, Sequence
 from functools import cache
@@ -15,15 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orpo_lite.common.text import format_gb, held_by
+from orpo_lite.common.text import cut, duration, format_gb, held_by, measured
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.report.run_record import LoadedRun, RunRecord, Sample
-
-LONGEST = 4000
-"""Characters shown of a text."""
-
 
 # ---- rendering -----------------------------------------------------------------------------------------------------------
 
@@ -38,13 +33,16 @@ def environment() -> jinja2.Environment:
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
         "drawing": Drawing, "script_data": script_data, "colors": COLORS,
-        "is_finite": is_finite, "arrow": arrow, "held_by": held_by, "metrics": ROWS,
+        "is_finite": is_finite, "held_by": held_by, "metrics": ROWS,
         "script": Markup(script),  # noqa: S704  # our own file
         "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
         "style": Markup((Path(__file__).parent / "page.css").read_text("utf-8").strip()),  # noqa: S704  # our own file
     }  # fmt: skip
-    for show in (cut, count, gigabytes, duration, metric, written):
-        made.filters[show.__name__] = show
+    made.filters |= {
+        "cut": cut, "measured": measured, "written": written, "adapter": adapter, "sh": shlex.quote, "shown_path": shown_path,
+        "encoder_decoder": is_encoder_decoder, "duration": known(duration), "count": known("{:,}".format),
+        "rate": known("{:.1f}".format), "gigabytes": known(lambda size: format_gb(size, 2)),
+    }  # fmt: skip
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
     return made
 
@@ -63,69 +61,26 @@ def render(template: str, loaded: Sequence[LoadedRun], charts: list[Chart | None
 
 def run_page(run: LoadedRun) -> bytes:
     """Render the page of one run; everything that comes from data or models is escaped."""
-    record = run.record
     spread = margin_chart(
         {"before": margins(run, "before"), "after": margins(run, "after")},
         title="Reward margins of the held-out pairs",
         x="reward margin",
         hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
     )
-    rows = evaluation_rows(run)
     drawn, notes = curves([("", run)])
     titles = {"train": "Lengths of the training pairs", "eval": "Lengths of the held-out pairs"}
-    lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in record.data.lengths.items()]
+    lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in run.record.data.lengths.items()]
     return render(
-        "run.html.jinja", [run], [spread if rows else None, *drawn, *lengths],
-        title=f"ORPO run {run.name}", run=run, verdict=sentence(run), adapter=adapter(run), evaluations=rows, margins=spread,
-        answers=answers([(when, record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn, notes=notes,
-        lengths=[chart for chart in lengths if chart], steps=next_steps(run),
+        "run.html.jinja", [run], [spread if run.last_evaluation else None, *drawn, *lengths],
+        title=f"ORPO run {run.name}", run=run, verdict=sentence(run), margins=spread,
+        answers=answers([(when, run.record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn, notes=notes,
+        lengths=[chart for chart in lengths if chart],
     )  # fmt: skip
 
 
-# ---- values --------------------------------------------------------------------------------------------------------------
-
-
-def count(value: int | None) -> str:
-    return "" if value is None else f"{value:,}"
-
-
-def gigabytes(size: float | None) -> str:
-    return "" if size is None else format_gb(size, 2)
-
-
-def duration(seconds: float | None) -> str:
-    """Write a time in its two largest units."""
-    if seconds is None or seconds < 100:
-        return "" if seconds is None else f"{seconds:.0f} s"
-    minutes, hours = round(seconds / 60), int(seconds // 3600)
-    return f"{minutes} min" if minutes < 100 else f"{hours} h {round((seconds - hours * 3600) / 60)} min"
-
-
-def metric(result: dict[str, Any], key: str) -> str:
-    """Write one metric of an evaluation, accuracy with its interval."""
-    found = result.get(key)
-    if found is None:
-        return ""
-    accuracy = key == "rewards/accuracies"
-    text = (f"{found:.1%}" if accuracy else f"{found:.4f}") if math.isfinite(found) else written(found)
-    if accuracy and (ends := interval(result)):
-        return Markup("{} <span class=dim>({:.1%} to {:.1%})</span>").format(text, *ends)
-    return text
-
-
-def interval(result: dict[str, Any]) -> tuple[float, float] | None:
-    """Return the lowest and the highest value of an accuracy's interval, or None where it is not known."""
-    found = result.get("rewards/accuracies_interval") or ()
-    return (found[0], found[1]) if len(found) == 2 else None
-
-
-def arrow(*values: str) -> str:
-    return Markup(" → ").join(filter(None, values))
-
-
-def cut(text: str) -> str:
-    """Return a text, or the beginning of a very long one."""
-    return text if len(text) <= LONGEST else f"{text[:LONGEST]} [{len(text) - LONGEST:,} more characters]"
+def known(write: Callable[[Any], str]) -> Callable[[Any], str]:
+    """Return a filter that writes nothing for None."""
+    return lambda value: "" if value is None else write(value)
 
 
 # ---- the result in words -------------------------------------------------------------------------------------------------
@@ -134,7 +89,9 @@ def cut(text: str) -> str:
 def verdict(record: RunRecord) -> str:
     """Say in a sentence whether the held-out accuracy moved by more than chance."""
     before, after = record.evaluation("before"), record.evaluation("after")
-    old, new = before.get("rewards/accuracies"), after.get("rewards/accuracies")
+    (old, old_range), (new, new_range) = (
+        (one.get("rewards/accuracies"), one.get("rewards/accuracies_interval") or []) for one in (before, after)
+    )
     if old is None or new is None:
         none = "eval" in record.model_fields_set and not before and not after
         why = "no pairs were held out" if none else "held-out reward accuracy before or after was not recorded"
@@ -143,10 +100,9 @@ def verdict(record: RunRecord) -> str:
     pairs = "pairs that were not counted" if after.get("pairs") is None else f"{after['pairs']} pairs"
     if not (is_finite(old) and is_finite(new)):
         return f"Held-out reward accuracy on {pairs} is not a number: something went wrong in this run."
-    old_range, new_range = interval(before), interval(after)
     if new < old:
         how = "it did not improve"
-    elif old_range is None or new_range is None:
+    elif len(old_range) != 2 or len(new_range) != 2:
         how = "whether that is chance is not known"
     else:
         how = "clearly more than chance would give" if new_range[0] > old_range[1] else "within what chance could give"
@@ -179,55 +135,11 @@ def adapter(run: LoadedRun) -> str:
 # ---- parts of the page ---------------------------------------------------------------------------------------------------
 
 
-def evaluation_rows(run: LoadedRun) -> list[tuple[str, str, str]]:
-    """Return name and value before and after of every held-out metric; none where nothing was measured."""
-    before, after = run.record.evaluation("before"), run.record.evaluation("after")
-    if not before and not after:
-        return []
-    rows = [(label, metric(before, key), metric(after, key)) for key, label in ROWS.items()]
-    baseline = before.get("length_baseline", after.get("length_baseline"))
-    if is_finite(baseline):
-        rows.append(("always preferring the longer answer", f"{baseline:.1%}", f"{baseline:.1%}"))
-    return rows
-
-
 def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple[str, Sample]]]]:
     """Return the held-out prompts with each side's greedy answer; sides without any are left out."""
     sides = [(name, samples) for name, samples in sides if samples]
     total = min((len(samples) for _, samples in sides), default=0)
     return [(sides[0][1][i].prompt, [(name, samples[i]) for name, samples in sides]) for i in range(total)]
-
-
-# ---- next steps ----------------------------------------------------------------------------------------------------------
-
-
-def next_steps(run: LoadedRun) -> list[tuple[str, str]]:
-    """Return commands to type next for this run, and what each is for."""
-    here, name = shown_path(run.path), run.path.resolve().name
-    place, again, merged, gguf = map(shlex.quote, (here, f"{here}-2", f"{here}-merged", f"{name}.gguf"))
-    whole, seed = run.full_fine_tuning, 0 if run.record.seed is None else run.record.seed
-    if run.state != "finished":
-        why = f"resume from {run.checkpoint}" if run.checkpoint else "start again: there is no checkpoint"
-        resume = " --resume" if run.checkpoint else ""
-        found = [
-            (f"train --recipe {place}{resume}", why),
-            (f"report {place}", "this page again, as far as the run has come by then"),
-        ]
-    else:
-        chat = (f"chat {place}" if whole else f"chat {place} --compare", "talk to it")
-        export = (f"export {place} --output {gguf} --quant q8_0 --ollama", "for llama.cpp and Ollama")
-        found = [chat] if whole else [
-            (f"evaluate {place}", "base against adapter, on these or other pairs (--data)"),
-            chat,
-            (f"merge {place} --output {merged}", "a plain transformers model"),
-        ]  # fmt: skip
-        found += [] if is_encoder_decoder(run.path) else [export]  # GGUF holds decoders only
-        found += [
-            (f"push {place} --repo USER/{shlex.quote(name)} --dry-run", "what would go to the hub"),
-            (f"train --recipe {place} training.seed={seed + 1}", "again with another seed, in a new folder"),
-            (f"report {place} {again}", "then compare the two"),
-        ]
-    return [(f"python -m orpo_lite.{command}", why) for command, why in found]
 
 
 def is_encoder_decoder(folder: Path) -> bool:
@@ -275,7 +187,7 @@ def compare_page(runs: Sequence[LoadedRun]) -> bytes:
     return render(
         "compare.html.jinja", runs, [*drawn, spread], title=f"ORPO runs: {', '.join(run.name for run in runs)}"[:200],
         runs=runs, compared=[(name, run, sentence(run)) for name, run in named.items()], head=("", *named),
-        results=results(runs), other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
+        other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
         differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
         curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(named)),
     )  # fmt: skip
@@ -307,38 +219,6 @@ def differences(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in HOUSEKEEPING)
     rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     return {key: row for key, row in rows.items() if any(one != row[0] for one in row[1:])}
-
-
-def results(runs: Sequence[LoadedRun]) -> list[tuple[Any, ...]]:
-    """Return the rows of the results: a name, and a cell for each run."""
-    rows: list[tuple[Any, ...]] = []
-    for key, label in ROWS.items():
-        # before without the interval, for the width of the table
-        cells = [
-            arrow(
-                metric({key: run.record.evaluation("before").get(key)}, key),
-                metric(run.record.evaluation("after"), key),
-            )
-            for run in runs
-        ]
-        rows.append((f"{label}, held out", *cells))
-    plain: dict[str, Callable[[LoadedRun], Any]] = {
-        "held-out pairs": lambda run: run.last_evaluation.get("pairs"),
-        "training pairs": lambda run: run.record.data.train_pairs,
-        "state": lambda run: run.state,
-        "adapter": adapter,
-        "steps": lambda run: run.record.steps,
-        "pairs per step": lambda run: run.record.effective_batch,
-        "training time": lambda run: duration(run.record.train_seconds),
-        "pairs per second": lambda run: run.record.pairs_per_second and f"{run.record.pairs_per_second:.1f}",
-        "peak memory": lambda run: gigabytes(run.record.peak_memory_bytes),
-        "device": lambda run: run.record.device,
-    }
-    for name, get in plain.items():
-        cells = [get(run) for run in runs]
-        if any(cells):
-            rows.append((name, *cells))
-    return rows
 
 
 def same_prompts(named: dict[str, LoadedRun]) -> list[tuple[str, list[Sample]]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 import shutil
@@ -133,14 +134,17 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
 
 
 @pytest.mark.parametrize("state", ["finished", "stopped"])
-@pytest.mark.parametrize("adapter", [None, {"r": 16}])
+@pytest.mark.parametrize("adapter", ["null", "{r: 16}"])
 def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None:
     from orpo_lite.recipe import Recipe
-    from orpo_lite.report.page import next_steps
+    from orpo_lite.report.page import run_page
     from orpo_lite.report.run_record import LoadedRun, RunRecord
 
     for checkpoint in (None, "checkpoint-10"):
-        recipe = Recipe.load("quickstart").model_copy(update={"adapter": adapter})
+        recipe = Recipe.load("quickstart", [f"adapter={adapter}", "model.quantization=none"])
         run = LoadedRun(tmp_path / "my run", RunRecord(seed=42), [], recipe, state=state, checkpoint=checkpoint)
-        for line, _ in next_steps(run):
+        (block,) = re.findall("<pre class=code.*?</pre>", run_page(run).decode("utf-8"), re.DOTALL)
+        lines = [html.unescape(line) for line in block.splitlines() if line.startswith("python")]
+        assert len(lines) > 1
+        for line in lines:
             check("report.html", *words_of(line))  # type: ignore[misc]
