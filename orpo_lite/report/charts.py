@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
+import yaml
+from matplotlib.ticker import MaxNLocator
 
 from orpo_lite.evaluate.held_out import wilson_interval
 from orpo_lite.report.drawing import (
@@ -20,9 +23,8 @@ from orpo_lite.report.drawing import (
     Chart,
     Line,
     Point,
+    apart,
     is_finite,
-    is_level,
-    round_step,
     running_mean,
     save_png,
     thinned,
@@ -42,34 +44,19 @@ class Metric:
     key: str
     label: str
     color: int = BLUE
-    scale: Callable[[LoadedRun], float] = lambda run: 1.0
+    is_odds_term: bool = False
+    """Logged as the odds term before it is scaled by -beta."""
     dashed: bool = False
     smoothed: bool = True
 
 
-PANELS = (
-    (Chart("loss", "Loss", hint="ORPO loss = NLL + odds term. Both parts should fall; if only the odds term does, the model "
-           "learns to reject without learning to answer."),
-     (Metric("loss", "ORPO loss"), Metric("nll_loss", "NLL per token", ORANGE, dashed=True),
-      Metric("log_odds_ratio", "odds term", GREEN, lambda run: -run.beta), Metric("aux_loss", "router loss", PURPLE))),
-    (Chart("rewards", "Rewards", hint="beta x mean log-prob of an answer. Rejected should fall away from chosen, and chosen "
-           "should stay close to where it was."),
-     (Metric("rewards/chosen", "chosen", GREEN), Metric("rewards/rejected", "rejected", RED, dashed=True))),
-    (Chart("margin", "Reward margin", hint="Chosen minus rejected: above 0 and growing where preferences are learned."),
-     (Metric("rewards/margins", "margin"),)),
-    (Chart("accuracy", "Reward accuracy", hint="Share of pairs whose chosen answer is the likelier one; bars are 95% intervals "
-           "of the held-out pairs.", form="%", limits=(-0.03, 1.03)),
-     (Metric("rewards/accuracies", "accuracy"),)),
-    (Chart("log-odds", "Log-odds ratio", hint="Log of the odds of chosen over those of rejected, which the odds term pushes up."),
-     (Metric("log_odds_chosen", "log-odds ratio"),)),
-    (Chart("learning-rate", "Learning rate", limits=(0.0, None)), (Metric("learning_rate", "learning rate", smoothed=False),)),
-    (Chart("gradient-norm", "Gradient norm", hint="Before clipping. Spikes that do not come down again are a sign of too high a "
-           "learning rate.", limits=(0.0, None)), (Metric("grad_norm", "gradient norm"),)),
-    (Chart("tokens", "Tokens per second", hint="Tokens that the model computed, without evaluation.", limits=(0.0, None)),
-     (Metric("tokens_per_second", "tokens per second"),)),
-    (Chart("memory", "Peak memory", hint="Highest so far.", y="GB", limits=(0.0, None)), (Metric("peak_memory_gb", "peak memory"),)),
-)  # fmt: skip
-"""The charts of a run, without their lines, and the metrics that each draws."""
+@cache
+def panels() -> list[tuple[Chart, list[Metric]]]:
+    """Return the charts of a run, without their lines, and the metrics that each draws."""
+    content = yaml.safe_load((Path(__file__).parent / "charts.yaml").read_text("utf-8"))
+    return [(Chart(**one["chart"]), [Metric(**metric) for metric in one["metrics"]]) for one in content]
+
+
 ON_CARD = 6
 """Panels on the model card: the first ones."""
 
@@ -80,11 +67,11 @@ def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str
     Args:
         runs: name and run; of several each metric gets a chart of its own.
     """
-    panels = PANELS if len(runs) == 1 else [one for panel in PANELS for one in split(*panel)]
+    shown = panels() if len(runs) == 1 else [one for panel in panels() for one in split(*panel)]
     # of several runs only the mean is drawn, see `training_lines`; held-out lines are short
-    lines = sum(len(metrics) for _, metrics in panels) * len(runs) * (2 if len(runs) == 1 else 1)
+    lines = sum(len(metrics) for _, metrics in shown) * len(runs) * (2 if len(runs) == 1 else 1)
     most = max(LEAST, BUDGET // lines)
-    charts = [chart for panel in panels if (chart := draw(*panel, runs, most)).drawable]
+    charts = [chart for panel in shown if (chart := draw(*panel, runs, most)).drawable]
     longest = max(len(run.metrics) for _, run in runs)
     if longest <= most:
         return charts, []
@@ -100,25 +87,25 @@ def draw_card_curves(run: LoadedRun, path: Path) -> bool:
     Returns:
         False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
     """
-    charts = [draw(*panel, [("", run)], MOST) for panel in PANELS[:ON_CARD]]
+    charts = [draw(*panel, [("", run)], MOST) for panel in panels()[:ON_CARD]]
     if not any(chart.lines for chart in charts):
         return False
     save_png(charts, path)
     return True
 
 
-def split(panel: Chart, metrics: tuple[Metric, ...]) -> list[tuple[Chart, tuple[Metric, ...]]]:
+def split(panel: Chart, metrics: list[Metric]) -> list[tuple[Chart, list[Metric]]]:
     """Return a panel for each metric of a panel."""
     if len(metrics) == 1:
         return [(panel, metrics)]
     titles = ["ORPO loss" if metric.key == "loss" else f"{panel.title}: {metric.label}" for metric in metrics]
     return [
-        (replace(panel, key=f"{panel.key}-{place}", hint="", title=titles[place]), (metric,))
+        (replace(panel, key=f"{panel.key}-{place}", hint="", title=titles[place]), [metric])
         for place, metric in enumerate(metrics)
     ]
 
 
-def draw(panel: Chart, metrics: tuple[Metric, ...], runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
+def draw(panel: Chart, metrics: list[Metric], runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
     """Return a panel with its lines: for every run and metric one of training and one of the held-out pairs.
 
     Args:
@@ -177,7 +164,7 @@ def training_lines(points: list[Point], metric: Metric, name: str, most: int) ->
 
 def values(run: LoadedRun, metric: Metric, of: str = "") -> list[Point]:
     """Return step and value of a metric at each log line that has it; values that are not finite stay, as gaps."""
-    key, scale = of + metric.key, metric.scale(run)
+    key, scale = of + metric.key, -run.beta if metric.is_odds_term else 1.0
     return [(line["step"], line[key] * scale) for line in run.metrics if key in line]
 
 
@@ -221,12 +208,8 @@ def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     """Return edges at multiples of a round width, one at 0 if it lies inside, and counts of each group's finite values."""
     finite = {name: [v for v in some if math.isfinite(v)] for name, some in groups.items()}
     everything = [v for some in finite.values() for v in some]
-    low, high = min(everything), max(everything)
-    if is_level(low, high):
-        half = (abs(low) or 1) / 2
-        low, high = low - half, high + half
-    width = round_step((high - low) / bins, (1, 2, 5, 10))
-    edges = [i * width for i in range(math.floor(low / width), math.floor(high / width) + 2)]
+    low, high = apart(everything, 0.5)
+    edges = [float(edge) for edge in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
     return edges, {
         name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()
         for name, some in finite.items()

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
+from matplotlib.ticker import MaxNLocator
 
 from orpo_lite.common.text import number
 
@@ -75,40 +77,29 @@ class Chart:
     @property
     def domain(self) -> tuple[float, float, float, float]:
         """Ends of the x and the y axis, with some air."""
-        points = [p for line in self.lines for p in line.finite]
-        xs = [x for x, _ in points]
-        ys = [y for _, y in points]
-        ys += [y for line in self.lines for pair in line.band or () for y in pair if math.isfinite(y)]
-        if self.across:
-            ys.append(self.across[0])
-        low, high = min(xs), max(xs)
-        if is_level(low, high):
-            low, high = low - max(0.5, abs(low) * 1e-3), high + max(0.5, abs(low) * 1e-3)
-        elif not self.stairs:  # room for half a mark
-            low, high = low - (high - low) * 0.015, high + (high - low) * 0.015
+        xs, ys = zip(*(point for line in self.lines for point in line.finite), strict=True)
+        bands = [y for line in self.lines for pair in line.band or () for y in pair if math.isfinite(y)]
         floor, top = self.limits
-        bottom = min(ys) if floor is None else min(*ys, floor)
-        peak = max(ys) if top is None else max(*ys, top)
-        air = (abs(peak) * 0.1 or 1.0) if is_level(bottom, peak) else (peak - bottom) * 0.06
-        return low, high, (bottom - air if floor is None else bottom), (peak + air if top is None else peak)
+        ends = [*ys, *bands, *(y for y in (floor, top, self.across and self.across[0]) if y is not None)]
+        left, right = apart(xs, 0.5)
+        low, high = apart(ends, 0.1)
+        side = 0.0 if self.stairs else (right - left) * 0.015  # room for half a mark
+        air = (high - low) * 0.06
+        low, high = low - air if floor is None else min(ends), high + air if top is None else max(ends)
+        return left - side, right + side, low, high
 
 
-def is_level(low: float, high: float) -> bool:
-    """Tell whether two values are too close for an axis from one to the other."""
-    return high - low <= 1e-9 * max(abs(low), abs(high))
-
-
-def round_step(raw: float, factors: tuple[float, ...] = (1, 2, 2.5, 5, 10)) -> float:
-    """Return the smallest round number that is not below `raw`."""
-    power = 10.0 ** math.floor(math.log10(raw))
-    return next(factor * power for factor in factors if factor * power >= raw * (1 - 1e-9))
+def apart(values: Sequence[float], share: float) -> tuple[float, float]:
+    """Return the lowest and the highest value, moved apart by a share of them where they are the same."""
+    low, high = min(values), max(values)
+    size = max(abs(low), abs(high)) or 1.0
+    return (low, high) if high - low > 1e-9 * size else (low - share * size, high + share * size)
 
 
 def ticks(low: float, high: float, most: int) -> list[float]:
     """Return the round numbers between two others, at most `most` + 1 of them."""
-    step = round_step((high - low) / most)
-    first = math.ceil(low / step - 1e-9)
-    return [round(i * step, 12) + 0.0 for i in range(first, math.floor(high / step + 1e-9) + 1)]
+    marks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
+    return [float(mark) for mark in marks if low <= mark <= high]
 
 
 def thinned(points: list[Point], most: int) -> list[Point]:
@@ -128,10 +119,11 @@ def thinned(points: list[Point], most: int) -> list[Point]:
 
 def running_mean(points: list[Point], width: int) -> list[Point]:
     """Average the last `width` finite values, from the first place that has as many."""
-    finite = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2)
-    sums = np.concatenate([[0.0], finite[:, 1].cumsum()])
-    means = (sums[width:] - sums[:-width]) / width
-    return list(zip(finite[width - 1 :, 0].tolist(), means.tolist(), strict=False))
+    xs, ys = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2).T
+    if len(ys) < width:
+        return []
+    means = np.convolve(ys, np.full(width, 1 / width), "valid")
+    return list(zip(xs[width - 1 :].tolist(), means.tolist(), strict=True))
 
 
 def written(value: float, form: str = "g") -> str:
@@ -211,12 +203,10 @@ class Drawing:
     @property
     def level(self) -> str:
         """Path of the line that is drawn across or upright, empty where it lies outside."""
-        across, upright = self.chart.across, self.chart.upright
-        if across and self.y0 <= across[0] <= self.y1:
-            return f"M0 {self.down(across[0]):.0f}H1000"
-        if upright is not None and self.x0 <= upright <= self.x1:
-            return f"M{self.across(upright):.0f} 0V1000"
-        return ""
+        upright = self.chart.upright
+        if self.chart.across:
+            return f"M0 {self.down(self.chart.across[0]):.0f}H1000"
+        return f"M{self.across(upright):.0f} 0V1000" if upright is not None and self.x0 <= upright <= self.x1 else ""
 
     def path(self, line: Line) -> str:
         """Return the path of a line, with gaps where values are not finite."""
