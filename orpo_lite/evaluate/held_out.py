@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo_lite.common.console import console
+from orpo_lite.common.text import measured
 from orpo_lite.recipe import RuleSection
 
 if TYPE_CHECKING:
@@ -149,10 +150,7 @@ def show(results: dict[str, dict[str, Any]]) -> None:
     title = f"{first['pairs']} held-out pairs"
     table = Table("held-out pairs", *results, box=None, title=title, title_justify="left")
     for key, label in ROWS.items():
-        cells = [f"{result[key]:.4f}" for result in results.values()]
-        if key == "rewards/accuracies":
-            cells = [format_share(result[key], result["rewards/accuracies_interval"]) for result in results.values()]
-        table.add_row(label, *cells)
+        table.add_row(label, *(measured(result, key) for result in results.values()))
     table.add_row("always the longer answer", f"{first['length_baseline']:.1%}")
     console.print(table)
 

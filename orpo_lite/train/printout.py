@@ -9,7 +9,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite.common.console import console, errors, peak_memory_bytes
-from orpo_lite.common.text import format_gb, held_by
+from orpo_lite.common.text import duration, format_gb, held_by
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
@@ -183,7 +183,7 @@ def print_finished(folder: RunFolder, facts: dict[str, Any]) -> None:
         console.print(f"\n[bold]warnings during training:[/] {', '.join(found)}; run.json has them in full")
     peak, merged = format_gb(facts["peak_memory_bytes"], 2), folder.path.with_name(f"{folder.path.name}-merged")
     console.print(
-        f"\n{facts['steps']} steps in {facts['train_seconds']:.0f} s ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
+        f"\n{facts['steps']} steps in {duration(facts['train_seconds'])} ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
         f"{peak} {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:",
         markup=False,
     )
