@@ -187,18 +187,13 @@ class Drawing:
         return f"{self.across(point[0]):.0f} {self.down(point[1]):.0f}"
 
     @property
-    def y_ticks(self) -> list[tuple[str, str]]:
+    def y_ticks(self) -> list[tuple[float, str]]:
         """Distance from the bottom in percent, and the text, of each tick."""
-        marks = ticks(self.y0, self.y1, Y_TICKS)
-        return [(f"{100 - self.down(y) / 10:.2f}%", written(y, self.chart.form)) for y in marks]
+        return [(100 - self.down(y) / 10, written(y, self.chart.form)) for y in ticks(self.y0, self.y1, Y_TICKS)]
 
     @property
-    def x_ticks(self) -> list[tuple[str, str]]:
-        return [(f"{self.across(x) / 10:.2f}%", written(x)) for x in ticks(self.x0, self.x1, X_TICKS)]
-
-    @property
-    def grid(self) -> str:
-        return "".join(f"M0 {self.down(y):.0f}H1000" for y in ticks(self.y0, self.y1, Y_TICKS))
+    def x_ticks(self) -> list[tuple[float, str]]:
+        return [(self.across(x) / 10, written(x)) for x in ticks(self.x0, self.x1, X_TICKS)]
 
     @property
     def level(self) -> str:
@@ -242,19 +237,6 @@ class Drawing:
         if self.chart.stairs:
             return ""
         return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
-
-    @property
-    def summary(self) -> str:
-        """The chart in words, for screen readers."""
-        sentences = [self._in_words(line) for line in self.chart.lines if line.finite]
-        return f"{self.chart.title} by {self.chart.x}. {'; '.join(sentences)}."
-
-    def _in_words(self, line: Line) -> str:
-        (x0, y0), (x1, y1), ys = line.finite[0], line.finite[-1], [y for _, y in line.finite]
-        if self.chart.stairs:
-            return f"{line.label}: {sum(ys):,.0f} pairs, from {written(x0)} to {written(x1)}"
-        first, last, low, high = (written(y, self.chart.form) for y in (y0, y1, min(ys), max(ys)))
-        return f"{line.label} from {first} at {x0:g} to {last} at {x1:g}, lowest {low}, highest {high}"
 
     def table(self) -> tuple[list[str], list[list[str]], str]:
         """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
