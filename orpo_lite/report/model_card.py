@@ -261,7 +261,7 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
     sources = [source for source in record.data.sources.values() if source.section == section and source.path]
     on_hub = [str(source.path) for source in sources if not source.files]
     names = ", ".join(public_name(str(source.path), not source.files) for source in sources)
-    measured = "" if kind == "adapter" or recipe.adapter is None else ", adapter on its base before merging"
+    of_what = "" if kind == "adapter" or recipe.adapter is None else ", adapter on its base before merging"
     results = []
     for key, metric in METRICS.items():
         if not is_finite(after.get(key)):
@@ -277,7 +277,7 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
                 dataset_name=f"{after.get('pairs')} held-out pairs of {names}",
                 dataset_args={"pairs": after.get("pairs"), "fingerprint": record.data.fingerprint},
                 metric_type=metric,
-                metric_name=f"{ROWS[key][0].upper()}{ROWS[key][1:]}{measured}",
+                metric_name=f"{ROWS[key][0].upper()}{ROWS[key][1:]}{of_what}",
                 metric_value=after.get(key),
                 metric_args={
                     name: value for name, value in more.items() if value is not None and np.isfinite(value).all()
