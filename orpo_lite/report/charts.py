@@ -209,7 +209,7 @@ def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[floa
     finite = {name: [v for v in some if math.isfinite(v)] for name, some in groups.items()}
     everything = [v for some in finite.values() for v in some]
     low, high = apart(everything, 0.5)
-    edges = [float(edge) for edge in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
+    edges = [float(f"{edge:.12g}") for edge in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
     return edges, {
         name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()
         for name, some in finite.items()
