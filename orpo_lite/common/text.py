@@ -89,6 +89,7 @@ def measured(result: dict[str, Any], key: str) -> str:
     """Write one metric of an evaluation with its interval, accuracy in percent; empty where it is not known."""
     value, ends = result.get(key), result.get(f"{key}_interval")
     form = ".1%" if key == "rewards/accuracies" else ".4f"
-    known = isinstance(ends, list | tuple) and len(ends) == 2  # a run's file may hold anything
-    interval = " ({} to {})".format(*(number(end, form) for end in ends)) if known else ""
+    interval = ""
+    if isinstance(ends, list | tuple) and len(ends) == 2:  # a run's file may hold anything
+        interval = " ({} to {})".format(*(number(end, form) for end in ends))
     return "" if value is None else number(value, form) + interval
