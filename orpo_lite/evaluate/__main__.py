@@ -1,9 +1,8 @@
-"""`python -m orpo_lite.evaluate RUN`: held-out pairs, answers to prompts and who wins, or lm-evaluation-harness."""
+"""`python -m orpo_lite.evaluate RUN`: held-out pairs, or answers to prompts and who wins."""
 
 from __future__ import annotations
 
 import gc
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,15 +42,12 @@ def command(
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
     ] = None,
-    lm_eval: Annotated[
-        str | None, typer.Option("--lm-eval", metavar="TASKS", help="print lm_eval's command for tasks such as ifeval")
-    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
 ) -> None:
-    """Compare base and adapter of a run: on held-out pairs, by their answers, or with lm-evaluation-harness."""
+    """Compare base and adapter of a run: on held-out pairs, or by their answers."""
     if judge_url and judge:
         raise RequestError("--judge and --judge-url name two judges: leave one out")
     judge = judge or judge_url
@@ -60,13 +56,11 @@ def command(
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
     if judge_model and not judge:
         raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
-    if sum(given is not None for given in (data, prompts, lm_eval)) > 1:
-        raise RequestError("--data, --prompts and --lm-eval are three kinds of evaluation: choose one")
+    if data is not None and prompts is not None:
+        raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
     if top_p < 1 and not temperature:
         raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
-    if lm_eval is not None:
-        print_lm_eval(run, lm_eval, as_json, trust_remote_code)
-    elif prompts is not None:
+    if prompts is not None:
         from orpo_lite.trainer.generate import Sampling
 
         sampling = Sampling(max_new_tokens, temperature, top_p)
@@ -149,21 +143,6 @@ def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int 
             f"{name}: {len(tokens)} answers of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {cut} cut at "
             "--max-new-tokens"
         )
-
-
-def print_lm_eval(run: str, tasks: str, as_json: bool, trust_remote_code: bool) -> None:
-    """Print the lm_eval commands."""
-    from orpo_lite.evaluate.lm_eval import lm_eval_commands
-    from orpo_lite.evaluate.loading import resolve_model
-
-    found = lm_eval_commands(resolve_model(run, trust_remote_code), tasks)
-    if as_json:
-        print(json.dumps(found, indent=1))
-        return
-    base = ["# the base, to compare with", *found["base"]] if found["base"] else []
-    notes = [f"# {note}" for note in found["notes"]]
-    for line in (f"# {found['install']}", *found["commands"], *base, *notes):
-        console.print(line, soft_wrap=True, markup=False)
 
 
 if __name__ == "__main__":
