@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
+import asyncio
 import json
 import os
 import random
@@ -14,6 +14,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from prompt_toolkit import prompt as read_line
+from prompt_toolkit.application.current import get_app, get_app_session
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import InMemoryHistory
+from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
+from prompt_toolkit.key_binding import KeyPress
+from prompt_toolkit.keys import Keys
 from rich.table import Table
 from rich.text import Text
 
@@ -24,9 +31,6 @@ from orpo_lite.common.text import nearest, visible
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
-
-with contextlib.suppress(ImportError):  # Windows: lines without editing
-    import readline  # noqa: F401  # input() edits lines and remembers them once it is there
 
 FILE = "preferences.jsonl"
 BLOCK = '"""'
@@ -45,7 +49,13 @@ MIN_ROOM = 64
 """Tokens that an answer should have room for: the oldest turns are left out for it."""
 MIN_COLUMNS = 100
 """Width of a terminal from which on answers stand side by side."""
-CHOICE = "better: 1 or 2, e to write a better one, anything else skips> "
+CHOICE = "better: 1 or 2, e to write a better one; Enter skips, any other key begins the next message> "
+HISTORY = InMemoryHistory()
+"""Messages of this chat, for the arrow keys."""
+IN_BLOCK = Condition(
+    lambda: re.fullmatch(f"\\s*{BLOCK}(?!.*{BLOCK}\\s*$).*", get_app().current_buffer.text, re.DOTALL) is not None
+)
+"""Whether a message of several lines is not closed yet, so that Enter begins another line of it."""
 
 
 def command(
@@ -376,7 +386,7 @@ class Comparison:
         """
         texts = {name: reply.text for name, reply in zip(names, replies, strict=True)}
         try:
-            key = read_message(CHOICE)
+            key = read_key(CHOICE, "12e")
             if key in ("1", "2"):
                 better, worse = names if key == "1" else names[::-1]
                 choice = texts[better], texts[worse], better
@@ -442,11 +452,56 @@ def read_message(prompt: str) -> str:
         EOFError: Ctrl-D.
         KeyboardInterrupt: Ctrl-C.
     """
-    line = input(prompt)
-    if not line.lstrip().startswith(BLOCK):
-        return line.strip()
-    lines = [line.lstrip().removeprefix(BLOCK)]
-    while not lines[-1].rstrip().endswith(BLOCK):
-        lines.append(input("...> "))
-    lines[-1] = lines[-1].rstrip().removesuffix(BLOCK)
-    return "\n".join(lines).strip()
+    text = read_line(
+        prompt, history=HISTORY, multiline=IN_BLOCK, prompt_continuation="...> ", enable_suspend=True
+    ).strip()
+    return text.removeprefix(BLOCK).removesuffix(BLOCK).strip() if text.startswith(BLOCK) else text
+
+
+def read_key(question: str, answers: str) -> str:
+    """Ask a question that a single key answers. Everything else that is typed is left for the next message.
+
+    Args:
+        answers: the keys that answer it.
+
+    Returns:
+        One of `answers`, with or without Enter behind it; "" for Enter alone, for any other key, or where something was
+        typed before the question was there.
+
+    Raises:
+        EOFError: the terminal is gone.
+        KeyboardInterrupt: Ctrl-C.
+    """
+    source = get_app_session().input
+    with source.raw_mode():
+        typed = get_typeahead(source) + source.read_keys()
+    text = ""
+    if not typed:
+        console.print(question, end="", markup=False, soft_wrap=True)
+        typed = asyncio.run(next_keys())
+        text = "".join(key.data for key in typed)
+    answer = text.strip() if len(text.strip()) == 1 and text.strip() in answers else ""
+    console.print(answer)
+    if typed[0].key == Keys.ControlC:
+        raise KeyboardInterrupt
+    if not answer and text not in ("\r", "\n"):
+        store_typeahead(source, typed)
+    return answer
+
+
+async def next_keys() -> list[KeyPress]:
+    """Wait until something is typed; return all of it that is there.
+
+    Raises:
+        EOFError: the terminal is gone.
+    """
+    source, ready, keys = get_app_session().input, asyncio.Event(), []
+    with source.raw_mode(), source.attach(ready.set):
+        while not keys:
+            await ready.wait()
+            ready.clear()
+            # a terminal's late answer to a question about its cursor is no key
+            keys = [key for key in source.read_keys() + source.flush_keys() if key.key != Keys.CPRResponse]
+            if source.closed:
+                raise EOFError
+    return keys

@@ -71,7 +71,12 @@ class Terminal:
         self.top, bottom = pty.openpty()
         fcntl.ioctl(bottom, termios.TIOCSWINSZ, struct.pack("HHHH", 40, columns, 0, 0))
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
-        environment |= {"PYTHONPATH": str(ROOT), "TERM": "xterm-256color", "OMP_NUM_THREADS": "1"}
+        environment |= {
+            "PYTHONPATH": str(ROOT),
+            "TERM": "xterm-256color",
+            "PROMPT_TOOLKIT_NO_CPR": "1",
+            "OMP_NUM_THREADS": "1",
+        }
         command = [sys.executable, "-m", f"orpo_lite.{words[0]}", *words[1:]]
 
         def owns() -> None:

@@ -11,6 +11,9 @@ import threading
 
 import pytest
 import torch
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import create_pipe_input
+from prompt_toolkit.output import DummyOutput
 
 import orpo_lite.evaluate.chat as chat
 from orpo_lite.common.errors import RequestError
@@ -54,6 +57,7 @@ def typed(monkeypatch):
             return left.pop(0)
 
         monkeypatch.setattr(chat, "read_message", read)
+        monkeypatch.setattr(chat, "read_key", lambda question, answers: read())
 
     return lines
 
@@ -268,6 +272,80 @@ def test_a_prompt_from_a_pipe_gets_the_answer_alone(answerer, trained, capsys, m
 def test_options_that_mean_nothing_are_refused(options, words):
     with pytest.raises(RequestError, match=words):
         chat.command("nowhere", **options)
+
+
+# ---- keys ---------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def keys(monkeypatch):
+    """keys(before, after): what is typed before and after the question is there."""
+    with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
+        waits = chat.next_keys
+
+        def typed(before="", after=""):
+            def late():
+                pipe.send_text(after)
+                return waits()
+
+            monkeypatch.setattr(chat, "next_keys", late)
+            pipe.send_text(before)
+
+        yield typed
+
+
+def message_next(keys):
+    """The next message, where Enter and then another message follow what was typed."""
+    keys("\rnot this\r")
+    return chat.read_message("you> ")
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "answer", "next_message"),
+    [
+        ("", "2", "2", ""),
+        ("", "e", "e", ""),
+        ("", "1\r", "1", ""),  # Enter is a habit
+        ("", "\r", "", ""),
+        ("", "W", "", "W"),
+        ("", "3", "", "3"),
+        ("", "explain it", "", "explain it"),  # at once: no single key
+        ("", "\x1b[200~2 lines\r\nof text\x1b[201~", "", "2 lines\nof text"),
+        ("", "\x1b[DWhy?", "", "Why?"),  # an arrow key
+        ("2", "", "", "2"),  # typed while the answers were written: they were not read yet
+        ("explain it", "", "", "explain it"),
+    ],
+)
+def test_a_single_key_is_a_choice_and_anything_else_a_message(keys, before, after, answer, next_message):
+    keys(before, after)
+    assert chat.read_key("better?", "12e") == answer
+    assert message_next(keys) == next_message
+
+
+def test_the_end_of_a_pasted_message_is_no_choice(keys):
+    keys("First.\r2 more?\rLast.")
+    assert chat.read_message("you> ") == "First."
+    assert chat.read_key("better?", "12e") == ""
+    assert chat.read_message("you> ") == "2 more?"
+    assert message_next(keys) == "Last."
+
+
+def test_control_keys_at_a_question(keys):
+    keys(after="\x03")
+    with pytest.raises(KeyboardInterrupt):
+        chat.read_key("better?", "12e")
+    keys(after="\x04")
+    assert chat.read_key("better?", "12e") == ""
+    with pytest.raises(EOFError):
+        chat.read_message("you> ")
+
+
+def test_messages_of_several_lines_and_earlier_ones(keys):
+    keys('one\r"""two\r\r  lines"""\r """three\r\x08"""\r')
+    assert chat.read_message("you> ") == "one"
+    assert chat.read_message("you> ") == "two\n\n  lines"
+    assert chat.read_message("you> ") == "three"
+    assert chat.HISTORY.get_strings()[-3:] == ["one", '"""two\n\n  lines"""', ' """three\n"""']
 
 
 # ---- choices ------------------------------------------------------------------------------------------------------------
