@@ -3,22 +3,20 @@
 from __future__ import annotations
 
 import copy
-import math
 import re
 from collections import Counter
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import init_empty_weights
-from torch import Tensor, nn
+from torch import nn
 from transformers import PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge.safetensors_blocks import Block, Computed, Read, Source, Stored, blocks, rounded, stored_tensors
+from orpo_lite.merge.safetensors_blocks import Computed, Read, Source, Stored, blocks, rounded, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
 from orpo_lite.model.inspection import auto_class
@@ -189,7 +187,7 @@ def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:
     return torch.bfloat16 if known == "bfloat16" else torch.float32
 
 
-# ---- weights as quantized training saw them: rounded to 4 or 8 bits and back, block by block -------------------------------
+# ---- weights as quantized training saw them: rounded to 4 or 8 bits and back -----------------------------------------------
 
 
 def quantized_modules(model: PreTrainedModel, settings: Any) -> set[str]:
@@ -210,53 +208,24 @@ def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.d
         trained: dtype in which training read the weight before it quantized it.
         transposed: True for GPT-2's Conv1D, which is quantized transposed.
     """
-    two_steps = double_quant and method != "int8"
+    from bitsandbytes import functional
 
     def reader() -> Read:
-        if transposed:
-            weight = source.read().to(trained).T.contiguous()
-            whole = restore(weight, method, rounded_scales([weight]) if two_steps else None).T.contiguous()
-            return lambda block: whole[block].clone()
-        scales = rounded_scales(source.read(block).to(trained) for block in blocks(source.shape)) if two_steps else None
-
-        def read(block: Block) -> Tensor:
-            first = block[0].start * math.prod(source.shape[1:]) // BLOCKSIZE
-            return restore(source.read(block).to(trained), method, scales, first)
-
-        return read
+        # a card does in seconds what takes a processor minutes
+        weight = source.read().to(default_device(), trained)
+        weight = weight.T.contiguous() if transposed else weight
+        if method == "int8":
+            held, rows, _ = functional.int8_vectorwise_quant(weight.half())
+            whole = functional.int8_vectorwise_dequant(held, rows).cpu()
+        else:
+            packed, state = functional.quantize_4bit(
+                weight, blocksize=BLOCKSIZE, quant_type=method, compress_statistics=double_quant
+            )
+            whole = functional.dequantize_4bit(packed, state).cpu()
+        whole = whole.T.contiguous() if transposed else whole
+        return lambda block: whole[block].clone()
 
     return Computed(source.key, source.shape, source.dtype, reader)
-
-
-def rounded_scales(parts: Iterable[Tensor]) -> Tensor:
-    """Return the scales of all 4-bit blocks of a weight, rounded as double quantization does.
-
-    That is to 8 bits around their mean (bitsandbytes' compress_statistics).
-    """
-    from bitsandbytes import functional
-
-    found = []
-    for part in parts:
-        flat = part.float().flatten()
-        found.append(nn.functional.pad(flat, (0, -len(flat) % BLOCKSIZE)).view(-1, BLOCKSIZE).abs().amax(1))
-    absmax = torch.cat(found)
-    mean = absmax.mean()
-    held, state = functional.quantize_blockwise(absmax - mean, blocksize=256)
-    return functional.dequantize_blockwise(held, state) + mean
-
-
-def restore(weight: Tensor, method: str, scales: Tensor | None, first: int = 0) -> Tensor:
-    """Quantize some whole rows and dequantize them again, with the weight's own scales from `first` on if given."""
-    from bitsandbytes import functional
-
-    weight = weight.to(default_device())  # a card does in seconds what takes a processor minutes
-    if method == "int8":
-        held, rows, _ = functional.int8_vectorwise_quant(weight.half())
-        return functional.int8_vectorwise_dequant(held, rows).cpu()
-    packed, state = functional.quantize_4bit(weight.contiguous(), blocksize=BLOCKSIZE, quant_type=method)
-    if scales is not None:
-        state.absmax = scales[first : first + len(state.absmax)].to(weight.device)
-    return functional.dequantize_4bit(packed, state).cpu()
 
 
 def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, Source]:

@@ -97,8 +97,8 @@ def merge(
         )
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     start = time.monotonic()
-    with finished_as(output) as folder, one_torch_thread():
-        with progress_bar("merging", plan.nbytes, in_bytes=True) as advance:
+    with finished_as(output) as folder:
+        with progress_bar("merging", plan.nbytes, in_bytes=True) as advance, one_torch_thread():
             write_shards(folder, plan.shards, advance)
         seconds = time.monotonic() - start
         notes = [f"Merged onto the {onto} weights of the base, in {written}."]
