@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, changed_base, lora_config, wrap
+from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, bare, changed_base, lora_config, wrap
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 
 NAME = "default"
@@ -200,13 +200,6 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
         # edits before the last replacement have no effect
         del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
     return edits
-
-
-def bare(path: str) -> str:
-    """Return a module's path without PEFT's wrappers."""
-    for word in ("base_layer", "original_module", "token_adapter"):
-        path = path.replace(f".{word}", "").removeprefix(f"{word}.")
-    return path
 
 
 def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit]]:

@@ -7,15 +7,15 @@ from pathlib import Path
 
 import torch
 from peft import PeftModel
+from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
-from orpo_lite.merge.lora_edits import Dora, Edit, Replaced, Rows, bare, read_adapter
-from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized, stored_tensors
+from orpo_lite.merge.lora_edits import Dora, Edit, Replaced, Rows, read_adapter
+from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
-from orpo_lite.model.adapter import lora_config, trained_rows
-from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
+from orpo_lite.model.adapter import lora_config, vocabulary_rows
 
 
 @dataclass
@@ -46,20 +46,20 @@ class Plan:
         return sum(job.nbytes for job in self.jobs)
 
 
-def make_plan(source: Path, base: Base, *, dtype: torch.dtype | None = None, rows: int = 0) -> Plan:
+def make_plan(source: Path, base: Base, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> Plan:
     """Settle every tensor of the merged model.
 
     Args:
         source: adapter folder.
         base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapter.
+        tokenizer: as trained with; its new tokens get rows.
         dtype: dtype of the merged weights; default: as each is stored.
-        rows: rows of the embeddings that the tokenizer's new tokens need.
 
     Raises:
         RequestError: base and adapter do not fit, or the base's checkpoint cannot express a change.
     """
     model = base.model
-    resize(base, source, rows)
+    resize(base, vocabulary_rows(model, source, lora_config(str(source)), tokenizer))
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     adapted, edits = read_adapter(source, model)
@@ -91,33 +91,19 @@ def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torc
     return asked or one.dtype
 
 
-def resize(base: Base, source: Path, rows: int) -> None:
-    """Resize the base's vocabulary to the one that the adapter was trained with.
-
-    It has the rows of the embeddings that the adapter holds, else the base's and as many more as new tokens need.
-    """
+def resize(base: Base, rows: int) -> None:
+    """Give the base's vocabulary another number of rows."""
     model = base.model
-    ends = [module for module in (model.get_input_embeddings(), model.get_output_embeddings()) if module is not None]
-    names = [name for name, module in model.named_modules() if any(module is end for end in ends)]
-    held: set[int] = set()
-    for key, stored in stored_tensors([source / ADAPTER_WEIGHTS]).items():
-        path, _, leaf = bare(key.removeprefix("base_model.model.")).replace(".modules_to_save", "").rpartition(".")
-        if path in names and leaf == "weight" or path.removesuffix(".lora_B") in names and path.endswith(".lora_B"):
-            held.add(stored.shape[0])
-        elif path in names and leaf == "lora_embedding_A":
-            held.add(stored.shape[1])
-    before: int = ends[0].weight.shape[0]  # type: ignore[assignment]
-    needed = max(held, default=max(before, rows, 1 + max(trained_rows(lora_config(str(source))), default=-1)))
-    if needed == before:
+    if rows == len(model.get_input_embeddings().weight):  # type: ignore[arg-type]
         return
-    model.resize_token_embeddings(needed, mean_resizing=False)
-    shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    before = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    model.resize_token_embeddings(rows, mean_resizing=False)
+    after = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     for key, links in base.keys.links.items():
         for link in links:
-            shape, one = shapes[link.parameter], base.sources[key]
-            if link.parameter.rpartition(".")[0] in names and tuple(one.shape) != shape:
-                base.sources[key] = resized(one, shape[0])
-                base.keys.links[key] = [Link.whole(link.parameter, shape)]
+            if before[link.parameter] != after[link.parameter]:
+                base.sources[key] = resized(base.sources[key], rows)
+                base.keys.links[key] = [Link.whole(link.parameter, after[link.parameter])]
 
 
 def alike(one: list[Edit], other: list[Edit]) -> bool:

@@ -27,7 +27,6 @@ from orpo_lite.merge.verify import check_merged
 from orpo_lite.merge.write import one_torch_thread, write_shards
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.locating import adapter_folder, renaming_field
-from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.model_card import model_card
@@ -85,8 +84,7 @@ def merge(
     with renaming_field(named, "" if base else " (--base names another base)"):
         tokenizer = tokenizer_of(source, spec)
         origin = Base(spec, onto, trained)
-    ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
-    plan = make_plan(source, origin, dtype=getattr(torch, dtype) if dtype else None, rows=1 + max(ids, default=-1))
+    plan = make_plan(source, origin, tokenizer, getattr(torch, dtype) if dtype else None)
     check_disk(output, plan.nbytes + SPARE_BYTES)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
     written = str(plan.dtype).removeprefix("torch.")

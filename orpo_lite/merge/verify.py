@@ -24,11 +24,12 @@ from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
-from orpo_lite.merge.lora_edits import NAME, bare
+from orpo_lite.merge.lora_edits import NAME
 from orpo_lite.merge.plan import Plan, make_plan
 from orpo_lite.merge.safetensors_blocks import Source, blocks
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import part
+from orpo_lite.model.adapter import bare
 from orpo_lite.recipe import ModelSection
 
 PROBE_TOKENS = 16
@@ -100,17 +101,21 @@ def check_merged(
     if not distance < (1e-3 if plan.dtype == torch.float32 else 0.1):
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is not None:
-        notes.append(drift_from_training(source, tokens, found, trained))
+        notes.append(drift_from_training(source, tokenizer, tokens, found, trained))
     return notes
 
 
 def drift_from_training(
-    source: Path, tokens: Tensor, merged_logits: Tensor, trained: tuple[ModelSection, torch.dtype]
+    source: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    tokens: Tensor,
+    merged_logits: Tensor,
+    trained: tuple[ModelSection, torch.dtype],
 ) -> str:
     """Compare with the quantized base and the adapter of training; return a sentence."""
     try:
         base = Base(trained[0], "quantized", trained[1])
-        as_trained = run(base, make_plan(source, base).adapted, tokens)
+        as_trained = run(base, make_plan(source, base, tokenizer).adapted, tokens)
     except (RequestError, RuntimeError) as error:
         return f"not compared with the quantized base of training: {error}"
     return f"against the quantized base and adapter of training: {drift(as_trained, merged_logits, tokens)}"

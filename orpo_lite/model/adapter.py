@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
 from peft.utils import get_peft_model_state_dict
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -23,11 +23,11 @@ from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import adapter_targets
-from orpo_lite.model.base import grow_embeddings, grow_vocabulary
+from orpo_lite.model.base import grow_embeddings, grow_vocabulary, rows_for_new_tokens
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
 from orpo_lite.model.locating import adapter_folder, hub_errors_in_words, renaming_field
 from orpo_lite.model.precision import autocast
-from orpo_lite.model.untrusted_files import check_adapter
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.loading import resolve_path
 
@@ -207,7 +207,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     if trained_on and base_name(model) and trained_on != base_name(model):
         logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
-    grow_embeddings(model, 1 + max(trained_rows(config), default=-1))  # where the tokenizer is not at hand
+    grow_embeddings(model, vocabulary_rows(model, source, config))
     misfit = f"adapter: {source} does not fit {base_name(model)}, so check that this is its base: "
     try:
         with renaming_field("adapter"), hub_errors_in_words(source):
@@ -244,6 +244,35 @@ def changed_base(source: str, init: str) -> str:
         f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
         "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
     )
+
+
+def vocabulary_rows(
+    model: PreTrainedModel, source: str | Path, config: LoraConfig, tokenizer: PreTrainedTokenizerBase | None = None
+) -> int:
+    """Return how many rows the embeddings of a base have under an adapter.
+
+    They are those of the adapter's own tensors for them, else the base's and as many more as new tokens need: those of the
+    tokenizer, and those whose embeddings the adapter trains.
+    """
+    ends: list[Any] = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
+    names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
+    held: set[int] = set()
+    with safe_open(Path(source) / ADAPTER_WEIGHTS, "pt") as file:
+        for key in file.keys():  # noqa: SIM118  # no dict
+            path, _, leaf = bare(key.removeprefix("base_model.model.")).replace(".modules_to_save", "").rpartition(".")
+            if leaf == "weight" and path.removesuffix(".lora_B") in names:
+                held.add(file.get_slice(key).get_shape()[0])
+            elif leaf == "lora_embedding_A" and path in names:
+                held.add(file.get_slice(key).get_shape()[1])
+    added = rows_for_new_tokens(tokenizer) if tokenizer is not None else 0
+    return max(held, default=max(len(ends[0].weight), added, 1 + max(trained_rows(config), default=-1)))
+
+
+def bare(path: str) -> str:
+    """Return a module's path without PEFT's wrappers."""
+    for word in ("base_layer", "original_module", "token_adapter"):
+        path = path.replace(f".{word}", "").removeprefix(f"{word}.")
+    return path
 
 
 def trained_rows(config: LoraConfig) -> list[int]:

@@ -235,8 +235,13 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
 
 def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Grow the embeddings by the recipe's new tokens, each starting as the mean of the others. Idempotent."""
+    grow_embeddings(model, rows_for_new_tokens(tokenizer))
+
+
+def rows_for_new_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
+    """Return how many rows embeddings need for a tokenizer's new tokens; 0 where it has none."""
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)]  # type: ignore[misc]
-    grow_embeddings(model, 1 + max(ids, default=-1))
+    return 1 + max(ids, default=-1)
 
 
 def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
