@@ -200,7 +200,7 @@ def compare_values(path: Path, source: Path, limit: float) -> str:
         limit: largest relative error, see `Kind.limit`.
 
     Raises:
-        Mismatch: a matrix does not hold the source's values.
+        Mismatch: a matrix does not hold the source's values, or is not finite.
     """
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
@@ -217,6 +217,10 @@ def compare_values(path: Path, source: Path, limit: float) -> str:
                     continue
                 expected = np.sort(shard.get_tensor(key).float().numpy(), axis=None)
                 values = np.sort(dequantize(tensor.data, tensor.tensor_type), axis=None)
+                if not np.isfinite(values).all():
+                    raise Mismatch(
+                        f"{tensor.name} is not finite: a weight may be too large for float16, try bf16 or f32"
+                    )
                 same_size = values.size == expected.size
                 if not same_size or not np.linalg.norm(values - expected) <= limit * np.linalg.norm(expected):
                     raise Mismatch(f"{tensor.name} does not hold the values of {key}")
