@@ -56,16 +56,7 @@ class Dora(LowRank):
 
     magnitude: Tensor
     along_rows: bool
-    """True where a row of the stored matrix holds all inputs of one output."""
-    squares: Tensor | None = None
-    """Sums of squares of the columns where inputs are rows; `measure` gathers them block by block."""
-
-    def measure(self, block: Tensor, start: list[int]) -> None:
-        """Add a block's squares to the sums."""
-        moved = block + self.delta(start, block.shape)
-        if self.squares is None:
-            self.squares = torch.zeros(self.magnitude.shape, dtype=torch.float64)
-        self.squares[start[1] : start[1] + block.shape[1]] += moved.double().pow(2).sum(0)
+    """True where a row of the stored matrix holds all inputs of one output; a block is the whole matrix elsewhere."""
 
     def apply(self, block: Tensor, start: list[int]) -> None:
         super().apply(block, start)
@@ -73,9 +64,7 @@ class Dora(LowRank):
             own = self.magnitude[start[0] : start[0] + block.shape[0]].float()
             block.mul_((own / torch.linalg.norm(block, dim=1))[:, None])
         else:
-            assert self.squares is not None
-            columns = slice(start[1], start[1] + block.shape[1])
-            block.mul_(self.magnitude[columns].float() / self.squares[columns].sqrt().float())
+            block.mul_(self.magnitude.float() / torch.linalg.norm(block, dim=0))
 
 
 @dataclass

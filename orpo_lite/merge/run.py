@@ -52,7 +52,8 @@ def merge(
     """Merge an adapter into its base and write a folder that transformers loads without peft.
 
     Every weight is W + scale * B A in float32, cast once (DoRA, trained embeddings, biases and experts in their own
-    way). Memory stays below 1 GB plus twice the largest tensor of the checkpoint, whatever the size of the model.
+    way). Memory stays below 1 GB plus twice the largest tensor of the checkpoint, whatever the size of the model; DoRA on
+    embeddings takes five times theirs.
 
     Args:
         source: run folder, adapter folder, or hub id of an adapter.
@@ -95,8 +96,8 @@ def merge(
         )
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     start = time.monotonic()
-    with finished_as(output) as folder:
-        with progress_bar("merging", plan.nbytes, in_bytes=True) as advance, one_torch_thread():
+    with finished_as(output) as folder, one_torch_thread():
+        with progress_bar("merging", plan.nbytes, in_bytes=True) as advance:
             write_shards(folder, plan.shards, advance)
         seconds = time.monotonic() - start
         notes = [f"Merged onto the {onto} weights of the base, in {written}."]

@@ -51,10 +51,8 @@ def blocks(shape: tuple[int, ...], elements: int = BLOCK_ELEMENTS) -> Iterator[B
         for i in range(shape[0]):
             yield from ((slice(i, i + 1), *rest) for rest in blocks(shape[1:], elements))
         return
-    # whole groups of 64 weights that share a 4-bit scale; never a single row, which matrix libraries sum in another order
-    whole = max(2, 64 // math.gcd(inner, 64))
-    step = max(whole, elements // inner // whole * whole)
-    start = 0
+    # never a single row, which matrix libraries sum in another order
+    step, start = max(2, elements // inner), 0
     while start < shape[0]:
         stop = start + step if shape[0] - start - step > 1 else shape[0]
         yield (slice(start, stop),)

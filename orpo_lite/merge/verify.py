@@ -1,37 +1,41 @@
 """Check that a merged model says what base and adapter say, before it gets its name.
 
-Both models run layer by layer from their files, in little memory: each layer has its weights only while it runs.
+Both models run layer by layer from their files, in little memory: every linear layer multiplies while its weights are
+read in blocks, and everything else has its weights only while it runs.
 """
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora
-from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper, TrainableTokensWrapper
+from peft.utils import TrainableTokensWrapper
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
+from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME
 from orpo_lite.merge.plan import Plan, make_plan
-from orpo_lite.merge.safetensors_blocks import Source, blocks
+from orpo_lite.merge.safetensors_blocks import Block, Read, Source, blocks
 from orpo_lite.merge.weight_map import Link
-from orpo_lite.merge.write import part
+from orpo_lite.merge.write import map_blocks, part
 from orpo_lite.model.adapter import bare
 from orpo_lite.recipe import ModelSection
 
+T = TypeVar("T")
 PROBE_TOKENS = 16
 """Tokens per probe: few, since they run on the CPU."""
 TEXTS = (
@@ -40,9 +44,8 @@ TEXTS = (
     "def mean(numbers):\n    total = 0\n    for number in numbers:\n        total += number\n    return total / len(numbers)\n",
 )
 """Probes where a run kept no training rows."""
-ROOM = 350 << 20
-"""Bytes that one layer may take in float32 beyond twice the merge's largest tensor, unless the check is asked for: with what
-the process takes before, this stays below what `merge` promises."""
+ROOM = 256 << 20
+"""Bytes that one layer may take in float32 beyond the merge's largest tensor, unless the check is asked for."""
 
 
 def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
@@ -81,7 +84,7 @@ def check_merged(
         return ["outputs not compared with those of base and adapter (--no-verify)"]
     needed = memory_needed(plan.adapted)
     largest = max(job.nbytes for job in plan.jobs)
-    if asked is None and needed > 2 * largest + ROOM:
+    if asked is None and needed > largest + ROOM:
         return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
     tokens, origin = probe_tokens(source, tokenizer)
     # the tokenizer may know more tokens than the model
@@ -137,7 +140,7 @@ def drift(reference: Tensor, other: Tensor, tokens: Tensor) -> str:
 
 
 class Weights:
-    """A base's parameters by name, read from its files."""
+    """A base's parameters by name, read from its files as a whole or in blocks."""
 
     def __init__(self, base: Base):
         self.homes: dict[str, list[tuple[Source, Link]]] = {}
@@ -150,46 +153,118 @@ class Weights:
                 self.homes.setdefault(one, found)
                 self.homes.setdefault(other, found)
 
-    def read(self, name: str, shape: torch.Size) -> Tensor:
-        """Read a parameter in float32.
+    def whole(self, name: str, shape: torch.Size) -> Tensor:
+        """Read a parameter in float32."""
+        full = torch.zeros(shape)
+        for _ in self.map(name, lambda view, *place: full[place].copy_(view)):
+            pass
+        return full
 
-        Raises:
-            RuntimeError: the checkpoint does not hold it.
-        """
-        if name not in self.homes:
-            raise RuntimeError(f"{name} has no weights in the checkpoint: the model computes them itself")
-        whole = torch.zeros(shape)
+    def rows(self, name: str, ids: Tensor, size: int) -> Tensor:
+        """Read rows (..., size) of an embedding in float32, for ids (...)."""
+        wanted, where = ids.unique(return_inverse=True)
+        table = torch.zeros(len(wanted), size)
+
+        def copy(view: Tensor, rows: slice, columns: slice) -> None:
+            here = (wanted >= rows.start) & (wanted < rows.stop)
+            table[here, columns] = view[wanted[here] - rows.start].float()
+
+        for _ in self.map(name, copy):
+            pass
+        return table[where]
+
+    def product(self, name: str, x: Tensor, size: int, transposed: bool = False) -> Tensor:
+        """Multiply x (..., in) by a parameter (size, in), or (in, size) if transposed, block by block."""
+        out = x.new_zeros(*x.shape[:-1], size)
+
+        def multiply(view: Tensor, rows: slice, columns: slice) -> tuple[slice, Tensor]:
+            if transposed:
+                return columns, x[..., rows] @ view.float()
+            return rows, F.linear(x[..., columns], view.float())
+
+        for place, result in self.map(name, multiply):
+            out[..., place] += result
+        return out
+
+    def map(self, name: str, function: Callable[..., T]) -> Iterator[T]:
+        """Call a function with each block of a parameter and the slices of its dimensions that the block is."""
         for source, link in self.homes[name]:
             read = source.reader()
-            for block in blocks(source.shape):
-                if found := part(read(block), block, link):
-                    view, start = found
-                    whole[tuple(slice(s, s + n) for s, n in zip(start, view.shape, strict=True))] = view.float()
-        return whole
+
+            def apply(block: Block, read: Read = read, link: Link = link) -> T | None:
+                found = part(read(block), block, link)
+                if found is None:
+                    return None
+                view, start = found
+                return function(view, *(slice(s, s + n) for s, n in zip(start, view.shape, strict=True)))
+
+            for result in map_blocks(apply, blocks(source.shape)):
+                if result is not None:
+                    yield result
 
 
-def units(model: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-    """Yield each module that computes at once, and the modules whose weights it needs for that.
+PLAIN = {"shape", "layout", "requires_grad", "grad", "ndim", "is_sparse", "names", "is_cuda", "grad_fn"}
+"""Properties of a parameter that do not need its weights."""
 
-    These are decoder layers, PEFT's wrappers, and single modules outside of both.
+
+class WeightsOnDemand(TorchFunctionMode):
+    """A mode in which torch's functions get a parameter's weights at the moment they are called with it.
+
+    That covers models that use the weights of a layer without calling the layer. To the model, parameters look as if
+    they were float32 on the CPU.
     """
-    layers = getattr(model, "_no_split_modules", None) or ()
 
-    def walk(module: nn.Module) -> Iterator[tuple[nn.Module, list[nn.Module]]]:
-        if type(module).__name__ in layers or isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper):
-            yield module, list(module.modules())
-            return
-        if module._parameters:
-            yield module, [module]
-        for child in module.children():
-            yield from walk(child)
+    def __init__(self, model: nn.Module, weights: Weights):
+        super().__init__()
+        self.weights = weights
+        self.names = {id(value): bare(name) for name, value in model.named_parameters(remove_duplicate=False)}
+        self.stacks: dict[str, Tensor] = {}
+        """Experts of the layer that was computed last: they are used one by one, and read as a whole."""
 
-    return walk(model)
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") == "__get__":
+            asked = func.__self__.__name__
+            if asked in ("device", "dtype", "is_meta") and id(args[0]) in self.names:
+                return {"device": torch.device("cpu"), "dtype": torch.float32, "is_meta": False}[asked]
+            if asked in PLAIN:
+                return func(*args, **kwargs)
+        if func is F.linear and self.absent(args[1]):
+            bias = self.real(args[2] if len(args) > 2 else kwargs.get("bias"))
+            out = self.weights.product(self.name(args[1]), args[0], args[1].shape[0])
+            return out if bias is None else out + bias
+        if func is torch.addmm and len(args) == 3 and not kwargs and self.absent(args[2]):  # Conv1D
+            out = self.weights.product(self.name(args[2]), args[1], args[2].shape[1], transposed=True)
+            return out + self.real(args[0])
+        if func is F.embedding and self.absent(args[1]):
+            return self.weights.rows(self.name(args[1]), args[0], args[1].shape[1])
+        return func(*tree_map(self.real, args), **tree_map(self.real, kwargs))
 
+    def absent(self, value: Any) -> bool:
+        return isinstance(value, Tensor) and value.is_meta
 
-def plain(model: nn.Module) -> Any:
-    """Return the transformers model inside PEFT's."""
-    return model.get_base_model() if isinstance(model, PeftModel) else model
+    def name(self, value: Tensor) -> str:
+        name = self.names.get(id(value))
+        if name not in self.weights.homes:
+            raise RuntimeError(f"{name or 'a tensor'} has no weights in the checkpoint: the model computes them itself")
+        return name
+
+    def real(self, value: Any) -> Any:
+        if self.absent(value) and value.dim() > 2:
+            return self.stack(self.name(value), value.shape)
+        if self.absent(value):
+            return self.weights.whole(self.name(value), value.shape)
+        if id(value) in self.names and value.is_floating_point() and value.dtype != torch.float32:
+            return value.float()
+        return value
+
+    def stack(self, name: str, shape: torch.Size) -> Tensor:
+        layer = name.rpartition(".")[0]
+        if not all(other.startswith(f"{layer}.") for other in self.stacks):
+            self.stacks.clear()
+        if name not in self.stacks:
+            self.stacks[name] = self.weights.whole(name, shape)
+        return self.stacks[name]
 
 
 @torch.no_grad()
@@ -199,34 +274,18 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
     Raises:
         RuntimeError: the model uses weights in a way that only works with all of them in memory.
     """
-    weights, inside = Weights(base), plain(model)
-    names = {id(value): bare(name) for name, value in inside.named_parameters(remove_duplicate=False)}
-    for name, buffer in inside.named_buffers():
+    weights = Weights(base)
+    named: Any = model.get_base_model() if hasattr(model, "get_base_model") else model  # type: ignore[operator]
+    for name, buffer in named.named_buffers():
         if bare(name) in weights.homes:
-            buffer.copy_(weights.read(bare(name), buffer.shape))
-    extra = {"decoder_input_ids": tokens} if inside.config.is_encoder_decoder else {}
+            buffer.copy_(weights.whole(bare(name), buffer.shape))
+    extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
     with ExitStack() as undo:
-        for module in inside.modules():
+        for module in named.modules():
             if isinstance(module, TrainableTokensWrapper):
                 module.forward = partial(trained_tokens, module.token_adapter)
                 undo.callback(module.__dict__.pop, "forward")
-        for unit, parts in units(inside):
-            skeleton = [
-                (one, leaf, value) for one in parts for leaf, value in one._parameters.items() if value is not None
-            ]
-
-            def load(*_: Any, skeleton: list[tuple[nn.Module, str, nn.Parameter]] = skeleton) -> None:
-                for one, leaf, value in skeleton:
-                    real = weights.read(names[id(value)], value.shape) if value.is_meta else value.float()
-                    one._parameters[leaf] = nn.Parameter(real, requires_grad=False)
-
-            def drop(*_: Any, skeleton: list[tuple[nn.Module, str, nn.Parameter]] = skeleton) -> None:
-                for one, leaf, value in skeleton:
-                    one._parameters[leaf] = value
-
-            undo.callback(unit.register_forward_pre_hook(load).remove)
-            undo.callback(unit.register_forward_hook(drop, always_call=True).remove)
-        with torch.autocast("cpu", enabled=False):
+        with torch.autocast("cpu", enabled=False), WeightsOnDemand(named, weights):
             return model(input_ids=tokens, use_cache=False, **extra).logits.float()
 
 
@@ -245,11 +304,15 @@ def trained_tokens(adapter: Any, x: Tensor) -> Tensor:
 
 
 def memory_needed(model: PeftModel) -> int:
-    """Return the most bytes of float32 weights that `run` holds at once."""
+    """Return the most bytes of float32 weights that `run` holds at once, for the largest module of the model."""
     largest = 0
-    for _, parts in units(plain(model)):
-        held = [sum(math.prod(p.shape) for p in one.parameters(recurse=False) if p.is_meta) for one in parts]
-        # PEFT's DoRA holds a layer's change, its sum with the weights, the sum's square and a copy beside the weights
-        dora = any(isinstance(one, lora.LoraLayer) and NAME in one.lora_variant for one in parts)
-        largest = max(largest, 4 * (sum(held) + 4 * dora * max(held)))
+    for module in model.get_base_model().modules():
+        if isinstance(module, lora.LoraLayer) and NAME in module.lora_variant:
+            # PEFT's DoRA holds weights, change, their sum, its square and a copy
+            held = 5 * sum(math.prod(p.shape) for p in module.get_base_layer().parameters(recurse=False))
+        elif isinstance(module, nn.Linear | nn.Embedding | Conv1D):
+            continue
+        else:
+            held = sum(math.prod(p.shape) for p in module.parameters(recurse=False) if p.is_meta)
+        largest = max(largest, 4 * held)
     return largest

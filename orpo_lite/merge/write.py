@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from orpo_lite.merge.lora_edits import Dora, Edit
-from orpo_lite.merge.safetensors_blocks import NAMES, Block, Read, Source, Stored, blocks
+from orpo_lite.merge.safetensors_blocks import BLOCK_ELEMENTS, NAMES, Block, Source, Stored, blocks
 from orpo_lite.merge.weight_map import Link
 
 T = TypeVar("T")
@@ -40,18 +40,17 @@ def one_torch_thread() -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def map_blocks(function: Callable[[Block], T], shape: tuple[int, ...]) -> Iterator[tuple[Block, T]]:
-    """Apply a function to every block of a tensor, on a few threads; yield (block, result) in order."""
+def map_blocks(function: Callable[[Block], T], cuts: Iterable[Block]) -> Iterator[T]:
+    """Apply a function to blocks on a few threads; yield the results in order."""
     pool = ThreadPoolExecutor(THREADS)
-    pending: deque[tuple[Block, Future[T]]] = deque()
+    pending: deque[Future[T]] = deque()
     try:
-        for block in blocks(shape):
-            pending.append((block, pool.submit(function, block)))
+        for block in cuts:
+            pending.append(pool.submit(function, block))
             if len(pending) > THREADS:
-                done, result = pending.popleft()
-                yield done, result.result()
-        for done, result in pending:
-            yield done, result.result()
+                yield pending.popleft().result()
+        for each in pending:
+            yield each.result()
     finally:
         pool.shutdown(cancel_futures=True)
 
@@ -94,7 +93,6 @@ class Job:
             yield from self.source.copied_blocks()
             return
         read = self.source.reader()
-        self.measure_norms(read)
 
         def merge_block(block: Block) -> Tensor:
             weights = as_computed(read(block))
@@ -104,19 +102,10 @@ class Job:
                     edit.apply(*found)
             return self.cast(weights)
 
-        for _, weights in map_blocks(merge_block, self.source.shape):
-            yield weights
-
-    def measure_norms(self, read: Read) -> None:
-        """Gather DoRA's norms along columns, which need all rows before the first one can be written."""
-        for link, edit in self.changes:
-            if isinstance(edit, Dora) and not edit.along_rows:
-                edit.squares = None
-                for block in blocks(self.source.shape):
-                    weights = as_computed(read(block))
-                    found = part(weights, block, link)
-                    if found is not None:
-                        edit.measure(*found)
+        # DoRA's norms along columns need all rows
+        whole = any(isinstance(edit, Dora) and not edit.along_rows for _, edit in self.changes)
+        elements = math.prod(self.source.shape) if whole else BLOCK_ELEMENTS
+        yield from map_blocks(merge_block, blocks(self.source.shape, elements))
 
     def cast(self, weights: Tensor) -> Tensor:
         """Round a block to the written dtype, refusing what it cannot hold."""
