@@ -44,8 +44,10 @@ class Screen(RenderHook):
         return [Harmless(item) for item in renderables]
 
 
-console = Console(highlight=False, quiet=os.environ.get("RANK", "0") != "0")  # launchers number their processes
-errors = Console(stderr=True, highlight=False)
+console = Console(
+    highlight=False, emoji=False, quiet=os.environ.get("RANK", "0") != "0"
+)  # launchers number their processes
+errors = Console(stderr=True, highlight=False, emoji=False)
 for each in (console, errors):
     each.push_render_hook(Screen())
 

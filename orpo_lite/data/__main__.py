@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,11 +15,14 @@ from rich.text import Text
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.text import visible
 from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
+from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+SIDES = ("chosen", "rejected")
 
 
 def command(
@@ -154,9 +158,11 @@ def bar(count: int, largest: int, width: int) -> str:
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return one pair decoded: the prompt, as it precedes the chosen answer, and the labels of each side."""
-    starts = row.get("chosen_start", 0), row.get("rejected_start", 0)
-    prompt = row.get("prompt_ids") or row["chosen_ids"][: starts[0]]
-    chosen, rejected = row["chosen_ids"][starts[0] :], row["rejected_ids"][starts[1] :]
+    if "prompt_ids" in row:
+        prompt, runs = row["prompt_ids"], {side: [(True, row[f"{side}_ids"])] for side in SIDES}
+    else:
+        prompt, runs = row["chosen_ids"][: row["chosen_start"]], {side: label_runs(row, side) for side in SIDES}
+    chosen, rejected = ([token for labeled, run in runs[side] if labeled for token in run] for side in SIDES)
     return {
         "source": row["source"],
         "row": row["row"],
@@ -166,7 +172,16 @@ def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
         "rejected": [tokenizer.decode([token]) for token in rejected],
         "chosen_text": tokenizer.decode(chosen),
         "rejected_text": tokenizer.decode(rejected),
+        "chosen_parts": [(labeled, tokenizer.decode(run)) for labeled, run in runs["chosen"]],
+        "rejected_parts": [(labeled, tokenizer.decode(run)) for labeled, run in runs["rejected"]],
     }
+
+
+def label_runs(row: dict[str, Any], side: str) -> list[tuple[bool, list[int]]]:
+    """Return the completion of a decoder's pair in runs of tokens: whether they are labels, and the tokens."""
+    ids, answers = row[f"{side}_ids"], answer_tokens(row, side)
+    places = itertools.groupby(range(row[f"{side}_start"], len(ids)), answers.__contains__)
+    return [(labeled, [ids[place] for place in run]) for labeled, run in places]
 
 
 def example_text(number: int, pair: dict[str, Any]) -> Group:
@@ -176,12 +191,11 @@ def example_text(number: int, pair: dict[str, Any]) -> Group:
         f"example {number}: row {pair['row']} of source {pair['source']}: {tokens['prompt']} prompt, "
         f"{tokens['chosen']} chosen and {tokens['rejected']} rejected tokens"
     )
-    return Group(
-        Text(title, style="bold"),
-        marked("prompt   .", pair["prompt"], "dim"),
-        marked("chosen   +", pair["chosen_text"], "green"),
-        marked("rejected -", pair["rejected_text"], "red"),
-    )
+    parts = [Text(title, style="bold"), marked("prompt   .", pair["prompt"], "dim")]
+    for side, mark, style in (("chosen", "chosen   +", "green"), ("rejected", "rejected -", "red")):
+        for labeled, text in pair[f"{side}_parts"]:
+            parts.append(marked(mark, text, style) if labeled else marked("context  .", text, "dim"))
+    return Group(*parts)
 
 
 def marked(mark: str, text: str, style: str) -> Text:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from orpo_lite.data.lengths import answer_tokens
 
 Row = dict[str, Any]
 ROW_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "row")
@@ -46,22 +49,22 @@ class PaddedCollator:
     def __call__(self, pairs: list[Row]) -> dict[str, Any]:
         sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
         if self.decoder_start_token_id is None:
-            starts = [p["chosen_start"] for p in pairs] + [p["rejected_start"] for p in pairs]
+            answers = [answer_tokens(p, side, first=1) for side in ("chosen", "rejected") for p in pairs]
             batch = self._pad(sequences)
             width = batch["input_ids"].shape[1]
         else:
             sequences = [[self.decoder_start_token_id, *ids] for ids in sequences]
-            starts = [1] * len(sequences)
+            answers = [range(1, len(ids)) for ids in sequences]
             batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
             batch["decoder_input_ids"] = self._pad([ids[:-1] for ids in sequences])["input_ids"]
             width = batch["decoder_input_ids"].shape[1]
         labels: list[Label] = []
-        for i, (ids, start) in enumerate(zip(sequences, starts, strict=True)):
+        for i, (ids, answer) in enumerate(zip(sequences, answers, strict=True)):
             pair, chosen = i % len(pairs), i < len(pairs)
+            everything = chosen and self.nll_scope == "prompt+chosen"
             # a row predicts the token after it, so the first token of a sequence is never a label
-            first = 1 if chosen and self.nll_scope == "prompt+chosen" else max(start, 1)
-            for t in range(first, len(ids)):
-                counted = pair if t >= start else -1
+            for t in range(1, len(ids)) if everything else answer:
+                counted = pair if t in answer else -1
                 sides = (counted, -1, pair) if chosen else (-1, counted, -1)
                 labels.append((i * width + t - 1, ids[t], *sides))
         return batch | about_pairs(labels, pairs, self)
@@ -115,18 +118,20 @@ class PackedCollator:
         return batch | about_pairs(labels, pairs, self) | {"segments": segments}
 
     def _label(self, labels: list[Label], pair: int, row: Row, start: int, prefix: int) -> None:
-        chosen = row["chosen_ids"]
-        first = 1 if self.nll_scope == "prompt+chosen" else max(row["chosen_start"], 1)
-        # a label inside the prefix belongs to both sequences, and either may be the first to count it
-        for t in range(max(1, min(first, row["chosen_start"], row["rejected_start"])), len(chosen)):
-            for_chosen = pair if t >= row["chosen_start"] else -1
-            for_rejected = pair if row["rejected_start"] <= t < prefix else -1
-            in_nll = pair if t >= first else -1
+        chosen, rejected = row["chosen_ids"], row["rejected_ids"]
+        answers = {side: answer_tokens(row, side, first=1) for side in ("chosen", "rejected")}
+        everything = self.nll_scope == "prompt+chosen"
+        # a label inside the prefix belongs to both sequences, and either may be the only one to count it
+        for t in range(1, len(chosen)):
+            for_chosen = pair if t in answers["chosen"] else -1
+            for_rejected = pair if t < prefix and t in answers["rejected"] else -1
+            in_nll = pair if everything or for_chosen == pair else -1
             if (for_chosen, for_rejected, in_nll) != (-1, -1, -1):
                 labels.append((start + t - 1, chosen[t], for_chosen, for_rejected, in_nll))
-        for t in range(max(1, prefix, row["rejected_start"]), len(row["rejected_ids"])):
-            before = t - 1 if t == prefix else len(chosen) + t - 1 - prefix
-            labels.append((start + before, row["rejected_ids"][t], -1, pair, -1))
+        for t in answers["rejected"]:
+            if t >= prefix:
+                before = t - 1 if t == prefix else len(chosen) + t - 1 - prefix
+                labels.append((start + before, rejected[t], -1, pair, -1))
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:
@@ -156,7 +161,11 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -
                 continue
             kept = batch[f"{side}_attention_mask"][i].bool()
             pair[f"{side}_ids"] = batch[f"{side}_input_ids"][i][kept].tolist()
-            pair[f"{side}_start"] = int((labels[kept] == -100).sum())
+            unlabeled = (labels[kept] == -100).tolist()
+            start = pair[f"{side}_start"] = [*unlabeled, False].index(False)
+            runs = itertools.groupby(range(start, len(unlabeled)), unlabeled.__getitem__)
+            context = [list(run) for skipped, run in runs if skipped]
+            pair[f"{side}_context"] = [place for run in context for place in (run[0], run[-1] + 1)]
         if encoder_decoder:
             pair["prompt_ids"] = batch["prompt_input_ids"][i][batch["prompt_attention_mask"][i].bool()].tolist()
         pairs.append(pair)

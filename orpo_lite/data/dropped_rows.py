@@ -18,7 +18,31 @@ PROMPT_TOO_LONG = "prompt too long"
 COMPLETION_TOO_LONG = "completion does not fit"
 WRONG_TYPES = "wrong types"
 REFUSED = "refused by the template"
+CHANGED = "rewritten by the template"
+TIE = "no better answer"
+UNPAIRED = "rated answer without a partner"
+TEMPLATED = "text that carries a chat template already"
 NO_LABELS = "no completion tokens left"
+REMEDIES = {
+    EMPTY: "write both answers into every row, or name the columns that hold them in data.columns",
+    EMPTY_PROMPT: "write a prompt into every row, or name the column that holds it in data.columns",
+    EQUAL: "leave out rows whose two answers are the same: nothing can be learned from them",
+    PROMPTS_DIFFER: "give both answers of a row the same conversation before them, or the prompt a column of its own",
+    PROMPT_TOO_LONG: "raise max_length, or cut prompts with max_prompt_length and overlong=truncate",
+    COMPLETION_TOO_LONG: "raise max_length, or cut answers with overlong=truncate",
+    WRONG_TYPES: "bring these rows into the form of the others",
+    REFUSED: "write conversations as the template takes them (data.system=merge where it takes no system turn), or name "
+    "another template in model.chat_template",
+    CHANGED: "name a template that keeps answers as they are in model.chat_template (chat_template= in Python; TRL ships "
+    "qwen3_training and others like it), or give the variables that this one asks for in data.template_kwargs",
+    TIE: "leave these rows out, or give one answer the better score",
+    UNPAIRED: "ORPO learns from pairs: give every prompt at least one answer of each label, or train these rows with KTO",
+    TEMPLATED: "leave out data.apply_template (the text is trained as it is), or give the text without the template",
+    NO_LABELS: "raise max_length, so that answers have room behind their prompts",
+}
+"""What to do about rows that were dropped for a reason."""
+FEW = 5, 0.02
+"""Rows rewritten by the template that are accepted: so many, or this share of all."""
 WITHOUT_TEMPLATE = (
     "plain strings get no chat template, though the tokenizer has one; a chat model trained that way answers badly in "
     "chats: data.apply_template=true writes them as a user's and an assistant's turn"
@@ -99,19 +123,25 @@ class DropReport:
         return not self.kept or self.counts.total() > self.rows / 2
 
     def problem(self, what: str) -> str | None:
-        """Return the error if nothing, or less than half, is left, or None; `what` names the data in it."""
-        if not self.mostly_dropped():
+        """Return the error if nothing, or less than half, is left, or the template rewrites more than a few rows, or None.
+
+        Args:
+            what: names the data in the error.
+        """
+        rewritten = self.counts[CHANGED] > max(FEW[0], FEW[1] * self.rows)
+        if not (rewritten or self.mostly_dropped()):
             return None
         if not self.rows:
             return f"{what}: no rows at all"
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
-        first = self.drops[0]
+        reasons = [CHANGED] if rewritten else list(self.dropped)[:2]
+        first = next(drop for drop in self.drops if drop.reason == reasons[0])
+        share = "" if not self.mostly_dropped() else f", which is {'more than half' if self.kept else 'all of them'}"
         return (
-            f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}), which is "
-            f"{'more than half' if self.kept else 'all of them'}; the first: row {first.row} of {first.source}, "
-            f"{first.reason}: {first.detail}. `orpo-lite data --recipe ... --list-drops` lists every row; fix the "
-            "data, map its columns (data.columns), or if length is the reason raise max_length, or cut the prompts "
-            "(max_prompt_length, with overlong=truncate); in a recipe these are data.max_length and so on"
+            f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}){share}; the first: row {first.row} of "
+            f"{first.source}, {first.reason}: {first.detail}. To fix the data: "
+            f"{'; '.join(REMEDIES.get(reason, 'leave these rows out') for reason in reasons)}. "
+            "`orpo-lite data --recipe ... --list-drops` lists every row"
         )
 
     def as_dict(self, rows: bool = False) -> dict[str, Any]:

@@ -1,21 +1,14 @@
-"""The two batched calls into the tokenizer: text to token ids, and messages to text."""
+"""The batched call into the tokenizer: texts that begin alike to token ids."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
-from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
-
-from orpo_lite.common.errors import RequestError
-from orpo_lite.data.dropped_rows import REFUSED, WRONG_TYPES, Dropped
-from orpo_lite.model.tokenizer import Job, TemplateRefused, render_chat, render_chats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.row_shapes import Pair
 
 Ids = list[int]
 Texts = tuple[str, str, str]
@@ -52,7 +45,7 @@ class Encoder:
         return self._anchored(triples) if self.hard else self._whole(triples)
 
     def _whole(self, triples: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
-        ids = self._plain([text for triple in triples for text in triple])
+        ids = self.plain([text for triple in triples for text in triple])
         return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))
 
     def _anchored(self, triples: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
@@ -75,7 +68,8 @@ class Encoder:
             result.append((head + next(ids), head + next(ids), head + next(ids)))
         return result
 
-    def _plain(self, texts: list[str]) -> list[Ids]:
+    def plain(self, texts: list[str]) -> list[Ids]:
+        """Return the ids of each text by itself."""
         if not texts:
             return []
         return self.tokenizer(
@@ -85,74 +79,11 @@ class Encoder:
     def _fast(self, texts: list[str]) -> list[Ids]:
         backend: Any = self.tokenizer.backend_tokenizer  # pyright: ignore[reportAttributeAccessIssue] (is_fast)
         if backend.truncation or backend.padding:
-            return self._plain(texts)
+            return self.plain(texts)
         return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
-
-
-class Renderer:
-    """Messages to text with the tokenizer's chat template; a row that it refuses does not stop the others."""
-
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]):
-        if not tokenizer.chat_template:
-            raise RequestError(
-                "the rows are conversations, but the tokenizer has no chat template: name one with model.chat_template "
-                "(chatml, zephyr, llama-3, or the path of a Jinja file), or set tokenizer.chat_template in Python"
-            )
-        self.tokenizer, self.template_kwargs = tokenizer, template_kwargs
-
-    def triples(self, pairs: Sequence[Pair]) -> list[Texts | Dropped]:
-        """Return prompt, prompt + chosen and prompt + rejected of each pair as TRL renders them, or why not."""
-        plain = self.template_kwargs | {"tools": None}
-        prompts: list[Job] = []
-        wholes: list[Job] = []
-        for pair in pairs:
-            own = bool(pair.tools or pair.template_kwargs)
-            options = self.template_kwargs | {"tools": pair.tools} | pair.template_kwargs if own else plain
-            prompt: Any = pair.prompt
-            # TRL's rule: a prompt that ends with an assistant turn is continued, any other gets the generation prompt
-            ended = prompt[-1]["role"] == "assistant"
-            prompts.append((prompt, options | {"add_generation_prompt": not ended, "continue_final_message": ended}))
-            wholes += [(prompt + side, options) for side in (pair.chosen, pair.rejected)]
-        texts = render_chats(self.tokenizer, prompts + wholes)
-        sides = texts[len(pairs) :]
-        return [agreed(triple) for triple in zip(texts[: len(pairs)], sides[::2], sides[1::2], strict=True)]
-
-
-def agreed(texts: Sequence[str | TemplateRefused]) -> Texts | Dropped:
-    """Return the three texts of a pair, or the template's words where it refused one of them.
-
-    The prompt is cut to what both whole texts begin with: some templates write more after it than a prompt's end.
-    """
-    for text in texts:
-        if isinstance(text, TemplateRefused):
-            return Dropped(REFUSED, str(text)[:200])
-    prompt, chosen, rejected = map(str, texts)
-    try:
-        "".join((prompt, chosen, rejected)).encode()
-    except UnicodeEncodeError as error:  # of a template or a tool call: no tokenizer accepts it
-        half = f"the row holds half a character ({error.object[error.start]!a}), not valid Unicode"
-        return Dropped(WRONG_TYPES, half)
-    if not (chosen.startswith(prompt) and rejected.startswith(prompt)):
-        prompt = os.path.commonprefix([prompt, chosen, rejected])
-    return prompt, chosen, rejected
 
 
 def template_text(tokenizer: PreTrainedTokenizerBase) -> str:
     """Return the source of the chat template(s), to see which variables it mentions."""
     template = tokenizer.chat_template
     return template if isinstance(template, str) else json.dumps(template or "")
-
-
-def turn_end(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> int | None:
-    """Return the token that the template writes after an assistant turn (<|im_end|>, <|eot_id|>, EOS ...), if any."""
-    mark = "the answer"
-    try:
-        turns = [{"role": "user", "content": "the question"}, {"role": "assistant", "content": mark}]
-        text = render_chat(tokenizer, turns, **template_kwargs)
-    except TemplateRefused:  # a template that expects other conversations
-        return None
-    if mark not in text:
-        return None
-    after: Any = tokenizer(text.rpartition(mark)[2], add_special_tokens=False)["input_ids"]
-    added = {n for n, token in tokenizer.added_tokens_decoder.items() if token.content.strip()}
-    return next((token for token in after if token in added), None)

@@ -54,6 +54,22 @@ def common_prefixes(rows: Any, one: str, other: str) -> np.ndarray:
     return joined(np.array(list(map(common, *lists)), dtype=np.int64) for lists in column_batches(rows, one, other))
 
 
+def answer_tokens(row: dict[str, Any], side: str, first: int = 0) -> dict[int, None]:
+    """Return the places of a sequence whose tokens belong to answers, in order: the completion without its context.
+
+    Args:
+        row: a tokenized pair of a decoder.
+        side: chosen or rejected.
+        first: leave out places before it: the first token of a sequence has none before it that could predict it.
+    """
+    places = dict.fromkeys(range(max(row[f"{side}_start"], first), len(row[f"{side}_ids"])))
+    context = row.get(f"{side}_context") or []
+    for begin, end in zip(context[::2], context[1::2], strict=True):
+        for place in range(begin, end):
+            places.pop(place, None)
+    return places
+
+
 def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     """Return the tokens of each pair: prompt, chosen and rejected answer, and total, each (N,) int64.
 

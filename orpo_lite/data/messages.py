@@ -53,10 +53,17 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str):
         raise Dropped(WRONG_TYPES, f"{place} has no role (found {describe_columns(item)})")
-    if isinstance(content, list) and all(isinstance(part, dict) and part.get("type") == "text" for part in content):
+    if isinstance(content, list):
+        for number, part in enumerate(content):
+            if not isinstance(part, dict) or part.get("type") != "text":
+                what = str(part.get("type"))[:40] if isinstance(part, dict) else kind(part)
+                found = f"{place} has a list as content, expected text: part {number} is {what}"
+                raise Dropped(WRONG_TYPES, f"{found}, and this trains text only")
         content = "".join(str(part.get("text", "")) for part in content)
-    if content is None and fields.get("tool_calls"):
-        return fields | {"role": ROLES.get(role, role)}
+    if fields.get("tool_calls"):
+        fields["tool_calls"] = read_calls(fields["tool_calls"], f"{place}.tool_calls")
+        if content is None:
+            return fields | {"role": ROLES.get(role, role)}
     if not isinstance(content, str):
         raise Dropped(WRONG_TYPES, f"{place} has {kind(content)} as content, expected text")
     checked_text(content, place)
@@ -71,12 +78,37 @@ def parse_calls(content: str) -> list[dict[str, Any]] | None:
     """Convert ShareGPT's function_call text to OpenAI-style tool calls; None if it is something else."""
     try:
         calls = json.loads(content)
-    except (ValueError, RecursionError):
+        return read_calls(calls if isinstance(calls, list) else [calls], "function_call") or None
+    except (ValueError, RecursionError, Dropped):
         return None
-    calls = calls if isinstance(calls, list) else [calls]
-    if not calls or not all(isinstance(call, dict) and isinstance(call.get("name"), str) for call in calls):
-        return None
-    return [{"type": "function", "function": {"arguments": {}} | call} for call in calls]
+
+
+def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
+    """Convert tool calls to OpenAI's form with their arguments as a mapping, whether those were JSON text or not.
+
+    Raises:
+        Dropped: they are not calls with a name and arguments.
+    """
+    calls = []
+    for number, call in enumerate(value if isinstance(value, list | tuple) else [value]):
+        function = call.get("function") or call if isinstance(call, dict) else None
+        if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+            raise Dropped(
+                WRONG_TYPES, f"{place}[{number}] is {kind(call)} without a function's name, expected a tool call"
+            )
+        arguments = function.get("arguments") or {}
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except (ValueError, RecursionError):
+                raise Dropped(
+                    WRONG_TYPES, f"{place}[{number}]: its arguments are no JSON: {arguments[:60]!r}"
+                ) from None
+        if not isinstance(arguments, dict):
+            raise Dropped(WRONG_TYPES, f"{place}[{number}] has {kind(arguments)} as arguments, expected a mapping")
+        rest = {} if function is call else {key: item for key, item in call.items() if item is not None}
+        calls.append({"type": "function"} | rest | {"function": function | {"arguments": arguments}})
+    return calls
 
 
 def read_tools(value: Any) -> list[dict[str, Any]] | None:

@@ -1,19 +1,33 @@
 """Every shape of preference row -> one Pair: prompt, chosen, rejected, tools.
 
-A row's columns and their types determine its shape; `to_pair` converts it or raises Dropped with the reason. To add a
-shape: name it, put it into a family and its columns into COLUMNS, recognize it in `row_shape` and convert it in
-`conversation_sides` or `string_sides`.
+A row's columns and their types determine its shape; `to_pair` converts it or raises Dropped with the reason. Formats
+that only name or nest the same things differently are brought into these columns first. To add one of those: an entry of
+FORMATS and its columns in COLUMNS. To add a shape: name it, put it into a family, recognize it in `row_shape` and convert
+it in `conversation_sides` or `string_sides`.
 """
 
 from __future__ import annotations
 
+import itertools
+import json
+import math
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.dropped_rows import EMPTY, EMPTY_PROMPT, EQUAL, PROMPTS_DIFFER, WRONG_TYPES, Dropped
+from orpo_lite.data.dropped_rows import (
+    EMPTY,
+    EMPTY_PROMPT,
+    EQUAL,
+    PROMPTS_DIFFER,
+    REMEDIES,
+    TIE,
+    UNPAIRED,
+    WRONG_TYPES,
+    Dropped,
+)
 from orpo_lite.data.messages import (
     HH_TURN,
     Messages,
@@ -40,7 +54,10 @@ FAMILY = dict.fromkeys((EXPLICIT, IMPLICIT, ULTRAFEEDBACK, SHAREGPT, ALPACA), "c
     shape: shape for shape in (STRINGS, BARE_STRINGS, HH)
 }
 COLUMNS = ("prompt", "chosen", "rejected", "tools", "system", "conversations", "instruction", "input", "history",
-           "chat_template_kwargs")  # fmt: skip
+           "chat_template_kwargs", "messages", "preferred_output", "non_preferred_output", "rejected_response",
+           "rejected_messages", "accepted", "question", "response_j", "response_k", "response_a", "response_b",
+           "conversation_a", "conversation_b", "winner", "completions", "answers", "responses", "scores",
+           "completion", "label")  # fmt: skip
 HH_ANSWER = "\n\nAssistant:"
 SIDES = ("chosen", "rejected")
 
@@ -68,6 +85,10 @@ class Pair(NamedTuple):
 
 def row_shape(row: Any) -> str | None:
     """Return the shape of one row, or None if it is not a preference row."""
+    try:
+        row = standard(row)
+    except Dropped:
+        return None
     if not isinstance(row, dict):
         return None
     sides = [row.get("chosen"), row.get("rejected")]
@@ -88,6 +109,161 @@ def row_shape(row: Any) -> str | None:
     return BARE_STRINGS if prompt is None else STRINGS if isinstance(prompt, str) else None
 
 
+# ---- formats that name or nest the same things differently -----------------------------------------------------------
+
+
+def standard(row: Any) -> Any:
+    """Return a row in the columns that `row_shape` knows.
+
+    Raises:
+        Dropped: the row names no better answer.
+    """
+    if not isinstance(row, dict):
+        return row
+    if "chosen" not in row or "rejected" not in row:
+        for format_ in FORMATS:
+            if format_.columns <= row.keys():
+                row = row | format_.convert(row)
+                break
+    if "prompt" not in row and "chosen" in row:
+        named = row.get("messages") or (row.get("question") if "instruction" not in row else None)
+        row = row | {"prompt": named} if isinstance(named, str | list) else row
+    return row
+
+
+class Format(NamedTuple):
+    """Preference rows of another tool."""
+
+    columns: set[str]
+    """Its rows have all of these."""
+    convert: Callable[[dict[str, Any]], dict[str, Any]]
+    """Returns prompt, chosen, rejected and what else it knows of a row."""
+
+
+def from_openai(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert OpenAI's file format for preference fine-tuning."""
+    given = row["input"] if isinstance(row["input"], dict) else {}
+    sides = {"chosen": row["preferred_output"], "rejected": row["non_preferred_output"]}
+    return {"prompt": given.get("messages"), "tools": given.get("tools"), **sides}
+
+
+def from_swift(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert ms-swift's rows: a conversation with the chosen answer, and the rejected answer or conversation."""
+    turns, other = row["messages"], row.get("rejected_response") or row.get("rejected_messages")
+    if not isinstance(turns, list) or len(turns) < 2:
+        return {"chosen": turns, "rejected": other}
+    if isinstance(other, list) and len(other) > 1:
+        return {"chosen": turns, "rejected": other, "messages": None}
+    return {"prompt": turns[:-1], "chosen": turns[-1:], "rejected": other}
+
+
+def from_arena(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert a comparison of two answers with its winner.
+
+    Raises:
+        Dropped: it is a tie.
+    """
+    name = "response" if "response_a" in row else "conversation"
+    one, other, winner = row.get(f"{name}_a"), row.get(f"{name}_b"), str(row["winner"]).lower()
+    won = {"a": True, "model_a": True, "response_a": True, "b": False, "model_b": False, "response_b": False}.get(
+        winner
+    )
+    if won is None:
+        raise Dropped(TIE, f"the winner is {winner[:40]!r}, expected model_a or model_b")
+    return {"chosen": one if won else other, "rejected": other if won else one}
+
+
+def from_scores(row: dict[str, Any]) -> dict[str, Any]:
+    """Convert a prompt with several scored or ranked answers: the best against the worst.
+
+    Raises:
+        Dropped: fewer than two answers have a score, or all have the same.
+    """
+    given = next((row[name] for name in ("completions", "answers", "responses") if isinstance(row.get(name), list)), [])
+    scores = row.get("scores")
+    scored = (
+        list(zip(scores, given, strict=False)) if isinstance(scores, list) else [scored_answer(one) for one in given]
+    )
+    known = [
+        (float(score), answer) for score, answer in scored if isinstance(score, int | float | str) and is_number(score)
+    ]
+    if len(known) < 2:
+        raise Dropped(TIE, f"{len(known)} of {len(given)} answers have a score, expected two or more")
+    best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
+    if best[0] == worst[0]:
+        raise Dropped(TIE, f"all answers have the score {best[0]:g}")
+    return {"prompt": row.get("prompt") or row.get("instruction") or row.get("question"), "instruction": None,
+            "chosen": best[1], "rejected": worst[1]}  # fmt: skip
+
+
+def scored_answer(given: Any) -> tuple[Any, Any]:
+    """Return score and text of one answer of a list; a rank of 1 is the best."""
+    if not isinstance(given, dict):
+        return None, given
+    text = next((given[name] for name in ("response", "answer", "content", "text") if name in given), None)
+    if "rank" in given and is_number(given["rank"]):
+        return -float(given["rank"]), text
+    names = ("overall_score", "score", "fine-grained_score", "rating", "reward")
+    return next((given[name] for name in names if given.get(name) is not None), None), text
+
+
+def is_number(value: Any) -> bool:
+    """Return whether a value is a number, or text that holds one."""
+    try:
+        return math.isfinite(float(value))
+    except (TypeError, ValueError):
+        return False
+
+
+def from_kto(row: dict[str, Any]) -> dict[str, Any]:
+    """Refuse a single rated answer: `paired_by_prompt` makes pairs of those that have a partner.
+
+    Raises:
+        Dropped: always.
+    """
+    raise Dropped(UNPAIRED, f"no answer with label {str(not row['label']).lower()} to the same prompt is left")
+
+
+FORMATS = (
+    Format({"input", "preferred_output", "non_preferred_output"}, from_openai),
+    Format({"messages", "rejected_response"}, from_swift),
+    Format({"messages", "rejected_messages"}, from_swift),
+    Format({"accepted", "rejected"}, lambda row: {"chosen": row["accepted"]}),
+    Format({"response_j", "response_k"}, lambda row: {"chosen": row["response_j"], "rejected": row["response_k"]}),
+    Format({"response_a", "response_b", "winner"}, from_arena),
+    Format({"conversation_a", "conversation_b", "winner"}, from_arena),
+    Format({"completions"}, from_scores),
+    Format({"answers"}, from_scores),
+    Format({"responses", "scores"}, from_scores),
+    Format({"prompt", "completion", "label"}, from_kto),
+)
+
+
+def paired_by_prompt(batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
+    """Pair rated answers (prompt, completion, label: true or false, as for KTO) that have the same prompt.
+
+    Batches of other rows come back as they are. Pairs come first, in the order of their better answers; a rated answer
+    without a partner comes after them, for `to_pair` to drop.
+    """
+    first = next(batches, [])
+    batches = itertools.chain([first], batches)
+    if not first or not all(isinstance(row, dict) and {"prompt", "completion", "label"} <= row.keys() for row in first):
+        yield from batches
+        return
+    rated: dict[str, tuple[list[Any], list[Any]]] = {}
+    for row in itertools.chain.from_iterable(batches):
+        prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
+        rated.setdefault(prompt, ([], []))[bool(row.get("label"))].append(row)
+    pairs, alone = [], []
+    for worse, better in rated.values():
+        for good, bad in zip(better, worse, strict=False):
+            kept = {name: value for name, value in good.items() if name not in ("completion", "label")}
+            pairs.append(kept | {"chosen": good["completion"], "rejected": bad["completion"]})
+        together = min(len(better), len(worse))
+        alone += [*better[together:], *worse[together:]]
+    yield pairs + alone
+
+
 def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
     """Return the most frequent shape among a source's first rows.
 
@@ -97,9 +273,12 @@ def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
     if not rows:
         raise RequestError(f"{label}: holds no rows: write at least one with chosen and rejected")
     shape = detect(rows)
-    there = [any(isinstance(row, dict) and side in row for row in rows) for side in SIDES]
+    named = {name for row in rows if isinstance(row, dict) for name in row}
+    there = [] if any(format_.columns <= named for format_ in FORMATS) else [side in named for side in SIDES]
     if shape is None or sum(there) == 1:
         first = rows[0]
+        if {"prompt", "completion", "label"} <= named:
+            raise RequestError(f"{label}: no prompt has answers of both labels: {REMEDIES[UNPAIRED]}")
         if isinstance(first, dict) and {"chosen", "rejected"} <= first.keys():
             try:
                 check_kinds(first, [side for side in (*SIDES, "prompt") if side in first])
@@ -108,7 +287,7 @@ def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
         found = describe_columns(first) if isinstance(first, dict) else f"rows that are {type(first).__name__}"
         raise RequestError(
             f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
-            "map other names with data.columns, for example {prompt: question, chosen: good, rejected: bad}"
+            "map other names with data.columns, for example {prompt: ask, chosen: good, rejected: bad}"
         )
     if shape == BARE_STRINGS and apply_template:
         raise RequestError(
@@ -147,6 +326,7 @@ def to_pair(row: Any, of_source: str, *, strict: bool, apply_template: bool, too
     Raises:
         Dropped: the row cannot or should not be trained on.
     """
+    row = standard(row)
     shape = row_shape(row)
     if isinstance(row, dict):
         check_kinds(row, SIDES)
@@ -206,6 +386,16 @@ def conversation_sides(
     return prompt, chosen, rejected
 
 
+def without_system(pair: Pair) -> Pair:
+    """Return the pair with its opening system turn in front of the first user turn, an empty line between them."""
+    prompt: Any = pair.prompt
+    if not pair.chat or len(prompt) < 2 or [turn["role"] for turn in prompt[:2]] != ["system", "user"]:
+        return pair
+    system, user, *rest = prompt
+    merged = user | {"content": f"{system['content'].strip()}\n\n{user['content']}"}
+    return pair._replace(prompt=[merged, *rest])
+
+
 def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> tuple[Messages, Messages, Messages]:
     """Split two whole conversations at their last assistant turn."""
     for side, turns in (("chosen", chosen), ("rejected", rejected)):
@@ -217,7 +407,12 @@ def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> t
         return chosen[:-1], chosen[-1:], rejected[-1:]
     turns = enumerate(zip(chosen, rejected, strict=False))
     common = next((number for number, (one, other) in turns if one != other), min(len(chosen), len(rejected)))
-    if strict or not common:
+    ends = [side[common:] for side in (chosen, rejected)]
+    # from there on the model acts: calls, what the tools say, answers
+    acted = all(turns and turns[0]["role"] == "assistant" for turns in ends) and all(
+        turn["role"] in ("assistant", "tool") for turns in ends for turn in turns
+    )
+    if not common or (strict and not acted):
         raise Dropped(PROMPTS_DIFFER, f"chosen and rejected differ from turn {common + 1}, before the last answer")
     return chosen[:common], chosen[common:], rejected[common:]
 

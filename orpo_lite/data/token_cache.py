@@ -28,7 +28,7 @@ from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 from orpo_lite.data.lengths import list_lengths, numbers
-from orpo_lite.data.row_shapes import source_shape
+from orpo_lite.data.row_shapes import paired_by_prompt, source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
 from orpo_lite.data.tokenize import Chunk, PairTokenizer, TokenizeOptions
 
@@ -70,7 +70,8 @@ def tokenize_rows(
     Returns:
         Decoder-only: `chosen_ids` and `rejected_ids` (lists of int32, prompt and completion), `chosen_start` and
         `rejected_start` (int32, index of the completion's first token), `row` (int64, index in `rows`), `source`
-        (int32, 0). Encoder-decoder: `prompt_ids`, `chosen_ids`, `rejected_ids` (the completions), `row`, `source`.
+        (int32, 0); where completions have several turns, `chosen_context` and `rejected_context` (lists of int32: begin
+        and end of each run of tokens that is no label). Encoder-decoder: `prompt_ids`, `chosen_ids`, `rejected_ids` (the completions), `row`, `source`.
 
     Raises:
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
@@ -137,7 +138,10 @@ def tokenize_source(
     about = json.loads((folder / "report.json").read_text("utf-8"))
     counts = {"counts": collections.Counter(about["report"]["counts"])}
     report = DropReport(**about["report"] | counts, files=[(folder / "drops.jsonl", source.label)], cached=cached)
-    return Tokenized(datasets.Dataset.from_file(str(folder / "pairs.arrow")), report, about["shape"], about["digest"])
+    rows = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
+    if not about["several"]:  # which is nearly always so
+        rows = rows.remove_columns([name for name in rows.column_names if name.endswith("_context")])
+    return Tokenized(rows, report, about["shape"], about["digest"])
 
 
 @contextlib.contextmanager
@@ -159,7 +163,7 @@ def write_tokens(
     """Write pairs.arrow, drops.jsonl and report.json."""
     import pyarrow as pa
 
-    batches = source.batches()
+    batches = paired_by_prompt(source.batches())
     first = next(batches, [])
     shape = source_shape(first, source.label, options.apply_template)
     tokenize = PairTokenizer(tokenizer, options, shape)
@@ -185,7 +189,7 @@ def write_tokens(
                 break
     cut = {"prompt_cut": counts["prompt cut"], "completion_cut": counts["completion cut"]}
     found = {"kept": report.kept, "counts": report.counts, "notes": tokenize.notes(counts)} | cut
-    about = {"report": found, "shape": shape, "digest": digest.hexdigest()}
+    about = {"report": found, "shape": shape, "digest": digest.hexdigest(), "several": counts["several turns"]}
     (folder / "report.json").write_text(json.dumps(about), "utf-8")
 
 
@@ -193,7 +197,13 @@ def arrow_type(name: str) -> Any:
     """Return the Arrow type of a column of pairs."""
     import pyarrow as pa
 
-    return pa.list_(pa.int32()) if name.endswith("_ids") else pa.int64() if name in ("row", "key") else pa.int32()
+    return (
+        pa.list_(pa.int32())
+        if name.endswith(("_ids", "_context"))
+        else pa.int64()
+        if name in ("row", "key")
+        else pa.int32()
+    )
 
 
 # ---- worker processes ------------------------------------------------------------------------------------------------

@@ -10,18 +10,19 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from orpo_lite.data.conversations import Answers, Rendered, Renderer, last_special, special_tokens, template_markers
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
     EQUAL,
     NO_LABELS,
     PROMPT_TOO_LONG,
-    REFUSED,
+    TEMPLATED,
     WITHOUT_TEMPLATE,
     WRONG_TYPES,
     Dropped,
 )
-from orpo_lite.data.encode import Encoder, Ids, Renderer, Texts, template_text, turn_end
-from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, to_pair
+from orpo_lite.data.encode import Encoder, Ids, Texts, template_text
+from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, to_pair, without_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -33,11 +34,19 @@ NO_TURN_END = (
 )
 NO_EOS = "the tokenizer has no EOS token: completions end as the template writes them"
 UNUSED_LIMIT = "max_completion_length is for encoder-decoder models and not used here, as in TRL"
-SEVERAL_TURNS = "have answers of several turns; only the first is trained"
+SEVERAL_TURNS = (
+    "have completions of several turns: each answer is trained up to its own end, the turns between are context"
+)
+UNOPENED = (
+    "have an answer without the reasoning that the template's generation prompt opens: it is trained as it is written; to "
+    "train it behind an empty reasoning, name a template for that in model.chat_template (chat_template= in Python)"
+)
 TOOLS_UNUSED = "have tools, which the chat template does not mention"
 SYSTEM_UNUSED = (
     "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
 )
+CARRY_TEMPLATE = "are text that carries a chat template already: it is trained on as it is"
+SYSTEM_MERGED = "have a system turn, which was put in front of the first user turn (data.system=merge)"
 DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
 COMMON_OPENING = "no prompt column: the texts' common opening became the prompt"
 
@@ -54,6 +63,7 @@ class TokenizeOptions:
     """truncate cuts the completion's end and, if `strict` or with a max_prompt_length, the prompt's oldest content."""
     completion_end: Literal["trl", "turn"] = "trl"
     apply_template: bool = False
+    system: Literal["template", "merge"] = "template"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     encoder_decoder: bool = False
     """Tokenize prompt and completions separately, with special tokens added."""
@@ -69,6 +79,17 @@ class Side(NamedTuple):
     ids: Ids
     start: int
     """Index of the completion's first token."""
+    context: Ids = []
+    """Tokens of the completion that are no labels: begin, end, begin, end, ..."""
+
+    @property
+    def labels(self) -> int:
+        """Tokens that are trained on; the first of a decoder's sequence has none before it that could predict it."""
+        return len(self.ids) - self.start - sum(self.context[1::2]) + sum(self.context[::2])
+
+    def moved(self, by: int) -> Side:
+        """Return the side with its places moved, for tokens that were put in front or taken away there."""
+        return Side(self.ids, self.start + by, [place + by for place in self.context])
 
 
 @dataclass
@@ -103,33 +124,33 @@ class PairTokenizer:
     def __init__(self, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, shape: str):
         self.tokenizer, self.options, self.shape = tokenizer, options, shape
         self.chat = FAMILY[shape] == "conversations" or options.apply_template
-        self.renderer = Renderer(tokenizer, options.template_kwargs) if self.chat else None
+        cut = options.completion_end == "turn"
+        self.renderer = Renderer(tokenizer, options.template_kwargs, cut, options.strict) if self.chat else None
         self.template = template_text(tokenizer) if self.chat else ""
         self.encoder = Encoder(tokenizer)
+        self.special, self.markers = special_tokens(tokenizer), template_markers(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue] (set on the class)
         self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
-        self.turn_end = turn_end(tokenizer, options.template_kwargs) if self.chat else None
-        self.ends = {token for token in (self.eos, self.turn_end) if token is not None}
         self.max_length = options.max_length or UNLIMITED
         # TRL 1.16 reads max_completion_length for encoder-decoders only
         self.max_completion = (options.strict and options.max_completion_length) or UNLIMITED
         self.names = ["prompt_ids", "chosen_ids", "rejected_ids"] if options.encoder_decoder else [
-            "chosen_ids", "rejected_ids", "chosen_start", "rejected_start"]  # fmt: skip
+            "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context"]  # fmt: skip
 
     def __call__(self, rows: list[tuple[int, Any]]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
         chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
-        texts: list[tuple[int, Pair, Texts]] = []
+        texts: list[tuple[int, Pair, Rendered]] = []
         pairs = self._convert(rows, chunk)
-        for (number, pair), triple in zip(pairs, self.render([pair for _, pair in pairs]), strict=True):
-            if isinstance(triple, Dropped):
-                chunk.drop(number, triple)
+        for (number, pair), rendered in zip(pairs, self.render([pair for _, pair in pairs]), strict=True):
+            if isinstance(rendered, Dropped):
+                chunk.drop(number, rendered)
             else:
-                texts.append((number, pair, triple))
-        tokens = self.encode([triple for _, _, triple in texts])
-        for (number, pair, triple), ids in zip(texts, tokens, strict=True):
+                texts.append((number, pair, rendered))
+        tokens = self.encode([rendered.texts for _, _, rendered in texts])
+        for (number, pair, rendered), ids in zip(texts, tokens, strict=True):
             try:
-                values = self._finish(pair, triple, ids, chunk.counts)
+                values = self._finish(pair, rendered, ids, chunk.counts)
             except Dropped as drop:
                 chunk.drop(number, drop)
                 continue
@@ -144,8 +165,7 @@ class PairTokenizer:
         digest, pairs = hashlib.sha256(), []
         for number, row in rows:
             try:
-                pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
-                               tool_calls="tool_calls" in self.template)  # fmt: skip
+                pair = self._pair(row, chunk.counts)
                 content = json.dumps(pair, sort_keys=True, default=str)
             except Dropped as drop:
                 chunk.drop(number, drop)
@@ -154,18 +174,41 @@ class PairTokenizer:
                 chunk.drop(number, Dropped(WRONG_TYPES, "the row is nested too deeply"))
                 content = "-"
             else:
-                chunk.counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
-                chunk.counts["system unused"] += not pair.chat and bool(row.get("system"))
                 pairs.append((number, pair))
             digest.update(content.encode())
         chunk.digest = digest.hexdigest()
         return pairs
 
-    def render(self, pairs: list[Pair]) -> list[Texts | Dropped]:
-        """Return each pair's texts, or why the template refuses it."""
+    def _pair(self, row: Any, counts: Counter[str]) -> Pair:
+        """Convert one row.
+
+        Raises:
+            Dropped: the row cannot or should not be trained on.
+        """
+        pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
+                       tool_calls="tool_calls" in self.template)  # fmt: skip
+        if self.options.system == "merge" and (merged := without_system(pair)) is not pair:
+            counts["system merged"] += 1
+            pair = merged
+        if FAMILY[self.shape] != "conversations" and (marker := self.markers.search(pair.prompt_text)):
+            if self.options.apply_template:
+                raise Dropped(TEMPLATED, f"{marker.group()!r} stands in the text, and data.apply_template is set")
+            counts["templated"] += 1
+        counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
+        counts["system unused"] += not pair.chat and bool(row.get("system"))
+        return pair
+
+    def render(self, pairs: list[Pair]) -> list[Rendered | Dropped]:
+        """Return each pair as text, or why the template cannot write it."""
         if self.renderer:
-            return self.renderer.triples(pairs)
-        return [(pair.prompt, pair.prompt + pair.chosen, pair.prompt + pair.rejected) for pair in pairs]  # pyright: ignore
+            return self.renderer.pairs(pairs)
+        strings: Any = pairs
+        return [Rendered(pair.prompt, self._string(pair.prompt + pair.chosen), self._string(pair.prompt + pair.rejected))
+                for pair in strings]  # fmt: skip
+
+    def _string(self, text: str) -> Answers:
+        """Return a string as it is; one that ends as a chat template ends a turn gets no EOS behind it."""
+        return Answers(text, ended=self.options.strict and bool(last_special(self.special, text)))
 
     def encode(self, texts: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
         """Return the ids of prompt, chosen and rejected: whole texts for decoders, three parts for encoder-decoders."""
@@ -175,58 +218,64 @@ class PairTokenizer:
         ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
         return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
 
-    def _finish(self, pair: Pair, texts: Texts, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Any, ...]:
+    def _finish(self, pair: Pair, text: Rendered, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Any, ...]:
         """Return the columns of one pair.
 
         Raises:
             Dropped: it does not fit, or no completion token is left.
         """
         options, split = self.options, self.options.encoder_decoder
-        if options.strict and pair.chat and texts[0] in texts[1:]:
-            raise Dropped(REFUSED, "the template writes nothing for the answer")
-        prompt = self._fit_encoder_prompt(ids[0]) if split else ids[0]
+        prompt: Ids = []
         if split:
+            prompt = self._fit_encoder_prompt(ids[0])
             prompt_cut = len(prompt) < len(ids[0])
             whole = Side(ids[1], 0), Side(ids[2], 0)
-            fitted = [
-                self._fit_answer(n, s, t[len(texts[0]) :]) for n, s, t in zip(SIDES, whole, texts[1:], strict=True)
-            ]
+            answers = [answer[len(text.prompt) :] for answer in text.texts[1:]]
+            fitted = [self._fit_answer(*given) for given in zip(SIDES, whole, answers, strict=True)]
         else:
-            whole, prompt_cut = self._fit_prompt(pair, self.sides(ids))
+            whole, prompt_cut = self._fit_prompt(pair, self.sides(text, ids))
             fitted = [self._fit_completion(name, side) for name, side in zip(SIDES, whole, strict=True)]
         for name, side in zip(SIDES, fitted, strict=True):
             # the first token of a decoder's sequence has no row before it that could predict it
-            if len(side.ids) <= (0 if split else max(side.start, 1)):
+            if side.labels <= (not split and not side.start):
                 raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
         chosen, rejected = fitted
         if options.strict and chosen.ids == rejected.ids:
             raise Dropped(EQUAL, "chosen and rejected are the same tokens")
-        several = options.completion_end == "turn" and pair.chat and max(len(pair.chosen), len(pair.rejected)) > 1
-        counts["several turns"] += several and not split
+        counts["several turns"] += bool(text.chosen.context or text.rejected.context)
+        counts["unopened"] += text.unopened
         counts["prompt cut"] += prompt_cut
         counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, whole, strict=True))
         if split:
             return prompt, chosen.ids, rejected.ids
-        return chosen.ids, rejected.ids, chosen.start, rejected.start
+        return chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.context, rejected.context
 
     # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
 
-    def sides(self, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
+    def sides(self, text: Rendered, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
         """Return both sequences with boundary, BOS and end."""
         prompt, *wholes = ids
-        return tuple(self._closed(Side(w, s)) for w, s in zip(wholes, boundaries(prompt, *wholes), strict=True))  # pyright: ignore
+        one, other = (
+            self._closed(Side(whole, start, self._context(answers, whole)), answers.ended)
+            for answers, whole, start in zip(text[1:3], wholes, boundaries(prompt, *wholes), strict=True)
+        )
+        return one, other
 
-    def _closed(self, side: Side) -> Side:
-        ids, start = side.ids, side.start
-        if self.bos is not None and (not start or ids[0] != self.bos):
-            ids, start = [self.bos, *ids], start + 1
-        if self.options.completion_end == "turn":
-            for place in range(start, len(ids)):
-                if ids[place] in self.ends:
-                    return Side(ids[: place + 1], start)
-        if self.eos is not None and (len(ids) == start or ids[-1] != self.eos):
-            ids = [*ids, self.eos]
-        return Side(ids, start)
+    def _context(self, answers: Answers, ids: Ids) -> Ids:
+        """Return the places of the context in tokens."""
+        before = self.encoder.plain([answers.text[:place] for span in answers.context for place in span])
+        return [len(os.path.commonprefix([some, ids])) for some in before]
+
+    def _closed(self, side: Side, ended: bool) -> Side:
+        if self.bos is not None and (not side.start or side.ids[0] != self.bos):
+            side = side._replace(ids=[self.bos, *side.ids]).moved(1)
+        if self.eos is None or ended:
+            return side
+        if self.options.completion_end == "turn" and not self.chat and self.eos in side.ids[side.start :]:
+            return side._replace(ids=side.ids[: side.ids.index(self.eos, side.start) + 1])
+        if len(side.ids) == side.start or side.ids[-1] != self.eos:
+            return side._replace(ids=[*side.ids, self.eos])
+        return side
 
     def _fit_prompt(self, pair: Pair, sides: tuple[Side, Side]) -> tuple[tuple[Side, Side], bool]:
         """Return the sides with a prompt that leaves room for a completion, and whether it was cut."""
@@ -245,7 +294,8 @@ class PairTokenizer:
         gone = longest - target
         if target <= kept:
             raise too_long
-        return tuple(Side(s.ids[:kept] + s.ids[kept + gone :], s.start - gone) for s in sides), True  # pyright: ignore
+        one, other = (side._replace(ids=side.ids[:kept] + side.ids[kept + gone :]).moved(-gone) for side in sides)
+        return (one, other), True
 
     def _cut_turns(self, pair: Pair, target: int, too_long: Dropped) -> tuple[Side, Side]:
         """Leave out the oldest turns, then the beginning of the oldest one left, until it fits `target` tokens."""
@@ -260,10 +310,10 @@ class PairTokenizer:
             """Return the sides without so many of the oldest turns, then of the characters of the last one."""
             left = turns[starts[cut] :] if cut < len(starts) else [
                 first | {"content": content[cut + 1 - len(starts) :]}, *rest]  # fmt: skip
-            texts = self.render([pair._replace(prompt=turns[:system] + left)])[0]
-            if isinstance(texts, Dropped):
-                raise texts
-            return self.sides(self.encode([texts])[0])
+            text = self.render([pair._replace(prompt=turns[:system] + left)])[0]
+            if isinstance(text, Dropped):
+                raise text
+            return self.sides(text, self.encode([text.texts])[0])
 
         # an empty turn is not an option
         cuts = range(len(starts) + max(0, len(content) - 1))
@@ -279,7 +329,7 @@ class PairTokenizer:
         if self.options.overlong == "drop":
             found = f"{name} has {len(side.ids) - side.start} tokens after a prompt of {side.start}"
             raise Dropped(COMPLETION_TOO_LONG, f"{found}, there is room for {length - side.start}")
-        return Side(side.ids[:length], side.start)
+        return Side(side.ids[:length], side.start, [min(place, length) for place in side.context])
 
     # ---- encoder-decoders: the prompt's ids for the encoder, the completions' as labels, as in TRL --------------------
 
@@ -307,12 +357,15 @@ class PairTokenizer:
         dated = "strftime_now" in self.template and "date_string" not in options.template_kwargs
         plain = not self.chat and self.shape != HH and options.strict
         told = {
-            NO_TURN_END: options.completion_end == "turn" and self.chat and self.turn_end is None,
+            NO_TURN_END: options.completion_end == "turn" and self.renderer and not self.renderer.turn_end,
             NO_EOS: self.eos is None and not options.encoder_decoder,
             UNUSED_LIMIT: options.max_completion_length and not options.strict and not options.encoder_decoder,
             f"{counts['several turns']} pairs {SEVERAL_TURNS}": counts["several turns"],
+            f"{counts['unopened']} pairs {UNOPENED}": counts["unopened"],
             f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
-            WITHOUT_TEMPLATE: plain and getattr(self.tokenizer, "chat_template", None),
+            f"{counts['system merged']} rows {SYSTEM_MERGED}": counts["system merged"],
+            f"{counts['templated']} rows {CARRY_TEMPLATE}": counts["templated"],
+            WITHOUT_TEMPLATE: plain and not counts["templated"] and getattr(self.tokenizer, "chat_template", None),
             f"{counts['system unused']} rows {SYSTEM_UNUSED}": counts["system unused"],
             DATED: dated,
             COMMON_OPENING: self.shape == BARE_STRINGS,

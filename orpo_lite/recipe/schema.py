@@ -129,6 +129,9 @@ class DataSection(Section):
     """Names of the columns, where they differ from prompt, chosen, rejected, tools, system."""
     apply_template: bool = False
     """Wrap plain-string rows into the chat template as one user and one assistant turn."""
+    system: Literal["template", "merge"] = "template"
+    """template: system turns go to the chat template; merge: they go in front of the first user turn, for templates that
+    take none (Gemma's)."""
     template_kwargs: dict[str, Any] = {}
     """Variables given to the chat template, for example enable_thinking: false."""
     completion_end: Literal["trl", "turn"] = "turn"

@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.objective.packed_attention import plain_attention
@@ -194,9 +195,9 @@ def trl_row(row: dict[str, Any]) -> dict[str, Any]:
     """Convert a tokenized pair to the columns that TRL's collator takes."""
     made: dict[str, Any] = {}
     for side in ("chosen", "rejected"):
-        ids, start = list(row[f"{side}_ids"]), row[f"{side}_start"]
+        ids, answers = list(row[f"{side}_ids"]), answer_tokens(row, side)
         made |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
-        made[f"{side}_labels"] = [-100] * start + ids[start:]
+        made[f"{side}_labels"] = [token if place in answers else -100 for place, token in enumerate(ids)]
     prompt = list(row["chosen_ids"][: row["chosen_start"]])
     return made | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 

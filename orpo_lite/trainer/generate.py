@@ -160,4 +160,5 @@ def with_answers(row: dict[str, Any], sample: dict[str, Any], old: dict[str, Any
     alone = "prompt_ids" in row
     prompt = [] if alone else list(row["chosen_ids"][: row["chosen_start"]])
     start = {} if alone else {"chosen_start": len(prompt), "rejected_start": len(prompt)}
-    return row | start | {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}
+    one_turn = {"chosen_context": [], "rejected_context": []}
+    return row | start | one_turn | {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}

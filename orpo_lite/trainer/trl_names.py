@@ -14,6 +14,7 @@ from huggingface_hub import HfApi
 from torch import Tensor, nn
 
 from orpo_lite.common.published_files import ALLOWED, published, refuse_secrets
+from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.objective.loss import log_odds_ratio
 from orpo_lite.objective.metrics import finish_metrics
 
@@ -170,13 +171,13 @@ def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
     """Return a tokenized pair by TRL's names.
 
     They are `prompt_input_ids`, `prompt_attention_mask`, and of both sides `chosen_input_ids`, `chosen_attention_mask`
-    and `chosen_labels` (-100 over the prompt); of encoder-decoder models, whose completions stand alone, only labels.
+    and `chosen_labels` (-100 over all that is no answer); of encoder-decoder models, whose completions stand alone, only labels.
     """
     row: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
         ids = list(pair[f"{side}_ids"])
-        start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
-        row[f"{side}_labels"] = [-100] * start + ids[start:]
+        answers = range(len(ids)) if "prompt_ids" in pair else answer_tokens(pair, side)
+        row[f"{side}_labels"] = [token if place in answers else -100 for place, token in enumerate(ids)]
         if "prompt_ids" not in pair:
             row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
     common = None if "prompt_ids" in pair else min(pair["chosen_start"], pair["rejected_start"])

@@ -111,6 +111,7 @@ KNOWN = {
     "llama2": LLAMA2,
     "phi3": PHI3,
     "chatml-test": CHATML,
+    "r1": template_text("deepseek_r1_distill.jinja"),
 }  # fmt: skip
 
 
@@ -136,7 +137,8 @@ def test_template_says_what_the_tokenizer_says(name, adds_bos):
 
 
 @pytest.mark.parametrize(
-    "name", ["chatml", "zephyr", "mistral", "phi3", "llama2", "llama3", "gemma", "qwen2_5", "qwen3", "chatml-test"]
+    "name",
+    ["chatml", "zephyr", "mistral", "phi3", "llama2", "llama3", "gemma", "qwen2_5", "qwen3", "chatml-test", "r1"],
 )
 def test_these_families_are_known(name):
     assert "TEMPLATE" in commands(tokenizer_with(KNOWN[name]))[0]

@@ -25,6 +25,7 @@ from transformers import (
 
 from orpo_lite import ORPOConfig, ORPOTrainer
 from orpo_lite.common.errors import RequestError
+from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.objective import micro_batches
 from tests.tiny import tiny_model
@@ -100,6 +101,29 @@ def test_loss_metrics_and_gradients_equal_trl(name, tmp_path, tokenizer, trl_orp
 def flat(dataset):
     """Encoder-decoders have no chat template in TRL's example: plain strings."""
     return dataset.map(lambda r: {k: r[k][0]["content"] for k in ("prompt", "chosen", "rejected")})
+
+
+@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
+def test_answers_of_several_turns_are_labeled_turn_by_turn(layout, tmp_path, tokenizer):
+    """Log-probs are means over the answers' tokens, predicted from all before them: a naive pass over each side."""
+
+    def steps(row):
+        turns = {"role": "tool", "content": "lamp chair"}, {"role": "assistant", "content": "the end"}
+        return {side: [*row[side], *turns] for side in ("chosen", "rejected")}
+
+    args = config(tmp_path, layout=layout, max_length=512)
+    trainer = ORPOTrainer(adapted("llama"), args, None, rows(4).map(steps), rows(4).map(steps), tokenizer)
+    found = trainer.predict(trainer.eval_dataset).predictions
+    columns = dict(zip(COLUMNS, torch.tensor(found).T, strict=True))
+    for number, row in enumerate(trainer.train_dataset):
+        assert row["chosen_context"] and row["rejected_context"]
+        for side in ("chosen", "rejected"):
+            ids, labels = torch.tensor([row[f"{side}_input_ids"]]), torch.tensor(row[f"{side}_labels"])
+            text = tokenizer.decode(labels[labels != -100])
+            assert "the end<|im_end|>" in text and "lamp chair" not in text
+            logps = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
+            expected = logps[labels[1:] != -100].mean().item()
+            assert columns[f"logps/{side}"][number].item() == pytest.approx(expected, abs=1e-5)
 
 
 @pytest.mark.parametrize("name", ["llama", "t5"])

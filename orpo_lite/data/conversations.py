@@ -1,0 +1,407 @@
+"""Conversations to text: the chat template's own prompt, and after it every answer as it was written, up to its end.
+
+An answer is what a model writes after the template's generation prompt. Most templates write answers as they are given,
+but some rewrite them: those of reasoning models drop or move the reasoning. So every part of an answer is looked for in
+what the template wrote. If one is missing, the answer is placed as written between the generation prompt and the end
+that the template gives to any answer. Where that cannot be done, the row is left out with a reason of its own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import CHANGED, REFUSED, WRONG_TYPES, Dropped
+from orpo_lite.model.tokenizer import Job, TemplateRefused, render_chat, render_chats
+from orpo_lite.recipe.validation import leaves
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+    from orpo_lite.data.messages import Messages
+    from orpo_lite.data.row_shapes import Pair
+
+Span = tuple[int, int]
+MARK = "the 7th answer"
+"""An answer that no template rewrites; it shows what the template writes around any answer."""
+REASONING = ("reasoning_content", "reasoning", "thinking")
+"""Fields of a message that hold the reasoning apart from the answer."""
+THINK = re.compile(r"</?think>|\[/?THINK\]")
+
+
+class Answers(NamedTuple):
+    """A prompt and one completion as text."""
+
+    text: str
+    context: tuple[Span, ...] = ()
+    """Characters after the prompt that belong to no answer: turns of tools and users, and what opens the next answer."""
+    ended: bool = False
+    """Whether the text ends with an end of turn of the template, so that no EOS belongs behind it."""
+
+
+class Rendered(NamedTuple):
+    """A pair as text."""
+
+    prompt: str
+    chosen: Answers
+    rejected: Answers
+    unopened: bool = False
+    """Whether an answer does not go on with what the generation prompt opens, such as reasoning."""
+
+    @property
+    def texts(self) -> tuple[str, str, str]:
+        """The prompt, and the whole of prompt + chosen and of prompt + rejected."""
+        return self.prompt, self.chosen.text, self.rejected.text
+
+
+@dataclass
+class Side:
+    """A completion on its way through the template."""
+
+    turns: Messages
+    """As written; `openings` has each turn of the assistant."""
+    whole: int
+    """Job that renders prompt and completion."""
+    openings: dict[int, int] = field(default_factory=dict)
+    """Turn of the assistant -> job that renders everything before it and the generation prompt."""
+
+    @property
+    def plain(self) -> bool:
+        """Whether it is one turn of text, which can be placed without the template's help."""
+        return len(self.turns) == 1 and bool(self.openings) and not self.turns[0].get("tool_calls")
+
+
+@dataclass
+class Plan:
+    """What is rendered for one pair."""
+
+    conversation: Messages
+    """The prompt, without a started answer."""
+    prefill: str
+    """A started answer, which the completions continue."""
+    options: dict[str, Any]
+    prompt: int
+    sides: tuple[Side, Side]
+
+    @property
+    def jobs(self) -> Iterator[int]:
+        """Every job of the pair."""
+        yield self.prompt
+        for side in self.sides:
+            yield from (side.whole, *side.openings.values())
+
+
+class Renderer:
+    """Messages to text with the tokenizer's chat template; a row that it refuses does not stop the others.
+
+    Args:
+        tokenizer: any transformers tokenizer.
+        template_kwargs: variables for the template.
+        cut: end completions with their end of turn; without it all that the template writes stays, as in TRL.
+        strict: begin every answer where generation begins; without it only where that keeps something from being lost,
+            and else, as in TRL, where the texts with and without an answer part.
+
+    Raises:
+        RequestError: the tokenizer has no chat template.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any], cut: bool, strict: bool):
+        if not tokenizer.chat_template:
+            raise RequestError(
+                "the rows are conversations, but the tokenizer has no chat template: name one with model.chat_template "
+                "(chatml, zephyr, llama-3, or the path of a Jinja file), or set tokenizer.chat_template in Python"
+            )
+        self.tokenizer, self.template_kwargs, self.cut, self.strict = tokenizer, template_kwargs, cut, strict
+        added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
+        self.special = special_tokens(tokenizer)
+        self.as_text, after_call = takes_text(tokenizer, template_kwargs)
+        after_answer = (self._frame([{"role": "user", "content": "the question"}], template_kwargs) or ("", ""))[1]
+        first = either(token.content for token in added).search(after_answer)
+        self.turn_end = first.group() if first else None
+        ends = [tokenizer.eos_token, self.turn_end, last_special(self.special, after_call)]
+        self.ends = either(str(end) for end in ends if end)
+
+    def pairs(self, pairs: Sequence[Pair]) -> list[Rendered | Dropped]:
+        """Return each pair as text, or why the template cannot write it."""
+        jobs: list[Job] = []
+        plans = [self._plan(pair, jobs) for pair in pairs]
+        texts = render_chats(self.tokenizer, jobs)
+        return [self._pair(plan, texts) for plan in plans]
+
+    # ---- what to render ----------------------------------------------------------------------------------------------
+
+    def _plan(self, pair: Pair, jobs: list[Job]) -> Plan:
+        options = self.template_kwargs | {"tools": pair.tools} | pair.template_kwargs
+
+        def render(turns: Messages, generate: bool) -> int:
+            jobs.append(([formed(turn, self.as_text) for turn in turns], options | {"add_generation_prompt": generate}))
+            return len(jobs) - 1
+
+        conversation: Any = pair.prompt
+        completions: Any = pair.chosen, pair.rejected
+        answered = all(turns and turns[0]["role"] == "assistant" for turns in completions)
+        prefill = ""
+        started = len(conversation) > 1 and conversation[-1]["role"] == "assistant"
+        if started and answered and not conversation[-1].get("tool_calls"):
+            prefill, conversation = conversation[-1]["content"], conversation[:-1]
+        prompt = render(conversation, answered)
+        sides = []
+        for turns in completions:
+            first = [turns[0] | {"content": prefill + (turns[0].get("content") or "")}] if prefill else turns[:1]
+            whole = conversation + first + turns[1:]
+            side = Side(turns, render(whole, False))
+            for number, turn in enumerate(turns):
+                if turn["role"] == "assistant":
+                    before = whole[: len(conversation) + number]
+                    side.openings[number] = render(before, True) if number or not answered else prompt
+            sides.append(side)
+        return Plan(conversation, prefill, options, prompt, (sides[0], sides[1]))
+
+    # ---- what was rendered -------------------------------------------------------------------------------------------
+
+    def _pair(self, plan: Plan, texts: list[str | TemplateRefused]) -> Rendered | Dropped:
+        for job in plan.jobs:
+            if isinstance(text := texts[job], TemplateRefused):
+                return Dropped(REFUSED, str(text)[:200])
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                part = text[error.start]
+                return Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode")
+        rendered = [str(text) for text in texts]
+        prompt, wholes = rendered[plan.prompt], [rendered[side.whole] for side in plan.sides]
+        if plan.prefill:
+            prompt = continued(prompt, plan.prefill, wholes)
+        follows = all(whole.startswith(prompt) for whole in wholes)
+        lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
+        if follows or not (self.strict or plan.prefill):
+            try:
+                return self._found(plan, os.path.commonprefix([prompt, *wholes]), rendered, unopened=not follows)
+            except Dropped as drop:
+                lost = drop
+        if all(side.plain for side in plan.sides) and (placed := self._place(plan, rendered[plan.prompt])):
+            return placed
+        if follows or plan.prefill:
+            return lost
+        try:
+            return self._found(plan, os.path.commonprefix([prompt, *wholes]), rendered, unopened=True)
+        except Dropped as drop:
+            return drop
+
+    def _found(self, plan: Plan, prompt: str, texts: list[str], unopened: bool) -> Rendered:
+        """Find all answers of a pair in what the template wrote.
+
+        Raises:
+            Dropped: a part of an answer is missing, or the template writes turns differently once others follow.
+        """
+        chosen, rejected = (self._answers(side, plan.prompt, prompt, texts) for side in plan.sides)
+        return Rendered(prompt, chosen, rejected, unopened)
+
+    def _answers(self, side: Side, shared: int, prompt: str, texts: list[str]) -> Answers:
+        whole, place, end = texts[side.whole], len(prompt), None
+        starts = {number: len(prompt if job == shared else texts[job]) for number, job in side.openings.items()}
+        context: list[Span] = []
+        for number, start in starts.items():
+            if side.openings[number] != shared and not whole.startswith(texts[side.openings[number]]):
+                raise Dropped(
+                    CHANGED, f"the template writes the turns before turn {number + 1} differently once it follows"
+                )
+            if start > place:
+                context.append((place, start))
+            following = [later for later in starts.values() if later > start]
+            said = end_of_parts(whole, start, side.turns[number])
+            end = self._end_of_turn(whole, said, min(following, default=len(whole)), final=not following)
+            place = end or said
+        if side.turns[-1]["role"] != "assistant":
+            context.append((place, len(whole)))
+        return self._closed(whole, end, tuple(context), bool(side.turns[-1].get("tool_calls")))
+
+    def _closed(self, text: str, end: int | None, context: tuple[Span, ...], called: bool) -> Answers:
+        if self.cut and end is not None:
+            return Answers(text[:end], context, ended=True)
+        # TRL writes EOS behind all that the template wrote; behind the end of a call it would be a second end
+        return Answers(text, context, ended=called and bool(last_special(self.special, text)))
+
+    def _end_of_turn(self, text: str, start: int, limit: int, final: bool) -> int | None:
+        """Return where a turn ends whose last part ends at `start`; None if the template writes no end of turn."""
+        if found := self.ends.search(text, start, limit):
+            return found.end()
+        if not final:
+            return found.end() if (found := self.special.search(text, start, limit)) else None
+        rest = text[start:limit].rstrip()
+        return start + len(rest) if last_special(self.special, rest) else None
+
+    # ---- answers that the template rewrites --------------------------------------------------------------------------
+
+    def _place(self, plan: Plan, prompt: str) -> Rendered | None:
+        """Write both answers between the generation prompt and the end of any answer; None where that shows no place."""
+        frame = self._frame(plan.conversation, plan.options)
+        if not frame or not (prompt.startswith(frame[0]) or frame[0].startswith(prompt)):
+            return None
+        head, tail = frame
+        opening = prompt[len(head) :].strip()
+        said = [in_one_text(side.turns[0], prompt) for side in plan.sides]
+        begun = begin(prompt, head, opening, plan.prefill) if plan.prefill else ""
+        answers = []
+        for text in said:
+            if text is None:
+                return None
+            body = begun + text if begun else begin(prompt, head, opening, text)
+            end = self._end_of_turn(body + tail, len(body), len(body + tail), final=True)
+            answers.append(self._closed(body + tail, end, (), called=False))
+        unopened = bool(opening) and not all((plan.prefill or text or "").lstrip().startswith(opening) for text in said)
+        return Rendered(begun or prompt, answers[0], answers[1], unopened)
+
+    def _frame(self, conversation: Messages, options: dict[str, Any]) -> tuple[str, str] | None:
+        """Return what the template writes before and after an answer; None where it takes none."""
+        try:
+            turns = [*conversation, {"role": "assistant", "content": MARK}]
+            head, found, tail = render_chat(self.tokenizer, turns, **options).rpartition(MARK)
+        except TemplateRefused:
+            return None
+        return (head, tail) if found else None
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern of the tokenizer's control tokens."""
+    return either(token.content for token in tokenizer.added_tokens_decoder.values() if token.special)
+
+
+def template_markers(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
+    """Return a pattern of what shows that a text carries a chat template: control tokens, and how answers are opened."""
+    plain = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    markers = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - plain
+    if tokenizer.chat_template:
+        try:
+            asked = [{"role": "user", "content": MARK}]
+            opening = render_chat(tokenizer, asked, add_generation_prompt=True).rpartition(MARK)[2]
+            markers |= {line.strip() for line in opening.splitlines() if not line.strip().isalnum()} - {"", *plain}
+        except TemplateRefused:  # of templates that expect other conversations
+            pass
+    return either(str(marker) for marker in markers)
+
+
+def last_special(special: re.Pattern[str], text: str) -> str | None:
+    """Return the control token with which a text ends, before white space."""
+    *_, last = [None, *special.finditer(text.rstrip())]
+    return last.group() if last and last.end() == len(text.rstrip()) else None
+
+
+def either(texts: Iterable[str]) -> re.Pattern[str]:
+    """Return a pattern of any of the texts, the longest first; of none, one that matches nothing."""
+    return re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)")
+
+
+def continued(prompt: str, prefill: str, wholes: list[str]) -> str:
+    """Return the prompt with the started answer as the template writes it, or as it was written."""
+    started, space = prefill.strip(), prefill[len(prefill.rstrip()) :]
+    found = []
+    for whole in wholes:
+        place = whole.find(started, len(prompt)) if whole.startswith(prompt) else -1
+        if place < 0:
+            return prompt + prefill
+        end = place + len(started)
+        found.append(whole[: end + len(os.path.commonprefix([space, whole[end:]]))])
+    return os.path.commonprefix(found)
+
+
+def begin(prompt: str, head: str, opening: str, answer: str) -> str:
+    """Return prompt and answer, without the answer's beginning where the generation prompt ends with it already.
+
+    Args:
+        prompt: what the template writes up to its generation prompt.
+        head: what it writes before an answer.
+        opening: what the generation prompt has beyond that, such as `<think>`.
+        answer: as written.
+    """
+    answered, thought = answer.lstrip(), THINK.match(answer.lstrip())
+    for mark in (opening, thought and thought.group()):
+        if mark and answered.startswith(mark) and prompt.rstrip().endswith(mark):
+            space = prompt[len(prompt.rstrip()) :]
+            return prompt + answered[len(mark) :].removeprefix(space)
+    return max(prompt, head, key=len) + answer
+
+
+def in_one_text(turn: dict[str, Any], prompt: str) -> str | None:
+    """Return reasoning and answer of a turn as one text; None if nothing shows how the reasoning is marked."""
+    content = turn.get("content") or ""
+    reasoning = next((text for name in REASONING if isinstance(text := turn.get(name), str) and text.strip()), None)
+    if reasoning is None:
+        return content
+    opened = prompt.rstrip().endswith("<think>")
+    return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if opened else None
+
+
+def end_of_parts(text: str, start: int, turn: dict[str, Any]) -> int:
+    """Return where the last part of a turn ends in what the template wrote from `start` on.
+
+    Raises:
+        Dropped: a part is not there, or not as it was written.
+    """
+    place = end = start
+    for forms in parts(turn):
+        found = [(text.find(form, place), form) for form in forms] + [(text.find(form, start), form) for form in forms]
+        first, form = next(((spot, form) for spot, form in found if spot >= 0), (-1, ""))
+        if first < 0:
+            raise Dropped(CHANGED, f"the template leaves out or changes {forms[0][:60]!r}")
+        if place == start and THINK.match(turn.get("content") or "") and "</think>" in text[start:first]:
+            raise Dropped(CHANGED, "the template closes a reasoning of its own before that of the answer")
+        place = first + len(form)
+        end = max(end, place)
+    return end
+
+
+def parts(turn: dict[str, Any]) -> Iterator[list[str]]:
+    """Yield the forms in which each part of a turn may be written: reasoning, answer, names and arguments of calls."""
+    for text in (*(turn.get(name) for name in REASONING), *THINK.split(turn.get("content") or "")):
+        if isinstance(text, str) and text.strip():
+            yield [text.strip()]
+    for call in turn.get("tool_calls") or []:
+        function = call["function"]
+        yield [function["name"]]
+        for _, value in leaves(function["arguments"]):
+            if isinstance(value, str) and value.strip():
+                yield [json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], value.strip()]
+            elif isinstance(value, int | float) and not isinstance(value, bool):
+                yield [json.dumps(value), str(value)]
+
+
+# ---- tool calls: templates differ in the form that they encode once --------------------------------------------------
+
+
+def takes_text(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> tuple[bool, str]:
+    """Find the form in which the template takes the arguments of calls.
+
+    Returns:
+        Whether it is JSON text (else a mapping), and what the template writes after a call's last argument.
+    """
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}}
+    tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": schema}}
+    call = {"type": "function", "function": {"name": "weather", "arguments": {"city": MARK}}}
+    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for as_text in (False, True):
+        conversation = [{"role": "user", "content": "the question"}, formed(turn, as_text)]
+        try:
+            text = render_chat(tokenizer, conversation, tools=[tool], **template_kwargs).rpartition("the question")[2]
+        except TemplateRefused:
+            continue
+        # encoded twice, JSON has \"city\"; a mapping that was not encoded at all has 'city'
+        if "weather" in text and MARK in text and '\\"city' not in text and "'city'" not in text:
+            return as_text, text.rpartition(MARK)[2]
+    return False, ""
+
+
+def formed(turn: dict[str, Any], as_text: bool) -> dict[str, Any]:
+    """Return a turn with the arguments of its calls in the form that the template takes."""
+    if not as_text or not turn.get("tool_calls"):
+        return turn
+    calls = []
+    for call in turn["tool_calls"]:
+        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+    return turn | {"tool_calls": calls}
