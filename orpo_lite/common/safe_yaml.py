@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -85,6 +86,19 @@ def parse(text: str) -> Any:
         raise YamlError("nested too deeply, expected sections such as model: and data: with a few values") from None
     except (ValueError, OverflowError) as error:  # a number of thousands of digits, the 99th of a month
         raise YamlError(f"not readable as YAML: {error}") from None
+
+
+def keys_without_value(text: str) -> list[str]:
+    """List the keys of all mappings in readable YAML behind which nothing stands: `{a:1, b}` has two, `{a: null}` none."""
+
+    def walk(node: yaml.Node | None) -> Iterator[str]:
+        for child in getattr(node, "value", None) or [] if isinstance(node, yaml.CollectionNode) else []:
+            key, value = child if isinstance(child, tuple) else (None, child)
+            if key is not None and value.tag == "tag:yaml.org,2002:null" and value.value == "":
+                yield str(key.value)
+            yield from walk(value)
+
+    return list(walk(yaml.compose(text, Loader)))
 
 
 def explain(error: yaml.MarkedYAMLError) -> str:

@@ -6,6 +6,7 @@ import functools
 import importlib.util
 import os
 import re
+import shlex
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,9 @@ from orpo_lite.common.text import nearest, shown
 PACKAGE = Path(__file__).parent.parent
 
 BUILTIN = "builtin:"  # a path inside the installed package, for example builtin:quickstart/model
+
+PAIR = re.compile(r"(.*?\w):(.+)", re.DOTALL)
+"""A key and its value without the space by which YAML would tell them apart."""
 
 
 class RecipeError(RequestError):
@@ -137,5 +141,20 @@ def apply_override(content: dict[str, Any], word: str) -> str:
     try:
         place[leaf] = safe_yaml.parse(value)
     except safe_yaml.YamlError as error:
-        raise RecipeError("command line", [f"{word[:200]}: value {error}"]) from None
+        cut = value.startswith("{") and value.count("{") > value.count("}")
+        hint = "; a shell splits words at spaces: put the whole of it in quotes" if cut else ""
+        raise RecipeError("command line", [f"{word[:200]}: value {error}{hint}"]) from None
+    if isinstance(place[leaf], dict | list) and (empty := safe_yaml.keys_without_value(value)):
+        raise RecipeError("command line", [f"{word[:200]}: {without_value(key, value, empty)}"])
     return key
+
+
+def without_value(key: str, value: str, empty: list[str]) -> str:
+    """Say how a mapping is written in which some keys have no value, most often for lack of a space after the colon."""
+    for name in empty:
+        value = value.replace(name, PAIR.sub(r"\1: \2", name, count=1), 1)
+    keys = " and ".join(map(shown, empty))
+    keys += " is a key without a value" if len(empty) == 1 else " are keys without a value"
+    if not any(map(PAIR.match, empty)):
+        return f"{keys}: write 'key: value' (null stands for none)"
+    return f"{keys}, since YAML wants a space after the colon: write {shlex.quote(f'{key}={value}')}, quotes included"

@@ -10,9 +10,13 @@ from typing import Any
 
 import yaml
 from pydantic import Field, ValidationError, field_validator, model_validator
+from rich.markup import escape
 
+from orpo_lite.common.console import errors, rank
+from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.files import write_atomically
 from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml
+from orpo_lite.recipe.own_data import account, drop_about_data, sources_of
 from orpo_lite.recipe.schema import (
     AdapterSection,
     DataSection,
@@ -30,7 +34,8 @@ class Recipe(Section):
     """One complete run."""
 
     name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
-    """Name of the run; its folder is outputs/<name>."""
+    """Name of the run, in its report and model card, and of its folder: outputs/<name>, or outputs/<name>-2 and so on where that
+    holds another run. training.output_dir puts the folder elsewhere."""
     description: str = ""
     """The purpose of the run, in a sentence."""
     needs: str = ""
@@ -97,7 +102,8 @@ class Recipe(Section):
 
         Args:
             source: name of a shipped recipe, path of a YAML file, or a run folder.
-            overrides: for example ["training.learning_rate=5e-6", "data.train=my.jsonl"]; values are YAML.
+            overrides: for example ["training.learning_rate=5e-6", "data.train=my.jsonl"]; values are YAML. With other
+                training data, what the recipe says about its own is dropped, which a line on stderr says.
 
         Raises:
             RecipeError: no such recipe, YAML that does not parse, or fields that do not fit; all at once.
@@ -105,7 +111,13 @@ class Recipe(Section):
         path = find_recipe(source)
         content = read_yaml(path)
         content.setdefault("name", path.stem)
-        return cls.parse(content, str(path), [apply_override(content, word) for word in overrides])
+        own = sources_of(content)
+        overridden = [apply_override(content, word) for word in overrides]
+        dropped = drop_about_data(content, own, overridden, of_a_run=path.name == "recipe.yaml")
+        recipe = cls.parse(content, str(path), overridden)
+        if dropped and rank() == 0:
+            errors.print(escape(without_secrets(account(dropped, recipe.name))), soft_wrap=True)
+        return recipe
 
     @classmethod
     def parse(cls, content: dict[str, Any], source: str = "recipe", overridden: typing.Sequence[str] = ()) -> Recipe:

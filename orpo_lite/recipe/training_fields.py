@@ -118,4 +118,6 @@ def check_training_field(key: str, value: Any) -> Any:
 
 def wanted(item: Any) -> str:
     """Return pydantic's words for what it expected."""
+    if item["type"] == "dict_type":
+        return "a mapping, on the command line in quotes and with a space after each colon: '{key: value}'"
     return item["msg"].removeprefix("Input should be ")

@@ -360,7 +360,7 @@ def test_choices_train(answerer, trained, typed, capsys, tmp_path):
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["prompt"][0] == {"role": "system", "content": "Be kind."}
     assert "pairs appended to" in capsys.readouterr().err
-    words = [f"data.train={file}", f"adapter.init_from={trained}", "training.max_steps=1", "training.eval_strategy=no",
+    words = [f"data.train={file}", "data.eval_fraction=0", f"adapter.init_from={trained}", "training.max_steps=1", "training.eval_strategy=no",
              f"training.output_dir={tmp_path / 'again'}", "evaluation.samples=0"]  # fmt: skip
     done = run(Recipe.load(trained / "recipe.yaml", words))
     assert done is not None and done.facts["steps"] == 1

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import subprocess
 import sys
 from enum import Enum
@@ -126,6 +127,35 @@ def test_later_overrides_win_and_sections_come_back_from_null(written):
 def test_override_that_cannot_be_read(written, word):
     with pytest.raises(RecipeError, match=re.escape(word)):
         Recipe.load(written(content()), [word])
+
+
+@pytest.mark.parametrize(
+    ("word", "told"),
+    [
+        ("data.template_kwargs={enable_thinking:false}", "'data.template_kwargs={enable_thinking: false}', quotes included"),
+        ("data.columns={prompt:question,chosen:a}", "'data.columns={prompt: question,chosen: a}'"),
+        ("adapter.rank_pattern={q_proj:8}", "'adapter.rank_pattern={q_proj: 8}'"),
+        ("training.lr_scheduler_kwargs={num_cycles:3}", "'training.lr_scheduler_kwargs={num_cycles: 3}'"),
+        ("data.train=[{path:my.jsonl}, b]", "'data.train=[{path: my.jsonl}, b]'"),
+        ("evaluation={rule: {chosen:a, rejected: b}}", "'evaluation={rule: {chosen: a, rejected: b}}'"),
+        ("data.template_kwargs={enable_thinking}", "'enable_thinking' is a key without a value: write 'key: value'"),
+        ("data.template_kwargs={enable_thinking:", "put the whole of it in quotes"),  # the shell cut it at the space
+        ("data.columns=prompt:question", "a mapping, on the command line in quotes"),  # the shell took the braces
+        ("data.template_kwargs=enable_thinking:false", "with a space after each colon: '{key: value}'"),
+    ],
+)  # fmt: skip
+def test_mapping_without_a_space_after_its_colon_says_what_to_write(written, word, told):
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(written(content()), [word])
+    assert told in str(caught.value) and str(caught.value).startswith("command line: 1 problem(s)")
+    if told.startswith("'") and "quotes" in told:  # what it says to write is taken
+        right = shlex.split(told.removesuffix(", quotes included"))[0]
+        assert Recipe.load(written(content()), [right]).data.template_kwargs == {"enable_thinking": False}
+
+
+@pytest.mark.parametrize("value", ["{a: null}", "{a: ~}", '{"a":null}', "a: null"])
+def test_mapping_with_null_in_it_is_taken(written, value):
+    assert Recipe.load(written(content()), [f"data.template_kwargs={value}"]).data.template_kwargs == {"a": None}
 
 
 @pytest.mark.parametrize(
