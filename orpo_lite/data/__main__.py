@@ -49,8 +49,11 @@ def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
     """Return the recipe's tokenizer, and whether its model is an encoder-decoder."""
     from orpo_lite.model import load_tokenizer
     from orpo_lite.model.base import read_config
+    from orpo_lite.model.template_variables import check_variables
 
-    return load_tokenizer(recipe.model), bool(read_config(recipe.model).is_encoder_decoder)
+    tokenizer = load_tokenizer(recipe.model)
+    check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
+    return tokenizer, bool(read_config(recipe.model).is_encoder_decoder)
 
 
 def print_report(

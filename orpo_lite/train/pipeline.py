@@ -29,6 +29,7 @@ from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.model import BaseFacts, attach_adapter, initialize_eva, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device, read_config
+from orpo_lite.model.template_variables import check_variables
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
 from orpo_lite.train.results import HeldOut, finish, measure_before, measure_held_out, run_facts
@@ -83,6 +84,7 @@ def run(
     check_trackers(recipe.training.get("report_to"))
     recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
+    check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
     encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
     pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
     recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)

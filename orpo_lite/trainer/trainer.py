@@ -23,6 +23,7 @@ from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, check_same_stream, tokenize_rows
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
+from orpo_lite.model.template_variables import check_variables
 from orpo_lite.objective.layout import choose_layout
 from orpo_lite.objective.metrics import finish_metrics, pair_metrics
 from orpo_lite.objective.packed_attention import plain_attention
@@ -114,6 +115,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
         self.drop_reports: dict[str, DropReport] = {}
         self._tokenize_options = setup.tokenize_options(args, self.is_encoder_decoder)
+        check_variables(tokenizer, self._tokenize_options.template_kwargs, "template_kwargs")
         # for the report of a step that is not finite
         self.given_rows = train_dataset if setup.untokenized(train_dataset) else None
         streamed = isinstance(train_dataset, IterableDataset)

@@ -88,6 +88,8 @@ def test_more_than_half_dropped_is_status_2_after_the_table(run: Any, tmp_path: 
     ("words", "found"),
     [
         (["data.train=nowhere.jsonl"], "nowhere.jsonl: no such file"),
+        (["data.template_kwargs={enable_thinking: false}"], "found 'enable_thinking', which would change nothing"),
+        (["data.template_kwargs={enable_thinking:false}"], "write 'data.template_kwargs={enable_thinking: false}'"),
         (["data.trian=x"], "trian"),
         (["data.columns={chosen: best}"], "maps chosen to 'best'"),
     ],
@@ -120,4 +122,4 @@ def test_as_a_module(tmp_path: Path) -> None:
     done = commands.command(*words, HF_DATASETS_CACHE=str(tmp_path))
     assert done.returncode == 0 and "480 pairs" in done.stdout and not done.stderr
     done = commands.command(*words, "data.train=none.jsonl", HF_DATASETS_CACHE=str(tmp_path))
-    assert done.returncode == 2 and done.stderr.startswith("error: none.jsonl")
+    assert done.returncode == 2 and "\nerror: none.jsonl" in done.stderr
