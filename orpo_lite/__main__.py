@@ -1,4 +1,4 @@
-"""`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`.
+"""`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`, and `new` is `python -m orpo_lite.train.new`.
 
 Help is printed from the table below, and a command's module is imported only when it runs, so that --help is quick.
 """
@@ -14,6 +14,7 @@ from typing import NoReturn
 COMMANDS = {
     "doctor": "check this machine: packages, card, kernels, hub, and a short training run",
     "recipes": "list the shipped recipes and what each needs",
+    "new": "look at your pairs and write a commented recipe for them",
     "data": "show what a recipe trains on: counts, lengths, decoded examples",
     "plan": "predict the memory that a recipe needs, without a GPU or weights",
     "import": "turn axolotl's or LLaMA-Factory's ORPO configuration into a recipe",
@@ -29,8 +30,8 @@ COMMANDS = {
 
 CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
-}
-"""Commands that are packages; the others are modules at the top."""
+} | {"new": "orpo_lite.train.new"}
+"""Commands that are packages, and one inside of one; the others are modules at the top."""
 COMPLETE = "_ORPO_LITE_COMPLETE"
 """Set by the shell's script when it asks for completions."""
 
