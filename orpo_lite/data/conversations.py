@@ -17,20 +17,18 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import CHANGED, REFUSED, WRONG_TYPES, Dropped
+from orpo_lite.data.messages import REASONING, Messages
 from orpo_lite.model.tokenizer import Job, TemplateRefused, render_chat, render_chats
 from orpo_lite.recipe.validation import leaves
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from orpo_lite.data.messages import Messages
     from orpo_lite.data.row_shapes import Pair
 
 Span = tuple[int, int]
 MARK = "the 7th answer"
 """An answer that no template rewrites; it shows what the template writes around any answer."""
-REASONING = ("reasoning_content", "reasoning", "thinking")
-"""Fields of a message that hold the reasoning apart from the answer."""
 THINK = re.compile(r"</?think>|\[/?THINK\]")
 
 
@@ -119,7 +117,7 @@ class Renderer:
         self.tokenizer, self.template_kwargs, self.cut, self.strict = tokenizer, template_kwargs, cut, strict
         added = [token for token in tokenizer.added_tokens_decoder.values() if token.content.strip()]
         self.special = special_tokens(tokenizer)
-        self.as_text, after_call = takes_text(tokenizer, template_kwargs)
+        self.forms, after_call = find_forms(tokenizer, template_kwargs)
         after_answer = (self._frame([{"role": "user", "content": "the question"}], template_kwargs) or ("", ""))[1]
         first = either(token.content for token in added).search(after_answer)
         self.turn_end = first.group() if first else None
@@ -139,7 +137,7 @@ class Renderer:
         options = self.template_kwargs | {"tools": pair.tools} | pair.template_kwargs
 
         def render(turns: Messages, generate: bool) -> int:
-            jobs.append(([formed(turn, self.as_text) for turn in turns], options | {"add_generation_prompt": generate}))
+            jobs.append((formed(turns, self.forms), options | {"add_generation_prompt": generate}))
             return len(jobs) - 1
 
         conversation: Any = pair.prompt
@@ -175,9 +173,10 @@ class Renderer:
                 return Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode")
         rendered = [str(text) for text in texts]
         prompt, wholes = rendered[plan.prompt], [rendered[side.whole] for side in plan.sides]
-        if plan.prefill:
-            prompt = continued(prompt, plan.prefill, wholes)
         follows = all(whole.startswith(prompt) for whole in wholes)
+        if plan.prefill:
+            prompt = continued(os.path.commonprefix([prompt, *wholes]), plan.prefill, wholes) or prompt + plan.prefill
+            follows = all(whole.startswith(prompt) for whole in wholes)
         lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
         if follows or not (self.strict or plan.prefill):
             try:
@@ -204,13 +203,18 @@ class Renderer:
 
     def _answers(self, side: Side, shared: int, prompt: str, texts: list[str]) -> Answers:
         whole, place, end = texts[side.whole], len(prompt), None
-        starts = {number: len(prompt if job == shared else texts[job]) for number, job in side.openings.items()}
+        # as far as the whole follows the template's opening of each answer: it may open reasoning that this answer has not
+        starts = {number: len(prompt if job == shared else os.path.commonprefix([texts[job], whole]))
+                  for number, job in side.openings.items()}  # fmt: skip
         context: list[Span] = []
+        done = 0
         for number, start in starts.items():
-            if side.openings[number] != shared and not whole.startswith(texts[side.openings[number]]):
+            between = [str(turn.get("content") or "").strip() for turn in side.turns[done:number]]
+            if start < place or not all(content in whole[place:start] for content in between):
                 raise Dropped(
                     CHANGED, f"the template writes the turns before turn {number + 1} differently once it follows"
                 )
+            done = number + 1
             if start > place:
                 context.append((place, start))
             following = [later for later in starts.values() if later > start]
@@ -298,13 +302,12 @@ def either(texts: Iterable[str]) -> re.Pattern[str]:
 
 
 def continued(prompt: str, prefill: str, wholes: list[str]) -> str:
-    """Return the prompt with the started answer as the template writes it, or as it was written."""
+    """Return the prompt with the started answer as the template writes it behind it, or nothing where it does not."""
     started, space = prefill.strip(), prefill[len(prefill.rstrip()) :]
     found = []
     for whole in wholes:
-        place = whole.find(started, len(prompt)) if whole.startswith(prompt) else -1
-        if place < 0:
-            return prompt + prefill
+        if (place := whole.find(started, len(prompt))) < 0:
+            return ""
         end = place + len(started)
         found.append(whole[: end + len(os.path.commonprefix([space, whole[end:]]))])
     return os.path.commonprefix(found)
@@ -329,9 +332,8 @@ def begin(prompt: str, head: str, opening: str, answer: str) -> str:
 
 def in_one_text(turn: dict[str, Any], prompt: str) -> str | None:
     """Return reasoning and answer of a turn as one text; None if nothing shows how the reasoning is marked."""
-    content = turn.get("content") or ""
-    reasoning = next((text for name in REASONING if isinstance(text := turn.get(name), str) and text.strip()), None)
-    if reasoning is None:
+    content, reasoning = turn.get("content") or "", turn.get(REASONING)
+    if not reasoning:
         return content
     opened = prompt.rstrip().endswith("<think>")
     return f"<think>\n{reasoning.strip()}\n</think>\n\n{content}" if opened else None
@@ -348,7 +350,9 @@ def end_of_parts(text: str, start: int, turn: dict[str, Any]) -> int:
         found = [(text.find(form, place), form) for form in forms] + [(text.find(form, start), form) for form in forms]
         first, form = next(((spot, form) for spot, form in found if spot >= 0), (-1, ""))
         if first < 0:
-            raise Dropped(CHANGED, f"the template leaves out or changes {forms[0][:60]!r}")
+            place_for_it = "" if forms[0] != str(turn.get(REASONING)).strip() else (
+                ", the answer's reasoning: write it into the content, between the marks that the model knows")  # fmt: skip
+            raise Dropped(CHANGED, f"the template leaves out or changes {forms[0][:60]!r}{place_for_it}")
         if place == start and THINK.match(turn.get("content") or "") and "</think>" in text[start:first]:
             raise Dropped(CHANGED, "the template closes a reasoning of its own before that of the answer")
         place = first + len(form)
@@ -358,8 +362,8 @@ def end_of_parts(text: str, start: int, turn: dict[str, Any]) -> int:
 
 def parts(turn: dict[str, Any]) -> Iterator[list[str]]:
     """Yield the forms in which each part of a turn may be written: reasoning, answer, names and arguments of calls."""
-    for text in (*(turn.get(name) for name in REASONING), *THINK.split(turn.get("content") or "")):
-        if isinstance(text, str) and text.strip():
+    for text in (turn.get(REASONING) or "", *THINK.split(turn.get("content") or "")):
+        if text.strip():
             yield [text.strip()]
     for call in turn.get("tool_calls") or []:
         function = call["function"]
@@ -371,37 +375,64 @@ def parts(turn: dict[str, Any]) -> Iterator[list[str]]:
                 yield [json.dumps(value), str(value)]
 
 
-# ---- tool calls: templates differ in the form that they encode once --------------------------------------------------
+# ---- templates differ in the form in which they take reasoning and the arguments of calls -----------------------------
 
 
-def takes_text(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> tuple[bool, str]:
-    """Find the form in which the template takes the arguments of calls.
+class Forms(NamedTuple):
+    """How a template takes what a message holds beside its content."""
 
-    Returns:
-        Whether it is JSON text (else a mapping), and what the template writes after a call's last argument.
-    """
+    calls_as_text: bool
+    """Whether the arguments of calls are JSON text; else a mapping."""
+    reasoning: str | None
+    """Field of the reasoning, or `parts` where it is a part of a list as content; None where there is no place for it."""
+
+
+def find_forms(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, Any]) -> tuple[Forms, str]:
+    """Find the forms of a template by trying them; also what it writes after a call's last argument."""
     schema = {"type": "object", "properties": {"city": {"type": "string"}}}
     tool = {"type": "function", "function": {"name": "weather", "description": "", "parameters": schema}}
     call = {"type": "function", "function": {"name": "weather", "arguments": {"city": MARK}}}
-    turn = {"role": "assistant", "content": "", "tool_calls": [call]}
-    for as_text in (False, True):
-        conversation = [{"role": "user", "content": "the question"}, formed(turn, as_text)]
+
+    def written(turn: dict[str, Any], form: Forms, **options: Any) -> str:
+        """Return what the template writes of a turn, or nothing."""
+        asked = {"role": "user", "content": "the question"}
         try:
-            text = render_chat(tokenizer, conversation, tools=[tool], **template_kwargs).rpartition("the question")[2]
+            text = render_chat(tokenizer, formed([asked, turn], form), **options, **template_kwargs)
         except TemplateRefused:
-            continue
-        # encoded twice, JSON has \"city\"; a mapping that was not encoded at all has 'city'
-        if "weather" in text and MARK in text and '\\"city' not in text and "'city'" not in text:
-            return as_text, text.rpartition(MARK)[2]
-    return False, ""
+            return ""
+        text = text.rpartition("the question")[2]
+        # encoded twice, JSON has \"city\"; a value that was not encoded at all has 'city'
+        return text if MARK in text and '\\"city' not in text and "'city'" not in text and "'type'" not in text else ""
+
+    thought = {"role": "assistant", REASONING: MARK, "content": "the answer"}
+    reasoning = next((name for name in (REASONING, "thinking", "reasoning", "parts", "lists of parts")
+                      if "the answer" in written(thought, Forms(False, name))), None)  # fmt: skip
+    called = {"role": "assistant", "content": "", "tool_calls": [call]}
+    for as_text in (False, True):
+        form = Forms(as_text, reasoning)
+        if "weather" in (text := written(called, form, tools=[tool])):
+            return form, text.rpartition(MARK)[2]
+    return Forms(False, reasoning), ""
 
 
-def formed(turn: dict[str, Any], as_text: bool) -> dict[str, Any]:
-    """Return a turn with the arguments of its calls in the form that the template takes."""
-    if not as_text or not turn.get("tool_calls"):
+def formed(turns: Messages, forms: Forms) -> Messages:
+    """Return turns with reasoning and the arguments of calls in the forms that the template takes."""
+    return [formed_turn(turn, forms) if turn["role"] == "assistant" else turn for turn in turns]
+
+
+def formed_turn(turn: dict[str, Any], forms: Forms) -> dict[str, Any]:
+    """Return one turn in a template's forms."""
+    if forms.calls_as_text and turn.get("tool_calls"):
+        calls = []
+        for call in turn["tool_calls"]:
+            arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
+            calls.append(call | {"function": call["function"] | {"arguments": arguments}})
+        turn = turn | {"tool_calls": calls}
+    if forms.reasoning in (None, REASONING) or not turn.get(REASONING):
         return turn
-    calls = []
-    for call in turn["tool_calls"]:
-        arguments = json.dumps(call["function"]["arguments"], ensure_ascii=False)
-        calls.append(call | {"function": call["function"] | {"arguments": arguments}})
-    return turn | {"tool_calls": calls}
+    rest = {name: value for name, value in turn.items() if name != REASONING}
+    if forms.reasoning not in ("parts", "lists of parts"):
+        return rest | {forms.reasoning: turn[REASONING]}
+    text = {"type": "text", "text": turn[REASONING]}
+    thinking = {"type": "thinking", "thinking": turn[REASONING] if forms.reasoning == "parts" else [text]}
+    return rest | {"content": [thinking, {"type": "text", "text": turn.get("content") or ""}]}

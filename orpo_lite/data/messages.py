@@ -13,6 +13,10 @@ ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "
 KNOWN_ROLES = {"user", "assistant", "system", "tool", "function_call", *ROLES}
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
+REASONING = "reasoning_content"
+"""Field of a message that holds the reasoning apart from the answer; `READ_AS` are other names of it."""
+READ_AS = ("reasoning", "thinking")
+
 Messages = list[dict[str, Any]]
 
 
@@ -53,13 +57,18 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
     role, content = fields.get("role"), fields.get("content")
     if not isinstance(role, str):
         raise Dropped(WRONG_TYPES, f"{place} has no role (found {describe_columns(item)})")
+    thoughts = [fields.pop(name) for name in (REASONING, *READ_AS) if isinstance(fields.get(name), str)]
+    if len({text.strip() for text in thoughts}) > 1:
+        raise Dropped(WRONG_TYPES, f"{place} holds different texts as its reasoning, expected one in {REASONING}")
+    fields |= {REASONING: thoughts[0]} if thoughts else {}
     if isinstance(content, list):
-        for number, part in enumerate(content):
-            if not isinstance(part, dict) or part.get("type") != "text":
-                what = str(part.get("type"))[:40] if isinstance(part, dict) else kind(part)
-                found = f"{place} has a list as content, expected text: part {number} is {what}"
-                raise Dropped(WRONG_TYPES, f"{found}, and this trains text only")
-        content = "".join(str(part.get("text", "")) for part in content)
+        thinking = [part for part in content if isinstance(part, dict) and part.get("type") == "thinking"]
+        content = joined([part for part in content if part not in thinking], place)
+        if thinking:
+            given = [part.get("thinking") for part in thinking]
+            fields[REASONING] = "".join(
+                one if isinstance(one, str) else joined(one, f"{place}.thinking") for one in given
+            )
     if fields.get("tool_calls"):
         fields["tool_calls"] = read_calls(fields["tool_calls"], f"{place}.tool_calls")
         if content is None:
@@ -72,6 +81,20 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
         return {"role": "assistant", "content": content} if calls is None else {
             "role": "assistant", "content": "", "tool_calls": calls}  # fmt: skip
     return fields | {"role": ROLES.get(role, role), "content": content}
+
+
+def joined(parts: Any, place: str) -> str:
+    """Join the texts of a list of parts.
+
+    Raises:
+        Dropped: another kind of part, such as an image.
+    """
+    for number, part in enumerate(parts if isinstance(parts, list | tuple) else [parts]):
+        if not isinstance(part, dict) or part.get("type") != "text" or not isinstance(part.get("text"), str):
+            what = str(part.get("type"))[:40] if isinstance(part, dict) else kind(part)
+            found = f"{place} has a list as content, expected text: part {number} is {what}"
+            raise Dropped(WRONG_TYPES, f"{found}, and this trains text only")
+    return "".join(part["text"] for part in parts)
 
 
 def parse_calls(content: str) -> list[dict[str, Any]] | None:

@@ -179,6 +179,37 @@ def from_scores(row: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Dropped: fewer than two answers have a score, or all have the same.
     """
+    known = scored_answers(row)
+    best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
+    return scored_pair(row, best[1], worst[1])
+
+
+def spread(row: Any, pairing: str) -> list[Any]:
+    """Return the rows that a row stands for: with `all`, each scored answer against every one with a lower score.
+
+    Raises:
+        Dropped: fewer than two answers have a score, or all have the same.
+    """
+    if pairing != "all" or not isinstance(row, dict) or {"chosen", "rejected"} <= row.keys():
+        return [row]
+    if next((one.convert for one in FORMATS if one.columns <= row.keys()), None) is not from_scores:
+        return [row]
+    known = scored_answers(row)
+    return [row | scored_pair(row, better, worse) for high, better in known for low, worse in known if high > low]
+
+
+def scored_pair(row: dict[str, Any], chosen: Any, rejected: Any) -> dict[str, Any]:
+    """Return the columns of one pair of a row's answers."""
+    prompt = row.get("prompt") or row.get("instruction") or row.get("question")
+    return {"prompt": prompt, "instruction": None, "chosen": chosen, "rejected": rejected}
+
+
+def scored_answers(row: dict[str, Any]) -> list[tuple[float, Any]]:
+    """Return score and text of a row's answers that have a score.
+
+    Raises:
+        Dropped: fewer than two answers have a score, or all have the same.
+    """
     given = next((row[name] for name in ("completions", "answers", "responses") if isinstance(row.get(name), list)), [])
     scores = row.get("scores")
     scored = (
@@ -189,11 +220,9 @@ def from_scores(row: dict[str, Any]) -> dict[str, Any]:
     ]
     if len(known) < 2:
         raise Dropped(TIE, f"{len(known)} of {len(given)} answers have a score, expected two or more")
-    best, worst = max(known, key=lambda one: one[0]), min(known, key=lambda one: one[0])
-    if best[0] == worst[0]:
-        raise Dropped(TIE, f"all answers have the score {best[0]:g}")
-    return {"prompt": row.get("prompt") or row.get("instruction") or row.get("question"), "instruction": None,
-            "chosen": best[1], "rejected": worst[1]}  # fmt: skip
+    if len({score for score, _ in known}) == 1:
+        raise Dropped(TIE, f"all answers have the score {known[0][0]:g}")
+    return known
 
 
 def scored_answer(given: Any) -> tuple[Any, Any]:
@@ -239,26 +268,31 @@ FORMATS = (
 )
 
 
-def paired_by_prompt(batches: Iterator[list[Any]]) -> Iterator[list[Any]]:
+Numbered = tuple[int, Any]
+"""A row with its index in its source."""
+
+
+def paired_by_prompt(batches: Iterator[list[Numbered]]) -> Iterator[list[Numbered]]:
     """Pair rated answers (prompt, completion, label: true or false, as for KTO) that have the same prompt.
 
-    Batches of other rows come back as they are. Pairs come first, in the order of their better answers; a rated answer
-    without a partner comes after them, for `to_pair` to drop.
+    Batches of other rows come back as they are. A pair has the number of its better answer. Pairs come first; a rated
+    answer without a partner comes after them, for `to_pair` to drop.
     """
     first = next(batches, [])
     batches = itertools.chain([first], batches)
-    if not first or not all(isinstance(row, dict) and {"prompt", "completion", "label"} <= row.keys() for row in first):
+    columns = {"prompt", "completion", "label"}
+    if not first or not all(isinstance(row, dict) and columns <= row.keys() for _, row in first):
         yield from batches
         return
-    rated: dict[str, tuple[list[Any], list[Any]]] = {}
-    for row in itertools.chain.from_iterable(batches):
+    rated: dict[str, tuple[list[Numbered], list[Numbered]]] = {}
+    for number, row in itertools.chain.from_iterable(batches):
         prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
-        rated.setdefault(prompt, ([], []))[bool(row.get("label"))].append(row)
+        rated.setdefault(prompt, ([], []))[bool(row.get("label"))].append((number, row))
     pairs, alone = [], []
     for worse, better in rated.values():
-        for good, bad in zip(better, worse, strict=False):
+        for (number, good), (_, bad) in zip(better, worse, strict=False):
             kept = {name: value for name, value in good.items() if name not in ("completion", "label")}
-            pairs.append(kept | {"chosen": good["completion"], "rejected": bad["completion"]})
+            pairs.append((number, kept | {"chosen": good["completion"], "rejected": bad["completion"]}))
         together = min(len(better), len(worse))
         alone += [*better[together:], *worse[together:]]
     yield pairs + alone

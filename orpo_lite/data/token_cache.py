@@ -28,7 +28,7 @@ from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 from orpo_lite.data.lengths import list_lengths, numbers
-from orpo_lite.data.row_shapes import paired_by_prompt, source_shape
+from orpo_lite.data.row_shapes import Numbered, paired_by_prompt, source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
 from orpo_lite.data.tokenize import Chunk, PairTokenizer, TokenizeOptions
 
@@ -163,9 +163,9 @@ def write_tokens(
     """Write pairs.arrow, drops.jsonl and report.json."""
     import pyarrow as pa
 
-    batches = paired_by_prompt(source.batches())
-    first = next(batches, [])
-    shape = source_shape(first, source.label, options.apply_template)
+    numbered = paired_by_prompt(number_rows(source.batches()))
+    first = next(numbered, [])
+    shape = source_shape([row for _, row in first], source.label, options.apply_template)
     tokenize = PairTokenizer(tokenizer, options, shape)
     schema = pa.schema([(name, arrow_type(name)) for name in [*tokenize.names, "row", "key", "source"]])
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
@@ -175,7 +175,7 @@ def write_tokens(
         (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
         progress_bar(f"tokenizing {source.label}", None) as advance,
     ):
-        for chunk in tokenized_chunks(tokenize, itertools.chain([first], batches), options.num_proc):
+        for chunk in tokenized_chunks(tokenize, itertools.chain([first], numbered), options.num_proc):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
             arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
             drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
@@ -197,21 +197,18 @@ def arrow_type(name: str) -> Any:
     """Return the Arrow type of a column of pairs."""
     import pyarrow as pa
 
-    return (
-        pa.list_(pa.int32())
-        if name.endswith(("_ids", "_context"))
-        else pa.int64()
-        if name in ("row", "key")
-        else pa.int32()
-    )
+    if name.endswith(("_ids", "_context")):
+        return pa.list_(pa.int32())
+    return pa.int64() if name in ("row", "key") else pa.int32()
 
 
 # ---- worker processes ------------------------------------------------------------------------------------------------
 
 
-def tokenized_chunks(tokenize: PairTokenizer, batches: Iterator[list[Any]], num_proc: int | None) -> Iterator[Chunk]:
-    """Yield the batches tokenized, in their order; in other processes, a few batches each, if asked for."""
-    numbered = number_rows(batches)
+def tokenized_chunks(
+    tokenize: PairTokenizer, numbered: Iterator[list[Numbered]], num_proc: int | None
+) -> Iterator[Chunk]:
+    """Yield batches of (index, row) tokenized, in their order; in other processes, a few batches each, if asked for."""
     if not num_proc or num_proc == 1:
         yield from map(tokenize, numbered)
         return
@@ -222,7 +219,7 @@ def tokenized_chunks(tokenize: PairTokenizer, batches: Iterator[list[Any]], num_
             yield from pool.map(run_worker, ahead)
 
 
-def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[tuple[int, Any]]]:
+def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[Numbered]]:
     """Yield the batches with each row's index in its source."""
     start = 0
     for batch in batches:
@@ -239,7 +236,7 @@ def start_worker(tokenize: PairTokenizer) -> None:
     WORKER["tokenize"] = tokenize
 
 
-def run_worker(chunk: list[tuple[int, Any]]) -> Chunk:
+def run_worker(chunk: list[Numbered]) -> Chunk:
     """Tokenize a chunk in a worker process."""
     return WORKER["tokenize"](chunk)
 

@@ -22,7 +22,17 @@ from orpo_lite.data.dropped_rows import (
     Dropped,
 )
 from orpo_lite.data.encode import Encoder, Ids, Texts, template_text
-from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, to_pair, without_system
+from orpo_lite.data.row_shapes import (
+    BARE_STRINGS,
+    FAMILY,
+    HH,
+    SIDES,
+    Numbered,
+    Pair,
+    spread,
+    to_pair,
+    without_system,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,6 +57,7 @@ SYSTEM_UNUSED = (
 )
 CARRY_TEMPLATE = "are text that carries a chat template already: it is trained on as it is"
 SYSTEM_MERGED = "have a system turn, which was put in front of the first user turn (data.system=merge)"
+OF_SCORED_ROWS = "are of rows with several scored answers, each answer against every lower one (data.pairing=all)"
 DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
 COMMON_OPENING = "no prompt column: the texts' common opening became the prompt"
 
@@ -64,6 +75,7 @@ class TokenizeOptions:
     completion_end: Literal["trl", "turn"] = "trl"
     apply_template: bool = False
     system: Literal["template", "merge"] = "template"
+    pairing: Literal["best-worst", "all"] = "best-worst"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
     encoder_decoder: bool = False
     """Tokenize prompt and completions separately, with special tokens added."""
@@ -137,7 +149,7 @@ class PairTokenizer:
         self.names = ["prompt_ids", "chosen_ids", "rejected_ids"] if options.encoder_decoder else [
             "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context"]  # fmt: skip
 
-    def __call__(self, rows: list[tuple[int, Any]]) -> Chunk:
+    def __call__(self, rows: list[Numbered]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
         chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
         texts: list[tuple[int, Pair, Rendered]] = []
@@ -160,13 +172,13 @@ class PairTokenizer:
         chunk.drops.sort()
         return chunk
 
-    def _convert(self, rows: list[tuple[int, Any]], chunk: Chunk) -> list[tuple[int, Pair]]:
+    def _convert(self, rows: list[Numbered], chunk: Chunk) -> list[tuple[int, Pair]]:
         """Return the rows as pairs with their index; counts, drops and digest go to the chunk."""
         digest, pairs = hashlib.sha256(), []
         for number, row in rows:
             try:
-                pair = self._pair(row, chunk.counts)
-                content = json.dumps(pair, sort_keys=True, default=str)
+                found = [self._pair(one, chunk.counts) for one in spread(row, self.options.pairing)]
+                content = json.dumps(found, sort_keys=True, default=str)
             except Dropped as drop:
                 chunk.drop(number, drop)
                 content = "-"
@@ -174,7 +186,8 @@ class PairTokenizer:
                 chunk.drop(number, Dropped(WRONG_TYPES, "the row is nested too deeply"))
                 content = "-"
             else:
-                pairs.append((number, pair))
+                pairs += [(number, pair) for pair in found]
+                chunk.counts["of scored rows"] += len(found) if len(found) > 1 else 0
             digest.update(content.encode())
         chunk.digest = digest.hexdigest()
         return pairs
@@ -365,6 +378,7 @@ class PairTokenizer:
             f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
             f"{counts['system merged']} rows {SYSTEM_MERGED}": counts["system merged"],
             f"{counts['templated']} rows {CARRY_TEMPLATE}": counts["templated"],
+            f"{counts['of scored rows']} pairs {OF_SCORED_ROWS}": counts["of scored rows"],
             WITHOUT_TEMPLATE: plain and not counts["templated"] and getattr(self.tokenizer, "chat_template", None),
             f"{counts['system unused']} rows {SYSTEM_UNUSED}": counts["system unused"],
             DATED: dated,

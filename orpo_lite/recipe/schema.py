@@ -132,6 +132,8 @@ class DataSection(Section):
     system: Literal["template", "merge"] = "template"
     """template: system turns go to the chat template; merge: they go in front of the first user turn, for templates that
     take none (Gemma's)."""
+    pairing: Literal["best-worst", "all"] = "best-worst"
+    """Pairs of a row with several scored answers: the best against the worst, or each against every lower one."""
     template_kwargs: dict[str, Any] = {}
     """Variables given to the chat template, for example enable_thinking: false."""
     completion_end: Literal["trl", "turn"] = "turn"
