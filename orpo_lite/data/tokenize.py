@@ -49,7 +49,8 @@ SEVERAL_TURNS = (
 )
 UNOPENED = (
     "have an answer without the reasoning that the template's generation prompt opens: it is trained as it is written; to "
-    "train it behind an empty reasoning, name a template for that in model.chat_template (chat_template= in Python)"
+    "train it behind an empty reasoning, set data.template_kwargs={enable_thinking: false} where the template reads that, or "
+    "name a template that writes one in model.chat_template (chat_template= in Python)"
 )
 TOOLS_UNUSED = "have tools, which the chat template does not mention"
 SYSTEM_UNUSED = (

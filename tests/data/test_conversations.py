@@ -26,6 +26,7 @@ GRANITE = """{% for m in messages %}{{ '<|start_of_role|>' + m.role + '<|end_of_
 ZEPHYR = """{% for m in messages %}{{ '<|' + m.role + '|>\\n' + m.content + eos_token + '\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"""
 CHATML_PLAIN = """{% for m in messages %}{{ '<|im_start|>' + m.role + '\\n' + m.content + '<|im_end|>\\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"""
 MISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST] ' + m.content + ' [/INST]' }}{% elif m.role == 'assistant' %}{{ ' ' + m.content.strip() + eos_token }}{% else %}{{ raise_exception('only user and assistant turns') }}{% endif %}{% endfor %}"""
+MAGISTRAL = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ '[INST]' + m.content + '[/INST]' }}{% elif m.role == 'assistant' %}{% if m.content is string %}{{ m.content }}{% else %}{% for block in m.content %}{% if block['type'] == 'text' %}{{ block['text'] }}{% elif block['type'] == 'thinking' %}{{ '[THINK]' + block['thinking'] + '[/THINK]' }}{% endif %}{% endfor %}{% endif %}{{ eos_token }}{% else %}{{ raise_exception('only user and assistant turns') }}{% endif %}{% endfor %}"""
 # template, special tokens, BOS, EOS; those in quotes are shipped by TRL
 TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None, str]] = {
     "qwen2.5": ("qwen2_5.jinja", CHATML, None, "<|im_end|>"),
@@ -45,6 +46,9 @@ TEMPLATES: dict[str, tuple[str, tuple[str, ...], str | None, str]] = {
     "chatml": (CHATML_PLAIN, CHATML, None, "<|im_end|>"),
     "smollm3": (SMOLLM3, CHATML, None, "<|im_end|>"),
     "granite": (GRANITE, ("<|start_of_role|>", "<|end_of_role|>", "<|end_of_text|>"), None, "<|end_of_text|>"),
+    "magistral": (MAGISTRAL, ("[INST]", "[/INST]", "[THINK]", "[/THINK]"), "<s>", "</s>"),
+    "nemotron": ("nemotron_3_nano.jinja", CHATML, None, "<|im_end|>"),
+    "gemma-4": ("gemma4_v5.jinja", ("<|turn>", "<turn|>", "<|channel>", "<channel|>"), "<bos>", "<turn|>"),
     "glm-4": ("glm4moe.jinja", ("[gMASK]", "<sop>", "<|user|>", "<|assistant|>", "<|observation|>"), None, "<|endoftext|>"),
 }  # fmt: skip
 THOUGHT, ANSWER, OTHER = "Boil it.\nEight minutes: 8.", 'Paris,\n\n  the *capital*: {"a": 1} & <b>', "No  idea é 中."
@@ -75,12 +79,14 @@ SHAPES: dict[str, dict[str, Any]] = {
                   "rejected": [assistant(f"<think>\nHm.\n</think>\n\n{OTHER}")]},
     "prefill": {"prompt": [user("Why?"), assistant("Let me count: ")], "chosen": [assistant("5.")],
                 "rejected": [assistant("too many.")]},
+    "user between": {"prompt": [user("Hi")], "chosen": [assistant("Hello you."), user("Why?"), assistant(ANSWER)],
+                     "rejected": [assistant("Hello me."), user("Why?"), assistant(OTHER)]},
     "call": {"prompt": [user("How many?")], "chosen": [called("red apples")], "rejected": [assistant(OTHER)],
              "tools": [TOOL]},
     "steps": {"prompt": [user("How many?")], "chosen": [*STEPS, assistant(ANSWER)], "rejected": [*STEPS, assistant(OTHER)],
               "tools": [TOOL]},
 }  # fmt: skip
-WITHOUT_CALLS = {"gemma-2", "gemma-3", "phi-3", "mistral", "zephyr", "chatml", "smollm3", "granite", "r1"}
+WITHOUT_CALLS = {"gemma-2", "gemma-3", "phi-3", "mistral", "magistral", "zephyr", "chatml", "smollm3", "granite", "r1"}
 """Their templates know no calls (R1's wants them as no data set has them): such rows are left out, never trained on."""
 
 
@@ -115,7 +121,8 @@ def test_labels_are_what_was_written(name: str, shape: str, strict: bool) -> Non
         with pytest.raises(TooManyDropped, match="rewritten|refused"):
             tokenize([row], tokenizer, strict=strict)
         return
-    pairs, _ = tokenize([row], tokenizer, strict=strict, completion_end="turn" if strict else "trl")
+    pairs, report = tokenize([row], tokenizer, strict=strict, completion_end="turn" if strict else "trl")
+    unopened = any("without the reasoning" in note for note in report.notes)
     for side in ("chosen", "rejected"):
         ids, start = pairs[0][f"{side}_ids"], pairs[0][f"{side}_start"]
         runs = labels_of(pairs[0], side, tokenizer)
@@ -134,7 +141,8 @@ def test_labels_are_what_was_written(name: str, shape: str, strict: bool) -> Non
                 )
                 assert tail.strip().startswith(answer.strip())
             assert text.count("<think>") <= 1 >= text.count("</think>")
-        assert runs[-1].rstrip().endswith((tokenizer.eos_token, "<end_of_turn>", "<|end|>", "<|call|>"))
+        ends = (tokenizer.eos_token, "<end_of_turn>", "<|end|>", "<|call|>", "<|tool_response>")
+        assert runs[-1].rstrip().endswith(ends)
         prompt = tokenizer.decode(ids[:start])
         if shape == "prefill":
             # the space may be part of the next word's token
@@ -144,10 +152,51 @@ def test_labels_are_what_was_written(name: str, shape: str, strict: bool) -> Non
             generated = tokenizer.apply_chat_template(
                 row["prompt"], add_generation_prompt=True, tokenize=False, **options
             )
-            assert prompt.removeprefix(tokenizer.bos_token or "") == generated.removeprefix(tokenizer.bos_token or "")
+            prompt, generated = (text.removeprefix(tokenizer.bos_token or "") for text in (prompt, generated))
+            # where the template writes an answer without reasoning otherwise than it opens one, which is said
+            assert prompt == generated or (unopened and generated.startswith(prompt) and "<think>" in generated)
 
 
-@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama-3.1", "gpt-oss"])
+THOUGHTS: dict[str, dict[str, Any]] = {
+    "reasoning_content": {"reasoning_content": THOUGHT, "content": ANSWER},
+    "reasoning": {"reasoning": THOUGHT, "content": ANSWER},
+    "thinking": {"thinking": THOUGHT, "content": ANSWER},
+    "parts": {"content": [{"type": "thinking", "thinking": THOUGHT}, {"type": "text", "text": ANSWER}]},
+    "lists of parts": {"content": [
+        {"type": "thinking", "thinking": [{"type": "text", "text": THOUGHT}]}, {"type": "text", "text": ANSWER}]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("form", THOUGHTS)
+@pytest.mark.parametrize("name", TEMPLATES)
+def test_reasoning_apart_is_labeled_or_the_row_is_left_out(name: str, form: str) -> None:
+    """Whatever field holds the reasoning, the template gets it in the form that it takes; the same row every time."""
+    tokenizer = tokenizer_of(name)
+    plain = {"prompt": [user("Why?")], "rejected": [assistant(OTHER)]}
+    found = []
+    for fields in (THOUGHTS["reasoning_content"], THOUGHTS[form]):
+        try:
+            pairs, _ = tokenize([plain | {"chosen": [{"role": "assistant", **fields}]}], tokenizer)
+        except TooManyDropped as error:
+            assert error.report.drops[0].reason == CHANGED and "reasoning" in error.report.drops[0].detail
+            found.append(None)
+        else:
+            found.append(pairs[0])
+    assert found[0] == found[1]
+    takes = {"qwen3", "qwen3.6", "qwen3.8", "gpt-oss", "r1", "magistral", "nemotron", "gemma-4", "glm-4"}
+    assert (found[0] is not None) == (name in takes)
+    if found[0]:
+        [text] = labels_of(found[0], "chosen", tokenizer)
+        assert THOUGHT in text and ANSWER in text.partition(THOUGHT)[2]
+
+
+def test_two_reasonings_of_one_answer_are_refused() -> None:
+    turn = {"role": "assistant", "content": ANSWER, "reasoning": "one", "thinking": "two"}
+    with pytest.raises(TooManyDropped, match="different texts as its reasoning"):
+        tokenize([{"prompt": [user("Why?")], "chosen": [turn], "rejected": [assistant(OTHER)]}], tokenizer_of("qwen3"))
+
+
+@pytest.mark.parametrize("name", ["qwen2.5", "qwen3", "llama-3.1", "gpt-oss", "nemotron"])
 def test_layouts_agree_on_answers_of_several_turns(name: str) -> None:
     """Every layout has the same labels for the same pair and predicts each from the same tokens."""
     pairs, _ = tokenize([SHAPES["steps"], SHAPES["one turn"], SHAPES["call"]], tokenizer_of(name))
@@ -306,8 +355,24 @@ def test_rated_answers_are_paired_by_prompt() -> None:
     assert [labels_of(row, "chosen", tokenizer) for row in pairs] == [["good<|im_end|>"]] * 2
     assert [labels_of(row, "rejected", tokenizer) for row in pairs] == [["bad<|im_end|>"]] * 2
     assert report.dropped == {"rated answer without a partner": 1}
+    assert pairs["row"] == [0, 3] and [drop.row for drop in report.drops] == [4]
     with pytest.raises(RequestError, match=r"at least one answer of each label"):
         tokenize(rows[:1] + rows[3:], tokenizer)
+
+
+def test_all_answers_with_scores_are_paired_if_asked_for() -> None:
+    scored = {"prompt": "How many?", "responses": ["so so", "5.", "No idea.", "none"], "scores": [2, 4.5, 1, 1]}
+    tokenizer = tokenizer_of("qwen2.5")
+    pairs, report = tokenize([scored, scored | {"scores": [1, 1, 1, 1]}, scored | {"scores": [None, 3, 1, None]}], tokenizer,
+                             pairing="all")  # fmt: skip
+    sides = [tuple(labels_of(row, side, tokenizer)[0].removesuffix("<|im_end|>") for side in ("chosen", "rejected"))
+             for row in pairs]  # fmt: skip
+    assert sorted(sides[:5]) == [("5.", "No idea."), ("5.", "none"), ("5.", "so so"), ("so so", "No idea."),
+                                 ("so so", "none")]  # fmt: skip
+    assert sides[5:] == [("5.", "No idea.")] and pairs["row"] == [0] * 5 + [2]
+    assert report.dropped == {"no better answer": 1} and any(
+        note.startswith("5 pairs are of rows") for note in report.notes
+    )
 
 
 def test_ties_are_counted() -> None:
