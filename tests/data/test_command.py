@@ -123,3 +123,13 @@ def test_as_a_module(tmp_path: Path) -> None:
     assert done.returncode == 0 and "480 pairs" in done.stdout and not done.stderr
     done = commands.command(*words, "data.train=none.jsonl", HF_DATASETS_CACHE=str(tmp_path))
     assert done.returncode == 2 and "\nerror: none.jsonl" in done.stderr
+
+
+def test_codes_of_emoji_stay_as_they_were_written(run: Any, tmp_path: Path) -> None:
+    given = [{"prompt": f"What does :fire: mean beside {fruit}?", "chosen": "It is hot :+1:", "rejected": ":question:"}
+             for fruit in ("apples", "pears")]  # fmt: skip
+    path = write_jsonl(tmp_path / ":rocket:.jsonl", given)
+    status, out, _ = run(f"data.train={path}", "data.eval_fraction=0")
+    assert status == 0 and "What does :fire: mean" in out and ":+1:" in out and ":question:" in out and ":rocket:" in out
+    status, _, err = run("data.train=/nowhere/:fire:.jsonl")
+    assert status == 2 and "/nowhere/:fire:.jsonl" in err
