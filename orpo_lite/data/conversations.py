@@ -258,7 +258,10 @@ class Renderer:
             body = begun + text if begun else begin(prompt, head, opening, text)
             end = self._end_of_turn(body + tail, len(body), len(body + tail), final=True)
             answers.append(self._closed(body + tail, end, (), called=False))
-        unopened = bool(opening) and not all((plan.prefill or text or "").lstrip().startswith(opening) for text in said)
+        begun_so = [
+            (plan.prefill or text or "").lstrip().startswith(opening) or THINK.search(text or "") for text in said
+        ]
+        unopened = bool(opening) and not all(begun_so)
         return Rendered(begun or prompt, answers[0], answers[1], unopened)
 
     def _frame(self, conversation: Messages, options: dict[str, Any]) -> tuple[str, str] | None:

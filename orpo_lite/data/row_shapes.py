@@ -420,14 +420,12 @@ def conversation_sides(
     return prompt, chosen, rejected
 
 
-def without_system(pair: Pair) -> Pair:
-    """Return the pair with its opening system turn in front of the first user turn, an empty line between them."""
-    prompt: Any = pair.prompt
-    if not pair.chat or len(prompt) < 2 or [turn["role"] for turn in prompt[:2]] != ["system", "user"]:
-        return pair
-    system, user, *rest = prompt
-    merged = user | {"content": f"{system['content'].strip()}\n\n{user['content']}"}
-    return pair._replace(prompt=[merged, *rest])
+def without_system(turns: Messages) -> Messages:
+    """Return turns with an opening system turn in front of the first user turn, an empty line between them."""
+    if [turn["role"] for turn in turns[:2]] != ["system", "user"]:
+        return turns
+    system, user, *rest = turns
+    return [user | {"content": f"{system['content'].strip()}\n\n{user['content']}"}, *rest]
 
 
 def split_conversations(chosen: Messages, rejected: Messages, strict: bool) -> tuple[Messages, Messages, Messages]:

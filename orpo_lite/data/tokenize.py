@@ -201,9 +201,10 @@ class PairTokenizer:
         """
         pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
                        tool_calls="tool_calls" in self.template)  # fmt: skip
-        if self.options.system == "merge" and (merged := without_system(pair)) is not pair:
+        prompt: Any = pair.prompt
+        if self.options.system == "merge" and pair.chat and (merged := without_system(prompt)) is not prompt:
             counts["system merged"] += 1
-            pair = merged
+            pair = pair._replace(prompt=merged)
         if FAMILY[self.shape] != "conversations" and (marker := self.markers.search(pair.prompt_text)):
             if self.options.apply_template:
                 raise Dropped(TEMPLATED, f"{marker.group()!r} stands in the text, and data.apply_template is set")

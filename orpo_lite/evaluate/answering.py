@@ -17,7 +17,8 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.collate import PaddedCollator
-from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape
+from orpo_lite.data.conversations import Forms, find_forms, formed
+from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape, without_system
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.loading import ModelSource, load_model
@@ -54,6 +55,7 @@ class PromptFormat:
     def __init__(self, tokenizer: Any, source: ModelSource):
         self.tokenizer = tokenizer
         self.options: dict[str, Any] = dict(source.recipe.data.template_kwargs) if source.recipe else {}
+        self.merges_system = bool(source.recipe) and source.recipe.data.system == "merge"
         self.kind: Literal["template", "HH", "plain"] = "template" if tokenizer.chat_template else "plain"
         shapes = source.row_shapes
         if shapes and not (source.recipe and source.recipe.data.apply_template):
@@ -67,6 +69,11 @@ class PromptFormat:
             "HH": "trained on Anthropic HH strings: turns are written as Human: and Assistant:",
         }.get(self.kind)
 
+    @cached_property
+    def forms(self) -> Forms:
+        """How the chat template takes reasoning and calls, as in training."""
+        return find_forms(self.tokenizer, self.options)[0]
+
     def texts(self, conversations: list[Turns]) -> list[str]:
         """Render the prompt of each conversation, up to where the answer starts.
 
@@ -76,7 +83,9 @@ class PromptFormat:
         if self.kind != "template":
             return [self.plain(turns) for turns in conversations]
         options = self.options | {"add_generation_prompt": True}
-        texts = render_chats(self.tokenizer, [(turns, options) for turns in conversations])
+        if self.merges_system:
+            conversations = [without_system(turns) for turns in conversations]
+        texts = render_chats(self.tokenizer, [(formed(turns, self.forms), options) for turns in conversations])
         for text in texts:
             if isinstance(text, TemplateRefused):
                 raise RequestError(f"the chat template refuses this conversation: {text}")

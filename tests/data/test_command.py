@@ -130,6 +130,8 @@ def test_codes_of_emoji_stay_as_they_were_written(run: Any, tmp_path: Path) -> N
              for fruit in ("apples", "pears")]  # fmt: skip
     path = write_jsonl(tmp_path / ":rocket:.jsonl", given)
     status, out, _ = run(f"data.train={path}", "data.eval_fraction=0")
-    assert status == 0 and "What does :fire: mean" in out and ":+1:" in out and ":question:" in out and ":rocket:" in out
+    assert (
+        status == 0 and "What does :fire: mean" in out and ":+1:" in out and ":question:" in out and ":rocket:" in out
+    )
     status, _, err = run("data.train=/nowhere/:fire:.jsonl")
     assert status == 2 and "/nowhere/:fire:.jsonl" in err

@@ -18,6 +18,7 @@ from prompt_toolkit.output import DummyOutput
 import orpo_lite.evaluate.chat as chat
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
+from orpo_lite.data.messages import messages
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.answering import Answerer, PromptFormat, Reply, Sampling, Stream
@@ -27,6 +28,7 @@ from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
+from tests.data.test_conversations import WITHOUT_CALLS, tokenizer_of
 from tests.tiny import FAMILIES, base_tokenizer
 
 ASK = [{"role": "user", "content": "How much is 4 plus 5?"}]
@@ -113,6 +115,33 @@ def test_a_prompt_is_what_training_has_before_the_answer(family, trained):
         ids = [tokenizer.bos_token_id, *ids]
     start = columns["chosen_start"][0]
     assert ids[:start] == columns["chosen_ids"][0][:start] and len(ids) - start <= 4  # Qwen3 writes an empty thought
+
+
+@pytest.mark.parametrize("name", ["r1", "qwen3", "qwen3.6", "llama-3.1", "gpt-oss", "nemotron", "magistral", "gemma-2"])
+def test_reasoning_calls_and_system_turns_are_prompted_as_they_are_trained(name, trained):
+    """History with reasoning and calls, and an answer kept from a chat: the prompt of generation is that of training."""
+    tokenizer, found = tokenizer_of(name), resolve_model(str(trained))
+    assert found.recipe is not None
+    found.recipe.data.system = "merge" if name == "gemma-2" else "template"
+    form = PromptFormat(tokenizer, found)
+    call = {"type": "function", "function": {"name": "stock", "arguments": '{"fruit": "red apples"}'}}
+    turns = [*([] if name == "magistral" else [{"role": "system", "content": "Be brief."}]), *ASK,
+             {"role": "assistant", "content": "It is 9.", "thinking": "4 and 5."}, {"role": "user", "content": "Sure?"}]  # fmt: skip
+    if name not in WITHOUT_CALLS:
+        turns[-1:] = [turns[-1], {"role": "assistant", "content": "", "tool_calls": [call]},
+                      {"role": "tool", "name": "stock", "content": "12"}]  # fmt: skip
+    row = form.row(turns, "I count.</think>\n\n18 it is." if name == "r1" else "18 it is.", "No.</think>Hm.")
+    work = PairTokenizer(tokenizer, TokenizeOptions(max_length=None, completion_end="turn", strict=True,
+                         system=found.recipe.data.system), "conversations, explicit prompt")  # fmt: skip
+    chunk = work([(0, row)])
+    assert not chunk.drops
+    [text] = form.texts([messages(turns, "prompt", True)])
+    start = chunk.columns["chosen_start"][0]
+    trained_on = tokenizer.decode(chunk.columns["chosen_ids"][0][:start]).removeprefix(tokenizer.bos_token or "")
+    assert text.removeprefix(tokenizer.bos_token or "").startswith(trained_on)
+    assert text.endswith(trained_on[-20:]) or "<think>" in text[len(trained_on) - 20 :]
+    assert '\\"fruit' not in text and ("Be brief." in text) == (name != "magistral")
+    assert (name == "r1") <= (not work.notes(chunk.counts))
 
 
 def test_strings_are_prompted_as_they_were_trained(answerer, trained):
