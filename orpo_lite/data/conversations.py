@@ -171,7 +171,7 @@ class Renderer:
             except UnicodeEncodeError as error:
                 part = text[error.start]
                 return Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode")
-        rendered = [str(text) for text in texts]
+        rendered = {job: str(texts[job]) for job in plan.jobs}
         prompt, wholes = rendered[plan.prompt], [rendered[side.whole] for side in plan.sides]
         follows = all(whole.startswith(prompt) for whole in wholes)
         if plan.prefill:
@@ -180,7 +180,8 @@ class Renderer:
         lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
         if follows or not (self.strict or plan.prefill):
             try:
-                return self._found(plan, os.path.commonprefix([prompt, *wholes]), rendered, unopened=not follows)
+                shared = prompt if follows else os.path.commonprefix([prompt, *wholes])  # which goes by characters
+                return self._found(plan, shared, rendered, unopened=not follows)
             except Dropped as drop:
                 lost = drop
         if all(side.plain for side in plan.sides) and (placed := self._place(plan, rendered[plan.prompt])):
@@ -192,7 +193,7 @@ class Renderer:
         except Dropped as drop:
             return drop
 
-    def _found(self, plan: Plan, prompt: str, texts: list[str], unopened: bool) -> Rendered:
+    def _found(self, plan: Plan, prompt: str, texts: dict[int, str], unopened: bool) -> Rendered:
         """Find all answers of a pair in what the template wrote.
 
         Raises:
@@ -201,7 +202,7 @@ class Renderer:
         chosen, rejected = (self._answers(side, plan.prompt, prompt, texts) for side in plan.sides)
         return Rendered(prompt, chosen, rejected, unopened)
 
-    def _answers(self, side: Side, shared: int, prompt: str, texts: list[str]) -> Answers:
+    def _answers(self, side: Side, shared: int, prompt: str, texts: dict[int, str]) -> Answers:
         whole, place, end = texts[side.whole], len(prompt), None
         # as far as the whole follows the template's opening of each answer: it may open reasoning that this answer has not
         starts = {number: len(prompt if job == shared else os.path.commonprefix([texts[job], whole]))
@@ -281,7 +282,8 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
 
 def template_markers(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
     """Return a pattern of what shows that a text carries a chat template: control tokens, and how answers are opened."""
-    plain = {tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token}
+    named = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.pad_token, tokenizer.unk_token)
+    plain = {str(token) for token in named}
     markers = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special} - plain
     if tokenizer.chat_template:
         try:
@@ -290,7 +292,7 @@ def template_markers(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
             markers |= {line.strip() for line in opening.splitlines() if not line.strip().isalnum()} - {"", *plain}
         except TemplateRefused:  # of templates that expect other conversations
             pass
-    return either(str(marker) for marker in markers)
+    return either(markers)
 
 
 def last_special(special: re.Pattern[str], text: str) -> str | None:
