@@ -10,7 +10,9 @@ import numpy as np
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
-from orpo_lite.data.lengths import pair_lengths
+from orpo_lite.data.lengths import numbers, pair_lengths
+from orpo_lite.data.quality import end_to_end, namer, without_numbers
+from orpo_lite.data.repair import note_on_repeats, without_repeats
 from orpo_lite.data.sources import open_source
 
 if TYPE_CHECKING:
@@ -37,6 +39,8 @@ class Pairs:
     shapes: Shapes
     fingerprint: str
     """Hash of the content of all rows, and of how they are sampled and held out."""
+    sources: list[Tokenized]
+    """The training sources, before they are sampled and pairs held out."""
 
 
 def load_pairs(
@@ -66,7 +70,14 @@ def load_pairs(
     for name, section in ((field, train), ("data.eval", held_out)):
         problem = DropReport.merge([done.report for done in section]).problem(name) if section else None
         if problem:
-            raise TooManyDropped(problem, report, shapes)
+            raise TooManyDropped(problem, report, shapes, train)
+    if spec.deduplicate:
+        train, held_out = without_repeats(train), held_out and without_repeats(held_out)
+        report = DropReport.merge([done.report for done in train + held_out])
+        for one in train + held_out:
+            shapes[one.label]["kept"] = one.report.kept
+    else:
+        report.notes += note_on_repeats(train, field)
     return assemble(spec, train, held_out, report, shapes)
 
 
@@ -119,14 +130,18 @@ def assemble(
     """Sample sources by weight and hold pairs out."""
     random = np.random.default_rng(spec.seed)
     pool, indices = sample(train, [source.weight for source in spec.train], random)
-    keys = prompt_keys(pool)[indices]
+    keys = numbers(pool, "key")[indices]
     held_rows = None
     if held_out and spec.eval:
         held_rows, chosen = sample(held_out, [source.weight for source in spec.eval], random)
-        shared = int(np.isin(prompt_keys(held_rows)[chosen], keys).sum())
-        if shared:
+        asked = numbers(held_rows, "key")[chosen]
+        shared = np.flatnonzero(np.isin(asked, keys))
+        if len(shared):
+            held_name, name = namer(held_out), namer(train)
+            two = [(held_name(chosen[n]), name(int(indices[np.argmax(keys == asked[n])]))) for n in shared[:3]]
+            where = ", ".join(f"held-out {one} and {other} of training" for one, other in two)
             report.notes.append(
-                f"{shared:,} of {len(chosen):,} held-out pairs have a prompt that is trained on as well"
+                f"{len(shared):,} of {len(chosen):,} held-out pairs have a prompt that is trained on as well: {where}"
             )
         held_rows = held_rows.select(chosen)
     elif spec.eval_fraction:
@@ -134,13 +149,14 @@ def assemble(
         held_rows = pool.select(np.unique(indices[out]))
         indices = indices[~out]
     parts = [[done.digest for done in train], [done.digest for done in held_out], spec.seed, spec.eval_fraction,
-             spec.max_eval_rows, [source.weight for source in spec.train]]  # fmt: skip
+             spec.max_eval_rows, [source.weight for source in spec.train], *["deduplicate"] * spec.deduplicate]  # fmt: skip
     return Pairs(
-        pool.select(indices).remove_columns("key"),
-        None if held_rows is None else held_rows.remove_columns("key"),
+        without_numbers(pool.select(indices)),
+        None if held_rows is None else without_numbers(held_rows),
         report,
         shapes,
         hashlib.sha256(repr(parts).encode()).hexdigest(),
+        train,
     )
 
 
@@ -148,8 +164,6 @@ def sample(
     done: list[Tokenized], weights: list[float], random: np.random.Generator
 ) -> tuple[datasets.Dataset, np.ndarray]:
     """Return all sources end to end, and the rows that an epoch sees: weight 0.5 is a seeded half, 2 each row twice."""
-    import datasets
-
     parts, start = [], 0
     for one, weight in zip(done, weights, strict=False):
         rows = len(one.rows)
@@ -158,13 +172,7 @@ def sample(
             extra = np.arange(1)  # every source that is named is seen
         parts.append(start + np.sort(np.concatenate([np.tile(np.arange(rows), int(weight)), extra])))
         start += rows
-    rows = datasets.concatenate_datasets([one.rows for one in done]) if len(done) > 1 else done[0].rows
-    return rows, np.concatenate(parts).astype(np.int64)
-
-
-def prompt_keys(rows: datasets.Dataset) -> np.ndarray:
-    """Return the hash of each row's prompt, (N,) int64."""
-    return rows.data.column("key").to_numpy()
+    return end_to_end(done), np.concatenate(parts).astype(np.int64)
 
 
 def hold_out(keys: np.ndarray, fraction: float, limit: int | None, random: np.random.Generator) -> np.ndarray:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
@@ -16,6 +17,8 @@ from orpo_lite.common.console import console, run_command
 from orpo_lite.common.text import visible
 from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.data.lengths import answer_tokens
+from orpo_lite.data.quality import Finding, inspect
+from orpo_lite.data.repair import check_target, write_fixed
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -31,18 +34,27 @@ def command(
     examples: Annotated[int, typer.Option(min=0, help="decoded training pairs to show")] = 2,
     list_drops: Annotated[bool, typer.Option("--list-drops", help="list every dropped row and why")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
-) -> None:
-    """Show what a recipe will be trained on: counts, drops, token lengths, decoded examples."""
+    fix: Annotated[Path | None, typer.Option(metavar="FILE", help="write the rows without those that repeat, contradict "
+                   "others or cannot be used to a new .jsonl file, and a list of these")] = None,
+) -> None:  # fmt: skip
+    """Show what a recipe will be trained on: counts, drops, quality, token lengths, decoded examples."""
     resolved = Recipe.load(recipe, overrides or [])
+    if fix:
+        check_target(resolved.data, fix)
     tokenizer, encoder_decoder = read_tokenizer(resolved)
     try:
         pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
     except TooManyDropped as error:
         # show the counts before the error, which sets the exit status
-        print_report(error.report, error.shapes, None, [], list_drops, as_json)
+        fixed = write_fixed(resolved.data, error.sources[0], fix) if fix and error.sources[0].report.kept else None
+        print_report(error.report, error.shapes, None, [], list_drops, as_json, [], fixed)
+        if fixed:
+            return
         raise
     shown = [example(pairs.train[n], tokenizer) for n in range(min(examples, len(pairs.train)))]
-    print_report(pairs.report, pairs.shapes, pairs, shown, list_drops, as_json)
+    fixed = write_fixed(resolved.data, pairs.sources[0], fix) if fix else None
+    findings = inspect(pairs.sources, tokenizer)
+    print_report(pairs.report, pairs.shapes, pairs, shown, list_drops, as_json, findings, fixed)
 
 
 def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
@@ -63,10 +75,13 @@ def print_report(
     shown: list[dict[str, Any]],
     list_drops: bool,
     as_json: bool,
+    findings: list[Finding],
+    fixed: dict[str, Any] | None,
 ) -> None:
     """Print what was read, as tables or as JSON: `report` and `shapes` of `pairs`, which are None if they cannot be used."""
     if as_json:
-        print(json.dumps(as_content(report, shapes, pairs, list_drops) | {"examples": shown}, indent=1))
+        checked = {"quality": [one._asdict() for one in findings if one.pairs], "fixed": fixed}
+        print(json.dumps(as_content(report, shapes, pairs, list_drops) | {"examples": shown} | checked, indent=1))
         return
     console.print(sources_table(report, shapes), "")
     if report.counts:
@@ -74,8 +89,14 @@ def print_report(
     for drop in report.drops if list_drops else ():
         line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
         console.print(Text(visible(line).replace("\n", " ")), soft_wrap=True)
-    for line in report.remarks():
+    for line in report.remarks() + [str(one) for one in findings if one.pairs]:
         console.print(Text(visible(line)))
+    if clean := [one.name for one in findings if not one.pairs]:
+        console.print(f"checked, nothing found: {', '.join(clean)}", style="dim")
+    if fixed:
+        why = ", ".join(f"{count:,} {reason}" for reason, count in fixed["left_out"].items()) or "none"
+        line = f"wrote {fixed['written']:,} rows to {fixed['path']}, and to {fixed['changes']} those left out: {why}"
+        console.print(Text(visible(line)), soft_wrap=True)
     if not pairs:
         return
     held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"

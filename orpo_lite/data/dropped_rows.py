@@ -13,6 +13,7 @@ from orpo_lite.common.errors import RequestError
 EMPTY = "empty or missing side"
 EMPTY_PROMPT = "empty prompt"
 EQUAL = "chosen equal to rejected"
+CUT_EQUAL = "chosen equal to rejected once cut"
 PROMPTS_DIFFER = "prompts differ"
 PROMPT_TOO_LONG = "prompt too long"
 COMPLETION_TOO_LONG = "completion does not fit"
@@ -27,6 +28,7 @@ REMEDIES = {
     EMPTY: "write both answers into every row, or name the columns that hold them in data.columns",
     EMPTY_PROMPT: "write a prompt into every row, or name the column that holds it in data.columns",
     EQUAL: "leave out rows whose two answers are the same: nothing can be learned from them",
+    CUT_EQUAL: "raise max_length, so that answers that differ late only are kept that far, or leave these rows out",
     PROMPTS_DIFFER: "give both answers of a row the same conversation before them, or the prompt a column of its own",
     PROMPT_TOO_LONG: "raise max_length, or cut prompts with max_prompt_length and overlong=truncate",
     COMPLETION_TOO_LONG: "raise max_length, or cut answers with overlong=truncate",
@@ -169,8 +171,8 @@ class DropReport:
 
 
 class TooManyDropped(RequestError):
-    """More than half of the rows, or all, were dropped. `report` has which and why; `shapes` is that of Pairs."""
+    """More than half of the rows, or all, were dropped. `report` has which and why; the rest is as in Pairs."""
 
-    def __init__(self, message: str, report: DropReport, shapes: dict[str, dict[str, Any]] | None = None):
+    def __init__(self, message: str, report: DropReport, shapes: dict[str, Any] | None = None, sources: Any = ()):
         super().__init__(message)
-        self.report, self.shapes = report, shapes or {}
+        self.report, self.shapes, self.sources = report, shapes or {}, sources

@@ -58,6 +58,8 @@ class Source:
     """Opens the source anew and yields lists of rows, columns renamed."""
     enough: int | None = None
     """Usable pairs after which reading stops; None reads to the end."""
+    raw: Callable[[], Batches] = list[Any]().__iter__
+    """Yields all rows of a recipe's source as they are."""
 
 
 def open_source(
@@ -99,11 +101,15 @@ def open_source(
     content = hash_files(files) if rows is None else rows._fingerprint
 
     def batches() -> Batches:
-        found = itertools.chain.from_iterable(map(read_file, files)) if rows is None else dataset_batches(rows, columns)
-        return standard_batches(found, columns, limit, source.path)
+        return standard_batches(raw(columns), columns, limit, source.path)
+
+    def raw(named: dict[str, str] | None = None) -> Batches:
+        if rows is None:
+            return itertools.chain.from_iterable(map(read_file, files))
+        return dataset_batches(rows, {name: name for name in rows.column_names} if named is None else named)
 
     key = hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
-    return Source(source.path, files, key, batches)
+    return Source(source.path, files, key, batches, raw=raw)
 
 
 def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:

@@ -28,6 +28,7 @@ from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 from orpo_lite.data.lengths import list_lengths, numbers
+from orpo_lite.data.quality import COLUMNS, without_numbers
 from orpo_lite.data.row_shapes import Numbered, paired_by_prompt, source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
 from orpo_lite.data.tokenize import Chunk, PairTokenizer, TokenizeOptions
@@ -46,11 +47,13 @@ class Tokenized(NamedTuple):
     """The pairs of one source."""
 
     rows: datasets.Dataset
-    """Columns of `tokenize_rows`, and `key`: int64 hash of the prompt's words."""
+    """Columns of `tokenize_rows`, and int64: `key`, a hash of the prompt's words, and in recipes `quality.COLUMNS`."""
     report: DropReport
     shape: str
     digest: str
     """Hash of all rows as converted."""
+    label: str
+    """The source's name in reports."""
 
 
 def tokenize_rows(
@@ -91,7 +94,7 @@ def tokenize_rows(
     done = tokenize_source(given, tokenizer, options)
     if problem := done.report.problem(source):
         raise TooManyDropped(problem, done.report)
-    pairs = done.rows.remove_columns("key")
+    pairs = without_numbers(done.rows)
     if given.enough is not None:
         pairs = pairs.select(range(min(len(pairs), given.enough)))
         done.report.notes.append(f"{done.report.rows:,} rows of the stream were read for {len(pairs):,} pairs")
@@ -141,7 +144,7 @@ def tokenize_source(
     rows = datasets.Dataset.from_file(str(folder / "pairs.arrow"))
     if not about["several"]:  # which is nearly always so
         rows = rows.remove_columns([name for name in rows.column_names if name.endswith("_context")])
-    return Tokenized(rows, report, about["shape"], about["digest"])
+    return Tokenized(rows, report, about["shape"], about["digest"], source.label)
 
 
 @contextlib.contextmanager
@@ -167,7 +170,7 @@ def write_tokens(
     first = next(numbered, [])
     shape = source_shape([row for _, row in first], source.label, options.apply_template)
     tokenize = PairTokenizer(tokenizer, options, shape)
-    schema = pa.schema([(name, arrow_type(name)) for name in [*tokenize.names, "row", "key", "source"]])
+    schema = pa.schema([(name, arrow_type(name)) for name in [*tokenize.names, "source"]])
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
     with (
         pa.OSFile(str(folder / "pairs.arrow"), "wb") as sink,
@@ -199,7 +202,7 @@ def arrow_type(name: str) -> Any:
 
     if name.endswith(("_ids", "_context")):
         return pa.list_(pa.int32())
-    return pa.int64() if name in ("row", "key") else pa.int32()
+    return pa.int64() if name in ("row", "key", *COLUMNS) else pa.int32()
 
 
 # ---- worker processes ------------------------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 from orpo_lite.data.conversations import Answers, Rendered, Renderer, last_special, special_tokens, template_markers
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
+    CUT_EQUAL,
     EQUAL,
     NO_LABELS,
     PROMPT_TOO_LONG,
@@ -22,6 +23,8 @@ from orpo_lite.data.dropped_rows import (
     Dropped,
 )
 from orpo_lite.data.encode import Encoder, Ids, Texts, template_text
+from orpo_lite.data.lengths import answer_tokens
+from orpo_lite.data.quality import COLUMNS, describe, hashed
 from orpo_lite.data.row_shapes import (
     BARE_STRINGS,
     FAMILY,
@@ -100,6 +103,12 @@ class Side(NamedTuple):
         """Tokens that are trained on; the first of a decoder's sequence has none before it that could predict it."""
         return len(self.ids) - self.start - sum(self.context[1::2]) + sum(self.context[::2])
 
+    @property
+    def answer(self) -> Ids:
+        """The tokens that are trained on."""
+        row = {"_ids": self.ids, "_start": self.start, "_context": self.context}
+        return [self.ids[place] for place in answer_tokens(row, "")] if self.context else self.ids[self.start :]
+
     def moved(self, by: int) -> Side:
         """Return the side with its places moved, for tokens that were put in front or taken away there."""
         return Side(self.ids, self.start + by, [place + by for place in self.context])
@@ -149,10 +158,11 @@ class PairTokenizer:
         self.max_completion = (options.strict and options.max_completion_length) or UNLIMITED
         self.names = ["prompt_ids", "chosen_ids", "rejected_ids"] if options.encoder_decoder else [
             "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context"]  # fmt: skip
+        self.names += ["row", "key", *(COLUMNS if options.strict else ())]
 
     def __call__(self, rows: list[Numbered]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
-        chunk = Chunk({name: [] for name in [*self.names, "row", "key"]})
+        chunk = Chunk({name: [] for name in self.names})
         texts: list[tuple[int, Pair, Rendered]] = []
         pairs = self._convert(rows, chunk)
         for (number, pair), rendered in zip(pairs, self.render([pair for _, pair in pairs]), strict=True):
@@ -167,8 +177,8 @@ class PairTokenizer:
             except Dropped as drop:
                 chunk.drop(number, drop)
                 continue
-            key = hashlib.blake2b(pair.prompt_text.encode(), digest_size=8).digest()
-            for name, value in zip(chunk.columns, (*values, number, int.from_bytes(key, signed=True)), strict=True):
+            values += number, hashed(pair.prompt_text), *(describe(pair) if self.options.strict else ())
+            for name, value in zip(chunk.columns, values, strict=True):
                 chunk.columns[name].append(value)
         chunk.drops.sort()
         return chunk
@@ -255,8 +265,9 @@ class PairTokenizer:
             if side.labels <= (not split and not side.start):
                 raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
         chosen, rejected = fitted
-        if options.strict and chosen.ids == rejected.ids:
-            raise Dropped(EQUAL, "chosen and rejected are the same tokens")
+        if options.strict and chosen.answer == rejected.answer:
+            equal = EQUAL if whole[0].answer == whole[1].answer else CUT_EQUAL
+            raise Dropped(equal, "chosen and rejected are the same tokens")
         counts["several turns"] += bool(text.chosen.context or text.rejected.context)
         counts["unopened"] += text.unopened
         counts["prompt cut"] += prompt_cut

@@ -152,6 +152,8 @@ class DataSection(Section):
     """Use only the first rows of the held-out data."""
     seed: Annotated[int, Field(ge=0)] = 0
     """Seed of the held-out choice and of source sampling."""
+    deduplicate: bool = False
+    """Leave out exact duplicates beyond the first, and pairs that contradict each other (a>b and b>a)."""
     num_proc: Positive | None = None
     """Processes for tokenizing."""
 
