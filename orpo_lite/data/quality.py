@@ -8,13 +8,14 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from orpo_lite.data.conversations import REASONING
+from orpo_lite.common import safe_yaml
 from orpo_lite.data.lengths import column_batches, numbers, pair_lengths
-from orpo_lite.data.messages import Messages
+from orpo_lite.data.messages import REASONING, Messages
 from orpo_lite.data.row_shapes import SIDES, Pair
 
 if TYPE_CHECKING:
@@ -34,42 +35,12 @@ ALIKE, GRAM = 0.7, 3  # share of common n-grams of nearly equal texts (a word ex
 SHORT = 32  # tokens of both answers below which it may be chance that they are alike
 BANDS, WIDTH = 8, 3  # pairs are compared where `WIDTH` minima of a band agree: 97% of those that are 70% alike
 
-OPENINGS = {
-    "non-answers": r"\W*(?:(?:sorry|well|hmm?)\W+)?(?:(?:i(?:'ve| have)? )?no (?:idea|clue|comment|answer|response|opinion)|"
-    r"(?:i )?(?:really |honestly |just )?(?:don't|do not) (?:know|understand)(?: that| this| the answer)?|(?:i'?m |i am )?not "
-    r"sure|n/?a|none|null|nan|todo|unknown|nothing|undefined|deleted|removed|empty|keine ahnung|(?:das )?weiß ich nicht|"
-    r"je ne sais pas|aucune idée|no (?:lo )?sé|não sei|non lo so|не знаю|我?不知道|(?:わか|分か)りません)?\W*\Z",
-    "refusals": r"\W*(?:(?:(?:oh|well|sorry|unfortunately|i(?:'m| am) (?:\w+ )?sorry|i apologi[sz]e|my apologies|but)\W+)*(?:"
-    r"(?:i|we) (?:can ?not|can't|won't|will not|must decline|decline|refuse)\b(?! (?:wait|believe|stress|imagine|recommend|"
-    r"thank|help but|resist|agree more|deny|overstate|emphasi[sz]e|say enough))|i(?:'m| am) (?:unable|not (?:able|allowed|"
-    r"permitted|comfortable|going) to)\b)|i(?:'m| am) (?:\w+ )?sorry,? but\b|as an? (?:ai|artificial|large|language)\b|i(?:'m|"
-    r" am) (?:just |only )?an? (?:ai|language model)\b|es tut mir (?:sehr )?leid|ich kann [^.]{0,40}nicht\b|(?:je suis )?"
-    r"désolée?\b|je ne peux pas|lo siento|no puedo|desculpe|sinto muito|não posso|mi dispiace|non posso|het spijt me|извините|"
-    r"к сожалению|я не могу|(?:非常|很)?抱歉|对不起|我无法|我不能|申し訳|すみません|죄송)",
-    "one-word answers": r"[!-~]{1,30}\Z|\S{1,4}\Z",
-}
-MARKUP = {
-    "headings": r"\n {0,3}#{1,6} \S", "lists": r"\n {0,3}(?:[-*+•]|\d{1,3}[.)]) \S", "bold": r"\*\*[^\s*][^*\n]*\*\*",
-    "code fences": r"```", "tables": r"\n {0,3}\|[^\n]*\|\s*\n {0,3}\|[ :|-]+\|", "links": r"://",
-    "HTML": r"(?i)</?(?:p|br|hr|div|span|b|i|u|a|ul|ol|li|table|tr|td|th|h[1-6]|code|pre|strong|em|html|body)\b[^<>]*>",
-    "LaTeX": r"\\[(\[]|\\(?:frac|begin)\{|\$\$[^$]+\$\$", "emoji": "[\U0001f300-\U0001faff\u2600-\u27bf]",
-    "reasoning tags": r"(?i)[<\[]/?(?:think|thinking|thought|reasoning|scratchpad)[>\]]",
-}  # fmt: skip
+TABLES: dict[str, dict[str, str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
+OPENINGS, MARKUP = TABLES["openings"], TABLES["markup"]
 TRAITS = {name: re.compile(pattern) for name, pattern in (OPENINGS | MARKUP).items()}
 """Bit n of an answer's traits is the n-th; `OPENINGS` are matched where the answer begins, `MARKUP` is searched for."""
-SCRIPTS = {name: re.compile(f"[{block}]") for name, block in {
-    "Greek": "\u0370-\u03ff", "Cyrillic": "\u0400-\u052f", "Hebrew": "\u0590-\u05ff", "Arabic": "\u0600-\u077f",
-    "Devanagari": "\u0900-\u097f", "Bengali": "\u0980-\u09ff", "Tamil": "\u0b80-\u0bff", "Thai": "\u0e00-\u0e7f",
-    "Korean": "\u1100-\u11ff\uac00-\ud7af", "Japanese": "\u3040-\u30ff", "Chinese": "\u3400-\u9fff"}.items()}  # fmt: skip
-# words that are frequent in one language and rare in the others
-WORDS = {name: frozenset(words.split()) for name, words in {
-    "English": "the and of to is that it you for with are this was be have your not can",
-    "German": "der die und ist nicht das ein eine sie ich zu mit auf für den es von dem",
-    "French": "le les et est des une vous pas dans pour que je qui sur du au ce il",
-    "Spanish": "el los las y es una que por con para del se su más en un lo como",
-    "Portuguese": "o os as não uma é em do da para com você são mais um e que ao",
-    "Italian": "il di che è per non sono gli della una con del i un più anche nel questo",
-    "Dutch": "het een van is niet dat en ik je met voor zijn de op te ook wordt deze"}.items()}  # fmt: skip
+SCRIPTS = {name: re.compile(f"[{characters}]") for name, characters in TABLES["scripts"].items()}
+WORDS = {name: frozenset(words.split()) for name, words in TABLES["words"].items()}
 LANGUAGES = ("", *WORDS, *SCRIPTS)
 
 
@@ -98,7 +69,7 @@ def without_numbers(pairs: datasets.Dataset) -> datasets.Dataset:
 def traits(side: Messages | str) -> int:
     """Return the bits of `TRAITS` that an answer has, and its language."""
     turns = [{"content": side}] if isinstance(side, str) else [turn for turn in side if turn["role"] == "assistant"]
-    thought = "<think></think>" * any(turn.get(name) for turn in turns for name in REASONING)
+    thought = "<think></think>" * any(turn.get(REASONING) for turn in turns)
     said = "\n".join(str(turn.get("content") or turn.get("tool_calls") or "") for turn in turns)[:READ].strip()
     opening = said.rpartition("</think>")[2].strip()[:200].casefold().replace("’", "'")
     begins = next((name for name in OPENINGS if TRAITS[name].match(opening)), None)
