@@ -106,7 +106,7 @@ def test_a_console_that_cannot_write_a_character_writes_it_out(monkeypatch):
 
 @pytest.mark.slow
 def test_a_run_with_nothing_of_posix(tmp_path):
-    words = [*SHORT, "data.num_proc=2", f"training.output_dir={tmp_path / 'run'}"]
+    words = [*SHORT, f"training.output_dir={tmp_path / 'run'}"]
     place = {"PYTHONPATH": str(Path(__file__).parents[1]), "PYTHONIOENCODING": "cp1252"}
     done = subprocess.run([sys.executable, "-c", AS_ON_WINDOWS, "--recipe", "quickstart", *words],
                           capture_output=True, env=os.environ | place, cwd=tmp_path, timeout=600)  # fmt: skip

@@ -9,15 +9,12 @@ import functools
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import shutil
-import sys
 import tempfile
 import time
 import uuid
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +28,7 @@ from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.quality import COLUMNS, without_numbers
 from orpo_lite.data.row_shapes import Numbered, paired_by_prompt, source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
-from orpo_lite.data.tokenize import Chunk, PairTokenizer, TokenizeOptions
+from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
 
 if TYPE_CHECKING:
     import datasets
@@ -178,7 +175,7 @@ def write_tokens(
         (folder / "drops.jsonl").open("w", encoding="utf-8") as drops,
         progress_bar(f"tokenizing {source.label}", None) as advance,
     ):
-        for chunk in tokenized_chunks(tokenize, itertools.chain([first], numbered), options.num_proc):
+        for chunk in map(tokenize, itertools.chain([first], numbered)):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
             arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
             drops.writelines(json.dumps(drop) + "\n" for drop in chunk.drops)
@@ -205,43 +202,12 @@ def arrow_type(name: str) -> Any:
     return pa.int64() if name in ("row", "key", *COLUMNS) else pa.int32()
 
 
-# ---- worker processes ------------------------------------------------------------------------------------------------
-
-
-def tokenized_chunks(
-    tokenize: PairTokenizer, numbered: Iterator[list[Numbered]], num_proc: int | None
-) -> Iterator[Chunk]:
-    """Yield batches of (index, row) tokenized, in their order; in other processes, a few batches each, if asked for."""
-    if not num_proc or num_proc == 1:
-        yield from map(tokenize, numbered)
-        return
-    # forking needs no guard in the user's script, but is safe on Linux only
-    context = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
-    with ProcessPoolExecutor(num_proc, context, initializer=start_worker, initargs=(tokenize,)) as pool:
-        while ahead := list(itertools.islice(numbered, 4 * num_proc)):
-            yield from pool.map(run_worker, ahead)
-
-
 def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[Numbered]]:
     """Yield the batches with each row's index in its source."""
     start = 0
     for batch in batches:
         yield list(enumerate(batch, start))
         start += len(batch)
-
-
-WORKER: dict[str, PairTokenizer] = {}
-
-
-def start_worker(tokenize: PairTokenizer) -> None:
-    """Keep the tokenizer for all chunks of a worker process."""
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # its threads do not survive a fork
-    WORKER["tokenize"] = tokenize
-
-
-def run_worker(chunk: list[Numbered]) -> Chunk:
-    """Tokenize a chunk in a worker process."""
-    return WORKER["tokenize"](chunk)
 
 
 # ---- the cache's place and keys --------------------------------------------------------------------------------------
@@ -272,7 +238,7 @@ def cache_key(content: str, tokenizer: PreTrainedTokenizerBase, options: Tokeniz
     import tokenizers
     import transformers
 
-    parts = asdict(options) | {"num_proc": None, "content": content, "number": number, "code": code_hash()}
+    parts = asdict(options) | {"content": content, "number": number, "code": code_hash()}
     parts |= {"tokenizer": tokenizer_hash(tokenizer), "versions": [transformers.__version__, tokenizers.__version__]}
     if "strftime_now" in str(tokenizer.chat_template):
         parts["today"] = time.strftime("%Y-%m-%d")  # such templates may write the date

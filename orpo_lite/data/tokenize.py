@@ -85,8 +85,6 @@ class TokenizeOptions:
     """Tokenize prompt and completions separately, with special tokens added."""
     strict: bool = False
     """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped."""
-    num_proc: int | None = None
-    """Processes; None or 1 works in this one (fast tokenizers use several threads anyway)."""
 
 
 class Side(NamedTuple):

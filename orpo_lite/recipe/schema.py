@@ -116,6 +116,10 @@ Sources = Annotated[
 ]
 
 
+REMOVED = {"streaming": "files larger than memory stay on disk", "num_proc": "a tokenizer uses all cores by itself"}
+"""Former fields of the data section, and why they are not needed."""
+
+
 class DataSection(Section):
     train: Sources
     """Training pairs: one source or several."""
@@ -154,16 +158,16 @@ class DataSection(Section):
     """Seed of the held-out choice and of source sampling."""
     deduplicate: bool = False
     """Leave out exact duplicates beyond the first, and pairs that contradict each other (a>b and b>a)."""
-    num_proc: Positive | None = None
-    """Processes for tokenizing."""
 
     @model_validator(mode="before")
     @classmethod
-    def _without_streaming(cls, given: Any) -> Any:
-        """Accept recipes of older run folders, which name the removed field `streaming`."""
-        if isinstance(given, dict) and given.get("streaming"):
-            raise ValueError("streaming was removed: leave it out, files larger than memory stay on disk")
-        return {key: value for key, value in given.items() if key != "streaming"} if isinstance(given, dict) else given
+    def _without_removed(cls, given: Any) -> Any:
+        """Accept recipes of older run folders, which name the fields of `REMOVED`."""
+        if not isinstance(given, dict):
+            return given
+        if asked := [f"{name} was removed: leave it out, {why}" for name, why in REMOVED.items() if given.get(name)]:
+            raise ValueError("; ".join(asked))
+        return {key: value for key, value in given.items() if key not in REMOVED}
 
 
 class OrpoSection(Section):

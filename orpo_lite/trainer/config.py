@@ -81,7 +81,7 @@ class ORPOConfig(TrainingArguments):
     is_encoder_decoder: bool | None = _help("Kind of the model that model_init returns.", default=None)
     model_init_kwargs: dict[str, Any] | str | None = _help("Arguments of from_pretrained.", default=None)
     trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
-    dataset_num_proc: int | None = _help("Processes for tokenizing.", default=None)
+    dataset_num_proc: int | None = _help("TRL's; not used, since a tokenizer uses all cores by itself.", default=None)
     head_chunk: int | None = _help("Rows of logits held at a time; unset chooses by vocabulary.", default=None)
     checkpointed_layers: int | None = _help("First layers that recompute with checkpointing; unset, all.", default=None)
     offload_activations: bool = _help("Keep what checkpointing saves in host memory.", default=False)

@@ -22,7 +22,7 @@ SAME_RESULT = re.compile(
 )
 """Changes with which a run resumes to the same result: of memory and speed, and of how failing steps are handled."""
 OTHER_RUN = re.compile(
-    r"pairs per optimizer step|model\.(?!attention)|adapter\b|data\.(?!num_proc|max_eval_rows)"
+    r"pairs per optimizer step|model\.(?!attention)|adapter\b|data\.(?!max_eval_rows)"
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"
 )
 """Changes with which no run can resume: other weights, other pairs, another order, another optimizer's state."""

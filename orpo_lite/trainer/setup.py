@@ -146,7 +146,6 @@ def tokenize_options(args: ORPOConfig, encoder_decoder: bool) -> TokenizeOptions
         apply_template=False,
         template_kwargs=args.template_kwargs or {},  # type: ignore[arg-type]
         encoder_decoder=encoder_decoder,
-        num_proc=args.dataset_num_proc,
     )
 
 

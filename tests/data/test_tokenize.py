@@ -14,7 +14,6 @@ from transformers import PreTrainedTokenizerFast
 from trl.data_utils import maybe_apply_chat_template, maybe_extract_prompt
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data import file_formats as files
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
     EQUAL,
@@ -395,17 +394,3 @@ def test_cache_is_by_content_tokenizer_and_options(token_cache: Path) -> None:
     tokenizer.chat_template = chatml("Be brief.")
     assert not run([GOOD] * 3, tokenizer)[1].cached
     assert list(token_cache.glob("orpo_lite/*/pairs.arrow")) and not list(token_cache.glob("orpo_lite/tmp*"))
-
-
-def test_num_proc_gives_the_same_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BATCH_ROWS", 7)
-    rows = [chat(f"What is {n}?", f"It is {n}.", "No.") for n in range(60)] + [GOOD | {"chosen": None}]
-    tokenizer = TOKENIZERS["chatml"]()
-    (one, report), (two, other) = run(rows, tokenizer), run(rows, tokenizer, num_proc=2)
-    assert other.cached  # the number of processes is no part of the key
-    datasets.disable_caching()
-    try:
-        two, other = run(rows, tokenizer, num_proc=2)
-    finally:
-        datasets.enable_caching()
-    assert not other.cached and one == two and report.drops == other.drops

@@ -64,15 +64,14 @@ def test_one_that_fails_does_not_fail_its_neighbors(tokenizer) -> None:
     assert [isinstance(text, TemplateRefused) for text in found] == [word == "no" for word in words]
 
 
-@pytest.mark.parametrize("num_proc", [None, 2])
-def test_a_row_for_which_the_template_writes_too_much_is_dropped_by_name(num_proc, tokenizer) -> None:
+def test_a_row_for_which_the_template_writes_too_much_is_dropped_by_name(tokenizer) -> None:
     answers = [[{"role": "assistant", "content": f"number {n}!"}] for n in range(40)]
     data = rows(40).remove_columns("chosen").add_column("chosen", answers)
     flood = f"{{{{ 'a' * {MAX_CHARACTERS + 1} }}}}"
     tokenizer.chat_template = (
         "{% for m in messages %}{% if 'number 23!' in m.content %}" + flood + "{% endif %}{{ m.content }}{% endfor %}"
     )
-    _, report = tokenize_rows(data, tokenizer, TokenizeOptions(num_proc=num_proc))
+    _, report = tokenize_rows(data, tokenizer, TokenizeOptions())
     [drop] = report.drops
     assert drop.row == 23 and "the template writes 10,000,0" in drop.detail
 
