@@ -138,7 +138,7 @@ def assemble(
         shared = np.flatnonzero(np.isin(asked, keys))
         if len(shared):
             held_name, name = namer(held_out), namer(train)
-            two = [(held_name(chosen[n]), name(int(indices[np.argmax(keys == asked[n])]))) for n in shared[:3]]
+            two = [(held_name(int(chosen[n])), name(int(indices[np.argmax(keys == asked[n])]))) for n in shared[:3]]
             where = ", ".join(f"held-out {one} and {other} of training" for one, other in two)
             report.notes.append(
                 f"{len(shared):,} of {len(chosen):,} held-out pairs have a prompt that is trained on as well: {where}"

@@ -34,10 +34,9 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[
         str | None,
-        typer.Option(metavar="MODEL|URL", help="with --prompts: let a model or an address judge the answers"),
-    ] = None,
-    judge_url: Annotated[
-        str | None, typer.Option("--judge-url", metavar="URL", help="the same for an OpenAI-compatible address")
+        typer.Option(
+            metavar="MODEL|URL", help="with --prompts: let a model or an OpenAI-compatible address judge the answers"
+        ),
     ] = None,
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
@@ -48,14 +47,11 @@ def command(
     ] = False,
 ) -> None:
     """Compare base and adapter of a run: on held-out pairs, or by their answers."""
-    if judge_url and judge:
-        raise RequestError("--judge and --judge-url name two judges: leave one out")
-    judge = judge or judge_url
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
     if judge_model and not judge:
-        raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
+        raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
     if data is not None and prompts is not None:
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
     if top_p < 1 and not temperature:

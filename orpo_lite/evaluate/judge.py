@@ -189,7 +189,7 @@ def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJu
             raise RequestError(f"--judge: name the model at {name} with --judge-model")
         return Endpoint(name, model)
     if model:
-        raise RequestError("--judge-model names a model at an address: give the address with --judge-url")
+        raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
     return LocalJudge(Answerer(resolve_model(name, trust_remote_code)), name)
 
 

@@ -62,9 +62,8 @@ def generate(
     width = max(map(len, prompts))
     ids = torch.tensor([[pad] * (width - len(p)) + list(p) for p in prompts], device=model.device)
     mask = torch.tensor([[0] * (width - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    was_training, use_cache = model.training, model.config.use_cache
+    was_training = model.training
     model.eval()
-    model.config.use_cache = True
     try:
         out = model.generate(
             input_ids=ids,
@@ -72,11 +71,11 @@ def generate(
             pad_token_id=pad,
             eos_token_id=stops or None,
             streamer=streamer,
+            use_cache=True,
             **sampling.options(),
         )
     finally:
         model.train(was_training)
-        model.config.use_cache = use_cache
     new = out[:, 1:] if model.config.is_encoder_decoder else out[:, width:]
     answers = []
     for ids in new.tolist():  # what follows the end of an answer in a batch is padding

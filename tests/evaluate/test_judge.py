@@ -232,9 +232,7 @@ def test_the_adapter_wins_before_a_judge_that_likes_courtesy(trained, prompts, s
     assert "sign test" in told and "words per answer" in told and "judge: m at http://127.0.0.1" in told
     assert len((tmp_path / "a.verdicts.jsonl").read_text().splitlines()) == 3
     assert KEY not in "".join(path.read_text() for path in tmp_path.glob("a.*"))
-    evaluate.command(
-        str(trained), prompts=prompts, max_new_tokens=24, judge_url=server.url, judge_model="m", as_json=True
-    )
+    evaluate.command(str(trained), prompts=prompts, max_new_tokens=24, judge=server.url, judge_model="m", as_json=True)
     assert json.loads(capsys.readouterr().out)["judged"]["wins"] == won
 
 
@@ -250,7 +248,7 @@ def test_a_model_on_this_machine_judges(trained, babbling, prompts, capsys, monk
     ("options", "words"),
     [
         ({"judge": "http://127.0.0.1:9/v1"}, "--judge-model"),
-        ({"judge_model": "m"}, "--judge-url"),
+        ({"judge_model": "m"}, "--judge URL"),
         ({"judge": "./nothing"}, "no such folder"),
     ],
 )

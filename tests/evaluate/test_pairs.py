@@ -114,7 +114,6 @@ def test_a_merged_model_and_a_bare_adapter_take_data(trained, tmp_path, capsys):
         ({"judge": "x"}, "--judge goes with --prompts"),
         ({"output": "x"}, "--output goes with --prompts"),
         ({"data": "x", "prompts": "y"}, "two kinds"),
-        ({"judge": "x", "judge_url": "http://y", "prompts": "z"}, "two judges"),
         ({"prompts": "z", "top_p": 0.5}, "--temperature"),
     ],
 )
