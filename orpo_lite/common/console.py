@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import logging
 import os
 import sys
 import traceback
@@ -101,9 +100,6 @@ def guard(
     arguments = ["--resume-force" if word == "--resume=force" else word for word in sys.argv[1:]]
     debug = "--debug" in arguments
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    # DeepSpeed, where it is installed, prints this on stdout, in the middle of what --json prints
-    logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
-
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # Windows' pipes use cp1252; characters that it lacks are escaped
             stream.reconfigure(errors="backslashreplace")
@@ -149,6 +145,20 @@ def rank() -> int:
 def processes() -> int:
     """Return the number of processes that a launcher has started."""
     return int(os.environ.get("WORLD_SIZE") or 1)
+
+
+def asked_of_launcher(engine: str) -> bool:
+    """Return True where `accelerate launch` asks for an engine, FSDP or DeepSpeed, by its environment variable."""
+    return os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+
+
+def refuse_deepspeed(settings: Any = None) -> None:
+    """Raise RequestError where DeepSpeed is asked for: by settings for it, or of the launcher."""
+    if settings or asked_of_launcher("DeepSpeed"):
+        raise RequestError(
+            "DeepSpeed is asked for, and orpo_lite shards with FSDP2: start with recipes/accelerate/fsdp2-qlora.yaml (one GPU "
+            "needs neither)"
+        )
 
 
 def reports_errors() -> bool:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
 import re
 from dataclasses import dataclass
 from typing import Any
-from unittest import mock
 
 import torch
 from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -57,7 +55,7 @@ def load_base(
     Args:
         tokenizer: from load_tokenizer; needed where the recipe has new tokens.
         device: default: this process's GPU, else the CPU.
-        to_shard: FSDP or ZeRO-3 will spread the weights over the processes: they stay in host memory until then, and
+        to_shard: FSDP2 will spread the weights over the processes: they stay in host memory until then, and
             4-bit weights are stored as numbers of the compute dtype.
 
     Raises:
@@ -73,17 +71,16 @@ def load_base(
         logger.warning("%s", skipped)
         spec = spec.model_copy(update={"quantization": "none"})
     quantizes = not shipped and spec.quantization != "none"
-    with unsharded_loading():
-        model = read_model(
-            spec,
-            config,
-            dtype=precision.dtype,
-            device_map={"": "cpu" if to_shard else device},
-            quantization_config=quantization_settings(spec, precision.dtype, to_shard) if quantizes else None,
-            attn_implementation=attention_for(config, spec.attention),
-        )
-        if tokenizer is not None:
-            grow_vocabulary(model, tokenizer)
+    model = read_model(
+        spec,
+        config,
+        dtype=precision.dtype,
+        device_map={"": "cpu" if to_shard else device},
+        quantization_config=quantization_settings(spec, precision.dtype, to_shard) if quantizes else None,
+        attn_implementation=attention_for(config, spec.attention),
+    )
+    if tokenizer is not None:
+        grow_vocabulary(model, tokenizer)
     quantizer = getattr(model, "hf_quantizer", None)
     if quantizer is not None and not quantizer.is_trainable:
         raise RequestError(
@@ -93,7 +90,7 @@ def load_base(
     counted = quantizes or (shipped or {}).get("quant_method") == "bitsandbytes"
     share = check_quantized_share(model) if counted else None
     if to_shard:
-        for parameter in model.parameters():  # the engines move weights, but not the scales of 4-bit ones
+        for parameter in model.parameters():  # FSDP2 moves weights, but not the scales of 4-bit ones
             if (state := getattr(parameter, "quant_state", None)) is not None:
                 state.to(device)
     if tokenizer is not None:
@@ -140,15 +137,6 @@ def attention_for(config: PreTrainedConfig, asked: str = "auto") -> str | None:
             "model.attention=auto (eager)"
         )
     return asked if asked != "auto" else "eager" if capped else None
-
-
-def unsharded_loading() -> contextlib.AbstractContextManager[object]:
-    """Let transformers load whole models inside, even where ZeRO-3's settings are already known.
-
-    It would partition weights while it loads them (and cannot, if they are quantized), which growing a vocabulary or
-    counting weights would have to allow for; the trainer partitions them later.
-    """
-    return mock.patch("transformers.integrations.deepspeed._hf_deepspeed_config_weak_ref", None)
 
 
 def local_device() -> torch.device:

@@ -80,8 +80,7 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
 def weight_count(parameter: torch.Tensor) -> int:
     """Count the weights that a parameter stands for: 4-bit ones are stored packed."""
     state = getattr(parameter, "quant_state", None)  # only bitsandbytes' 4-bit parameters have one
-    # a weight that ZeRO-3 has partitioned is empty between its passes
-    return state.shape.numel() if state is not None else getattr(parameter, "ds_numel", parameter.numel())
+    return state.shape.numel() if state is not None else parameter.numel()
 
 
 def trainable_share(model: nn.Module) -> tuple[int, int]:

@@ -97,7 +97,7 @@ class Backend:
     """(section, compute dtype, to be sharded) -> transformers' quantization_config."""
     bits: int
     shardable: bool = True
-    """FSDP and ZeRO-3 can spread its weights over processes."""
+    """FSDP2 can spread its weights over processes."""
 
 
 def bitsandbytes_unavailable() -> str | None:
@@ -179,7 +179,7 @@ def quantization_settings(spec: ModelSection, dtype: torch.dtype, to_shard: bool
         )
     if to_shard and not backend.shardable:
         raise RequestError(
-            f"model.quantization: {spec.quantization} weights cannot be sharded by FSDP or ZeRO-3: set "
+            f"model.quantization: {spec.quantization} weights cannot be sharded by FSDP: set "
             "model.quantization=nf4, or train with DDP"
         )
     return backend.settings(spec, dtype, to_shard)

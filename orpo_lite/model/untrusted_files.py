@@ -72,7 +72,7 @@ def check_torch_files(checkpoint: Path) -> None:
     """Refuse a checkpoint with a file that holds more than numbers, tensors and containers, which could run code.
 
     torch says so itself where it loads weights only, here without their bytes. transformers loads that way too, but names
-    no file; DeepSpeed does not, and neither does torch with the index of FSDP2's shards.
+    no file; torch does not load the index of FSDP2's shards that way.
     """
     files = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in (".pt", ".pth", ".bin")]
     for path in [*files, *checkpoint.rglob(".metadata")]:
@@ -81,7 +81,7 @@ def check_torch_files(checkpoint: Path) -> None:
                 with path.open("rb") as file:
                     IndexOfShards(file).load()
             elif path.name != "training_args.bin":  # unread
-                with safe_globals(), torch.serialization.safe_globals(deepspeed_records(path)):
+                with safe_globals():
                     torch.load(path, map_location="meta", weights_only=True)
         except Exception as error:  # whatever pickle and torch find wrong
             why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:200]  # without torch's advice
@@ -90,17 +90,6 @@ def check_torch_files(checkpoint: Path) -> None:
                 "this checkpoint to resume from the previous one, or start a new run, or write its tensors with "
                 "safetensors.torch.save_file"
             ) from None
-
-
-def deepspeed_records(path: Path) -> list[Any]:
-    """Return what DeepSpeed's files hold beside numbers and tensors."""
-    if not path.parent.name.startswith("global_step"):
-        return []
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    return [DynamicLossScaler, LossScaler, ZeroStageEnum, fragment_address]
 
 
 class IndexOfShards(pickle.Unpickler):

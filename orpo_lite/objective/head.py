@@ -178,7 +178,7 @@ def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, 
     """Make forward passes of `model` (an unwrapped transformers or PEFT model) score `target` instead of making logits.
 
     A pre-hook on the output head takes the final hidden states, scores the label rows and lets one row through; a
-    hook on the model puts the log-probs in place of the logits, so that outer wrappers (DDP, FSDP, DeepSpeed) see them
+    hook on the model puts the log-probs in place of the logits, so that outer wrappers (DDP, FSDP) see them
     as the output that the loss depends on. Both hooks are removed when the block ends.
     """
     head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
@@ -224,9 +224,7 @@ def score_rows(
     return _recomputed(logits, hidden, labels, chunk or 256)
 
 
-def head_transform(
-    model: Any, device: torch.device, tolerance: float, called: nn.Module | None = None
-) -> HeadTransform | None:
+def head_transform(model: Any, device: torch.device, tolerance: float) -> HeadTransform | None:
     """Find how a model's head is scored without its logits; None where only the whole logits will do.
 
     The model's own log-probs over one short sequence are compared with those of `score_labels`, which reveals families
@@ -234,7 +232,6 @@ def head_transform(
 
     Args:
         tolerance: largest difference of a log-prob that counts as rounding.
-        called: the model inside the wrappers of its engine; default: the model itself.
     """
     if model.get_output_embeddings() is None:
         return None
@@ -243,14 +240,14 @@ def head_transform(
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = ids
-    was_training, forward = model.training, called or model
+    was_training = model.training
     model.eval()
     try:
         with torch.no_grad():
-            expected = forward(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
+            expected = model(**inputs, use_cache=False).logits[0].float().log_softmax(-1)
             target = LabelRows(torch.arange(len(expected), device=expected.device), expected.argmin(-1))
             with score_labels(model, target, transform, None):
-                forward(**inputs, use_cache=False)
+                model(**inputs, use_cache=False)
     finally:
         model.train(was_training)
     assert target.logps is not None

@@ -28,10 +28,8 @@ def command(
     ] = False,
     output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
     gpus: Annotated[int | None, typer.Option(help="plan one of this many GPUs")] = None,
-    strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp, fsdp2, zero2 or zero3")] = None,
-    offload: Annotated[
-        bool, typer.Option("--offload", help="fsdp2 and zero3: the shards wait in the host's memory")
-    ] = False,
+    strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp or fsdp2")] = None,
+    offload: Annotated[bool, typer.Option("--offload", help="fsdp2: the shards wait in the host's memory")] = False,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
     if gpus is None and (strategy or offload):

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 
 MARGIN = "fragmentation margin"
 """The assumption without which a plan still fits, if only tightly."""
-STRATEGIES = ("ddp", "fsdp2", "zero2", "zero3")
+STRATEGIES = ("ddp", "fsdp2")
 CONTEXT_BYTES = 500_000_000
 """ASSUMED. Memory that the driver and CUDA's modules take outside the allocator: 0.3 to 0.6 GB on recent cards."""
 
@@ -87,9 +87,7 @@ class Parallelism:
         if self.gpus < 2:
             raise RequestError(f"--gpus: found {self.gpus}, expected 2 or more; leave it out to plan for one card")
         if self.offload and not self.sharded:
-            raise RequestError(
-                f"--offload: {self.strategy} keeps every weight on every card: use --strategy fsdp2 or zero3"
-            )
+            raise RequestError(f"--offload: {self.strategy} keeps every weight on every card: use --strategy fsdp2")
 
     def __str__(self) -> str:
         return f"{self.gpus} GPUs with {self.strategy}{', offloaded' if self.offload else ''}"
@@ -97,7 +95,7 @@ class Parallelism:
     @property
     def sharded(self) -> bool:
         """The strategy shards the weights, and so can offload them to the host."""
-        return self.strategy in ("fsdp2", "zero3")
+        return self.strategy == "fsdp2"
 
 
 CARDS = {

@@ -3,7 +3,6 @@
 Each GPU computes the same as on one card, with micro-batches of its own, so only what it holds changes:
 
 - ddp: everything on every GPU, plus buckets in which gradients are summed.
-- zero2: gradients and optimizer states are sharded. zero3: weights as well.
 - fsdp2: weights, adapter, gradients and states are sharded. Each decoder layer is a unit that is gathered while it is
   computed, with the next one gathered beside it. The embeddings are a unit too, and so are the final norm and the head.
   The constants that bitsandbytes keeps beside a 4-bit weight are no parameters: every GPU holds them all.
@@ -29,18 +28,6 @@ from orpo_lite.plan.meta_model import build
 from orpo_lite.plan.predict import Plan, Study, fullest_by_phase
 from orpo_lite.plan.step import period
 
-BUCKET = 500_000_000
-"""Elements of DeepSpeed's gradient bucket (reduce_bucket_size), allocated in full however few gradients there are."""
-LIVE = 1_000_000_000
-"""Elements that ZeRO-3 keeps gathered at most (stage3_max_live_parameters); below that it releases none."""
-ZERO2 = f"DeepSpeed's defaults: a gradient bucket of {BUCKET:,} elements, float32 copies of trained weights"
-ASSUMED = {
-    "ddp": [],
-    "fsdp2": ["two units of FSDP2 at a time: the one at work, and the buffer of the next"],
-    "zero2": [ZERO2],
-    "zero3": [ZERO2, f"ZeRO-3 gathers up to {LIVE:,} elements before it releases any"],
-}
-"""What a plan for several GPUs assumes of each strategy."""
 WEIGHTS = (BASE, ENDS, ADAPTER)
 
 
@@ -60,17 +47,16 @@ def parallel_plan(study: Study, recomputed: int | None, parallelism: Parallelism
             "model.quantization=nf4, or use --strategy ddp"
         )
     single, traced = study.plan(recomputed), study.traced(recomputed)
-    trained, units, width = traced.facts["trained"], find_units(study), study.dtype.itemsize
-    peaks = {
-        place: held_by_one(parts, place, trained, units, width, parallelism) for place, parts in traced.peaks.items()
-    }
+    trained, units = traced.facts["trained"], find_units(study)
+    peaks = {place: held_by_one(parts, place, trained, units, parallelism) for place, parts in traced.peaks.items()}
     load = Counter(single.phases["load"])
     whole = sum(traced.peaks["static", ""][part] for part in WEIGHTS)
+    assumptions = [*single.assumptions, "all GPUs are in one machine"]
     host, offloaded = single.load_host * parallelism.gpus, 0
     if parallelism.sharded:
         shard(load, parallelism)
-        # FSDP2 moves unit by unit to the card, ZeRO-3 weight by weight
-        load[LOADING] = units.weight if parallelism.strategy == "zero3" else max(units.start, units.layer, units.end)
+        load[LOADING] = max(units.start, units.layer, units.end)  # FSDP2 moves unit by unit to the card
+        assumptions.append("two units of FSDP2 at a time: the one at work, and the buffer of the next")
         # each process loads the base into the host's memory and passes its shards on; unchanged from the file, all
         # processes map the same pages of it
         mapped = study.recipe.model.quantization == "none" and getattr(study.config, "dtype", None) == study.dtype
@@ -82,41 +68,29 @@ def parallel_plan(study: Study, recomputed: int | None, parallelism: Parallelism
         single,
         phases={"load": load} | fullest_by_phase(peaks),
         load_host=host,
-        assumptions=[*single.assumptions, "all GPUs are in one machine", *ASSUMED[parallelism.strategy]],
+        assumptions=assumptions,
         parallelism=parallelism,
         host_training=offloaded,
     )
 
 
 def held_by_one(
-    parts: Counter[str], place: Segment, trained: int, units: Units, width: int, parallelism: Parallelism
+    parts: Counter[str], place: Segment, trained: int, units: Units, parallelism: Parallelism
 ) -> Counter[str]:
     """Turn a moment of the step on a single GPU into the same moment on one of several.
 
     Args:
         parts: bytes by purpose.
         trained: trained weights.
-        width: bytes of a number of the compute dtype.
     """
-    gpus, strategy, phase = parallelism.gpus, parallelism.strategy, place[0]
     found = Counter(parts)
-    if strategy == "ddp":
+    if not parallelism.sharded:
         found[BUFFERS] += 4 * trained
         return found
-    if strategy == "fsdp2":
-        found[GATHERED] += gathered_units(place, units, parallelism)
-    else:  # DeepSpeed's trained weights have the compute dtype, and float32 copies among the optimizer's states
-        found[ADAPTER] -= (4 - width) * trained
-        found[GRADIENTS] = found[GRADIENTS] * width // 4
-        found[OPTIMIZER] += 4 * trained if width < 4 else 0
-        if strategy == "zero3" or phase == "backward":
-            found[BUFFERS] += BUCKET * width
-        if strategy == "zero3" and phase != "step":
-            found[GATHERED] += min(sum(found[part] for part in WEIGHTS), LIVE * width + units.layer)
-    found[GRADIENTS] = math.ceil(found[GRADIENTS] / gpus)
-    found[OPTIMIZER] = math.ceil(found[OPTIMIZER] / gpus)
-    if parallelism.sharded:
-        shard(found, parallelism)
+    found[GATHERED] += gathered_units(place, units, parallelism)
+    found[GRADIENTS] = math.ceil(found[GRADIENTS] / parallelism.gpus)
+    found[OPTIMIZER] = math.ceil(found[OPTIMIZER] / parallelism.gpus)
+    shard(found, parallelism)
     if parallelism.offload:
         found[GRADIENTS] = found[OPTIMIZER] = 0
     return +found
@@ -157,8 +131,6 @@ class Units:
     """The head, the final norm, and whatever is in no layer."""
     tied: bool
     """Embeddings and head are one weight, which then stays gathered throughout."""
-    weight: int
-    """The largest single weight."""
 
 
 @functools.lru_cache(maxsize=4)
@@ -181,4 +153,4 @@ def find_units(study: Study) -> Units:
     tied = head is None or embeddings.weight is head.weight
     start = 0 if tied else total(embeddings)
     end = total(model) - sum(layers) - start
-    return Units(start, max(layers, default=end), end, tied, max(map(size, model.parameters())))
+    return Units(start, max(layers, default=end), end, tied)

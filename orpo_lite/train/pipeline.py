@@ -21,7 +21,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import asked_of_launcher, console
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.data import Pairs, load_pairs
@@ -36,7 +36,6 @@ from orpo_lite.train.results import HeldOut, finish, measure_before, measure_hel
 from orpo_lite.trainer import distributed
 from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
-from orpo_lite.trainer.distributed import asked_of_launcher, zero_stage_asked
 from orpo_lite.trainer.interruptions import OutOfMemory, named
 from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_folder import Resume, RunFolder
@@ -152,12 +151,11 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
     Raises:
         RequestError: an initialization of the adapter that needs the whole base, which several processes share.
     """
-    fsdp = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
-    to_shard = fsdp or zero_stage_asked(recipe.training.get("deepspeed")) == 3
+    to_shard = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
     if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("eva", "pissa", "olora"):
         raise RequestError(
             f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} needs the whole base on one process, which "
-            f"{'FSDP' if fsdp else 'ZeRO-3'} shards over all of them: set adapter.init_lora_weights=true, or train with DDP"
+            "FSDP shards over all of them: set adapter.init_lora_weights=true, or train with DDP"
         )
     with named("loading the base model"):
         base, facts = load_base(recipe.model, tokenizer, to_shard=to_shard)

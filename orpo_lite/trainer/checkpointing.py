@@ -23,7 +23,7 @@ from orpo_lite.model import save_adapter
 from orpo_lite.model.untrusted_files import check_torch_files
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import check_origin, gathered, sharded
+from orpo_lite.trainer.distributed import gathered, sharded
 from orpo_lite.trainer.health import HealthWarnings
 from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
 from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 RUNNING = "running.json"
 """File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
+OPTIMIZER_STATES = {"FSDP2": ("optimizer_0", "optimizer.bin"), "one process or DDP": ("optimizer.pt", "optimizer.bin")}
+"""Files of a checkpoint by which the optimizer states of each engine are known."""
 VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -180,8 +182,7 @@ class CheckpointedTrainer(Trainer):
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
-            for unread in (checkpoint / "training_args.bin", *checkpoint.glob("zero_to_*.py")):
-                unread.unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards, DeepSpeed's scripts
+            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards
 
     def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
@@ -239,13 +240,12 @@ class CheckpointedTrainer(Trainer):
             self.push_to_hub(commit_message="Model save")
 
     def unwrapped(self) -> Any:
-        """Return the transformers or PEFT model, without what DDP or DeepSpeed puts around it."""
+        """Return the transformers or PEFT model, without what DDP puts around it."""
         return extract_model_from_parallel(self.model)
 
     def whole_weights(self) -> dict[str, Tensor] | None:
         """Gather what is trained for the process that saves, on all together; None where the model itself holds it whole."""
-        divided = sharded(self.model) or self.is_deepspeed_enabled
-        return gathered(self.model, keep=self.args.should_save) if divided else None
+        return gathered(self.model, keep=self.args.should_save) if sharded(self.model) else None
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -278,9 +278,44 @@ class CheckpointedTrainer(Trainer):
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
             if wrong := folders.damage(found):
                 raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
-        check_origin(self, found, folders.manifest(found), self._facts())
+        self._check_origin(found)
         check_torch_files(found)
         return found
+
+    def _check_origin(self, found: Path) -> None:
+        """Compare engine, pairs per step, processes and versions with those that a checkpoint was written with.
+
+        Raises:
+            RequestError: training cannot resume from it.
+        """
+        there = [kind for kind, names in OPTIMIZER_STATES.items() if any((found / name).exists() for name in names)]
+        engine = "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
+        if not there:
+            raise RequestError(
+                f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
+            )
+        if engine not in there:
+            raise RequestError(
+                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: resume with the launcher file "
+                "that it was started with, or start anew"
+            )
+        facts, here = folders.manifest(found), self._facts()
+        if facts["pairs_per_step"] != here["pairs_per_step"]:
+            raise RequestError(
+                f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
+                f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+            )
+        if facts["processes"] != here["processes"]:
+            logger.warning(
+                "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
+                found.name, facts["processes"], here["processes"],
+            )  # fmt: skip
+        for name, version in here["versions"].items():
+            if facts["versions"].get(name) != version:
+                logger.warning(
+                    "%s was written with %s %s, here is %s: the result may differ in the last bits",
+                    found.name, name, facts["versions"].get(name), version,
+                )  # fmt: skip
 
     def _restore_callbacks(self) -> None:
         """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""

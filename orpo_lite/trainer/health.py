@@ -249,9 +249,7 @@ def read_row(data: DataSection, path: str | None, row: int) -> dict[str, Any]:
 
 def local(tensor: Tensor) -> Tensor:
     """Return this process's part of a tensor that may be sharded."""
-    if isinstance(tensor, DTensor):
-        return tensor.to_local()
-    return getattr(tensor, "ds_tensor", tensor)  # ZeRO-3 leaves an empty tensor in the parameter's place
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

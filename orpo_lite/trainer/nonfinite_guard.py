@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import DistributedType
 from torch import Tensor
 from transformers import TrainerCallback
 from transformers.training_args import OptimizerNames
@@ -34,7 +33,7 @@ class NonFiniteGuard(TrainerCallback):
     """Finds a loss or gradient that is not finite before optimizer.step, and stops or leaves the step out.
 
     The trainer calls `check_step` after the step's last backward pass: before clipping, since a NaN that is clipped is NaN
-    everywhere. DeepSpeed and layer-wise optimizers step inside the backward pass: there only the loss is checked, before it.
+    everywhere. Layer-wise optimizers step inside the backward pass: there only the loss is checked, before it.
 
     Raises:
         ValueError: `on_nonfinite` says skip where no step can be left out.
@@ -57,12 +56,11 @@ class NonFiniteGuard(TrainerCallback):
         self.left_out = self.overflowed = False
         """Whether the step in progress is left out, overflowed in fp16."""
         optim = OptimizerNames(trainer.args.optim).value
-        deepspeed = trainer.accelerator.distributed_type == DistributedType.DEEPSPEED
-        self.inside_backward = deepspeed or "lomo" in optim or "layerwise" in optim
+        self.inside_backward = "lomo" in optim or "layerwise" in optim
         if self.inside_backward and trainer.args.on_nonfinite == "skip":
             raise ValueError(
-                "ORPOConfig.on_nonfinite: found skip, expected stop with DeepSpeed and with layer-wise optimizers, which "
-                "change weights during the backward pass: no step can be left out"
+                "ORPOConfig.on_nonfinite: found skip, expected stop with layer-wise optimizers, which change "
+                "weights during the backward pass: no step can be left out"
             )
 
     # ---- events of training ----------------------------------------------------------------------------------------

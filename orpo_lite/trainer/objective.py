@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
+from torch.distributed.fsdp import FSDPModule
 
 from orpo_lite.model import autocast
 from orpo_lite.model.inspection import unwrap
@@ -18,7 +19,6 @@ from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, s
 from orpo_lite.objective.loss import PairStatistics, configured_loss, pair_statistics
 from orpo_lite.objective.metrics import metric_sums
 from orpo_lite.objective.packed_attention import packed_attention
-from orpo_lite.trainer.distributed import recomputable
 
 logger = logging.getLogger(__name__)
 
@@ -51,14 +51,18 @@ class Objective:
         """Find how the model's head is scored without whole logits, by a forward pass of all processes that share its weights.
 
         Args:
-            model: the model as it is called, inside any engine's wrapper.
+            model: the model, maybe compiled.
             exact: largest difference between logits that still counts as none.
         """
         plain: Any = extract_model_from_parallel(model)
         with autocast(plain):
-            self.head = head_transform(plain, device, exact, model)
+            self.head = head_transform(plain, device, exact)
         layer = plain.get_output_embeddings()
-        if self.head is not None and not recomputable(layer):
+        # FSDP2 gathers a head that is a unit of its own for its forward pass alone, and no gradient of its output gathers it
+        # for its chunks to be recomputed; only the weights of a plain linear layer without training are kept
+        plain_linear = type(layer).__bases__ == (FSDPModule, nn.Linear)
+        kept = plain_linear and not any(p.requires_grad for p in layer.parameters())
+        if self.head is not None and isinstance(layer, FSDPModule) and not kept:
             logger.warning(
                 "the output head is sharded on its own and trained, quantized or adapted: whole logits are kept, since its weights "
                 "are not available to compute them again in the backward pass"

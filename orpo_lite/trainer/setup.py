@@ -27,7 +27,7 @@ from orpo_lite.model.inspection import auto_class
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import sharded, zero_stage
+from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import Objective
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ def make_objective(trainer: ORPOTrainer) -> Objective:
         logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
     exact = 1e-3 if args.mixed_precision == "no" else 0.2
     partial = sharded(model) or any(p.is_meta for p in model.parameters())
-    if partial or trainer.is_fsdp_enabled or zero_stage(trainer.accelerator) == 3:
+    if partial or trainer.is_fsdp_enabled:
         objective.find_at_first = lambda model: objective.find_head(model, args.device, exact)
     else:
         objective.find_head(model, args.device, exact)

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from accelerate.utils import DistributedType, send_to_device
+from accelerate.utils import send_to_device
 from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -33,9 +33,8 @@ from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import (
     accumulating,
     check_data_parallel,
-    prepare_to_train,
-    ready_to_evaluate,
     reshard,
+    shard_to_evaluate,
 )
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.health import learning_rate
@@ -77,8 +76,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     predictions: Any = None
     """Predictions of the last evaluation: one row per pair, with the columns `metrics.COLUMNS`."""
     step_in_progress: StepInProgress | None = None
-    deepspeed_settings: dict[str, Any] | None = None
-    """DeepSpeed's settings before an engine that only evaluates was made of them."""
 
     def __init__(
         self,
@@ -157,9 +154,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if data_collator is None:
             self.data_collator = self.collator
         check_data_parallel(self.accelerator)
-        if not self.is_deepspeed_enabled:
-            # the loss is normalized over the step: nobody may divide it again
-            self.accelerator.gradient_accumulation_steps = 1
+        # the loss is normalized over the step: nobody may divide it again
+        self.accelerator.gradient_accumulation_steps = 1
         self.objective = setup.make_objective(self)
         self.set_trl_attributes(self._tokenize_options)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
@@ -327,11 +323,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         often = self.args.torch_empty_cache_steps
         if often is not None and self.state.global_step % often == 0:
             clear_device_cache()
-        deepspeed = self.accelerator.distributed_type == DistributedType.DEEPSPEED
-        options: dict[str, Any] = {"scale_wrt_gas": False} if deepspeed else {}
-        if "lomo" in OptimizerNames(self.args.optim).value:
-            options["learning_rate"] = learning_rate(self)
-        self.accelerator.backward(loss, **options)
+        lomo = "lomo" in OptimizerNames(self.args.optim).value
+        self.accelerator.backward(loss, **({"learning_rate": learning_rate(self)} if lomo else {}))
         return loss.detach()
 
     def _shrink(self, limit: Limit, passes: str, why: str) -> None:
@@ -351,7 +344,11 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         return super().create_optimizer(*([] if model is None else [model]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        prepare_to_train(self)
+        reshard(self.model)  # where it was evaluated before
+        if self.args.world_size > 1:
+            # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
+            # wraps already: the processes would train apart
+            self.model._is_accelerate_prepared = False
         try:
             return super().train(*args, **kwargs)
         finally:
@@ -397,8 +394,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started, clock = time.monotonic(), self.clock
-        with ready_to_evaluate(self):
-            metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
+        shard_to_evaluate(self)
+        metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
         reshard(self.model)
         if not self.is_in_train:
             plain_attention(unwrap(self.unwrapped()))

@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -18,7 +17,6 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, 
 from orpo_lite import ORPOTrainer
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.model.adapter import prepare_frozen
-from orpo_lite.model.base import unsharded_loading
 from orpo_lite.model.precision import Precision
 from orpo_lite.trainer import config as orpo_config
 from orpo_lite.trainer.distributed import gathered
@@ -44,12 +42,8 @@ def save_base(folder):
     tokenize_rows(rows(7, seed=9), tokenizer(), options)[0].save_to_disk(f"{folder}/eval")
 
 
-def load(folder, base="float", at_once=False, dtype=torch.float32, **lora):
-    """The base with an adapter whose B is not 0, so that every gradient counts.
-
-    Args:
-        at_once: let transformers cut the weights up as it loads them, where it knows of ZeRO-3.
-    """
+def load(folder, base="float", dtype=torch.float32, **lora):
+    """The base with an adapter whose B is not 0, so that every gradient counts."""
     options = {}
     if base == "nf4":
         storage = dtype if lora.pop("storage", False) else torch.uint8
@@ -58,8 +52,7 @@ def load(folder, base="float", at_once=False, dtype=torch.float32, **lora):
             bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
         )  # fmt: skip
         options["device_map"] = {"": "cpu"}
-    with contextlib.nullcontext() if at_once else unsharded_loading():
-        model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     torch.manual_seed(1)
     lora = dict(r=4, target_modules="all-linear", init_lora_weights=False) | lora
     model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", **lora))
@@ -73,24 +66,7 @@ class Steps(TrainerCallback):
     def __init__(self):
         self.gradients, self.kinds = [], set()
 
-    def on_train_begin(self, args, state, control, model=None, **kwargs):
-        if self.trainer.is_deepspeed_enabled:  # whose step is inside of the last backward pass
-            from deepspeed.utils import safe_get_full_grad
-
-            engine = self.trainer.deepspeed
-            step = engine.step
-
-            def look():
-                found = [safe_get_full_grad(p).flatten() for p in model.parameters() if p.requires_grad]
-                self.gradients.append(torch.cat(found).clone())
-                self.kinds |= {"partitioned" if hasattr(p, "ds_id") else "whole" for p in model.parameters()}
-                step()
-
-            engine.step = look
-
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        if self.trainer.is_deepspeed_enabled:
-            return
         found = []
         for p in model.parameters():
             self.kinds.add(type(p).__name__)
@@ -121,36 +97,10 @@ def as_fsdp(args):
     assert args.parallel_mode.name == "DISTRIBUTED" and not AcceleratorState._shared_state
 
 
-def as_deepspeed():
-    """accelerate takes DeepSpeed on a CPU for single processes: tell it that these are GPUs, which are joined by gloo."""
-    import deepspeed.ops
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # minutes of compiling
-    PartialState._prepare_backend = lambda *_: ("gloo", DistributedType.MULTI_GPU)
-    os.environ |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_TORCH_DEVICE": "cpu", "ACCELERATE_USE_CPU": "false"}
-
-
 def as_bfloat16():
     """As on a GPU: on a CPU our config takes float32, and transformers' refuses bfloat16."""
     orpo_config.choose_precision = lambda *_: Precision(torch.bfloat16, False, True, "as on a GPU")
     training_args.is_torch_bf16_gpu_available = lambda: True
-
-
-def zero(stage, whole=0):
-    """DeepSpeed's settings, as accelerate's file or training.deepspeed give them.
-
-    Args:
-        whole: weights of at most so many numbers stay whole on all processes as well.
-    """
-    return {
-        "zero_optimization": {"stage": stage, "stage3_param_persistence_threshold": whole},
-        "train_micro_batch_size_per_gpu": "auto",
-        "gradient_accumulation_steps": "auto",
-        "train_batch_size": "auto",
-        "gradient_clipping": "auto",
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-    }
 
 
 def trained(folder, out, cases, engine="ddp"):
@@ -171,9 +121,6 @@ def prepared(folder, out, base, layout, options, engine):
     options = (
         dict(use_cpu=True, max_steps=3, optim="sgd", max_grad_norm=1e9, train_sampling_strategy="random") | options
     )
-    if engine.startswith("zero") and "WORLD_SIZE" in os.environ:
-        as_deepspeed()
-        options |= {"deepspeed": zero(int(engine[4]), whole=10**5 * engine.endswith("whole")), "use_cpu": False}
     if options.get("bf16"):
         as_bfloat16()
     args = config(
@@ -183,11 +130,11 @@ def prepared(folder, out, base, layout, options, engine):
     AcceleratorState._reset_state()
     if engine == "accelerate-fsdp2" and "WORLD_SIZE" in os.environ:
         as_fsdp(args)
-    if base == "nf4" and ("fsdp2" in engine or "zero3" in engine):
+    if base == "nf4" and "fsdp2" in engine:
         lora["storage"] = True
     if options.get("bf16"):
         lora["dtype"] = torch.bfloat16
-    model = load(folder, base, at_once=engine == "zero3-at-once", **lora)
+    model = load(folder, base, **lora)
     if engine == "fsdp2" and processes > 1:
         shard(model)
     return model, args, load_from_disk(f"{folder}/train"), load_from_disk(f"{folder}/eval")
@@ -214,36 +161,12 @@ def one(folder, out, base, layout, options, engine):
     }
 
 
-def recipe_run(words):
-    """run.json of a recipe's run under DeepSpeed, and what share of the weights its engines found cut up already."""
-    from orpo_lite.recipe import Recipe
-    from orpo_lite.train.pipeline import run
-    from orpo_lite.trainer import distributed
-
-    shares = []
-    if "WORLD_SIZE" in os.environ:
-        as_deepspeed()
-        # the rest of it refuses DeepSpeed on a CPU
-        distributed.init_process_group = lambda seconds, cpu: PartialState(timeout=timedelta(seconds=seconds))
-        from deepspeed.runtime.engine import DeepSpeedEngine
-
-        made = DeepSpeedEngine._configure_distributed_model
-
-        def look(self, model):
-            marks = [hasattr(p, "ds_id") for p in model.parameters()]
-            shares.append(sum(marks) / len(marks))
-            made(self, model)
-
-        DeepSpeedEngine._configure_distributed_model = look
-    return run(Recipe.load("quickstart", words)).facts, shares
-
-
 class Died(Exception):
     pass
 
 
 class Dies(TrainerCallback):
-    """The end, right after the checkpoint of a step; the rows of every step's pairs; and what DeepSpeed goes on from."""
+    """The end, right after the checkpoint of a step, and the rows of every step's pairs."""
 
     def __init__(self, step, out):
         self.step, self.rows, self.out = step, [], out

@@ -1,4 +1,4 @@
-"""Launcher configs: accelerate and DeepSpeed take every key of every file, and a real launch of two processes trains."""
+"""Launcher configs: accelerate takes every key of every file, and a real launch of two processes trains."""
 
 import argparse
 import json
@@ -15,8 +15,8 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin, patch_environment
-from accelerate.utils.launch import _filter_args, prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
+from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
 from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
 from torch.distributed.run import config_from_args, get_args_parser
 
@@ -24,23 +24,20 @@ from orpo_lite.recipe.loading import recipes_folder, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
-ONE_MACHINE = ("ddp", "fsdp2-qlora", "fsdp2-qlora-offload", "zero2", "zero3", "zero3-offload")
+ONE_MACHINE = ("ddp", "fsdp2-qlora", "fsdp2-qlora-offload")
 
 
 def launcher(name: str, *words: str) -> argparse.Namespace:
     """accelerate's own arguments for a file, as `accelerate launch` has them when it starts torchrun."""
     line = ["--config_file", str(FILES[name]), *words, "-m", "orpo_lite.train", "--recipe", "quickstart"]
     args, _, _ = _validate_launch_command(launch_command_parser().parse_args(line))
-    args.deepspeed_fields_from_accelerate_config = ""
     return args
 
 
 def environment(name: str, *words: str) -> tuple[dict[str, str], argparse.Namespace]:
     """Environment of the processes, and the launcher's arguments."""
     args = launcher(name, *words)
-    prepare = prepare_deepspeed_cmd_env if args.use_deepspeed else prepare_multi_gpu_env
-    found = prepare(args)
-    return (found[1] if isinstance(found, tuple) else found), args
+    return prepare_multi_gpu_env(args), args
 
 
 def test_every_kind_is_there_for_one_machine_and_for_several():
@@ -53,12 +50,11 @@ def test_accelerate_takes_every_key_and_value_of_the_file(name):
     loaded = load_config_from_file(str(FILES[name]))  # unknown keys at the top are refused by it
     content = yaml.safe_load(FILES[name].read_text("utf-8"))
     args = launcher(name)
-    for section in (content, content.get("fsdp_config", {}), content.get("deepspeed_config", {})):
+    for section in (content, content.get("fsdp_config", {})):
         for key, value in section.items():
-            if key not in ("compute_environment", "distributed_type", "fsdp_config", "deepspeed_config"):
+            if key not in ("compute_environment", "distributed_type", "fsdp_config"):
                 assert getattr(args, key) == value, key  # AttributeError: the launcher knows no such key
     assert args.use_fsdp == (loaded.distributed_type == DistributedType.FSDP)
-    assert args.use_deepspeed == (loaded.distributed_type == DistributedType.DEEPSPEED)
     # a file's precision would overrule a T4's float16, or be overruled: the recipe's dtype alone decides
     assert args.mixed_precision == "no" and "mixed_precision" not in content
 
@@ -85,28 +81,6 @@ def test_fsdp_files_make_the_plugin_they_say(name):
     assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == ("offload" in name)
     assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
     assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
-
-
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("zero")])
-def test_deepspeed_takes_the_config_that_its_files_make(name):
-    deepspeed_config = pytest.importorskip("deepspeed.runtime.config")
-    found, _ = environment(name)
-    with patch_environment(**{key: value for key, value in found.items() if key.startswith("ACCELERATE_")}):
-        plugin = DeepSpeedPlugin()
-    config = plugin.deepspeed_config
-    # what transformers fills in from the recipe has to be left to it
-    assert {config[key] for key in ("train_batch_size", "gradient_accumulation_steps", "gradient_clipping")} == {"auto"}
-    filled = config | {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1,
-                       "gradient_clipping": 1.0, "steps_per_print": 1}  # fmt: skip
-    zero = deepspeed_config.DeepSpeedConfig(filled).zero_config
-    assert int(zero.stage) == int(name[4]) and plugin.hf_ds_config.is_zero3() == (name[4] == "3")
-    devices = {
-        str(getattr(offload.device, "value", offload.device))
-        for offload in (zero.offload_optimizer, zero.offload_param)
-        if offload
-    }
-    assert devices == ({"cpu"} if "offload" in name else {"none"})
-    assert plugin.zero3_init_flag == (name[4] == "3") and not zero.gather_16bit_weights_on_model_save
 
 
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith("-multinode")])
@@ -187,7 +161,7 @@ def job(folder: Path, srun: str, **variables: str) -> dict[str, str]:
     return os.environ | given | {"PATH": os.pathsep.join(programs), "CALLS": str(folder / "calls")} | variables
 
 
-@pytest.mark.parametrize("file", [None, "zero3-multinode"])
+@pytest.mark.parametrize("file", [None, "fsdp2-qlora-multinode"])
 def test_slurm_starts_one_launcher_a_node(file, tmp_path):
     variables = {"ACCELERATE_CONFIG": str(FILES[file])} if file else {}
     settings = job(

@@ -262,7 +262,7 @@ def test_watching_changes_no_number(tmp_path, tokenizer):
     assert keep.states == blind_keep.states
 
 
-def test_deepspeed_and_layerwise_optimizers_cannot_skip(tmp_path, tokenizer):
+def test_layerwise_optimizers_cannot_skip(tmp_path, tokenizer):
     with pytest.raises(ValueError, match="on_nonfinite: found skip, expected stop"):
         build(tmp_path, tokenizer, on_nonfinite="skip", optim="galore_adamw_layerwise", optim_target_modules=["q_proj"])
 
