@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from orpo_lite.common.console import console, run_command
+from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.gpus import Card, Parallelism, Target, card_here, find_cards
 from orpo_lite.recipe import Recipe
@@ -48,19 +47,20 @@ def command(
         card = card_to_fit(cards, gpu)
         print_fit(loaded, card, output or Path(f"{card.fitted_name(loaded.name)}.yaml"), as_json)
         return
-    from orpo_lite.plan import tables
-    from orpo_lite.plan.search import Planner, judge
+    with json_alone(as_json) as print_json:
+        from orpo_lite.plan import tables
+        from orpo_lite.plan.search import Planner, judge
 
-    planner = Planner(parallelism=parallelism)
-    default = Target("cpu") if gpu == "cpu" else Target("cuda")
-    made = planner(loaded, cards[0].target if len(cards) == 1 else default)
-    verdicts = [judge(loaded, card, planner) for card in cards]
-    if as_json:
-        print(json.dumps(made.as_dict() | {"cards": [tables.verdict_as_dict(one) for one in verdicts]}, indent=1))
-        return
-    tables.show_plan(console, made)
-    if verdicts:
-        tables.show_cards(console, verdicts)
+        planner = Planner(parallelism=parallelism)
+        default = Target("cpu") if gpu == "cpu" else Target("cuda")
+        made = planner(loaded, cards[0].target if len(cards) == 1 else default)
+        verdicts = [judge(loaded, card, planner) for card in cards]
+        if as_json:
+            print_json(made.as_dict() | {"cards": [tables.verdict_as_dict(one) for one in verdicts]})
+            return
+        tables.show_plan(console, made)
+        if verdicts:
+            tables.show_cards(console, verdicts)
 
 
 def cards_asked_for(recipe: Recipe, gpu: str | None) -> list[Card]:
@@ -100,23 +100,24 @@ def print_fit(recipe: Recipe, card: Card, path: Path, as_json: bool) -> None:
         raise RequestError(f"{path}: exists already; give another file with --output, or remove it")
     if not path.parent.is_dir():
         raise RequestError(f"--output: found {path}, but there is no folder {path.parent}: create it first")
-    from orpo_lite.plan import tables
-    from orpo_lite.plan.search import fit
+    with json_alone(as_json) as print_json:
+        from orpo_lite.plan import tables
+        from orpo_lite.plan.search import fit
 
-    found = fit(recipe, card)
-    path.write_text(tables.fitted_recipe(found), "utf-8")
-    if as_json:
-        choice = found.choice
-        told = {
-            "card": card.name,
-            "recipe": str(path),
-            "overrides": choice.words,
-            "relative_time": choice.cost / found.before.cost,
-        }
-        print(json.dumps(choice.plan.as_dict() | {"cards": [], "fit": told}, indent=1))
-        return
-    tables.show_plan(console, found.choice.plan)
-    tables.show_fit(console, found, path)
+        found = fit(recipe, card)
+        path.write_text(tables.fitted_recipe(found), "utf-8")
+        if as_json:
+            choice = found.choice
+            told = {
+                "card": card.name,
+                "recipe": str(path),
+                "overrides": choice.words,
+                "relative_time": choice.cost / found.before.cost,
+            }
+            print_json(choice.plan.as_dict() | {"cards": [], "fit": told})
+            return
+        tables.show_plan(console, found.choice.plan)
+        tables.show_fit(console, found, path)
 
 
 if __name__ == "__main__":

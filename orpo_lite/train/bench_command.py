@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-import json
 from typing import Annotated, Any
 
 import typer
 from rich.table import Table
 
-from orpo_lite.common.console import console, errors
+from orpo_lite.common.console import console, errors, json_alone
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
@@ -58,15 +57,16 @@ def command(
     if not all(0 < size <= pairs for size in sizes):
         raise RequestError(f"--batch: found {batch!r}, expected numbers from 1 to {pairs} (--pairs), such as 1,2,4")
     chosen = Recipe.load(recipe, overrides or [])
-    from orpo_lite.train.bench import Contest, random_model
+    with json_alone(as_json) as print_json:
+        from orpo_lite.train.bench import Contest, random_model
 
-    with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
-        contest = Contest(spec, pairs, names, checkpointing)
-        races = []
-        for size in sizes:
-            errors.print(f"measuring batches of {size}")
-            races.append(contest.race(size, repeats))
-    if as_json:
-        print(json.dumps({"setting": contest.setting, "races": races}, indent=1))
-    else:
-        show(contest.setting, races)
+        with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
+            contest = Contest(spec, pairs, names, checkpointing)
+            races = []
+            for size in sizes:
+                errors.print(f"measuring batches of {size}")
+                races.append(contest.race(size, repeats))
+        if as_json:
+            print_json({"setting": contest.setting, "races": races})
+        else:
+            show(contest.setting, races)

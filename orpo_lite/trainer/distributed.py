@@ -164,12 +164,11 @@ def world(accelerator: Any) -> dict[str, Any]:
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
-    joined = torch.distributed.is_available() and torch.distributed.is_initialized()
     return {
         "processes": processes,
         "nodes": max(1, processes // here),
         "processes_per_node": min(here, processes),
         "strategy": "fsdp2" if accelerator.is_fsdp2 else "ddp" if processes > 1 else "none",
-        "backend": torch.distributed.get_backend() if joined else None,
+        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
         "launcher": launcher,
     }

@@ -80,11 +80,11 @@ def named(doing: str, advice: str = SAVERS) -> Iterator[None]:
 
 def obstacle_to_smaller_batches(trainer: Any, training: bool) -> str:
     """Say why a pass cannot be repeated with smaller micro-batches; empty where it can."""
-    optim = OptimizerNames(trainer.args.optim).value
     if trainer.accelerator.distributed_type != DistributedType.NO:
         return "in distributed training, where the processes wait for one another"
-    changes = training and ("lomo" in optim or "layerwise" in optim)
-    return f"with {optim}, which changes weights during the backward pass" if changes else ""
+    if not training or not trainer.guard.inside_backward:
+        return ""
+    return f"with {OptimizerNames(trainer.args.optim).value}, which changes weights during the backward pass"
 
 
 def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> Any:
