@@ -43,15 +43,12 @@ class Pairs:
     """The training sources, before they are sampled and pairs held out."""
 
 
-def load_pairs(
-    spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, encoder_decoder: bool = False, field: str = "data.train"
-) -> Pairs:
+def load_pairs(spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, field: str = "data.train") -> Pairs:
     """Read, convert, tokenize and split the data of a recipe.
 
     Args:
         spec: the recipe's `data` section.
         tokenizer: the model's, with its chat template.
-        encoder_decoder: whether the model is one.
         field: name of the training pairs in errors.
 
     Raises:
@@ -62,7 +59,7 @@ def load_pairs(
     shapes: Shapes = {}
 
     def read(sources: list[DataSource], name: str, limit: int | None) -> list[Tokenized]:
-        return read_section(spec, sources, name, limit, tokenizer, encoder_decoder, shapes)
+        return read_section(spec, sources, name, limit, tokenizer, shapes)
 
     train = read(spec.train, field, spec.max_rows)
     held_out = read(spec.eval or [], "data.eval", spec.max_eval_rows)
@@ -87,16 +84,13 @@ def read_section(
     field: str,
     limit: int | None,
     tokenizer: PreTrainedTokenizerBase,
-    encoder_decoder: bool,
     shapes: Shapes,
 ) -> list[Tokenized]:
     """Tokenize each source, up to a limit of rows over all of them in their order, and describe it in `shapes`."""
     from orpo_lite.data.token_cache import TokenizeOptions, tokenize_source  # which imports torch
 
     common = TokenizeOptions.__dataclass_fields__.keys() & type(spec).model_fields.keys()
-    options = TokenizeOptions(
-        **{name: getattr(spec, name) for name in common}, encoder_decoder=encoder_decoder, strict=True
-    )
+    options = TokenizeOptions(**{name: getattr(spec, name) for name in common}, strict=True)
     section = field.removeprefix("data.")
     done: list[Tokenized] = []
     for number, source in enumerate(sources):

@@ -38,12 +38,16 @@ def command(
                    "others or cannot be used to a new .jsonl file, and a list of these")] = None,
 ) -> None:  # fmt: skip
     """Show what a recipe will be trained on: counts, drops, quality, token lengths, decoded examples."""
+    from orpo_lite.model import load_tokenizer
+    from orpo_lite.model.template_variables import check_variables
+
     resolved = Recipe.load(recipe, overrides or [])
     if fix:
         check_target(resolved.data, fix)
-    tokenizer, encoder_decoder = read_tokenizer(resolved)
+    tokenizer = load_tokenizer(resolved.model)
+    check_variables(tokenizer, resolved.data.template_kwargs, "data.template_kwargs")
     try:
-        pairs = load_pairs(resolved.data, tokenizer, encoder_decoder=encoder_decoder)
+        pairs = load_pairs(resolved.data, tokenizer)
     except TooManyDropped as error:
         # show the counts before the error, which sets the exit status
         fixed = write_fixed(resolved.data, error.sources[0], fix) if fix and error.sources[0].report.kept else None
@@ -55,17 +59,6 @@ def command(
     fixed = write_fixed(resolved.data, pairs.sources[0], fix) if fix else None
     findings = inspect(pairs.sources, tokenizer)
     print_report(pairs.report, pairs.shapes, pairs, shown, list_drops, as_json, findings, fixed)
-
-
-def read_tokenizer(recipe: Recipe) -> tuple[PreTrainedTokenizerBase, bool]:
-    """Return the recipe's tokenizer, and whether its model is an encoder-decoder."""
-    from orpo_lite.model import load_tokenizer
-    from orpo_lite.model.base import read_config
-    from orpo_lite.model.template_variables import check_variables
-
-    tokenizer = load_tokenizer(recipe.model)
-    check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
-    return tokenizer, bool(read_config(recipe.model).is_encoder_decoder)
 
 
 def print_report(
@@ -182,10 +175,8 @@ def bar(count: int, largest: int, width: int) -> str:
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
     """Return one pair decoded: the prompt, as it precedes the chosen answer, and the labels of each side."""
-    if "prompt_ids" in row:
-        prompt, runs = row["prompt_ids"], {side: [(True, row[f"{side}_ids"])] for side in SIDES}
-    else:
-        prompt, runs = row["chosen_ids"][: row["chosen_start"]], {side: label_runs(row, side) for side in SIDES}
+    prompt = row["chosen_ids"][: row["chosen_start"]]
+    runs = {side: label_runs(row, side) for side in SIDES}
     chosen, rejected = ([token for labeled, run in runs[side] if labeled for token in run] for side in SIDES)
     return {
         "source": row["source"],
@@ -202,7 +193,7 @@ def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str
 
 
 def label_runs(row: dict[str, Any], side: str) -> list[tuple[bool, list[int]]]:
-    """Return the completion of a decoder's pair in runs of tokens: whether they are labels, and the tokens."""
+    """Return the completion in runs of tokens: whether they are labels, and the tokens."""
     ids, answers = row[f"{side}_ids"], answer_tokens(row, side)
     places = itertools.groupby(range(row[f"{side}_start"], len(ids)), answers.__contains__)
     return [(labeled, [ids[place] for place in run]) for labeled, run in places]

@@ -12,7 +12,7 @@ from torch import Tensor
 from orpo_lite.data.lengths import answer_tokens
 
 Row = dict[str, Any]
-ROW_FIELDS = ("prompt_ids", "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "row")
+ROW_FIELDS = ("chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "row")
 Label = tuple[int, ...]
 """The fields of LABEL_FIELDS, see `PaddedCollator`."""
 LABEL_FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")
@@ -30,10 +30,9 @@ class PaddedCollator:
     Args:
         pad_token_id: fills the end of short sequences; never a label, since labels come from lengths.
         nll_scope: prompt+chosen or chosen.
-        decoder_start_token_id: set for encoder-decoder models: prompts go to the encoder, completions are the labels.
 
     A batch of B pairs holds:
-        input_ids, attention_mask: (2B, L) int64; for encoder-decoders the prompts, with decoder_input_ids (2B, D).
+        input_ids, attention_mask: (2B, L) int64.
         label_rows: (N,) flat index of the hidden state that predicts each label.
         label_ids: (N,) the labels.
         chosen_pair, rejected_pair, nll_pair: (N,) the pair (0 to B-1) for whose chosen completion, rejected
@@ -44,22 +43,17 @@ class PaddedCollator:
 
     pad_token_id: int
     nll_scope: str = "prompt+chosen"
-    decoder_start_token_id: int | None = None
 
     def __call__(self, pairs: list[Row]) -> dict[str, Any]:
         sequences = [p["chosen_ids"] for p in pairs] + [p["rejected_ids"] for p in pairs]
-        if self.decoder_start_token_id is None:
-            answers = [answer_tokens(p, side, first=1) for side in ("chosen", "rejected") for p in pairs]
-            batch = self._pad(sequences)
-            width = batch["input_ids"].shape[1]
-        else:
-            sequences = [[self.decoder_start_token_id, *ids] for ids in sequences]
-            answers = [range(1, len(ids)) for ids in sequences]
-            batch = self._pad([p["prompt_ids"] for p in pairs] * 2)
-            batch["decoder_input_ids"] = self._pad([ids[:-1] for ids in sequences])["input_ids"]
-            width = batch["decoder_input_ids"].shape[1]
+        answers = [answer_tokens(p, side, first=1) for side in ("chosen", "rejected") for p in pairs]
+        width = max(map(len, sequences))
+        padded = torch.full((len(sequences), width), self.pad_token_id)
+        mask = torch.zeros_like(padded)
         labels: list[Label] = []
         for i, (ids, answer) in enumerate(zip(sequences, answers, strict=True)):
+            padded[i, : len(ids)] = torch.as_tensor(ids)
+            mask[i, : len(ids)] = 1
             pair, chosen = i % len(pairs), i < len(pairs)
             everything = chosen and self.nll_scope == "prompt+chosen"
             # a row predicts the token after it, so the first token of a sequence is never a label
@@ -67,15 +61,7 @@ class PaddedCollator:
                 counted = pair if t in answer else -1
                 sides = (counted, -1, pair) if chosen else (-1, counted, -1)
                 labels.append((i * width + t - 1, ids[t], *sides))
-        return batch | about_pairs(labels, pairs, self)
-
-    def _pad(self, sequences: list[list[int]]) -> dict[str, Tensor]:
-        ids = torch.full((len(sequences), max(map(len, sequences))), self.pad_token_id)
-        mask = torch.zeros_like(ids)
-        for i, sequence in enumerate(sequences):
-            ids[i, : len(sequence)] = torch.as_tensor(sequence)
-            mask[i, : len(sequence)] = 1
-        return {"input_ids": ids, "attention_mask": mask}
+        return {"input_ids": padded, "attention_mask": mask} | about_pairs(labels, pairs, self)
 
 
 @dataclass
@@ -134,6 +120,11 @@ class PackedCollator:
                 labels.append((start + before, rejected[t], -1, pair, -1))
 
 
+def collator_of(layout: str, nll_scope: str = "prompt+chosen", pad: int = 0) -> PaddedCollator | PackedCollator:
+    """Make the collator of a layout."""
+    return PaddedCollator(pad, nll_scope) if layout == "padded" else PackedCollator(nll_scope, layout == "shared")
+
+
 def common_prefix(a: list[int], b: list[int]) -> int:
     """Return the length of the longest common prefix."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
@@ -150,15 +141,11 @@ def about_pairs(labels: list[Label], pairs: list[Row], collator: PaddedCollator 
 
 def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:
     """Convert a batch of TRL's DPO collator, or of a user's own of that form, to one of `collator`."""
-    encoder_decoder = "chosen_input_ids" not in batch
     pairs: list[Row] = []
     for i in range(len(batch["chosen_labels"])):
         pair: Row = {}
         for side in ("chosen", "rejected"):
             labels = batch[f"{side}_labels"][i]
-            if encoder_decoder:
-                pair[f"{side}_ids"] = labels[labels != -100].tolist()
-                continue
             kept = batch[f"{side}_attention_mask"][i].bool()
             pair[f"{side}_ids"] = batch[f"{side}_input_ids"][i][kept].tolist()
             unlabeled = (labels[kept] == -100).tolist()
@@ -166,8 +153,6 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -
             runs = itertools.groupby(range(start, len(unlabeled)), unlabeled.__getitem__)
             context = [list(run) for skipped, run in runs if skipped]
             pair[f"{side}_context"] = [place for run in context for place in (run[0], run[-1] + 1)]
-        if encoder_decoder:
-            pair["prompt_ids"] = batch["prompt_input_ids"][i][batch["prompt_attention_mask"][i].bool()].tolist()
         pairs.append(pair)
     return collator(pairs)
 
@@ -187,11 +172,7 @@ def pair_tokens(batch: dict[str, Any]) -> list[int]:
     """Return the tokens that each pair of a batch costs, as `lengths.pair_costs` counts them."""
     if "segments" in batch:
         return [prefix + chosen + rejected for _, prefix, chosen, rejected in batch["segments"]]
-    lengths = batch["attention_mask"].sum(1)
-    if "decoder_input_ids" in batch:
-        rows, width = batch["decoder_input_ids"].shape
-        lengths = lengths + torch.bincount(batch["label_rows"] // width, minlength=rows)
-    return (2 * lengths.view(2, -1).amax(0)).tolist()
+    return (2 * batch["attention_mask"].sum(1).view(2, -1).amax(0)).tolist()
 
 
 def select_pairs(batch: dict[str, Any], pairs: list[int]) -> dict[str, Any]:

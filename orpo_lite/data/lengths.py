@@ -58,7 +58,7 @@ def answer_tokens(row: dict[str, Any], side: str, first: int = 0) -> dict[int, N
     """Return the places of a sequence whose tokens belong to answers, in order: the completion without its context.
 
     Args:
-        row: a tokenized pair of a decoder.
+        row: a tokenized pair.
         side: chosen or rejected.
         first: leave out places before it: the first token of a sequence has none before it that could predict it.
     """
@@ -76,11 +76,8 @@ def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     The prompt is the longer of both, should the boundary differ. The total counts it once.
     """
     chosen, rejected = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
-    if "prompt_ids" in pairs.column_names:
-        prompt = list_lengths(pairs, "prompt_ids")
-    else:
-        starts = numbers(pairs, "chosen_start"), numbers(pairs, "rejected_start")
-        prompt, chosen, rejected = np.maximum(*starts), chosen - starts[0], rejected - starts[1]
+    starts = numbers(pairs, "chosen_start"), numbers(pairs, "rejected_start")
+    prompt, chosen, rejected = np.maximum(*starts), chosen - starts[0], rejected - starts[1]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "total": prompt + chosen + rejected}
 
 
@@ -114,8 +111,6 @@ def pair_costs(pairs: Any, layout: str) -> np.ndarray:
     Padded counts the longer side twice; shared counts the common prefix once.
     """
     lengths = list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")
-    if "prompt_ids" in pairs.column_names:  # encoder-decoder: the prompt is not part of the sequences
-        return 2 * (list_lengths(pairs, "prompt_ids") + np.maximum(*lengths))
     if layout == "padded":
         return 2 * np.maximum(*lengths)
     if layout == "packed":

@@ -145,8 +145,8 @@ def answer_minima(rows: datasets.Dataset) -> np.ndarray:
 
 def parts_of(row: dict[str, Any]) -> list[list[int]]:
     """Return the tokens of both answers and of the prompt."""
-    sides = [row[f"{side}_ids"][row.get(f"{side}_start", 0) :] for side in SIDES]
-    return [*sides, row["prompt_ids"] if "prompt_ids" in row else row["chosen_ids"][: row["chosen_start"]]]
+    sides = [row[f"{side}_ids"][row[f"{side}_start"] :] for side in SIDES]
+    return [*sides, row["chosen_ids"][: row["chosen_start"]]]
 
 
 def alike(one: list[list[int]], other: list[list[int]]) -> bool:

@@ -68,10 +68,10 @@ def tokenize_rows(
         enough: usable pairs after which a stream is read no further; None reads it to its end.
 
     Returns:
-        Decoder-only: `chosen_ids` and `rejected_ids` (lists of int32, prompt and completion), `chosen_start` and
+        `chosen_ids` and `rejected_ids` (lists of int32, prompt and completion), `chosen_start` and
         `rejected_start` (int32, index of the completion's first token), `row` (int64, index in `rows`), `source`
         (int32, 0); where completions have several turns, `chosen_context` and `rejected_context` (lists of int32: begin
-        and end of each run of tokens that is no label). Encoder-decoder: `prompt_ids`, `chosen_ids`, `rejected_ids` (the completions), `row`, `source`.
+        and end of each run of tokens that is no label).
 
     Raises:
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.

@@ -22,7 +22,7 @@ from orpo_lite.data.dropped_rows import (
     WRONG_TYPES,
     Dropped,
 )
-from orpo_lite.data.encode import Encoder, Ids, Texts, template_text
+from orpo_lite.data.encode import Encoder, Ids, template_text
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import COLUMNS, describe, hashed
 from orpo_lite.data.row_shapes import (
@@ -46,7 +46,7 @@ NO_TURN_END = (
     "EOS, as with trl"
 )
 NO_EOS = "the tokenizer has no EOS token: completions end as the template writes them"
-UNUSED_LIMIT = "max_completion_length is for encoder-decoder models and not used here, as in TRL"
+UNUSED_LIMIT = "max_completion_length cuts no pair, as in TRL: max_length limits prompt and completion together"
 SEVERAL_TURNS = (
     "have completions of several turns: each answer is trained up to its own end, the turns between are context"
 )
@@ -73,7 +73,7 @@ class TokenizeOptions:
     max_length: int | None = 1024
     max_prompt_length: int | None = None
     max_completion_length: int | None = None
-    """Tokens of the completion; encoder-decoders take 128 if None, decoders read it only if `strict`, as in TRL."""
+    """Tokens of the completion, read only if `strict`, as in TRL."""
     overlong: Literal["drop", "truncate"] = "truncate"
     """truncate cuts the completion's end and, if `strict` or with a max_prompt_length, the prompt's oldest content."""
     completion_end: Literal["trl", "turn"] = "trl"
@@ -81,14 +81,12 @@ class TokenizeOptions:
     system: Literal["template", "merge"] = "template"
     pairing: Literal["best-worst", "all"] = "best-worst"
     template_kwargs: dict[str, Any] = field(default_factory=dict)
-    encoder_decoder: bool = False
-    """Tokenize prompt and completions separately, with special tokens added."""
     strict: bool = False
     """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped."""
 
 
 class Side(NamedTuple):
-    """Prompt and one completion as one sequence; of encoder-decoders the completion alone."""
+    """Prompt and one completion as one sequence."""
 
     ids: Ids
     start: int
@@ -98,7 +96,7 @@ class Side(NamedTuple):
 
     @property
     def labels(self) -> int:
-        """Tokens that are trained on; the first of a decoder's sequence has none before it that could predict it."""
+        """Tokens that are trained on; the first of a sequence has none before it that could predict it."""
         return len(self.ids) - self.start - sum(self.context[1::2]) + sum(self.context[::2])
 
     @property
@@ -152,11 +150,9 @@ class PairTokenizer:
         self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue] (set on the class)
         self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
         self.max_length = options.max_length or UNLIMITED
-        # TRL 1.16 reads max_completion_length for encoder-decoders only
         self.max_completion = (options.strict and options.max_completion_length) or UNLIMITED
-        self.names = ["prompt_ids", "chosen_ids", "rejected_ids"] if options.encoder_decoder else [
-            "chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context"]  # fmt: skip
-        self.names += ["row", "key", *(COLUMNS if options.strict else ())]
+        self.names = ["chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context",
+                      "row", "key", *(COLUMNS if options.strict else ())]  # fmt: skip
 
     def __call__(self, rows: list[Numbered]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
@@ -168,7 +164,7 @@ class PairTokenizer:
                 chunk.drop(number, rendered)
             else:
                 texts.append((number, pair, rendered))
-        tokens = self.encode([rendered.texts for _, _, rendered in texts])
+        tokens = self.encoder.triples([rendered.texts for _, _, rendered in texts])
         for (number, pair, rendered), ids in zip(texts, tokens, strict=True):
             try:
                 values = self._finish(pair, rendered, ids, chunk.counts)
@@ -233,48 +229,27 @@ class PairTokenizer:
         """Return a string as it is; one that ends as a chat template ends a turn gets no EOS behind it."""
         return Answers(text, ended=self.options.strict and bool(last_special(self.special, text)))
 
-    def encode(self, texts: list[Texts]) -> list[tuple[Ids, Ids, Ids]]:
-        """Return the ids of prompt, chosen and rejected: whole texts for decoders, three parts for encoder-decoders."""
-        if not self.options.encoder_decoder:
-            return self.encoder.triples(texts)
-        parts = [part for prompt, *sides in texts for part in (prompt, *(side[len(prompt) :] for side in sides))]
-        ids = self.tokenizer(parts, verbose=False)["input_ids"] if parts else []
-        return list(zip(ids[0::3], ids[1::3], ids[2::3], strict=True))  # pyright: ignore[reportReturnType]
-
     def _finish(self, pair: Pair, text: Rendered, ids: tuple[Ids, Ids, Ids], counts: Counter[str]) -> tuple[Any, ...]:
         """Return the columns of one pair.
 
         Raises:
             Dropped: it does not fit, or no completion token is left.
         """
-        options, split = self.options, self.options.encoder_decoder
-        prompt: Ids = []
-        if split:
-            prompt = self._fit_encoder_prompt(ids[0])
-            prompt_cut = len(prompt) < len(ids[0])
-            whole = Side(ids[1], 0), Side(ids[2], 0)
-            answers = [answer[len(text.prompt) :] for answer in text.texts[1:]]
-            fitted = [self._fit_answer(*given) for given in zip(SIDES, whole, answers, strict=True)]
-        else:
-            whole, prompt_cut = self._fit_prompt(pair, self.sides(text, ids))
-            fitted = [self._fit_completion(name, side) for name, side in zip(SIDES, whole, strict=True)]
+        whole, prompt_cut = self._fit_prompt(pair, self.sides(text, ids))
+        fitted = [self._fit_completion(name, side) for name, side in zip(SIDES, whole, strict=True)]
         for name, side in zip(SIDES, fitted, strict=True):
-            # the first token of a decoder's sequence has no row before it that could predict it
-            if side.labels <= (not split and not side.start):
+            # the first token of a sequence has no row before it that could predict it
+            if side.labels <= (not side.start):
                 raise Dropped(NO_LABELS, f"{name} has no token that could be trained on")
         chosen, rejected = fitted
-        if options.strict and chosen.answer == rejected.answer:
+        if self.options.strict and chosen.answer == rejected.answer:
             equal = EQUAL if whole[0].answer == whole[1].answer else CUT_EQUAL
             raise Dropped(equal, "chosen and rejected are the same tokens")
         counts["several turns"] += bool(text.chosen.context or text.rejected.context)
         counts["unopened"] += text.unopened
         counts["prompt cut"] += prompt_cut
         counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, whole, strict=True))
-        if split:
-            return prompt, chosen.ids, rejected.ids
         return chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.context, rejected.context
-
-    # ---- decoders: prompt and completion in one sequence -------------------------------------------------------------
 
     def sides(self, text: Rendered, ids: tuple[Ids, Ids, Ids]) -> tuple[Side, Side]:
         """Return both sequences with boundary, BOS and end."""
@@ -337,7 +312,7 @@ class PairTokenizer:
             text = self.render([pair._replace(prompt=turns[:system] + left)])[0]
             if isinstance(text, Dropped):
                 raise text
-            return self.sides(text, self.encode([text.texts])[0])
+            return self.sides(text, self.encoder.triples([text.texts])[0])
 
         # an empty turn is not an option
         cuts = range(len(starts) + max(0, len(content) - 1))
@@ -355,26 +330,6 @@ class PairTokenizer:
             raise Dropped(COMPLETION_TOO_LONG, f"{found}, there is room for {length - side.start}")
         return Side(side.ids[:length], side.start, [min(place, length) for place in side.context])
 
-    # ---- encoder-decoders: the prompt's ids for the encoder, the completions' as labels, as in TRL --------------------
-
-    def _fit_encoder_prompt(self, prompt: Ids) -> Ids:
-        room = self.options.max_prompt_length or (self.options.max_length if self.options.strict else None) or UNLIMITED
-        if len(prompt) <= room:
-            return prompt
-        if self.options.overlong == "drop":
-            raise Dropped(PROMPT_TOO_LONG, f"the prompt has {len(prompt)} tokens, there is room for {room}")
-        opening = int(self.bos is not None and prompt[0] == self.bos)
-        return prompt[:opening] + prompt[len(prompt) - room + opening :]
-
-    def _fit_answer(self, name: str, side: Side, text: str) -> Side:
-        limit = self.options.max_completion_length or 128
-        if len(side.ids) <= limit:
-            return side
-        if self.options.overlong == "drop":
-            raise Dropped(COMPLETION_TOO_LONG, f"{name} has {len(side.ids)} tokens, there is room for {limit}")
-        # the tokenizer's own truncation: it knows which special tokens stay
-        return Side(self.tokenizer(text, truncation=True, max_length=limit)["input_ids"], 0)  # pyright: ignore
-
     def notes(self, counts: Counter[str]) -> list[str]:
         """Return what the counts of a whole source amount to, one sentence each."""
         options = self.options
@@ -382,8 +337,8 @@ class PairTokenizer:
         plain = not self.chat and self.shape != HH and options.strict
         told = {
             NO_TURN_END: options.completion_end == "turn" and self.renderer and not self.renderer.turn_end,
-            NO_EOS: self.eos is None and not options.encoder_decoder,
-            UNUSED_LIMIT: options.max_completion_length and not options.strict and not options.encoder_decoder,
+            NO_EOS: self.eos is None,
+            UNUSED_LIMIT: options.max_completion_length and not options.strict,
             f"{counts['several turns']} pairs {SEVERAL_TURNS}": counts["several turns"],
             f"{counts['unopened']} pairs {UNOPENED}": counts["unopened"],
             f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],

@@ -27,7 +27,6 @@ from orpo_lite.model.tokenizer import TemplateRefused, render_chats
 from orpo_lite.trainer.generate import Sampling, generate
 from orpo_lite.trainer.objective import Objective
 from orpo_lite.trainer.run_folder import tokenizer_of
-from orpo_lite.trainer.setup import decoder_start
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""
@@ -166,16 +165,12 @@ class Answerer:
     @property
     def context(self) -> int | None:
         """Tokens of prompt and answer together that the model has positions for; None where it names no limit."""
-        if self.model.config.is_encoder_decoder:
-            return None
         limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prompts(self, conversations: list[Turns]) -> list[list[int]]:
         """Tokenize each prompt as training does: nothing is added but a BOS that the tokenizer has and the text lacks."""
         texts = self.format.texts(conversations)
-        if self.model.config.is_encoder_decoder:
-            return [self.tokenizer(text)["input_ids"] for text in texts]
         found = [self.tokenizer(text, add_special_tokens=False)["input_ids"] for text in texts]
         bos = self.tokenizer.bos_token_id
         return [[bos, *ids] if bos is not None and ids[:1] != [bos] else ids for ids in found]
@@ -231,13 +226,11 @@ class Answerer:
         Raises:
             RequestError: the template refuses it, or an answer has no token.
         """
-        encoder_decoder, recipe = bool(self.model.config.is_encoder_decoder), self.source.recipe
+        recipe = self.source.recipe
         options = TokenizeOptions(
             max_length=None,
-            max_completion_length=2**20 if encoder_decoder else None,
             completion_end=recipe.data.completion_end if recipe else "turn",
             template_kwargs=self.format.options,
-            encoder_decoder=encoder_decoder,
         )
         row = self.format.row(turns, first, second)
         shape = row_shape(row)
@@ -246,8 +239,7 @@ class Answerer:
         if chunk.drops:
             _, reason, detail = chunk.drops[0]
             raise RequestError(f"training would drop this pair: {reason} ({detail})")
-        start = decoder_start(self.model.config) if encoder_decoder else None
-        collate = PaddedCollator(self.tokenizer.pad_token_id or 0, "chosen", start)
+        collate = PaddedCollator(self.tokenizer.pad_token_id or 0, "chosen")
         pair = {name: values[0] for name, values in chunk.columns.items()}
         device, batch = self.model.device, collate([pair])
         return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}

@@ -22,7 +22,6 @@ from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import load_saved, local_files, shorten
 from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
-from orpo_lite.model.base import read_config
 from orpo_lite.model.locating import adapter_folder
 from orpo_lite.recipe import AdapterSection, DataSection, DataSource, ModelSection, Recipe
 from orpo_lite.recipe.loading import looks_local, resolve_path
@@ -211,12 +210,11 @@ def default_recipe(source: ModelSource, data: str | None, path: str) -> Recipe:
 
 def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: str) -> Pairs:
     """Load the held-out pairs, without reading the training pairs where the two come from different data."""
-    encoder_decoder = bool(read_config(source.model).is_encoder_decoder)
     if recipe.data.eval is None:
-        return load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
+        return load_pairs(recipe.data, tokenizer)
     alone = {"train": recipe.data.eval, "eval": None, "eval_fraction": 0.0, "max_rows": recipe.data.max_eval_rows}
     section = recipe.data.model_copy(update=alone)
-    pairs = load_pairs(section, tokenizer, encoder_decoder=encoder_decoder, field=field)
+    pairs = load_pairs(section, tokenizer, field=field)
     pairs.eval = pairs.train
     return pairs
 

@@ -135,10 +135,7 @@ def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant
 
 def read_source(source: Path, spec: ModelSection) -> tuple[Any, Any]:
     """Return configuration (of the base, for an adapter) and tokenizer, as trained with."""
-    config = read_config(spec)
-    if config.is_encoder_decoder:
-        raise RequestError(f"{spec.name_or_path}: encoder-decoder models are not exported to GGUF")
-    tokenizer = tokenizer_of(source, spec)
+    config, tokenizer = read_config(spec), tokenizer_of(source, spec)
     if not config.architectures:
         with torch.device("meta"):
             config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]

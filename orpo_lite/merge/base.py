@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from accelerate import init_empty_weights
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 from transformers.utils.hub import cached_file, get_checkpoint_shard_files
 
@@ -19,7 +19,6 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.safetensors_blocks import Computed, Read, Source, Stored, blocks, rounded, stored_tensors
 from orpo_lite.merge.weight_map import KeyMap
 from orpo_lite.model.base import read_config, shipped_quantization
-from orpo_lite.model.inspection import auto_class
 from orpo_lite.model.locating import hub_errors_in_words, locate
 from orpo_lite.model.precision import default_device, quantization_settings
 from orpo_lite.recipe import ModelSection
@@ -90,7 +89,7 @@ class Base:
         """Build the model without its weights, to compute in float32."""
         config = copy.deepcopy(self.config)
         with init_empty_weights(include_buffers=False), hub_errors_in_words(self.spec.name_or_path):
-            model = auto_class(config).from_config(
+            model = AutoModelForCausalLM.from_config(
                 config, dtype=torch.float32, trust_remote_code=self.spec.trust_remote_code
             )
         return model.eval()

@@ -117,11 +117,8 @@ def alike(one: list[Edit], other: list[Edit]) -> bool:
 def untie(plan: Plan, routes: dict[str, tuple[Source, list[Link]]], one: str, other: str) -> list[str]:
     """Separate two parameters that share a tensor where the adapter changes one, or each in its own way."""
     base = plan.base
-    # an encoder-decoder's flag also ties its two embeddings, and T5's scales the outputs: it stays as it was, since
-    # transformers loads separately what a checkpoint holds twice
     config = base.model.config
-    if not config.is_encoder_decoder:
-        config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
+    config.tie_word_embeddings = config.get_text_config().tie_word_embeddings = False
     homes = {link.parameter: key for key, (_, links) in routes.items() for link in links}
     held = routes[homes.get(other) or homes[one]][0]
     for name in (one, other):

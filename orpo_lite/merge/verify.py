@@ -279,14 +279,13 @@ def run(base: Base, model: nn.Module, tokens: Tensor) -> Tensor:
     for name, buffer in named.named_buffers():
         if bare(name) in weights.homes:
             buffer.copy_(weights.whole(bare(name), buffer.shape))
-    extra = {"decoder_input_ids": tokens} if named.config.is_encoder_decoder else {}
     with ExitStack() as undo:
         for module in named.modules():
             if isinstance(module, TrainableTokensWrapper):
                 module.forward = partial(trained_tokens, module.token_adapter)
                 undo.callback(module.__dict__.pop, "forward")
         with torch.autocast("cpu", enabled=False), WeightsOnDemand(named, weights):
-            return model(input_ids=tokens, use_cache=False, **extra).logits.float()
+            return model(input_ids=tokens, use_cache=False).logits.float()
 
 
 def trained_tokens(adapter: Any, x: Tensor) -> Tensor:

@@ -106,7 +106,7 @@ def new_adapter(
     adapter_targets.check_named(model, adapter, targets)
     config = LoraConfig(
         **adapter.model_dump(include=SAME_IN_PEFT),
-        task_type="SEQ_2_SEQ_LM" if model.config.is_encoder_decoder else "CAUSAL_LM",
+        task_type="CAUSAL_LM",
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=adapter.dropout,
         target_modules=targets,
@@ -161,12 +161,10 @@ def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor
         batches: input_ids and attention_mask (B, T), repeated until every layer's directions settle.
 
     Raises:
-        RequestError: encoder-decoder base, no batches, or batches with too few tokens for the rank.
+        RequestError: no batches, or batches with too few tokens for the rank.
     """
     config: LoraConfig = model.peft_config["default"]  # type: ignore[assignment]
     batches = [dict(batch) for batch in batches]
-    if model.config.is_encoder_decoder:
-        raise RequestError("adapter.init_lora_weights: eva is not supported for encoder-decoder models")
     needed = round(max([config.r, *(config.rank_pattern or {}).values()]) * (config.eva_config or EvaConfig()).rho)
     fewest = min((int(batch["attention_mask"].sum()) for batch in batches), default=0)
     if fewest < needed:

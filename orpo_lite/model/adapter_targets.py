@@ -103,8 +103,6 @@ def token_rows(
     tokens = new_tokens(tokenizer)
     if not tokens or tokenizer is None:
         return None
-    if model.config.is_encoder_decoder:
-        raise RequestError("model.new_tokens: not supported for encoder-decoder models, whose embeddings are shared")
     ids: list[int] = [tokenizer.convert_tokens_to_ids(token) for token in tokens]  # type: ignore[misc]
     ends: list[nn.Module | None] = [model.get_input_embeddings()]
     if not model.config.get_text_config().tie_word_embeddings:

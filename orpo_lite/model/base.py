@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.inspection import auto_class, base_revision, check_quantized_share, keep_4bit_differentiable
+from orpo_lite.model.inspection import base_revision, check_quantized_share, keep_4bit_differentiable
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
 from orpo_lite.model.precision import (
     BACKENDS,
@@ -186,10 +186,10 @@ def adapt_shipped(spec: ModelSection, shipped: dict[str, Any], dtype: torch.dtyp
 
 
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
-    """Load by the right Auto class, from safetensors only, with every weight of the model in the files."""
+    """Load from safetensors only, with every weight of the model in the files."""
     try:
         with hub_errors_in_words(spec.name_or_path):
-            model, info = auto_class(config).from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(
                 locate(spec),
                 config=config,
                 revision=spec.revision,

@@ -16,10 +16,10 @@ import torch
 from filelock import FileLock
 from huggingface_hub import constants
 from safetensors.torch import save_file
-from transformers import AutoConfig, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.inspection import auto_class
+from orpo_lite.model.locating import check_decoder_only
 
 logger = logging.getLogger(__name__)
 
@@ -57,9 +57,10 @@ def cached_folder(path: Path) -> Path:
 def convert(path: Path, folder: Path) -> None:
     """Write configuration, tokenizer and weights of a GGUF file; one weight is in memory at a time."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
+    check_decoder_only(config, f"model.gguf_file: {path.name}")
     tokenizer = AutoTokenizer.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)
     with torch.device("meta"):
-        model = auto_class(config).from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     dtypes = write_weights(path, model, folder)
     config.dtype = dtypes.most_common(1)[0][0]
     vars(config).pop("quantization_config", None)

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, PreTrainedConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import is_quantized_parameter
@@ -18,11 +18,6 @@ ROUTER_CLASS = re.compile(r"Router|TopK")
 MIN_QUANTIZED = 0.95
 REPACKING_FLAG = "support_avx512bf16_for_cpu"
 """The attribute by which bitsandbytes' Linear4bit decides whether to repack weights on the CPU."""
-
-
-def auto_class(config: PreTrainedConfig) -> Any:
-    """Return the Auto class of the models that a configuration describes."""
-    return AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
 
 
 def routers(model: nn.Module) -> set[str]:
@@ -47,7 +42,7 @@ def routers(model: nn.Module) -> set[str]:
 
 def outside_text(model: PreTrainedModel) -> set[str]:
     """Find the names of the modules of a multimodal model that text never passes through: vision and audio towers."""
-    if model.config.get_text_config(decoder=True) is model.config or model.config.is_encoder_decoder:
+    if model.config.get_text_config(decoder=True) is model.config:
         return set()
     decoder, head = model.get_decoder(), model.get_output_embeddings()
     text = {id(module) for module in decoder.modules()} | {id(head)}

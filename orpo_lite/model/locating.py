@@ -99,17 +99,28 @@ def read_config(spec: ModelSection) -> PreTrainedConfig:
     """Read the base's configuration.
 
     Raises:
-        RequestError: see `locate`; or sizes that no model has.
+        RequestError: see `locate`; sizes that no model has; or an encoder-decoder.
     """
     name = locate(spec)
     with hub_errors_in_words(spec.name_or_path):
         try:
-            return AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
+            config = AutoConfig.from_pretrained(name, revision=spec.revision, trust_remote_code=spec.trust_remote_code)
         except (ArithmeticError, AttributeError, KeyError, TypeError) as error:
             raise RequestError(
                 f"model.name_or_path: config.json of {spec.name_or_path} does not describe a model ({type(error).__name__}: "
                 f"{error}): copy or download it again"
             ) from error
+    check_decoder_only(config, f"model.name_or_path: {spec.name_or_path}")
+    return config
+
+
+def check_decoder_only(config: PreTrainedConfig, where: str) -> None:
+    """Raise RequestError for an encoder-decoder."""
+    if config.is_encoder_decoder:
+        raise RequestError(
+            f"{where} is an encoder-decoder ({config.model_type}), and orpo_lite trains decoder-only models: use one of "
+            "those, or TRL's ORPOTrainer"
+        )
 
 
 @contextlib.contextmanager

@@ -238,8 +238,6 @@ def head_transform(model: Any, device: torch.device, tolerance: float) -> HeadTr
     transform = HeadTransform.of(model.config)
     ids = torch.arange(8, device=device)[None] % model.config.get_text_config(decoder=True).vocab_size
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    if model.config.is_encoder_decoder:
-        inputs["decoder_input_ids"] = ids
     was_training = model.training
     model.eval()
     try:

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
-from orpo_lite.data.collate import PackedCollator, PaddedCollator
+from orpo_lite.data.collate import collator_of
 from orpo_lite.objective.packed_attention import inner_attention, packed_attention, plain_attention
 
 logger = logging.getLogger(__name__)
@@ -64,8 +64,6 @@ def choose_layout(model: PreTrainedModel, wish: str = "auto") -> Layout:
 def refusal(model: PreTrainedModel) -> str | None:
     """Say why a model cannot take packed rows, judging by its config and modules; None where nothing rules them out."""
     text = model.config.get_text_config(decoder=True)
-    if model.config.is_encoder_decoder:
-        return "encoder-decoder models take prompt and completion separately"
     other = sorted(set(getattr(text, "layer_types", None) or []) - ATTENTION_LAYERS)
     if other:
         return f"its {', '.join(other)} layers are not attention alone, and may reach across packed pairs"
@@ -113,8 +111,7 @@ def compare(kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, 
 
 def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute sums of log-probs by pair and side, (9,) float64, and the gradient of a loss over them, flattened."""
-    collator = PaddedCollator(0) if layout == "padded" else PackedCollator(share=layout == "shared")
-    batch = collator(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
+    batch = collator_of(layout)(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
     inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
     router = bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
     if router:

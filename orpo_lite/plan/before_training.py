@@ -118,10 +118,9 @@ class Lengths:
 
     train: np.ndarray
     held_out: np.ndarray
-    encoder_decoder: bool = False
 
     @classmethod
-    def of(cls, pairs: Pairs, encoder_decoder: bool) -> Lengths:
+    def of(cls, pairs: Pairs) -> Lengths:
         """Read the lengths of tokenized pairs."""
 
         def columns(rows: object) -> np.ndarray:
@@ -129,13 +128,13 @@ class Lengths:
             return np.stack([found[name] for name in ("prompt", "chosen", "rejected")], 1)
 
         held_out = columns(pairs.eval) if pairs.eval is not None else np.empty((0, 3), dtype=np.int64)
-        return cls(columns(pairs.train), held_out, encoder_decoder)
+        return cls(columns(pairs.train), held_out)
 
     def shape(self, recipe: Recipe, layout: str) -> Shape:
         """Return the costliest micro-batch of training and of evaluation; the recipe's limit where no pair would remain."""
         train = self._kept(self.train, recipe.data)
         if not len(train):
-            return micro_batch(recipe, layout, self.encoder_decoder)
+            return micro_batch(recipe, layout)
         (size, steps), budget = batch_sizes(recipe), recipe.orpo.tokens_per_batch
         pairs = costliest(train, layout, size * steps if budget else size, budget)
         held_out = costliest(self._kept(self.held_out, recipe.data), layout, evaluation_pairs(recipe), None)
@@ -150,7 +149,7 @@ class Lengths:
     def _kept(self, pairs: np.ndarray, data: DataSection) -> np.ndarray:
         """Apply the data section's limits, which may be tighter than when the pairs were tokenized."""
         limit = data.max_length
-        if limit is None or self.encoder_decoder:
+        if limit is None:
             return pairs
         if data.overlong == "drop":
             return pairs[pairs[:, 0] + pairs[:, 1:].max(1) <= limit]

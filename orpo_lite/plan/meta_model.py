@@ -16,13 +16,13 @@ from unittest import mock
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
-from transformers import AutoConfig, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, PretrainedConfig, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
-from orpo_lite.model.inspection import auto_class
+from orpo_lite.model.locating import check_decoder_only
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
@@ -43,14 +43,14 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
     """Find the configuration of a recipe's base: shipped with the kit, in a folder, a config file, or the hub's cache.
 
     Raises:
-        RequestError: none of these; nothing is downloaded.
+        RequestError: none of these, since nothing is downloaded; or an encoder-decoder.
     """
     name = os.path.expanduser(resolve_path(spec.name_or_path))
     options: dict[str, Any] = {"gguf_file": spec.gguf_file} if spec.gguf_file else {}
     if not os.path.exists(name):
         options["revision"] = spec.revision
     try:
-        return shipped_config(name) or AutoConfig.from_pretrained(
+        config = shipped_config(name) or AutoConfig.from_pretrained(
             name, trust_remote_code=spec.trust_remote_code, local_files_only=True, **options
         )
     except (OSError, ValueError) as error:
@@ -58,6 +58,8 @@ def find_config(spec: ModelSection) -> PretrainedConfig:
             f"model.name_or_path: no configuration of {spec.name_or_path} here, and a plan downloads nothing: give a model "
             f"folder or its config.json, or fetch that file once (hf download {spec.name_or_path} config.json)"
         ) from error
+    check_decoder_only(config, f"model.name_or_path: {spec.name_or_path}")
+    return config
 
 
 def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: int | None, recompute: bool) -> Any:
@@ -77,7 +79,7 @@ def build(recipe: Recipe, config: PretrainedConfig, dtype: torch.dtype, layers: 
         cut_layers(config.get_text_config(decoder=True), layers)
     vars(config).pop("quantization_config", None)  # applied below, on the meta device
     with torch.device("meta"):
-        model = auto_class(config).from_config(config, dtype=dtype)
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     if settings is not None:
         # bitsandbytes' table of codes, filled from a meta tensor, would spoil real quantization
         with mock.patch.dict("bitsandbytes.functional.name2qmap"):
@@ -144,7 +146,7 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
 
 
 def decoder_layers(model: Any) -> nn.ModuleList | None:
-    """Return a decoder's list of layers; None unless there is exactly one of the length that the config names."""
+    """Return a model's list of decoder layers; None unless there is exactly one of the length that the config names."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
     found = [
         module
@@ -153,7 +155,7 @@ def decoder_layers(model: Any) -> nn.ModuleList | None:
         and len(module) == count
         and all(hasattr(layer, "gradient_checkpointing") for layer in module)
     ]
-    return found[0] if len(found) == 1 and not model.config.is_encoder_decoder else None
+    return found[0] if len(found) == 1 else None
 
 
 def layer_signatures(model: Any) -> list[str]:

@@ -141,8 +141,7 @@ class Study:
         plain = recipe.model_copy(update={"model": plain, "adapter": None})
         self.model = meta_model.build(plain, self.config, self.dtype, None, False)
         self.layout = choose_layout(self.model, recipe.orpo.layout)
-        longest = functools.partial(step.micro_batch, encoder_decoder=bool(self.config.is_encoder_decoder))
-        self.shape = (shape or longest)(recipe, self.layout.name)
+        self.shape = (shape or step.micro_batch)(recipe, self.layout.name)
         self.layers = meta_model.layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
         self._head = step.scoring(self.model)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import _engine_run_backward, saved_tensors_hooks
 
-from orpo_lite.data.collate import PackedCollator, PaddedCollator
+from orpo_lite.data.collate import collator_of
 from orpo_lite.model.activation_offload import CheckpointedLayers, checkpointing_layers, offload
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
@@ -50,20 +50,17 @@ class Shape:
                 "rejected_ids": [1] * prompt + [3] * answers[-1],
                 "chosen_start": prompt,
                 "rejected_start": prompt,
-                "prompt_ids": [1] * prompt,
             }
             for prompt, *answers in self.pairs
         ]
 
 
-def longest_pair(data: DataSection, encoder_decoder: bool = False) -> tuple[int, int]:
+def longest_pair(data: DataSection) -> tuple[int, int]:
     """Return prompt and answer tokens of the pair that takes the most memory among those that the data section allows.
 
     Both sequences fill max_length, and share as short a prompt as the limits allow.
     """
     length = data.max_length or 512
-    if encoder_decoder:
-        return min(length, data.max_prompt_length or length), min(length, data.max_completion_length or 128)
     answer = min(length - 1, data.max_completion_length or length - 1)
     return min(length - answer, data.max_prompt_length or length), answer
 
@@ -82,9 +79,9 @@ def batch_sizes(recipe: Recipe) -> tuple[int, int]:
     return training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
 
 
-def micro_batch(recipe: Recipe, layout: str, encoder_decoder: bool) -> Shape:
+def micro_batch(recipe: Recipe, layout: str) -> Shape:
     """Return the largest micro-batch that the recipe allows: all its pairs are the longest one."""
-    prompt, answer = pair = longest_pair(recipe.data, encoder_decoder)
+    prompt, answer = pair = longest_pair(recipe.data)
     count, why = batch_sizes(recipe)[0], "training.per_device_train_batch_size"
     budget = recipe.orpo.tokens_per_batch
     if budget:
@@ -125,15 +122,7 @@ class Passes:
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
         """Collate the pairs of a shape."""
-        encoder_decoder = self.model.config.is_encoder_decoder
-        collator: Any = PaddedCollator(0, recipe.orpo.nll_scope, 0 if encoder_decoder else None)
-        if layout != "padded":
-            collator = PackedCollator(recipe.orpo.nll_scope, share=layout == "shared")
-        rows = shape.rows
-        if encoder_decoder:  # only the encoder sees the prompt
-            for row in rows:
-                row |= {side: row[side][row["chosen_start"] :] for side in ("chosen_ids", "rejected_ids")}
-        return collator(rows)
+        return collator_of(layout, recipe.orpo.nll_scope)(shape.rows)
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Compute the loss of a micro-batch that makes up its optimizer step."""

@@ -147,7 +147,7 @@ class DataSection(Section):
     max_prompt_length: Positive | None = None
     """Tokens of the prompt; null leaves it to max_length."""
     max_completion_length: Positive | None = None
-    """Tokens of the completion (encoder-decoder models: 128 if null)."""
+    """Tokens of the completion; null leaves it to max_length."""
     overlong: Literal["drop", "truncate"] = "drop"
     """Drop or truncate a longer pair; either way it is counted."""
     max_rows: Positive | None = None

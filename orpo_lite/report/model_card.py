@@ -29,7 +29,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import is_finite
-from orpo_lite.report.page import is_encoder_decoder, read_json, verdict
+from orpo_lite.report.page import read_json, verdict
 from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
 
@@ -319,7 +319,7 @@ def usage_facts(
     options = settings.to_diff_dict() if settings else {}
     return {
         "where": repo or folder.resolve().name, "name": plain, "base": base, "revision": revision,
-        "builtin": base.startswith(BUILTIN), "seq2seq": is_encoder_decoder(folder),
+        "builtin": base.startswith(BUILTIN),
         "chat": bool(template) or (folder / "chat_template.jinja").is_file(), "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
         "new_tokens": bool(adapter.get("trainable_token_indices")), "dtype": dtype,

@@ -40,7 +40,7 @@ def environment() -> jinja2.Environment:
     }  # fmt: skip
     made.filters |= {
         "cut": cut, "measured": measured, "written": written, "adapter": adapter, "sh": shlex.quote, "shown_path": shown_path,
-        "encoder_decoder": is_encoder_decoder, "duration": known(duration), "count": known("{:,}".format),
+        "duration": known(duration), "count": known("{:,}".format),
         "rate": known("{:.1f}".format), "gigabytes": known(lambda size: format_gb(size, 2)),
     }  # fmt: skip
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -140,12 +140,6 @@ def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple
     sides = [(name, samples) for name, samples in sides if samples]
     total = min((len(samples) for _, samples in sides), default=0)
     return [(sides[0][1][i].prompt, [(name, samples[i]) for name, samples in sides]) for i in range(total)]
-
-
-def is_encoder_decoder(folder: Path) -> bool:
-    """Tell whether the configuration beside the weights says so."""
-    task = read_json(folder / "adapter_config.json").get("task_type")
-    return task == "SEQ_2_SEQ_LM" or bool(read_json(folder / "config.json").get("is_encoder_decoder"))
 
 
 def read_json(path: Path) -> dict[str, Any]:

@@ -21,12 +21,12 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.config import CHECKPOINTING, RENAMED
+from orpo_lite.trainer.trl_names import trl_columns
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trainer import ORPOTrainer
@@ -109,7 +109,7 @@ class Contest:
     def steps(self, name: str, batch_size: int) -> Callable[[], float]:
         """Build the work to time: forward and backward over all pairs, in batches, and one optimizer step."""
         trainer: Any = self.trainers[name]
-        shape = trl_row if name == "trl" else dict
+        shape = trl_columns if name == "trl" else dict
         rows = [shape(row) for row in self.rows]
         trainer.optimizer = None
         optimizer = trainer.create_optimizer()
@@ -189,17 +189,6 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
         return TRLTrainer(model, config, train_dataset=row, processing_class=tokenizer)
     finally:
         enable_progress_bars()
-
-
-def trl_row(row: dict[str, Any]) -> dict[str, Any]:
-    """Convert a tokenized pair to the columns that TRL's collator takes."""
-    made: dict[str, Any] = {}
-    for side in ("chosen", "rejected"):
-        ids, answers = list(row[f"{side}_ids"]), answer_tokens(row, side)
-        made |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
-        made[f"{side}_labels"] = [token if place in answers else -100 for place, token in enumerate(ids)]
-    prompt = list(row["chosen_ids"][: row["chosen_start"]])
-    return made | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
 class AllocationMeter(TorchDispatchMode):

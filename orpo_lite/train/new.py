@@ -189,17 +189,17 @@ def choose(draft: Draft, card: Card | None) -> Pairs:
         check_model_path(spec.name_or_path)
         config, tokenizer = read_config(spec), load_tokenizer(spec)
     choose_template(draft, tokenizer)
-    size, seq2seq = count_parameters(draft, config), bool(config.is_encoder_decoder)
+    size = count_parameters(draft, config)
     choose_model(draft, size)
     tokenizer = load_tokenizer(draft.recipe().model)
-    unlimited = {"max_length": None, "max_prompt_length": None, "max_completion_length": 2**20 if seq2seq else None}
+    unlimited = {"max_length": None, "max_prompt_length": None, "max_completion_length": None}
     whole = draft.recipe(**unlimited, eval=None, eval_fraction=0).data
-    pairs = load_pairs(whole, tokenizer, encoder_decoder=seq2seq)
+    pairs = load_pairs(whole, tokenizer)
     choose_lengths(draft, pair_lengths(pairs.train), config)
     choose_steps(draft, len(pairs.train), size, card)
     if card:
-        fit_card(draft, card, Lengths.of(pairs, seq2seq))
-    return load_pairs(draft.recipe().data, tokenizer, encoder_decoder=seq2seq)
+        fit_card(draft, card, Lengths.of(pairs))
+    return load_pairs(draft.recipe().data, tokenizer)
 
 
 def choose_template(draft: Draft, tokenizer: Any) -> None:
@@ -285,16 +285,12 @@ def choose_lengths(draft: Draft, lengths: dict[str, np.ndarray], config: Any) ->
 
     answers = np.maximum(lengths["chosen"], lengths["rejected"])
     places = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if config.is_encoder_decoder:
-        draft.choose("data.max_length", *length_for(lengths["prompt"], "prompt", places))
-        draft.choose("data.max_completion_length", *length_for(answers, "answer", places))
-    else:
-        draft.choose("data.max_length", *length_for(lengths["prompt"] + answers, "prompt with an answer", places))
+    draft.choose("data.max_length", *length_for(lengths["prompt"] + answers, places))
     longest = math.ceil(int(np.percentile(answers, 95)) / 32) * 32
     draft.choose("evaluation.max_new_tokens", min(longest, 512), "sample answers: 95 of 100 answers here are no longer")
 
 
-def length_for(tokens: np.ndarray, what: str, places: int | None) -> tuple[int, str]:
+def length_for(tokens: np.ndarray, places: int | None) -> tuple[int, str]:
     """Return a limit for some lengths, (N,), and what it does; at most the model's number of places."""
     import numpy as np
 
@@ -305,7 +301,8 @@ def length_for(tokens: np.ndarray, what: str, places: int | None) -> tuple[int, 
     cut = int((tokens > limit).sum())
     longer = f"{cut:,} of {len(tokens):,} pairs are longer and dropped (data.overlong: truncate cuts them)"
     cuts = longer if cut else "nothing is cut"
-    return limit, f"the longest {what} has {top:,} tokens, 99 of 100 have at most {high:,}{model}; {cuts}"
+    why = f"the longest prompt with an answer has {top:,} tokens, 99 of 100 have at most {high:,}{model}; {cuts}"
+    return limit, why
 
 
 def choose_steps(draft: Draft, pairs: int, size: int, card: Card | None) -> None:

@@ -28,7 +28,7 @@ from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.model import BaseFacts, attach_adapter, initialize_eva, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
-from orpo_lite.model.base import local_device, read_config
+from orpo_lite.model.base import local_device
 from orpo_lite.model.template_variables import check_variables
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
@@ -84,9 +84,8 @@ def run(
     recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
     tokenizer = load_tokenizer(recipe.model)
     check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
-    encoder_decoder = bool(read_config(recipe.model).is_encoder_decoder)
-    pairs = load_pairs(recipe.data, tokenizer, encoder_decoder=encoder_decoder)
-    recipe, planned = plan_memory(recipe, pairs, encoder_decoder, plan, force, again)
+    pairs = load_pairs(recipe.data, tokenizer)
+    recipe, planned = plan_memory(recipe, pairs, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, base, checkpointing = load_model(recipe, pairs, tokenizer)
     if base.quantization == "none":  # where bitsandbytes is missing, whatever the recipe asked for
@@ -121,9 +120,7 @@ def run(
     return Run(folder.path, facts)
 
 
-def plan_memory(
-    recipe: Recipe, pairs: Pairs, encoder_decoder: bool, asked: bool, force: bool, again: str
-) -> tuple[Recipe, Plan | None]:
+def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: str) -> tuple[Recipe, Plan | None]:
     """Fit the recipe to the card that it names and predict its memory: always on a GPU, else where asked.
 
     Returns:
@@ -134,7 +131,7 @@ def plan_memory(
         return recipe, None
     from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
 
-    lengths = Lengths.of(pairs, encoder_decoder)
+    lengths = Lengths.of(pairs)
     recipe = fit_to_card(recipe, lengths, device)
     if device.type != "cuda" and not asked:
         return recipe, None

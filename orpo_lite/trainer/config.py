@@ -67,7 +67,7 @@ class ORPOConfig(TrainingArguments):
 
     max_length: int | None = _help("Tokens of prompt and completion together.", default=1024)
     max_prompt_length: int | None = _help("Tokens of the prompt; unset leaves it to max_length.", default=None)
-    max_completion_length: int | None = _help("Tokens of the completion (encoder-decoder models: 128).", default=None)
+    max_completion_length: int | None = _help("Tokens of an answer that is generated; unset, 128.", default=None)
     overlong: str = _help("truncate, as TRL does, or drop: what to do with a longer pair.", default="truncate")
     completion_end: str = _help("trl, or turn: cut the completion after the first end-of-turn token.", default="trl")
     template_kwargs: dict[str, Any] | str | None = _help("Variables of the chat template.", default=None)
@@ -79,7 +79,7 @@ class ORPOConfig(TrainingArguments):
     disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
     padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
     generate_during_eval: bool = _help("Answer and log some held-out prompts at each evaluation.", default=False)
-    is_encoder_decoder: bool | None = _help("Kind of the model that model_init returns.", default=None)
+    is_encoder_decoder: bool | None = _help("A field of TRL's; True is refused.", default=None)
     model_init_kwargs: dict[str, Any] | str | None = _help("Arguments of from_pretrained.", default=None)
     trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
     dataset_num_proc: int | None = _help("TRL's; not used, since a tokenizer uses all cores by itself.", default=None)
@@ -103,6 +103,11 @@ class ORPOConfig(TrainingArguments):
                 raise ValueError(
                     f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
+        if self.is_encoder_decoder:
+            raise ValueError(
+                "ORPOConfig.is_encoder_decoder: found True, but orpo_lite trains decoder-only models: use one of those, or "
+                "TRL's ORPOTrainer"
+            )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
         for name in POSITIVE:

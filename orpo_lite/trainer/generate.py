@@ -54,7 +54,7 @@ def generate(
     """Generate the new tokens after each prompt, up to and including the one that ends an answer.
 
     Args:
-        prompts: token ids; for encoder-decoders the encoder's.
+        prompts: token ids.
         stops: tokens that end an answer, from `stop_token_ids`.
         streamer: receives each token; for one prompt only.
     """
@@ -76,9 +76,8 @@ def generate(
         )
     finally:
         model.train(was_training)
-    new = out[:, 1:] if model.config.is_encoder_decoder else out[:, width:]
     answers = []
-    for ids in new.tolist():  # what follows the end of an answer in a batch is padding
+    for ids in out[:, width:].tolist():  # what follows the end of an answer in a batch is padding
         end = next((place + 1 for place, token in enumerate(ids) if token in stops), len(ids))
         answers.append(ids[:end])
     return answers
@@ -89,7 +88,7 @@ def answer(
 ) -> list[dict[str, Any]]:
     """Answer the first `count` held-out prompts greedily: [{"prompt": ..., "answer": ..., "ids": new tokens}, ...]."""
     rows: Any = pairs.with_format(None).select(range(min(count, len(pairs))))
-    prompts = [row.get("prompt_ids") or row["chosen_ids"][: row["chosen_start"]] for row in rows]
+    prompts = [row["chosen_ids"][: row["chosen_start"]] for row in rows]
     stops = stop_token_ids(tokenizer, model.generation_config)
     answers: list[dict[str, Any]] = []
     for start in range(0, len(prompts), batch_size):
@@ -156,8 +155,7 @@ def score_answers(
 
 def with_answers(row: dict[str, Any], sample: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
     """Return a tokenized pair with two answers to its prompt in place of chosen and rejected."""
-    alone = "prompt_ids" in row
-    prompt = [] if alone else list(row["chosen_ids"][: row["chosen_start"]])
-    start = {} if alone else {"chosen_start": len(prompt), "rejected_start": len(prompt)}
-    one_turn = {"chosen_context": [], "rejected_context": []}
-    return row | start | one_turn | {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}
+    prompt = list(row["chosen_ids"][: row["chosen_start"]])
+    answers = {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}
+    places = {"chosen_start": len(prompt), "rejected_start": len(prompt), "chosen_context": [], "rejected_context": []}
+    return row | answers | places

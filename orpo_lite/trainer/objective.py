@@ -22,7 +22,7 @@ from orpo_lite.objective.packed_attention import packed_attention
 
 logger = logging.getLogger(__name__)
 
-MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids", "decoder_input_ids")
+MODEL_INPUTS = ("input_ids", "attention_mask", "position_ids")
 
 
 class Objective:

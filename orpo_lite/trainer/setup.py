@@ -14,16 +14,16 @@ from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
-from transformers import AutoConfig, AutoTokenizer, Trainer, TrainingArguments
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.collate import PackedCollator, PaddedCollator
 from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.model import keep_4bit_differentiable
 from orpo_lite.model.adapter import prepare_frozen
 from orpo_lite.model.base import attention_for
-from orpo_lite.model.inspection import auto_class
+from orpo_lite.model.inspection import unwrap
+from orpo_lite.model.locating import check_decoder_only
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
@@ -31,8 +31,6 @@ from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import Objective
 
 if TYPE_CHECKING:
-    from transformers import PretrainedConfig
-
     from orpo_lite.trainer.trainer import ORPOTrainer
 
 logger = logging.getLogger(__name__)
@@ -78,9 +76,10 @@ def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
         dtype = getattr(torch, dtype)
     found = {key: kwargs[key] for key in ("revision", "trust_remote_code") if key in kwargs}
     config = AutoConfig.from_pretrained(name, **found)
+    check_decoder_only(config, f"ORPOTrainer: {name}")
     if attention := attention_for(config):
         kwargs.setdefault("attn_implementation", attention)
-    return auto_class(config).from_pretrained(name, dtype=dtype, **kwargs)
+    return AutoModelForCausalLM.from_pretrained(name, dtype=dtype, **kwargs)
 
 
 def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) -> Any:
@@ -88,7 +87,8 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
 
     Raises:
         TypeError: not a PeftConfig.
-        ValueError: the model carries an adapter already, or a kind of adapter that the loss cannot be computed through.
+        ValueError: the model is an encoder-decoder, carries an adapter already, or a kind of adapter that the loss cannot
+            be computed through.
     """
     if isinstance(model, str):
         model = load_by_name(model, args, peft_config is not None)
@@ -96,6 +96,7 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
         raise ValueError("ORPOTrainer: `model_init_kwargs` are for a model given by name; this one is loaded already")
     if model is None:
         return None
+    check_decoder_only(model.config, f"ORPOTrainer: the {type(unwrap(model)).__name__}")
     keep_4bit_differentiable(model)
     if any(isinstance(module, FSDPModule) for module in model.modules()):
         # it is sharded already: accelerate must not put DDP around it
@@ -135,17 +136,16 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
 # ---- tokenizer and pairs -----------------------------------------------------------------------------------------------
 
 
-def tokenize_options(args: ORPOConfig, encoder_decoder: bool) -> TokenizeOptions:
+def tokenize_options(args: ORPOConfig) -> TokenizeOptions:
     """Return how rows are tokenized, by the arguments."""
     return TokenizeOptions(
         max_length=args.max_length if args.max_length is not None else 512,
         max_prompt_length=args.max_prompt_length,
-        max_completion_length=args.max_completion_length or (128 if encoder_decoder else None),
+        max_completion_length=args.max_completion_length,
         overlong=args.overlong,  # type: ignore[arg-type]
         completion_end=args.completion_end,  # type: ignore[arg-type]
         apply_template=False,
         template_kwargs=args.template_kwargs or {},  # type: ignore[arg-type]
-        encoder_decoder=encoder_decoder,
     )
 
 
@@ -192,35 +192,13 @@ def check_tokenized(pairs: Any, name: str) -> None:
     """
     for side in ("chosen", "rejected") if isinstance(pairs, Dataset) else ():
         length = list_lengths(pairs, f"{side}_ids")
-        # a token is predicted from the one before it, so the first of a decoder-only sequence is nobody's label
-        alone = "prompt_ids" in pairs.column_names
-        first = np.zeros_like(length) if alone else np.maximum(numbers(pairs, f"{side}_start"), 1)
-        empty = np.flatnonzero(length <= first)
+        # a token is predicted from the one before it, so the first of a sequence is nobody's label
+        empty = np.flatnonzero(length <= np.maximum(numbers(pairs, f"{side}_start"), 1))
         if len(empty):
             raise ValueError(
                 f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
                 f"{len(empty) - 1} other rows: remove them"
             )
-
-
-def collator_for(
-    layout: str, args: ORPOConfig, config: PretrainedConfig, tokenizer: Any
-) -> PaddedCollator | PackedCollator:
-    """Make the collator of a layout; any id will do as padding, since labels and masks come from lengths."""
-    if layout != "padded":
-        return PackedCollator(args.nll_scope, share=layout == "shared")
-    choices = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
-    pad = next(choice for choice in choices if choice is not None)
-    return PaddedCollator(pad, args.nll_scope, decoder_start(config) if config.is_encoder_decoder else None)
-
-
-def decoder_start(config: Any) -> int:
-    """Return the token that an encoder-decoder's answers start with."""
-    if config.decoder_start_token_id is None:
-        raise ValueError(
-            "ORPOTrainer: model.config.decoder_start_token_id is not set; it is usually the pad token's id"
-        )
-    return config.decoder_start_token_id
 
 
 # ---- the objective and the optimizer -----------------------------------------------------------------------------------------------------

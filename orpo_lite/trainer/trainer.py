@@ -18,7 +18,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from transformers.training_args import OptimizerNames
 
 from orpo_lite.common.console import peak_memory_bytes
-from orpo_lite.data.collate import from_trl
+from orpo_lite.data.collate import collator_of, from_trl
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, check_same_stream, tokenize_rows
 from orpo_lite.model.activation_offload import CheckpointedLayers
@@ -67,7 +67,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         The rest as in transformers.Trainer.
 
     Raises:
-        ValueError: no data set, an adapter both in `model` and in `peft_config`, or a kind of adapter that the
+        ValueError: no data set, an encoder-decoder, an adapter both in `model` and in `peft_config`, or a kind of adapter that the
             loss cannot be computed through.
         RequestError: more than half of the rows cannot be used; a stream without `max_steps`.
     """
@@ -101,17 +101,14 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         torch.manual_seed(args.seed)  # a new adapter's weights are random
         self._peft_config, self._own_collator = peft_config, data_collator is not None
         model = setup.prepare_model(model, args, peft_config)
-        if model is None and (args.is_encoder_decoder is None or processing_class is None):
-            raise ValueError(
-                "ORPOTrainer: with model_init, set ORPOConfig.is_encoder_decoder and give a processing_class"
-            )
-        self.is_encoder_decoder = bool(args.is_encoder_decoder if model is None else model.config.is_encoder_decoder)
         if processing_class is None:
+            if model is None:
+                raise ValueError("ORPOTrainer: with model_init, give a processing_class")
             processing_class = setup.tokenizer_of(model, args)
         tokenizer = self.tokenizer = getattr(processing_class, "tokenizer", processing_class)
         self.answers: list[dict[str, str]] = []  # of the last evaluation, with generate_during_eval
         self.drop_reports: dict[str, DropReport] = {}
-        self._tokenize_options = setup.tokenize_options(args, self.is_encoder_decoder)
+        self._tokenize_options = setup.tokenize_options(args)
         check_variables(tokenizer, self._tokenize_options.template_kwargs, "template_kwargs")
         # for the report of a step that is not finite
         self.given_rows = train_dataset if setup.untokenized(train_dataset) else None
@@ -150,7 +147,10 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if type(self).training_step is not ORPOTrainer.training_step:
             self.training_step = self._checked(self.training_step)
         self.layout = choose_layout(unwrap(self.model), args.layout)
-        self.collator = setup.collator_for(self.layout.name, args, self.model.config, tokenizer)
+        # any id will do as padding, since labels and masks come from lengths
+        pads = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
+        pad = next(token for token in pads if token is not None)
+        self.collator = collator_of(self.layout.name, args.nll_scope, pad)
         if data_collator is None:
             self.data_collator = self.collator
         check_data_parallel(self.accelerator)

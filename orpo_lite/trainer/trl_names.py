@@ -37,7 +37,7 @@ class TrlNames(Base):
 
     _name = "ORPO"
     tokenizer: Any
-    is_encoder_decoder: bool
+    is_encoder_decoder = False
     objective: Objective
     stored: dict[str, dict[str, list[float]]] | None = None
     """Numbers of `store_metrics` since the last log of training and of evaluation."""
@@ -166,22 +166,22 @@ class TrlNames(Base):
 
 # ---- TRL's columns ----------------------------------------------------------------------------------------------------
 
+TRL_COLUMNS = ["prompt_input_ids", "prompt_attention_mask",
+               *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("input_ids", "attention_mask", "labels"))]  # fmt: skip
+
 
 def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
     """Return a tokenized pair by TRL's names.
 
-    They are `prompt_input_ids`, `prompt_attention_mask`, and of both sides `chosen_input_ids`, `chosen_attention_mask`
-    and `chosen_labels` (-100 over all that is no answer); of encoder-decoder models, whose completions stand alone, only labels.
+    They are `TRL_COLUMNS`; labels are -100 over all that is no answer.
     """
     row: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
         ids = list(pair[f"{side}_ids"])
-        answers = range(len(ids)) if "prompt_ids" in pair else answer_tokens(pair, side)
+        answers = answer_tokens(pair, side)
         row[f"{side}_labels"] = [token if place in answers else -100 for place, token in enumerate(ids)]
-        if "prompt_ids" not in pair:
-            row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
-    common = None if "prompt_ids" in pair else min(pair["chosen_start"], pair["rejected_start"])
-    prompt = list(pair["chosen_ids" if common is not None else "prompt_ids"])[:common]
+        row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
+    prompt = list(pair["chosen_ids"])[: min(pair["chosen_start"], pair["rejected_start"])]
     return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
@@ -192,22 +192,15 @@ class TrlDataset(Dataset):
     """
 
     @property
-    def trl_names(self) -> list[str]:
-        """Names of the computed columns."""
-        names = ("labels",) if "prompt_ids" in self._data.column_names else ("input_ids", "attention_mask", "labels")
-        sides = [f"{side}_{name}" for side in ("chosen", "rejected") for name in names]
-        return ["prompt_input_ids", "prompt_attention_mask", *sides]
-
-    @property
     def column_names(self) -> list[str]:
-        return [*super().column_names, *self.trl_names]
+        return [*super().column_names, *TRL_COLUMNS]
 
     @property
     def features(self) -> Features:
-        return Features({**super().features, **{name: [Value("int64")] for name in self.trl_names}})
+        return Features({**super().features, **{name: [Value("int64")] for name in TRL_COLUMNS}})
 
     def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str) and key in self.trl_names:
+        if isinstance(key, str) and key in TRL_COLUMNS:
             return [row[key] for row in self]
         found: Any = super().__getitem__(key)
         return {**found, **trl_columns(found)} if isinstance(key, int) else found
@@ -215,9 +208,8 @@ class TrlDataset(Dataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         rows: Any = super().__iter__()
         # a view of some columns, as `dataset["chosen_ids"]` iterates over, lacks what the others are computed from
-        there = {*super().column_names}
-        rest = {"prompt_ids"} if "prompt_ids" in there else {"chosen_start", "rejected_start"}
-        return ({**row, **trl_columns(row)} for row in rows) if there >= {"chosen_ids", "rejected_ids"} | rest else rows
+        needed = {"chosen_ids", "rejected_ids", "chosen_start", "rejected_start"}
+        return ({**row, **trl_columns(row)} for row in rows) if needed <= {*super().column_names} else rows
 
 
 def with_trl_columns(rows: Any) -> Any:
@@ -236,8 +228,7 @@ def trl_row(pair: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
     row = {**pair, **trl_columns(pair)}
     row["prompt"] = tokenizer.decode(row["prompt_input_ids"])
     for side in ("chosen", "rejected"):
-        start = 0 if "prompt_ids" in pair else int(pair[f"{side}_start"])
-        row[side] = tokenizer.decode(list(pair[f"{side}_ids"])[start:])
+        row[side] = tokenizer.decode(list(pair[f"{side}_ids"])[int(pair[f"{side}_start"]) :])
     return row
 
 

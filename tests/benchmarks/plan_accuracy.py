@@ -42,10 +42,11 @@ from orpo_lite.plan.meta_model import hold_model
 from orpo_lite.plan.step import longest_pair
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.train.bench import trl_row, trl_trainer
+from orpo_lite.train.bench import trl_trainer
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.config_from_recipe import arguments, checkpointed
 from orpo_lite.trainer.trainer import ORPOTrainer
+from orpo_lite.trainer.trl_names import trl_columns
 from tests.plans import plan
 
 TOLERANCE, UNDER = 0.05, 0.03
@@ -222,7 +223,7 @@ def train(recipe: Recipe, scratch: Path, trl: bool = False) -> tuple[int, int]:
         trainer: Any = trl_trainer(
             model, args, tokenizer, str(scratch), save_strategy="no", **{name: getattr(args, name) for name in same}
         )
-        trainer.train_dataset = Dataset.from_list([trl_row(row)] * rows)
+        trainer.train_dataset = Dataset.from_list([trl_columns(row)] * rows)
         if recomputed != 0:
             model.gradient_checkpointing_enable({"use_reentrant": False})
     else:

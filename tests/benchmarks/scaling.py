@@ -26,7 +26,8 @@ from orpo_lite.data.step_batches import deal
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import Contest, interleaved, random_model, ratios, trl_row
+from orpo_lite.train.bench import Contest, interleaved, random_model, ratios
+from orpo_lite.trainer.trl_names import trl_columns
 
 
 class Scaling:
@@ -40,7 +41,7 @@ class Scaling:
         costs = torch.tensor([len(set_of(row)) for row in self.contest.rows]).numpy()
         self.mine = [self.contest.rows[i] for i in deal(costs, self.processes)[self.rank]]
         each = pairs // self.processes
-        self.plain = [trl_row(row) for row in self.contest.rows[self.rank * each : (self.rank + 1) * each]]
+        self.plain = [trl_columns(row) for row in self.contest.rows[self.rank * each : (self.rank + 1) * each]]
 
     def step(self, name: str, model: Any, rows: list[dict[str, Any]], counted: bool) -> Callable[[], None]:
         """An optimizer step over rows, as one micro-batch; counted over all processes as the trainer does it."""

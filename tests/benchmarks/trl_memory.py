@@ -34,7 +34,7 @@ from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import META, Shape
 from orpo_lite.plan.tables import gigabytes
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import trl_row
+from orpo_lite.trainer.trl_names import trl_columns
 from tests.plans import plan
 
 with warnings.catch_warnings():
@@ -62,7 +62,7 @@ class TrlPasses(TrlTrainer):
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
         """Collate the pairs of a shape as TRL pads them."""
-        return DPODataCollatorWithPadding(pad_token_id=0)([trl_row(row) for row in shape.rows])
+        return DPODataCollatorWithPadding(pad_token_id=0)([trl_columns(row) for row in shape.rows])
 
     def loss(self, batch: dict[str, Any]) -> Tensor:
         """Compute the loss of a micro-batch."""
