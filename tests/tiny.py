@@ -17,7 +17,6 @@ import trl
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from transformers import (
     AutoModelForCausalLM,
-    AutoModelForSeq2SeqLM,
     PretrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerFast,
@@ -74,7 +73,7 @@ def tiny_config(config: PretrainedConfig, tokenizer: Any = None, layers: int = 2
         kinds = list(dict.fromkeys(real.layer_types))
         tiny.layer_types = (kinds * layers)[: max(layers, len(kinds))]
         layers = len(tiny.layer_types)
-    for name in ("num_hidden_layers", "num_decoder_layers", "max_window_layers"):
+    for name in ("num_hidden_layers", "max_window_layers"):
         size(name, layers)
 
     # weights scaled by the width, so that logits are as spread out as the real model's
@@ -92,10 +91,9 @@ def tiny_config(config: PretrainedConfig, tokenizer: Any = None, layers: int = 2
 
 def tiny_model(config: PretrainedConfig, seed: int = 0, **kwargs: Any) -> PreTrainedModel:
     """A random float32 model of this (tiny) config in eval mode; the global random state is left as it was."""
-    auto = AutoModelForSeq2SeqLM if config.is_encoder_decoder else AutoModelForCausalLM
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return auto.from_config(config, dtype=torch.float32, **kwargs).eval()
+        return AutoModelForCausalLM.from_config(config, dtype=torch.float32, **kwargs).eval()
 
 
 def tiny_tokenizer(

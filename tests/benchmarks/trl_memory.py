@@ -29,7 +29,6 @@ from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import HEAD, PARTS
 from orpo_lite.plan.gpus import FITS, SIZES, Target, find_cards, verdict
-from orpo_lite.plan.meta_model import find_config
 from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import META, Shape
 from orpo_lite.plan.tables import gigabytes
@@ -125,10 +124,6 @@ def plan_trl(recipe: Recipe, ours: Plan, *, whole: bool = False) -> Plan:
     Raises:
         RequestError: a model that TRL's step cannot be planned for.
     """
-    if find_config(recipe.model).is_encoder_decoder:
-        raise RequestError(
-            f"{recipe.model.name_or_path} is an encoder-decoder model, for which TRL's step cannot be planned"
-        )
     recomputed = 0 if ours.recomputed == "no layer" else None
     theirs = recipe.model_copy(
         update={

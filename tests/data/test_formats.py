@@ -341,7 +341,7 @@ def test_random_rows_are_kept_whole_or_dropped_with_a_reason(seed: int) -> None:
         options = TokenizeOptions(
             strict=draw.random() < 0.6, apply_template=draw.random() < 0.3, overlong=draw.choice(["drop", "truncate"]),
             completion_end=draw.choice(["trl", "turn"]), max_length=draw.choice([None, 40, 1024]),
-            max_prompt_length=draw.choice([None, None, 20]), encoder_decoder=draw.random() < 0.1,
+            max_prompt_length=draw.choice([None, None, 20]),
         )  # fmt: skip
         shape = detect(rows)
         if shape is None:
@@ -352,9 +352,8 @@ def test_random_rows_are_kept_whole_or_dropped_with_a_reason(seed: int) -> None:
         for n in range(len(chunk.columns["row"])):
             for side in ("chosen", "rejected"):
                 ids = chunk.columns[f"{side}_ids"][n]
-                start = 0 if options.encoder_decoder else chunk.columns[f"{side}_start"][n]
-                assert len(ids) > start
-                assert options.encoder_decoder or len(ids) <= (options.max_length or len(ids))
+                start = chunk.columns[f"{side}_start"][n]
+                assert start < len(ids) <= (options.max_length or len(ids))
                 assert start <= (options.max_prompt_length or start)
         kept, dropped = kept + len(chunk.columns["row"]), dropped + len(chunk.drops)
     assert kept > 10 and dropped > 20

@@ -100,12 +100,6 @@ def test_deduplicate_leaves_them_out_of_the_run_and_counts_them(case: Path) -> N
     assert places(findings["near duplicates"]) == [(16, 7)] and "contradictions" not in findings
 
 
-def test_encoder_decoders_are_checked_as_well(case: Path) -> None:
-    findings = found(load_pairs(spec(case, eval_fraction=0), TOKENIZER, encoder_decoder=True))
-    assert [findings[name].pairs for name in ("exact duplicates", "contradictions", "near duplicates")] == [4, 2, 1]
-    assert findings["non-answers"].examples[0] == "row 14 chosen: 'No idea.'"
-
-
 def test_the_command_shows_and_fixes_the_case(run: Any, case: Path, tmp_path: Path) -> None:  # noqa: F811
     fixed = tmp_path / "fixed.jsonl"
     words = (f"data.train={case}", "data.eval=null", "data.eval_fraction=0", "--examples", "0")

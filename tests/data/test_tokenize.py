@@ -359,19 +359,6 @@ def test_mixed_tool_schemas_are_not_filled_with_nulls() -> None:
         assert f'"{own}"' in text and f'"{other}"' not in text and "null" not in text
 
 
-def test_encoder_decoder_columns_equal_trl(trl_orpo: Any) -> None:
-    tokenizer = tiny_tokenizer((), None, bos="<s>", eos="</s>", add_bos=True)
-    rows = [{"prompt": "What is the capital?", "chosen": "The capital is Paris. " * 3, "rejected": "No."}] * 2
-    trainer = types.SimpleNamespace(is_encoder_decoder=True, processing_class=tokenizer, max_completion_length=7)
-    theirs = trl_orpo.ORPOTrainer.tokenize_row(trainer, rows[0])
-    [pair, _], report = run(rows, tokenizer, encoder_decoder=True, max_completion_length=7)
-    assert pair["prompt_ids"] == theirs["prompt_input_ids"]
-    assert pair["chosen_ids"] == theirs["chosen_labels"] and len(pair["chosen_ids"]) == 7
-    assert pair["rejected_ids"] == theirs["rejected_labels"] and report.completion_cut == 2
-    with pytest.raises(TooManyDropped):
-        run(rows, tokenizer, encoder_decoder=True, max_completion_length=7, overlong="drop")
-
-
 def test_columns_and_types() -> None:
     pairs, _ = tokenize_rows(datasets.Dataset.from_list([GOOD]), TOKENIZERS["chatml"](), TokenizeOptions())
     types_ = {name: str(pairs.features[name]) for name in pairs.column_names}

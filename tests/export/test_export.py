@@ -216,7 +216,7 @@ def test_vllm(adapter_folder):
     assert any("cannot be read" in problem for problem in vllm_problems(folder))
 
 
-LLAMA_CPP = [n for n in FAMILIES if n not in ("t5", "gemma3")]
+LLAMA_CPP = [n for n in FAMILIES if n != "gemma3"]
 
 
 @pytest.mark.slow

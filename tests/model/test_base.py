@@ -10,7 +10,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration, T5ForConditionalGeneration
+from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import attach_adapter, base_name, check_quantized_share, load_base, routers, trainable_share
@@ -93,14 +93,6 @@ def test_fused_experts_that_escape_quantization_are_refused(section, family, met
     assert facts.quantized_share is None and routers(model)
 
 
-def test_t5_keeps_a_fifth_of_its_weights(section):
-    """transformers keeps T5's wo in floating point: 20% of the linear weights here."""
-    with pytest.raises(RequestError, match=r"(?s)only 80\.0%.*DenseReluDense\.wo"):
-        load_base(section("t5", quantization="nf4"))
-    model, _ = load_base(section("t5"))
-    assert type(model).__name__ == "T5ForConditionalGeneration"
-
-
 def test_share_counts_weights_not_modules(section):
     """Ten small quantized layers do not outweigh a big one that is not."""
     model, _ = load_base(section("llama", quantization="nf4"))
@@ -118,10 +110,7 @@ def test_routers_are_found_by_structure(section):
     assert routers(load_base(section("llama"))[0]) == set()
 
 
-T5_KERNEL = "sdpa" if T5ForConditionalGeneration._supports_sdpa else "eager"  # transformers 5.2 has no sdpa for it
-
-
-@pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("t5", T5_KERNEL), ("gemma2", "eager")])
+@pytest.mark.parametrize(("family", "kernel"), [("llama", "sdpa"), ("gemma2", "eager")])
 def test_attention_is_exact_for_the_model(section, family, kernel):
     _, facts = load_base(section(family))
     assert facts.attention == kernel and kernel in facts.sentences[2]

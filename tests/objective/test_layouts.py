@@ -73,10 +73,6 @@ PADDED = {
         "linear_attention layers are not attention alone",
     ),
     "lfm2": (tf.Lfm2Config(**S, layer_types=["conv", "full_attention"]), "conv"),
-    "t5": (
-        tf.T5Config(vocab_size=512, d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4, decoder_start_token_id=0),
-        "encoder-decoder",
-    ),
 }  # fmt: skip
 
 

@@ -161,7 +161,7 @@ def test_measured_beside_planned(recipe, lengths, card, capsys):
 def test_on_the_cpu_a_run_plans_when_asked(tmp_path, capsys):
     words = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4", "data.max_rows=40"]
     recipe = Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'run'}"])
-    assert plan_memory(recipe, None, False, asked=False, force=False, again="") == (recipe, None)
+    assert plan_memory(recipe, None, asked=False, force=False, again="") == (recipe, None)
     assert not capsys.readouterr().out
     facts = run(recipe, plan=True).facts
     assert "memory: planned" in capsys.readouterr().out

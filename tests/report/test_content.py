@@ -171,8 +171,6 @@ def test_one_log_line_no_evaluation_full_fine_tuning(written, tmp_path):
         "orpo_lite.merge" not in shown.code and "orpo_lite.evaluate" not in shown.code and "--compare" not in shown.code
     )
     assert "orpo_lite.export" in shown.code
-    (folder / "config.json").write_text('{"is_encoder_decoder": true}')
-    assert "orpo_lite.export" not in told(folder).code
     assert shown.charts["loss"]["lines"][0]["y"] and "Held-out" not in [name for _, name in shown.headings]
     none = told(written(tmp_path / "none", lines=[], held=None))
     assert "metrics.jsonl holds no metric to draw" in none.text and "loss" not in none.charts

@@ -181,7 +181,7 @@ def test_names_that_are_no_plain_words_and_given_fields_come_back_as_they_are(ne
     ],
 )
 def test_lengths_cut_nothing_or_little(tokens, places, limit, said):
-    found, why = length_for(np.array([*tokens]), "pair", places)
+    found, why = length_for(np.array([*tokens]), places)
     assert found == limit and said in why
 
 

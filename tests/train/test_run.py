@@ -8,9 +8,9 @@ import sys
 import pytest
 import torch
 import yaml
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoTokenizer, T5Config
+from transformers import AutoTokenizer, T5Config, T5ForConditionalGeneration
 
 from orpo_lite.__main__ import load
 from orpo_lite.common.console import run_command
@@ -19,7 +19,6 @@ from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
 from tests.commands import command
-from tests.tiny import tiny_model, tiny_tokenizer
 
 SHORT = ["training.max_steps=4", "training.eval_steps=2", "training.logging_steps=1", "evaluation.samples=2",
          "evaluation.max_new_tokens=8"]  # fmt: skip
@@ -193,20 +192,27 @@ def test_best_adapter_is_said_to_be_left(tmp_path):
     assert result.facts["adapter"].startswith("best by eval_loss")
 
 
-def test_encoder_decoders_train_and_evaluate(tmp_path):
-    tokenizer = tiny_tokenizer(eos="</s>", pad="<pad>")
-    config = T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=8, d_ff=48, num_layers=2, num_heads=4,
-                      decoder_start_token_id=0, pad_token_id=0, eos_token_id=tokenizer.eos_token_id)  # fmt: skip
-    tiny_model(config).save_pretrained(tmp_path / "t5")
-    tokenizer.save_pretrained(tmp_path / "t5")
-    rows = [{"prompt": f"say {i}", "chosen": f"yes {i}, of course", "rejected": "no"} for i in range(8)]
-    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    result = run(recipe(tmp_path / "run", f"model.name_or_path={tmp_path / 't5'}", "model.quantization=none",
-                        f"data.train={tmp_path / 'rows.jsonl'}", f"data.eval={tmp_path / 'rows.jsonl'}"))  # fmt: skip
-    assert result.facts["layout"]["name"] == "padded"
-    done = orpo_lite("evaluate", tmp_path / "run", "--json")
-    assert done.returncode == 0, done.stderr
-    assert json.loads(done.stdout)["adapter"]["loss"] == pytest.approx(result.facts["eval"]["after"]["loss"], abs=1e-5)
+def test_encoder_decoders_are_refused_by_name_by_every_command(tmp_path):
+    base, adapter, rows = tmp_path / "t5", tmp_path / "adapter", tmp_path / "rows.jsonl"
+    model = T5ForConditionalGeneration(T5Config(vocab_size=320, d_model=16, d_kv=4, d_ff=16, num_layers=1, num_heads=4))
+    for folder in (base, adapter):
+        tiny_tokenizer(eos="</s>", pad="<pad>").save_pretrained(folder)
+    model.save_pretrained(base)
+    get_peft_model(model, LoraConfig(r=1, target_modules=["q"])).save_pretrained(adapter)
+    config = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(base)}
+    (adapter / "adapter_config.json").write_text(json.dumps(config))
+    rows.write_text(json.dumps({"prompt": "a", "chosen": "b", "rejected": "c"}) + "\n")
+    named = ["--recipe", "quickstart", f"model.name_or_path={base}"]
+    commands = {
+        "train": named, "data": named, "plan": named, "new": [rows, "--model", base],
+        "evaluate": [adapter, "--data", rows], "chat": [adapter], "merge": [adapter, "--output", tmp_path / "merged"],
+        "export": [base, "--output", tmp_path / "a.gguf"],
+    }  # fmt: skip
+    for name, words in commands.items():
+        done = orpo_lite(name, *words)
+        said = " ".join(done.stderr.split())
+        assert done.returncode == 2 and f"{base} is an encoder-decoder (t5)" in said, (name, done.stderr)
+        assert "use one of those, or TRL's ORPOTrainer" in said
 
 
 VARIETIES = {
