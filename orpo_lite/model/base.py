@@ -189,7 +189,7 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
     """Load from safetensors only, with every weight of the model in the files."""
     try:
         with hub_errors_in_words(spec.name_or_path):
-            model, info = AutoModelForCausalLM.from_pretrained(
+            model, info = AutoModelForCausalLM.from_pretrained(  # pyright: ignore[reportGeneralTypeIssues]
                 locate(spec),
                 config=config,
                 revision=spec.revision,
