@@ -133,7 +133,7 @@ def command(
     write_atomically(
         path, draft.text(f"{data} for {model}, written by `orpo-lite new`. Look first, then train:\n{commands}")
     )
-    print_report(pairs.report, pairs.shapes, pairs, [], list_drops=False, as_json=False)
+    print_report(pairs.report, pairs.shapes, pairs, [], list_drops=False, as_json=False, findings=[], fixed=None)
     console.print(
         f"\nwritten: {path}, with the reason for each choice\nnext:\n{commands}", soft_wrap=True, markup=False
     )
