@@ -1,6 +1,6 @@
 """The model side of a run: tokenizer, precision, base (quantized or not) and adapter."""
 
-from orpo_lite.model.adapter import attach_adapter, initialize_eva, load_adapter, save_adapter
+from orpo_lite.model.adapter import attach_adapter, load_adapter, save_adapter
 from orpo_lite.model.base import BaseFacts, load_base, read_config
 from orpo_lite.model.inspection import (
     base_name,
@@ -14,6 +14,6 @@ from orpo_lite.model.precision import Precision, autocast, choose_precision
 from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
 
 __all__ = ["BaseFacts", "Precision", "attach_adapter", "autocast", "base_name", "base_revision",
-           "check_quantized_share", "choose_precision", "initialize_eva", "keep_4bit_differentiable", "load_adapter",
+           "check_quantized_share", "choose_precision", "keep_4bit_differentiable", "load_adapter",
            "load_base", "load_tokenizer", "read_config", "routers", "save_adapter", "stop_token_ids",
            "tokenizer_notes", "trainable_share"]  # fmt: skip

@@ -7,13 +7,12 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Iterable, Mapping
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import torch
-from peft import EvaConfig, LoraConfig, PeftConfig, PeftModel, get_peft_model, initialize_lora_eva_weights
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
@@ -26,7 +25,6 @@ from orpo_lite.model import adapter_targets
 from orpo_lite.model.base import grow_embeddings, grow_vocabulary, rows_for_new_tokens
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
 from orpo_lite.model.locating import adapter_folder, hub_errors_in_words, renaming_field
-from orpo_lite.model.precision import autocast
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.loading import resolve_path
@@ -52,7 +50,7 @@ def attach_adapter(
     """Make a base trainable: a new LoRA adapter, an existing one to continue, or (None) all of its weights.
 
     Trainable parameters are float32 whatever the base computes in: 16-bit ones round small updates away, and loss
-    scaling refuses float16 gradients. With init_lora_weights eva the adapter is empty until `initialize_eva`.
+    scaling refuses float16 gradients.
 
     Args:
         tokenizer: from load_tokenizer; its new tokens get trained embeddings.
@@ -113,11 +111,9 @@ def new_adapter(
         exclude_modules=adapter_targets.excluded(model, adapter, avoid),
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         trainable_token_indices=adapter_targets.token_rows(model, adapter, tokenizer),
-        eva_config=EvaConfig() if init == "eva" else None,
         revision=base_revision(model),
     )
-    # EVA replaces the initial weights, so PEFT advises to create none
-    peft_model = wrap(model, config, low_cpu_mem_usage=init == "eva")
+    peft_model = wrap(model, config)
     adapter_targets.check_patterns(peft_model, adapter)
     if changes_base:
         initial = {
@@ -152,36 +148,6 @@ def prepare_frozen(model: PeftModel) -> None:
             wanted = parameter.requires_grad or norm
             if wanted and parameter.dtype in (torch.float16, torch.bfloat16):
                 parameter.data = parameter.data.float()
-
-
-def initialize_eva(model: PeftModel, batches: Iterable[Mapping[str, torch.Tensor]]) -> None:
-    """Run EVA's data pass (arXiv 2410.07170): A from the principal directions of each layer's inputs, ranks reallocated.
-
-    Args:
-        batches: input_ids and attention_mask (B, T), repeated until every layer's directions settle.
-
-    Raises:
-        RequestError: no batches, or batches with too few tokens for the rank.
-    """
-    config: LoraConfig = model.peft_config["default"]  # type: ignore[assignment]
-    batches = [dict(batch) for batch in batches]
-    needed = round(max([config.r, *(config.rank_pattern or {}).values()]) * (config.eva_config or EvaConfig()).rho)
-    fewest = min((int(batch["attention_mask"].sum()) for batch in batches), default=0)
-    if fewest < needed:
-        raise RequestError(
-            f"adapter.init_lora_weights: eva at rank {config.r} needs at least {needed} tokens per batch, found {fewest}: "
-            "raise training.per_device_train_batch_size or lower adapter.r"
-        )
-    passes = iter(range(100 * len(batches)))
-
-    def forward(peft_model: PeftModel, batch: dict[str, Any]) -> None:
-        if next(passes, None) is None:
-            raise RequestError("adapter.init_lora_weights: eva did not settle in 100 passes: raise adapter.eva_batches")
-        with autocast(peft_model):
-            peft_model(batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False)
-
-    initialize_lora_eva_weights(model, batches, forward_fn=forward, show_progress_bar=False)
-    prepare_frozen(model)
 
 
 def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool = False) -> PeftModel:

@@ -256,6 +256,4 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
         found.append("int8: no outlier columns, which are kept in 16 bits")
     if recipe.memory.offload_activations:
         found.append("offloading: the copies of at most two layers are under way at a time")
-    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
-        found.append("ranks as in the recipe: EVA redistributes them")
     return found

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
@@ -18,6 +18,21 @@ class Section(BaseModel):
     """Base of all recipe sections: unknown keys, NaN and infinity are refused."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True)
+
+    removed: ClassVar[dict[str, tuple[Any, str]]] = {}
+    """Former fields: the default that recipes of older run folders hold, and what makes the field unneeded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_removed(cls, given: Any) -> Any:
+        """Accept recipes of older run folders, which name removed fields."""
+        if not isinstance(given, dict):
+            return given
+        asked = [f"{name} was removed: leave it out, {why}" for name, (default, why) in cls.removed.items()
+                 if given.get(name, default) != default]  # fmt: skip
+        if asked:
+            raise ValueError("; ".join(asked))
+        return {key: value for key, value in given.items() if key not in cls.removed}
 
 
 class ModelSection(Section):
@@ -45,11 +60,13 @@ class ModelSection(Section):
 
 
 Initialization = (
-    Literal["gaussian", "orthogonal", "eva", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
+    Literal["gaussian", "orthogonal", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
 )
 
 
 class AdapterSection(Section):
+    removed = {"eva_batches": (16, "adapters start by one of init_lora_weights")}
+
     init_from: str | None = None
     """Continue training this LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
     r: Positive = 16
@@ -77,9 +94,7 @@ class AdapterSection(Section):
     use_dora: bool = False
     """Weight-decomposed LoRA: also trains the magnitude of each output."""
     init_lora_weights: bool | Initialization = True
-    """true, gaussian, orthogonal, eva, pissa, pissa_niter_N or olora; the last three need quantization: none."""
-    eva_batches: Positive = 16
-    """Micro-batches of training data that an EVA initialization uses."""
+    """true, gaussian, orthogonal, pissa, pissa_niter_N or olora; the last three need quantization: none."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: learning rate of B over that of A; 16 is the paper's."""
 
@@ -116,11 +131,10 @@ Sources = Annotated[
 ]
 
 
-REMOVED = {"streaming": "files larger than memory stay on disk", "num_proc": "a tokenizer uses all cores by itself"}
-"""Former fields of the data section, and why they are not needed."""
-
-
 class DataSection(Section):
+    removed = {"streaming": (False, "files larger than memory stay on disk"),
+               "num_proc": (None, "a tokenizer uses all cores by itself")}  # fmt: skip
+
     train: Sources
     """Training pairs: one source or several."""
     eval: Sources | None = None
@@ -158,16 +172,6 @@ class DataSection(Section):
     """Seed of the held-out choice and of source sampling."""
     deduplicate: bool = False
     """Leave out exact duplicates beyond the first, and pairs that contradict each other (a>b and b>a)."""
-
-    @model_validator(mode="before")
-    @classmethod
-    def _without_removed(cls, given: Any) -> Any:
-        """Accept recipes of older run folders, which name the fields of `REMOVED`."""
-        if not isinstance(given, dict):
-            return given
-        if asked := [f"{name} was removed: leave it out, {why}" for name, why in REMOVED.items() if given.get(name)]:
-            raise ValueError("; ".join(asked))
-        return {key: value for key, value in given.items() if key not in REMOVED}
 
 
 class OrpoSection(Section):

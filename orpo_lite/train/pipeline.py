@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
 import logging
 import tempfile
 import time
@@ -25,8 +24,7 @@ from orpo_lite.common.console import asked_of_launcher, console
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.data import Pairs, load_pairs
-from orpo_lite.data.collate import PaddedCollator
-from orpo_lite.model import BaseFacts, attach_adapter, initialize_eva, load_base, load_tokenizer
+from orpo_lite.model import BaseFacts, attach_adapter, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device
 from orpo_lite.model.template_variables import check_variables
@@ -87,7 +85,7 @@ def run(
     pairs = load_pairs(recipe.data, tokenizer)
     recipe, planned = plan_memory(recipe, pairs, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
-    model, base, checkpointing = load_model(recipe, pairs, tokenizer)
+    model, base, checkpointing = load_model(recipe, tokenizer)
     if base.quantization == "none":  # where bitsandbytes is missing, whatever the recipe asked for
         recipe = recipe.model_copy(update={"model": recipe.model.model_copy(update={"quantization": "none"})})
     distributed.init_process_group(recipe.training.get("ddp_timeout", 1800), bool(recipe.training.get("use_cpu")))
@@ -139,7 +137,7 @@ def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: s
     return recipe, plan_before_loading(recipe, lengths, device, force, again)
 
 
-def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
+def load_model(recipe: Recipe, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:
     """Load the base and attach the adapter.
 
     Returns:
@@ -149,7 +147,7 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
         RequestError: an initialization of the adapter that needs the whole base, which several processes share.
     """
     to_shard = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
-    if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("eva", "pissa", "olora"):
+    if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("pissa", "olora"):
         raise RequestError(
             f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} needs the whole base on one process, which "
             "FSDP shards over all of them: set adapter.init_lora_weights=true, or train with DDP"
@@ -160,19 +158,7 @@ def load_model(recipe: Recipe, pairs: Pairs, tokenizer: Any) -> tuple[Any, BaseF
     if checkpointing:
         check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
-    if recipe.adapter and recipe.adapter.init_lora_weights == "eva":
-        initialize_eva(model, eva_batches(recipe, pairs, tokenizer, base.device))
     return model, facts, checkpointing
-
-
-def eva_batches(recipe: Recipe, pairs: Pairs, tokenizer: Any, device: torch.device) -> list[dict[str, torch.Tensor]]:
-    """Collate the first training pairs into padded micro-batches (input_ids, attention_mask), since EVA runs the model itself."""
-    assert recipe.adapter is not None
-    collate = PaddedCollator(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0)
-    size = recipe.training.get("per_device_train_batch_size", 8)
-    first: list[Any] = list(itertools.islice(pairs.train, recipe.adapter.eva_batches * size))
-    batches = [collate(first[start : start + size]) for start in range(0, len(first), size)]
-    return [{key: batch[key].to(device) for key in ("input_ids", "attention_mask")} for batch in batches]
 
 
 def connect(trainer: ORPOTrainer, recipe: Recipe, pairs: Pairs, folder: RunFolder | None) -> None:

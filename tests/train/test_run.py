@@ -222,7 +222,6 @@ VARIETIES = {
     "dora, tensorboard, head chunk": ["adapter.use_dora=true", "training.report_to=tensorboard", "memory.head_chunk=16"],
     "full fine-tuning, epochs": ["adapter=null", "model.quantization=none", "training.max_steps=-1",
                                  "training.num_train_epochs=0.1"],
-    "eva": ["adapter.init_lora_weights=eva", "model.quantization=none"],
     "fp4, lora+, token budget, one layer checkpoints, nll over chosen": [
         "model.quantization=fp4", "adapter.loraplus_lr_ratio=16", "orpo.tokens_per_batch=200", "training.gradient_accumulation_steps=2",
         "memory.checkpointing=1", "orpo.nll_scope=chosen"],
