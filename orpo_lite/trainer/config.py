@@ -108,6 +108,12 @@ class ORPOConfig(TrainingArguments):
                 "ORPOConfig.is_encoder_decoder: found True, but orpo_lite trains decoder-only models: use one of those, or "
                 "TRL's ORPOTrainer"
             )
+        optim = str(getattr(self.optim, "value", self.optim))
+        if "lomo" in optim or "layerwise" in optim:
+            raise ValueError(
+                f"ORPOConfig.optim: found {optim}, which changes weights inside of the backward pass, where no check of a step "
+                "could stop it: expected one that steps afterwards, such as adamw_torch or paged_adamw_8bit"
+            )
         if not self.beta >= 0:
             raise ValueError(f"ORPOConfig.beta: found {self.beta!r}, expected a number from 0 up")
         for name in POSITIVE:

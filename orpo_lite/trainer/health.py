@@ -19,7 +19,7 @@ from torch.distributed.tensor import DTensor
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.collate import pair_tokens, select_pairs
-from orpo_lite.data.lengths import numbers
+from orpo_lite.data.lengths import answer_tokens, numbers
 from orpo_lite.data.sources import open_source
 from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import micro_batches
@@ -140,18 +140,18 @@ class Unchanged:
 # ---- the report of a step that is not finite ---------------------------------------------------------------------------
 
 
-def locate_pairs(trainer: Any, sources: list[str], blame: bool) -> list[dict[str, Any]]:
+def locate_pairs(trainer: Any, sources: list[str]) -> list[dict[str, Any]]:
     """Find where the pairs of the step in progress come from, on all processes.
 
     Args:
         sources: paths that the pairs' `source` column counts.
-        blame: compute each pair of an item whose loss is not finite alone, without gradients.
 
     Returns:
-        For each pair its row, source, number in the tokenized pairs (None: unknown), tokens and, where blamed, loss.
+        For each pair its row, source, number in the tokenized pairs (None: unknown) and tokens; of an item whose loss is
+        not finite also the loss of each pair alone.
     """
     step, found = trainer.step_in_progress, []
-    blame &= not sharded(trainer.model)  # their forward pass takes all processes
+    alone = not sharded(trainer.model)  # their forward pass takes all processes
     losses = [float(loss) for loss in step.losses]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
@@ -159,7 +159,7 @@ def locate_pairs(trainer: Any, sources: list[str], blame: bool) -> list[dict[str
             wrong = index < len(losses) and not math.isfinite(losses[index])
             for batch in micro_batches(item):
                 pairs = located(batch, trainer.train_dataset, sources)
-                for place, pair in enumerate(pairs if blame and wrong else []):
+                for place, pair in enumerate(pairs if alone and wrong else []):
                     pair["loss"] = float(trainer.objective.loss(trainer.model, [select_pairs(batch, [place])])[0])
                 found += pairs
     return gather_object(found) if trainer.accelerator.num_processes > 1 else found
@@ -174,8 +174,9 @@ def located(batch: dict[str, Any], dataset: Any, sources: list[str]) -> list[dic
         chosen = batch["label_ids"][batch["chosen_pair"] == place].tolist()
         for number in np.flatnonzero(rows == row).tolist():
             # sources and their weights repeat row numbers: the tokens tell which it was
-            if list(dataset[number]["chosen_ids"])[-len(chosen) :] == chosen:
-                source = dataset[number].get("source", len(sources))
+            pair = dataset[number]
+            if [pair["chosen_ids"][token] for token in answer_tokens(pair, "chosen", first=1)] == chosen:
+                source = pair.get("source", len(sources))
                 found |= {"number": number, "source": sources[source] if source < len(sources) else None}
                 break
         places.append(found)

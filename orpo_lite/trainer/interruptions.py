@@ -18,7 +18,6 @@ import torch
 from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.step_batches import micro_batches
@@ -78,13 +77,10 @@ def named(doing: str, advice: str = SAVERS) -> Iterator[None]:
         raise OutOfMemory(f"memory ran out while {doing}: {advice} ({reason(error)})") from None
 
 
-def obstacle_to_smaller_batches(trainer: Any, training: bool) -> str:
+def obstacle_to_smaller_batches(trainer: Any) -> str:
     """Say why a pass cannot be repeated with smaller micro-batches; empty where it can."""
-    if trainer.accelerator.distributed_type != DistributedType.NO:
-        return "in distributed training, where the processes wait for one another"
-    if not training or not trainer.guard.inside_backward:
-        return ""
-    return f"with {OptimizerNames(trainer.args.optim).value}, which changes weights during the backward pass"
+    alone = trainer.accelerator.distributed_type == DistributedType.NO
+    return "" if alone else "in distributed training, where the processes wait for one another"
 
 
 def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> Any:

@@ -9,9 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
 from transformers import TrainerCallback
-from transformers.training_args import OptimizerNames
 
 from orpo_lite.trainer import health
 
@@ -33,10 +31,7 @@ class NonFiniteGuard(TrainerCallback):
     """Finds a loss or gradient that is not finite before optimizer.step, and stops or leaves the step out.
 
     The trainer calls `check_step` after the step's last backward pass: before clipping, since a NaN that is clipped is NaN
-    everywhere. Layer-wise optimizers step inside the backward pass: there only the loss is checked, before it.
-
-    Raises:
-        ValueError: `on_nonfinite` says skip where no step can be left out.
+    everywhere.
     """
 
     def __init__(self, trainer: Any):
@@ -55,13 +50,6 @@ class NonFiniteGuard(TrainerCallback):
         """The file of rows that was written."""
         self.left_out = self.overflowed = False
         """Whether the step in progress is left out, overflowed in fp16."""
-        optim = OptimizerNames(trainer.args.optim).value
-        self.inside_backward = "lomo" in optim or "layerwise" in optim
-        if self.inside_backward and trainer.args.on_nonfinite == "skip":
-            raise ValueError(
-                "ORPOConfig.on_nonfinite: found skip, expected stop with layer-wise optimizers, which change "
-                "weights during the backward pass: no step can be left out"
-            )
 
     # ---- events of training ----------------------------------------------------------------------------------------
 
@@ -90,18 +78,6 @@ class NonFiniteGuard(TrainerCallback):
 
     # ---- checks ----------------------------------------------------------------------------------------------------
 
-    def check_loss(self, loss: Tensor) -> None:
-        """Check a loss before its backward pass, where that takes the optimizer's step.
-
-        Raises:
-            NonFinite: it is not finite on some process.
-        """
-        if self.inside_backward and self.trainer.total((~torch.isfinite(loss.detach())).float()).item():
-            step = self.trainer.step_in_progress
-            assert step is not None
-            step.losses.append(loss.detach())
-            self._stop_or_leave_out()
-
     def check_step(self) -> None:
         """Check losses and gradients of the step in progress, on all processes together.
 
@@ -109,8 +85,6 @@ class NonFiniteGuard(TrainerCallback):
             NonFinite: one is not finite, and on_nonfinite says stop, or too many steps were left out.
         """
         trainer = self.trainer
-        if self.inside_backward:
-            return
         bad_loss, bad_gradient, some, loss, chosen, rejected, pairs = self._figures()
         # gradients are scaled so that they overflow now and then, and the scaler leaves such a step out by itself
         scaler = trainer.accelerator.scaler
@@ -159,7 +133,7 @@ class NonFiniteGuard(TrainerCallback):
         """Report the step in progress, and raise, or drop its gradients and metrics. The schedule continues."""
         trainer, step = self.trainer, self.trainer.step_in_progress
         assert step is not None
-        pairs = health.locate_pairs(trainer, self.sources, blame=not self.inside_backward)
+        pairs = health.locate_pairs(trainer, self.sources)
         report = health.describe_step(trainer, pairs) + self._write_rows(trainer.state.global_step + 1, pairs)
         if trainer.args.on_nonfinite != "skip":
             raise NonFinite(report)

@@ -15,7 +15,6 @@ from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from transformers.trainer_utils import EvalLoopOutput
-from transformers.training_args import OptimizerNames
 
 from orpo_lite.common.console import peak_memory_bytes
 from orpo_lite.data.collate import collator_of, from_trl
@@ -37,7 +36,6 @@ from orpo_lite.trainer.distributed import (
     shard_to_evaluate,
 )
 from orpo_lite.trainer.generate import log_answers
-from orpo_lite.trainer.health import learning_rate
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.transformers_contract import warn_if_untested
@@ -293,7 +291,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             done = len(step.losses) if step else 0
             loss = own(model, inputs, *args, **kwargs)
             if step is not None and step.index_of(inputs) == done == len(step.losses):
-                self.guard.check_loss(loss)
                 self._record(step, [loss.detach()])
             return loss
 
@@ -319,19 +316,17 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
                 loss = self.compute_loss(model, batch, num_items_in_batch=totals)
         finally:
             self.totals_of_step = None
-        self.guard.check_loss(loss)
         often = self.args.torch_empty_cache_steps
         if often is not None and self.state.global_step % often == 0:
             clear_device_cache()
-        lomo = "lomo" in OptimizerNames(self.args.optim).value
-        self.accelerator.backward(loss, **({"learning_rate": learning_rate(self)} if lomo else {}))
+        self.accelerator.backward(loss)
         return loss.detach()
 
     def _shrink(self, limit: Limit, passes: str, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
         training = passes == "step"
         step, pairs = self.state.global_step + training, self.train_dataset if training else None
-        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle_to_smaller_batches(self, training))
+        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle_to_smaller_batches(self))
         clear_device_cache(garbage_collection=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
