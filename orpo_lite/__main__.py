@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 COMMANDS = {
-    "doctor": "check this machine: packages, card, kernels, hub, and a short training run",
+    "doctor": "check this machine: packages, memory, card, hub, and a short training run",
     "recipes": "list the shipped recipes and what each needs",
     "new": "look at your pairs and write a commented recipe for them",
     "data": "show what a recipe trains on: counts, lengths, decoded examples",
