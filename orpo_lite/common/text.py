@@ -50,11 +50,6 @@ def cut(text: str, longest: int = 4000) -> str:
     return text if len(text) <= longest else f"{text[:longest]}\n[{len(text) - longest:,} more characters]"
 
 
-def held_by(facts: dict) -> str:
-    """Say what a run's `peak_memory_bytes` (run.json) counts: on the CPU, much more than tensors."""
-    return "in the whole process, libraries included" if facts["device"].startswith("cpu") else "in tensors on the GPU"
-
-
 # ---- Markdown --------------------------------------------------------------------------------------------------------
 
 

@@ -27,6 +27,7 @@ from orpo_lite.recipe import AdapterSection, DataSection, DataSource, ModelSecti
 from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section, tokenizer_of
+from orpo_lite.trainer.run_record import RunRecord, read_record
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
@@ -45,7 +46,7 @@ class ModelSource:
     base: ModelSection | None = None
     """The model that a fine-tuned one started from."""
     recipe: Recipe | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    record: RunRecord = field(default_factory=RunRecord)
     """run.json, where there is one."""
 
     @property
@@ -56,8 +57,7 @@ class ModelSource:
     @property
     def row_shapes(self) -> set[str]:
         """List the shapes of the rows it was trained on; empty where that is not known."""
-        sources = self.facts.get("data", {}).get("sources", {}).values()
-        return {one.get("shape", "") for one in sources if one.get("section", "train") == "train"}
+        return {one.shape or "" for one in self.record.data.sources.values() if one.section in ("train", None)}
 
     def check_two_sides(self, option: str) -> None:
         """Raise RequestError, naming the option that needs two sides, for a model without a base."""
@@ -95,21 +95,22 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
         if not (downloaded / "adapter_config.json").is_file():
             return ModelSource(path, "model", whole_model(path, trust_remote_code))
         folder = downloaded
-    recipe = facts = None
+    recipe, record = None, RunRecord()
     if (folder / "recipe.yaml").is_file():
         recipe = RunFolder.open(folder).recipe()
         # publishing leaves run.json out and adds a card; a run that has neither did not finish
-        facts = None if not (folder / "run.json").is_file() and is_published(folder) else RunFolder(folder).read()
+        if (folder / "run.json").is_file() or not is_published(folder):
+            record = read_record(RunFolder(folder), [])
     if (folder / "adapter_config.json").is_file():
         base = base_section(folder, None, trust_remote_code)
-        return ModelSource(str(folder), "adapter", base, recipe=recipe, facts=facts or {})
+        return ModelSource(str(folder), "adapter", base, recipe=recipe, record=record)
     if (folder / "config.json").is_file():
         after = whole_model(str(folder), trust_remote_code)
         if recipe is None or recipe.adapter is not None:
             return ModelSource(str(folder), "model", after)
         before = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
         after = after.model_copy(update={"dtype": recipe.model.dtype})
-        return ModelSource(str(folder), "fine-tuned", after, before, recipe, facts or {})
+        return ModelSource(str(folder), "fine-tuned", after, before, recipe, record)
     if recipe is not None:
         RunFolder(folder).read()  # raises where the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")

@@ -6,7 +6,6 @@ read in blocks, and everything else has its weights only while it runs.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -34,6 +33,8 @@ from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import map_blocks, part
 from orpo_lite.model.adapter import bare
 from orpo_lite.recipe import ModelSection
+from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import read_record
 
 T = TypeVar("T")
 PROBE_TOKENS = 16
@@ -52,7 +53,7 @@ def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tens
     """Return token ids (B, T) to compare models on, and where they come from: training rows in run.json, else texts."""
     rows: list[list[int]] = []
     if (source / "run.json").is_file():
-        rows = json.loads((source / "run.json").read_text("utf-8")).get("probe", [])
+        rows = read_record(RunFolder(source), []).probe
     origin = "training rows" if rows else "sentences"
     rows = rows or [tokenizer(text)["input_ids"] for text in TEXTS]  # type: ignore[misc]
     length = min(PROBE_TOKENS, *(len(row) for row in rows))

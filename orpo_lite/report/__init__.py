@@ -12,8 +12,8 @@ from pydantic_core import to_json
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.report.run_record import LoadedRun, read_run
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import LoadedRun, read_run
 
 __all__ = ["command", "write_report"]
 
@@ -34,10 +34,10 @@ def write_report(folder: RunFolder) -> Path:
 def as_json(runs: Sequence[LoadedRun]) -> str:
     """Return everything that the pages are made from: facts, verdict and state of each run, and where recipes differ."""
     from orpo_lite.report.charts import margins
-    from orpo_lite.report.page import differences, sentence
+    from orpo_lite.report.page import differences, verdict
 
     content = [
-        {"path": run.path, "state": run.state, "verdict": sentence(run), "checkpoint": run.checkpoint, "notes": run.notes,
+        {"path": run.path, "state": run.state, "verdict": verdict(run), "checkpoint": run.checkpoint, "notes": run.notes,
          "log_lines": len(run.metrics), "last": run.metrics[-1] if run.metrics else None, "facts": run.record,
          "recipe": run.recipe, "margins": {when: margins(run, when) for when in ("before", "after")}}
         for run in runs

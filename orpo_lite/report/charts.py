@@ -31,7 +31,7 @@ from orpo_lite.report.drawing import (
 )
 
 if TYPE_CHECKING:
-    from orpo_lite.report.run_record import Histogram, LoadedRun
+    from orpo_lite.trainer.run_record import Histogram, LoadedRun
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""

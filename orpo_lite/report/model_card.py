@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import logging
-import platform
 import shlex
 from collections.abc import Sequence
 from functools import cache
@@ -22,7 +21,7 @@ from rich.markup import escape
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import cut, fence, format_gb, held_by, inline, measured, number
+from orpo_lite.common.text import cut, fence, format_gb, inline, measured, number
 from orpo_lite.data.row_shapes import FAMILY
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.recipe import Recipe
@@ -30,8 +29,8 @@ from orpo_lite.recipe.loading import BUILTIN, looks_local
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import is_finite
 from orpo_lite.report.page import read_json, verdict
-from orpo_lite.report.run_record import RunRecord, read_run
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import RunRecord, read_run, versions
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trainer import ORPOTrainer
@@ -109,8 +108,9 @@ def model_card(
 
 def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[str], base: str | None) -> str:
     """Return the card of a finished run."""
-    recipe, record = folder.recipe(), read_run(folder).record
-    facts, held = record.base_model, record.base_model.quantization or "none"
+    recipe, run = folder.recipe(), read_run(folder)
+    record, facts = run.record, run.record.base_model
+    held = facts.quantization or "none"
     if kind == "adapter" and recipe.adapter is None:
         kind = "merged"
     hub, license, revision = facts.hub_id, facts.license, facts.commit or facts.revision
@@ -129,7 +129,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     it["chat"] = it["chat"] and (recipe.data.apply_template or "conversations" in shapes)
     return render(
         meta, name=name, kind=kind, shown=shown, hub=hub, license=license, trained=True, it=it, held=held,
-        record=record, recipe=recipe, verdict=verdict(record), repo=repo, notes=notes,
+        record=record, recipe=recipe, verdict=verdict(run), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
         given=yaml.safe_load(given), recipe_yaml=given.rstrip(), not_of_the_weights=NOT_OF_THE_WEIGHTS,
@@ -174,11 +174,9 @@ def write_trainer_card(
     given |= {"orpo", "orpo-lite"} | ({"lora"} if kind == "adapter" else set())
     datasets = [dataset_name] if dataset_name and hub_id(dataset_name) else None
     meta = front_matter(kind, hub, None, sorted(given), datasets=datasets)
-    packages = ("torch", "orpo-lite", "transformers", "peft", "datasets")
-    versions = {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in packages}
     shown = public_name(named, hub is not None) if named else "a model of its own"
     text = render(
-        meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, versions=versions
+        meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, versions=versions()
     )
     (folder / "README.md").write_text(text, "utf-8")
 
@@ -201,7 +199,7 @@ def environment() -> jinja2.Environment:
         loader=jinja2.PackageLoader("orpo_lite.report", ""), undefined=jinja2.StrictUndefined, finalize=escaped,
         trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     )  # fmt: skip
-    made.globals |= {"metrics": ROWS, "held_by": held_by, "hub_id": hub_id}
+    made.globals |= {"metrics": ROWS, "hub_id": hub_id}
     made.filters |= {
         "md": Markdown,
         "py": lambda value: Markdown(json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)),

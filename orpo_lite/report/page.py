@@ -14,11 +14,11 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orpo_lite.common.text import cut, duration, format_gb, held_by, measured
+from orpo_lite.common.text import cut, duration, format_gb, measured
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
-from orpo_lite.report.run_record import LoadedRun, RunRecord, Sample
+from orpo_lite.trainer.run_record import LoadedRun, Sample
 
 # ---- rendering -----------------------------------------------------------------------------------------------------------
 
@@ -33,13 +33,13 @@ def environment() -> jinja2.Environment:
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
         "drawing": Drawing, "script_data": script_data, "colors": COLORS,
-        "is_finite": is_finite, "held_by": held_by, "metrics": ROWS,
+        "is_finite": is_finite, "metrics": ROWS,
         "script": Markup(script),  # noqa: S704  # our own file
         "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
         "style": Markup((Path(__file__).parent / "page.css").read_text("utf-8").strip()),  # noqa: S704  # our own file
     }  # fmt: skip
     made.filters |= {
-        "cut": cut, "measured": measured, "written": written, "adapter": adapter, "sh": shlex.quote, "shown_path": shown_path,
+        "cut": cut, "measured": measured, "written": written, "sh": shlex.quote, "shown_path": shown_path,
         "duration": known(duration), "count": known("{:,}".format),
         "rate": known("{:.1f}".format), "gigabytes": known(lambda size: format_gb(size, 2)),
     }  # fmt: skip
@@ -72,7 +72,7 @@ def run_page(run: LoadedRun) -> bytes:
     lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in run.record.data.lengths.items()]
     return render(
         "run.html.jinja", [run], [spread if run.last_evaluation else None, *drawn, *lengths],
-        title=f"ORPO run {run.name}", run=run, verdict=sentence(run), margins=spread,
+        title=f"ORPO run {run.name}", run=run, verdict=verdict(run), margins=spread,
         answers=answers([(when, run.record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn, notes=notes,
         lengths=[chart for chart in lengths if chart],
     )  # fmt: skip
@@ -86,8 +86,18 @@ def known(write: Callable[[Any], str]) -> Callable[[Any], str]:
 # ---- the result in words -------------------------------------------------------------------------------------------------
 
 
-def verdict(record: RunRecord) -> str:
-    """Say in a sentence whether the held-out accuracy moved by more than chance."""
+def verdict(run: LoadedRun) -> str:
+    """Say in a sentence whether the held-out accuracy moved by more than chance, or where an unfinished run stands."""
+    record = run.record
+    if run.state != "finished":
+        now = "This run is under way" if run.state == "under way" else "This run was stopped before its end"
+        held = [line for line in run.metrics if is_finite(line.get("eval_rewards/accuracies")) and line["step"]]
+        accuracy = ""
+        if held:
+            accuracy = (
+                f"; held-out reward accuracy was {held[-1]['eval_rewards/accuracies']:.1%} at step {held[-1]['step']:g}"
+            )
+        return f"{now}, its last log line at step {record.steps}{accuracy}."
     before, after = record.evaluation("before"), record.evaluation("after")
     (old, old_range), (new, new_range) = (
         (one.get("rewards/accuracies"), one.get("rewards/accuracies_interval") or []) for one in (before, after)
@@ -107,29 +117,6 @@ def verdict(record: RunRecord) -> str:
     else:
         how = "clearly more than chance would give" if new_range[0] > old_range[1] else "within what chance could give"
     return f"Held-out reward accuracy went from {old:.1%} to {new:.1%} on {pairs}: {how}."
-
-
-def sentence(run: LoadedRun) -> str:
-    """Return the verdict of a finished run, or where an unfinished one stands."""
-    if run.state == "finished":
-        return verdict(run.record)
-    now = "This run is under way" if run.state == "under way" else "This run was stopped before its end"
-    held = [line for line in run.metrics if is_finite(line.get("eval_rewards/accuracies")) and line["step"]]
-    step, accuracy = run.record.steps, ""
-    if held:
-        accuracy = (
-            f"; held-out reward accuracy was {held[-1]['eval_rewards/accuracies']:.1%} at step {held[-1]['step']:g}"
-        )
-    return f"{now}, its last log line at step {step}{accuracy}."
-
-
-def adapter(run: LoadedRun) -> str:
-    """Name the kind of adapter, its rank and alpha; empty where the recipe cannot be read."""
-    if run.recipe is None or run.recipe.adapter is None:
-        return "none: full fine-tuning" if run.full_fine_tuning else ""
-    found = run.recipe.adapter
-    kind = "DoRA" if found.use_dora else "rsLoRA" if found.use_rslora else "LoRA"
-    return f"{kind} r={found.r}, alpha={found.alpha:g}"
 
 
 # ---- parts of the page ---------------------------------------------------------------------------------------------------
@@ -180,7 +167,7 @@ def compare_page(runs: Sequence[LoadedRun]) -> bytes:
     )
     return render(
         "compare.html.jinja", runs, [*drawn, spread], title=f"ORPO runs: {', '.join(run.name for run in runs)}"[:200],
-        runs=runs, compared=[(name, run, sentence(run)) for name, run in named.items()], head=("", *named),
+        runs=runs, compared=[(name, run, verdict(run)) for name, run in named.items()], head=("", *named),
         other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
         differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
         curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(named)),

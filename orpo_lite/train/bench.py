@@ -6,20 +6,17 @@ Memory is that of live tensors, on any device; times are taken in turn, so that 
 from __future__ import annotations
 
 import contextlib
+import itertools
 import statistics
 import tempfile
 import time
 import warnings
-import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
-from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.layout import disable_dropout
@@ -191,46 +188,10 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
         enable_progress_bars()
 
 
-class AllocationMeter(TorchDispatchMode):
-    """Counts, while open, the bytes of the storages that torch operations allocate: `live` now, `peak` at most.
-
-    Storages from before, such as the model's weights, are not counted. Scratch memory inside an operation is not seen.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._known: dict[int, weakref.ref] = {}
-
-    def __torch_dispatch__(self, func: Callable, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        # a storage that first appears as an input was there before
-        for leaf in tree_leaves((args, kwargs)):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, new=False)
-        output = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(output):
-            if isinstance(leaf, Tensor):
-                self._count(leaf, new=True)
-        return output
-
-    def _count(self, tensor: Tensor, new: bool) -> None:
-        storage = tensor.untyped_storage()
-        key, size = storage._cdata, storage.nbytes() if new else 0
-        if key in self._known:
-            return
-
-        def freed(_: Any) -> None:
-            self._known.pop(key, None)
-            self.live -= size
-
-        self._known[key] = weakref.ref(storage, freed)
-        self.live += size
-        self.peak = max(self.peak, self.live)
 
 
 def peak_over(work: Callable[[], Any], device: torch.device) -> int:
-    """Measure the peak bytes that `work` allocates: by the allocator's count on CUDA, by AllocationMeter elsewhere."""
+    """Measure the peak bytes that `work` allocates, over what was there before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         before = torch.cuda.memory_allocated(device)
@@ -238,9 +199,11 @@ def peak_over(work: Callable[[], Any], device: torch.device) -> int:
         work()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    with AllocationMeter() as meter:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         work()
-    return meter.peak
+    recorded: Any = profiler.profiler
+    changes = (event.nbytes() for event in recorded.kineto_results.events() if event.name() == "[memory]")
+    return max(itertools.accumulate(changes), default=0)
 
 
 def interleaved(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import os
 from typing import Annotated, Any
 
 import typer
@@ -57,6 +58,8 @@ def command(
     if not all(0 < size <= pairs for size in sizes):
         raise RequestError(f"--batch: found {batch!r}, expected numbers from 1 to {pairs} (--pairs), such as 1,2,4")
     chosen = Recipe.load(recipe, overrides or [])
+    # torch's profiler, which counts memory on the CPU, would log where it starts and stops, and what it cannot know
+    os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")
     with json_alone(as_json) as print_json:
         from orpo_lite.train.bench import Contest, random_model
 

@@ -30,7 +30,7 @@ from orpo_lite.model.base import local_device
 from orpo_lite.model.template_variables import check_variables
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
-from orpo_lite.train.results import HeldOut, finish, measure_before, measure_held_out, run_facts
+from orpo_lite.train.results import finish, measure_before, measure_held_out, record_of
 from orpo_lite.trainer import distributed
 from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
@@ -110,12 +110,12 @@ def run(
         outcome = train(trainer, folder)
         after = measure_held_out(recipe, trainer, pairs, tokenizer, before)
 
-        facts = run_facts(recipe, pairs, base, trainer, HeldOut.both(before, after, recipe), planned, outcome.metrics)
-        facts["total_seconds"] = round(time.monotonic() - started, 3)
+        record = record_of(recipe, pairs, base, trainer, before, after, planned, outcome.metrics)
+        record.total_seconds = round(time.monotonic() - started, 3)
         whole = trainer.whole_weights()
         if trainer.is_world_process_zero():
-            finish(folder, facts, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs}, whole)
-    return Run(folder.path, facts)
+            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs}, whole)
+    return Run(folder.path, record.model_dump())
 
 
 def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: str) -> tuple[Recipe, Plan | None]:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite.common.console import console, errors, peak_memory_bytes
-from orpo_lite.common.text import duration, format_gb, held_by
+from orpo_lite.common.text import duration, format_gb
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
@@ -17,6 +17,7 @@ from orpo_lite.trainer.checkpoint_folder import newest_good
 from orpo_lite.trainer.distributed import world
 from orpo_lite.trainer.interruptions import OutOfMemory
 from orpo_lite.trainer.nonfinite_guard import NonFinite
+from orpo_lite.trainer.run_record import RunRecord, describe_adapter
 
 if TYPE_CHECKING:
     from orpo_lite.data import Pairs
@@ -45,7 +46,7 @@ def print_plan_of_run(
         ("run folder", describe_folder(folder)),
         *[("", note) for note in (folder.notes if folder else ())],
         *[("" if n else "base model", line.removeprefix("base: ")) for n, line in enumerate(base.sentences)],
-        ("adapter", describe_adapter(recipe)),
+        ("adapter", describe_adapter(recipe.adapter)),
         ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
         ("data", f"{len(pairs.train):,} training pairs, {held_out:,} held out"),
         *[("", line) for line in str(pairs.report).splitlines()],
@@ -80,22 +81,10 @@ def describe_folder(folder: RunFolder | None) -> str:
     return f"{folder.path}" + (f" (resuming from {folder.checkpoint.name})" if folder.checkpoint else "")
 
 
-def describe_adapter(recipe: Recipe) -> str:
-    """Describe the adapter in a line."""
-    a = recipe.adapter
-    if a is None:
-        return "none: full fine-tuning"
-    if a.init_from:
-        return f"continues {a.init_from}"
-    kind = "DoRA" if a.use_dora else "rsLoRA" if a.use_rslora else "LoRA"
-    init = "" if a.init_lora_weights is True else f", init {a.init_lora_weights}"
-    plus = f", LoRA+ ratio {a.loraplus_lr_ratio:g}" if a.loraplus_lr_ratio else ""
-    return f"{kind}, r={a.r}, alpha={a.alpha:g}, on {a.target_modules}{init}{plus}"
-
-
 def describe_batch(trainer: ORPOTrainer) -> str:
     """Describe how many pairs an optimizer step takes, and how they are split."""
-    args, batch, accumulation = trainer.args, effective_batch(trainer), trainer.accumulation_steps
+    args, accumulation = trainer.args, trainer.accumulation_steps
+    batch = trainer.get_total_train_batch_size(args)
     if args.tokens_per_batch:
         return f"{batch} pairs a step, in micro-batches of at most {args.tokens_per_batch:,} tokens, on {args.world_size} processes"  # fmt: skip
     each = batch // args.world_size // accumulation
@@ -115,15 +104,9 @@ def describe_processes(trainer: ORPOTrainer) -> list[tuple[str, str]]:
 def describe_steps(trainer: ORPOTrainer, pairs: int) -> str:
     """Describe steps, epochs, learning rate and optimizer."""
     args, steps = trainer.args, total_steps(trainer)
-    epochs = steps / math.ceil(max(1, pairs) / effective_batch(trainer))
+    epochs = steps / math.ceil(max(1, pairs) / trainer.get_total_train_batch_size(args))
     schedule, optimizer = (str(getattr(one, "value", one)) for one in (args.lr_scheduler_type, args.optim))
     return f"{steps:,} ({epochs:.2f} epochs), learning rate {args.learning_rate:g}, {schedule} schedule, {optimizer}"
-
-
-def effective_batch(trainer: ORPOTrainer) -> int:
-    """Return the pairs of an optimizer step, over all processes."""
-    args = trainer.args
-    return args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
 
 
 def total_steps(trainer: ORPOTrainer) -> int:
@@ -160,31 +143,32 @@ def print_stopped(folder: RunFolder, why: BaseException, step: int) -> None:
     errors.print(f"\nstopped at step {step}: {escape(say)}", soft_wrap=True)
 
 
-def print_finished(folder: RunFolder, facts: dict[str, Any]) -> None:
+def print_finished(folder: RunFolder, record: RunRecord) -> None:
     """Print results, sample answers, and what to type next."""
-    before, after = facts["eval"]["before"], facts["eval"]["after"]
+    before, after = record.evaluation("before"), record.evaluation("after")
     console.print()
     if before and after:
         show({"before": before, "after": after})
-    old, new = facts["rule"]["before"], facts["rule"]["after"]
+    first, last = record.samples["before"], record.samples["after"]
+    old, new = record.rule["before"], record.rule["after"]
     if old and new:
-        count = f"{len(facts['samples']['after'])} held-out prompts"
+        count = f"{len(last)} held-out prompts"
         console.print(
             f"greedy answers in the chosen style: {old['chosen']:.0%} before, {new['chosen']:.0%} after ({count})"
         )
-    for first, last in list(zip(facts["samples"]["before"], facts["samples"]["after"], strict=True))[:3]:
-        console.print(f"\n[dim]{escape(first['prompt'][-300:])}[/]")
-        console.print(f"  [bold]before[/] {escape(first['answer'][:300])}")
-        console.print(f"  [bold]after [/] {escape(last['answer'][:300])}")
-    found = [f"{one['kind']} (step {one['step']})" for one in facts["warnings"]]
-    counts = {"steps left out, not finite": len(facts["skipped_steps"]), "fp16 overflows": facts["overflow_steps"]}
+    for one, other in list(zip(first, last, strict=True))[:3]:
+        console.print(f"\n[dim]{escape(one.prompt[-300:])}[/]")
+        console.print(f"  [bold]before[/] {escape(one.answer[:300])}")
+        console.print(f"  [bold]after [/] {escape(other.answer[:300])}")
+    found = [f"{one.kind} (step {one.step})" for one in record.warnings]
+    counts = {"steps left out, not finite": len(record.skipped_steps), "fp16 overflows": record.overflow_steps}
     found += [f"{count} {what}" for what, count in counts.items() if count]
     if found:
         console.print(f"\n[bold]warnings during training:[/] {', '.join(found)}; run.json has them in full")
-    peak, merged = format_gb(facts["peak_memory_bytes"], 2), folder.path.with_name(f"{folder.path.name}-merged")
+    peak, merged = format_gb(record.peak_memory_bytes or 0, 2), folder.path.with_name(f"{folder.path.name}-merged")
     console.print(
-        f"\n{facts['steps']} steps in {duration(facts['train_seconds'])} ({facts['pairs_per_second']:.1f} pairs/s), peak memory "
-        f"{peak} {held_by(facts)}. {folder.path} holds the adapter ({facts['adapter']}).\nNext:",
+        f"\n{record.steps} steps in {duration(record.train_seconds or 0)} ({record.pairs_per_second or 0:.1f} pairs/s), peak memory "
+        f"{peak} {record.held_by}. {folder.path} holds the adapter ({record.adapter}).\nNext:",
         markup=False,
     )
     console.print(

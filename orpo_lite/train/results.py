@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import itertools
 import json
 import platform
@@ -26,18 +25,16 @@ from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import find_license, hub_id, write_card
-from orpo_lite.report.run_record import RunRecord
 from orpo_lite.train import printout
 from orpo_lite.trainer.distributed import sharded, world
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import RunRecord, fitting, versions
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
     from orpo_lite.plan.predict import Plan
-
-PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
 
 
 @dataclass
@@ -49,19 +46,6 @@ class HeldOut:
     """Greedy answers: prompt, answer, tokens, and its mean log-prob and log-odds under the model that gave it."""
     pairs: dict[str, list[float]] = field(default_factory=dict)
     """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
-
-    @staticmethod
-    def both(before: HeldOut, after: HeldOut, recipe: Recipe) -> dict[str, Any]:
-        """Return the part of run.json on held-out pairs: metrics, samples, and the shares of either style."""
-        both = {"before": before, "after": after}
-        samples = {
-            when: [{k: v for k, v in s.items() if k != "ids"} for s in one.samples] for when, one in both.items()
-        }
-        return {
-            "eval": {when: one.metrics for when, one in both.items()},
-            "samples": samples,
-            "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in both.items()},
-        }
 
 
 def measure_held_out(
@@ -120,33 +104,43 @@ def measure_before(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pair
 # ---- run.json ----------------------------------------------------------------------------------------------------
 
 
-def run_facts(
+def record_of(
     recipe: Recipe,
     pairs: Pairs,
     base: BaseFacts,
     trainer: ORPOTrainer,
-    held_out: dict[str, Any],
+    before: HeldOut,
+    after: HeldOut,
     planned: Plan | None,
     metrics: dict[str, float],
-) -> dict[str, Any]:
-    """Collect the content of run.json, but for the total time.
+) -> RunRecord:
+    """Collect the record of a finished run, but for its total time; what the record has no place for is left out and printed.
 
     Args:
-        held_out: `HeldOut.both` of the run.
         metrics: what transformers' `train` returns.
     """
-    args, device = trainer.args, trainer.args.device
+    args, device, sides = trainer.args, trainer.args.device, {"before": before, "after": after}
     trainable, total = trainable_share(trainer.model)
-    return {
+    name, revision = recipe.model.name_or_path, recipe.model.revision
+    facts = {
         "name": recipe.name,
-        "versions": {name: version(name) for name in PACKAGES} | {"python": platform.python_version()},
+        "versions": versions(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
         "processes": args.world_size,
         "world": world(trainer.accelerator),
         "seed": args.seed,
-        "base_model": base_facts(recipe, base),
+        "base_model": {
+            "name_or_path": name,
+            "revision": revision,
+            "commit": base.revision,
+            "hub_id": hub_id(name),
+            "license": find_license(name, base.revision or revision),
+            "quantization": base.quantization,
+            "dtype": str(base.precision.dtype).removeprefix("torch."),
+            "facts": base.sentences,
+        },
         "data": {
             "fingerprint": pairs.fingerprint,
             "sources": pairs.shapes,
@@ -158,7 +152,7 @@ def run_facts(
         "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict(),
         "parameters": {"trainable": trainable, "total": total},
-        "effective_batch": printout.effective_batch(trainer),
+        "effective_batch": trainer.get_total_train_batch_size(args),
         "steps": trainer.state.global_step,
         "train_seconds": round(trainer.train_seconds, 3),
         "pairs_per_second": round(metrics["train_samples_per_second"], 3),
@@ -167,23 +161,18 @@ def run_facts(
         "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
         **trainer.health_record(),
         "adapter": kept_adapter(trainer),
-        **held_out,
+        "eval": {when: one.metrics for when, one in sides.items()},
+        "samples": {
+            when: [{key: value for key, value in sample.items() if key != "ids"} for sample in one.samples]
+            for when, one in sides.items()
+        },
+        "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in sides.items()},
     }
-
-
-def base_facts(recipe: Recipe, base: BaseFacts) -> dict[str, Any]:
-    """Return what run.json says of the base model."""
-    name, revision = recipe.model.name_or_path, recipe.model.revision
-    return {
-        "name_or_path": name,
-        "revision": revision,
-        "commit": base.revision,
-        "hub_id": hub_id(name),
-        "license": find_license(name, base.revision or revision),
-        "quantization": base.quantization,
-        "dtype": str(base.precision.dtype).removeprefix("torch."),
-        "facts": base.sentences,
-    }
+    notes: list[str] = []
+    record = fitting(RunRecord, json.loads(json.dumps(facts)), "run.json", notes)
+    for note in notes:
+        console.print(note, soft_wrap=True, markup=False)
+    return record
 
 
 def probe_rows(pairs: Pairs) -> list[list[int]]:
@@ -197,14 +186,6 @@ def probe_rows(pairs: Pairs) -> list[list[int]]:
         ids, start = row["chosen_ids"], row.get("chosen_start", 0)
         found.append(list(ids)[max(0, min(start - 4, len(ids) - 16)) :][:32])
     return [row for row in found if len(row) >= 4]
-
-
-def version(package: str) -> str | None:
-    """Return the installed version of a package, or None."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def kept_adapter(trainer: ORPOTrainer) -> str:
@@ -235,7 +216,7 @@ def memory_facts(plan: Plan | None, device: torch.device) -> dict[str, Any] | No
 
 def finish(
     folder: RunFolder,
-    facts: dict[str, Any],
+    record: RunRecord,
     trainer: ORPOTrainer,
     tokenizer: Any,
     disk: int,
@@ -252,11 +233,7 @@ def finish(
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
     """
-    notes: list[str] = []
-    facts = RunRecord.of(facts, notes).model_dump()
-    for note in notes:
-        console.print(note, soft_wrap=True, markup=False)
-    model = trainer.unwrapped()
+    model, facts = trainer.unwrapped(), record.model_dump()
 
     def weights(path: Path) -> None:
         save_adapter(model, path, whole)
@@ -281,7 +258,7 @@ def finish(
             f"{folder.path} cannot be written ({trouble}): training is done, and the adapter is in {rescue}; copy it, or make "
             f"room and run again with --recipe {folder.path} --resume"
         ) from None
-    printout.print_finished(folder, facts)
+    printout.print_finished(folder, record)
 
 
 def report(folder: RunFolder) -> None:

@@ -138,7 +138,7 @@ def test_links_to_files_lead_somewhere(name: str) -> None:
 def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None:
     from orpo_lite.recipe import Recipe
     from orpo_lite.report.page import run_page
-    from orpo_lite.report.run_record import LoadedRun, RunRecord
+    from orpo_lite.trainer.run_record import LoadedRun, RunRecord
 
     for checkpoint in (None, "checkpoint-10"):
         recipe = Recipe.load("quickstart", [f"adapter={adapter}", "model.quantization=none"])

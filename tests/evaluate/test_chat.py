@@ -28,6 +28,7 @@ from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
+from orpo_lite.trainer.run_record import DataFacts, RunRecord, Source
 from tests.data.test_conversations import WITHOUT_CALLS, tokenizer_of
 from tests.tiny import FAMILIES, base_tokenizer
 
@@ -146,7 +147,8 @@ def test_reasoning_calls_and_system_turns_are_prompted_as_they_are_trained(name,
 
 def test_strings_are_prompted_as_they_were_trained(answerer, trained):
     found = resolve_model(str(trained))
-    found.facts = {"data": {"sources": {"a": {"section": "train", "shape": "Anthropic HH strings"}}}}
+    shaped = Source(section="train", shape="Anthropic HH strings")
+    found.record = RunRecord(data=DataFacts(sources={"a": shaped}))
     form = PromptFormat(answerer.tokenizer, found)
     turns = [
         {"role": "user", "content": "Hi"},
@@ -158,7 +160,7 @@ def test_strings_are_prompted_as_they_were_trained(answerer, trained):
     assert form.row(turns, "So long.", "No.") == {"prompt": text, "chosen": " So long.", "rejected": " No."}
     with pytest.raises(RequestError, match="system turn"):
         form.texts([[{"role": "system", "content": "S"}, *turns]])
-    found.facts["data"]["sources"]["a"]["shape"] = "strings, explicit prompt"
+    shaped.shape = "strings, explicit prompt"
     form = PromptFormat(answerer.tokenizer, found)
     assert form.texts([turns]) == ["Bye"] and "a prompt of its own" in str(form.note) and form.answer(" x") == " x"
     assert found.recipe is not None

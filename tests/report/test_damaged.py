@@ -15,7 +15,7 @@ import yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.report import as_json
 from orpo_lite.report.page import compare_page, run_page
-from orpo_lite.report.run_record import read_run
+from orpo_lite.trainer.run_record import read_run
 from tests.report.conftest import NAN, evaluation, facts, log_lines, pairs
 from tests.report.test_content import Page
 

@@ -27,9 +27,9 @@ from orpo_lite.recipe.loading import PACKAGE
 from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import BLUE, COLORS, GREEN, HEIGHT, ORANGE, RED, WIDTH
 from orpo_lite.report.model_card import find_license, hub_id, model_card, published_recipe, write_card
-from orpo_lite.report.run_record import LoadedRun, RunRecord, read_run
 from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import LoadedRun, RunRecord, read_run
 
 SHORT = [
     "training.eval_steps=2",

@@ -1,9 +1,12 @@
-"""The files of a run as its report and model card read them; run.json is written through the same model."""
+"""What a run records: run.json and held_out.json as training writes them and everything later reads them."""
 
 from __future__ import annotations
 
+import contextlib
+import importlib.metadata
 import json
 import math
+import platform
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias, TypeVar
@@ -14,7 +17,8 @@ from typing_extensions import TypedDict
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked
 from orpo_lite.common.text import shown
-from orpo_lite.recipe import Recipe
+from orpo_lite.recipe import AdapterSection, Recipe
+from orpo_lite.trainer.checkpoint_folder import checkpoints
 from orpo_lite.trainer.run_folder import RunFolder
 
 State = Literal["finished", "under way", "stopped"]
@@ -176,10 +180,11 @@ class RunRecord(Section):
     """Shares of the greedy answers in either style, by the recipe's rule."""
     finished: bool = True
 
-    @classmethod
-    def of(cls, facts: dict[str, Any], notes: list[str]) -> RunRecord:
-        """Return the record that a run writes; a value that the model has no place for is left out and named in `notes`."""
-        return fitting(cls, json.loads(json.dumps(facts)), "run.json", notes)
+    @property
+    def held_by(self) -> str:
+        """Say what `peak_memory_bytes` counts: on the CPU, much more than tensors."""
+        on_cpu = (self.device or "").startswith("cpu")
+        return "in the whole process, libraries included" if on_cpu else "in tensors on the GPU"
 
     def evaluation(self, when: When) -> dict[str, Any]:
         """Return the metrics of the held-out pairs; empty where there are none."""
@@ -231,8 +236,22 @@ class LoadedRun:
         return self.recipe is not None and self.recipe.adapter is None
 
     @property
+    def adapter(self) -> str:
+        """Name the kind of adapter, its rank and alpha; empty where the recipe cannot be read."""
+        return describe_adapter(self.recipe.adapter, brief=True) if self.recipe else ""
+
+    @property
     def last_evaluation(self) -> dict[str, Any]:
         return self.record.evaluation("after") or self.record.evaluation("before")
+
+
+def read_record(folder: RunFolder, notes: list[str]) -> RunRecord:
+    """Read run.json; fields that do not fit are left out, and named in `notes`.
+
+    Raises:
+        RequestError: there is none, or it holds no JSON object.
+    """
+    return fitting(RunRecord, folder.read(), "run.json", notes)
 
 
 def read_run(place: str | Path | RunFolder) -> LoadedRun:
@@ -249,7 +268,7 @@ def read_run(place: str | Path | RunFolder) -> LoadedRun:
         run.notes.append(f"recipe.yaml cannot be read: {error}")
     run.metrics = read_metrics(folder.metrics, run.notes)
     if (folder.path / "run.json").is_file():
-        run.record = fitting(RunRecord, folder.read(), "run.json", run.notes)
+        run.record = read_record(folder, run.notes)
     else:
         read_unfinished(folder, run)
     held_out = folder.path / "held_out.json"
@@ -272,8 +291,7 @@ def read_unfinished(folder: RunFolder, run: LoadedRun) -> None:
             f"its first log line (training.logging_steps), or train it with --recipe {folder.path}"
         )
     run.state = "under way" if is_locked(folder.path) else "stopped"
-    names = [path.name for path in folder.checkpoints.glob("checkpoint-*") if path.name.rpartition("-")[2].isdigit()]
-    run.checkpoint = max(names, key=lambda name: int(name.rpartition("-")[2]), default=None)
+    run.checkpoint = next((path.name for path in reversed(checkpoints(folder.checkpoints))), None)
     run.record.steps = int(run.metrics[-1]["step"]) if run.metrics else 0
     if run.recipe:
         model = run.recipe.model
@@ -339,3 +357,32 @@ def field_at(content: Any, place: tuple[int | str, ...]) -> tuple[str, ...]:
         fields.append(str(key))
         content = content[key]
     return tuple(fields)
+
+
+# ---- what several of its readers and writers say -----------------------------------------------------------------------
+
+PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+
+
+def versions() -> dict[str, str | None]:
+    """Return the versions of the packages that shape a run, None for one that is not installed, and Python's."""
+    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    for name in PACKAGES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found | {"python": platform.python_version()}
+
+
+def describe_adapter(adapter: AdapterSection | None, brief: bool = False) -> str:
+    """Describe a recipe's adapter in a line; in brief by its kind, rank and alpha alone."""
+    if adapter is None:
+        return "none: full fine-tuning"
+    kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
+    size = f"r={adapter.r}, alpha={adapter.alpha:g}"
+    if brief:
+        return f"{kind} {size}"
+    if adapter.init_from:
+        return f"continues {adapter.init_from}"
+    init = "" if adapter.init_lora_weights is True else f", init {adapter.init_lora_weights}"
+    plus = f", LoRA+ ratio {adapter.loraplus_lr_ratio:g}" if adapter.loraplus_lr_ratio else ""
+    return f"{kind}, {size}, on {adapter.target_modules}{init}{plus}"
