@@ -118,6 +118,11 @@ def headings(card):
     return [(t.tag, tokens[i + 1].content) for i, t in enumerate(tokens) if t.type == "heading_open"]
 
 
+def test_a_card_of_a_record_whose_answers_are_lost(changed):
+    card = model_card(changed(lambda facts, recipe, adapter: facts.pop("samples")))
+    assert "greedy answers" not in card and "always preferring the longer answer" in card
+
+
 def test_training_leaves_the_card_that_the_files_give(finished):
     card = (finished / "README.md").read_text("utf-8")
     assert card == model_card(finished)
