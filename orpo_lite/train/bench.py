@@ -188,8 +188,6 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
         enable_progress_bars()
 
 
-
-
 def peak_over(work: Callable[[], Any], device: torch.device) -> int:
     """Measure the peak bytes that `work` allocates, over what was there before."""
     if device.type == "cuda":
