@@ -24,7 +24,6 @@ from filelock import FileLock
 from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
-from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.quality import COLUMNS, without_numbers
 from orpo_lite.data.row_shapes import Numbered, paired_by_prompt, source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
@@ -96,21 +95,6 @@ def tokenize_rows(
         pairs = pairs.select(range(min(len(pairs), given.enough)))
         done.report.notes.append(f"{done.report.rows:,} rows of the stream were read for {len(pairs):,} pairs")
     return pairs, done.report
-
-
-def check_same_stream(pairs: datasets.Dataset, name: str, processes: int) -> None:
-    """Raise RequestError on all processes if they read different pairs of a stream."""
-    if processes == 1:
-        return
-    from accelerate.utils import gather_object
-
-    found = [numbers(pairs, "row"), list_lengths(pairs, "chosen_ids"), list_lengths(pairs, "rejected_ids")]
-    digest = hashlib.sha256(b"".join(values.tobytes() for values in found)).hexdigest()
-    if len(set(gather_object([digest]))) > 1:
-        raise RequestError(
-            f"{name}: the processes read different rows of the stream, but each must be given all of it in the same order: "
-            "leave out whatever splits it by rank or shuffles it without a seed"
-        )
 
 
 def tokenize_source(

@@ -3,27 +3,23 @@
 from __future__ import annotations
 
 import gc
-import itertools
 import os
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-import numpy as np
 from transformers import PrinterCallback
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data import Pairs, load_pairs
-from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.sources import load_saved, local_files, shorten
+from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.locating import adapter_folder
-from orpo_lite.recipe import AdapterSection, DataSection, DataSource, ModelSection, Recipe
+from orpo_lite.recipe import AdapterSection, DataSource, ModelSection, Recipe
 from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section, tokenizer_of
@@ -195,7 +191,8 @@ def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: b
         )
     tokenizer = tokenizer_of(Path(source.path), source.model)
     pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
-    names = source_names(recipe.data, recipe.data.eval or recipe.data.train, pairs.eval)
+    paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
+    names = [paths[number] for number in numbers(pairs.eval, "source")]
     return HeldOut(source, recipe, tokenizer, pairs, names)
 
 
@@ -218,30 +215,3 @@ def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: s
     pairs = load_pairs(section, tokenizer, field=field)
     pairs.eval = pairs.train
     return pairs
-
-
-def source_names(spec: DataSection, sources: list[DataSource], pairs: Any) -> list[str]:
-    """Name the source of each pair: its row's `source` column where local data have one, else the path in the recipe."""
-    which, rows = numbers(pairs, "source"), numbers(pairs, "row")
-    names = np.array([shorten(sources[number].path) for number in which], dtype=object)
-    for number in np.unique(which).tolist():
-        places = np.flatnonzero(which == number).tolist()
-        wanted = {int(rows[place]) for place in places}
-        named = {row: name for row, name in named_rows(sources[number], spec.split) if row in wanted}
-        for place in places:
-            names[place] = named.get(int(rows[place]), names[place])
-    return names.tolist()
-
-
-def named_rows(source: DataSource, split: str) -> Iterator[tuple[int, str]]:
-    """Yield the number and the `source` of each row that has one; of hub data sets only columns that matter are read."""
-    path, split = os.path.expanduser(resolve_path(source.path)), source.split or split
-    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        saved = load_saved(path, split)
-        values = iter(saved["source"]) if "source" in saved.column_names else iter(())
-    else:
-        batches = itertools.chain.from_iterable(map(read_file, local_files(path, split)))
-        values = (row.get("source") if isinstance(row, dict) else None for batch in batches for row in batch)
-    for number, value in enumerate(values):
-        if isinstance(value, str) and value.strip():
-            yield number, shorten(value.strip())

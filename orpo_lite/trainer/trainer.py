@@ -19,7 +19,7 @@ from transformers.trainer_utils import EvalLoopOutput
 from orpo_lite.common.console import peak_memory_bytes
 from orpo_lite.data.collate import collator_of, from_trl
 from orpo_lite.data.step_batches import step_loader
-from orpo_lite.data.token_cache import DropReport, check_same_stream, tokenize_rows
+from orpo_lite.data.token_cache import DropReport, tokenize_rows
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
 from orpo_lite.model.template_variables import check_variables
@@ -117,8 +117,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
                 eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
             else:
                 eval_dataset = self._tokenized(eval_dataset, "eval")
-        if streamed:
-            check_same_stream(cast(Dataset, train_dataset), "train", args.world_size)
         train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
 
         if args.ddp_find_unused_parameters is None and model is not None:

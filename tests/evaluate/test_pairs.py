@@ -6,7 +6,7 @@ import json
 
 import numpy as np
 import pytest
-from datasets import Dataset, DatasetDict
+from datasets import Dataset
 
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
@@ -54,14 +54,12 @@ def write(path, rows):
     return str(path)
 
 
-def test_sources_are_named_by_their_rows(trained, tmp_path):
-    """Rows that are dropped before others do not shift the names."""
-    rows = [row | {"source": f"part {n % 3}"} for n, row in enumerate(preference_rows(0)["heldout"][:8])]
+def test_groups_add_up_to_all_pairs(trained, tmp_path):
+    """Rows that are dropped before others do not shift the groups."""
+    rows = preference_rows(0)["heldout"][:8]
     rows[1]["chosen"] = rows[1]["rejected"]
-    del rows[5]["source"]
     loaded = load_for_evaluation(str(trained), write(tmp_path / "held.jsonl", rows))
-    expected = [row.get("source", str(tmp_path / "held.jsonl")) for n, row in enumerate(rows) if n != 1]
-    assert loaded.pair_sources == expected
+    assert loaded.pair_sources == [str(tmp_path / "held.jsonl")] * 7
     results = loaded.evaluate_sides()
     assert list(results) == ["base", "adapter"]
     for result in results.values():
@@ -71,18 +69,7 @@ def test_sources_are_named_by_their_rows(trained, tmp_path):
             assert sum(b["margin"] * b["pairs"] for b in group) / 7 == pytest.approx(
                 result["rewards/margins"], abs=1e-6
             )
-        assert {b["bucket"]: b["pairs"] for b in result["by"]["source"]} == {
-            "part 0": 3, "part 1": 2, "part 2": 1, expected[4]: 1}  # fmt: skip
-
-
-@pytest.mark.parametrize("splits", [False, True])
-def test_sources_of_saved_data_sets_are_named(splits, trained, tmp_path):
-    rows = [row | {"source": f"part {n % 2}"} for n, row in enumerate(preference_rows(0)["heldout"][:4])]
-    rows[1]["chosen"] = rows[1]["rejected"]
-    saved = Dataset.from_list(rows)
-    (DatasetDict(train=saved) if splits else saved).save_to_disk(tmp_path / "held")
-    loaded = load_for_evaluation(str(trained), str(tmp_path / "held"))
-    assert loaded.pair_sources == ["part 0", "part 0", "part 1"]
+        assert [(b["bucket"], b["pairs"]) for b in result["by"]["source"]] == [(str(tmp_path / "held.jsonl"), 7)]
 
 
 def test_the_run_keeps_its_buckets(trained):
