@@ -30,6 +30,8 @@ Span = tuple[int, int]
 MARK = "the 7th answer"
 """An answer that no template rewrites; it shows what the template writes around any answer."""
 THINK = re.compile(r"</?think>|\[/?THINK\]")
+TYPED = re.compile("""["']type["']: ["']thinking""")
+"""A part of a message that a template writes as it is in Python or JSON."""
 
 
 class Answers(NamedTuple):
@@ -50,6 +52,9 @@ class Rendered(NamedTuple):
     rejected: Answers
     unopened: bool = False
     """Whether an answer does not go on with what the generation prompt opens, such as reasoning."""
+
+    unheard: str = ""
+    """Role of a turn whose text the template leaves out of the prompt."""
 
     @property
     def texts(self) -> tuple[str, str, str]:
@@ -129,7 +134,15 @@ class Renderer:
         jobs: list[Job] = []
         plans = [self._plan(pair, jobs) for pair in pairs]
         texts = render_chats(self.tokenizer, jobs)
-        return [self._pair(plan, texts) for plan in plans]
+        return [self._heard(plan, self._pair(plan, texts)) for plan in plans]
+
+    def _heard(self, plan: Plan, found: Rendered | Dropped) -> Rendered | Dropped:
+        """Note the first turn before the answers that the template leaves out of the prompt."""
+        turns = (
+            [] if isinstance(found, Dropped) else [turn for turn in plan.conversation if turn["role"] != "assistant"]
+        )
+        left = (turn["role"] for turn in turns if not any(form in found.prompt for form in spellings(spoken(turn))))
+        return found._replace(unheard=role) if isinstance(found, Rendered) and (role := next(left, "")) else found
 
     # ---- what to render ----------------------------------------------------------------------------------------------
 
@@ -173,23 +186,30 @@ class Renderer:
                 return Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode")
         rendered = {job: str(texts[job]) for job in plan.jobs}
         prompt, wholes = rendered[plan.prompt], [rendered[side.whole] for side in plan.sides]
+        thoughts = [side for side in plan.sides if side.turns[0].get(REASONING) or THINK.match(spoken(side.turns[0]))]
+        if prompt.rstrip().endswith("</think>") and thoughts:
+            closed = (
+                "the generation prompt closes the reasoning before the answer's own: leave out enable_thinking: false"
+            )
+            return Dropped(CHANGED, closed)
         follows = all(whole.startswith(prompt) for whole in wholes)
         if plan.prefill:
-            prompt = continued(os.path.commonprefix([prompt, *wholes]), plan.prefill, wholes) or prompt + plan.prefill
+            prompt = continued(shared_prefix([prompt, *wholes]), plan.prefill, wholes) or prompt + plan.prefill
             follows = all(whole.startswith(prompt) for whole in wholes)
         lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
-        if follows or not (self.strict or plan.prefill):
+        shared = prompt if follows else shared_prefix([prompt, *wholes])  # which goes by characters
+        asked = follows or not plan.conversation or spoken(plan.conversation[-1]) in shared
+        if asked and (follows or not (self.strict or plan.prefill)):
             try:
-                shared = prompt if follows else os.path.commonprefix([prompt, *wholes])  # which goes by characters
                 return self._found(plan, shared, rendered, unopened=not follows)
             except Dropped as drop:
                 lost = drop
-        if all(side.plain for side in plan.sides) and (placed := self._place(plan, rendered[plan.prompt])):
+        if all(side.plain for side in plan.sides) and (placed := self._place(plan, rendered[plan.prompt], asked)):
             return placed
-        if follows or plan.prefill:
+        if follows or plan.prefill or not asked:
             return lost
         try:
-            return self._found(plan, os.path.commonprefix([prompt, *wholes]), rendered, unopened=True)
+            return self._found(plan, shared, rendered, unopened=True)
         except Dropped as drop:
             return drop
 
@@ -205,12 +225,12 @@ class Renderer:
     def _answers(self, side: Side, shared: int, prompt: str, texts: dict[int, str]) -> Answers:
         whole, place, end = texts[side.whole], len(prompt), None
         # as far as the whole follows the template's opening of each answer: it may open reasoning that this answer has not
-        starts = {number: len(prompt if job == shared else os.path.commonprefix([texts[job], whole]))
+        starts = {number: len(prompt if job == shared else shared_prefix([texts[job], whole]))
                   for number, job in side.openings.items()}  # fmt: skip
         context: list[Span] = []
         done = 0
         for number, start in starts.items():
-            between = [str(turn.get("content") or "").strip() for turn in side.turns[done:number]]
+            between = [spoken(turn) for turn in side.turns[done:number]]
             if start < place or not all(content in whole[place:start] for content in between):
                 raise Dropped(
                     CHANGED, f"the template writes the turns before turn {number + 1} differently once it follows"
@@ -243,12 +263,20 @@ class Renderer:
 
     # ---- answers that the template rewrites --------------------------------------------------------------------------
 
-    def _place(self, plan: Plan, prompt: str) -> Rendered | None:
-        """Write both answers between the generation prompt and the end of any answer; None where that shows no place."""
-        frame = self._frame(plan.conversation, plan.options)
-        if not frame or not (prompt.startswith(frame[0]) or frame[0].startswith(prompt)):
+    def _place(self, plan: Plan, prompt: str, asked: bool) -> Rendered | None:
+        """Write both answers between the generation prompt and the end of any answer; None where that shows no place.
+
+        Args:
+            prompt: what the template writes up to its generation prompt.
+            asked: it writes the last turn there as it does where an answer follows.
+        """
+        if not (frame := self._frame(plan.conversation, plan.options)):
             return None
         head, tail = frame
+        if not (prompt.startswith(head) or head.startswith(prompt)):
+            if asked:
+                return None
+            head = prompt
         opening = prompt[len(head) :].strip()
         said = [in_one_text(side.turns[0], prompt) for side in plan.sides]
         begun = begin(prompt, head, opening, plan.prefill) if plan.prefill else ""
@@ -306,6 +334,17 @@ def either(texts: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, sorted(set(texts), key=len, reverse=True))) or "(?!)")
 
 
+def shared_prefix(texts: list[str]) -> str:
+    """Return how the texts begin alike, without a mark of which only the beginning is alike."""
+    common = os.path.commonprefix(texts)
+    return common if common in texts else re.sub(r"[<\[][^<>\[\]\s]*$", "", common)
+
+
+def spoken(turn: dict[str, Any]) -> str:
+    """Return a turn's content, without spaces around it."""
+    return str(turn.get("content") or "").strip()
+
+
 def continued(prompt: str, prefill: str, wholes: list[str]) -> str:
     """Return the prompt with the started answer as the template writes it behind it, or nothing where it does not."""
     started, space = prefill.strip(), prefill[len(prefill.rstrip()) :]
@@ -332,7 +371,7 @@ def begin(prompt: str, head: str, opening: str, answer: str) -> str:
         if mark and answered.startswith(mark) and prompt.rstrip().endswith(mark):
             space = prompt[len(prompt.rstrip()) :]
             return prompt + answered[len(mark) :].removeprefix(space)
-    return max(prompt, head, key=len) + answer
+    return (prompt if thought else max(prompt, head, key=len)) + answer
 
 
 def in_one_text(turn: dict[str, Any], prompt: str) -> str | None:
@@ -375,9 +414,14 @@ def parts(turn: dict[str, Any]) -> Iterator[list[str]]:
         yield [function["name"]]
         for _, value in leaves(function["arguments"]):
             if isinstance(value, str) and value.strip():
-                yield [json.dumps(value, ensure_ascii=False)[1:-1], json.dumps(value)[1:-1], value.strip()]
+                yield spellings(value)
             elif isinstance(value, int | float) and not isinstance(value, bool):
                 yield [json.dumps(value), str(value)]
+
+
+def spellings(text: str) -> list[str]:
+    """Return the forms in which a template may write a text: within JSON, or as it is."""
+    return [json.dumps(text, ensure_ascii=False)[1:-1], json.dumps(text)[1:-1], text.strip()]
 
 
 # ---- templates differ in the form in which they take reasoning and the arguments of calls -----------------------------
@@ -407,7 +451,9 @@ def find_forms(tokenizer: PreTrainedTokenizerBase, template_kwargs: dict[str, An
             return ""
         text = text.rpartition("the question")[2]
         # encoded twice, JSON has \"city\"; a value that was not encoded at all has 'city'
-        return text if MARK in text and '\\"city' not in text and "'city'" not in text and "'type'" not in text else ""
+        return (
+            text if MARK in text and '\\"city' not in text and "'city'" not in text and not TYPED.search(text) else ""
+        )
 
     thought = {"role": "assistant", REASONING: MARK, "content": "the answer"}
     reasoning = next((name for name in (REASONING, "thinking", "reasoning", "parts", "lists of parts")

@@ -9,8 +9,8 @@ from typing import Any
 from orpo_lite.data.dropped_rows import WRONG_TYPES, Dropped
 
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "model": "assistant", "bot": "assistant",
-         "observation": "tool", "function_response": "tool"}  # fmt: skip
-KNOWN_ROLES = {"user", "assistant", "system", "tool", "function_call", *ROLES}
+         "observation": "tool", "function_response": "tool", "tool_response": "tool", "function": "tool"}  # fmt: skip
+KNOWN_ROLES = {"user", "assistant", "system", "developer", "tool", "function_call", "tool_call", *ROLES}
 HH_TURN = re.compile(r"(?:^|\n\n)(Human|Assistant):")
 
 REASONING = "reasoning_content"
@@ -76,7 +76,9 @@ def message(item: Any, place: str, tool_calls: bool) -> dict[str, Any]:
     if not isinstance(content, str):
         raise Dropped(WRONG_TYPES, f"{place} has {kind(content)} as content, expected text")
     checked_text(content, place)
-    if role == "function_call":
+    if "<think>" in content and str(fields.get(REASONING)).strip() in content:
+        del fields[REASONING]  # some servers write it twice
+    if role in ("function_call", "tool_call"):
         calls = parse_calls(content) if tool_calls else None
         return {"role": "assistant", "content": content} if calls is None else {
             "role": "assistant", "content": "", "tool_calls": calls}  # fmt: skip
@@ -119,7 +121,7 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
             raise Dropped(
                 WRONG_TYPES, f"{place}[{number}] is {kind(call)} without a function's name, expected a tool call"
             )
-        arguments = function.get("arguments") or {}
+        arguments = next((function[name] for name in ("arguments", "parameters", "args") if function.get(name)), {})
         if isinstance(arguments, str):
             try:
                 arguments = json.loads(arguments)
@@ -130,7 +132,7 @@ def read_calls(value: Any, place: str) -> list[dict[str, Any]]:
         if not isinstance(arguments, dict):
             raise Dropped(WRONG_TYPES, f"{place}[{number}] has {kind(arguments)} as arguments, expected a mapping")
         rest = {} if function is call else {key: item for key, item in call.items() if item is not None}
-        calls.append({"type": "function"} | rest | {"function": function | {"arguments": arguments}})
+        calls.append({"type": "function"} | rest | {"function": {"name": function["name"], "arguments": arguments}})
     return calls
 
 

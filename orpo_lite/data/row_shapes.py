@@ -12,6 +12,7 @@ import itertools
 import json
 import math
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
@@ -57,7 +58,7 @@ COLUMNS = ("prompt", "chosen", "rejected", "tools", "system", "conversations", "
            "chat_template_kwargs", "messages", "preferred_output", "non_preferred_output", "rejected_response",
            "rejected_messages", "accepted", "question", "response_j", "response_k", "response_a", "response_b",
            "conversation_a", "conversation_b", "winner", "completions", "answers", "responses", "scores",
-           "completion", "label")  # fmt: skip
+           "completion", "label", "query", "trajectory")  # fmt: skip
 HH_ANSWER = "\n\nAssistant:"
 SIDES = ("chosen", "rejected")
 
@@ -126,8 +127,9 @@ def standard(row: Any) -> Any:
                 row = row | format_.convert(row)
                 break
     if "prompt" not in row and "chosen" in row:
-        named = row.get("messages") or (row.get("question") if "instruction" not in row else None)
-        row = row | {"prompt": named} if isinstance(named, str | list) else row
+        names = ("messages",) if "instruction" in row else ("messages", "question", "query", "input", "trajectory")
+        named = next((row[name] for name in names if isinstance(row.get(name), str | list) and row[name]), None)
+        row = row if named is None else row | {"prompt": named}
     return row
 
 
@@ -200,7 +202,8 @@ def spread(row: Any, pairing: str) -> list[Any]:
 
 def scored_pair(row: dict[str, Any], chosen: Any, rejected: Any) -> dict[str, Any]:
     """Return the columns of one pair of a row's answers."""
-    prompt = row.get("prompt") or row.get("instruction") or row.get("question")
+    asked = "\n\n".join(str(row[name]) for name in ("instruction", "input") if row.get(name))
+    prompt = row.get("prompt") or row.get("messages") or asked or row.get("question") or row.get("query")
     return {"prompt": prompt, "instruction": None, "chosen": chosen, "rejected": rejected}
 
 
@@ -250,7 +253,24 @@ def from_kto(row: dict[str, Any]) -> dict[str, Any]:
     Raises:
         Dropped: always.
     """
-    raise Dropped(UNPAIRED, f"no answer with label {str(not row['label']).lower()} to the same prompt is left")
+    label = rated(row["label"])
+    if label is None:
+        raise Dropped(UNPAIRED, f"its label is {str(row['label'])[:40]!r}, expected true or false")
+    raise Dropped(UNPAIRED, f"no answer with label {str(not label).lower()} to the same prompt is left")
+
+
+def rated(label: Any) -> bool | None:
+    """Return what the label of a rated answer says; None where it says neither."""
+    words = str(label).strip().lower().removesuffix(".0")
+    return {
+        "true": True,
+        "1": True,
+        "desirable": True,
+        "false": False,
+        "0": False,
+        "-1": False,
+        "undesirable": False,
+    }.get(words)
 
 
 FORMATS = (
@@ -284,12 +304,16 @@ def paired_by_prompt(batches: Iterator[list[Numbered]]) -> Iterator[list[Numbere
     if not first or not all(isinstance(row, dict) and columns <= row.keys() for _, row in first):
         yield from batches
         return
-    rated: dict[str, tuple[list[Numbered], list[Numbered]]] = {}
+    by_prompt: dict[str, tuple[list[Numbered], list[Numbered]]] = {}
+    alone: list[Numbered] = []
     for number, row in itertools.chain.from_iterable(batches):
         prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
-        rated.setdefault(prompt, ([], []))[bool(row.get("label"))].append((number, row))
-    pairs, alone = [], []
-    for worse, better in rated.values():
+        if (label := rated(row.get("label"))) is None:
+            alone.append((number, row))
+        else:
+            by_prompt.setdefault(prompt, ([], []))[label].append((number, row))
+    pairs = []
+    for worse, better in by_prompt.values():
         for (number, good), (_, bad) in zip(better, worse, strict=False):
             kept = {name: value for name, value in good.items() if name not in ("completion", "label")}
             pairs.append((number, kept | {"chosen": good["completion"], "rejected": bad["completion"]}))
@@ -319,6 +343,13 @@ def source_shape(rows: list[Any], label: str, apply_template: bool) -> str:
             except Dropped as drop:
                 raise RequestError(f"{label}: row 0: {drop.detail}: fix the data") from None
         found = describe_columns(first) if isinstance(first, dict) else f"rows that are {type(first).__name__}"
+        if deciding := next(
+            (name for name in sorted(named) if re.search("prefer|better|winner|label", str(name))), None
+        ):
+            raise RequestError(
+                f"{label}: found columns {found}: {deciding} seems to say in each row which answer is better, which no map of "
+                "names can follow: write the better one as chosen and the other as rejected"
+            )
         raise RequestError(
             f"{label}: found columns {found}, expected chosen and rejected (text or messages) and most often a prompt; "
             "map other names with data.columns, for example {prompt: ask, chosen: good, rejected: bad}"
@@ -417,7 +448,14 @@ def conversation_sides(
         prompt, chosen, rejected = split_conversations(chosen, rejected, strict)
     if system and (not prompt or prompt[0]["role"] != "system"):
         prompt = system + prompt
+    if started(prompt) and any(side[:1] == prompt[-1:] for side in (chosen, rejected)):
+        prompt = prompt[:-1]  # the conversation holds one of the answers already
     return prompt, chosen, rejected
+
+
+def started(prompt: Any) -> bool:
+    """Return whether a prompt ends in a started answer."""
+    return isinstance(prompt, list) and len(prompt) > 1 and prompt[-1]["role"] == "assistant"
 
 
 def without_system(turns: Messages) -> Messages:

@@ -10,7 +10,15 @@ from collections import Counter
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-from orpo_lite.data.conversations import Answers, Rendered, Renderer, last_special, special_tokens, template_markers
+from orpo_lite.data.conversations import (
+    Answers,
+    Rendered,
+    Renderer,
+    last_special,
+    special_tokens,
+    spoken,
+    template_markers,
+)
 from orpo_lite.data.dropped_rows import (
     COMPLETION_TOO_LONG,
     CUT_EQUAL,
@@ -33,6 +41,7 @@ from orpo_lite.data.row_shapes import (
     Numbered,
     Pair,
     spread,
+    started,
     to_pair,
     without_system,
 )
@@ -55,6 +64,11 @@ UNOPENED = (
     "train it behind an empty reasoning, set data.template_kwargs={enable_thinking: false} where the template reads that, or "
     "name a template that writes one in model.chat_template (chat_template= in Python)"
 )
+UNHEARD = (
+    "have a turn before the answer whose text the template leaves out of the prompt, such as a system turn, a tool's or one of "
+    "an unknown role: bring it into a role that the template writes (data.system=merge for system turns)"
+)
+STARTED = "have a prompt that ends in a started answer, which the completions continue"
 TOOLS_UNUSED = "have tools, which the chat template does not mention"
 SYSTEM_UNUSED = (
     "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
@@ -213,6 +227,15 @@ class PairTokenizer:
             if self.options.apply_template:
                 raise Dropped(TEMPLATED, f"{marker.group()!r} stands in the text, and data.apply_template is set")
             counts["templated"] += 1
+        answers = (
+            [spoken(turn) for side in pair[1:3] for turn in side if turn["role"] == "assistant"] if pair.chat else []
+        )
+        ends = self.renderer.turn_end if self.renderer else None
+        for text in answers:
+            if ends and text.endswith(ends) or self.markers.match(text):
+                raise Dropped(
+                    TEMPLATED, f"an answer is {text[:40]!r} ... {text[-20:]!r}, with the template's own marks"
+                )
         counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
         counts["system unused"] += not pair.chat and bool(row.get("system"))
         return pair
@@ -247,6 +270,8 @@ class PairTokenizer:
             raise Dropped(equal, "chosen and rejected are the same tokens")
         counts["several turns"] += bool(text.chosen.context or text.rejected.context)
         counts["unopened"] += text.unopened
+        counts["started"] += started(pair.prompt)
+        counts["unheard"] += bool(text.unheard)
         counts["prompt cut"] += prompt_cut
         counts["completion cut"] += any(len(a.ids) != len(b.ids) for a, b in zip(fitted, whole, strict=True))
         return chosen.ids, rejected.ids, chosen.start, rejected.start, chosen.context, rejected.context
@@ -341,6 +366,8 @@ class PairTokenizer:
             UNUSED_LIMIT: options.max_completion_length and not options.strict,
             f"{counts['several turns']} pairs {SEVERAL_TURNS}": counts["several turns"],
             f"{counts['unopened']} pairs {UNOPENED}": counts["unopened"],
+            f"{counts['unheard']} pairs {UNHEARD}": counts["unheard"],
+            f"{counts['started']} pairs {STARTED}": counts["started"],
             f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
             f"{counts['system merged']} rows {SYSTEM_MERGED}": counts["system merged"],
             f"{counts['templated']} rows {CARRY_TEMPLATE}": counts["templated"],

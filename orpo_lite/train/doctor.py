@@ -320,7 +320,7 @@ def training() -> Iterator[Finding]:
     import torch
 
     from orpo_lite.recipe import Recipe
-    from orpo_lite.report.run_record import read_metrics
+    from orpo_lite.trainer.run_record import read_metrics
     from orpo_lite.train import pipeline
 
     changed, train = list[str](), pipeline.train
