@@ -12,7 +12,8 @@ from torch import Tensor
 from orpo_lite.data.lengths import answer_tokens
 
 Row = dict[str, Any]
-ROW_FIELDS = ("chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "row")
+ROW_FIELDS = ("chosen_ids", "rejected_ids", "chosen_start", "rejected_start", "chosen_context", "rejected_context",
+              "row")  # fmt: skip
 Label = tuple[int, ...]
 """The fields of LABEL_FIELDS, see `PaddedCollator`."""
 LABEL_FIELDS = ("label_rows", "label_ids", "chosen_pair", "rejected_pair", "nll_pair")

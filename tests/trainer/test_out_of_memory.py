@@ -258,7 +258,9 @@ def test_a_part_of_a_batch_is_what_its_collator_makes_of_those_pairs(layout, sco
     for row in range(6):
         prompt, opening = ids(2, 9), ids(0, 3)
         pair = {"chosen_ids": opening + ids(1, 12), "rejected_ids": opening + ids(1, 12), "row": 10 + row}
-        sides = {side: prompt + pair[side] for side in ("chosen_ids", "rejected_ids")}
+        sides = {side: prompt + pair[side] + [1, 2, 1] for side in ("chosen_ids", "rejected_ids")}
+        for side in ("chosen", "rejected"):  # the last but one is no label
+            pair[f"{side}_context"] = [len(sides[f"{side}_ids"]) - 2, len(sides[f"{side}_ids"]) - 1]
         pairs.append(pair | sides | {"chosen_start": len(prompt), "rejected_start": len(prompt)})
     collator = collator_of(layout, scope)
     batch = collator(pairs)
