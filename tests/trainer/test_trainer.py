@@ -1,7 +1,6 @@
 """ORPOTrainer against TRL's on the same batch, and the properties that TRL's does not have."""
 
 import copy
-import functools
 import logging
 import math
 import re
@@ -228,18 +227,19 @@ def test_evaluates_and_predicts_rows_that_are_not_tokenized(tmp_path, tokenizer)
 
 
 def test_model_init_gets_the_layout_too(tmp_path, tokenizer):
-    def trainer(layout):
+    def trainer(layout, init=lambda: adapted("llama")):
         args = config(tmp_path, layout=layout, is_encoder_decoder=False, max_steps=1)
-        return ORPOTrainer(None, args, None, rows(4), None, tokenizer, model_init=make)
+        return ORPOTrainer(None, args, None, rows(4), None, tokenizer, model_init=init)
 
-    make = functools.partial(adapted, "llama")
+    def bloom():
+        return tiny_model(BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=512))
+
     assert trainer("auto").layout.name == "shared"
     trainer("shared").train()
-    make = functools.partial(tiny_model, BloomConfig(hidden_size=32, n_layer=2, n_head=4, vocab_size=512))
     with pytest.raises(ValueError, match="layout 'shared' is not exact"):
-        trainer("shared")
+        trainer("shared", bloom)
     with pytest.raises(ValueError, match="with model_init, give a processing_class"):
-        ORPOTrainer(None, config(tmp_path), None, rows(4), model_init=make)
+        ORPOTrainer(None, config(tmp_path), None, rows(4), model_init=bloom)
 
 
 def test_encoder_decoders_are_refused_by_name(tmp_path, tokenizer):
