@@ -189,7 +189,7 @@ class Renderer:
         thoughts = [side for side in plan.sides if side.turns[0].get(REASONING) or THINK.match(spoken(side.turns[0]))]
         if prompt.rstrip().endswith("</think>") and thoughts:
             closed = (
-                "the generation prompt closes the reasoning before the answer's own: leave out enable_thinking: false"
+                "the generation prompt closes a reasoning, and the answer has its own: leave out enable_thinking: false"
             )
             return Dropped(CHANGED, closed)
         follows = all(whole.startswith(prompt) for whole in wholes)

@@ -227,15 +227,10 @@ class PairTokenizer:
             if self.options.apply_template:
                 raise Dropped(TEMPLATED, f"{marker.group()!r} stands in the text, and data.apply_template is set")
             counts["templated"] += 1
-        answers = (
-            [spoken(turn) for side in pair[1:3] for turn in side if turn["role"] == "assistant"] if pair.chat else []
-        )
-        ends = self.renderer.turn_end if self.renderer else None
-        for text in answers:
-            if ends and text.endswith(ends) or self.markers.match(text):
-                raise Dropped(
-                    TEMPLATED, f"an answer is {text[:40]!r} ... {text[-20:]!r}, with the template's own marks"
-                )
+        end, sides = self.renderer.turn_end if self.renderer else None, pair[1:3] if pair.chat else ()
+        for turn in (turn for side in sides for turn in side):
+            if end and isinstance(turn, dict) and spoken(turn).endswith(end):
+                raise Dropped(TEMPLATED, f"an answer ends with {end!r}, which the template writes by itself")
         counts["tools unused"] += bool(pair.tools) and "tools" not in self.template
         counts["system unused"] += not pair.chat and bool(row.get("system"))
         return pair

@@ -320,8 +320,8 @@ def training() -> Iterator[Finding]:
     import torch
 
     from orpo_lite.recipe import Recipe
-    from orpo_lite.trainer.run_record import read_metrics
     from orpo_lite.train import pipeline
+    from orpo_lite.trainer.run_record import read_metrics
 
     changed, train = list[str](), pipeline.train
 

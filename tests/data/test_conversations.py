@@ -434,3 +434,113 @@ def test_case_text_with_chatml() -> None:
     assert len(pairs) == 10 and not any("apply_template=true" in note for note in report.notes)
     with pytest.raises(TooManyDropped, match=r"leave out data\.apply_template"):
         tokenize(rows, tokenizer_of("qwen2.5"), apply_template=True)
+
+
+# ---- what an attack found ----------------------------------------------------------------------------------------------
+
+
+NEMO = """{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{% if loop.last and messages[0].role == 'system' %}{{ '[INST] ' + messages[0].content + '\\n\\n' + m.content + '[/INST]' }}{% else %}{{ '[INST] ' + m.content + '[/INST]' }}{% endif %}{% elif m.role == 'assistant' %}{{ ' ' + m.content + eos_token }}{% endif %}{% endfor %}"""
+SYSTEM = {"role": "system", "content": "Be brief."}
+
+
+@pytest.mark.parametrize("strict", [True, False], ids=["recipe", "Python"])
+def test_a_question_is_never_labeled_where_the_template_moves_the_system_turn(strict: bool) -> None:
+    """Mistral-Nemo's way: the system text stands in the last user turn, and nowhere once an answer follows."""
+    tokenizer = tiny_tokenizer(("[INST]", "[/INST]"), NEMO, bos="<s>", eos="</s>")
+    row = {"prompt": [SYSTEM, user("How many?")], "chosen": [assistant("5.")], "rejected": [assistant("No.")]}
+    pairs, _ = tokenize([row], tokenizer, strict=strict)
+    assert (
+        tokenizer.decode(pairs[0]["chosen_ids"][: pairs[0]["chosen_start"]])
+        == "<s>[INST] Be brief.\n\nHow many?[/INST]"
+    )
+    assert labels_of(pairs[0], "chosen", tokenizer)[0].strip() == "5.</s>"
+
+
+def test_reasoning_that_is_not_closed_keeps_that_of_the_other_answer() -> None:
+    tokenizer = tokenizer_of("qwen3")
+    row = {"prompt": [user("Why?")], "chosen": [assistant(f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}")],
+           "rejected": [assistant("<think>\nNever closed")]}  # fmt: skip
+    pairs, _ = tokenize([row], tokenizer)
+    for side, text in (("chosen", f"<think>\n{THOUGHT}\n</think>\n\n{ANSWER}"), ("rejected", "<think>\nNever closed")):
+        assert labels_of(pairs[0], side, tokenizer)[0].startswith(text)
+
+
+def test_the_opening_of_a_call_is_not_cut_in_two() -> None:
+    """The generation prompt opens `<think>`, and the answer is `<tool_call>`: both begin with `<t`."""
+    opened = CHATML_PLAIN.replace(
+        "'<|im_start|>assistant\\n' }}{% endif %}", "'<|im_start|>assistant\\n<think>\\n' }}{% endif %}"
+    )
+    calls = (
+        "{% for c in m.tool_calls or [] %}{{ '<tool_call>\\n' + c.function | tojson + '\\n</tool_call>' }}{% endfor %}"
+    )
+    tokenizer = tiny_tokenizer(
+        CHATML, opened.replace("m.content + '<|im_end|>", f"m.content }}}}{calls}{{{{ '<|im_end|>"), eos="<|im_end|>"
+    )
+    pairs, _ = tokenize([SHAPES["call"]], tokenizer)
+    assert labels_of(pairs[0], "chosen", tokenizer)[0].startswith("<tool_call>")
+
+
+def test_reasoning_behind_a_closed_reasoning_is_refused() -> None:
+    with pytest.raises(
+        TooManyDropped, match="closes a reasoning, and the answer has its own: leave out enable_thinking"
+    ):
+        tokenize([SHAPES["reasoning"]], tokenizer_of("qwen3"), template_kwargs={"enable_thinking": False})
+
+
+def test_turns_that_the_template_leaves_out_are_counted() -> None:
+    shouting = {"role": "prompter", "content": "How many apples?"}
+    row = {"prompt": [shouting, user("How many?")], "chosen": [assistant("5.")], "rejected": [assistant("No.")]}
+    only_known = CHATML_PLAIN.replace(
+        "{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}"
+    )
+    _, report = tokenize([row], tiny_tokenizer(CHATML, only_known, eos="<|im_end|>"))
+    assert any(note.startswith("1 pairs have a turn before the answer") for note in report.notes)
+    _, report = tokenize([row | {"prompt": [user("How many?")]}], tiny_tokenizer(CHATML, only_known, eos="<|im_end|>"))
+    assert not any("turn before the answer" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
+def test_arguments_of_calls_by_other_names(name: str) -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    call = assistant("", tool_calls=[{"name": "stock", name: {"fruit": "red apples"}}])
+    found, expected = (
+        tokenize([SHAPES["call"] | {"chosen": [turn]}], tokenizer)[0].to_list() for turn in (call, called("red apples"))
+    )
+    assert found == expected
+
+
+def test_labels_of_rated_answers_in_words_and_numbers() -> None:
+    tokenizer = tokenizer_of("qwen2.5")
+    for good, bad in ((True, False), (1, 0), ("True", "False"), ("1", "-1"), ("desirable", "undesirable")):
+        rows = [{"prompt": "one", "completion": text, "label": label} for text, label in (("good", good), ("bad", bad))]
+        pairs, report = tokenize([*rows, rows[0] | {"label": None}] if good is True else rows, tokenizer)
+        assert [labels_of(row, "chosen", tokenizer) for row in pairs] == [["good<|im_end|>"]]
+        assert report.dropped == ({"rated answer without a partner": 1} if good is True else {})
+
+
+def test_a_conversation_that_holds_the_answer_is_no_started_answer() -> None:
+    row = {"messages": [*ASKED, *YES], "chosen": YES[0], "rejected": NO[0]}
+    plain = {"prompt": ASKED, "chosen": YES, "rejected": NO}
+    tokenizer = tokenizer_of("qwen2.5")
+    assert tokenize([row], tokenizer)[0].to_list() == tokenize([plain], tokenizer)[0].to_list()
+    _, report = tokenize([SHAPES["prefill"]], tokenizer)
+    assert any("ends in a started answer" in note for note in report.notes)
+
+
+def test_a_column_that_decides_is_not_mapped_away() -> None:
+    row = {"prompt": "How many?", "response1": "5.", "response2": "No.", "preference_strength": -2}
+    with pytest.raises(RequestError, match="preference_strength seems to say in each row which answer is better"):
+        tokenize([row], tokenizer_of("qwen2.5"))
+
+
+def test_an_answer_that_carries_its_end_is_refused() -> None:
+    row = {"prompt": ASKED, "chosen": [assistant("5.<|im_end|>")], "rejected": NO}
+    with pytest.raises(TooManyDropped, match=r"an answer ends with '<\|im_end\|>'"):
+        tokenize([row], tokenizer_of("qwen2.5"))
+
+
+@pytest.mark.parametrize("name", ["input", "query", "trajectory"])
+def test_prompts_by_other_names(name: str) -> None:
+    tokenizer, plain = tokenizer_of("qwen2.5"), {"chosen": "The answer is 5.", "rejected": "The answer is no."}
+    found = tokenize([plain | {name: "How many?"}], tokenizer)[0].to_list()
+    assert found == tokenize([plain | {"prompt": "How many?"}], tokenizer)[0].to_list()
