@@ -1,11 +1,10 @@
-"""LoRA and its relatives on a base: attach, initialize from data, continue, save."""
+"""LoRA and its relatives on a base: attach, continue, save."""
 
 from __future__ import annotations
 
 import logging
 import os
 import re
-import tempfile
 import warnings
 from pathlib import Path
 from textwrap import shorten
@@ -13,9 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from peft.utils import get_peft_model_state_dict
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -35,7 +32,7 @@ SAME_IN_PEFT = {"r", "target_parameters", "modules_to_save", "rank_pattern", "al
                 "use_dora", "init_lora_weights"}  # fmt: skip
 """Fields of the adapter section that PEFT calls the same."""
 CHANGES_BASE = ("pissa", "olora")
-"""Initializations that take the adapter's starting product out of the base weights."""
+"""Initializations of foreign adapters that took the starting product out of their base weights."""
 CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
 """Initializations of foreign adapters that changed their base in a way that the adapter alone does not record."""
 
@@ -57,8 +54,8 @@ def attach_adapter(
         checkpointing: activations will be recomputed, so gradients must start at the embeddings.
 
     Raises:
-        RequestError: modules that do not exist, full fine-tuning or a base-changing initialization on a quantized
-            base, an existing adapter that does not fit.
+        RequestError: modules that do not exist, full fine-tuning on a quantized base, an existing adapter that does not
+            fit.
     """
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
@@ -85,18 +82,6 @@ def new_adapter(
     model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
 ) -> PeftModel:
     """Attach a new adapter as the recipe's section says."""
-    init = adapter.init_lora_weights
-    changes_base = isinstance(init, str) and init.startswith(CHANGES_BASE)
-    if changes_base and is_quantized(model):
-        raise RequestError(
-            f"adapter.init_lora_weights: {init} changes the base weights, which a quantized base does not allow: set "
-            "model.quantization=none, or adapter.init_lora_weights=true"
-        )
-    if changes_base and adapter.use_rslora and (adapter.rank_pattern or adapter.alpha_pattern):
-        raise RequestError(
-            f"adapter.init_lora_weights: {init} with use_rslora and a rank or alpha pattern cannot be saved as a plain "
-            "adapter: remove one of the three"
-        )
     avoid = {name for name in routers(model) if not adapter_targets.is_named(adapter, name)} | outside_text(model)
     targets = adapter.target_modules
     if targets in ("all-linear", ["all-linear"]):
@@ -115,12 +100,6 @@ def new_adapter(
     )
     peft_model = wrap(model, config)
     adapter_targets.check_patterns(peft_model, adapter)
-    if changes_base:
-        initial = {
-            key: tensor.detach().to("cpu", torch.float32, copy=True)
-            for key, tensor in get_peft_model_state_dict(peft_model, save_embedding_layers=False).items()
-        }
-        peft_model.orpo_lite_initial = initial  # type: ignore[assignment]  # torch expects tensors and modules only
     return peft_model
 
 
@@ -248,32 +227,11 @@ def trained_rows(config: LoraConfig) -> list[int]:
 def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
     """Write the adapter as PEFT's own files; a fully fine-tuned model as transformers' own.
 
-    An adapter that started by changing the base (PiSSA, OLoRA) is written as the plain LoRA of twice the rank that, on
-    the original base, gives the same outputs: [B, -B0] [A; A0] for a start of B0 A0.
-
     Args:
         weights: the trained weights, gathered, where the model itself holds shards of them.
-
-    Raises:
-        RequestError: PiSSA or OLoRA on a sharded base.
     """
     if not isinstance(model, PeftModel):
         model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]  # a transformers model
         return
-    initial = getattr(model, "orpo_lite_initial", None)
-    if initial is None:
-        # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is
-        model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
-        return
-    if weights is not None:
-        raise RequestError(
-            "adapter.init_lora_weights: PiSSA and OLoRA change the base, and converting them back needs all of it on one "
-            "process, but here it is sharded: set adapter.init_lora_weights=true, or train with DDP"
-        )
-    with tempfile.TemporaryDirectory() as aside:
-        start = Path(aside) / "initial"
-        start.mkdir()
-        save_file(initial, start / "adapter_model.safetensors")
-        model.save_pretrained(
-            str(folder), save_embedding_layers=False, path_initial_model_for_weight_conversion=str(start)
-        )
+    # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is
+    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)

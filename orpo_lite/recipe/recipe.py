@@ -74,13 +74,11 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = []
-        model, adapter, data = self.model, self.adapter, self.data
-        init = adapter and str(adapter.init_lora_weights)
-        if model.quantization != "none" and (init is None or init.startswith(("pissa", "olora"))):
-            asked = f"adapter.init_lora_weights is {init}" if init else "adapter is null (full fine-tuning)"
+        model, data = self.model, self.data
+        if model.quantization != "none" and self.adapter is None:
             problems.append(
-                f"{asked}, which changes the base weights, but model.quantization is {model.quantization}: set "
-                "model.quantization=none, or give an adapter with init_lora_weights=true"
+                "adapter is null (full fine-tuning), which changes the base weights, but model.quantization is "
+                f"{model.quantization}: set model.quantization=none, or give an adapter"
             )
         if data.max_prompt_length and data.max_length and data.max_prompt_length >= data.max_length:
             problems.append(

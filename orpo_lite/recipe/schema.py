@@ -6,6 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
+from orpo_lite.common.text import shown
 from orpo_lite.recipe.validation import checked_pattern
 
 Positive = Annotated[int, Field(ge=1)]
@@ -59,9 +60,14 @@ class ModelSection(Section):
     """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
 
 
-Initialization = (
-    Literal["gaussian", "orthogonal", "pissa", "olora"] | Annotated[str, Field(pattern=r"^pissa_niter_\d+$")]
-)
+def leaving_the_base(given: Any) -> Any:
+    """Return an initialization unchanged, or raise ValueError if it would change the base."""
+    if str(given).lower().startswith(("pissa", "olora")):
+        raise ValueError(
+            f"found {shown(given)}, but pissa and olora change the base weights, which a quantized base does not allow: leave it "
+            "at true"
+        )
+    return given
 
 
 class AdapterSection(Section):
@@ -93,8 +99,8 @@ class AdapterSection(Section):
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA: also trains the magnitude of each output."""
-    init_lora_weights: bool | Initialization = True
-    """true, gaussian, orthogonal, pissa, pissa_niter_N or olora; the last three need quantization: none."""
+    init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal"], BeforeValidator(leaving_the_base)] = True
+    """true, gaussian or orthogonal."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: learning rate of B over that of A; 16 is the paper's."""
 

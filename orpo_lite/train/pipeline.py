@@ -142,16 +142,8 @@ def load_model(recipe: Recipe, tokenizer: Any) -> tuple[Any, BaseFacts, int | No
 
     Returns:
         The model, facts about its base, and the number of layers that checkpoint (None: all).
-
-    Raises:
-        RequestError: an initialization of the adapter that needs the whole base, which several processes share.
     """
     to_shard = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
-    if to_shard and recipe.adapter and recipe.adapter.init_lora_weights in ("pissa", "olora"):
-        raise RequestError(
-            f"adapter.init_lora_weights: {recipe.adapter.init_lora_weights} needs the whole base on one process, which "
-            "FSDP shards over all of them: set adapter.init_lora_weights=true, or train with DDP"
-        )
     with named("loading the base model"):
         base, facts = load_base(recipe.model, tokenizer, to_shard=to_shard)
     checkpointing = checkpointed(recipe, local_device())  # a base that is to be sharded is on no device yet

@@ -67,10 +67,6 @@ def test_a_router_or_expert_that_is_named_is_adapted(attach):
         ({"modules_to_save": ["embeddings"]}, "modules_to_save: .* no module called embeddings"),
         ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches none"),
         ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
-        (
-            {"init_lora_weights": "pissa", "use_rslora": True, "rank_pattern": {"q_proj": 8}},
-            "remove one of the three",
-        ),
     ],
 )
 def test_what_matches_nothing_is_refused(attach, fields, words):
@@ -154,11 +150,6 @@ VARIANTS = {
     "saved modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
-    "pissa": {"init_lora_weights": "pissa"},
-    "pissa, niter": {"init_lora_weights": "pissa_niter_4"},
-    "pissa, patterns": {"init_lora_weights": "pissa", "rank_pattern": {"q_proj": 8}, "alpha_pattern": {"up_proj": 9}},
-    "pissa, rslora": {"init_lora_weights": "pissa", "use_rslora": True},
-    "olora": {"init_lora_weights": "olora"},
     "bias": {"bias": "all"},
 }
 
@@ -181,11 +172,13 @@ def test_saved_adapter_on_the_original_base_gives_the_training_logits(attach, ba
 
 
 @pytest.mark.parametrize("init", ["pissa", "olora"])
-def test_inits_that_change_the_base_are_refused_on_quantized_ones(attach, tmp_path, init):
-    with pytest.raises(RequestError, match=f"{init} changes the base weights"):
-        attach("llama", "nf4", init_lora_weights=init)
-    model = attach("llama", init_lora_weights=init)
-    model.save_pretrained(tmp_path)  # PEFT's own way: needs the changed base
+def test_foreign_adapters_that_changed_their_base_are_refused_on_quantized_ones(attach, base_folder, tmp_path, init):
+    base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
+    model = get_peft_model(base, LoraConfig(r=4, target_modules=["q_proj"], init_lora_weights=init))
+    disturb(model)
+    model.save_pretrained(tmp_path)  # needs the changed base, which an unquantized one becomes again
+    again = attach("llama", init_from=str(tmp_path))
+    torch.testing.assert_close(logits(again), logits(model), atol=2e-4, rtol=1e-4)
     with pytest.raises(RequestError, match="changed its base"):
         attach("llama", "nf4", init_from=str(tmp_path))
 

@@ -235,6 +235,10 @@ def test_llamafactorys_fields(place):
     } <= left
     one, _, _ = convert(written(place, FACTORY, per_device_train_batch_size=1), "mine")
     assert one.orpo.nll_mean == "micro"
+    start, draft, _ = convert(written(place, FACTORY, pissa_init=True, pissa_iter=16), "mine")
+    assert start.adapter.init_lora_weights is True
+    lost = {note.field: note.why for note in draft.left}
+    assert all("changes the base weights" in lost[name] for name in ("pissa_init", "pissa_iter"))
     old = {"stage": "orpo", "orpo_beta": 0.05, "model_name_or_path": "x/y", "dataset": "mine"}  # as until 0.7
     assert convert(written(place, old), "mine")[0].orpo.beta == 0.05
     silent = {key: FACTORY[key] for key in ("model_name_or_path", "stage", "pref_loss")} | {"dataset": "mine"}
@@ -291,7 +295,10 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
         (AXOLOTL | {"learning_rate": [1]}, r"training.learning_rate: found \[1\]"),
         (AXOLOTL | {"datasets": []}, "data.train"),
         (AXOLOTL | {"load_in_4bit": "maybe"}, "theirs.yml: load_in_4bit: found 'maybe', expected true or false"),
-        (FACTORY | {"pissa_init": "perhaps"}, "theirs.yml: pissa_init: found 'perhaps', expected true or false"),
+        (
+            FACTORY | {"disable_shuffling": "perhaps"},
+            "theirs.yml: disable_shuffling: found 'perhaps', expected true or false",
+        ),
     ],
     ids=lambda value: str(value)[:20] if isinstance(value, str) else "",
 )
@@ -305,7 +312,7 @@ def test_what_is_no_orpo_is_refused_by_name(content, message, place):
 @pytest.mark.parametrize("odd", [5, [1], {"a": 1}, float("inf")], ids=str)
 def test_a_value_of_the_wrong_kind_is_never_a_traceback(odd, place):
     more = {"bnb_config_kwargs": {}, "trl": {}, "test_datasets": [], "tokens": [], "lora_target_modules": [], "save_steps": 5,
-            "adapter_name_or_path": "x", "add_tokens": "x", "eval_dataset": "x", "pissa_init": True, "dataset_dir": "data"}  # fmt: skip
+            "adapter_name_or_path": "x", "add_tokens": "x", "eval_dataset": "x", "disable_shuffling": True, "dataset_dir": "data"}  # fmt: skip
     for content in (AXOLOTL, FACTORY):
         for name in content | more:
             try:

@@ -194,7 +194,7 @@ def test_unknown_key_names_the_nearest(word, told):
         ("model.quantization=nf5", ("model.quantization", "'nf5'", "'nf4'")),
         ("model.dtype=bf16", ("model.dtype", "'bf16'", "'bfloat16'")),
         ("adapter.r=0", ("adapter.r", "found 0")),
-        ("adapter.init_lora_weights=pisa", ("adapter.init_lora_weights", "'pisa'", "pissa")),
+        ("adapter.init_lora_weights=pisa", ("adapter.init_lora_weights", "'pisa'", "'gaussian'")),
         ("orpo.beta=.nan", ("orpo.beta", "finite")),
         ("orpo.beta=-1", ("orpo.beta", "found -1")),
         ("data.train=[]", ("data.train", "at least 1")),
@@ -215,6 +215,15 @@ def test_unknown_key_names_the_nearest(word, told):
 def test_wrong_value_says_field_found_and_expected(word, told):
     lines = problems(word)
     assert any(all(part in line for part in told) for line in lines), lines
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_4", "olora"])
+@pytest.mark.parametrize("quantization", ["nf4", "none"])
+def test_initializations_that_change_the_base_are_refused_by_name(init, quantization):
+    assert problems(f"adapter.init_lora_weights={init}", f"model.quantization={quantization}") == [
+        f"adapter.init_lora_weights: found '{init}', but pissa and olora change the base weights, which a quantized base does "
+        "not allow: leave it at true"
+    ]
 
 
 def test_missing_fields_are_named():
@@ -244,8 +253,7 @@ def test_all_errors_at_once(written):
     ("words", "told"),
     [
         (["adapter=null"], "model.quantization is nf4"),
-        (["adapter.init_lora_weights=pissa"], "changes the base weights"),
-        (["adapter.init_lora_weights=olora", "model.quantization=int8"], "changes the base weights"),
+        (["adapter=null", "model.quantization=int8"], "changes the base weights"),
         (["data.max_prompt_length=1024", "data.max_length=1024"], "no room for an answer"),
     ],
 )

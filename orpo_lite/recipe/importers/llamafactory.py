@@ -83,9 +83,6 @@ def convert_adapter(draft: RecipeDraft) -> None:
     draft.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets)
     if more := draft.names("additional_target", "adapter.modules_to_save"):
         draft.put("adapter.modules_to_save", more)
-    if draft.flag("pissa_init", "adapter.init_lora_weights"):
-        steps = draft.take("pissa_iter", "adapter.init_lora_weights", 16)
-        draft.put("adapter.init_lora_weights", f"pissa_niter_{steps}" if (number(steps) or 0) > 0 else "pissa")
 
 
 def convert_template(draft: RecipeDraft) -> None:
