@@ -49,10 +49,7 @@ class Recipe(Section):
     orpo: OrpoSection = OrpoSection()
     """The loss and its batches."""
     training: dict[str, Any] = {}
-    """Any field of transformers.TrainingArguments, by its own name, and on_nonfinite.
-
-    on_nonfinite: what happens at a step whose loss or gradients are not finite: stop (the default), or skip, which leaves it
-    out and stops after 5 in a row or 20 in all."""
+    """Any field of transformers.TrainingArguments, by its own name, save_minutes, and early_stopping_patience."""
     memory: MemorySection = MemorySection()
     """Trades of speed for memory."""
     evaluation: EvaluationSection = EvaluationSection()
@@ -63,6 +60,8 @@ class Recipe(Section):
     def _training_fields(cls, given: dict[str, Any]) -> dict[str, Any]:
         problems, clean = [], {}
         for key, value in given.items():
+            if (key, value) == ("on_nonfinite", "stop"):  # recipes of older run folders may say so
+                continue
             try:
                 clean[key] = check_training_field(key, value)
             except ValueError as error:

@@ -15,8 +15,7 @@ from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from orpo_lite.common.console import refuse_deepspeed
 from orpo_lite.common.text import nearest, shown
 
-OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None,
-                        "on_nonfinite": Literal["stop", "skip"]}  # fmt: skip
+OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
 """Fields that transformers does not have; ORPOConfig documents them."""
 CHOICES = {
     "include_num_input_tokens_seen": ("all", "non_padding", "no"),
@@ -33,6 +32,8 @@ ELSEWHERE = {
     **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
                     f"a run uploads nothing to the hub: leave it out, and {HUB_WORD}"),
     "resume_from_checkpoint": "leave it out: the same command resumes from the newest good checkpoint by itself, and --resume asks for it",
+    "on_nonfinite": "but it was removed: a step that is not finite stops the run; take its rows out of the data and start again, or "
+                    "lower training.learning_rate and resume with --resume=force",
     "label_smoothing_factor": "has no effect, as ORPO's loss has no label smoothing: leave it out",
 }  # fmt: skip
 """Fields that a run does not use: why not, and what to do instead."""

@@ -139,7 +139,7 @@ def print_stopped(folder: RunFolder, why: BaseException, step: int) -> None:
         if isinstance(why, OutOfMemory):
             say += ", which may change the memory settings (memory.*, orpo.tokens_per_batch)"
         if isinstance(why, NonFinite):
-            say += ", which reaches the same step again unless something is changed: training.on_nonfinite=skip leaves it out"
+            say += ", which reaches the same step again unless something is changed: training.learning_rate, with --resume=force"
     errors.print(f"\nstopped at step {step}: {escape(say)}", soft_wrap=True)
 
 
@@ -161,8 +161,8 @@ def print_finished(folder: RunFolder, record: RunRecord) -> None:
         console.print(f"  [bold]before[/] {escape(one.answer[:300])}")
         console.print(f"  [bold]after [/] {escape(other.answer[:300])}")
     found = [f"{one.kind} (step {one.step})" for one in record.warnings]
-    counts = {"steps left out, not finite": len(record.skipped_steps), "fp16 overflows": record.overflow_steps}
-    found += [f"{count} {what}" for what, count in counts.items() if count]
+    if record.overflow_steps:
+        found.append(f"{record.overflow_steps} fp16 overflows")
     if found:
         console.print(f"\n[bold]warnings during training:[/] {', '.join(found)}; run.json has them in full")
     peak, merged = format_gb(record.peak_memory_bytes or 0, 2), folder.path.with_name(f"{folder.path.name}-merged")

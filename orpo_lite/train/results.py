@@ -159,7 +159,8 @@ def record_of(
         "peak_memory_bytes": peak_memory_bytes(device),
         "plan": memory_facts(planned, device),
         "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
-        **trainer.health_record(),
+        "warnings": trainer.health.warnings,
+        "overflow_steps": trainer.guard.overflows,
         "adapter": kept_adapter(trainer),
         "eval": {when: one.metrics for when, one in sides.items()},
         "samples": {

@@ -34,11 +34,11 @@ class Bar(ProgressCallback):
                 f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
             )
         elif "rewards/margins" in logs:
-            counts = {"skipped": logs.get("skipped_steps"), "overflows": logs.get("overflow_steps")}
+            overflows = logs.get("overflow_steps")
             self.training_bar.set_postfix_str(
                 f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
                 f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
-                + "".join(f", {count} {what}" for what, count in counts.items() if count)
+                + (f", {overflows} overflows" if overflows else "")
             )
 
 

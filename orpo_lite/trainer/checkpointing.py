@@ -220,7 +220,7 @@ class CheckpointedTrainer(Trainer):
             "logged_at_step": self.logged_at,
             "seconds_since_log": now - self.clock,
             "seconds": self.train_seconds + now - self.train_started,
-            "watched": [self.guard.skipped, self.guard.overflows, self.guard.in_a_row, self.health.warnings],
+            "watched": [self.guard.overflows, self.health.warnings],
         }
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -344,8 +344,8 @@ class CheckpointedTrainer(Trainer):
             for key, (value, kind) in sums.items()
         }
         self.logged_at = running["logged_at_step"]
-        guard = self.guard
-        guard.skipped, guard.overflows, guard.in_a_row, self.health.warnings = running["watched"]
+        watched = running["watched"]  # of older checkpoints four values, two of which have no meaning anymore
+        self.guard.overflows, self.health.warnings = watched[1::2] if len(watched) == 4 else watched
         self.clock = time.monotonic() - running["seconds_since_log"]
         self.train_seconds = running["seconds"]
         stops = [one for one in self.callback_handler.callbacks if isinstance(one, EarlyStoppingCallback)]

@@ -30,7 +30,6 @@ CHOICES = {
     "nll_scope": ("prompt+chosen", "chosen"),
     "nll_mean": ("window", "micro"),
     "layout": ("auto", "shared", "packed", "padded"),
-    "on_nonfinite": ("stop", "skip"),
 }
 """Values that a field takes."""
 POSITIVE = ("tokens_per_batch", "head_chunk", "checkpointed_layers", "max_length", "max_prompt_length",
@@ -88,7 +87,6 @@ class ORPOConfig(TrainingArguments):
     offload_activations: bool = _help("Keep what checkpointing saves in host memory.", default=False)
     save_minutes: float | None = _help("Minutes between checkpoints, besides save_strategy's.", default=None)
     early_stopping_patience: int | None = _help("Evaluations without a better metric before a stop.", default=None)
-    on_nonfinite: str = _help("stop or skip, at a step whose loss or gradients are not finite.", default="stop")
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
 
     def __new__(cls, *args: Any, **given: Any) -> ORPOConfig:

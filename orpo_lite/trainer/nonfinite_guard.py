@@ -1,10 +1,8 @@
-"""The check between loss and optimizer: a step that is not finite is stopped or left out before it is taken."""
+"""The check between loss and optimizer: a step that is not finite stops the run before it is taken."""
 
 from __future__ import annotations
 
-import contextlib
 import json
-import logging
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -17,18 +15,13 @@ if TYPE_CHECKING:
     from orpo_lite.recipe import DataSection
     from orpo_lite.trainer.trainer import ORPOTrainer
 
-logger = logging.getLogger(__name__)
-
-IN_A_ROW, IN_ALL = 5, 20
-"""Steps that on_nonfinite=skip leaves out before it gives up: one after another, and in a whole run."""
-
 
 class NonFinite(FloatingPointError):
     """A loss or gradient that is NaN or infinite, found before the optimizer step."""
 
 
 class NonFiniteGuard(TrainerCallback):
-    """Finds a loss or gradient that is not finite before optimizer.step, and stops or leaves the step out.
+    """Finds a loss or gradient that is not finite before optimizer.step, and stops the run.
 
     The trainer calls `check_step` after the step's last backward pass: before clipping, since a NaN that is clipped is NaN
     everywhere.
@@ -37,39 +30,23 @@ class NonFiniteGuard(TrainerCallback):
     def __init__(self, trainer: Any):
         self.trainer: ORPOTrainer = trainer
         self.folder: Path | None = Path(trainer.args.output_dir or "outputs")
-        """Where the rows of the first step that is not finite are written; None writes nothing."""
+        """Where the rows of a step that is not finite are written; None writes nothing."""
         self.data: DataSection | None = None
         """The run's data section, to read those rows again; without one they are those given to the trainer."""
         self.sources: list[str] = []
         """Paths that the training pairs' `source` column counts."""
-        self.skipped: list[int] = []
-        """Optimizer steps left out, from 1."""
-        self.overflows = self.in_a_row = 0
-        """Steps that fp16's loss scaling left out to find its scale; steps left out one after another."""
-        self.file: Path | None = None
-        """The file of rows that was written."""
-        self.left_out = self.overflowed = False
-        """Whether the step in progress is left out, overflowed in fp16."""
+        self.overflows = 0
+        """Steps that fp16's loss scaling left out to find its scale."""
+        self.overflowed = False
+        """Whether the step in progress overflowed in fp16."""
 
     # ---- events of training ----------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self.in_a_row = 0
         self.unchanged = health.Unchanged(self.trainer.model)
 
-    def on_pre_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Take the gradients of a left-out step away, so that no optimizer changes anything."""
-        if not self.left_out:
-            return
-        if self.trainer.accelerator.scaler is not None:
-            # the scaler must have looked at gradients, which are 0, before it steps; clipping has let it, where there is any
-            with contextlib.suppress(RuntimeError):
-                self.trainer.accelerator.unscale_gradients()
-        for parameter in self.trainer.model.parameters():
-            parameter.grad = None
-
     def on_optimizer_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        if not self.left_out and not self.overflowed:
+        if not self.overflowed:
             self.unchanged.stepped(state.global_step + 1, self.trainer.health, health.learning_rate(self.trainer))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -82,16 +59,16 @@ class NonFiniteGuard(TrainerCallback):
         """Check losses and gradients of the step in progress, on all processes together.
 
         Raises:
-            NonFinite: one is not finite, and on_nonfinite says stop, or too many steps were left out.
+            NonFinite: one is not finite; the message names the step, its rows and tensors.
         """
         trainer = self.trainer
         bad_loss, bad_gradient, some, loss, chosen, rejected, pairs = self._figures()
         # gradients are scaled so that they overflow now and then, and the scaler leaves such a step out by itself
         scaler = trainer.accelerator.scaler
         if bad_loss or (bad_gradient and (scaler is None or scaler.get_scale() < 1)):
-            self._stop_or_leave_out()
-            return
-        self.in_a_row = 0
+            located = health.locate_pairs(trainer, self.sources)
+            written = self._write_rows(trainer.state.global_step + 1, located)
+            raise NonFinite(health.describe_step(trainer, located) + written)
         # counted here: fused optimizers leave the step out themselves, without a word to accelerate
         self.overflowed = bool(bad_gradient)
         self.overflows += self.overflowed
@@ -127,34 +104,9 @@ class NonFiniteGuard(TrainerCallback):
                 f"training.learning_rate (it is {trainer.args.learning_rate:g})"
             )
 
-    # ---- what becomes of the step ----------------------------------------------------------------------------------
-
-    def _stop_or_leave_out(self) -> None:
-        """Report the step in progress, and raise, or drop its gradients and metrics. The schedule continues."""
-        trainer, step = self.trainer, self.trainer.step_in_progress
-        assert step is not None
-        pairs = health.locate_pairs(trainer, self.sources)
-        report = health.describe_step(trainer, pairs) + self._write_rows(trainer.state.global_step + 1, pairs)
-        if trainer.args.on_nonfinite != "skip":
-            raise NonFinite(report)
-        self.skipped.append(trainer.state.global_step + 1)
-        self.in_a_row += 1
-        if self.in_a_row >= IN_A_ROW or len(self.skipped) >= IN_ALL:
-            count = f"{self.in_a_row} steps one after another" if self.in_a_row >= IN_A_ROW else f"{IN_ALL} steps"
-            raise NonFinite(
-                f"training.on_nonfinite=skip gives up after {count} that were not finite. The last is {report}"
-            )
-        self.left_out = True
-        for parameter in trainer.model.parameters():
-            if parameter.grad is not None:
-                parameter.grad.zero_()
-        trainer.sums = dict(step.sums)
-        if trainer.is_world_process_zero():
-            logger.warning("left out (%d so far): %s", len(self.skipped), report)
-
     def _write_rows(self, step: int, pairs: list[dict[str, Any]]) -> str:
-        """Write the rows of the run's first step that is not finite, and say where they are and what for."""
-        rows = [] if self.folder is None or self.file else health.read_rows(self.trainer, pairs, self.data)
+        """Write the rows of the step in progress, and say where they are and what for."""
+        rows = [] if self.folder is None else health.read_rows(self.trainer, pairs, self.data)
         if self.folder is None or not rows:
             return ""
         path = self.folder / f"nonfinite-step-{step}.jsonl"
@@ -165,5 +117,4 @@ class NonFiniteGuard(TrainerCallback):
                 path.write_text(text, "utf-8")
         except OSError as error:
             return f"\n  its rows could not be written: {path}: {error.strerror or error}"
-        self.file = path
         return f"\n  its {len(rows)} rows are in {path}, which any recipe trains on: data.train={path}"

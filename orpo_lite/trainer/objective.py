@@ -135,7 +135,7 @@ class Objective:
 
 @dataclass
 class StepInProgress:
-    """An optimizer step that is being taken, and what it takes to begin it again or to leave it out.
+    """An optimizer step that is being taken, and what it takes to begin it again.
 
     Args:
         items: what the loader gave for the step; each is one forward and backward pass, or several.

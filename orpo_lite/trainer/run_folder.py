@@ -17,10 +17,8 @@ from orpo_lite.trainer.checkpoint_folder import clean, manifest, newest_good
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-SAME_RESULT = re.compile(
-    r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.(per_device_eval_batch_size|on_nonfinite): "
-)
-"""Changes with which a run resumes to the same result: of memory and speed, and of how failing steps are handled."""
+SAME_RESULT = re.compile(r"memory\.|orpo\.tokens_per_batch: was \d+, is \d+$|training\.per_device_eval_batch_size: ")
+"""Changes with which a run resumes to the same result: of memory and speed."""
 OTHER_RUN = re.compile(
     r"pairs per optimizer step|model\.(?!attention)|adapter\b|data\.(?!max_eval_rows)"
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"

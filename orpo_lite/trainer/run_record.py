@@ -139,6 +139,10 @@ Evaluation = TypedDict("Evaluation", {
 with_config(ConfigDict(extra="allow"))(Evaluation)
 
 
+OLD_FIELDS = ("skipped_steps", "nonfinite_rows", "reproducer")
+"""Fields of run.json that older versions wrote, and nothing reads anymore."""
+
+
 class RunRecord(Section):
     """run.json: the facts of a run, written once it has finished."""
 
@@ -165,13 +169,7 @@ class RunRecord(Section):
     plan: Plan | None = None
     out_of_memory: dict[Literal["training", "evaluation"], list[Any]] = {}
     warnings: list[HealthWarning] = []
-    skipped_steps: list[Any] = []
-    """Optimizer steps that were not finite and were left out."""
     overflow_steps: Count | None = None
-    nonfinite_rows: str | None = None
-    """File of the rows of the first step that was not finite."""
-    reproducer: str | None = None
-    """The same in run folders of version 0.1.0."""
     adapter: str | None = None
     """Which weights were kept: the last ones, or the best by a metric."""
     eval: dict[When, Evaluation | None] = {}
@@ -251,7 +249,10 @@ def read_record(folder: RunFolder, notes: list[str]) -> RunRecord:
     Raises:
         RequestError: there is none, or it holds no JSON object.
     """
-    return fitting(RunRecord, folder.read(), "run.json", notes)
+    content = folder.read()
+    if isinstance(content, dict):
+        content = {name: value for name, value in content.items() if name not in OLD_FIELDS}
+    return fitting(RunRecord, content, "run.json", notes)
 
 
 def read_run(place: str | Path | RunFolder) -> LoadedRun:

@@ -237,7 +237,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if not items:
             return items, None
         self.step_in_progress = StepInProgress(items, dict(self.sums), self.args.device)
-        self.guard.left_out = self.guard.overflowed = False
+        self.guard.overflowed = False
         totals = count_step([micro for item in items for micro in micro_batches(item)])
         return items, self.total(totals.to(device))
 
@@ -398,30 +398,22 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     # ---- logs ------------------------------------------------------------------------------------------------------
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add the metrics since the last log: exact means over all pairs of the steps that were taken, on all processes."""
-        guard = self.guard
+        """Add the metrics since the last log: exact means over all pairs of the steps, on all processes."""
         if "loss" in logs:
             totals, self.sums = self.totals(), {}
-            steps = self._steps_taken(self.logged_at)
+            steps = self.state.global_step - self.logged_at
             self.logged_at = self.state.global_step
             if "loss" in totals:
                 loss = totals.pop("loss") / self.args.world_size
                 self.session_loss += loss
                 logs["loss"] = loss / max(steps, 1)
-            if steps == 0:
-                del logs["loss"]  # 0, which transformers would log, is no loss of anything
-            if guard.left_out:
-                logs.pop("grad_norm", None)
             logs |= self._means(totals) if "pairs" in totals else {}
-            logs |= {"skipped_steps": len(guard.skipped)} if guard.skipped else {}
-            logs |= {"overflow_steps": guard.overflows} if guard.overflows else {}
+            logs |= {"overflow_steps": self.guard.overflows} if self.guard.overflows else {}
         elif "train_loss" in logs:  # the mean over the steps that this session has taken
-            steps = self._steps_taken(self.began_at)
+            steps = self.state.global_step - self.began_at
             loss = self.session_loss + self.totals().get("loss", 0.0) / self.args.world_size
             if steps:
                 logs["train_loss"] = loss / steps
-            elif guard.skipped:
-                del logs["train_loss"]
         super().log(logs, start_time)
 
     def _means(self, totals: dict[str, float]) -> dict[str, float]:
@@ -431,19 +423,4 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             "tokens_per_second": totals["tokens"] / seconds,
             "pairs_per_second": totals["pairs"] / seconds,
             "peak_memory_gb": peak_memory_bytes(self.args.device) / 1e9,
-        }
-
-    def _steps_taken(self, since: int) -> int:
-        """Count optimizer steps since another, without those left out."""
-        now = self.state.global_step
-        return now - since - sum(since < one <= now for one in self.guard.skipped)
-
-    def health_record(self) -> dict[str, Any]:
-        """Return what run.json keeps: warnings, steps left out, overflows of fp16, and the file of rows not finite."""
-        guard = self.guard
-        return {
-            "warnings": self.health.warnings,
-            "skipped_steps": guard.skipped,
-            "overflow_steps": guard.overflows,
-            "nonfinite_rows": guard.file.name if guard.file else None,
         }

@@ -55,7 +55,7 @@ def facts(**more: Any) -> dict[str, Any]:
         "layout": {"name": "shared", "why": "checked"}, "parameters": {"trainable": 1000, "total": 70000}, "effective_batch": 8, "steps": 30,
         "train_seconds": 4000.0, "total_seconds": 5000.0, "pairs_per_second": 1.5, "peak_memory_bytes": 9_500_000_000, "plan": None,
         "out_of_memory": {"training": [], "evaluation": []}, "warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}],
-        "skipped_steps": [], "overflow_steps": 0, "adapter": "last, step 30",
+        "overflow_steps": 0, "adapter": "last, step 30",
         "eval": {"before": evaluation(0.5, 0.0), "after": evaluation(0.9, 0.2)},
         "samples": {"before": [sample("Five.", logp=-0.7, log_odds=0.014, logp_trained=-2.0, log_odds_trained=-1.85)],
                     "after": [sample("Four.", logp=-0.25, log_odds=1.26)]},

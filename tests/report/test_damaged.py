@@ -26,14 +26,14 @@ RUN["plan"] = {
     "phases": {"forward": {"base weights": 8e9, "total": 8e9}}, "assumed": {"CUDA context": 1e9},
     "measured": {"allocated_bytes": 8e9, "reserved_bytes": 9e9}, "error": 0.125,
 }  # fmt: skip
-RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "skipped_steps": [3], "overflow_steps": 2,
+RUN |= {"warnings": [{"kind": "loss spike", "step": 7, "message": "it rose"}], "overflow_steps": 2,
         "out_of_memory": {"training": [{"pairs": 4}], "evaluation": []}}  # fmt: skip
 RUN["data"]["drops"] |= {"dropped": {"empty prompt": 3}, "notes": ["a note"]}
 LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies": 0.6}]
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
             "part-memory-": "plan", "part-next-steps": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
-UNREAD = re.compile(r"world|probe|reproducer|finished|plan\.error|skipped_steps\.0|out_of_memory\.\w+\.0|.*\.(cached|weight|files|license|hub_id|dtype)"
+UNREAD = re.compile(r"world|probe|finished|plan\.error|out_of_memory\.\w+\.0|.*\.(cached|weight|files|license|hub_id|dtype)"
                     r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
 """Fields that no page shows."""
 

@@ -12,10 +12,10 @@ from tests.tiny import tiny_tokenizer
 from tests.trainer.poison import build, poison_gradient, poison_token, state_of
 from tests.training import CHATML
 
-folder, spoil, way = Path(sys.argv[1]), sys.argv[2], sys.argv[3]
+folder, spoil = Path(sys.argv[1]), sys.argv[2]
 rank = int(os.environ["RANK"])
 tokenizer = tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
-trainer, keep = build(folder, tokenizer, on_nonfinite=way, use_cpu=True, gradient_accumulation_steps=2)
+trainer, keep = build(folder, tokenizer, use_cpu=True, gradient_accumulation_steps=2)
 if spoil == "loss":
     poison_token(trainer, float("nan"))
 elif rank == 1:
@@ -29,9 +29,8 @@ Path(folder, f"rank{rank}.json").write_text(
     json.dumps(
         {
             "said": said,
-            "skipped": trainer.guard.skipped,
             "step": trainer.state.global_step,
-            "kept": keep.states[1] == (state_of(trainer) if said else keep.states[2]),
+            "kept": keep.states[1] == state_of(trainer),
             "adapter": [p.double().sum().item() for p in trainer.model.parameters() if p.requires_grad],
             "finite": all(torch.isfinite(p).all().item() for p in trainer.model.parameters() if p.requires_grad),
         }

@@ -1,19 +1,17 @@
 """A loss or gradient that is not finite never reaches adapter or optimizer, whatever it came from."""
 
 import json
-import logging
-import math
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from orpo_lite import ORPOTrainer
+from orpo_lite import ORPOConfig, ORPOTrainer
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
-from orpo_lite.trainer.nonfinite_guard import IN_A_ROW, IN_ALL, NonFinite
+from orpo_lite.trainer.nonfinite_guard import NonFinite
 from tests.trainer.poison import (
     ODD,
     OwnStep,
@@ -80,13 +78,8 @@ def test_what_a_subclass_returns_is_neither_trained_on_nor_logged(tmp_path, toke
 
 
 def test_a_subclass_with_a_step_of_its_own_is_stopped_by_the_loss_that_it_returns(tmp_path, tokenizer):
-    trainer, keep = build(tmp_path / "stop", tokenizer, OwnStep)
+    trainer, keep = build(tmp_path, tokenizer, OwnStep)
     assert "the loss is nan" in stopped(trainer, keep, 2)
-    trainer, keep = build(tmp_path / "skip", tokenizer, OwnStep, on_nonfinite="skip", max_steps=3)
-    trainer.train()
-    assert trainer.guard.skipped == [2] and keep.states[2] == keep.states[1] != keep.states[3]
-    logs = {log["step"]: log for log in trainer.state.log_history if "learning_rate" in log}
-    assert "loss" not in logs[2] and all(math.isfinite(value) for log in logs.values() for value in log.values())
 
 
 def test_a_gradient_whose_norm_overflows_is_finite(tmp_path, tokenizer):
@@ -94,7 +87,7 @@ def test_a_gradient_whose_norm_overflows_is_finite(tmp_path, tokenizer):
     trainer, _ = build(tmp_path, tokenizer, max_steps=2)
     poison_gradient(trainer, 5, 1e30)
     trainer.train()
-    assert trainer.state.global_step == 2 and not trainer.guard.skipped
+    assert trainer.state.global_step == 2
 
 
 def test_nf4_base(tmp_path, tokenizer):
@@ -107,72 +100,6 @@ def test_nf4_base(tmp_path, tokenizer):
     trainer, keep = build(tmp_path, own, model=attach_adapter(base, AdapterSection(r=4), tokenizer=own))
     poison_gradient(trainer, 5, NAN)
     stopped(trainer, keep, 2)
-
-
-class TestSkip:
-    def test_the_step_is_left_out_and_the_rest_is_as_it_was(self, tmp_path, tokenizer, caplog):
-        trainer, keep = build(tmp_path, tokenizer, on_nonfinite="skip")
-        healthy, healthy_keep = build(tmp_path / "healthy", tokenizer)
-        poison_token(trainer, NAN)
-        with caplog.at_level(logging.WARNING):
-            trainer.train()
-        healthy.train()
-        assert trainer.guard.skipped == [2] and trainer.state.global_step == 8 == healthy.state.global_step
-        assert keep.states[2] == keep.states[1] and keep.states[3] != keep.states[2]
-        assert keep.rates == healthy_keep.rates
-        assert "left out (1 so far): step 2" in caplog.text and f"row {ODD}" in caplog.text
-        logs = {log["step"]: log for log in trainer.state.log_history if "learning_rate" in log}
-        assert "loss" not in logs[2] and "rewards/margins" not in logs[2] and "grad_norm" not in logs[2]
-        assert logs[2]["skipped_steps"] == 1 == logs[8]["skipped_steps"] and "skipped_steps" not in logs[1]
-        assert all(math.isfinite(value) for log in logs.values() for value in log.values())
-        assert trainer.health_record()["skipped_steps"] == [2]
-        assert [f.name for f in (tmp_path / "out").glob("*.jsonl")] == ["nonfinite-step-2.jsonl"]
-
-    def test_logged_means_are_over_the_steps_taken(self, tmp_path, tokenizer):
-        every, _ = build(tmp_path / "one", tokenizer, on_nonfinite="skip", logging_steps=1)
-        four, _ = build(tmp_path / "four", tokenizer, on_nonfinite="skip", logging_steps=4)
-        for trainer in (every, four):
-            poison_token(trainer, NAN)
-            outcome = trainer.train()
-        losses = [log["loss"] for log in every.state.log_history if "loss" in log]
-        means = [log["loss"] for log in four.state.log_history if "loss" in log]
-        assert len(losses) == 7 and means[0] == pytest.approx(sum(losses[:3]) / 3, rel=1e-5)
-        assert means[1] == pytest.approx(sum(losses[3:]) / 4, rel=1e-5)
-        assert outcome.metrics["train_loss"] == pytest.approx(sum(losses) / 7, rel=1e-5)
-
-    @pytest.mark.parametrize("options", [*STEPS, {"optim": "adafactor"}, {"weight_decay": 0.1}], ids=str)
-    @pytest.mark.parametrize("spoil", ["loss", "gradient"])
-    def test_state_is_kept(self, spoil, options, tmp_path, tokenizer):
-        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite="skip", max_steps=3, **options)
-        trainer.call = 5 if spoil == "loss" else 0
-        if spoil == "gradient":
-            poison_gradient(trainer, 5, INF)
-        trainer.train()
-        assert trainer.guard.skipped == [2] and keep.states[2] == keep.states[1] != keep.states[3]
-
-    def test_gives_up_after_a_few_in_a_row(self, tmp_path, tokenizer):
-        trainer, keep = build(tmp_path, tokenizer, on_nonfinite="skip")
-        trainer.model.get_input_embeddings().register_forward_hook(lambda m, a, out: out * NAN)
-        with pytest.raises(NonFinite, match=f"gives up after {IN_A_ROW} steps one after another"):
-            trainer.train()
-        assert trainer.guard.skipped == list(range(1, IN_A_ROW + 1)) and state_of(trainer) == keep.states[0]
-
-    def test_gives_up_after_some_in_all(self, tmp_path, tokenizer):
-        trainer, _ = build(tmp_path, tokenizer, on_nonfinite="skip", num_train_epochs=3, gradient_accumulation_steps=1)
-
-        def every_second(gradient):
-            return gradient * (1.0 if trainer.state.global_step % 2 else NAN)
-
-        next(p for p in trainer.model.parameters() if p.requires_grad).register_hook(every_second)
-        with pytest.raises(NonFinite, match=f"gives up after {IN_ALL} steps that"):
-            trainer.train()
-        assert trainer.guard.skipped == list(range(1, 2 * IN_ALL, 2))
-
-    def test_the_first_step(self, tmp_path, tokenizer):
-        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite="skip", max_steps=2)
-        trainer.call = 1
-        trainer.train()
-        assert trainer.guard.skipped == [1] and keep.states[1] == keep.states[0] != keep.states[2]
 
 
 class Fp16(TrainerCallback):
@@ -209,30 +136,16 @@ class TestFp16:
         trainer.add_callback(Fp16(trainer, 1024.0))
         poison_gradient(trainer, 5, INF)
         trainer.train()
-        assert (
-            trainer.guard.overflows == 1
-            and not trainer.guard.skipped
-            and trainer.accelerator.scaler.get_scale() == 512.0
-        )
+        assert trainer.guard.overflows == 1 and trainer.accelerator.scaler.get_scale() == 512.0
         assert keep.states[2] == keep.states[1] != keep.states[3]
-        assert trainer.health_record()["overflow_steps"] == 1
         assert [log["overflow_steps"] for log in trainer.state.log_history if "overflow_steps" in log] == [1] * 7
 
     @pytest.mark.parametrize("clip", [0.0, 1.0])
-    @pytest.mark.parametrize("way", ["stop", "skip"])
-    def test_a_loss_that_is_not_finite_is_an_error(self, way, clip, tmp_path, tokenizer, unscaled):
-        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, on_nonfinite=way, max_grad_norm=clip, max_steps=4)
+    def test_a_loss_that_is_not_finite_is_an_error(self, clip, tmp_path, tokenizer, unscaled):
+        trainer, keep = build(tmp_path, tokenizer, PoisonedLoss, max_grad_norm=clip, max_steps=4)
         trainer.add_callback(Fp16(trainer, 1024.0))
-        if way == "stop":
-            stopped(trainer, keep, 2)
-        else:
-            trainer.train()
-            assert (
-                trainer.guard.skipped == [2]
-                and not trainer.guard.overflows
-                and keep.states[2] == keep.states[1] != keep.states[3]
-            )
-            assert trainer.accelerator.scaler.get_scale() == 1024.0
+        stopped(trainer, keep, 2)
+        assert not trainer.guard.overflows
 
     def test_gradients_that_no_scale_mends_are_an_error(self, tmp_path, tokenizer, unscaled):
         trainer, keep = build(tmp_path, tokenizer)
@@ -281,9 +194,9 @@ def test_rows_are_written_as_they_came_or_as_the_text_of_their_tokens(layout, tm
     for row, pair in zip(texts, list(trainer.train_dataset)[3:6], strict=True):
         for side in ("chosen", "rejected"):
             assert row["prompt"] + row[side] == tokenizer.decode(pair[f"{side}_ids"])
-    trainer.given_rows, trainer.guard.file = given, None
+    trainer.given_rows = given
     with pytest.raises(NonFinite):
-        trainer.guard._stop_or_leave_out()
+        trainer.guard.check_step()
     assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == data().to_list()[3:6]
 
 
@@ -323,7 +236,16 @@ def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch)
     assert "its rows could not be written" in stopped(trainer, keep, 2)
 
 
-@pytest.mark.parametrize("wrong", ["maybe", 3])
-def test_on_nonfinite_is_checked(wrong, tmp_path):
-    with pytest.raises(RequestError, match=r"training\.on_nonfinite: found .*'stop' or 'skip'"):
+@pytest.mark.parametrize("wrong", ["skip", "maybe", 3])
+def test_on_nonfinite_was_removed(wrong):
+    """Recipes of older run folders say stop, which means nothing anymore."""
+    assert "on_nonfinite" not in Recipe.load("quickstart", ["training.on_nonfinite=stop"]).training
+    with pytest.raises(
+        RequestError, match=r"training\.on_nonfinite: found .* removed: a step that is not finite stops"
+    ):
         Recipe.load("quickstart", [f"training.on_nonfinite={wrong}"])
+
+
+def test_on_nonfinite_is_no_argument_of_a_script(tmp_path):
+    with pytest.raises(TypeError, match=r"on_nonfinite no longer exists: remove it \(a step that is not finite stops"):
+        ORPOConfig(str(tmp_path), on_nonfinite="skip")

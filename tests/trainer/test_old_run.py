@@ -12,6 +12,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
 from orpo_lite.trainer.checkpoint_folder import damage
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import read_run
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "run_15425f3"
 
@@ -28,6 +29,16 @@ def test_its_recipe_and_record_are_read(old):
     assert recipe.training["max_steps"] == 3 and recipe.adapter is not None and recipe.adapter.r == 2
     assert RunFolder.open(old).read()["steps"] == 3
     assert damage(old / "checkpoints" / "checkpoint-2") is None
+
+
+def test_steps_that_it_left_out_are_no_reason_not_to_read_it(old):
+    """Versions before could leave out steps that were not finite."""
+    facts = json.loads((old / "run.json").read_text("utf-8"))
+    (old / "run.json").write_text(
+        json.dumps(facts | {"skipped_steps": [2], "nonfinite_rows": "nonfinite-step-2.jsonl"})
+    )
+    run = read_run(old)
+    assert run.record.steps == 3 and not run.notes
 
 
 def test_its_checkpoint_is_resumed_to_the_same_adapter(old):
