@@ -106,8 +106,7 @@ class NonFiniteGuard(TrainerCallback):
 
     def _write_rows(self, step: int, pairs: list[dict[str, Any]]) -> str:
         """Write the rows of the step in progress, and say where they are and what for."""
-        rows = [] if self.folder is None else health.read_rows(self.trainer, pairs, self.data)
-        if self.folder is None or not rows:
+        if self.folder is None or not (rows := health.read_rows(self.trainer, pairs, self.data)):
             return ""
         path = self.folder / f"nonfinite-step-{step}.jsonl"
         try:
