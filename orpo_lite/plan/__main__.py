@@ -9,7 +9,7 @@ import typer
 
 from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.plan.gpus import Card, Parallelism, Target, card_here, find_cards
+from orpo_lite.plan.gpus import Card, Target, card_here, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -26,22 +26,14 @@ def command(
         typer.Option("--fit", help="find the fastest settings that fit the card, and write them as a recipe"),
     ] = False,
     output: Annotated[Path | None, typer.Option(help="where --fit writes the recipe; default NAME-CARD.yaml")] = None,
-    gpus: Annotated[int | None, typer.Option(help="plan one of this many GPUs")] = None,
-    strategy: Annotated[str | None, typer.Option(help="how --gpus share the work: ddp or fsdp2")] = None,
-    offload: Annotated[bool, typer.Option("--offload", help="fsdp2: the shards wait in the host's memory")] = False,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
-    if gpus is None and (strategy or offload):
-        raise RequestError("--strategy and --offload say how several GPUs share a recipe: give --gpus as well")
     if output and (not fit or output.suffix != ".yaml"):
         raise RequestError(
             f"--output: found {output}, expected a file that ends in .yaml for --fit: give --fit as well"
         )
-    if gpus is not None and (fit or gpu == "cpu"):
-        raise RequestError("--gpus plans a recipe as it stands for cards: leave out --fit and --gpu cpu")
     # mistakes are reported before the slow imports
     loaded = Recipe.load(recipe, overrides or [])
-    parallelism = Parallelism(gpus, strategy or "ddp", offload) if gpus is not None else None
     cards = cards_asked_for(loaded, gpu)
     if fit:
         card = card_to_fit(cards, gpu)
@@ -51,7 +43,7 @@ def command(
         from orpo_lite.plan import tables
         from orpo_lite.plan.search import Planner, judge
 
-        planner = Planner(parallelism=parallelism)
+        planner = Planner()
         default = Target("cpu") if gpu == "cpu" else Target("cuda")
         made = planner(loaded, cards[0].target if len(cards) == 1 else default)
         verdicts = [judge(loaded, card, planner) for card in cards]

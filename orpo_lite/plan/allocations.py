@@ -24,8 +24,7 @@ BASE, CONSTANTS, ENDS, ADAPTER = "base weights", "quantization constants", "embe
 GRADIENTS, OPTIMIZER, KEPT = "gradients", "optimizer", "kept activations"
 LAYER, HEAD, WORKSPACE = "layer recompute", "head chunk", "kernel workspace"
 LOADING = "matrix being loaded"
-GATHERED, BUFFERS = "gathered weights", "communication buffers"
-PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING, GATHERED, BUFFERS)
+PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING)
 """Purposes of memory, in the order in which they are shown."""
 
 FLOPS, UNPACKED, MOVED = "FLOPs", "weights unpacked", "activations on the host"

@@ -1,4 +1,4 @@
-"""Graphics cards by name and size, the one in this machine, several that share a recipe, and whether a plan fits a card."""
+"""Graphics cards by name and size, the one in this machine, and whether a plan fits a card."""
 
 from __future__ import annotations
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 MARGIN = "fragmentation margin"
 """The assumption without which a plan still fits, if only tightly."""
-STRATEGIES = ("ddp", "fsdp2")
 CONTEXT_BYTES = 500_000_000
 """ASSUMED. Memory that the driver and CUDA's modules take outside the allocator: 0.3 to 0.6 GB on recent cards."""
 
@@ -67,35 +66,6 @@ class Card:
     def fitted_name(self, recipe: str) -> str:
         """Name a recipe that was fitted to the card."""
         return f"{recipe}-{re.sub(r'[^a-z0-9.-]', '', self.name.lower())}"
-
-
-@dataclass(frozen=True)
-class Parallelism:
-    """The number of GPUs that train a recipe, and how they share it.
-
-    Raises:
-        RequestError: an unknown strategy, fewer than two GPUs, or nothing to offload.
-    """
-
-    gpus: int
-    strategy: str = "ddp"
-    offload: bool = False
-
-    def __post_init__(self) -> None:
-        if self.strategy not in STRATEGIES:
-            raise RequestError(f"--strategy: found {self.strategy!r}, expected one of {', '.join(STRATEGIES)}")
-        if self.gpus < 2:
-            raise RequestError(f"--gpus: found {self.gpus}, expected 2 or more; leave it out to plan for one card")
-        if self.offload and not self.sharded:
-            raise RequestError(f"--offload: {self.strategy} keeps every weight on every card: use --strategy fsdp2")
-
-    def __str__(self) -> str:
-        return f"{self.gpus} GPUs with {self.strategy}{', offloaded' if self.offload else ''}"
-
-    @property
-    def sharded(self) -> bool:
-        """The strategy shards the weights, and so can offload them to the host."""
-        return self.strategy == "fsdp2"
 
 
 CARDS = {

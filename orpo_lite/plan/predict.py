@@ -18,8 +18,8 @@ from orpo_lite.model.inspection import trainable_share, unwrap
 from orpo_lite.model.precision import chosen_dtype
 from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.plan import meta_model, step
-from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Segment, Timeline
-from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Parallelism, Target
+from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Timeline
+from orpo_lite.plan.gpus import CONTEXT_BYTES, MARGIN, Target
 from orpo_lite.plan.kernels import Kernels
 from orpo_lite.plan.step import Shape, Stacks, Traced
 from orpo_lite.recipe import Recipe
@@ -57,10 +57,6 @@ class Plan:
     facts: Counter[str]
     recomputed: str
     assumptions: list[str]
-    parallelism: Parallelism | None = None
-    """GPUs that share the recipe; the plan is of one of them."""
-    host_training: int = 0
-    """Bytes of offloaded shards and states in the host's memory, all GPUs being in one machine."""
 
     @property
     def fullest(self) -> str:
@@ -88,13 +84,6 @@ class Plan:
 
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as plain numbers (bytes) and words."""
-        host = {
-            "load": self.load_host,
-            "optimizer": self.facts["optimizer on the host"],
-            "activations": self.facts[MOVED],
-        }
-        if self.parallelism:
-            host["training"] = self.host_training
         return {
             "recipe": self.recipe,
             "model": self.model,
@@ -113,12 +102,15 @@ class Plan:
                 for name, parts in self.phases.items()
             },
             "assumed": self.assumed,
-            "host": host,
+            "host": {
+                "load": self.load_host,
+                "optimizer": self.facts["optimizer on the host"],
+                "activations": self.facts[MOVED],
+            },
             "micro_batch_flops": self.facts[FLOPS],
             "parameters": self.facts["parameters"],
             "trained": self.facts["trained"],
             "assumptions": self.assumptions,
-            **(vars(self.parallelism) if self.parallelism else {}),
         }
 
 
@@ -193,7 +185,7 @@ class Study:
             timeline.take(states.step, OPTIMIZER)
         facts = timeline.work | Counter({
             "parameters": trainable_share(model)[1], "trained": sum(p.numel() for p in trained),
-            "optimizer on the host": states.host, "optimizer on the device": states.device, MOVED: host.bytes if host else 0,
+            "optimizer on the host": states.host, MOVED: host.bytes if host else 0,
         })  # fmt: skip
         return Traced(timeline.peaks(), facts, states.why)
 
@@ -201,7 +193,11 @@ class Study:
         """Plan with this many of the first layers checkpointed; None for all."""
         recipe, target, traced = self.recipe, self.target, self.traced(recomputed)
         largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)
-        phases = {"load": load_phase(traced, recipe, self.model, self.dtype)} | fullest_by_phase(traced.peaks)
+        phases = {"load": load_phase(traced, recipe, self.model, self.dtype)}
+        for phase in PHASES[1:]:
+            moments = [parts for (name, _), parts in traced.peaks.items() if name == phase]
+            if moments:  # a recipe that holds out nothing has no evaluation
+                phases[phase] = max(moments, key=Counter.total)
         return Plan(
             recipe=recipe.name,
             model=recipe.model.name_or_path,
@@ -217,16 +213,6 @@ class Study:
             recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
             assumptions=assumptions(recipe, target),
         )
-
-
-def fullest_by_phase(peaks: dict[Segment, Counter[str]]) -> dict[str, Counter[str]]:
-    """Return the fullest moment of each phase of the step; a recipe that holds out nothing has no evaluation."""
-    found = {}
-    for phase in PHASES[1:]:
-        moments = [parts for (name, _), parts in peaks.items() if name == phase]
-        if moments:
-            found[phase] = max(moments, key=Counter.total)
-    return found
 
 
 def load_phase(traced: Traced, recipe: Recipe, model: Any, dtype: torch.dtype) -> Counter[str]:

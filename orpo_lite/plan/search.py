@@ -14,8 +14,7 @@ from dataclasses import dataclass
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import FLOPS, MOVED, UNPACKED
-from orpo_lite.plan.gpus import FITS, NOT, Card, Parallelism, Target, verdict
-from orpo_lite.plan.multi_gpu import parallel_plan
+from orpo_lite.plan.gpus import FITS, NOT, Card, Target, verdict
 from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, pair_tokens
 from orpo_lite.recipe import Recipe
@@ -38,13 +37,10 @@ class Planner:
 
     Args:
         shape: as for `Study`.
-        parallelism: plan one of several GPUs instead of a single card.
     """
 
-    def __init__(
-        self, shape: Callable[[Recipe, str], Shape] | None = None, parallelism: Parallelism | None = None
-    ) -> None:
-        self.shape, self.parallelism = shape, parallelism
+    def __init__(self, shape: Callable[[Recipe, str], Shape] | None = None) -> None:
+        self.shape = shape
         self._studies: dict[tuple[str, Target], Study] = {}
 
     def __call__(self, recipe: Recipe, target: Target) -> Plan:
@@ -53,7 +49,7 @@ class Planner:
         Raises:
             RequestError: the model's configuration is not available, or the recipe cannot be planned.
         """
-        return self.plan(self.study(recipe, target), checkpointed(recipe, target.device))
+        return self.study(recipe, target).plan(checkpointed(recipe, target.device))
 
     def study(self, recipe: Recipe, target: Target) -> Study:
         """Return the study of a recipe, which plans any number of checkpointed layers."""
@@ -61,10 +57,6 @@ class Planner:
         if key not in self._studies:
             self._studies[key] = Study(recipe, target, self.shape)
         return self._studies[key]
-
-    def plan(self, study: Study, recomputed: int | None) -> Plan:
-        """Plan a study's recipe with this many of the first layers checkpointed; None for all."""
-        return parallel_plan(study, recomputed, self.parallelism) if self.parallelism else study.plan(recomputed)
 
 
 def changed(recipe: Recipe, words: list[str]) -> Recipe | None:
@@ -229,7 +221,7 @@ class Search:
 
     def choice(self, words: tuple[str, ...], study: Study, recomputed: int | None) -> Choice:
         """Plan a study with some layers checkpointed, and count what its optimizer step costs."""
-        made = self.planner.plan(study, recomputed)
+        made = study.plan(recomputed)
         facts, tokens = made.facts, [pair_tokens(pair, made.layout) for pair in made.shape.pairs]
         share = self.step_pairs * tokens[0] / sum(tokens)
         cost = share * (facts[FLOPS] + FETCHING * facts[MOVED]) + math.ceil(share) * UNPACKING * facts[UNPACKED]

@@ -42,10 +42,8 @@ def show_plan(console: Console, made: Plan) -> None:
         f"[bold]peak {format_gb(made.peak, 2)} in tensors, in the {made.fullest} phase; {format_gb(made.needed, 2)} with "
         "everything assumed[/]"
     )
-    paged, sharded = format_gb(made.facts["optimizer on the host"], 2), format_gb(made.host_training, 2)
-    console.print(
-        f"host: {format_gb(made.load_host, 2)} while loading; {paged} of paged optimizer states, {sharded} of offloaded shards"
-    )
+    paged = format_gb(made.facts["optimizer on the host"], 2)
+    console.print(f"host: {format_gb(made.load_host, 2)} while loading; {paged} of paged optimizer states")
     for sentence in made.assumptions:
         console.print(f"assumed: {sentence}", style="dim")
 
@@ -57,11 +55,10 @@ def facts_table(made: Plan) -> Table:
     device = "the CPU"
     if made.target.kind != "cpu":
         device = "CUDA, with the kernels of compute capability {}.{}".format(*made.target.capability)
-    shared = f"; one of {made.parallelism}" if made.parallelism else ""
     for name, text in (
         ("recipe", made.recipe),
         ("model", f"{made.model}, {made.facts['parameters']:,} parameters, {made.facts['trained']:,} trained"),
-        ("on", f"{device}, {made.dtype}{shared}"),
+        ("on", f"{device}, {made.dtype}"),
         ("micro-batch", made.shape.why),
         ("layout", f"{made.layout} ({made.layout_why})"),
         ("checkpointing", made.recomputed),
