@@ -150,13 +150,6 @@ class Study:
             return []
         return list(range(self._stacks.edge, len(self.layers) - self._stacks.edge + 1, self._stacks.each))
 
-    def traced(self, recomputed: int | None) -> Traced:
-        """Trace the step with this many of the first layers checkpointed; None for all."""
-        if not self._stacks:
-            return self._trace(None, recomputed)
-        check_count(recomputed, len(self.layers))
-        return self._stacks(len(self.layers) if recomputed is None else recomputed)
-
     def _run_step(self, layers: int | None, recomputed: int | None) -> Traced:
         """Trace the step of a model with so many layers (None: all), the first `recomputed` of them checkpointed."""
         recipe, cuda = self.recipe, self.target.kind == "cuda"
@@ -191,7 +184,12 @@ class Study:
 
     def plan(self, recomputed: int | None) -> Plan:
         """Plan with this many of the first layers checkpointed; None for all."""
-        recipe, target, traced = self.recipe, self.target, self.traced(recomputed)
+        recipe, target = self.recipe, self.target
+        if self._stacks:
+            check_count(recomputed, len(self.layers))
+            traced = self._stacks(len(self.layers) if recomputed is None else recomputed)
+        else:
+            traced = self._trace(None, recomputed)
         largest = max(p.numel() for p in self.model.parameters() if p.ndim > 1)
         phases = {"load": load_phase(traced, recipe, self.model, self.dtype)}
         for phase in PHASES[1:]:
