@@ -138,11 +138,11 @@ class Renderer:
 
     def _heard(self, plan: Plan, found: Rendered | Dropped) -> Rendered | Dropped:
         """Note the first turn before the answers that the template leaves out of the prompt."""
-        turns = (
-            [] if isinstance(found, Dropped) else [turn for turn in plan.conversation if turn["role"] != "assistant"]
-        )
-        left = (turn["role"] for turn in turns if not any(form in found.prompt for form in spellings(spoken(turn))))
-        return found._replace(unheard=role) if isinstance(found, Rendered) and (role := next(left, "")) else found
+        if isinstance(found, Dropped):
+            return found
+        left = (turn["role"] for turn in plan.conversation if turn["role"] != "assistant"
+                and not any(form in found.prompt for form in spellings(spoken(turn))))  # fmt: skip
+        return found._replace(unheard=next(left, ""))
 
     # ---- what to render ----------------------------------------------------------------------------------------------
 

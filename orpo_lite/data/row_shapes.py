@@ -300,8 +300,8 @@ def paired_by_prompt(batches: Iterator[list[Numbered]]) -> Iterator[list[Numbere
     """
     first = next(batches, [])
     batches = itertools.chain([first], batches)
-    columns = {"prompt", "completion", "label"}
-    if not first or not all(isinstance(row, dict) and columns <= row.keys() for _, row in first):
+    rows = [row for _, row in first if isinstance(row, dict) and {"prompt", "completion"} <= row.keys()]
+    if not rows or len(rows) < len(first) or not any("label" in row for row in rows):
         yield from batches
         return
     by_prompt: dict[str, tuple[list[Numbered], list[Numbered]]] = {}
@@ -309,7 +309,7 @@ def paired_by_prompt(batches: Iterator[list[Numbered]]) -> Iterator[list[Numbere
     for number, row in itertools.chain.from_iterable(batches):
         prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
         if (label := rated(row.get("label"))) is None:
-            alone.append((number, row))
+            alone.append((number, row | {"label": row.get("label")}))
         else:
             by_prompt.setdefault(prompt, ([], []))[label].append((number, row))
     pairs = []

@@ -261,7 +261,7 @@ def dataset_batches(rows: datasets.Dataset, columns: dict[str, str] | None = Non
     """Yield the rows of a `datasets.Dataset` in batches: only the columns that matter, without Arrow's nulls."""
     names = {*COLUMNS, *(columns or {}).values()}
     used = [name for name in rows.column_names if name in names]
-    rows = (rows.select_columns(used) if used else rows).with_format(None)
+    rows = (rows.select_columns(used) if {"chosen", "rejected"} <= {*used} else rows).with_format(None)
     for batch in rows.iter(BATCH_ROWS):
         by_row = zip(*batch.values(), strict=True)  # pyright: ignore[reportAttributeAccessIssue] (a dict of columns)
         yield [without_nulls(dict(zip(batch, values, strict=True))) for values in by_row]

@@ -12,7 +12,7 @@ from typing import Any
 from orpo_lite.common.text import shown
 from orpo_lite.recipe.schema import as_sources
 
-ABOUT_DATA = ("name", "description", "data.eval", "data.split", "data.columns", "data.max_rows", "data.template_kwargs.enable_thinking", "evaluation.rule",
+ABOUT_DATA = ("name", "description", "data.eval", "data.split", "data.columns", "data.max_rows", "evaluation.rule",
               "training.max_steps", "training.run_name")  # fmt: skip
 """Fields that a recipe sets for the data it names: what they are, how they are read, judged, counted and called."""
 OF_A_RUN = ("training.output_dir",)
