@@ -12,6 +12,7 @@ from typing import Any
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import ALLOWED, COMMON, STAYS, Table, match, published, walk
+from orpo_lite.model.untrusted_files import check_adapter
 from orpo_lite.recipe.loading import BUILTIN
 from orpo_lite.recipe.validation import leaves
 from orpo_lite.report.model_card import Kind, hub_id, last_part, model_card
@@ -73,6 +74,8 @@ def plan_upload(folder: Path) -> UploadPlan:
             allowed = allowed | ALLOWED["merged with code"]
     files = published(folder, allowed)
     if missing := required - set(files):
+        if kind == "adapter" and (folder / "adapter_model.bin").is_file():
+            check_adapter(folder)  # which says what to do about a pickle
         raise RequestError(
             f"{folder}: {', '.join(sorted(missing))} missing, so nobody could load it: was it written completely?"
         )

@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.locating import check_decoder_only
+from orpo_lite.model.inspection import check_decoder_only
 
 logger = logging.getLogger(__name__)
 

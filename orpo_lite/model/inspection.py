@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import is_quantized_parameter
@@ -134,3 +134,12 @@ def base_name(model: nn.Module) -> str:
 def base_revision(model: nn.Module) -> str | None:
     """Return the commit of a base that came from the hub, else None."""
     return getattr(unwrap(model).config, "_commit_hash", None)
+
+
+def check_decoder_only(config: PreTrainedConfig, where: str) -> None:
+    """Raise RequestError for an encoder-decoder."""
+    if config.is_encoder_decoder:
+        raise RequestError(
+            f"{where} is an encoder-decoder ({config.model_type}), and orpo_lite trains decoder-only models: use one of "
+            "those, or TRL's ORPOTrainer"
+        )

@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedConfig
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
+from orpo_lite.model.inspection import check_decoder_only
 from orpo_lite.model.untrusted_files import check_links, check_model
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import check_model_path, looks_local, resolve_path
@@ -112,15 +113,6 @@ def read_config(spec: ModelSection) -> PreTrainedConfig:
             ) from error
     check_decoder_only(config, f"model.name_or_path: {spec.name_or_path}")
     return config
-
-
-def check_decoder_only(config: PreTrainedConfig, where: str) -> None:
-    """Raise RequestError for an encoder-decoder."""
-    if config.is_encoder_decoder:
-        raise RequestError(
-            f"{where} is an encoder-decoder ({config.model_type}), and orpo_lite trains decoder-only models: use one of "
-            "those, or TRL's ORPOTrainer"
-        )
 
 
 @contextlib.contextmanager

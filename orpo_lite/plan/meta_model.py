@@ -22,7 +22,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import attention_for, shipped_quantization
-from orpo_lite.model.locating import check_decoder_only
+from orpo_lite.model.inspection import check_decoder_only
 from orpo_lite.model.precision import BACKENDS
 from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline

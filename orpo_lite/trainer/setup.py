@@ -22,8 +22,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.model import keep_4bit_differentiable
 from orpo_lite.model.adapter import prepare_frozen
 from orpo_lite.model.base import attention_for
-from orpo_lite.model.inspection import unwrap
-from orpo_lite.model.locating import check_decoder_only
+from orpo_lite.model.inspection import check_decoder_only, unwrap
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
