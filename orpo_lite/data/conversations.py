@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import CHANGED, REFUSED, WRONG_TYPES, Dropped
 from orpo_lite.data.messages import REASONING, Messages
-from orpo_lite.model.tokenizer import Job, TemplateRefused, render_chat, render_chats
+from orpo_lite.model.tokenizer import MARKER, Job, TemplateRefused, render_chat, render_chats
 from orpo_lite.recipe.validation import leaves
 
 if TYPE_CHECKING:
@@ -320,7 +320,8 @@ def template_markers(tokenizer: PreTrainedTokenizerBase) -> re.Pattern[str]:
             markers |= {line.strip() for line in opening.splitlines() if not line.strip().isalnum()} - {"", *plain}
         except TemplateRefused:  # of templates that expect other conversations
             pass
-    return either(markers)
+    # and those of other families: a text made for another model carries a template too
+    return re.compile(f"{either(markers).pattern}|{MARKER.pattern}")
 
 
 def last_special(special: re.Pattern[str], text: str) -> str | None:

@@ -74,6 +74,7 @@ SYSTEM_UNUSED = (
     "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
 )
 CARRY_TEMPLATE = "are text that carries a chat template already: it is trained on as it is"
+DEVELOPER = "have a developer turn, which the template does not know: it is given as a system turn"
 SYSTEM_MERGED = "have a system turn, which was put in front of the first user turn (data.system=merge)"
 OF_SCORED_ROWS = "are of rows with several scored answers, each answer against every lower one (data.pairing=all)"
 DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
@@ -220,6 +221,10 @@ class PairTokenizer:
         pair = to_pair(row, self.shape, strict=self.options.strict, apply_template=self.options.apply_template,
                        tool_calls="tool_calls" in self.template)  # fmt: skip
         prompt: Any = pair.prompt
+        if pair.chat and "developer" not in self.template and any(turn["role"] == "developer" for turn in prompt):
+            counts["developer"] += 1
+            prompt = [turn | {"role": "system"} if turn["role"] == "developer" else turn for turn in prompt]
+            pair = pair._replace(prompt=prompt)
         if self.options.system == "merge" and pair.chat and (merged := without_system(prompt)) is not prompt:
             counts["system merged"] += 1
             pair = pair._replace(prompt=merged)
@@ -364,6 +369,7 @@ class PairTokenizer:
             f"{counts['unheard']} pairs {UNHEARD}": counts["unheard"],
             f"{counts['started']} pairs {STARTED}": counts["started"],
             f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
+            f"{counts['developer']} rows {DEVELOPER}": counts["developer"],
             f"{counts['system merged']} rows {SYSTEM_MERGED}": counts["system merged"],
             f"{counts['templated']} rows {CARRY_TEMPLATE}": counts["templated"],
             f"{counts['of scored rows']} pairs {OF_SCORED_ROWS}": counts["of scored rows"],

@@ -499,6 +499,29 @@ def test_turns_that_the_template_leaves_out_are_counted() -> None:
     assert not any("turn before the answer" in note for note in report.notes)
 
 
+def test_a_developer_turn_is_a_system_turn_where_the_template_knows_no_other() -> None:
+    rows = [{"prompt": [{"role": role, "content": "Be brief."}, *ASKED], "chosen": YES, "rejected": NO}
+            for role in ("developer", "system")]  # fmt: skip
+    tokenizer = tokenizer_of("qwen3")
+    (one, said), (other, _) = (tokenize([row], tokenizer) for row in rows)
+    assert one.to_list() == other.to_list() and any("have a developer turn" in note for note in said.notes)
+    merged, _ = tokenize(rows[:1], tokenizer_of("gemma-2"), system="merge")
+    assert "Be brief.\n\nHow many?" in tokenizer_of("gemma-2").decode(merged[0]["chosen_ids"])
+    assert not any("developer" in note for note in tokenize(rows[:1], tokenizer_of("gpt-oss"))[1].notes)
+
+
+def test_text_of_another_family_s_template_is_recognized() -> None:
+    row = {
+        "prompt": "<|im_start|>user\nHow many?<|im_end|>\n<|im_start|>assistant\n",
+        "chosen": "5.",
+        "rejected": "No.",
+    }
+    _, report = tokenize([row], tokenizer_of("llama-3.1"))
+    assert any("carries a chat template already" in note for note in report.notes)
+    with pytest.raises(TooManyDropped, match=r"leave out data\.apply_template"):
+        tokenize([row], tokenizer_of("llama-3.1"), apply_template=True)
+
+
 @pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
 def test_arguments_of_calls_by_other_names(name: str) -> None:
     tokenizer = tokenizer_of("qwen2.5")
