@@ -5,9 +5,10 @@ import re
 from pathlib import Path
 
 import pytest
+import yaml
 
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.loading import PACKAGE
+from orpo_lite.recipe.loading import PACKAGE, recipes_folder
 from tests.commands import command
 from tests.quickstart.corpus import CLOSERS, FAMILIES, OPENERS, preference_rows
 
@@ -174,7 +175,10 @@ def train(folder, output, *overrides):
     """`python -m orpo_lite.train --recipe quickstart` on the files in `folder`; the run's record."""
     words = ["train", "--recipe", "quickstart"]
     words += [f"model.name_or_path={folder / 'model'}", f"data.train={folder / 'train.jsonl'}"]
-    words += [f"data.eval={folder / 'heldout.jsonl'}", f"training.output_dir={output}", *overrides]
+    words += [f"data.eval={folder / 'heldout.jsonl'}", f"training.output_dir={output}"]
+    # what the recipe says about its own data is not carried over to other files, even to copies of them
+    rule = yaml.safe_load((recipes_folder() / "quickstart.yaml").read_text("utf-8"))["evaluation"]["rule"]
+    words += ["training.max_steps=60", f"evaluation.rule={json.dumps(rule)}", *overrides]
     done = command(*words, cwd=Path(__file__).parent, timeout=900)
     assert done.returncode == 0, done.stderr
     return json.loads((output / "run.json").read_text("utf-8"))

@@ -101,7 +101,11 @@ def repeats(rows: datasets.Dataset, near: bool = False) -> dict[int, tuple[str, 
         found |= {place: (NEAR, other) for place, other in later(ways) if place not in found}
         left = np.delete(np.arange(len(rows)), list(found))
         found |= {place: (NEAR, other) for place, other in near_duplicates(rows, left)}
-    return dict(sorted(found.items()))
+    row, source = numbers(rows, "row"), numbers(rows, "source")
+    # answers of one row that are paired with each other say nothing about other rows
+    apart = {place: (why, other) for place, (why, other) in found.items()
+             if row[place] != row[other] or source[place] != source[other]}  # fmt: skip
+    return dict(sorted(apart.items()))
 
 
 def later(keys: np.ndarray) -> Iterator[tuple[int, int]]:

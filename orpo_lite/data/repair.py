@@ -72,6 +72,12 @@ def write_fixed(spec: DataSection, one: Tokenized, path: Path) -> dict[str, Any]
     out = {drop.row: drop for drop in left.report.drops if drop.row not in stay}
     changes = [{"row": row, "reason": out[row].reason, "detail": out[row].detail} for row in sorted(out)]
     given = itertools.chain.from_iterable(open_source(spec.train[0], spec.split, spec.columns).raw())
+    first = next(given, {})
+    if isinstance(first, dict) and "completion" in first and "chosen" not in first:
+        raise RequestError(
+            f"--fix {path}: repairs rows that are pairs, and these are rated answers: set data.deduplicate=true"
+        )
+    given = itertools.chain([first], given)
     kept, written = (row for number, row in enumerate(given) if number not in out), 0
     try:
         for file, rows in ((listed, changes), (path, kept)):

@@ -500,13 +500,14 @@ def test_several_turns_are_compared_by_what_is_labeled(tmp_path: Path) -> None:
     assert reasons == {0: "chosen equal to rejected", 1: "chosen equal to rejected once cut"}
 
 
-def test_fix_of_rated_answers_keeps_them_as_they_were(tmp_path: Path) -> None:
+def test_fix_of_rated_answers_is_refused(tmp_path: Path) -> None:
+    """A pair of them is two rows of the file: leaving out one would leave the other without a partner."""
     given = [{"prompt": f"Why {n}?", "completion": text, "label": label} for n in (1, 2, 2)
              for text, label in (("Since then.", True), ("Go away.", False))]  # fmt: skip
     section = spec(write_jsonl(tmp_path / "kto.jsonl", given), eval_fraction=0)
-    fixed = write_fixed(section, load_pairs(section, TOKENIZER).sources[0], tmp_path / "fixed.jsonl")
-    kept = [json.loads(line) for line in Path(fixed["path"]).read_text("utf-8").splitlines()]
-    assert kept == [*given[:4], given[5]] and fixed["left_out"] == {"exact duplicate": 1}
+    with pytest.raises(RequestError, match=r"these are rated answers: set data\.deduplicate=true"):
+        write_fixed(section, load_pairs(section, TOKENIZER).sources[0], tmp_path / "fixed.jsonl")
+    assert not (tmp_path / "fixed.jsonl").exists()
 
 
 def test_fix_keeps_a_row_of_which_a_pair_stays(tmp_path: Path) -> None:
@@ -514,6 +515,6 @@ def test_fix_keeps_a_row_of_which_a_pair_stays(tmp_path: Path) -> None:
     given = [{"prompt": "Why?", "completions": answers}, {"prompt": "And?", "completions": answers}]
     section = spec(write_jsonl(tmp_path / "scored.jsonl", given), eval_fraction=0, pairing="all")
     source = load_pairs(section, TOKENIZER).sources[0]
-    assert len(source.rows) == 6 and len(repeats(source.rows, near=True)) == 2
+    assert len(source.rows) == 6 and not repeats(source.rows, near=True)  # answers of one row are near each other
     fixed = write_fixed(section, source, tmp_path / "fixed.jsonl")
     assert [json.loads(line) for line in Path(fixed["path"]).read_text("utf-8").splitlines()] == given
