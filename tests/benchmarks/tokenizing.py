@@ -26,7 +26,7 @@ DATA = Path(__file__).parents[2].parent / "shared" / "data" / "train.jsonl"
 
 
 def main() -> None:
-    """Compare both on real rows, with templates of several lengths."""
+    """Compare both on real rows, a recipe's rules here and TRL's defaults there, with templates of several lengths."""
     recipe = Recipe.load("quickstart", ["model.quantization=none"])
     tokenizer: Any = load_tokenizer(recipe.model)
     model = load_base(recipe.model, tokenizer)[0]
@@ -52,7 +52,7 @@ def main() -> None:
                         except InterruptedError:
                             pass
                 else:
-                    tokenize_rows(rows, tokenizer, TokenizeOptions(strict=True, completion_end="turn"))
+                    tokenize_rows(rows, tokenizer, TokenizeOptions(strict=True, completion_end="turn", overlong="drop"))
                 seconds[side].append(time.perf_counter() - started)
         here, trl = (min(values) for values in seconds.values())
         print(f"{name}: {len(rows)} rows, here {here:.2f} s, TRL {trl:.2f} s: {trl / here:.1f}x", flush=True)
