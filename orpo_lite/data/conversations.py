@@ -41,7 +41,7 @@ class Answers(NamedTuple):
     context: tuple[Span, ...] = ()
     """Characters after the prompt that belong to no answer: turns of tools and users, and what opens the next answer."""
     ended: bool = False
-    """Whether the text ends with an end of turn of the template, so that no EOS belongs behind it."""
+    """True where the text ends with an end of turn of the template, so that no EOS belongs behind it."""
 
 
 class Rendered(NamedTuple):
@@ -51,7 +51,7 @@ class Rendered(NamedTuple):
     chosen: Answers
     rejected: Answers
     unopened: bool = False
-    """Whether an answer does not go on with what the generation prompt opens, such as reasoning."""
+    """True where an answer does not go on with what the generation prompt opens, such as reasoning."""
 
     unheard: str = ""
     """Role of a turn whose text the template leaves out of the prompt."""
@@ -75,13 +75,13 @@ class Side:
 
     @property
     def plain(self) -> bool:
-        """Whether it is one turn of text, which can be placed without the template's help."""
+        """Tell whether it is one turn of text, which can be placed without the template's help."""
         return len(self.turns) == 1 and bool(self.openings) and not self.turns[0].get("tool_calls")
 
 
 @dataclass
 class Plan:
-    """What is rendered for one pair."""
+    """The texts to render for one pair, by their jobs."""
 
     conversation: Messages
     """The prompt, without a started answer."""
@@ -429,10 +429,10 @@ def spellings(text: str) -> list[str]:
 
 
 class Forms(NamedTuple):
-    """How a template takes what a message holds beside its content."""
+    """Forms in which a template takes what a message holds beside its content."""
 
     calls_as_text: bool
-    """Whether the arguments of calls are JSON text; else a mapping."""
+    """True where the arguments of calls are JSON text; else they are a mapping."""
     reasoning: str | None
     """Field of the reasoning, or `parts` where it is a part of a list as content; None where there is no place for it."""
 

@@ -163,7 +163,7 @@ def alike(one: list[list[int]], other: list[list[int]]) -> bool:
 
 
 class Finding(NamedTuple):
-    """What one check found; `pairs` is 0 where that is not worth telling."""
+    """Result of one check; `pairs` is 0 where that is not worth telling."""
 
     name: str
     pairs: int

@@ -27,7 +27,7 @@ from orpo_lite.data.file_formats import (
     read_file,
     without_nulls,
 )
-from orpo_lite.data.row_shapes import COLUMNS
+from orpo_lite.data.row_formats import COLUMNS
 from orpo_lite.recipe import DataSource
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.recipe.schema import Columns

@@ -25,7 +25,8 @@ from orpo_lite.common.console import progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import DropReport, TooManyDropped
 from orpo_lite.data.quality import COLUMNS, without_numbers
-from orpo_lite.data.row_shapes import Numbered, paired_by_prompt, source_shape
+from orpo_lite.data.row_formats import Numbered, paired_by_prompt
+from orpo_lite.data.row_shapes import source_shape
 from orpo_lite.data.sources import Source, dataset_batches, stream_source
 from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
 

@@ -33,14 +33,13 @@ from orpo_lite.data.dropped_rows import (
 from orpo_lite.data.encode import Encoder, Ids, template_text
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import COLUMNS, describe, hashed
+from orpo_lite.data.row_formats import Numbered, spread
 from orpo_lite.data.row_shapes import (
     BARE_STRINGS,
     FAMILY,
     HH,
     SIDES,
-    Numbered,
     Pair,
-    spread,
     started,
     to_pair,
     without_system,

@@ -70,7 +70,7 @@ class PromptFormat:
 
     @cached_property
     def forms(self) -> Forms:
-        """How the chat template takes reasoning and calls, as in training."""
+        """Find the forms in which the chat template takes reasoning and calls, as training does."""
         return find_forms(self.tokenizer, self.options)[0]
 
     def texts(self, conversations: list[Turns]) -> list[str]:
