@@ -141,7 +141,7 @@ class Renderer:
         if isinstance(found, Dropped):
             return found
         left = (turn["role"] for turn in plan.conversation if turn["role"] != "assistant"
-                and not any(form in found.prompt for form in spellings(spoken(turn))))  # fmt: skip
+                and not is_heard(turn, found.prompt))  # fmt: skip
         return found._replace(unheard=next(left, ""))
 
     # ---- what to render ----------------------------------------------------------------------------------------------
@@ -198,7 +198,7 @@ class Renderer:
             follows = all(whole.startswith(prompt) for whole in wholes)
         lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
         shared = prompt if follows else shared_prefix([prompt, *wholes])  # which goes by characters
-        asked = follows or not plan.conversation or spoken(plan.conversation[-1]) in shared
+        asked = follows or not plan.conversation or is_heard(plan.conversation[-1], shared)
         if asked and (follows or not (self.strict or plan.prefill)):
             try:
                 return self._found(plan, shared, rendered, unopened=not follows)
@@ -230,8 +230,7 @@ class Renderer:
         context: list[Span] = []
         done = 0
         for number, start in starts.items():
-            between = [spoken(turn) for turn in side.turns[done:number]]
-            if start < place or not all(content in whole[place:start] for content in between):
+            if start < place or not all(is_heard(turn, whole[place:start]) for turn in side.turns[done:number]):
                 raise Dropped(
                     CHANGED, f"the template writes the turns before turn {number + 1} differently once it follows"
                 )
@@ -344,6 +343,11 @@ def shared_prefix(texts: list[str]) -> str:
 def spoken(turn: dict[str, Any]) -> str:
     """Return a turn's content, without spaces around it."""
     return str(turn.get("content") or "").strip()
+
+
+def is_heard(turn: dict[str, Any], text: str) -> bool:
+    """Return whether a text holds a turn's content, as it is or within JSON, as some templates write what tools say."""
+    return any(form in text for form in spellings(spoken(turn)))
 
 
 def continued(prompt: str, prefill: str, wholes: list[str]) -> str:

@@ -522,6 +522,20 @@ def test_text_of_another_family_s_template_is_recognized() -> None:
         tokenize([row], tokenizer_of("llama-3.1"), apply_template=True)
 
 
+@pytest.mark.parametrize("name", ["llama-3.1", "qwen2.5", "qwen3", "gpt-oss"])
+def test_results_of_tools_in_json_are_context(name: str) -> None:
+    """Llama-3.1's template and gpt-oss's write a tool's text as JSON once more."""
+    result = {"role": "tool", "name": "stock", "content": '{"count": 12, "fruit": "red \u00e9"}\nnext'}
+    sides = [[STEPS[0], result, assistant(text)] for text in (ANSWER, OTHER)]
+    row = SHAPES["steps"] | {"chosen": sides[0], "rejected": sides[1]}
+    tokenizer = tokenizer_of(name)
+    pairs, report = tokenize([row, row | {"prompt": [*row["prompt"], *sides[0][:2]], "chosen": [assistant(ANSWER)],
+                                          "rejected": [assistant(OTHER)]}], tokenizer)  # fmt: skip
+    call, answer = labels_of(pairs[0], "chosen", tokenizer)
+    assert "stock" in call and "count" not in call + answer and ANSWER in answer
+    assert len(labels_of(pairs[1], "chosen", tokenizer)) == 1 and not any("leaves out" in note for note in report.notes)
+
+
 @pytest.mark.parametrize("name", ["arguments", "parameters", "args"])
 def test_arguments_of_calls_by_other_names(name: str) -> None:
     tokenizer = tokenizer_of("qwen2.5")
