@@ -57,7 +57,7 @@ def test_a_run_without_bitsandbytes_goes_on_in_plain_weights_and_says_so(tmp_pat
         )
     [word] = [line for line in caplog.messages if "model.quantization" in line]
     assert "nf4 is skipped, since bitsandbytes does not work here" in word and "4 GB per billion" in word
-    assert done.facts["base_model"]["quantization"] == "none"
+    assert done.record.base_model.quantization == "none"
     assert yaml.safe_load((tmp_path / "run" / "recipe.yaml").read_text())["model"]["quantization"] == "none"
 
 

@@ -79,9 +79,9 @@ def test_from_gguf_to_an_answer(gguf_file, tmp_path, monkeypatch):
         ],
     )
     done = run(recipe)
-    assert done is not None and done.facts["steps"] == 2 and done.facts["data"]["train_pairs"] == len(PAIRS)
-    assert "nf4" in done.facts["base_model"]["facts"][0] and "100.0%" in done.facts["base_model"]["facts"][0]
-    before, after = (done.facts["eval"][when] for when in ("before", "after"))
+    assert done is not None and done.record.steps == 2 and done.record.data.train_pairs == len(PAIRS)
+    assert "nf4" in done.record.base_model.facts[0] and "100.0%" in done.record.base_model.facts[0]
+    before, after = (done.record.evaluation(when) for when in ("before", "after"))
     # an instruct model answers such questions: real weights, in the right order, after two quantizations
     assert before["nll_loss"] < 6 and after["loss"] < before["loss"]
 

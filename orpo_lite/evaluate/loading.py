@@ -96,7 +96,7 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
         recipe = RunFolder.open(folder).recipe()
         # publishing leaves run.json out and adds a card; a run that has neither did not finish
         if (folder / "run.json").is_file() or not is_published(folder):
-            record = read_record(RunFolder(folder), [])
+            record = read_record(RunFolder(folder))
     if (folder / "adapter_config.json").is_file():
         base = base_section(folder, None, trust_remote_code)
         return ModelSource(str(folder), "adapter", base, recipe=recipe, record=record)

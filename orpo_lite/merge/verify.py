@@ -53,7 +53,7 @@ def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tens
     """Return token ids (B, T) to compare models on, and where they come from: training rows in run.json, else texts."""
     rows: list[list[int]] = []
     if (source / "run.json").is_file():
-        rows = read_record(RunFolder(source), []).probe
+        rows = read_record(RunFolder(source)).probe
     origin = "training rows" if rows else "sentences"
     rows = rows or [tokenizer(text)["input_ids"] for text in TEXTS]  # type: ignore[misc]
     length = min(PROBE_TOKENS, *(len(row) for row in rows))

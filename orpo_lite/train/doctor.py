@@ -342,16 +342,17 @@ def training() -> Iterator[Finding]:
         recipe.training["output_dir"] = str(Path(scratch) / "run")
         run: Any = pipeline.run(recipe)
         losses = [line["loss"] for line in read_metrics(run.folder / "metrics.jsonl", []) if "loss" in line]
-    base, layout, warned = (run.facts[part] for part in ("base_model", "layout", "warnings"))
+    record = run.record
+    base, layout = record.base_model, record.layout
     first, last = sum(losses[:2]) / 2, sum(losses[-2:]) / 2
     text, wrong = f"loss {first:.2f} to {last:.2f} in {len(losses)} steps, only the adapter changed", ""
     if changed:
         wrong = f"{len(changed)} frozen tensor(s) changed, such as {min(changed)}"
-    elif warned:
-        wrong = warned[0]["message"]
+    elif record.warnings:
+        wrong = record.warnings[0].message
     elif not last <= 0.9 * first:  # ten steps on the same 8 pairs remove about 40% of it
         wrong = f"{text}, which should have fallen"
-    text = f"{base['quantization']}, {base['dtype']} on {run.facts['device']}: {wrong or text}"
+    text = f"{base.quantization}, {base.dtype} on {record.device}: {wrong or text}"
     yield Finding("training", PROBLEM if wrong else OK, text, BUG_REPORT if wrong else "", {"losses": losses})
     remedy = f"padded batches are right, and slower; {BUG_REPORT}" if layout["name"] == "padded" else ""
     yield Finding("layout", NOTE if remedy else OK, f"{layout['name']}: {layout['why']}", remedy)

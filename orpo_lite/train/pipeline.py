@@ -37,6 +37,7 @@ from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpoint
 from orpo_lite.trainer.interruptions import OutOfMemory, named
 from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_folder import Resume, RunFolder
+from orpo_lite.trainer.run_record import RunRecord
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
@@ -45,10 +46,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class Run:
-    """A finished run: its folder and run.json's content."""
+    """A finished run: its folder and the content of its run.json."""
 
     folder: Path
-    facts: dict[str, Any]
+    record: RunRecord
 
 
 def run(
@@ -115,7 +116,7 @@ def run(
         whole = trainer.whole_weights()
         if trainer.is_world_process_zero():
             finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs}, whole)
-    return Run(folder.path, record.model_dump())
+    return Run(folder.path, record)
 
 
 def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: str) -> tuple[Recipe, Plan | None]:

@@ -30,7 +30,7 @@ from orpo_lite.trainer.distributed import sharded, world
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
-from orpo_lite.trainer.run_record import RunRecord, fitting, versions
+from orpo_lite.trainer.run_record import RunRecord, versions
 from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
@@ -114,7 +114,7 @@ def record_of(
     planned: Plan | None,
     metrics: dict[str, float],
 ) -> RunRecord:
-    """Collect the record of a finished run, but for its total time; what the record has no place for is left out and printed.
+    """Collect the record of a finished run, but for its total time.
 
     Args:
         metrics: what transformers' `train` returns.
@@ -169,11 +169,7 @@ def record_of(
         },
         "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in sides.items()},
     }
-    notes: list[str] = []
-    record = fitting(RunRecord, json.loads(json.dumps(facts)), "run.json", notes)
-    for note in notes:
-        console.print(note, soft_wrap=True, markup=False)
-    return record
+    return RunRecord.model_validate(facts)
 
 
 def probe_rows(pairs: Pairs) -> list[list[int]]:

@@ -24,22 +24,16 @@ from orpo_lite.trainer.run_folder import RunFolder
 State = Literal["finished", "under way", "stopped"]
 When = Literal["before", "after"]
 T = TypeVar("T", bound=BaseModel)
-
-Count: TypeAlias = Annotated[int, Field(ge=0)]
-Amount: TypeAlias = Annotated[float, Field(ge=0, allow_inf_nan=False)]
-Bytes: TypeAlias = Count | Amount
-"""A plan's: whole where it was written so."""
-Result: TypeAlias = float
-"""A measurement, NaN or infinite in a run that went wrong."""
+Amount: TypeAlias = Annotated[int | float, Field(ge=0, allow_inf_nan=False)]
 
 
 # ---- run.json --------------------------------------------------------------------------------------------------------
 
 
 class Section(BaseModel):
-    """A part of run.json; every field may be missing, and is then None or empty."""
+    """A part of run.json; every field may be missing, as in those of other versions, and is then None or empty."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="ignore")
 
 
 class BaseFacts(Section):
@@ -62,36 +56,36 @@ class Source(Section):
     files: list[str] = []
     """Local files; empty for a data set on the hub."""
     shape: str | None = None
-    rows: Count | None = None
-    kept: Count | None = None
+    rows: int | None = None
+    kept: int | None = None
     weight: Amount | None = None
     cached: bool | None = None
 
 
 class Drops(Section):
-    rows: Count | None = None
-    kept: Count | None = None
-    dropped: dict[str, Count] | None = None
+    rows: int | None = None
+    kept: int | None = None
+    dropped: dict[str, int] | None = None
     """Reason -> rows; None where that is not known."""
-    truncated: dict[str, Count] = {}
+    truncated: dict[str, int] = {}
     """prompt and completion -> pairs that were cut there."""
     notes: list[str] = []
     cached: bool | None = None
 
 
 class Histogram(Section):
-    width: Annotated[int, Field(ge=1)] | None = None
-    counts: list[Count] = []
+    width: int | None = None
+    counts: list[int] = []
     median: Amount | None = None
     p95: Amount | None = None
-    max: Count | None = None
+    max: int | None = None
 
 
 class DataFacts(Section):
     fingerprint: str | None = None
     sources: dict[str, Source] = {}
-    train_pairs: Count | None = None
-    eval_pairs: Count | None = None
+    train_pairs: int | None = None
+    eval_pairs: int | None = None
     drops: Drops = Drops()
     lengths: dict[Literal["train", "eval"], dict[Literal["prompt", "chosen", "rejected"], Histogram]] = {}
 
@@ -102,45 +96,41 @@ class Plan(Section):
     model_config = ConfigDict(extra="allow")
     recipe: str | None = None
     model: str | None = None
-    peak_bytes: Bytes | None = None
-    needed_bytes: Bytes | None = None
+    peak_bytes: Amount | None = None
+    needed_bytes: Amount | None = None
     fullest_phase: str | None = None
-    phases: dict[str, dict[str, Bytes]] = {}
+    phases: dict[str, dict[str, Amount]] = {}
     """Phase -> total, and each part that it holds."""
-    assumed: dict[str, Bytes] = {}
-    measured: dict[str, Bytes] = {}
+    assumed: dict[str, Amount] = {}
+    measured: dict[str, Amount] = {}
     """allocated_bytes and reserved_bytes by torch, on CUDA."""
 
 
 class HealthWarning(Section):
     kind: str | None = None
-    step: Count | None = None
+    step: int | None = None
     message: str | None = None
 
 
 class Sample(Section):
     prompt: str = ""
     answer: str = ""
-    tokens: Count | None = None
-    logp: Result | None = None
+    tokens: int | None = None
+    logp: float | None = None
     """Mean log-prob of the answer's tokens under the model that gave it."""
-    log_odds: Result | None = None
-    logp_trained: Result | None = None
+    log_odds: float | None = None
+    logp_trained: float | None = None
     """The same of an answer from before training, under the trained model."""
-    log_odds_trained: Result | None = None
+    log_odds_trained: float | None = None
 
 
 Evaluation = TypedDict("Evaluation", {
-    "rewards/accuracies": Result | None, "rewards/accuracies_interval": list[Result] | None,
-    "rewards/margins": Result | None, "log_odds_chosen": Result | None, "nll_loss": Result | None,
-    "loss": Result | None, "length_baseline": Result | None, "pairs": Count | None,
+    "rewards/accuracies": float | None, "rewards/accuracies_interval": list[float] | None,
+    "rewards/margins": float | None, "log_odds_chosen": float | None, "nll_loss": float | None,
+    "loss": float | None, "length_baseline": float | None, "pairs": int | None,
 }, total=False)  # fmt: skip
 """Metrics of the held-out pairs by the trainer's names; those that are not listed are passed on."""
 with_config(ConfigDict(extra="allow"))(Evaluation)
-
-
-OLD_FIELDS = ("skipped_steps", "nonfinite_rows", "reproducer")
-"""Fields of run.json that older versions wrote, and nothing reads anymore."""
 
 
 class RunRecord(Section):
@@ -149,32 +139,32 @@ class RunRecord(Section):
     name: str | None = None
     versions: dict[str, str | None] = {}
     device: str | None = None
-    processes: Count | None = None
+    processes: int | None = None
     world: dict[str, Any] = {}
     """Processes, machines and what joins them."""
-    seed: Count | None = None
+    seed: int | None = None
     base_model: BaseFacts = BaseFacts()
     data: DataFacts = DataFacts()
-    probe: list[list[Count]] = []
+    probe: list[list[int]] = []
     """Token ids of a few training rows, for a merge to compare models on."""
     layout: dict[Literal["name", "why"], str] = {}
-    parameters: dict[Literal["trainable", "total"], Count] = {}
-    effective_batch: Count | None = None
+    parameters: dict[Literal["trainable", "total"], int] = {}
+    effective_batch: int | None = None
     """Pairs per optimizer step."""
-    steps: Count | None = None
+    steps: int | None = None
     train_seconds: Amount | None = None
     total_seconds: Amount | None = None
     pairs_per_second: Amount | None = None
-    peak_memory_bytes: Bytes | None = None
+    peak_memory_bytes: Amount | None = None
     plan: Plan | None = None
     out_of_memory: dict[Literal["training", "evaluation"], list[Any]] = {}
     warnings: list[HealthWarning] = []
-    overflow_steps: Count | None = None
+    overflow_steps: int | None = None
     adapter: str | None = None
     """Which weights were kept: the last ones, or the best by a metric."""
     eval: dict[When, Evaluation | None] = {}
     samples: dict[When, list[Sample]] = {}
-    rule: dict[When, dict[Literal["chosen", "rejected"], Result] | None] = {}
+    rule: dict[When, dict[Literal["chosen", "rejected"], float] | None] = {}
     """Shares of the greedy answers in either style, by the recipe's rule."""
     finished: bool = True
 
@@ -192,10 +182,9 @@ class RunRecord(Section):
 class HeldOutPairs(Section):
     """held_out.json: mean log-probs of the answers to every held-out pair."""
 
-    model_config = ConfigDict(extra="ignore")
     beta: float | None = None
-    before: dict[Literal["logps/chosen", "logps/rejected"], list[Result]] = {}
-    after: dict[Literal["logps/chosen", "logps/rejected"], list[Result]] = {}
+    before: dict[Literal["logps/chosen", "logps/rejected"], list[float]] = {}
+    after: dict[Literal["logps/chosen", "logps/rejected"], list[float]] = {}
 
 
 # ---- reading -----------------------------------------------------------------------------------------------------------
@@ -217,7 +206,7 @@ class LoadedRun:
     checkpoint: str | None = None
     """The newest one of an unfinished run."""
     notes: list[str] = field(default_factory=list)
-    """Missing or damaged fields, in sentences for the page."""
+    """What cannot be read of recipe.yaml and metrics.jsonl, in sentences for the page."""
 
     @property
     def name(self) -> str:
@@ -243,23 +232,20 @@ class LoadedRun:
         return self.record.evaluation("after") or self.record.evaluation("before")
 
 
-def read_record(folder: RunFolder, notes: list[str]) -> RunRecord:
-    """Read run.json; fields that do not fit are left out, and named in `notes`.
+def read_record(folder: RunFolder) -> RunRecord:
+    """Read run.json.
 
     Raises:
-        RequestError: there is none, or it holds no JSON object.
+        RequestError: there is none, or it is broken.
     """
-    content = folder.read()
-    if isinstance(content, dict):
-        content = {name: value for name, value in content.items() if name not in OLD_FIELDS}
-    return fitting(RunRecord, content, "run.json", notes)
+    return validated(RunRecord, folder.read(), folder.path / "run.json")
 
 
 def read_run(place: str | Path | RunFolder) -> LoadedRun:
     """Read all that a run folder holds for its report.
 
     Raises:
-        RequestError: no run folder, a run.json that is no JSON object, or a run of which nothing is known yet.
+        RequestError: no run folder, a broken file in it, or a run of which nothing is known yet.
     """
     folder = place if isinstance(place, RunFolder) else RunFolder.open(place)
     run = LoadedRun(folder.path)
@@ -269,15 +255,16 @@ def read_run(place: str | Path | RunFolder) -> LoadedRun:
         run.notes.append(f"recipe.yaml cannot be read: {error}")
     run.metrics = read_metrics(folder.metrics, run.notes)
     if (folder.path / "run.json").is_file():
-        run.record = read_record(folder, run.notes)
+        run.record = read_record(folder)
     else:
         read_unfinished(folder, run)
     held_out = folder.path / "held_out.json"
     if held_out.is_file():
         try:
-            run.pairs = fitting(HeldOutPairs, json.loads(held_out.read_text("utf-8")), "held_out.json", run.notes)
-        except (OSError, ValueError, RecursionError) as error:
-            run.notes.append(f"held_out.json cannot be read: {error}")
+            content = json.loads(held_out.read_bytes())
+        except (ValueError, RecursionError) as error:
+            raise RequestError(f"{held_out} is broken JSON ({error}): copy the run again") from None
+        run.pairs = validated(HeldOutPairs, content, held_out)
     return run
 
 
@@ -285,7 +272,7 @@ def read_unfinished(folder: RunFolder, run: LoadedRun) -> None:
     """Fill in what is known of a run without run.json."""
     before = folder.read_before() or {}
     facts = {"eval": {"before": before.get("eval")}, "samples": {"before": before.get("samples", [])}}
-    run.record = fitting(RunRecord, facts, "before.json", run.notes)
+    run.record = validated(RunRecord, facts, folder.before)
     if not run.metrics and not run.record.evaluation("before") and not run.record.samples.get("before"):
         raise RequestError(
             f"{folder.path}: found neither run.json nor a line in metrics.jsonl, so there is nothing to report yet: wait for "
@@ -323,41 +310,21 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:
     return sorted(lines, key=lambda line: line["step"])
 
 
-def fitting(kind: type[T], content: Any, file: str, notes: list[str]) -> T:
-    """Validate a file's content; fields that do not fit are left out, and named in `notes`.
+def validated(kind: type[T], content: Any, path: Path) -> T:
+    """Return a file's content as its model.
 
     Raises:
-        RequestError: the content is no object.
+        RequestError: it is not as orpo-lite writes it; the first field that is not is named.
     """
-    if not isinstance(content, dict):
-        raise RequestError(f"{file}: found {shown(content)}, expected an object: copy the run again, or train it again")
-    findings: list[str] = []
-    while True:
-        try:
-            value = kind.model_validate(content)
-            break
-        except ValidationError as error:
-            misfits = {field_at(content, misfit["loc"]): misfit["msg"] for misfit in error.errors(include_url=False)}
-        for (*parents, last), why in misfits.items():
-            inside = content
-            for key in parents:
-                inside = inside[key]
-            found = f"{json.dumps(inside.pop(last)):.100}"
-            findings.append(f"{file}: {'.'.join([*parents, last])}: {why}, found {found}; left out")
-    if findings:
-        notes += [*findings, f"{file} is not as orpo-lite writes it: copy the run again, or fix these fields"]
-    return value
-
-
-def field_at(content: Any, place: tuple[int | str, ...]) -> tuple[str, ...]:
-    """Return the innermost field on the way to a misfit: a list is left out whole, as its items go by their places."""
-    fields: list[str] = []
-    for key in place:
-        if not isinstance(content, dict) or key not in content:
-            break
-        fields.append(str(key))
-        content = content[key]
-    return tuple(fields)
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        field = "".join(f"{key}." for key in first["loc"]).rstrip(".")
+        raise RequestError(
+            f"{path}: {field}{': ' * bool(field)}{first['msg']}, found {shown(first['input']):.100}: copy the run again, or "
+            "train it again"
+        ) from None
 
 
 # ---- what several of its readers and writers say -----------------------------------------------------------------------

@@ -394,8 +394,8 @@ def test_choices_train(answerer, trained, typed, capsys, tmp_path):
     words = [f"data.train={file}", "data.eval_fraction=0", f"adapter.init_from={trained}", "training.max_steps=1", "training.eval_strategy=no",
              f"training.output_dir={tmp_path / 'again'}", "evaluation.samples=0"]  # fmt: skip
     done = run(Recipe.load(trained / "recipe.yaml", words))
-    assert done is not None and done.facts["steps"] == 1
-    assert done.facts["data"]["train_pairs"] == 2 and done.facts["data"]["drops"]["dropped"] == {}
+    assert done is not None and done.record.steps == 1
+    assert done.record.data.train_pairs == 2 and done.record.data.drops.dropped == {}
 
 
 def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, tmp_path):

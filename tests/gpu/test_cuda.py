@@ -74,7 +74,7 @@ def test_quickstart_learns(tmp_path):
 
     words = [f"training.output_dir={tmp_path / 'run'}", "evaluation.samples=0"]
     result = run(Recipe.load("quickstart", words))
-    assert result.facts["eval"]["after"]["rewards/accuracies"] >= 0.95
+    assert result.record.evaluation("after")["rewards/accuracies"] >= 0.95
 
 
 def test_offloading_frees_the_card_and_changes_no_gradient():

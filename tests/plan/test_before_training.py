@@ -163,7 +163,7 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, capsys):
     recipe = Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'run'}"])
     assert plan_memory(recipe, None, asked=False, force=False, again="") == (recipe, None)
     assert not capsys.readouterr().out
-    facts = run(recipe, plan=True).facts
+    facts = run(recipe, plan=True).record.model_dump()
     assert "memory: planned" in capsys.readouterr().out
     assert facts["out_of_memory"] == {"training": [], "evaluation": []}
     written = json.loads((Path(recipe.folder) / "run.json").read_text())

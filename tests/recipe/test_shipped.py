@@ -152,7 +152,7 @@ def test_recipe_trains_one_step(name, tmp_path):
     finished = run(Recipe.load(name, words))
 
     record = json.loads((tmp_path / "run" / "run.json").read_text("utf-8"))
-    assert finished.facts["steps"] == 1 and record["steps"] == 1
+    assert finished.record.steps == 1 and record["steps"] == 1
     adapter = load_file(tmp_path / "run" / "adapter_model.safetensors")
     assert adapter and all(tensor.isfinite().all() for tensor in adapter.values())
     # B starts at zero, so whatever is not zero was learned

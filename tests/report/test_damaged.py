@@ -1,4 +1,4 @@
-"""A page is made of damaged files and of other trainers', and says what of them it leaves out."""
+"""A damaged file ends a report by its name and first wrong field, or the page says what of it is left out."""
 
 from __future__ import annotations
 
@@ -33,9 +33,6 @@ LINES = [*log_lines(2), {"step": 2, "eval_loss": 1.2, "eval_rewards/accuracies":
 SECTIONS = {"part-held-out-pairs": "eval", "part-answers": "samples", "part-training": "", "part-data": "data", "part-run": "",
             "part-memory-": "plan", "part-next-steps": ""}  # fmt: skip
 """Of the page, and the field of run.json without which each of them is not there."""
-UNREAD = re.compile(r"world|probe|finished|plan\.error|out_of_memory\.\w+\.0|.*\.(cached|weight|files|license|hub_id|dtype)"
-                    r"|eval\.\w+\.(by|logps|logits|log_odds_ratio|rewards/(chosen|rejected)$)")  # fmt: skip
-"""Fields that no page shows."""
 
 
 def places(value: Any, place: tuple = ()) -> Iterator[tuple]:
@@ -66,39 +63,29 @@ def drawn(folder: Path) -> tuple[str, dict[str, Any]]:
     return run_page(run).decode("utf-8"), said["runs"][0]
 
 
-WRONG = [..., None, "x", {"a": None}, NAN, -(10**400)]
+WRONG = [..., None, "x", {"a": None}, NAN]
 
 
-@pytest.mark.parametrize("new", WRONG, ids=["removed", "null", "text", "object", "nan", "huge"])
+@pytest.mark.parametrize("new", WRONG, ids=["removed", "null", "text", "object", "nan"])
 def test_every_single_damage_to_run_json(new, written, tmp_path):
+    """Each ends in an error that names the file and a field on the way there, or in a page."""
     folder = written(tmp_path / "run", RUN, LINES, held={"beta": 0.1} | {w: {k: v[:3] for k, v in pairs()[w].items()} for w in ("before", "after")})  # fmt: skip
     whole, said = drawn(folder)
     assert not said["notes"] and all(name in whole for name in SECTIONS)
-    count = 0
+    count = refused = 0
     for place in places(RUN):
         (folder / "run.json").write_text(json.dumps(damaged(RUN, place, new)), "utf-8")
-        shown, said = drawn(folder)
         count += 1
+        try:
+            shown, said = drawn(folder)
+        except RequestError as error:
+            assert f"{folder / 'run.json'}: {place[0]}" in str(error) and "copy the run again" in str(error), place
+            refused += 1
+            continue
         gone = {top for name, top in SECTIONS.items() if name not in shown}
         assert gone <= {place[0]} and shown.endswith("</html>"), place
         assert "None" not in re.sub("<style.*?</style>|<script.*?</script>", "", shown), place
-        name = ".".join(map(str, place))
-        if (
-            new in ({"a": None}, -(10**400))
-            and not UNREAD.match(name)
-            and not (isinstance(new, dict) and isinstance(at(place), dict))
-        ):
-            dotted = re.sub(r"\.\d+(\..*)?$", "", name)  # lists are left out whole
-            assert f"run.json: {dotted}: Input should be " in shown, place
-            assert any(note.startswith(f"run.json: {dotted}: ") for note in said["notes"])
-    assert count > 150
-
-
-def at(place: tuple) -> Any:
-    found: Any = RUN
-    for key in place:
-        found = found[key]
-    return found
+    assert count > 150 and (refused > 40 or new is ...)
 
 
 def test_every_single_damage_to_the_other_files(written, tmp_path):
@@ -114,10 +101,14 @@ def test_every_single_damage_to_the_other_files(written, tmp_path):
         (folder / name).write_text(as_text(content), "utf-8")
         kept = (folder / name).read_text("utf-8")
         for place in places(content):
-            for new in [*WRONG[:-2], [None], 10**30]:
+            for new in [*WRONG[:-1], [None], 10**30]:
                 (folder / name).write_text(as_text(damaged(content, place, new)), "utf-8")
-                shown, _ = drawn(folder)
-                assert "part-next-steps" in shown and shown.endswith("</html>"), (name, place, new)
+                try:
+                    shown, _ = drawn(folder)
+                except RequestError as error:
+                    assert name in {"held_out.json", "before.json"} and str(folder / name) in str(error), (place, new)
+                else:
+                    assert "part-next-steps" in shown and shown.endswith("</html>"), (name, place, new)
         (folder / name).write_text(kept, "utf-8")
 
 
@@ -145,10 +136,10 @@ def test_a_line_of_metrics(line, said, written, tmp_path):
 
 
 def test_what_is_unknown_is_not_said_to_be_none(written, tmp_path):
-    """A run whose adapter, results or drops cannot be read did not train without them."""
-    folder = written(tmp_path / "run", damaged(RUN, ("eval", "after"), "x"), LINES)
+    """A run whose adapter, results or drops are not known did not train without them."""
+    folder = written(tmp_path / "run", damaged(RUN, ("eval", "after"), ...), LINES)
     assert "reward accuracy before or after was not recorded" in drawn(folder)[0]
-    written(folder, damaged(RUN, ("data", "drops", "dropped"), "x"), LINES)
+    written(folder, damaged(RUN, ("data", "drops", "dropped"), ...), LINES)
     assert "No row was left out" not in drawn(folder)[0]
     recipe = (folder / "recipe.yaml").read_text("utf-8")
     (folder / "recipe.yaml").write_text(recipe.replace("{r: 16, alpha: 32.0}", "yes please"), "utf-8")
@@ -163,21 +154,19 @@ def test_what_is_unknown_is_not_said_to_be_none(written, tmp_path):
 
 def test_files_that_are_no_json(written, tmp_path):
     folder = written(tmp_path / "run", RUN, LINES)
-    for content in ("[" * 100_000, "\0\0", '{"before": ', "\ud800"):
-        (folder / "held_out.json").write_bytes(content.encode("utf-8", "surrogatepass"))
-        assert "held_out.json cannot be read: " in drawn(folder)[0]
-    (folder / "held_out.json").write_text("[1]")
-    assert "held_out.json: found [1], expected an object" in drawn(folder)[0]
-    (folder / "run.json").write_text("[" * 100_000)
-    with pytest.raises(RequestError, match=r"run\.json is broken JSON .*copy the run again"):
+    for name in ("held_out.json", "run.json"):
+        for content in ("[" * 100_000, "\0\0", '{"before": ', "\ud800"):
+            (folder / name).write_bytes(content.encode("utf-8", "surrogatepass"))
+            with pytest.raises(RequestError, match=rf"{re.escape(name)} is broken JSON .*copy the run again"):
+                drawn(folder)
+        (folder / name).write_text("[1]")
+        with pytest.raises(RequestError, match=rf"{re.escape(name)}: Input should be a valid dictionary.*found \[1\]"):
+            drawn(folder)
+
+
+def test_the_first_wrong_field_is_named(written, tmp_path):
+    folder = written(tmp_path / "run", facts(versions={f"library {place}": place for place in range(100)}))
+    with pytest.raises(
+        RequestError, match=r"run\.json: versions\.library 0: Input should be a valid string, found 0: "
+    ):
         drawn(folder)
-
-
-def test_many_findings_are_named(written, tmp_path):
-    run = facts(versions={f"library {place}": place for place in range(100)})
-    assert [note.partition(":")[0] for note in read_run(written(tmp_path / "run", run)).notes] == ["run.json"] * 100 + [
-        "run.json is not as orpo-lite writes it"
-    ]
-    assert (
-        "run.json: versions.library 7: Input should be a valid string, found 7; left out" in drawn(tmp_path / "run")[0]
-    )

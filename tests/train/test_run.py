@@ -77,7 +77,7 @@ def test_resolved_recipe_repeats_the_run(finished, tmp_path):
     folder, _ = finished
     again = Recipe.load(str(folder), [f"training.output_dir={tmp_path / 'again'}"])
     result = run(again)
-    assert result.facts["data"]["fingerprint"] == json.loads((folder / "run.json").read_text())["data"]["fingerprint"]
+    assert result.record.data.fingerprint == json.loads((folder / "run.json").read_text())["data"]["fingerprint"]
     first, second = (load_file(path / "adapter_model.safetensors") for path in (folder, tmp_path / "again"))
     assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
 
@@ -141,7 +141,7 @@ def test_killed_run_goes_on_from_its_checkpoint(tmp_path):
 
     result = run(recipe(tmp_path / "cut", *words), resume=True)
 
-    assert result.folder == tmp_path / "cut" and result.facts["steps"] == 6
+    assert result.folder == tmp_path / "cut" and result.record.steps == 6
     first, second = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("whole", "cut"))
     assert all(torch.equal(first[key], second[key]) for key in first)
     steps = [json.loads(line)["step"] for line in (tmp_path / "cut" / "metrics.jsonl").read_text().splitlines()
@@ -183,14 +183,14 @@ def test_a_numbered_run_is_resumed_by_its_folder(finished):
     (second / "run.json").unlink()
     shutil.rmtree(second / "checkpoints" / "checkpoint-4")
     result = run(Recipe.load(str(second)), resume=True)
-    assert result.folder == second and result.facts["steps"] == 4
+    assert result.folder == second and result.record.steps == 4
 
 
 def test_best_adapter_is_said_to_be_left(tmp_path):
     words = ("training.save_strategy=steps", "training.save_steps=2", "training.load_best_model_at_end=true",
              "training.metric_for_best_model=eval_loss", "evaluation.samples=0")  # fmt: skip
     result = run(recipe(tmp_path / "best", *words))
-    assert result.facts["adapter"].startswith("best by eval_loss")
+    assert (result.record.adapter or "").startswith("best by eval_loss")
 
 
 def test_encoder_decoders_are_refused_by_name_by_every_command(tmp_path, monkeypatch, capfd):
@@ -231,7 +231,7 @@ VARIETIES = {
 @pytest.mark.parametrize("name", VARIETIES)
 def test_varieties_train(name, tmp_path):
     result = run(recipe(tmp_path / "run", "training.learning_rate=1e-4", "evaluation.samples=0", *VARIETIES[name]))
-    before, after = (result.facts["eval"][when]["loss"] for when in ("before", "after"))
+    before, after = (result.record.evaluation(when)["loss"] for when in ("before", "after"))
     assert after < before
     if "tensorboard" in name:
         assert list((tmp_path / "run" / "tensorboard").glob("events.out.tfevents*"))

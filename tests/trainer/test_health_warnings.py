@@ -39,8 +39,8 @@ def test_a_jump_is_a_spike_and_is_said_once(loss, seed, caplog):
     with caplog.at_level(logging.WARNING):
         feed(health, [*noise(60, seed), loss, *noise(30, seed), loss, loss, loss])
     (said,) = health.warnings
-    assert said["kind"] == "loss spike" and said["step"] == 61 and caplog.text.count("the loss jumped") == 1
-    assert "training.learning_rate" in said["message"] and f"{loss:.4g}" in said["message"]
+    assert said.kind == "loss spike" and said["step"] == 61 and caplog.text.count("the loss jumped") == 1
+    assert "training.learning_rate" in said.message and f"{loss:.4g}" in said.message
 
 
 def test_a_smaller_rise_counts_once_it_stays():
@@ -85,8 +85,8 @@ def test_a_real_run_whose_chosen_answers_fall(tmp_path, monkeypatch):
     words = ["evaluation.samples=0", f"training.output_dir={tmp_path / 'run'}", "training.learning_rate=1e-3", "training.eval_strategy=no", "training.max_steps=80",
              "data.eval=null", "data.eval_fraction=0"]  # fmt: skip
     done = train.run(Recipe.load("quickstart", words))
-    (said,) = done.facts["warnings"]
-    assert said["kind"] == "rewards collapsing" and "orpo.beta" in said["message"]
+    (said,) = done.record.warnings
+    assert said.kind == "rewards collapsing" and "orpo.beta" in said.message
 
 
 def test_gradients_of_zero(tmp_path, tokenizer, caplog):
@@ -145,5 +145,5 @@ def test_warnings_are_in_run_json_and_at_the_end(tmp_path, capsys):
     ]
     train.run(Recipe.load("quickstart", words))
     (said,) = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
-    assert said["kind"] == "low learning rate" and "training.learning_rate=1e-4" in said["message"]
+    assert said.kind == "low learning rate" and "training.learning_rate=1e-4" in said.message
     assert "warnings during training: low learning rate (step 0)" in " ".join(capsys.readouterr().out.split())

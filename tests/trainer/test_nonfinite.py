@@ -219,7 +219,7 @@ def test_a_recipe_trains_on_the_rows_of_a_step_that_was_not_finite(tmp_path, mon
     done = train.run(
         Recipe.load("quickstart", [*words, f"data.train={path}", f"training.output_dir={tmp_path / 'again'}"])
     )
-    assert done.facts["steps"] == 2 and done.facts["data"]["train_pairs"] == 2
+    assert done.record.steps == 2 and done.record.data.train_pairs == 2
 
 
 def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch):

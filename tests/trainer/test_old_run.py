@@ -46,7 +46,7 @@ def test_its_checkpoint_is_resumed_to_the_same_adapter(old):
     for name in ("run.json", "adapter_model.safetensors", "adapter_config.json", "held_out.json"):
         (old / name).unlink()
     done = train.run(Recipe.load(str(old)), resume=True)
-    assert done is not None and done.folder.samefile(old) and done.facts["steps"] == 3
+    assert done is not None and done.folder.samefile(old) and done.record.steps == 3
     found = load_file(old / "adapter_model.safetensors")
     assert found.keys() == wanted.keys()
     for name, tensor in wanted.items():

@@ -69,7 +69,7 @@ def test_a_run_in_tensorboard_and_trackio(tmp_path, trackio_folder):
         assert [each.step for each in logged.Scalars(f"train/{name}")] == [1, 2], name
         assert {0, 2} <= {each.step for each in logged.Scalars(f"eval/{name}")}
     last = logged.Scalars("eval/rewards/margins")[-1].value
-    assert last == pytest.approx(done.facts["eval"]["after"]["rewards/margins"], rel=1e-5)
+    assert last == pytest.approx(done.record.evaluation("after")["rewards/margins"], rel=1e-5)
 
     import trackio
 
