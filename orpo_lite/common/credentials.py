@@ -13,7 +13,7 @@ PATTERNS = {
     kind: re.compile(pattern, re.ASCII)
     for kind, pattern in {
         "Hugging Face token": r"\b(?:hf|api_org)_[A-Za-z0-9]{16,}",
-        "API key": r"(?<![A-Za-z0-9])sk-[A-Za-z0-9_-]{20,}|(?<![A-Za-z0-9])[rs]k_live_[A-Za-z0-9]{16,}",
+        "API key": r"(?<![A-Za-z0-9])sk-(?:[\w-]*[_-])?(?=[A-Za-z]*\d)[A-Za-z0-9]{16,}[\w-]*|(?<![A-Za-z0-9])[rs]k_live_[A-Za-z0-9]{16,}",
         "AWS key": r"(?<![A-Za-z0-9])(?:AKIA|ASIA)[A-Z0-9]{16}(?![A-Za-z0-9])",
         "GitHub token": r"\bgh[pousr]_[A-Za-z0-9]{20,}|\bgithub_pat_[A-Za-z0-9_]{20,}",
         "GitLab token": r"\bglpat-[A-Za-z0-9_-]{16,}",

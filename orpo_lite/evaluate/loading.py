@@ -19,6 +19,7 @@ from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.locating import adapter_folder
+from orpo_lite.model.untrusted_files import subfolders_hint
 from orpo_lite.recipe import AdapterSection, DataSource, ModelSection, Recipe
 from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
@@ -110,7 +111,9 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
     if recipe is not None:
         RunFolder(folder).read()  # raises where the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
-    raise RequestError(f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}")
+    raise RequestError(
+        f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}{subfolders_hint(folder)}"
+    )
 
 
 def is_published(folder: Path) -> bool:

@@ -25,7 +25,7 @@ from orpo_lite.export.ollama import modelfile
 from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
-from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
@@ -120,6 +120,7 @@ def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant
     if not trained and not (source / "config.json").is_file():
         raise RequestError(
             f"{source}: found neither adapter_config.json nor config.json, expected a run, adapter or model folder"
+            + subfolders_hint(source)
         )
     if adapter and not trained:
         raise RequestError(f"--adapter: {source} holds a whole model, no adapter")

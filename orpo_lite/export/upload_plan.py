@@ -12,7 +12,7 @@ from typing import Any
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import ALLOWED, COMMON, STAYS, Table, match, published, walk
-from orpo_lite.model.untrusted_files import check_adapter
+from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe.loading import BUILTIN
 from orpo_lite.recipe.validation import leaves
 from orpo_lite.report.model_card import Kind, hub_id, last_part, model_card
@@ -63,7 +63,7 @@ def plan_upload(folder: Path) -> UploadPlan:
     if kind == "merged" and not (folder / "config.json").is_file():
         raise RequestError(
             f"{folder}: found neither adapter_config.json nor config.json, expected a finished run folder or a model "
-            "folder that orpo_lite.merge has written"
+            f"folder that orpo_lite.merge has written{subfolders_hint(folder)}"
         )
     allowed = ALLOWED[kind]
     required = {"adapter_config.json", "adapter_model.safetensors"}

@@ -27,7 +27,7 @@ from orpo_lite.merge.verify import check_merged
 from orpo_lite.merge.write import one_torch_thread, write_shards
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.locating import adapter_folder, renaming_field
-from orpo_lite.model.untrusted_files import check_adapter
+from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.model_card import model_card
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
@@ -131,7 +131,7 @@ def check_request(source: Path, output: Path) -> None:
     """Raise RequestError where the source is no adapter or the output is in use."""
     if not (source / "adapter_config.json").is_file():
         plain = (source / "config.json").is_file()
-        hint = "it is a plain model already" if plain else "expected a run or adapter folder"
+        hint = "it is a plain model already" if plain else f"expected a run or adapter folder{subfolders_hint(source)}"
         raise RequestError(f"{source}: holds no adapter_config.json, so there is nothing to merge: {hint}")
     if output.exists() and not output.is_dir():
         raise RequestError(f"--output: {output} is a file, expected a folder to write: choose another name")

@@ -155,13 +155,31 @@ def shards(folder: Path) -> list[str]:
     return sorted(names)
 
 
+def subfolders_hint(folder: Path) -> str:
+    """Name the adapters and models below a folder that is none itself, the newest first; nothing where there are none."""
+
+    def age(path: Path) -> tuple[int, float]:
+        steps = re.findall(r"checkpoint-(\d+)", str(path.relative_to(folder)))
+        return int(steps[-1]) if steps else 0, path.stat().st_mtime
+
+    below = [*folder.glob("*/*config.json"), *folder.glob("*/*/*config.json")]
+    names = ("adapter_config.json", "config.json")
+    found = {path.parent for path in below if path.name in names and any(path.parent.glob("*.safetensors"))}
+    newest, *others = sorted(found, key=age, reverse=True) or [None]
+    if newest is None:
+        return ""
+    more = f", the newest; the others: {', '.join(str(path.relative_to(folder)) for path in others)}" if others else ""
+    return f"; give its subfolder {newest}{more}"
+
+
 def check_adapter(folder: Path) -> None:
     """Refuse an adapter folder whose files are missing, broken, pickled, not finite, or name code."""
     if folder.is_dir():
         check_links(folder)
     path, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not path.is_file():
-        raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is not an adapter folder")
+        hint = subfolders_hint(folder)
+        raise RequestError(f"adapter: {folder} holds no adapter_config.json, so it is not an adapter folder{hint}")
     config = read_object(path)
     kind, rank = config.get("peft_type"), config.get("r")
     if kind != PeftType.LORA:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import LOCK, lock_folder, unlock_folder, write_atomically
 from orpo_lite.recipe import ModelSection, Recipe
@@ -244,9 +245,20 @@ def base_section(folder: Path, base: str | None = None, trust_remote_code: bool 
 
 
 def tokenizer_of(folder: Path, spec: ModelSection) -> PreTrainedTokenizerBase:
-    """Load the tokenizer that the folder was trained with, else the base's."""
-    from orpo_lite.model import load_tokenizer
+    """Load the tokenizer that the folder was trained with, else the base's; a chat template that it lacks is the base's."""
+    from transformers import AutoTokenizer
 
-    if (folder / "tokenizer_config.json").is_file():
-        spec = spec.model_copy(update={"name_or_path": str(folder), "gguf_file": None, "revision": None})
-    return load_tokenizer(spec)
+    from orpo_lite.model import load_tokenizer
+    from orpo_lite.model.locating import hub_errors_in_words, locate
+
+    if not (folder / "tokenizer_config.json").is_file():
+        return load_tokenizer(spec)
+    own = {"name_or_path": str(folder), "gguf_file": None, "revision": None}
+    tokenizer = load_tokenizer(spec.model_copy(update=own))
+    if tokenizer.chat_template is None and (folder / "adapter_config.json").is_file():
+        with hub_errors_in_words(spec.name_or_path):
+            options = {"revision": spec.revision, "trust_remote_code": spec.trust_remote_code}
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(locate(spec), **options).chat_template
+        if tokenizer.chat_template:
+            console.print(f"chat template: that of {spec.name_or_path}, for {folder} has none", markup=False)
+    return tokenizer

@@ -28,11 +28,13 @@ from orpo_lite.export.gguf_file import (
     with_gguf,
 )
 from orpo_lite.export.llama_cpp import run_converter, splitting_rule
+from orpo_lite.merge.run import merge
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from tests.export.conftest import FAMILIES
 from tests.merge.conftest import tensors
 from tests.model.conftest import logits
 from tests.tiny import base_tokenizer, tiny_tokenizer
+from tests.training import CHATML
 
 
 def fields(path: Path) -> dict:
@@ -65,6 +67,17 @@ def test_a_run_becomes_a_gguf_file(converter, adapter_folder, tmp_path, capsys):
     assert held["tokenizer.ggml.add_bos_token"] is False and held["general.name"] == run.name
     assert held["llama.context_length"] == model.config.max_position_embeddings
     assert 'PARAMETER stop """<|im_end|>"""' in (out.parent / "Modelfile").read_text()
+
+
+def test_a_missing_chat_template_is_that_of_the_base(converter, adapter_folder, tmp_path, capsys):
+    _, run = adapter_folder("llama")
+    (run / "chat_template.jinja").unlink()
+    assert AutoTokenizer.from_pretrained(run).chat_template is None
+    out = export(run, tmp_path / "my.gguf", quant="f32", ollama=True)
+    assert "chat template: that of " in " ".join(capsys.readouterr().out.split())
+    assert fields(out)["tokenizer.chat_template"] == CHATML
+    assert AutoTokenizer.from_pretrained(merge(run, tmp_path / "merged")).chat_template == CHATML
+    assert "TEMPLATE" in (tmp_path / "Modelfile").read_text()
 
 
 def test_quantized_and_what_fails_leaves_nothing(converter, model_folder, tmp_path, monkeypatch):
