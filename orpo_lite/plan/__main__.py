@@ -44,9 +44,11 @@ def command(
         from orpo_lite.plan.search import Planner, judge
 
         planner = Planner()
-        default = Target("cpu") if gpu == "cpu" else Target("cuda")
-        made = planner(loaded, cards[0].target if len(cards) == 1 else default)
         verdicts = [judge(loaded, card, planner) for card in cards]
+        if len(cards) == 1:
+            made = verdicts[0].plan
+        else:
+            made = planner(loaded, Target("cpu") if gpu == "cpu" else Target("cuda"))
         if as_json:
             print_json(made.as_dict() | {"cards": [tables.verdict_as_dict(one) for one in verdicts]})
             return

@@ -27,8 +27,8 @@ LOADING = "matrix being loaded"
 PARTS = (BASE, CONSTANTS, ENDS, ADAPTER, GRADIENTS, OPTIMIZER, KEPT, LAYER, HEAD, WORKSPACE, LOADING)
 """Purposes of memory, in the order in which they are shown."""
 
-FLOPS, UNPACKED, MOVED = "FLOPs", "weights unpacked", "activations on the host"
-"""Costs of a step other than memory: floating point operations of products and attention, quantized weights dequantized to
+FLOPS, LAUNCHED, UNPACKED, MOVED = "FLOPs", "kernels launched", "weights unpacked", "activations on the host"
+"""Costs of a step other than memory: floating point operations of products and attention, kernels, quantized weights dequantized to
 16 bits for a product, bytes of activations offloaded to the host."""
 
 COMPOSED = (aten.linear.default, aten.matmul.default)
@@ -112,6 +112,8 @@ class Timeline(TorchDispatchMode):
         if func in INPLACE and self.segment[0] == "backward" and self._owned_by_engine(func, args):
             func = INPLACE[func]
         output = func(*args, **kwargs)
+        if not func.is_view:
+            self._count(LAUNCHED, 1)
         for leaf in tree_leaves(output):
             if isinstance(leaf, Tensor):
                 self.hold(leaf)

@@ -10,13 +10,13 @@ import numpy as np
 import psutil
 import torch
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, processes
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import pair_lengths
 from orpo_lite.plan.gpus import FITS, NOT, Card, Target, card_here, verdict
 from orpo_lite.plan.predict import Plan
-from orpo_lite.plan.search import Planner, Search, changed, fit
+from orpo_lite.plan.search import Planner, Search, changed
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, micro_batch, pair_tokens
 from orpo_lite.recipe import DataSection, Recipe
 
@@ -29,24 +29,54 @@ OTHERS = 300_000_000
 """Bytes held by other programs from which on they are mentioned: less may be an error in the size of our own context."""
 
 
-def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
-    """Return the recipe with the fastest settings for the card that memory.gpu_gb names; others unchanged.
+AUTO = "training.per_device_train_batch_size=auto"
 
-    Raises:
-        RequestError: nothing that was tried fits.
+
+def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
+    """Return a recipe with the fastest settings for the card in use, or the smaller one that memory.gpu_gb names.
+
+    Others than those with memory.gpu_gb or per_device_train_batch_size=auto are returned as they are. The optimizer step
+    keeps its pairs and its gradients.
     """
     size = recipe.memory.gpu_gb
-    if not size:
+    if not size and not recipe.plans_batches:
         return recipe
+    asked = AUTO if recipe.plans_batches else f"memory.gpu_gb={size:g}"
+    instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
     if device.type != "cuda":
-        console.print("memory.gpu_gb: there is no GPU here; training with the recipe's own settings", soft_wrap=True)
+        console.print(f"{asked}: there is no GPU here; training with {instead}", soft_wrap=True)
         return recipe
-    card = Card(f"memory.gpu_gb={size:g}", size, torch.cuda.get_device_capability(device))
-    words = list(fit(recipe, card, Planner(pairs.shape), shorten=False).choice.words)
-    console.print(f"memory.gpu_gb={size:g}: fitted with {' '.join(words)}", markup=False, soft_wrap=True)
-    found = changed(recipe, words)
-    assert found is not None  # it was planned
-    return found
+    card = card_in_use(recipe, device)[0]
+    if processes() > 1:  # which have to agree on their micro-batches, whatever else each card holds
+        if not size:
+            remedy = "on several GPUs set memory.gpu_gb to the size of the smallest"
+            console.print(f"{asked}: {remedy}; training with {instead}", soft_wrap=True)
+            return recipe
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
+    try:
+        found = Search(recipe, card, Planner(pairs.shape)).first_that_fits(shorten=False)
+    except Exception as error:  # a model that the meta run cannot follow may still train
+        found, why = None, f"no plan, because {(str(error) or type(error).__name__).splitlines()[0]}"
+    else:
+        why = f"nothing that was tried fits {card.title}"
+    if found is None:
+        console.print(f"{asked}: {why}; all layers checkpoint", markup=False, soft_wrap=True)
+        return recipe
+    console.print(
+        f"{asked}: {found.pairs} of the longest pairs at once, {found.checkpointing} layers checkpointed on {card.title} "
+        f"({' '.join(found.words)})",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip
+    return changed(recipe, list(found.words)) or recipe
+
+
+def card_in_use(recipe: Recipe, device: torch.device) -> tuple[Card, int]:
+    """Return the card, as small as memory.gpu_gb says, and the bytes that other programs hold of it."""
+    card, others = card_here(device)
+    size = recipe.memory.gpu_gb
+    if size and size < card.gigabytes:
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
+    return card, others
 
 
 def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, force: bool, command: str) -> Plan | None:
@@ -63,9 +93,7 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
     Raises:
         RequestError: it does not fit; the message says by how much, what else is on the card, and what would make it fit.
     """
-    card, others = card_here(device) if device.type == "cuda" else (None, 0)
-    if card and recipe.memory.gpu_gb and recipe.memory.gpu_gb < card.gigabytes:
-        card = replace(card, name=f"memory.gpu_gb={recipe.memory.gpu_gb:g}", gigabytes=recipe.memory.gpu_gb)
+    card, others = card_in_use(recipe, device) if device.type == "cuda" else (None, 0)
     planner = Planner(pairs.shape)
     try:
         made = planner(recipe, card.target if card else Target("cpu"))

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import BACKENDS
-from orpo_lite.plan.allocations import FLOPS, MOVED, UNPACKED
+from orpo_lite.plan.allocations import FLOPS, LAUNCHED, MOVED, UNPACKED
 from orpo_lite.plan.gpus import FITS, NOT, Card, Target, verdict
 from orpo_lite.plan.predict import Plan, Study
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, pair_tokens
@@ -28,6 +28,9 @@ per byte that recent cards reach in 16-bit products in practice."""
 FETCHING = 1000.0
 """ASSUMED. FLOPs that a card could do while it fetches a byte from the host, at 25 TFLOP/s and 25 GB/s; sending it there
 is not counted."""
+LAUNCHING = 2e8
+"""ASSUMED. FLOPs that a card could do while the host launches a kernel, at 25 TFLOP/s and 8 microseconds with autograd: a step
+is bound by its launches where they take longer than its work."""
 WORTH = 1.02
 """A setting has to be faster by this factor to be preferred to one that needs less memory."""
 
@@ -138,11 +141,15 @@ class Verdict:
 
 
 def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
-    """Plan a recipe for a card; where it does not fit, look for overrides with which it does."""
-    made = planner(recipe, card.target)
+    """Plan a recipe for a card; where it does not fit, look for overrides with which it does.
+
+    A recipe that leaves its micro-batches to the plan is judged as it would be trained on this card.
+    """
+    made, search = planner(recipe, card.target), Search(recipe, card, planner)
+    if recipe.plans_batches and (found := search.first_that_fits(shorten=False)):
+        made = found.plan
     words = verdict(made, card)
-    remedy = Search(recipe, card, planner).first_that_fits(shorten=True) if words == NOT else None
-    return Verdict(card, made, words, remedy)
+    return Verdict(card, made, words, search.first_that_fits(shorten=True) if words == NOT else None)
 
 
 class Search:
@@ -159,6 +166,9 @@ class Search:
         self.tried: list[Choice] = []
         # means per micro-batch, or incomplete ones dropped: another micro-batch would train something else
         self._fixed = recipe.orpo.nll_mean == "micro" or bool(recipe.training.get("dataloader_drop_last"))
+        # what a recipe gives beside `auto` stays
+        self._fixed |= recipe.plans_batches and recipe.orpo.tokens_per_batch is not None
+        self._layers_stay = recipe.plans_batches and recipe.memory.checkpointing != "auto"
 
     def first_that_fits(self, shorten: bool) -> Choice | None:
         """Return the fastest choice with the mildest changes that make the recipe fit; None if none do.
@@ -194,6 +204,8 @@ class Search:
         """Return a micro-batch of so many pairs with the fewest checkpointed layers that fit; with all if none does."""
         words = (*self._batch(pairs, words), *words)
         study = self._study(words)
+        if self._layers_stay:
+            return self.choice(words, study, checkpointed(self.recipe, self.card.target.device))
         most = self.choice(words, study, None)
         if not most.fits:
             return most
@@ -224,7 +236,8 @@ class Search:
         made = study.plan(recomputed)
         facts, tokens = made.facts, [pair_tokens(pair, made.layout) for pair in made.shape.pairs]
         share = self.step_pairs * tokens[0] / sum(tokens)
-        cost = share * (facts[FLOPS] + FETCHING * facts[MOVED]) + math.ceil(share) * UNPACKING * facts[UNPACKED]
+        work = share * (facts[FLOPS] + FETCHING * facts[MOVED]) + math.ceil(share) * UNPACKING * facts[UNPACKED]
+        cost = max(work, math.ceil(share) * LAUNCHING * facts[LAUNCHED])
         word = {None: "all", 0: "none"}.get(recomputed, str(recomputed))
         words = (f"memory.checkpointing={word}", *words) if words else ()
         return Choice(words, word, made, verdict(made, self.card) == FITS, cost)

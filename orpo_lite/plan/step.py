@@ -75,8 +75,7 @@ def pair_tokens(pair: tuple[int, ...], layout: str) -> int:
 
 def batch_sizes(recipe: Recipe) -> tuple[int, int]:
     """Return pairs per micro-batch and micro-batches per optimizer step, before tokens_per_batch cuts them otherwise."""
-    training = recipe.training
-    return training.get("per_device_train_batch_size", 8), training.get("gradient_accumulation_steps", 1)
+    return recipe.pairs_at_once, recipe.training.get("gradient_accumulation_steps", 1)
 
 
 def micro_batch(recipe: Recipe, layout: str) -> Shape:

@@ -93,6 +93,16 @@ class Recipe(Section):
         """Return the run folder: training.output_dir, or `outputs/<name>`."""
         return Path(self.training.get("output_dir") or Path("outputs") / self.name)
 
+    @property
+    def plans_batches(self) -> bool:
+        """Return True where micro-batches and checkpointed layers are to be planned for the card in use."""
+        return self.training.get("per_device_train_batch_size") == "auto"
+
+    @property
+    def pairs_at_once(self) -> int:
+        """Return the pairs of a micro-batch; 1 for `auto`, whose micro-batches hold orpo.tokens_per_batch once planned."""
+        return 1 if self.plans_batches else self.training.get("per_device_train_batch_size", 8)
+
     @classmethod
     def load(cls, source: str | Path, overrides: typing.Sequence[str] = ()) -> Recipe:
         """Read a recipe and apply `key=value` overrides in dotted form.

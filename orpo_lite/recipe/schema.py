@@ -193,7 +193,8 @@ class OrpoSection(Section):
     shared: one row without padding, each prompt computed once for both completions; packed: one row without padding;
     padded: two right-padded rows per pair, as in TRL."""
     tokens_per_batch: Positive | None = None
-    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs.
+    """Tokens of a micro-batch as the layout counts them; null takes training.per_device_train_batch_size pairs,
+    or, where that is `auto`, as many as the plan finds room for.
 
     An optimizer step keeps its pairs (per_device_train_batch_size x gradient_accumulation_steps x processes), dealt out
     to processes and micro-batches by cost."""
@@ -205,7 +206,8 @@ class MemorySection(Section):
     gpu_gb: Annotated[float, Field(gt=0)] | None = None
     """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card in this machine."""
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
-    """Layers whose activations are recomputed in the backward pass; auto is all on a GPU and none on the CPU."""
+    """Layers whose activations are recomputed in the backward pass; auto is none on the CPU; on a GPU all, or
+    where training.per_device_train_batch_size is `auto`, as few as fit."""
     head_chunk: Literal["auto"] | Positive = "auto"
     """Rows of logits in memory at a time; auto keeps them near 64 MB."""
     offload_activations: bool = False

@@ -40,7 +40,7 @@ ELSEWHERE = {
 
 LIMITS: dict[str, Any] = {
     **dict.fromkeys(
-        ("learning_rate", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size",
+        ("learning_rate", "num_train_epochs", "per_device_eval_batch_size",
          "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
          "early_stopping_patience", "eval_accumulation_steps", "save_total_limit"), Field(gt=0)),
     **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers",
@@ -81,7 +81,9 @@ def declared_fields() -> dict[str, Any]:
 @functools.cache
 def training_fields() -> dict[str, Any]:
     """Map the name of every field of the training section to its type."""
-    return declared_fields() | OURS | {"max_steps": Annotated[int, Field(gt=0)] | Literal[-1]}
+    positive = Annotated[int, Field(gt=0)]
+    special = {"max_steps": positive | Literal[-1], "per_device_train_batch_size": positive | Literal["auto"]}
+    return declared_fields() | OURS | special
 
 
 def choices_of(key: str) -> list[str]:

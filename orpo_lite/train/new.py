@@ -325,14 +325,14 @@ def choose_steps(draft: Draft, pairs: int, size: int, card: Card | None) -> None
     every = max(1, min(100, steps * epochs // 5))
     rate = next(rate for least, rate in RATES if size >= least) if draft.content["adapter"] is not None else "8e-6"
     tiny = size < TINY
-    alone = "" if card else "no card was named and there is none here: --gpu 12GB plans larger micro-batches for one"
+    auto = "micro-batches as large as the card in use holds, planned when the run starts"
     for place, value, why in (
         ("orpo.beta", 0.1, "the paper's for 7B; its authors advise 0.5 to 1.0 for small models (xfactlab/orpo#5)"),
         ("training.learning_rate", rate, f"where to start for {count(size)} parameters; tune it first: half to four times as much"),
         ("training.lr_scheduler_type", "cosine", ""),
         ("training.warmup_steps", 0.1, "a tenth of all steps"),
         ("training.num_train_epochs", epochs, f"of {steps:,} steps; more where they are few, up to {MOST_EPOCHS}"),
-        ("training.per_device_train_batch_size", batch if tiny else 1, "the whole step: the model is tiny" if tiny else alone),
+        ("training.per_device_train_batch_size", batch if tiny else "auto", "the whole step: the model is tiny" if tiny else auto),
         ("training.gradient_accumulation_steps", 1 if tiny else batch,
          f"{batch} pairs a step: 8 for few pairs, 16 from 1,000 and 32 from 20,000 on"),
         ("training.per_device_eval_batch_size", 8 if tiny or card else 1, ""),

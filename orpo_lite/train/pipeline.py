@@ -84,6 +84,7 @@ def run(
     tokenizer = load_tokenizer(recipe.model)
     check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
     pairs = load_pairs(recipe.data, tokenizer)
+    asked = recipe
     recipe, planned = plan_memory(recipe, pairs, plan, force, again)
     torch.manual_seed(recipe.training["seed"])  # a new adapter's weights are random
     model, base, checkpointing = load_model(recipe, tokenizer)
@@ -101,7 +102,9 @@ def run(
             printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, None)
             printout.dry_run_step(trainer)
             return None
-        folder = on_first_process(lambda: RunFolder.create(recipe, resume, args.world_size))
+        # without what was planned: resumed on another card, it is planned anew
+        kept = asked.model_copy(update={"model": recipe.model})
+        folder = on_first_process(lambda: RunFolder.create(kept, resume, args.world_size))
         stack.callback(folder.unlock)
         disk = disk_of(folder.path)
         connect(trainer, recipe, pairs, folder)
@@ -126,7 +129,7 @@ def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: s
         The recipe, and its plan if one was made.
     """
     device = local_device()
-    if device.type != "cuda" and not asked and not recipe.memory.gpu_gb:
+    if device.type != "cuda" and not (asked or recipe.memory.gpu_gb or recipe.plans_batches):
         return recipe, None
     from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
 

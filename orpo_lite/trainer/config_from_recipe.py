@@ -64,7 +64,10 @@ def arguments(
     Raises:
         RequestError: a value that transformers refuses, or a setting that this machine or evaluation does not have.
     """
-    training: dict[str, Any] = recipe.training | {"output_dir": str(output)}
+    training: dict[str, Any] = recipe.training | {
+        "output_dir": str(output),
+        "per_device_train_batch_size": recipe.pairs_at_once,
+    }
     if not has_eval:
         training["eval_strategy"] = "no"
     optim = str(training.get("optim", ""))

@@ -205,8 +205,7 @@ def no_checkpoint(damaged: list[str]) -> str:
 
 def changes_of_step(facts: dict[str, Any], recipe: Recipe, processes: int) -> list[str]:
     """Write a line for each way in which an optimizer step differs from those before a checkpoint, by its manifest."""
-    batch = recipe.training.get("per_device_train_batch_size") or 8
-    pairs = processes * batch * (recipe.training.get("gradient_accumulation_steps") or 1)
+    pairs = processes * recipe.pairs_at_once * (recipe.training.get("gradient_accumulation_steps") or 1)
     now = {"processes": processes, "pairs_per_step": pairs}
     names = {"processes": "processes", "pairs_per_step": "pairs per optimizer step"}
     return [f"{words}: was {facts[key]}, is {now[key]}" for key, words in names.items() if facts[key] != now[key]]

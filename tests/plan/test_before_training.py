@@ -179,7 +179,7 @@ def test_gpu_gb_fits_the_recipe_to_its_card(recipe, card, capsys):
     assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
     # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
     assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
-    assert "memory.gpu_gb=12: fitted with memory.checkpointing=none" in capsys.readouterr().out
+    assert "memory.gpu_gb=12: 8 of the longest pairs at once, none layers checkpointed" in capsys.readouterr().out
     assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
 
 
@@ -187,3 +187,51 @@ def test_gpu_gb_without_a_gpu_leaves_the_recipe(recipe, lengths, capsys):
     asked = recipe("memory.gpu_gb=12")
     assert start.fit_to_card(asked, lengths, torch.device("cpu")) == asked
     assert "there is no GPU here" in capsys.readouterr().out
+
+
+AUTO = "training.per_device_train_batch_size=auto"
+
+
+def test_auto_takes_what_the_card_holds_and_keeps_the_pairs_of_a_step(recipe, card, capsys):
+    lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
+    asked = recipe(AUTO, "training.gradient_accumulation_steps=8")
+    small = plan(recipe("training.per_device_train_batch_size=1"), shape=lambda layout: lengths.shape(asked, layout))
+    found = {size: start.fit_to_card(asked, lengths, card(size)) for size in (24e9, small.needed + 1e6)}
+    large, tight = found.values()
+    assert large.memory.checkpointing == "none" and large.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
+    assert tight.orpo.tokens_per_batch < large.orpo.tokens_per_batch or tight.memory.checkpointing != "none"
+    for one in found.values():
+        assert (one.pairs_at_once, one.training["gradient_accumulation_steps"]) == (1, 8)
+    said = capsys.readouterr().out
+    assert "of the longest pairs at once" in said and "on Test Card" in said
+
+
+def test_what_is_given_beside_auto_stays(recipe, lengths, card):
+    layers = start.fit_to_card(recipe(AUTO, "memory.checkpointing=all"), lengths, card(24e9))
+    assert layers.memory.checkpointing == "all" and layers.orpo.tokens_per_batch
+    budget = start.fit_to_card(recipe(AUTO, "orpo.tokens_per_batch=200"), lengths, card(24e9))
+    assert budget.orpo.tokens_per_batch == 200 and budget.memory.checkpointing == "none"
+    micro = start.fit_to_card(recipe(AUTO, "orpo.nll_mean=micro"), lengths, card(24e9))
+    assert micro.orpo.tokens_per_batch is None and micro.memory.checkpointing == "none"
+
+
+def test_auto_where_nothing_can_be_planned_takes_one_pair(recipe, lengths, card, capsys, monkeypatch):
+    assert start.fit_to_card(recipe(AUTO), lengths, torch.device("cpu")) == recipe(AUTO)
+    assert "no GPU here; training with micro-batches of one pair" in capsys.readouterr().out
+    assert start.fit_to_card(recipe(AUTO), lengths, card(0.56e9)) == recipe(AUTO)
+    assert "nothing that was tried fits" in capsys.readouterr().out
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert start.fit_to_card(recipe(AUTO), lengths, card(24e9)) == recipe(AUTO)
+    assert "set memory.gpu_gb to the size of the smallest" in capsys.readouterr().out
+    assert start.fit_to_card(recipe(AUTO, "memory.gpu_gb=12"), lengths, card(11e9)).orpo.tokens_per_batch
+
+
+def test_a_run_with_auto_keeps_it_in_its_folder(tmp_path, capsys):
+    words = ["training.max_steps=1", "evaluation.samples=1", "evaluation.max_new_tokens=4", "data.max_rows=40", AUTO]
+    recipe = Recipe.load("quickstart", [*words, "training.gradient_accumulation_steps=4",
+                                        f"training.output_dir={tmp_path / 'run'}"])  # fmt: skip
+    run(recipe)
+    assert "training with micro-batches of one pair" in capsys.readouterr().out
+    kept = Recipe.load(tmp_path / "run")
+    assert kept.plans_batches and kept.orpo.tokens_per_batch is None
+    assert json.loads((tmp_path / "run" / "run.json").read_text())["effective_batch"] == 4

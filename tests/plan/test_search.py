@@ -12,6 +12,7 @@ from transformers import Gemma3Config, Gemma3ForConditionalGeneration, LlamaConf
 from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.activation_offload import checkpointing_layers
+from orpo_lite.plan import search
 from orpo_lite.plan.__main__ import cards_asked_for, command
 from orpo_lite.plan.allocations import FLOPS, KEPT, MOVED, UNPACKED
 from orpo_lite.plan.gpus import CARDS, FITS, Card, Target, verdict
@@ -109,7 +110,18 @@ def test_larger_cards_are_never_slower(base):
     assert all(b <= 1.02 * a for a, b in zip(costs, costs[1:], strict=False)) and costs[-1] < 0.8 * costs[0]
 
 
-def test_the_fit_fits_and_keeps_the_optimizer_batch(base, tmp_path):
+def test_a_step_that_is_bound_by_launches_takes_larger_micro_batches(base, monkeypatch):
+    asked = recipe(base, training=ONE | {"gradient_accumulation_steps": 8})
+    card = Card("some card", needs(base, training=ONE, memory={"checkpointing": "none"}))
+    pairs = []
+    for launching in (0.0, search.LAUNCHING):
+        monkeypatch.setattr(search, "LAUNCHING", launching)
+        pairs.append(fit(asked, card).choice.pairs)
+    assert pairs[0] < pairs[1]
+
+
+def test_the_fit_fits_and_keeps_the_optimizer_batch(base, tmp_path, monkeypatch):
+    monkeypatch.setattr(search, "LAUNCHING", 0.0)  # this small model's steps would take the largest micro-batch
     asked = recipe(base)
     low = needs(base, training=ONE, memory={"checkpointing": "all"})
     high = needs(base, training=ONE, memory={"checkpointing": "none"})

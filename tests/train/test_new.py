@@ -203,7 +203,7 @@ def test_steps_follow_from_the_pairs_and_the_rate_from_the_model(pairs, size, he
     assert min(round(pairs * found.data.eval_fraction), found.data.max_eval_rows or pairs) == pytest.approx(
         held_out, abs=1
     )
-    assert training["per_device_train_batch_size"] * training["gradient_accumulation_steps"] == batch
+    assert found.pairs_at_once * training["gradient_accumulation_steps"] == batch
     assert training["num_train_epochs"] == epochs and training["learning_rate"] == float(rate)
     text = draft.text("x")
     assert Recipe.parse(yaml.safe_load(text)) == found
