@@ -24,13 +24,13 @@ def command(
     quant: Annotated[
         str,
         typer.Option(
-            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0; q4_k_m and its like with llama.cpp's "
-            "quantizer; auto: 16 bits, bf16 where the weights are"
+            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0, q2_k to q6_k (q4_k_m, q5_k_m); auto: "
+            "16 bits, bf16 where the weights are"
         ),
     ] = "auto",
     adapter: Annotated[bool, typer.Option("--adapter", help="the adapter alone, as a LoRA file")] = False,
     ollama: Annotated[bool, typer.Option("--ollama", help="write a Modelfile beside it")] = False,
-    llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="llama.cpp's llama-quantize")] = None,
+    llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="default: on the PATH")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     onto: Annotated[Onto, typer.Option(help="as in orpo_lite.merge")] = Onto.original,
     trust_remote_code: Annotated[

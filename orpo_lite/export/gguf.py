@@ -56,7 +56,8 @@ def export(
         quant: f32, f16, bf16, q8_0, ...; auto: 16 bits, bfloat16 where the weights are.
         adapter: write the adapter alone, as a LoRA file for a GGUF file of its base.
         ollama: write a Modelfile beside it.
-        llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m.
+        llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m. Default: that on the PATH, else the
+            quantizer inside an installed wheel (xllamacpp, llama-cpp-python).
         base, onto, trust_remote_code: as in `merge`.
 
     Raises:
@@ -96,8 +97,8 @@ def export(
                 write_vocabulary(tokenizer, config, Path(request["vocabulary"]))
             if (model / "generation_config.json").is_file():
                 generation = GenerationConfig.from_pretrained(model)
-            made, words = write_model(request, model, config, tokenizer, generation, kind, llama_quantize)
-            lines = [f"wrote {output} ({kind.name}, {made.stat().st_size / 1e6:,.1f} MB)", words]
+            made, words = write_model(request, model, config, tokenizer, generation, kind)
+            lines = [f"wrote {output} ({kind.name}, {made.stat().st_size / 1e6:,.1f} MB)", *words]
         if ollama:
             stops = stop_token_ids(tokenizer, generation)
             adds_bos = token_fields(tokenizer, stops)["tokenizer.ggml.add_bos_token"]
@@ -196,18 +197,16 @@ def write_model(
     tokenizer: Any,
     generation: GenerationConfig | None,
     kind: Any,
-    llama_quantize: str | None,
-) -> tuple[Path, str]:
-    """Convert, quantize and check a model; return the file and what was found, in a line to print.
+) -> tuple[Path, list[str]]:
+    """Convert, quantize and check a model; return the file and what was found, in lines to print.
 
     Args:
         request: as `converter_request` returns it.
         model: folder with the weights.
         config: its configuration.
         kind: type of file (`Kind`).
-        llama_quantize: as in `export`.
     """
-    from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file
+    from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file, types_of
 
     made, direct = Path(request["output"]), kind.by == "converter"
     exact = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
@@ -222,11 +221,14 @@ def write_model(
         run_converter(request)
         if not direct:
             floats, made = made, made.with_name("quantized.gguf")
-            quantize_file(floats, made, kind, llama_quantize)
+            quantize_file(floats, made, kind)
             floats.unlink()
     with console.status("reading it back"):
         check_fields(made, tokenizer, fields, context_of(config))
-        return made, compare_values(made, model, kind.limit)
+        lines = [compare_values(made, model, kind.limit)]
+    if kind.tool:
+        lines.append(f"{types_of(made)}; quantized by {kind.tool}")
+    return made, lines
 
 
 # ---- an adapter alone ----------------------------------------------------------------------------------------------------

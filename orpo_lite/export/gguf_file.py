@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import ctypes
+import importlib.util
 import os
 import re
+import shutil
 import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,6 +33,7 @@ from gguf import (
 from safetensors import safe_open
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.export.llama_cpp import byte_level, last_lines
 
@@ -43,7 +50,9 @@ class Kind:
     limit: float
     """Largest relative error ||w' - w|| / ||w|| that the type may cause in a weight tensor."""
     by: str
-    """Its writer: converter, gguf or llama.cpp."""
+    """Its writer: converter, gguf, ggml or llama.cpp."""
+    tool: str = ""
+    """The library of ggml, or llama.cpp's program."""
 
 
 CONVERTER = {"f32": 1e-6, "f16": 2e-3, "bf16": 8e-3, "q8_0": 0.03, "tq1_0": 1.0, "tq2_0": 1.0}
@@ -51,64 +60,89 @@ CONVERTER = {"f32": 1e-6, "f16": 2e-3, "bf16": 8e-3, "q8_0": 0.03, "tq1_0": 1.0,
 BLOCKS = {"q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2, "mxfp4": 0.2}
 """The gguf package's. The last has one power of two for 32 weights, for models trained so (gpt-oss)."""
 LLAMA_CPP = re.compile(r"(q([2-6])_k(_[sml])?|iq([1-4])_[a-z]+|q[458]_[01])")
+MIXTURES: dict[str, list[tuple[str, str | float, str]]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
+FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
+"""K-quant -> llama.cpp's type for rows that are no multiple of 256."""
+LIBRARIES = {"xllamacpp": "*.so", "llama_cpp": "lib/*ggml-base*"}
+"""Package -> where its wheel keeps ggml, which holds the quantizer of llama.cpp."""
+PROBE = (
+    "import ctypes as c, sys; q = c.CDLL(sys.argv[1]).ggml_quantize_chunk;"
+    "q(12, (c.c_float * 256)(), (c.c_char * 256)(), c.c_int64(0), c.c_int64(1), c.c_int64(256), None)"
+)
 
 
 def kind_of(name: str, llama_quantize: str | None) -> Kind:
     """Return the type of this name.
 
     Raises:
-        RequestError: there is no such type, or it needs llama.cpp's quantizer and none is given.
+        RequestError: there is no such type, or it needs llama.cpp's quantizer and none is found.
     """
-    name, known = name.lower(), ", ".join([*CONVERTER, *BLOCKS])
+    name, known = name.lower(), ", ".join([*CONVERTER, *BLOCKS, *MIXTURES])
+    name += "_m" * (name in ("q3_k", "q4_k", "q5_k"))
     if name in CONVERTER:
         return Kind(name, CONVERTER[name], "converter")
     if name in BLOCKS and not llama_quantize:
         return Kind(name, BLOCKS[name], "gguf")
     match = LLAMA_CPP.fullmatch(name)
     if not match:
-        raise RequestError(
-            f"--quant: no type {name!r}; expected {known}, or with llama.cpp's quantizer q4_k_m and its like"
-        )
-    if not llama_quantize:
-        raise RequestError(
-            f"--quant: {name} is written by llama.cpp's quantizer: download a release of llama.cpp "
-            "(https://github.com/ggml-org/llama.cpp/releases) and give its program with --llama-quantize "
-            f"PATH/llama-quantize; without it: {known}"
-        )
-    if not os.access(llama_quantize, os.X_OK) or Path(llama_quantize).is_dir():
-        raise RequestError(f"--llama-quantize: {llama_quantize} is not a program that can be run")
-    bits = int(match[2] or match[4] or name[1])
-    return Kind(name, {1: 0.8, 2: 0.6, 3: 0.4, 4: 0.2, 5: 0.1, 6: 0.06, 8: 0.03}[bits], "llama.cpp")
+        raise RequestError(f"--quant: no type {name!r}; expected {known}, or another of llama.cpp's llama-quantize")
+    limit = {1: 0.8, 2: 0.6, 3: 0.4, 4: 0.2, 5: 0.1, 6: 0.06, 8: 0.03}[int(match[2] or match[4] or name[1])]
+    program = llama_quantize or shutil.which("llama-quantize")
+    if program and (not os.access(program, os.X_OK) or Path(program).is_dir()):
+        raise RequestError(f"--llama-quantize: {program} is not a program that can be run")
+    if program:
+        return Kind(name, limit, "llama.cpp", str(Path(program).absolute()))
+    if name in MIXTURES and (library := ggml_library()):
+        return Kind(name, limit, "ggml", library)
+    wheel = (
+        "pip install xllamacpp (Linux) or llama-cpp-python, whose library quantizes, or " if name in MIXTURES else ""
+    )
+    raise RequestError(
+        f"--quant: {name} is written by llama.cpp's quantizer: {wheel}download a release of llama.cpp "
+        "(https://github.com/ggml-org/llama.cpp/releases) and give its program with --llama-quantize PATH/llama-quantize"
+    )
+
+
+def ggml_library() -> str | None:
+    """Return the path of a ggml library with a quantizer that runs on this CPU, from an installed package; None without.
+
+    It is tried in another process, which may crash.
+    """
+    for package, pattern in LIBRARIES.items():
+        spec = importlib.util.find_spec(package)
+        for folder in (spec and spec.submodule_search_locations) or ():
+            for path in map(str, Path(folder).glob(pattern)):
+                if subprocess.run([sys.executable, "-c", PROBE, path], capture_output=True).returncode == 0:
+                    return path
+    return None
 
 
 # ---- quantizing ----------------------------------------------------------------------------------------------------------
 
 
-def quantize_file(path: Path, output: Path, kind: Kind, llama_quantize: str | None) -> None:
+def quantize_file(path: Path, output: Path, kind: Kind) -> None:
     """Write `path`, a GGUF file of floats, as another file of this type.
 
     Raises:
         RuntimeError: llama.cpp's quantizer failed; the message ends with its last lines.
     """
-    if kind.by == "gguf":
-        with_gguf(path, output, kind)
+    if kind.by != "llama.cpp":
+        write_blocks(path, output, kind)
         return
-    assert llama_quantize is not None  # `kind_of` has checked it
-    words = [str(Path(llama_quantize).absolute()), str(path), str(output), kind.name.upper()]
+    words = [kind.tool, str(path), str(output), kind.name.upper()]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode or not output.is_file():
-        raise RuntimeError(
-            f"{llama_quantize} failed (status {done.returncode}); its last lines:\n{last_lines(done.stdout)}"
-        )
+        raise RuntimeError(f"{kind.tool} failed (status {done.returncode}); its last lines:\n{last_lines(done.stdout)}")
 
 
-def with_gguf(path: Path, output: Path, kind: Kind) -> None:
-    """Quantize with the gguf package, one tensor at a time; tensors that the converter left in float32 stay so.
-
-    Embeddings and head, which matter most, get 8 bits: llama.cpp too gives them more than the rest.
-    """
+def write_blocks(path: Path, output: Path, kind: Kind) -> None:
+    """Quantize with ggml or the gguf package, one tensor at a time; tensors that the converter left in float32 stay so."""
     reader = GGUFReader(path)
-    writer = GGUFWriter(output, reader.fields["general.architecture"].contents())
+    architecture = reader.fields["general.architecture"].contents()
+    writer = GGUFWriter(output, architecture)
+    layers = int(reader.fields[f"{architecture}.block_count"].contents())
+    tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
+    encode = ggml_quantizer(kind.tool) if kind.by == "ggml" else quantize
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
@@ -120,7 +154,7 @@ def with_gguf(path: Path, output: Path, kind: Kind) -> None:
     targets: list[GGMLQuantizationType] = []
     for tensor in reader.tensors:
         stays = tensor.tensor_type == f32 and (mixed or keeps_float(tensor.name, len(tensor.shape)))
-        target = f32 if stays else block_type(tensor.name, int(tensor.shape[0]), kind)
+        target = f32 if stays else block_type(tensor.name, int(tensor.shape[0]), kind, layers, tied)
         shape = [int(n) for n in reversed(tensor.shape)]
         block, size = GGML_QUANT_SIZES[target]
         plain = {f32: np.float32, GGMLQuantizationType.F16: np.float16}.get(target)
@@ -136,8 +170,25 @@ def with_gguf(path: Path, output: Path, kind: Kind) -> None:
     writer.write_kv_data_to_file()
     writer.write_ti_data_to_file()
     for tensor, target in zip(reader.tensors, targets, strict=True):
-        writer.write_tensor_data(quantize(dequantize(tensor.data, tensor.tensor_type).astype(np.float32), target))
+        values = dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
+        plain = target in (f32, GGMLQuantizationType.F16)
+        writer.write_tensor_data(quantize(values, target) if plain else encode(values, target))
     writer.close()
+
+
+def ggml_quantizer(library: str) -> Callable[[np.ndarray, GGMLQuantizationType], np.ndarray]:
+    """Return ggml's quantizer: (float32 values (..., row), type) -> bytes (..., bytes of a row)."""
+    function = ctypes.CDLL(library).ggml_quantize_chunk
+    function.argtypes = [ctypes.c_int, *[ctypes.c_void_p] * 2, *[ctypes.c_int64] * 3, ctypes.c_void_p]
+
+    def encode(values: np.ndarray, target: GGMLQuantizationType) -> np.ndarray:
+        values = np.ascontiguousarray(values)
+        out = np.empty(quant_shape_to_byte_shape(values.shape, target), np.uint8)
+        row = values.shape[-1]
+        function(int(target), values.ctypes.data, out.ctypes.data, 0, values.size // row, row, None)
+        return out
+
+    return encode
 
 
 def keeps_float(name: str, dimensions: int) -> bool:
@@ -146,11 +197,32 @@ def keeps_float(name: str, dimensions: int) -> bool:
     return dimensions < 2 or not name.endswith(".weight") or name.endswith(kept) or ".ssm_" in name
 
 
-def block_type(name: str, row: int, kind: Kind) -> GGMLQuantizationType:
-    """Return the type of a tensor with rows of this length: float16 where they cannot be cut into blocks."""
-    ends = name in ("token_embd.weight", "output.weight")
-    wanted = GGMLQuantizationType.Q8_0 if ends else GGMLQuantizationType[kind.name.upper()]
-    return GGMLQuantizationType.F16 if row % GGML_QUANT_SIZES[wanted][0] else wanted
+def block_type(name: str, row: int, kind: Kind, layers: int, tied: bool) -> GGMLQuantizationType:
+    """Return the type of a tensor with rows of this length: float16 where they cannot be cut into blocks.
+
+    The head matters most and gets more bits, also where the embeddings are the head (`tied`). The gguf package's types are
+    llama.cpp's oldest, for which both get 8 bits.
+    """
+    ends = ("token_embd.weight", "output.weight")
+    wanted = "Q8_0" if name in ends else kind.name.upper()
+    if kind.by == "ggml":
+        wanted = "Q6_K" if name == ends[not tied] else mixed_type(name, kind, layers)
+    if row % GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]:
+        wanted = FALLBACK.get(wanted, "F16")
+    return GGMLQuantizationType["F16" if row % 32 else wanted]
+
+
+def mixed_type(name: str, kind: Kind, layers: int) -> str:
+    """Return the K-quant of a tensor by its name and layer, see `MIXTURES`."""
+    number = re.match(r"blk\.(\d+)\.", name)
+    layer, eighth = int(number[1]) if number else 0, layers // 8
+
+    def inside(which: str | float) -> bool:
+        if which == "more":
+            return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
+        return which == "all" or layer < (int(layers * which) if isinstance(which, float) else int(which))
+
+    return next(kept for part, which, kept in MIXTURES[kind.name] if part in name and inside(which)).upper()
 
 
 # ---- reading back --------------------------------------------------------------------------------------------------------
@@ -227,6 +299,17 @@ def compare_values(path: Path, source: Path, limit: float) -> str:
                 found, compared = found + 1, compared + values.size
     share = compared / sum(int(tensor.n_elements) for tensor in reader.tensors)
     return f"read back: {found} of {len(matrices)} matrices ({share:.0%} of the weights) hold the source's values"
+
+
+def types_of(path: Path) -> str:
+    """Return the types of the file's matrices with their numbers, in a line to print."""
+    counts: Counter[str] = Counter()
+    for tensor in GGUFReader(path).tensors:
+        name, short = tensor.tensor_type.name, bool(tensor.shape[0] % 256)
+        if len(tensor.shape) > 1:
+            instead = short and name in ("F16", *FALLBACK.values())
+            counts[name + " (rows not a multiple of 256)" * instead] += 1
+    return "matrices: " + ", ".join(f"{number} {name}" for name, number in counts.most_common())
 
 
 def check_pairs(path: Path, pairs: dict[str, dict[str, torch.Tensor]]) -> str:

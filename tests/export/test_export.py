@@ -6,8 +6,10 @@ import json
 import shutil
 import stat
 from pathlib import Path
+from types import SimpleNamespace
 
 import gguf
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -25,7 +27,8 @@ from orpo_lite.export.gguf_file import (
     check_fields,
     kind_of,
     quantize_file,
-    with_gguf,
+    types_of,
+    write_blocks,
 )
 from orpo_lite.export.llama_cpp import run_converter, splitting_rule
 from orpo_lite.merge.run import merge
@@ -138,7 +141,7 @@ def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
         "there.gguf exists": {"output": tmp_path / "there.gguf"},
         "Modelfile exists": {"ollama": True},
         "no type 'q9'": {"quant": "q9"},
-        r"--llama-quantize PATH/llama-quantize": {"quant": "Q4_K_M"},
+        r"--llama-quantize PATH/llama-quantize": {"quant": "iq4_xs"},
         "is not a program": {"quant": "q4_k_m", "llama_quantize": str(tmp_path)},
         "holds a whole model": {"adapter": True},
         "neither adapter_config.json nor config.json": {"source": tmp_path},
@@ -161,17 +164,34 @@ def test_converters_last_lines_are_shown(converter, tmp_path):
         run_converter({"task": "model"})
 
 
-def test_llama_quantize_is_run_and_its_failure_shown(tmp_path):
+def test_llama_quantize_is_run_and_its_failure_shown(tmp_path, monkeypatch):
     program = tmp_path / "llama-quantize"
     program.write_text('#!/bin/sh\necho "$3 is bad" >&2\ncp "$1" "$2"\nexit ${STATUS:-0}\n')
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     (tmp_path / "a.gguf").write_bytes(b"GGUF")
     kind = kind_of("q4_k_m", str(program))
-    quantize_file(tmp_path / "a.gguf", tmp_path / "b.gguf", kind, str(program))
+    quantize_file(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
     assert (tmp_path / "b.gguf").read_bytes() == b"GGUF"
     program.write_text(program.read_text().replace("${STATUS:-0}", "3"))
     with pytest.raises(RuntimeError, match=r"status 3.*\n  Q4_K_M is bad"):
-        quantize_file(tmp_path / "a.gguf", tmp_path / "c.gguf", kind, str(program))
+        quantize_file(tmp_path / "a.gguf", tmp_path / "c.gguf", kind)
+    monkeypatch.setenv("PATH", str(tmp_path), prepend=":")
+    assert kind_of("Q4_K", None) == kind  # on the PATH
+
+
+def test_without_a_quantizer_both_ways_to_one_are_named(monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    crashing = tmp_path / "broken.so"
+    crashing.write_bytes(b"no library")
+    for found in ({}, {"xllamacpp": "*.so"}):
+        monkeypatch.setattr("orpo_lite.export.gguf_file.LIBRARIES", found)
+        monkeypatch.setattr(
+            "importlib.util.find_spec", lambda name: SimpleNamespace(submodule_search_locations=[tmp_path])
+        )
+        with pytest.raises(RequestError, match=r"pip install xllamacpp .*--llama-quantize PATH/llama-quantize"):
+            kind_of("q4_k_m", None)
+    with pytest.raises(RequestError, match=r"iq2_xs is written by llama.cpp's quantizer: download"):
+        kind_of("iq2_xs", None)
 
 
 @pytest.mark.parametrize("name", BLOCKS)
@@ -191,13 +211,58 @@ def test_block_types_hold_the_weights(tmp_path, name, stored):
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-    with_gguf(tmp_path / "a.gguf", tmp_path / "b.gguf", kind_of(name, None))
+    write_blocks(tmp_path / "a.gguf", tmp_path / "b.gguf", kind_of(name, None))
     assert fields(tmp_path / "b.gguf")["words"] == ["a", "b"]
     for tensor in gguf.GGUFReader(tmp_path / "b.gguf").tensors:
         found, expected = torch.from_numpy(gguf.dequantize(tensor.data, tensor.tensor_type).copy()), values[tensor.name]
         error = (found - torch.from_numpy(expected)).norm() / torch.from_numpy(expected).norm()
         assert error <= (BLOCKS[name] if "ffn" in tensor.name else 0.01 if "output" in tensor.name else 0)
         assert "ffn" not in tensor.name or tensor.tensor_type.name == name.upper()
+
+
+QK = {"q2_k": 0.34, "q3_k_s": 0.2, "q3_k_m": 0.2, "q3_k_l": 0.2, "q4_k_s": 0.1, "q4_k_m": 0.1, "q5_k_s": 0.05, "q5_k_m": 0.05, "q6_k": 0.025}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", QK)
+def test_k_quants_hold_the_weights(tmp_path, name):
+    """Written by ggml's own quantizer out of a wheel: each matrix by llama.cpp's mixture, read back by the gguf package."""
+    pytest.importorskip("xllamacpp")
+    parts = ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down", "ffn_down_exps")
+    names = [f"blk.{i}.{part}.weight" for i in range(16) for part in parts] + ["token_embd.weight", "output.weight"]
+    made, draw = {}, np.random.default_rng(0)
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_block_count(16)
+    for tensor in names:
+        shape = {"ffn_down": (4, 320), "ffn_gate": (4, 80), "ffn_down_exps": (2, 4, 256)}.get(
+            tensor.split(".")[-2], (4, 512)
+        )
+        made[tensor] = draw.standard_normal(shape).astype(np.float32)
+        writer.add_tensor(tensor, gguf.quantize(made[tensor], gguf.GGMLQuantizationType.F16),
+                          raw_dtype=gguf.GGMLQuantizationType.F16)  # fmt: skip
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    kind = kind_of(name, None)
+    assert kind.by == "ggml"
+    write_blocks(tmp_path / "a.gguf", tmp_path / "b.gguf", kind)
+    kinds = {t.name: t.tensor_type.name for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors}
+    for t in gguf.GGUFReader(tmp_path / "b.gguf").tensors:
+        found = gguf.dequantize(t.data, t.tensor_type)
+        assert found.shape == made[t.name].shape
+        assert np.linalg.norm(found - made[t.name]) < QK[name] * np.linalg.norm(made[t.name]), t.name
+    most = f"Q{name[1]}_K"
+    assert kinds["blk.3.attn_q.weight"] == kinds["token_embd.weight"] == most and kinds["output.weight"] == "Q6_K"
+    assert kinds["blk.0.ffn_gate.weight"] == "F16"  # rows of 80 cannot be cut into blocks of 32
+    if name == "q4_k_m":  # llama.cpp's use_more_bits: the first and last eighth, and every third between
+        more = [i for i in range(16) if kinds[f"blk.{i}.attn_v.weight"] == "Q6_K"]
+        assert more == [0, 1, 4, 7, 10, 13, 14, 15]
+        assert [kinds[f"blk.{i}.ffn_down.weight"] for i in (0, 2)] == [
+            "Q8_0",
+            "Q5_0",
+        ]  # rows of 320: instead of 6 and 4 bits
+        assert [kinds[f"blk.{i}.ffn_down_exps.weight"] for i in (0, 2)] == ["Q6_K", "Q4_K"]
+    assert "16 F16 (rows not a multiple of 256)" in types_of(tmp_path / "b.gguf")
 
 
 def test_splitting_rules():

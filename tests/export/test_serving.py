@@ -5,7 +5,6 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
-import shutil
 import socket
 import subprocess
 import sys
@@ -135,15 +134,59 @@ def test_tokenizer_with_byte_fallback_in_llama_cpp(converter, llama_cpp, tmp_pat
         assert found == tokenizer(text)["input_ids"]
 
 
+HELD_OUT = (
+    "Water boils at one hundred degrees Celsius at sea level, and at a lower temperature in the mountains. The quick brown "
+    "fox jumps over the lazy dog, and then it sleeps for the rest of the day under an old tree near the river."
+)
+
+
+def distributions(address: str, tokenizer) -> torch.Tensor:
+    """Log-probabilities (positions, vocabulary) of the next token on held-out text, as llama.cpp computes them."""
+    ids, rows = tokenizer(HELD_OUT)["input_ids"], []
+    for end in range(4, len(ids), 5):
+        body = {"prompt": ids[:end], "n_predict": 1, "temperature": 0, "n_probs": len(tokenizer), "cache_prompt": True}
+        found = post(address, "/completion", body)["completion_probabilities"][0]["top_logprobs"]
+        row = torch.full((len(tokenizer),), -40.0)
+        row[[one["id"] for one in found]] = torch.tensor([max(one["logprob"], -40.0) for one in found])
+        rows.append(row)
+    return torch.stack(rows)
+
+
+@pytest.mark.slow
+def test_k_quants_of_a_real_model_in_llama_cpp(converter, llama_cpp, gguf_file, tmp_path, monkeypatch, capsys):  # noqa: F811
+    """Next-token distributions on held-out text stay close to the float file's, closer with more bits; and it answers."""
+    monkeypatch.setattr(cache.constants, "HF_HOME", str(tmp_path / "cache"))
+    source = cache.cached_folder(gguf_file)
+    monkeypatch.undo()
+    tokenizer = AutoTokenizer.from_pretrained(source)
+    floats = export(source, tmp_path / "f16.gguf", quant="f16")
+    right, drift = distributions(llama_cpp(floats), tokenizer), {}
+    for quant in ("q2_k", "q4_k_m", "q6_k"):
+        capsys.readouterr()
+        out = export(source, tmp_path / f"{quant}.gguf", quant=quant)
+        said = " ".join(capsys.readouterr().out.split())
+        assert "hold the source's values" in said and "(rows not a multiple of 256)" in said and "quantized by " in said
+        assert out.stat().st_size < 0.6 * floats.stat().st_size
+        address = llama_cpp(out)
+        there = distributions(address, tokenizer)
+        drift[quant] = (right.exp() * (right - there)).sum(-1).mean().item()
+        if quant != "q2_k":
+            messages = [{"role": "user", "content": "What is the capital of France?"}]
+            answer = post(address, "/v1/chat/completions", {"messages": messages, "max_tokens": 24, "temperature": 0})
+            assert "Paris" in answer["choices"][0]["message"]["content"]
+    print(drift)
+    assert drift["q6_k"] < drift["q4_k_m"] < drift["q2_k"]
+    assert drift["q6_k"] < 0.01 and drift["q4_k_m"] < 0.1
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("quant", ["q4_k_m", "q6_k"])
-def test_k_quants(converter, tmp_path, quant, capsys):
-    program = os.environ.get("LLAMA_QUANTIZE") or shutil.which("llama-quantize")
-    if not program:
-        pytest.skip("no llama-quantize: set LLAMA_QUANTIZE to llama.cpp's program")
-    out = export(QUICKSTART, tmp_path / "a.gguf", quant=quant, llama_quantize=program)
+def test_k_quants(converter, llama_cpp, tmp_path, quant, capsys):
+    """By llama.cpp's program where there is one, else by the library in its wheel."""
+    out = export(QUICKSTART, tmp_path / "a.gguf", quant=quant, llama_quantize=os.environ.get("LLAMA_QUANTIZE"))
     assert "hold the source's values" in capsys.readouterr().out
-    assert out.stat().st_size < QUICKSTART.joinpath("model.safetensors").stat().st_size / 3
+    assert out.stat().st_size < QUICKSTART.joinpath("model.safetensors").stat().st_size / 2
+    assert post(llama_cpp(out), "/completion", {"prompt": "Hello", "n_predict": 4, "ignore_eos": True})["content"]
 
 
 @pytest.mark.slow
