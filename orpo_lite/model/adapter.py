@@ -21,7 +21,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model import adapter_targets
 from orpo_lite.model.base import grow_embeddings, grow_vocabulary, rows_for_new_tokens
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
-from orpo_lite.model.locating import adapter_folder, hub_errors_in_words, renaming_field
+from orpo_lite.model.locating import adapter_folder, check_no_adapter_is_lost, hub_errors_in_words, renaming_field
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.loading import resolve_path
@@ -148,6 +148,7 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     config.auto_mapping = None  # names a library to import; a run's own adapter must not pass it on
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
     if trained_on and base_name(model) and trained_on != base_name(model):
+        check_no_adapter_is_lost(trained_on, base_name(model), source, config.revision)
         logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
     grow_embeddings(model, vocabulary_rows(model, source, config))

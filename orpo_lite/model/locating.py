@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
+import shlex
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,12 +13,14 @@ from typing import Any
 from huggingface_hub import hf_hub_download, snapshot_download
 from safetensors import SafetensorError
 from transformers import AutoConfig, PreTrainedConfig
+from transformers.utils.hub import has_file
+from transformers.utils.peft_utils import find_adapter_config_file
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.inspection import check_decoder_only
-from orpo_lite.model.untrusted_files import check_links, check_model
+from orpo_lite.model.untrusted_files import check_links, check_model, read_object
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import check_model_path, looks_local, resolve_path
 
@@ -36,6 +40,7 @@ def locate(spec: ModelSection) -> str:
         path = find_gguf(name, spec.gguf_file, spec.revision)
         with hub_errors_in_words(str(path)):
             return str(cached_folder(path))
+    check_no_adapter_is_lost(spec.name_or_path, revision=spec.revision)
     folder = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
     if os.path.isdir(folder):
         check_model(folder)
@@ -94,6 +99,80 @@ def adapter_folder(source: str | Path) -> Path:
         raise RequestError(f"{folder}: there is no such folder in {folder.parent}{near}")
     with renaming_field("adapter"), hub_errors_in_words(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
+
+
+def check_no_adapter_is_lost(
+    named: str, base: str | None = None, adapter: str | None = None, revision: str | None = None
+) -> None:
+    """Refuse a base that is itself an adapter, and one that leaves out an adapter below another; say how to merge them.
+
+    Args:
+        named: model.name_or_path, or what an adapter names as its base.
+        base: what is used in its place, if anything.
+        adapter: the adapter whose base this is, if any.
+        revision: branch, tag or commit of `named`, for a hub id.
+
+    Raises:
+        RequestError: with the commands in order, for a chain of any length.
+    """
+    chain, whole = adapter_chain(named, revision)
+    if base is not None and not any(same_model(base, one) for one in chain):
+        chain, whole = adapter_chain(base)
+    if len(chain) == 1 and whole:
+        return
+    lost, onto, commands, made = chain[:-1] if whole else chain, "" if whole else " --base BASE", [], ""
+    for one in reversed(lost):
+        made = shlex.quote(f"{Path(resolve_path(one)).name}-merged")
+        commands.append(f"  python -m orpo_lite.merge {shlex.quote(one)}{onto} --output {made}\n")
+        onto = f" --base {made}"
+    if adapter is None:
+        root = chain[1] if len(chain) == 2 else "BASE"
+        more = f"; to train the adapter itself further: model.name_or_path={root} adapter.init_from={named}"
+        raise RequestError(
+            f"model.name_or_path: {named} is an adapter, not a model: merge it first:\n{''.join(commands)}then set "
+            f"model.name_or_path={made}{more if len(lost) == 1 else ''}"
+        )
+    name = shlex.quote(f"{Path(adapter).name}-merged")
+    raise RequestError(
+        f"{adapter}: its base {lost[0]} is itself an adapter, which would be lost: merge it first:\n{''.join(commands)}"
+        f"then give --base {made} here (model.name_or_path={made} in a recipe), or make a plain model for every command:\n"
+        f"  python -m orpo_lite.merge {shlex.quote(adapter)}{onto} --output {name}"
+    )
+
+
+def adapter_chain(name: str, revision: str | None = None) -> tuple[list[str], bool]:
+    """List a model, or an adapter and what it was trained on; False where the last is an adapter that names no base."""
+    chain = [name]
+    while (config := adapter_config(chain[-1], revision)) is not None:
+        below = read_object(config).get("base_model_name_or_path")
+        if not isinstance(below, str) or not below or below in chain:
+            return chain, False
+        chain.append(below)
+        revision = None
+    return chain, True
+
+
+hub_adapter_config = functools.cache(find_adapter_config_file)
+"""Asks the hub once in a process."""
+
+
+def adapter_config(name: str, revision: str | None = None) -> Path | None:
+    """Return the adapter_config.json of a folder or hub id that holds an adapter and no whole model, else None."""
+    place = os.path.expanduser(resolve_path(name))
+    local = os.path.isdir(place)
+    if not local and (looks_local(name) or name.count("/") != 1):
+        return None
+    try:
+        found = (find_adapter_config_file if local else hub_adapter_config)(place, revision=revision)
+        weights = ("model.safetensors", "model.safetensors.index.json")
+        return Path(found) if found and not any(has_file(place, one, revision) for one in weights) else None
+    except (OSError, ValueError):  # whoever reads the model says what is wrong
+        return None
+
+
+def same_model(one: str, other: str) -> bool:
+    """Return True where two names are those of one folder or one hub id."""
+    return one == other or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def read_config(spec: ModelSection) -> PreTrainedConfig:

@@ -105,11 +105,6 @@ def check_model(folder: Path) -> None:
     """Refuse a local model folder with files that are missing, broken or outside of it."""
     check_links(folder)
     if not (folder / "config.json").is_file():
-        if (folder / "adapter_config.json").is_file():
-            raise RequestError(
-                f"model.name_or_path: {folder} holds an adapter, not a model: put its base there, and set "
-                f"adapter.init_from={folder} to continue training it"
-            )
         found = next(folder.glob("*.gguf"), None)
         hint = f"for its GGUF file set model.gguf_file={found.name}" if found else AGAIN
         raise RequestError(f"model.name_or_path: {folder} has no config.json, so it is not a model folder: {hint}")

@@ -225,22 +225,24 @@ def base_section(folder: Path, base: str | None = None, trust_remote_code: bool 
     Code of its repository runs only where the caller says so, whatever the folder's recipe says.
 
     Raises:
-        RequestError: nothing names a base, or the adapter cannot be read.
+        RequestError: nothing names a base, the adapter cannot be read, or the base would leave out another adapter.
     """
     from peft import PeftConfig
 
-    from orpo_lite.model.locating import hub_errors_in_words, renaming_field
+    from orpo_lite.model.locating import check_no_adapter_is_lost, hub_errors_in_words, renaming_field
 
     if (folder / "recipe.yaml").is_file():
         spec = RunFolder(folder).recipe().model.model_copy(update={"trust_remote_code": trust_remote_code})
-        return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
-    with renaming_field("adapter"), hub_errors_in_words(str(folder)):
-        config = PeftConfig.from_pretrained(str(folder))
-    name = base or config.base_model_name_or_path
-    if not name:
-        raise RequestError(f"{folder}: adapter_config.json names no base model: give it with --base")
-    return ModelSection(name_or_path=name, revision=None if base else config.revision, quantization="none",
-                        trust_remote_code=trust_remote_code)  # fmt: skip
+    else:
+        with renaming_field("adapter"), hub_errors_in_words(str(folder)):
+            config = PeftConfig.from_pretrained(str(folder))
+        name = config.base_model_name_or_path or base
+        if not name:
+            raise RequestError(f"{folder}: adapter_config.json names no base model: give it with --base")
+        spec = ModelSection(name_or_path=name, revision=config.revision, quantization="none",
+                            trust_remote_code=trust_remote_code)  # fmt: skip
+    check_no_adapter_is_lost(spec.name_or_path, base, str(folder), spec.revision)
+    return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
 
 
 def tokenizer_of(folder: Path, spec: ModelSection) -> PreTrainedTokenizerBase:

@@ -166,7 +166,7 @@ def test_local_folders_that_are_no_models(base_folder, tmp_path):
     refused(ModelSection(name_or_path=str(tmp_path), **none), r"model\.gguf_file=a\.gguf")
     refused(ModelSection(name_or_path=str(tmp_path / "a.gguf"), **none), r"is a file.*model\.gguf_file=a\.gguf")
     (tmp_path / "adapter_config.json").write_text("{}")
-    refused(ModelSection(name_or_path=str(tmp_path), **none), r"holds an adapter.*adapter\.init_from")
+    refused(ModelSection(name_or_path=str(tmp_path), **none), r"(?s)is an adapter.*merge it first.*adapter\.init_from")
 
 
 @pytest.fixture
