@@ -21,7 +21,7 @@ from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
 from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule, token_fields, write_vocabulary
-from orpo_lite.export.ollama import modelfile
+from orpo_lite.export.ollama import modelfile, stop_text
 from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids
 from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
@@ -32,6 +32,7 @@ from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 INSTEAD = "; export the merged model instead (without --adapter)"
+STOPS = "the Modelfile of --ollama stops there; elsewhere give it as a stop text (llama-cli: --reverse-prompt)"
 Pairs = dict[str, dict[str, torch.Tensor]]
 """Module -> {"A": (rank, in), "B": (out, rank)}, float32."""
 
@@ -108,6 +109,8 @@ def export(
         if text is not None:
             write_atomically(output.parent / "Modelfile", text)
         os.rename(made, output)
+    if end := stop_text(tokenizer):
+        lines.append(f"the chat template ends an answer with {end!r}, which is no single token: {STOPS}")
     lines.append(next_step(output, adapter, ollama, spec.name_or_path))
     if trained:
         lines.append(vllm_line(source))

@@ -156,6 +156,22 @@ def agrees(turns: Turns, jinja: Any) -> bool:
         return False
 
 
+def stop_text(tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """Return the text with which the chat template ends an answer, where that is no token of its own.
+
+    None where it is one, where nothing follows an answer, and below three characters, which occur inside of answers too.
+    """
+    try:
+        text = render_chat(tokenizer, chat(USER, ANSWER)) if tokenizer.chat_template else ""
+    except TemplateRefused:
+        return None
+    end = text.rpartition(ANSWER)[2].strip() if ANSWER in text else ""
+    for token in filter(str.strip, map(str, tokenizer.added_tokens_decoder.values())):
+        end = end.partition(token)[0].strip()
+    end = end.partition("\n")[0].rstrip()
+    return end if len(end) > 2 else None
+
+
 def quoted(text: str) -> str | None:
     """Put text between triple quotes; None where Ollama's parser would not return it unchanged."""
     plain = all(c.isprintable() or c == "\n" for c in text)
@@ -207,8 +223,8 @@ def modelfile(
             "chat template: none that is known to be the same in Ollama's language, so TEMPLATE is left out and Ollama "
             "uses the template inside the GGUF file, where it knows it; compare an answer before you rely on it"
         )
-    for i in stops:
-        lines.append(f"PARAMETER stop {quoted(str(tokenizer.convert_ids_to_tokens(i)))}")
+    ends = [*map(str, tokenizer.convert_ids_to_tokens(stops)), stop_text(tokenizer)]
+    lines += [f"PARAMETER stop {quoted(end)}" for end in ends if end and quoted(end)]
     if getattr(generation, "do_sample", False) in (True, None):
         values = {ours: getattr(generation, theirs, None) for theirs, ours in PARAMETERS.items()}
         lines += [f"PARAMETER {name} {value}" for name, value in values.items() if value is not None]

@@ -160,11 +160,9 @@ def subfolders_hint(folder: Path) -> str:
     below = [*folder.glob("*/*config.json"), *folder.glob("*/*/*config.json")]
     names = ("adapter_config.json", "config.json")
     found = {path.parent for path in below if path.name in names and any(path.parent.glob("*.safetensors"))}
-    newest, *others = sorted(found, key=age, reverse=True) or [None]
-    if newest is None:
-        return ""
-    more = f", the newest; the others: {', '.join(str(path.relative_to(folder)) for path in others)}" if others else ""
-    return f"; give its subfolder {newest}{more}"
+    newest, *others = [*sorted(found, key=age, reverse=True), None]
+    names = ", ".join(str(path.relative_to(folder)) for path in others if path)
+    return f"; give its subfolder {newest}{names and ', the newest; the others: ' + names}" if newest else ""
 
 
 def check_adapter(folder: Path) -> None:

@@ -153,6 +153,29 @@ def test_base_models_of_the_recipes(base):
         assert found["SYSTEM"] == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"
 
 
+TURNS = "{% for m in messages %}{{ m['role'] + ': ' + m['content'] + END }}{% endfor %}{% if add_generation_prompt %}{{ 'assistant: ' }}{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("end", "stops"),
+    [
+        (r"'\n### End\n\n'", ["</s>", "### End"]),
+        (r"' [/ANSWER]' + eos_token + '\n'", ["</s>", "[/ANSWER]"]),
+        (r"'<|eot|>\n'", ["</s>", "<|eot|>"]),  # the vocabulary splits it
+        (r"'<|im_end|>\n'", ["</s>"]),  # one token, which the caller lists
+        (r"' </s>\n'", ["</s>"]),
+        (r"eos_token + '### End'", ["</s>"]),
+        (r"'\n\n'", ["</s>"]),
+        (r"'; '", ["</s>"]),
+        (r"'<\"\"\">'", ["</s>"]),  # which a Modelfile cannot quote
+    ],
+)
+def test_stops_come_from_the_end_of_a_turn(end, stops):
+    tokenizer = tokenizer_with(TURNS.replace("END", end))
+    text, _ = modelfile("./m.gguf", tokenizer, [tokenizer.eos_token_id], None, 2048, True)
+    assert [value for name, value in parse(text) if name == "stop"] == stops
+
+
 def test_unknown_template_is_left_out_and_said():
     found, notes = commands(tokenizer_with(ODD))
     assert "TEMPLATE" not in found and any("left out" in note for note in notes)
