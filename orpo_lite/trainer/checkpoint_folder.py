@@ -1,8 +1,7 @@
-"""Checkpoint folders that are complete or do not count: sealed by a manifest, verified before they are used."""
+"""Checkpoint folders that are complete or do not count: sealed by a manifest of names and sizes."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -53,22 +52,11 @@ def files_in(checkpoint: Path) -> dict[str, Path]:
     return found
 
 
-def digest(path: Path) -> str:
-    """Return the SHA-256 of a file."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def fingerprint(content: dict[str, Any]) -> str:
-    """Return the SHA-256 of a manifest's content, so that damage to the manifest itself is found."""
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
-
-
 # ---- writing -------------------------------------------------------------------------------------------------------
 
 
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
-    """Sync every file to the disk and write the manifest: facts, and each file's size and SHA-256.
+    """Sync every file to the disk and write the manifest: facts, and each file's size in bytes.
 
     Raises:
         OSError: the disk is full or gone.
@@ -77,11 +65,10 @@ def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     for name, path in files_in(checkpoint).items():
         with path.open("rb") as file:
             os.fsync(file.fileno())
-        listed[name] = {"bytes": path.stat().st_size, "sha256": digest(path)}
+        listed[name] = {"bytes": path.stat().st_size}
     for folder in [checkpoint, *(path for path in checkpoint.rglob("*") if path.is_dir())]:
         sync_folder(folder)
-    content = facts | {"files": listed}
-    write_atomically(checkpoint / MANIFEST, json.dumps(content | {"sha256": fingerprint(content)}, indent=1))
+    write_atomically(checkpoint / MANIFEST, json.dumps(facts | {"files": listed}, indent=1))
 
 
 def place(aside: Path, final: Path) -> None:
@@ -139,36 +126,26 @@ def manifest(checkpoint: Path) -> dict[str, Any]:
         ValueError: there is none, or it is damaged; the message says which.
     """
     try:
-        content = json.loads((checkpoint / MANIFEST).read_bytes())
-        if content.pop("sha256") != fingerprint(content):
-            raise ValueError
-        return content
+        return dict(json.loads((checkpoint / MANIFEST).read_bytes()))
     except FileNotFoundError:
         raise ValueError(f"{MANIFEST} is missing, so the checkpoint is incomplete") from None
     except OSError as error:
         raise ValueError(f"{MANIFEST} cannot be read ({error.strerror})") from None
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, RecursionError):
         raise ValueError(f"{MANIFEST} is damaged") from None
 
 
-LEFT_ANYWHERE = (".DS_Store", "Thumbs.db", "desktop.ini")
-"""Files that a file manager puts into any folder that it shows."""
-
-
 def damage(checkpoint: Path) -> str | None:
-    """Describe what is wrong with a checkpoint, naming the file; None where every byte is as it was written."""
+    """Describe what is wrong with a checkpoint, naming the file; None where every file is there in its size."""
     try:
-        listed, found = manifest(checkpoint)["files"], files_in(checkpoint)
-        for name, wanted in listed.items():
-            if name not in found:
-                return f"{name} is missing"
-            size = found[name].stat().st_size
+        for name, wanted in manifest(checkpoint)["files"].items():
+            size = (checkpoint / name).stat().st_size
             if size != wanted["bytes"]:
                 return f"{name} has {size:,} bytes, {wanted['bytes']:,} were written"
-            if digest(found[name]) != wanted["sha256"]:
-                return f"{name} has other content than was written (its SHA-256 differs)"
-        if strange := sorted(name for name in found.keys() - listed if Path(name).name not in LEFT_ANYWHERE):
-            return f"{strange[0]} was added later (it is not in {MANIFEST})"
+    except (KeyError, AttributeError, TypeError):
+        return f"{MANIFEST} is damaged"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).relative_to(checkpoint)} is missing"
     except ValueError as error:
         return str(error)
     except OSError as error:

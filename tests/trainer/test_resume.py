@@ -245,12 +245,10 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, tokenizer, capl
     whole = trainer(tmp_path, tokenizer)
     whole.train()
     last = checkpoints(tmp_path / "out")[-1]
-    content = bytearray((last / "optimizer.pt").read_bytes())
-    content[len(content) // 2] ^= 4
-    (last / "optimizer.pt").write_bytes(content)
+    os.truncate(last / "optimizer.pt", 1000)
     again = trainer(tmp_path, tokenizer, resumed=True)
     again.train(resume_from_checkpoint=True)
-    assert "checkpoint-9: optimizer.pt has other content" in caplog.text
+    assert "checkpoint-9: optimizer.pt has 1,000 bytes" in caplog.text
     equal(weights(whole), weights(again))
     assert damage(last) is None, "written anew"
     (last / "scheduler.pt").unlink()
