@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 __all__ = ["DropReport", "Pairs", "TooManyDropped", "load_pairs", "pair_lengths"]
 
 Shapes = dict[str, dict[str, Any]]
-"""Per source: section, path, files, shape, rows read, pairs kept, weight, whether from the cache."""
+"""Per source: section, path, files, shape, rows read, pairs kept, weight."""
 
 
 @dataclass
@@ -113,7 +113,6 @@ def read_section(
             "rows": one.report.rows,
             "kept": one.report.kept,
             "weight": source.weight,
-            "cached": one.report.cached,
         }
     return done
 

@@ -77,7 +77,7 @@ def print_report(
         print(json.dumps(as_content(report, shapes, pairs, list_drops) | {"examples": shown} | checked, indent=1))
         return
     console.print(sources_table(report, shapes), "")
-    if report.counts:
+    if report.drops:
         console.print(drops_table(report), "")
     for drop in report.drops if list_drops else ():
         line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
@@ -93,8 +93,7 @@ def print_report(
     if not pairs:
         return
     held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
-    cached = " (tokens from the cache)" if report.cached else ""
-    console.print(f"{len(pairs.train):,} pairs to train on{held}{cached}\n", style="bold")
+    console.print(f"{len(pairs.train):,} pairs to train on{held}\n", style="bold")
     console.print(lengths_table(pair_lengths(pairs.train)))
     if shown:
         marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")

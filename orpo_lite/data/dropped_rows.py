@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from orpo_lite.common.errors import RequestError
@@ -73,23 +71,19 @@ class DropReport:
     """Rows kept, cut and dropped, over one source or several."""
 
     kept: int = 0
-    counts: Counter[str] = field(default_factory=Counter)
-    """Reason -> dropped rows."""
-    files: list[tuple[Path, str]] = field(default_factory=list)
-    """Files of dropped rows and the source of each; a line is the JSON list [row, reason, detail]."""
+    drops: list[Drop] = field(default_factory=list)
+    """Every dropped row, in order."""
     prompt_cut: int = 0
     """Pairs whose prompt lost its oldest content."""
     completion_cut: int = 0
     """Pairs of which at least one completion lost its end."""
     notes: list[str] = field(default_factory=list)
     """Whatever else the user should know, one sentence each."""
-    cached: bool = False
-    """True where the tokens came from the cache."""
 
     @property
     def rows(self) -> int:
         """Rows read, kept or dropped."""
-        return self.kept + self.counts.total()
+        return self.kept + len(self.drops)
 
     @property
     def truncated(self) -> int:
@@ -99,30 +93,22 @@ class DropReport:
     @property
     def dropped(self) -> dict[str, int]:
         """Reason -> dropped rows, most frequent first."""
-        return dict(self.counts.most_common())
-
-    @property
-    def drops(self) -> list[Drop]:
-        """Every dropped row, in order, from disk."""
-        files = [(source, path.read_text("utf-8").splitlines()) for path, source in self.files]
-        return [Drop(source, *json.loads(line)) for source, lines in files for line in lines]
+        return dict(Counter(drop.reason for drop in self.drops).most_common())
 
     @classmethod
     def merge(cls, reports: list[DropReport]) -> DropReport:
-        """Return the sum of several reports; cached only if all of them were."""
+        """Return the sum of several reports."""
         return cls(
             kept=sum(report.kept for report in reports),
-            counts=sum((report.counts for report in reports), Counter()),
-            files=[file for report in reports for file in report.files],
+            drops=[drop for report in reports for drop in report.drops],
             prompt_cut=sum(report.prompt_cut for report in reports),
             completion_cut=sum(report.completion_cut for report in reports),
             notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
-            cached=bool(reports) and all(report.cached for report in reports),
         )
 
     def mostly_dropped(self) -> bool:
         """Return whether nothing, or less than half of the rows, is left."""
-        return not self.kept or self.counts.total() > self.rows / 2
+        return not self.kept or len(self.drops) > self.rows / 2
 
     def problem(self, what: str) -> str | None:
         """Return the error if nothing, or less than half, is left, or the template rewrites more than a few rows, or None.
@@ -130,7 +116,7 @@ class DropReport:
         Args:
             what: names the data in the error.
         """
-        rewritten = self.counts[CHANGED] > max(FEW[0], FEW[1] * self.rows)
+        rewritten = self.dropped.get(CHANGED, 0) > max(FEW[0], FEW[1] * self.rows)
         if not (rewritten or self.mostly_dropped()):
             return None
         if not self.rows:
@@ -140,7 +126,7 @@ class DropReport:
         first = next(drop for drop in self.drops if drop.reason == reasons[0])
         share = "" if not self.mostly_dropped() else f", which is {'more than half' if self.kept else 'all of them'}"
         return (
-            f"{what}: {self.counts.total()} of {self.rows} rows dropped ({counts}){share}; the first: row {first.row} of "
+            f"{what}: {len(self.drops)} of {self.rows} rows dropped ({counts}){share}; the first: row {first.row} of "
             f"{first.source}, {first.reason}: {first.detail}. To fix the data: "
             f"{'; '.join(REMEDIES.get(reason, 'leave these rows out') for reason in reasons)}. "
             "`orpo-lite data --recipe ... --list-drops` lists every row"
@@ -154,7 +140,6 @@ class DropReport:
             "dropped": self.dropped,
             "truncated": {"prompt": self.prompt_cut, "completion": self.completion_cut},
             "notes": self.notes,
-            "cached": self.cached,
         }
         return content | {"drops": [drop._asdict() for drop in self.drops]} if rows else content
 
@@ -166,8 +151,7 @@ class DropReport:
 
     def __str__(self) -> str:
         lines = [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()] + self.remarks()
-        cached = " (tokens from the cache)" if self.cached else ""
-        return "\n  ".join([f"{self.kept:,} of {self.rows:,} rows kept{cached}", *lines])
+        return "\n  ".join([f"{self.kept:,} of {self.rows:,} rows kept", *lines])
 
 
 class TooManyDropped(RequestError):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import uuid
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.data.dropped_rows import Drop
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.quality import end_to_end, namer, repeats
 from orpo_lite.data.sources import open_source
@@ -32,20 +32,16 @@ def note_on_repeats(done: list[Tokenized], field: str) -> list[str]:
 
 def without_repeats(done: list[Tokenized], near: bool = False) -> list[Tokenized]:
     """Return the sources without the pairs that `repeats` finds; their reports count and list these."""
-    from orpo_lite.data.token_cache import temporary_root
-
     rows, result, start = end_to_end(done), [], 0
     found, name = repeats(rows, near), namer(done)
     if len(found) == len(rows):
         raise RequestError(f"all {len(rows)} pairs contradict each other (a>b and b>a), and none is left: correct them")
     for one in done:
-        row, file = numbers(one.rows, "row"), temporary_root() / f"{uuid.uuid4().hex}.jsonl"
+        row = numbers(one.rows, "row")
         out = {place - start: why for place, why in found.items() if 0 <= place - start < len(row)}
-        lines = [(int(row[n]), reason, f"of {name(other)}") for n, (reason, other) in out.items()]
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines), "utf-8")
-        counts = one.report.counts + Counter(reason for _, reason, _ in lines)
-        files, kept = [*one.report.files, (file, one.label)], np.delete(np.arange(len(row)), list(out))
-        report = replace(one.report, kept=len(kept), counts=counts, files=files)
+        drops = [Drop(one.label, int(row[n]), reason, f"of {name(other)}") for n, (reason, other) in out.items()]
+        kept = np.delete(np.arange(len(row)), list(out))
+        report = replace(one.report, kept=len(kept), drops=one.report.drops + drops)
         result.append(one._replace(rows=one.rows.select(kept), report=report))
         start += len(row)
     return result

@@ -1,14 +1,9 @@
-"""The sources of a recipe: local files in any common format, or a hub data set through `datasets`.
-
-Each has a hash of its content, so that its tokens can be cached.
-"""
+"""The sources of a recipe: local files in any common format, or a hub data set through `datasets`."""
 
 from __future__ import annotations
 
 import glob
-import hashlib
 import itertools
-import json
 import os
 import re
 from collections.abc import Callable, Mapping
@@ -52,8 +47,6 @@ class Source:
 
     label: str
     files: list[str]
-    content: str
-    """Hash of the content and the column map; empty where it is not known before the source is read."""
     batches: Callable[[], Batches]
     """Opens the source anew and yields lists of rows, columns renamed."""
     enough: int | None = None
@@ -98,7 +91,6 @@ def open_source(
         raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {EXPECTED}")
     else:
         rows = load_hub(source, asked)
-    content = hash_files(files) if rows is None else rows._fingerprint
 
     def batches() -> Batches:
         return standard_batches(raw(columns), columns, limit, source.path)
@@ -108,8 +100,7 @@ def open_source(
             return itertools.chain.from_iterable(map(read_file, files))
         return dataset_batches(rows, {name: name for name in rows.column_names} if named is None else named)
 
-    key = hashlib.sha256(json.dumps([content, columns, limit], sort_keys=True).encode()).hexdigest()
-    return Source(source.path, files, key, batches, raw=raw)
+    return Source(source.path, files, batches, raw=raw)
 
 
 def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
@@ -125,7 +116,7 @@ def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
         )
     plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
     rows = (without_nulls(dict(row)) if isinstance(row, Mapping) else row for row in plain)
-    return Source(name, [], "", lambda: batched(rows, min(BATCH_ROWS, enough or BATCH_ROWS)), enough)
+    return Source(name, [], lambda: batched(rows, min(BATCH_ROWS, enough or BATCH_ROWS)), enough)
 
 
 # ---- local files -----------------------------------------------------------------------------------------------------
@@ -183,19 +174,6 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
         names = ", ".join(names)
         raise RequestError(f"{folder}: no file of the split {split!r}; by their names the files are: {names}")
     return found if names else files
-
-
-def hash_files(files: list[str]) -> str:
-    """Return a hash of the files' bytes and formats."""
-    digest = hashlib.sha256()
-    for file in files:
-        try:
-            with open(file, "rb") as stream:
-                own = hashlib.file_digest(stream, "sha256")
-        except OSError as error:
-            raise RequestError(f"{file}: cannot be read: {error.strerror}") from None
-        digest.update(f"{file_format(file)}{own.hexdigest()}".encode())
-    return digest.hexdigest()
 
 
 # ---- data sets of `datasets`, on disk or on the hub ------------------------------------------------------------------

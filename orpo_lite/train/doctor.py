@@ -336,7 +336,6 @@ def training() -> Iterator[Finding]:
     recipe = Recipe.load("quickstart", [*short, "evaluation.samples=2", "evaluation.max_new_tokens=4"])
     with (
         tempfile.TemporaryDirectory(prefix="orpo_lite_", ignore_cleanup_errors=True) as scratch,
-        mock.patch("datasets.config.HF_DATASETS_CACHE", scratch),  # the tokens of the self-test are not worth caching
         mock.patch.object(pipeline, "train", watched),
     ):
         recipe.training["output_dir"] = str(Path(scratch) / "run")

@@ -59,7 +59,6 @@ class Source(Section):
     rows: int | None = None
     kept: int | None = None
     weight: Amount | None = None
-    cached: bool | None = None
 
 
 class Drops(Section):
@@ -70,7 +69,6 @@ class Drops(Section):
     truncated: dict[str, int] = {}
     """prompt and completion -> pairs that were cut there."""
     notes: list[str] = []
-    cached: bool | None = None
 
 
 class Histogram(Section):

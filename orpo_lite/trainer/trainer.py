@@ -174,7 +174,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
         self.drop_reports[name] = report
-        logger.log(logging.WARNING if report.counts or report.truncated else logging.INFO, "%s: %s", name, report)
+        logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
         return with_columns(pairs, rows) if self._own_collator and isinstance(rows, Dataset) else pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -1,19 +1,8 @@
-"""Data tests keep their token cache to themselves."""
+"""What data tests share."""
 
 import json
 from pathlib import Path
 from typing import Any
-
-import datasets
-import pytest
-
-
-@pytest.fixture(autouse=True)
-def token_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A cache of this test's own."""
-    folder = tmp_path_factory.mktemp("cache")
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(folder))
-    return folder
 
 
 def write_jsonl(path: Path, rows: list[Any]) -> str:

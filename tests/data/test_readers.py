@@ -6,7 +6,6 @@ import gzip
 import json
 import lzma
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import datasets
@@ -340,25 +339,12 @@ def test_hub_errors_name_the_page_and_the_remedy(
         assert word in str(caught.value)
 
 
-# ---- cache -------------------------------------------------------------------------------------------------------
-
-
-def test_second_run_tokenizes_nothing_and_a_changed_file_is_seen(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_fingerprint_is_by_content(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "pairs.jsonl", rows(20))
-    first = load_pairs(spec(path), TOKENIZER)
-    from orpo_lite.data import token_cache as tokenize
-
-    forbidden = ModuleType("forbidden")
-    with monkeypatch.context() as patch:
-        patch.setattr(tokenize, "PairTokenizer", forbidden)
-        second = load_pairs(spec(path), TOKENIZER)
-    assert (first.report.cached, second.report.cached) == (False, True)
+    first, second = load_pairs(spec(path), TOKENIZER), load_pairs(spec(path), TOKENIZER)
     assert second.train[:] == first.train[:] and second.fingerprint == first.fingerprint
     write_jsonl(tmp_path / "pairs.jsonl", rows(21))
-    third = load_pairs(spec(path), TOKENIZER)
-    assert not third.report.cached and third.report.rows == 21 and third.fingerprint != first.fingerprint
+    assert load_pairs(spec(path), TOKENIZER).fingerprint != first.fingerprint
 
 
 def test_files_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

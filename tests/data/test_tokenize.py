@@ -2,6 +2,9 @@
 
 import json
 import logging
+import os
+import subprocess
+import sys
 import types
 from pathlib import Path
 from typing import Any
@@ -368,16 +371,18 @@ def test_columns_and_types() -> None:
     }  # fmt: skip
 
 
-def test_cache_is_by_content_tokenizer_and_options(token_cache: Path) -> None:
-    tokenizer = TOKENIZERS["chatml"]()
-    first, report = run([GOOD] * 3, tokenizer)
-    again, second = run([GOOD] * 3, tokenizer)
-    assert first == again and (report.cached, second.cached) == (False, True)
-    assert str(second).startswith("3 of 3 rows kept (tokens from the cache)")
-    assert not run([GOOD] * 4, tokenizer)[1].cached
-    assert not run([GOOD] * 3, tokenizer, completion_end="turn")[1].cached
-    tokenizer("a call with truncation", truncation=True, max_length=3)  # leaves its mark on the backend
-    assert run([GOOD] * 3, tokenizer)[1].cached
-    tokenizer.chat_template = chatml("Be brief.")
-    assert not run([GOOD] * 3, tokenizer)[1].cached
-    assert list(token_cache.glob("orpo_lite/*/pairs.arrow")) and not list(token_cache.glob("orpo_lite/tmp*"))
+def test_tokens_lie_in_a_temporary_file_that_goes_with_the_process(tmp_path: Path) -> None:
+    words = [
+        "import datasets, os, tempfile; from tests.data.test_tokenize import *",
+        "pairs, _ = run([GOOD] * 3, TOKENIZERS['chatml']())",
+        "file = pairs.cache_files[0]['filename']; assert file.startswith(tempfile.gettempdir()) and len(pairs) == 3",
+        "print(file)",
+    ]
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join(words)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+    )
+    assert done.returncode == 0 and done.stdout.startswith(str(tmp_path)), done.stderr
+    assert not list(tmp_path.iterdir())

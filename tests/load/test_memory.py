@@ -13,7 +13,6 @@ from orpo_lite.common.console import progress_bar
 from orpo_lite.data import lengths as columns
 from orpo_lite.data import pair_lengths
 from orpo_lite.data.collate import common_prefix
-from orpo_lite.data.dropped_rows import Drop, DropReport
 from orpo_lite.data.file_formats import read_file
 from tests.load.big_file import FORMATS, measure, words, write
 from tests.soak import KINDS, growth, soak
@@ -59,14 +58,6 @@ def test_numbers_of_rows_are_those_of_the_rows():
         found = zip(columns.list_lengths(rows, "chosen_ids"), columns.numbers(rows, "row"), columns.common_prefixes(rows, "chosen_ids", "rejected_ids"), strict=True)  # fmt: skip
         assert [tuple(map(int, one)) for one in found] == expected
         assert pair_lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]
-
-
-def test_dropped_rows_are_read_from_disk(tmp_path):
-    (tmp_path / "a").write_text('[1, "x", "y"]\n[4, "x", "z"]\n')
-    (tmp_path / "b").write_text("")
-    (tmp_path / "c").write_text('[0, "v", "w"]\n')
-    report = DropReport.merge([DropReport(files=[(tmp_path / name, name)]) for name in "abc"])
-    assert report.drops == [Drop("a", 1, "x", "y"), Drop("a", 4, "x", "z"), Drop("c", 0, "v", "w")]
 
 
 def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
