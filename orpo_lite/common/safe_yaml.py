@@ -1,4 +1,4 @@
-"""YAML of recipes: plain values only, at most the size of a recipe, no aliases, no key given twice."""
+"""YAML of recipes: plain values only, no aliases, no key given twice."""
 
 from __future__ import annotations
 
@@ -8,15 +8,10 @@ from typing import Any
 
 import yaml
 
-MAX_BYTES = 250_000
-"""PyYAML reads about 100 KB a second, and a recipe has a few KB."""
-UTF_BOMS = {b"\xff\xfe\0\0": "UTF-32", b"\0\0\xfe\xff": "UTF-32", b"\xff\xfe": "UTF-16", b"\xfe\xff": "UTF-16"}
 ADVICE = {
     "'\\t'": "a tab; indent with spaces",
-    "constructor for the tag": "only plain text, numbers, lists and mappings are read here; remove the tag",
-    "another document": "keep one recipe per file",
-    "alias": "write the values out",
-    "stands twice": "keep one",
+    "constructor for the tag": "remove the tag",
+    "another document": "keep one",
 }
 
 
@@ -34,7 +29,8 @@ class Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):
             event = self.peek_event()
-            raise yaml.MarkedYAMLError(problem=f"found the alias *{event.anchor}", problem_mark=event.start_mark)
+            problem = f"found the alias *{event.anchor}: write the values out"
+            raise yaml.MarkedYAMLError(problem=problem, problem_mark=event.start_mark)
         return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -42,7 +38,7 @@ class Loader(yaml.SafeLoader):
         for key, _ in node.value:
             name, line = (key.tag, str(key.value)), key.start_mark.line + 1
             if name in lines:
-                problem = f"{key.value} stands twice (first on line {lines[name]})"
+                problem = f"{key.value} stands twice (first on line {lines[name]}): keep one"
                 raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
             lines[name] = line
         return super().construct_mapping(node, deep)
@@ -55,17 +51,14 @@ def read(path: Path) -> Any:
         YamlError: the file cannot be read, is not UTF-8, or fails as in `parse`.
     """
     try:
-        if (size := path.stat().st_size) > MAX_BYTES:
-            raise YamlError(f"{size / 1e6:.1f} MB, expected at most {MAX_BYTES / 1e6} MB: is this a data file?")
         content = path.read_bytes()
     except OSError as error:
         raise YamlError(f"cannot be read: {error.strerror}") from None
     try:
         return parse(content.decode("utf-8"))
     except UnicodeDecodeError as error:
-        known = next((f" but {name}" for bom, name in UTF_BOMS.items() if content.startswith(bom)), "")
         line = content[: error.start].count(b"\n") + 1
-        raise YamlError(f"not UTF-8{known} (byte {error.start}: {error.reason}): save it as UTF-8", line) from None
+        raise YamlError(f"not UTF-8 (byte {error.start}: {error.reason}): save it as UTF-8", line) from None
 
 
 def parse(text: str) -> Any:
@@ -104,7 +97,6 @@ def keys_without_value(text: str) -> list[str]:
 def explain(error: yaml.MarkedYAMLError) -> str:
     """Return PyYAML's words and what to do."""
     problem = str(error.problem or error.context or error)
-    known = next((advice for words, advice in ADVICE.items() if words in f"{problem} {error.context}"), "")
-    if known:
+    if known := next((advice for words, advice in ADVICE.items() if words in problem), ""):
         return f"{problem}: {known}"
-    return f"{problem} ({error.context}): fix this line or the one before" if error.context else f"{problem}: fix it"
+    return f"{problem} ({error.context}): fix this line or the one before" if error.context else problem

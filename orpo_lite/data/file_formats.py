@@ -19,7 +19,6 @@ from pathlib import Path
 from typing import IO, Any
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.safe_yaml import UTF_BOMS
 from orpo_lite.data.messages import kind
 
 Batches = Iterator[list[Any]]
@@ -28,8 +27,7 @@ BATCH_ROWS = 250
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz"),
             b"BZh": ("compressed with bzip2", "name it .bz2"), b"\xfd7zXZ": ("compressed with xz", "name it .xz"),
-            b"\x28\xb5\x2f\xfd": ("compressed with zstd", "name it .zst")} | {
-            bom: (f"{name} text", "convert it to UTF-8") for bom, name in UTF_BOMS.items()}  # fmt: skip
+            b"\x28\xb5\x2f\xfd": ("compressed with zstd", "name it .zst")}  # fmt: skip
 AGAIN = "copy or download it again, and name it by its format"
 DOCUMENT = "expected a JSON array of rows, or one object per line"
 LINE = "each line must be one JSON object; fix or remove it"

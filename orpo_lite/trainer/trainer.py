@@ -39,7 +39,7 @@ from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.transformers_contract import warn_if_untested
-from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns, with_trl_columns
+from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns
 
 logger = logging.getLogger(__name__)
 
@@ -111,13 +111,11 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         # for the report of a step that is not finite
         self.given_rows = train_dataset if setup.untokenized(train_dataset) else None
         streamed = isinstance(train_dataset, IterableDataset)
-        with args.main_process_first(desc="tokenizing"):
-            train_dataset = self._tokenized(train_dataset, "train", setup.pairs_needed(args) if streamed else None)
-            if isinstance(eval_dataset, dict):
-                eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
-            else:
-                eval_dataset = self._tokenized(eval_dataset, "eval")
-        train_dataset, eval_dataset = with_trl_columns(train_dataset), with_trl_columns(eval_dataset)
+        train_dataset = self._tokenized(train_dataset, "train", setup.pairs_needed(args) if streamed else None)
+        if isinstance(eval_dataset, dict):
+            eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
+        else:
+            eval_dataset = self._tokenized(eval_dataset, "eval")
 
         if args.ddp_find_unused_parameters is None and model is not None:
             # a search of the graph in every pass, for what only experts and parts beside the language model can be

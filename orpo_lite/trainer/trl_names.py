@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import pkgutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
-from datasets import Dataset, Features, Value, concatenate_datasets
+from datasets import concatenate_datasets
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
@@ -166,15 +165,9 @@ class TrlNames(Base):
 
 # ---- TRL's columns ----------------------------------------------------------------------------------------------------
 
-TRL_COLUMNS = ["prompt_input_ids", "prompt_attention_mask",
-               *(f"{side}_{name}" for side in ("chosen", "rejected") for name in ("input_ids", "attention_mask", "labels"))]  # fmt: skip
-
 
 def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
-    """Return a tokenized pair by TRL's names.
-
-    They are `TRL_COLUMNS`; labels are -100 over all that is no answer.
-    """
+    """Return a tokenized pair by TRL's names; labels are -100 over all that is no answer."""
     row: dict[str, list[int]] = {}
     for side in ("chosen", "rejected"):
         ids = list(pair[f"{side}_ids"])
@@ -183,44 +176,6 @@ def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
         row |= {f"{side}_input_ids": ids, f"{side}_attention_mask": [1] * len(ids)}
     prompt = list(pair["chosen_ids"])[: min(pair["chosen_start"], pair["rejected_start"])]
     return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
-
-
-class TrlDataset(Dataset):
-    """Tokenized pairs that also have TRL's columns, computed where one asks for them by name or looks at rows.
-
-    Batches and everything derived from the data set have the stored columns alone.
-    """
-
-    @property
-    def column_names(self) -> list[str]:
-        return [*super().column_names, *TRL_COLUMNS]
-
-    @property
-    def features(self) -> Features:
-        return Features({**super().features, **{name: [Value("int64")] for name in TRL_COLUMNS}})
-
-    def __getitem__(self, key: Any) -> Any:
-        if isinstance(key, str) and key in TRL_COLUMNS:
-            return [row[key] for row in self]
-        found: Any = super().__getitem__(key)
-        return {**found, **trl_columns(found)} if isinstance(key, int) else found
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        rows: Any = super().__iter__()
-        # a view of some columns, as `dataset["chosen_ids"]` iterates over, lacks what the others are computed from
-        needed = {"chosen_ids", "rejected_ids", "chosen_start", "rejected_start"}
-        return ({**row, **trl_columns(row)} for row in rows) if needed <= {*super().column_names} else rows
-
-
-def with_trl_columns(rows: Any) -> Any:
-    """Return a view of tokenized pairs that has TRL's columns as well; a dict of data sets likewise, None as it is."""
-    if isinstance(rows, dict):
-        return {name: with_trl_columns(one) for name, one in rows.items()}
-    if rows is None:
-        return None
-    view = copy.copy(rows)
-    view.__class__ = TrlDataset
-    return view
 
 
 def trl_row(pair: dict[str, Any], tokenizer: Any) -> dict[str, Any]:

@@ -90,7 +90,7 @@ CASES = [
          "fix or remove"),
     case("utf-16", "a.jsonl", GOOD.decode().encode("utf-16"), "a.jsonl", "UTF-16", "convert it to UTF-8"),
     case("utf-16-big-end", "a.csv", (CSV + "a,b,c\n").encode("utf-16-be"), "a.csv", "UTF-16", "convert it to UTF-8"),
-    case("utf-32", "a.jsonl", GOOD.decode().encode("utf-32"), "a.jsonl", "UTF-32", "convert it to UTF-8"),
+    case("utf-32", "a.jsonl", GOOD.decode().encode("utf-32"), "a.jsonl", "NUL bytes", "convert it to UTF-8"),
     case("latin-1", "a.jsonl", GOOD + '{"prompt": "caf\xe9"}\n'.encode("latin-1"), "a.jsonl:4", "not UTF-8 text (byte 15",
          "convert it to UTF-8"),
     case("latin-1-csv", "a.csv", (CSV + "a,b,c\ncaf\xe9,b,c\n").encode("latin-1"), "a.csv:3", "not UTF-8 text",
