@@ -162,7 +162,6 @@ def connect(trainer: ORPOTrainer, recipe: Recipe, pairs: Pairs, folder: RunFolde
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # a different one in a notebook than in a terminal
     trainer.remove_callback(PrinterCallback)
     trainer.add_callback(Bar())
-    trainer.guard.data, trainer.guard.folder = recipe.data, folder.path if folder else None
     trainer.guard.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
     if folder is None:
         return

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
 import logging
 import math
 import statistics
 from collections import deque
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,16 +16,10 @@ from accelerate.utils import gather_object
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
-from orpo_lite.common.errors import RequestError
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.lengths import answer_tokens, numbers
-from orpo_lite.data.sources import open_source
 from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import micro_batches
-from orpo_lite.trainer.trl_names import trl_row
-
-if TYPE_CHECKING:
-    from orpo_lite.recipe import DataSection
 
 logger = logging.getLogger(__name__)
 
@@ -36,11 +29,9 @@ HISTORY = 100
 """Number of steps that a loss is compared with."""
 ENOUGH = 16
 """Number of steps before a median and its spread mean anything."""
-BLOCK, BLOCKS = 8, 5
-"""A trend is what all of BLOCKS successive means, each over BLOCK steps, follow."""
 UNCHANGED_AFTER = 20
 """Optimizer steps, at a learning rate above 0, after which an unchanged adapter is no accident."""
-SHOWN = 4
+SHOWN = 8
 """Number of pairs and tensors that a message lists."""
 
 
@@ -56,7 +47,6 @@ class HealthWarnings:
         self.warnings: list[dict[str, Any]] = []
         """One entry per warning: its kind, the optimizer step from 1 (0: before training), the message."""
         self.losses: deque[float] = deque(maxlen=HISTORY)
-        self.trend: deque[tuple[float, float]] = deque(maxlen=BLOCK * BLOCKS)
 
     def warn(self, kind: str, step: int, **figures: Any) -> None:
         """Log a warning of WARNINGS with its figures, unless one of its kind has been logged, and keep it."""
@@ -72,44 +62,17 @@ class HealthWarnings:
         if rate < LOW_LORA_LEARNING_RATE:
             self.warn("low learning rate", 0, rate=rate)
 
-    def step(self, step: int, loss: float, chosen: float, margin: float, zero_gradient: bool) -> None:
-        """Check an optimizer step that is about to be taken.
-
-        Args:
-            loss: of the whole step.
-            chosen: mean log-prob of its chosen answers' tokens.
-            margin: that, less the same of the rejected answers.
-            zero_gradient: every gradient is exactly 0.
-        """
+    def step(self, step: int, loss: float, zero_gradient: bool) -> None:
+        """Check an optimizer step that is about to be taken: its loss, and whether every gradient is exactly 0."""
         if zero_gradient:
             self.warn("zero gradient", step)
-        self._spike(step, loss)
-        self._collapse(step, chosen, margin)
-
-    def _spike(self, step: int, loss: float) -> None:
-        """Find one loss far out, or three in a row; by median and MAD, which a few odd batches do not move."""
         if len(self.losses) >= ENOUGH:
-            *past, third, second = self.losses
-            middle = statistics.median(past)
-            spread = max(1.4826 * statistics.median(abs(x - middle) for x in past), 0.02 * abs(middle))
-            far, running = middle + max(25 * spread, 1.5 * abs(middle)), middle + max(6 * spread, 0.3 * abs(middle))
-            if loss > far or min(loss, second, third) > running:
-                self.warn("loss spike", step, loss=loss, count=len(past), middle=middle)
+            # median and MAD, which a few odd batches do not move
+            middle = statistics.median(self.losses)
+            spread = max(1.4826 * statistics.median(abs(x - middle) for x in self.losses), 0.02 * abs(middle))
+            if loss > middle + max(25 * spread, 1.5 * abs(middle)):
+                self.warn("loss spike", step, loss=loss, count=len(self.losses), middle=middle)
         self.losses.append(loss)
-
-    def _collapse(self, step: int, chosen: float, margin: float) -> None:
-        """Find a margin that grows while the chosen answers themselves become less likely, block after block."""
-        self.trend.append((chosen, margin))
-        if len(self.trend) < BLOCK * BLOCKS:
-            return
-        blocks = np.array(self.trend).reshape(BLOCKS, BLOCK, 2)
-        means = blocks.mean(1)
-        noise = np.sqrt(blocks.var(1, ddof=1).mean(0) * 2 / BLOCK)
-        direction = np.array([-1, 1])  # log-probs fall, the margin grows
-        steady = (np.diff(means, axis=0) * direction > 0).all()
-        # beyond the noise of the blocks' means, and enough to matter: 0.1 is a tenth of the tokens' probability
-        if steady and ((means[-1] - means[0]) * direction > np.maximum(4 * noise, 0.1)).all():
-            self.warn("rewards collapsing", step, count=BLOCK * BLOCKS, first=means[0], last=means[-1])
 
 
 class Unchanged:
@@ -219,30 +182,6 @@ def listed(pairs: list[dict[str, Any]]) -> str:
             place += f" (number {pair['number']} of the tokenized pairs, {pair['tokens']:,} tokens)"
         words.append(place)
     return "; ".join(words) + (f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
-
-
-def read_rows(trainer: Any, pairs: list[dict[str, Any]], data: DataSection | None) -> list[dict[str, Any]]:
-    """Read the rows of pairs as they were given; the text of their tokens where one of them cannot be read again.
-
-    Args:
-        pairs: from `locate_pairs`.
-        data: the section of the recipe that they come from; None where a script gave them to the trainer.
-    """
-    known = sorted((pair for pair in pairs if pair["number"] is not None), key=lambda pair: pair["number"])
-    try:
-        if data is None:
-            return [dict(trainer.given_rows[pair["row"]]) for pair in known]
-        return [read_row(data, pair["source"], pair["row"]) for pair in known]
-    except (RequestError, OSError, LookupError, TypeError, ValueError, StopIteration):
-        texts = [trl_row(trainer.train_dataset[pair["number"]], trainer.tokenizer) for pair in known]
-        return [{name: text[name] for name in ("prompt", "chosen", "rejected")} for text in texts]
-
-
-def read_row(data: DataSection, path: str | None, row: int) -> dict[str, Any]:
-    """Read one row of a source of data.train again; StopIteration where there is none."""
-    source = next(one for one in data.train if one.path == path or (not path and len(data.train) == 1))
-    batches = open_source(source, data.split, data.columns, field="data.train").batches()
-    return dict(next(itertools.islice(itertools.chain.from_iterable(batches), row, None)))
 
 
 # ---- numbers of tensors that may be sharded ----------------------------------------------------------------------------

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,6 @@ from transformers import TrainerCallback
 from orpo_lite.trainer import health
 
 if TYPE_CHECKING:
-    from orpo_lite.recipe import DataSection
     from orpo_lite.trainer.trainer import ORPOTrainer
 
 
@@ -29,10 +26,6 @@ class NonFiniteGuard(TrainerCallback):
 
     def __init__(self, trainer: Any):
         self.trainer: ORPOTrainer = trainer
-        self.folder: Path | None = Path(trainer.args.output_dir or "outputs")
-        """Where the rows of a step that is not finite are written; None writes nothing."""
-        self.data: DataSection | None = None
-        """The run's data section, to read those rows again; without one they are those given to the trainer."""
         self.sources: list[str] = []
         """Paths that the training pairs' `source` column counts."""
         self.overflows = 0
@@ -62,19 +55,16 @@ class NonFiniteGuard(TrainerCallback):
             NonFinite: one is not finite; the message names the step, its rows and tensors.
         """
         trainer = self.trainer
-        bad_loss, bad_gradient, some, loss, chosen, rejected, pairs = self._figures()
+        bad_loss, bad_gradient, some, loss = self._figures()
         # gradients are scaled so that they overflow now and then, and the scaler leaves such a step out by itself
         scaler = trainer.accelerator.scaler
         if bad_loss or (bad_gradient and (scaler is None or scaler.get_scale() < 1)):
-            located = health.locate_pairs(trainer, self.sources)
-            written = self._write_rows(trainer.state.global_step + 1, located)
-            raise NonFinite(health.describe_step(trainer, located) + written)
+            raise NonFinite(health.describe_step(trainer, health.locate_pairs(trainer, self.sources)))
         # counted here: fused optimizers leave the step out themselves, without a word to accelerate
         self.overflowed = bool(bad_gradient)
         self.overflows += self.overflowed
-        if pairs and not bad_gradient:
-            number, processes = trainer.state.global_step + 1, trainer.accelerator.num_processes
-            trainer.health.step(number, loss / processes, chosen / pairs, (chosen - rejected) / pairs, not some)
+        if not bad_gradient:
+            trainer.health.step(trainer.state.global_step + 1, loss / trainer.accelerator.num_processes, not some)
 
     def _figures(self) -> list[float]:
         """Reduce all that is decided on in one wait for the device: every process decides alike."""
@@ -83,11 +73,8 @@ class NonFiniteGuard(TrainerCallback):
         device, zero = trainer.args.device, torch.zeros((), device=trainer.args.device)
         losses = torch.stack([loss.to(device, torch.float32) for loss in step.losses]).sum() if step.losses else zero
         peak = health.largest([p.grad for p in trainer.model.parameters() if p.grad is not None], device)
-        names = ("logps/chosen", "logps/rejected", "pairs")
-        sums = [trainer.sums.get(name, zero) - step.sums.get(name, zero) for name in names]
-        figures = torch.stack([(~torch.isfinite(losses)).float(), (~torch.isfinite(peak)).float(),
-                               (peak > 0).float(), losses, *(one.to(device, torch.float32) for one in sums)])  # fmt: skip
-        return trainer.total(figures).tolist()
+        figures = [(~torch.isfinite(losses)).float(), (~torch.isfinite(peak)).float(), (peak > 0).float(), losses]
+        return trainer.total(torch.stack(figures)).tolist()
 
     def check_weights(self) -> None:
         """Check weights before they are written: an update of finite gradients may have overflowed, unseen so far.
@@ -103,17 +90,3 @@ class NonFiniteGuard(TrainerCallback):
                 "gradients were: the update itself overflowed. These weights are not written; try a lower "
                 f"training.learning_rate (it is {trainer.args.learning_rate:g})"
             )
-
-    def _write_rows(self, step: int, pairs: list[dict[str, Any]]) -> str:
-        """Write the rows of the step in progress, and say where they are and what for."""
-        if self.folder is None or not (rows := health.read_rows(self.trainer, pairs, self.data)):
-            return ""
-        path = self.folder / f"nonfinite-step-{step}.jsonl"
-        try:
-            if self.trainer.is_world_process_zero():
-                path.parent.mkdir(parents=True, exist_ok=True)
-                text = "".join(json.dumps(row, ensure_ascii=False, default=str) + "\n" for row in rows)
-                path.write_text(text, "utf-8")
-        except OSError as error:
-            return f"\n  its rows could not be written: {path}: {error.strerror or error}"
-        return f"\n  its {len(rows)} rows are in {path}, which any recipe trains on: data.train={path}"

@@ -108,8 +108,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.drop_reports: dict[str, DropReport] = {}
         self._tokenize_options = setup.tokenize_options(args)
         check_variables(tokenizer, self._tokenize_options.template_kwargs, "template_kwargs")
-        # for the report of a step that is not finite
-        self.given_rows = train_dataset if setup.untokenized(train_dataset) else None
         streamed = isinstance(train_dataset, IterableDataset)
         train_dataset = self._tokenized(train_dataset, "train", setup.pairs_needed(args) if streamed else None)
         if isinstance(eval_dataset, dict):

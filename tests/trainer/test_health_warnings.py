@@ -10,14 +10,14 @@ import torch
 from orpo_lite import ORPOTrainer
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
-from orpo_lite.trainer.health import BLOCK, BLOCKS, ENOUGH, UNCHANGED_AFTER, HealthWarnings
+from orpo_lite.trainer.health import ENOUGH, UNCHANGED_AFTER, HealthWarnings
 from tests.trainer.poison import build, llama
 from tests.training import config, rows
 
 
-def feed(health, losses, chosen=None, margin=None):
+def feed(health, losses):
     for i, loss in enumerate(losses):
-        health.step(i + 1, loss, chosen[i] if chosen else -1.0, margin[i] if margin else 0.0, False)
+        health.step(i + 1, loss, False)
     return [one["kind"] for one in health.warnings]
 
 
@@ -39,54 +39,12 @@ def test_a_jump_is_a_spike_and_is_said_once(loss, seed, caplog):
     with caplog.at_level(logging.WARNING):
         feed(health, [*noise(60, seed), loss, *noise(30, seed), loss, loss, loss])
     (said,) = health.warnings
-    assert said.kind == "loss spike" and said["step"] == 61 and caplog.text.count("the loss jumped") == 1
-    assert "training.learning_rate" in said.message and f"{loss:.4g}" in said.message
-
-
-def test_a_smaller_rise_counts_once_it_stays():
-    steady = [1.0 + 0.01 * (i % 7) for i in range(40)]
-    assert feed(HealthWarnings(), [*steady, 1.6, *steady]) == []
-    assert feed(HealthWarnings(), [*steady, 1.6, 1.7, 1.6]) == ["loss spike"]
+    assert said["kind"] == "loss spike" and said["step"] == 61 and caplog.text.count("the loss jumped") == 1
+    assert "training.learning_rate" in said["message"] and f"{loss:.4g}" in said["message"]
 
 
 def test_too_few_steps_say_nothing():
     assert feed(HealthWarnings(), [1.0] * (ENOUGH - 1) + [50.0]) == []
-
-
-def trend(count, chosen, margin, seed=0, scale=0.15):
-    g = random.Random(seed)
-    return ([chosen * i / count - 1 + g.gauss(0, scale) for i in range(count)],
-            [margin * i / count + g.gauss(0, scale) for i in range(count)])  # fmt: skip
-
-
-@pytest.mark.parametrize("seed", range(10))
-def test_chosen_answers_that_fall_while_the_margin_grows(seed):
-    steps = 2 * BLOCK * BLOCKS
-    assert feed(HealthWarnings(), [1.0] * steps, *trend(steps, -3.0, 4.0, seed)) == ["rewards collapsing"]
-
-
-@pytest.mark.parametrize("seed", range(8))
-@pytest.mark.parametrize(("chosen", "margin"), [(0.5, 1.0), (0.0, 1.0), (0.0, 0.0), (-2.0, -1.0), (-2.0, 0.0)])
-def test_other_courses_are_no_collapse(chosen, margin, seed):
-    """Chosen answers rise, stay, or fall together with the margin: the last is a wrong learning rate, and another story."""
-    steps = 400
-    assert feed(HealthWarnings(), [1.0] * steps, *trend(steps, chosen, margin, seed)) == []
-
-
-def test_a_real_run_whose_chosen_answers_fall(tmp_path, monkeypatch):
-    """Quickstart with a loss that only unlearns the rejected answers, which begin as the chosen ones do."""
-
-    def unlearn(self, model, inputs, return_outputs=False, num_items_in_batch=None):
-        self.orpo_loss(model, inputs, num_items_in_batch)  # for its metrics
-        stats, _ = self.objective.statistics(model, inputs)
-        return stats.rejected_logps.mean()
-
-    monkeypatch.setattr(ORPOTrainer, "compute_loss", unlearn)
-    words = ["evaluation.samples=0", f"training.output_dir={tmp_path / 'run'}", "training.learning_rate=1e-3", "training.eval_strategy=no", "training.max_steps=80",
-             "data.eval=null", "data.eval_fraction=0"]  # fmt: skip
-    done = train.run(Recipe.load("quickstart", words))
-    (said,) = done.record.warnings
-    assert said.kind == "rewards collapsing" and "orpo.beta" in said.message
 
 
 def test_gradients_of_zero(tmp_path, tokenizer, caplog):

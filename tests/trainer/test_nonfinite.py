@@ -1,16 +1,12 @@
 """A loss or gradient that is not finite never reaches adapter or optimizer, whatever it came from."""
 
-import json
-from pathlib import Path
-
 import pytest
 import torch
 from transformers import TrainerCallback
 
-from orpo_lite import ORPOConfig, ORPOTrainer
+from orpo_lite import ORPOConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.train import pipeline as train
 from orpo_lite.trainer.nonfinite_guard import NonFinite
 from tests.trainer.poison import (
     ODD,
@@ -18,7 +14,6 @@ from tests.trainer.poison import (
     PoisonedLoss,
     PoisonedStep,
     build,
-    data,
     poison_gradient,
     poison_token,
     state_of,
@@ -179,61 +174,6 @@ def test_watching_changes_no_number(tmp_path, tokenizer):
 def test_optimizers_that_step_inside_of_the_backward_pass_are_refused(tmp_path, tokenizer, optim):
     with pytest.raises(ValueError, match=r"ORPOConfig.optim: found .* inside of the backward pass.*adamw_torch"):
         build(tmp_path, tokenizer, optim=optim, optim_target_modules=["q_proj"])
-
-
-@pytest.mark.parametrize("layout", ["shared", "packed", "padded"])
-def test_rows_are_written_as_they_came_or_as_the_text_of_their_tokens(layout, tmp_path, tokenizer):
-    trainer, keep = build(tmp_path, tokenizer, layout=layout, max_steps=2)
-    poison_token(trainer, NAN)
-    given, trainer.given_rows = trainer.given_rows, None
-    said = stopped(trainer, keep, 2)
-    path = tmp_path / "out" / "nonfinite-step-2.jsonl"
-    assert f"its 3 rows are in {path}, which any recipe trains on: data.train={path}" in said
-    texts = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(texts) == 3 and "@" in texts[2]["chosen"]
-    for row, pair in zip(texts, list(trainer.train_dataset)[3:6], strict=True):
-        for side in ("chosen", "rejected"):
-            assert row["prompt"] + row[side] == tokenizer.decode(pair[f"{side}_ids"])
-    trainer.given_rows = given
-    with pytest.raises(NonFinite):
-        trainer.guard.check_step()
-    assert [json.loads(line) for line in path.read_text("utf-8").splitlines()] == data().to_list()[3:6]
-
-
-def test_a_recipe_trains_on_the_rows_of_a_step_that_was_not_finite(tmp_path, monkeypatch):
-    words = ["evaluation.samples=0", "training.max_steps=2", "data.eval=null", "data.eval_fraction=0", "data.max_rows=24",
-             "adapter.r=2", "training.per_device_train_batch_size=2", "training.gradient_accumulation_steps=1"]  # fmt: skip
-    plain, calls = ORPOTrainer.compute_loss, []
-
-    def spoiled(self, *args, **kwargs):
-        calls.append(1)
-        return plain(self, *args, **kwargs) * (NAN if len(calls) == 2 else 1.0)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(ORPOTrainer, "compute_loss", spoiled)
-        with pytest.raises(NonFinite, match=r"step 2: .* nan"):
-            train.run(Recipe.load("quickstart", [*words, f"training.output_dir={tmp_path / 'stopped'}"]))
-    (path,) = (tmp_path / "stopped").glob("nonfinite-step-2.jsonl")
-    rows = [json.loads(line) for line in path.read_text("utf-8").splitlines()]
-    assert len(rows) == 2 and all(isinstance(row["chosen"], list) for row in rows), "messages, as they came"
-    done = train.run(
-        Recipe.load("quickstart", [*words, f"data.train={path}", f"training.output_dir={tmp_path / 'again'}"])
-    )
-    assert done.record.steps == 2 and done.record.data.train_pairs == 2
-
-
-def test_a_full_disk_does_not_hide_the_finding(tmp_path, tokenizer, monkeypatch):
-    trainer, keep = build(tmp_path, tokenizer)
-    poison_token(trainer, NAN)
-    plain = Path.write_text
-
-    def full(path, *args, **kwargs):
-        if "nonfinite" in path.name:
-            raise OSError(28, "No space left on device")
-        return plain(path, *args, **kwargs)
-
-    monkeypatch.setattr(Path, "write_text", full)
-    assert "its rows could not be written" in stopped(trainer, keep, 2)
 
 
 @pytest.mark.parametrize("wrong", ["skip", "maybe", 3])

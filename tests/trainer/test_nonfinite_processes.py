@@ -1,4 +1,4 @@
-"""Two processes decide alike, whichever of them meets the number, and the first one's file holds the rows of both."""
+"""Two processes decide alike, whichever of them meets the number, and the error names the rows of both."""
 
 import json
 from pathlib import Path
@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 
 from tests.commands import processes
-from tests.trainer.poison import data
 
 
 @pytest.mark.parametrize("spoil", ["loss", "gradient"])
@@ -17,9 +16,7 @@ def test_all_processes_decide_alike(spoil, tmp_path):
     for one in (first, second):
         assert one["kept"] and one["finite"]
         assert one["step"] == 1 and one["said"].startswith("step 2: ")
-    (file,) = (tmp_path / "out").glob("nonfinite-step-2.jsonl")
-    rows = [json.loads(line) for line in file.read_text("utf-8").splitlines()]
     # processes take pairs in turn: the second step of two micro-batches each has rows 4 to 7
-    assert rows == data().to_list()[4:8]
+    assert all(f"row {row} " in first["said"] for row in range(4, 8))
     if spoil == "loss":
         assert "not finite when computed alone: row 5 " in first["said"]
