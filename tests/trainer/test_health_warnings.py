@@ -103,5 +103,5 @@ def test_warnings_are_in_run_json_and_at_the_end(tmp_path, capsys):
     ]
     train.run(Recipe.load("quickstart", words))
     (said,) = json.loads((tmp_path / "run" / "run.json").read_text())["warnings"]
-    assert said.kind == "low learning rate" and "training.learning_rate=1e-4" in said.message
+    assert said["kind"] == "low learning rate" and "training.learning_rate=1e-4" in said["message"]
     assert "warnings during training: low learning rate (step 0)" in " ".join(capsys.readouterr().out.split())
