@@ -1,39 +1,51 @@
 """TRL's examples/scripts/orpo.py by its own flags: `python -m orpo_lite.compat.trl_orpo --model_name_or_path ...`.
 
 The parser is TRL's, over TRL's ScriptArguments and ModelConfig and our ORPOConfig, so `--config FILE` and every flag of
-those work; it needs the extra `trl`. `accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
+those work; it needs the extra `trl`. They become a recipe, which is trained like any other.
+`accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
 """
 
 from __future__ import annotations
 
 import importlib.util
-import itertools
 import os
+import re
+import shlex
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
-from pyarrow import ArrowException
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_TARGETS
 from rich.markup import escape
+from transformers import TrainingArguments
 from yaml import YAMLError
 
 from orpo_lite.common.console import errors, guard
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
-from orpo_lite.data.file_formats import read_file
-from orpo_lite.data.sources import is_local, load_hub, load_saved, local_files
-from orpo_lite.model.locating import hub_errors_in_words, locate, renaming_field
-from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
-from orpo_lite.recipe import DataSource, ModelSection
+from orpo_lite.data.sources import local_files
+from orpo_lite.model.locating import read_config, renaming_field
+from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.trainer.config import REMOVED_FIELDS, RENAMED_FIELDS, ORPOConfig, outdated_fields
-from orpo_lite.trainer.setup import load_by_name, tokenizer_of
-from orpo_lite.trainer.trainer import ORPOTrainer
+from orpo_lite.train.__main__ import check_local_files, train
+from orpo_lite.trainer.config import CHECKPOINTING, REMOVED_FIELDS, RENAMED, RENAMED_FIELDS, ORPOConfig, outdated_fields
+from orpo_lite.trainer.config_from_recipe import SET_BY_OTHER_SECTIONS
 
-if TYPE_CHECKING:
-    from orpo_lite.trainer.trl_names import TrlNames
+TRLS = {"learning_rate": 1e-6, "lr_scheduler_type": "linear", "eval_strategy": "no", "save_strategy": "steps",
+        "save_total_limit": None}  # fmt: skip
+"""TRL's defaults where those of a recipe are others."""
+UNUSED = {
+    "generate_during_eval": "a run answers held-out prompts before and after training by itself",
+    "padding_value": "the padding token is the tokenizer's",
+    "model_init_kwargs": "give --dtype, --attn_implementation or --model_revision instead",
+    "bnb_4bit_quant_storage": "it is chosen by the way in which weights are sharded",
+    "ignore_bias_buffers": "no buffer is synchronized here",
+    "dataset_streaming": "files larger than memory stay on disk by themselves",
+    "dataset_num_proc": "a tokenizer uses all cores by itself",
+}
+"""Flags that no recipe has -> what there is instead."""
 
 
 def parser() -> Any:
@@ -95,115 +107,113 @@ def current(word: str) -> str:
     return f"--{new}{equals}{value}"
 
 
-def rows_of(script: Any, split: str) -> Any:
-    """Load one split of the data set: a folder, files, or a data set of the hub; never code, never pickles.
+def recipe_of(script: Any, args: ORPOConfig, model: Any) -> Recipe:
+    """Write TRL's flags as a recipe.
 
     Raises:
-        RequestError: it does not exist, has no such split, or cannot be read.
+        RequestError: flags that do not go together, that no recipe has, or whose values do not fit.
     """
-    import datasets
-
-    name, streaming = script.dataset_name, script.dataset_streaming
-    if not name:
-        raise RequestError("--dataset_name is missing: give a file, a folder, or a data set of the hub as owner/name")
-    path = os.path.expanduser(resolve_path(name))
-    with renaming_field("--dataset_name"):
-        if any(os.path.isfile(os.path.join(path, kept)) for kept in ("state.json", "dataset_dict.json")):
-            saved = load_saved(path, split)
-            return saved.to_iterable_dataset() if streaming else saved
-        files = local_files(path, split)
-        if not files and is_local(name):
-            raise RequestError(f"--dataset_name: there is no file or folder {name}")
-        if not files:
-            return load_hub(DataSource(path=name, name=script.dataset_config), split, streaming)
-
-    def read() -> Iterator[dict[str, Any]]:
-        return itertools.chain.from_iterable(itertools.chain.from_iterable(map(read_file, files)))
-
-    if streaming:
-        return datasets.IterableDataset.from_generator(read)
-    try:
-        return datasets.Dataset.from_list([*read()])
-    except ArrowException as error:
-        raise RequestError(
-            f"{', '.join(files[:3])}: the rows are no table: {' '.join(str(error).split())[:300]}"
-        ) from error
-
-
-def held_out(script: Any, args: ORPOConfig) -> Any:
-    """Load the held-out split if there are evaluations, as in TRL's script.
-
-    Raises:
-        RequestError: the data has no such split, or it would be the training split again.
-    """
-    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
-    if strategy == "no":
-        return None
-    train, test = script.dataset_train_split, script.dataset_test_split
-    path = os.path.expanduser(resolve_path(script.dataset_name or ""))
-    saved = os.path.isfile(os.path.join(path, "dataset_dict.json"))
-    if not saved and Path(path).exists() and local_files(path, train) == local_files(path, test) and train != test:
-        raise RequestError(
-            f"--eval_strategy: found {strategy}, but {script.dataset_name} has no split {test!r} to evaluate "
-            "on: give a folder with files named train and test, or set --eval_strategy no"
-        )
-    return rows_of(script, test)
-
-
-def trainer_of(script: Any, args: ORPOConfig, model: Any) -> ORPOTrainer:
-    """Make the trainer as TRL's script does, with the ModelConfig's dtype, attention and quantization applied.
-
-    Raises:
-        RequestError: flags that do not go together, or a model or data set that cannot be used.
-    """
-    from trl import get_peft_config, get_quantization_config  # pyright: ignore[reportPrivateImportUsage]
-
+    unused = [f"--{name}: leave it out: {why}" for name, why in UNUSED.items()
+              if any(getattr(part, name, None) for part in (script, args, model))]  # fmt: skip
+    if unused:
+        raise RequestError("; ".join(unused))
     if not model.model_name_or_path:
         raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
-    with renaming_field("--model_name_or_path"):
-        name = locate(ModelSection(name_or_path=model.model_name_or_path))
-    if model.load_in_4bit or model.load_in_8bit:
-        flag = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit"
-        if not model.use_peft:
-            raise RequestError(f"{flag}: quantized weights cannot be trained: add --use_peft, or leave it out")
-        if why := bitsandbytes_unavailable():
-            errors.print(f"{flag}: {escape(why)}")
-            model.load_in_4bit = model.load_in_8bit = False
-    if model.load_in_4bit and model.dtype in (None, "auto"):
-        model.dtype = str(choose_precision("auto", args.device).dtype).removeprefix("torch.")
-    given = {"revision": model.model_revision, "attn_implementation": model.attn_implementation, "dtype": model.dtype,
-             "quantization_config": get_quantization_config(model),
-             "use_safetensors": True}  # fmt: skip  # no pickle of a stranger's
-    own: dict[str, Any] = dict(args.model_init_kwargs or {})  # type: ignore[arg-type]  # parsed by now
-    args.model_init_kwargs = {key: value for key, value in given.items() if value is not None} | own
-    train, test = rows_of(script, script.dataset_train_split), held_out(script, args)
-    adapter = get_peft_config(model)
-    with renaming_field("--model_name_or_path"), hub_errors_in_words(name):
-        base = load_by_name(name, args, adapter is not None)
-        tokenizer = tokenizer_of(base, args)
-    args.model_init_kwargs = None
-    try:
-        trainer = ORPOTrainer(base, args, None, train, test, tokenizer, peft_config=adapter)
-    except ValueError as error:
-        raise RequestError(" ".join(str(error).split())) from error
-    if script.ignore_bias_buffers:
-        import torch
-
-        buffers = [key for key, buffer in trainer.model.named_buffers() if buffer.dtype == torch.bool]
-        trainer.model._ddp_params_and_buffers_to_ignore = buffers
-    return trainer
+    bits = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit" if model.load_in_8bit else None
+    if bits and not model.use_peft:
+        raise RequestError(f"{bits}: quantized weights cannot be trained: add --use_peft, or leave it out")
+    revision = None if model.model_revision == "main" else model.model_revision
+    base = {"name_or_path": model.model_name_or_path, "revision": revision, "trust_remote_code": args.trust_remote_code}
+    kinds = {None: "none", "--load_in_4bit": model.bnb_4bit_quant_type, "--load_in_8bit": "int8"}
+    base |= {"quantization": kinds[bits], "double_quant": model.use_bnb_nested_quant,
+             "attention": model.attn_implementation or "auto",
+             "dtype": model.dtype or ("float16" if args.fp16 else "auto")}  # fmt: skip
+    checkpointing = getattr(args, CHECKPOINTING if RENAMED else "gradient_checkpointing")
+    content = {
+        "name": re.sub(r"[^\w.-]", "-", Path(args.output_dir or "trl-orpo").absolute().name, flags=re.ASCII).strip("-._"),
+        "model": base,
+        "adapter": adapter_of(model, base, args) if model.use_peft else None,
+        "data": data_of(script, args),
+        "orpo": {name: getattr(args, name) for name in
+                 ("beta", "nll_scope", "nll_mean", "layout", "tokens_per_batch", "disable_dropout")},
+        "training": training_of(args),
+        "memory": {"checkpointing": (args.checkpointed_layers or "all") if checkpointing else "none",
+                   "head_chunk": args.head_chunk or "auto", "offload_activations": args.offload_activations},
+        "evaluation": {"max_new_tokens": args.max_completion_length or 128},
+    }  # fmt: skip
+    return Recipe.parse(content, "command line")
 
 
-def main(words: Sequence[str]) -> TrlNames:
-    """Do what TRL's script does: train, save to output_dir, push if asked."""
+def adapter_of(model: Any, base: dict[str, Any], args: ORPOConfig) -> dict[str, Any]:
+    """Write TRL's LoRA flags as a recipe's adapter; without --lora_target_modules they are PEFT's for this kind of model."""
+    if model.lora_task_type != "CAUSAL_LM":
+        raise RequestError(f"--lora_task_type: found {model.lora_task_type}, expected CAUSAL_LM: ORPO trains answers")
+    targets = model.lora_target_modules
+    if not targets and not model.lora_target_parameters:
+        kind = read_config(ModelSection(**base)).model_type
+        if kind not in PEFTS_TARGETS:
+            raise RequestError(
+                f"--lora_target_modules is missing, and PEFT has none for {kind} models: give all-linear"
+            )
+        targets = sorted(PEFTS_TARGETS[kind])
+    return {"r": model.lora_r, "alpha": model.lora_alpha, "dropout": model.lora_dropout, "target_modules": targets or [],
+            "target_parameters": model.lora_target_parameters, "modules_to_save": model.lora_modules_to_save,
+            "use_rslora": model.use_rslora, "use_dora": model.use_dora,
+            "loraplus_lr_ratio": args.loraplus_lr_ratio}  # fmt: skip
+
+
+def data_of(script: Any, args: ORPOConfig) -> dict[str, Any]:
+    """Write the data set as a recipe's data; the held-out split is read where there are evaluations, as in TRL's script.
+
+    Raises:
+        RequestError: no data set, or the held-out split would be the training split again.
+    """
+    name, train_split, test_split = script.dataset_name, script.dataset_train_split, script.dataset_test_split
+    if not name:
+        raise RequestError("--dataset_name is missing: give a file, a folder, or a data set of the hub as owner/name")
+    source = {"path": name, "name": script.dataset_config, "split": train_split}
+    strategy, held_out = str(getattr(args.eval_strategy, "value", args.eval_strategy)), None
+    if strategy != "no":
+        path, held_out = Path(os.path.expanduser(resolve_path(name))), source | {"split": test_split}
+        files = local_files(str(path), train_split)
+        saved = (path / "dataset_dict.json").is_file()
+        if files and not saved and files == local_files(str(path), test_split) and train_split != test_split:
+            raise RequestError(
+                f"--eval_strategy: found {strategy}, but {name} has no split {test_split!r} to evaluate on: give a folder "
+                "with files named train and test, or set --eval_strategy no"
+            )
+    return {"train": source, "eval": held_out, "eval_fraction": 0.0, "max_length": args.max_length or 512,
+            "max_prompt_length": args.max_prompt_length, "overlong": args.overlong,
+            "completion_end": args.completion_end, "template_kwargs": args.template_kwargs or {}}  # fmt: skip
+
+
+def training_of(args: ORPOConfig) -> dict[str, Any]:
+    """Return the fields of transformers and ours that differ from their defaults, and TRL's own defaults."""
+    plain = ORPOConfig("plain")
+    elsewhere = {*SET_BY_OTHER_SECTIONS, "resume_from_checkpoint"}
+    names = [f.name for f in fields(TrainingArguments) if f.init] + ["save_minutes", "early_stopping_patience"]
+    given = {name: getattr(args, name) for name in names if getattr(args, name) != getattr(plain, name)}
+    return TRLS | {name: getattr(value, "value", value) for name, value in given.items() if name not in elsewhere}
+
+
+def main(words: Sequence[str]) -> None:
+    """Do what TRL's script does, as a run: its folder is output_dir.
+
+    Raises:
+        RequestError: flags that cannot be used, named.
+    """
     script, args, model = parse(words)
-    trainer = trainer_of(script, args, model)
-    asked = args.resume_from_checkpoint  # a flag's value is text
-    trainer.train(resume_from_checkpoint={"true": True, "false": None}.get(str(asked).lower(), asked))
-    trainer.save_model(args.output_dir)
-    if args.push_to_hub:
-        trainer.push_to_hub(dataset_name=script.dataset_name)
-    return trainer
+    asked = str(args.resume_from_checkpoint or False).lower()
+    if asked not in ("true", "false"):
+        raise RequestError(
+            f"--resume_from_checkpoint: found {args.resume_from_checkpoint}, expected true: the newest good checkpoint of "
+            "output_dir is resumed from"
+        )
+    with renaming_field("--model_name_or_path"):
+        recipe = recipe_of(script, args, model)
+        check_local_files(recipe)
+        again = shlex.join(["python", "-m", "orpo_lite.compat.trl_orpo", *words])
+        train(recipe, False, asked == "true", False, False, again)
 
 
 def start(**_: Any) -> None:

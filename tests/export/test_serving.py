@@ -160,7 +160,7 @@ def test_k_quants_of_a_real_model_in_llama_cpp(converter, llama_cpp, gguf_file, 
     monkeypatch.undo()
     tokenizer = AutoTokenizer.from_pretrained(source)
     floats = export(source, tmp_path / "f16.gguf", quant="f16")
-    right, drift = distributions(llama_cpp(floats), tokenizer), {}
+    right, drift, answers = distributions(llama_cpp(floats), tokenizer), {}, {}
     for quant in ("q2_k", "q4_k_m", "q6_k"):
         capsys.readouterr()
         out = export(source, tmp_path / f"{quant}.gguf", quant=quant)
@@ -170,11 +170,12 @@ def test_k_quants_of_a_real_model_in_llama_cpp(converter, llama_cpp, gguf_file, 
         address = llama_cpp(out)
         there = distributions(address, tokenizer)
         drift[quant] = (right.exp() * (right - there)).sum(-1).mean().item()
-        if quant != "q2_k":
-            messages = [{"role": "user", "content": "What is the capital of France?"}]
-            answer = post(address, "/v1/chat/completions", {"messages": messages, "max_tokens": 24, "temperature": 0})
-            assert "Paris" in answer["choices"][0]["message"]["content"]
-    print(drift)
+        body = {"messages": [{"role": "user", "content": "What is the capital of France?"}], "max_tokens": 24}
+        answers[quant] = post(address, "/v1/chat/completions", body | {"temperature": 0})["choices"][0]["message"][
+            "content"
+        ]
+    print(drift, answers)
+    assert "Paris" in answers["q6_k"] and all(answers.values())
     assert drift["q6_k"] < drift["q4_k_m"] < drift["q2_k"]
     assert drift["q6_k"] < 0.01 and drift["q4_k_m"] < 0.1
 
