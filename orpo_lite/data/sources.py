@@ -6,7 +6,7 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,8 +49,6 @@ class Source:
     files: list[str]
     batches: Callable[[], Batches]
     """Opens the source anew and yields lists of rows, columns renamed."""
-    enough: int | None = None
-    """Usable pairs after which reading stops; None reads to the end."""
     raw: Callable[[], Batches] = list[Any]().__iter__
     """Yields all rows of a recipe's source as they are."""
 
@@ -100,23 +98,7 @@ def open_source(
             return itertools.chain.from_iterable(map(read_file, files))
         return dataset_batches(rows, {name: name for name in rows.column_names} if named is None else named)
 
-    return Source(source.path, files, batches, raw=raw)
-
-
-def stream_source(stream: Any, name: str, enough: int | None = None) -> Source:
-    """Return a `datasets.IterableDataset` or a torch one as a source that can be read once.
-
-    Raises:
-        RequestError: it was split by node, so that each process would train on other rows.
-    """
-    if getattr(stream, "_distributed", None) is not None:
-        raise RequestError(
-            f"{name}: the stream was split by node (split_dataset_by_node), but every process reads the same rows and takes "
-            "its own share of every step: give the stream as it was before the split"
-        )
-    plain = stream.with_format(None) if hasattr(stream, "with_format") else stream
-    rows = (without_nulls(dict(row)) if isinstance(row, Mapping) else row for row in plain)
-    return Source(name, [], lambda: batched(rows, min(BATCH_ROWS, enough or BATCH_ROWS)), enough)
+    return Source(source.path, files, batches, raw)
 
 
 # ---- local files -----------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from orpo_lite.data.dropped_rows import Drop, DropReport, TooManyDropped
 from orpo_lite.data.quality import COLUMNS, without_numbers
 from orpo_lite.data.row_formats import Numbered, paired_by_prompt
 from orpo_lite.data.row_shapes import source_shape
-from orpo_lite.data.sources import Source, dataset_batches, stream_source
+from orpo_lite.data.sources import Source, dataset_batches
 from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
 
 if TYPE_CHECKING:
@@ -28,9 +28,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DropReport", "TokenizeOptions", "Tokenized", "TooManyDropped", "tokenize_rows", "tokenize_source"]
-
-DECIDED = 1000
-"""Rows after which a stream of which more than half was dropped is read no further: it may have no end."""
 
 
 class Tokenized(NamedTuple):
@@ -51,14 +48,12 @@ def tokenize_rows(
     tokenizer: PreTrainedTokenizerBase,
     options: TokenizeOptions,
     source: str = "train",
-    enough: int | None = None,
 ) -> tuple[datasets.Dataset, DropReport]:
     """Tokenize preference rows of any shape.
 
     Args:
-        rows: raw rows. A stream (of `datasets` or torch) is read once to disk.
+        rows: raw rows.
         source: names the rows in the report and in errors.
-        enough: usable pairs after which a stream is read no further; None reads it to its end.
 
     Returns:
         `chosen_ids` and `rejected_ids` (lists of int32, prompt and completion), `chosen_start` and
@@ -70,25 +65,16 @@ def tokenize_rows(
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
     """
     import datasets
-    from torch.utils.data import IterableDataset
 
-    if isinstance(rows, datasets.IterableDataset | IterableDataset):
-        given = stream_source(rows, source, enough)
-    elif isinstance(rows, datasets.Dataset):
-        given = Source(source, [], functools.partial(dataset_batches, rows))
-    else:
+    if not isinstance(rows, datasets.Dataset):
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
-            "or build one from a list with Dataset.from_list"
+            "or build one with Dataset.from_list, of a stream by Dataset.from_list(list(stream.take(10_000)))"
         )
-    done = tokenize_source(given, tokenizer, options)
+    done = tokenize_source(Source(source, [], functools.partial(dataset_batches, rows)), tokenizer, options)
     if problem := done.report.problem(source):
         raise TooManyDropped(problem, done.report)
-    pairs = without_numbers(done.rows)
-    if given.enough is not None:
-        pairs = pairs.select(range(min(len(pairs), given.enough)))
-        done.report.notes.append(f"{done.report.rows:,} rows of the stream were read for {len(pairs):,} pairs")
-    return pairs, done.report
+    return without_numbers(done.rows), done.report
 
 
 def tokenize_source(
@@ -118,9 +104,6 @@ def tokenize_source(
             counts.update(chunk.counts)
             digest.update(chunk.digest.encode())
             advance(len(columns["row"]) + len(chunk.drops))
-            hopeless = report.rows >= DECIDED and report.mostly_dropped()
-            if source.enough is not None and (report.kept >= source.enough or hopeless):
-                break
     report.prompt_cut, report.completion_cut = counts["prompt cut"], counts["completion cut"]
     report.notes = tokenize.notes(counts)
     rows = datasets.Dataset.from_file(str(file))

@@ -169,20 +169,6 @@ def untokenized(rows: Any) -> bool:
     return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
 
 
-def pairs_needed(args: ORPOConfig) -> int:
-    """Return the pairs that `args.max_steps` optimizer steps train on, over all processes.
-
-    Raises:
-        RequestError: max_steps is not set.
-    """
-    if args.max_steps <= 0:
-        raise RequestError(
-            f"ORPOConfig.max_steps: found {args.max_steps}, expected a number above 0: a streaming train_dataset does not "
-            "say how many rows it has, so max_steps says how far it is read"
-        )
-    return args.max_steps * args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-
-
 def check_tokenized(pairs: Any, name: str) -> None:
     """Refuse pairs tokenized elsewhere that have no label on one side.
 

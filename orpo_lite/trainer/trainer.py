@@ -13,7 +13,7 @@ from accelerate.utils.memory import clear_device_cache
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, IterableDataset
+from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
 from orpo_lite.common.console import peak_memory_bytes
@@ -57,9 +57,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         args: an ORPOConfig.
         data_collator: replaces our collator; it is given tokenized pairs, by our names and by TRL's, with the other columns
             of the data, and may return batches of TRL's form.
-        train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenized already. A
-            streaming one (of `datasets` or torch) is read once to disk, as far as `args.max_steps` needs, which must be set.
-        eval_dataset: the same, or a dict of several. A streaming one is read once to disk, to its end.
+        train_dataset: rows with prompt (or none), chosen, rejected as text or messages; or pairs tokenized already.
+        eval_dataset: the same, or a dict of several.
         processing_class: the tokenizer; left out, the model's own.
         peft_config: adapter to train; quantized models are prepared for it.
         The rest as in transformers.Trainer.
@@ -67,7 +66,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     Raises:
         ValueError: no data set, an encoder-decoder, an adapter both in `model` and in `peft_config`, or a kind of adapter that the
             loss cannot be computed through.
-        RequestError: more than half of the rows cannot be used; a stream without `max_steps`.
+        RequestError: more than half of the rows cannot be used, or a stream instead of a table.
     """
 
     _tag_names = ["orpo", "orpo-lite"]
@@ -80,7 +79,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         model: Any = None,
         args: ORPOConfig | None = None,
         data_collator: Any = None,
-        train_dataset: Dataset | IterableDataset | None = None,
+        train_dataset: Dataset | None = None,
         eval_dataset: Any = None,
         processing_class: Any = None,
         model_init: Any = None,
@@ -108,8 +107,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.drop_reports: dict[str, DropReport] = {}
         self._tokenize_options = setup.tokenize_options(args)
         check_variables(tokenizer, self._tokenize_options.template_kwargs, "template_kwargs")
-        streamed = isinstance(train_dataset, IterableDataset)
-        train_dataset = self._tokenized(train_dataset, "train", setup.pairs_needed(args) if streamed else None)
+        train_dataset = self._tokenized(train_dataset, "train")
         if isinstance(eval_dataset, dict):
             eval_dataset = {name: self._tokenized(rows, name) for name, rows in eval_dataset.items()}
         else:
@@ -163,15 +161,15 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     # ---- the pairs -------------------------------------------------------------------------------------------------
 
-    def _tokenized(self, rows: Any, name: str, enough: int | None = None) -> Any:
-        """Tokenize rows as the constructor's are, a stream as far as `enough` pairs; None and tokenized pairs stay."""
+    def _tokenized(self, rows: Any, name: str) -> Any:
+        """Tokenize rows as the constructor's are; None and tokenized pairs stay."""
         if not setup.untokenized(rows):
             setup.check_tokenized(rows, name)
             return rows
-        pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name, enough)
+        pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
         logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
-        return with_columns(pairs, rows) if self._own_collator and isinstance(rows, Dataset) else pairs
+        return with_columns(pairs, rows) if self._own_collator else pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:
         """Return batches of held-out pairs; rows that are not tokenized yet are tokenized as the others were."""
