@@ -27,7 +27,6 @@ from orpo_lite.report.drawing import (
     is_finite,
     running_mean,
     save_png,
-    thinned,
 )
 
 if TYPE_CHECKING:
@@ -35,8 +34,6 @@ if TYPE_CHECKING:
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
-BUDGET, MOST, LEAST = 12_000, 1000, 100
-"""Points of all lines on a page; the most of one line on the model card, and the least of one on a page."""
 
 
 @dataclass(frozen=True)
@@ -61,24 +58,14 @@ ON_CARD = 6
 """Panels on the model card: the first ones."""
 
 
-def curves(runs: Sequence[tuple[str, LoadedRun]]) -> tuple[list[Chart], list[str]]:
-    """Return the charts of one run, or of several over one another, and notes on how they are drawn.
+def curves(runs: Sequence[tuple[str, LoadedRun]]) -> list[Chart]:
+    """Return the charts of one run, or of several over one another.
 
     Args:
         runs: name and run; of several each metric gets a chart of its own.
     """
     shown = panels() if len(runs) == 1 else [one for panel in panels() for one in split(*panel)]
-    # of several runs only the mean is drawn, see `training_lines`; held-out lines are short
-    lines = sum(len(metrics) for _, metrics in shown) * len(runs) * (2 if len(runs) == 1 else 1)
-    most = max(LEAST, BUDGET // lines)
-    charts = [chart for panel in shown if (chart := draw(*panel, runs, most)).drawable]
-    longest = max(len(run.metrics) for _, run in runs)
-    if longest <= most:
-        return charts, []
-    return charts, [
-        f"{longest:,} log lines: each curve is drawn from at most {most:,} points, including the lowest and the highest "
-        "of every stretch."
-    ]
+    return [chart for panel in shown if (chart := draw(*panel, runs)).drawable]
 
 
 def draw_card_curves(run: LoadedRun, path: Path) -> bool:
@@ -87,7 +74,7 @@ def draw_card_curves(run: LoadedRun, path: Path) -> bool:
     Returns:
         False where no line of metrics.jsonl holds any of the metrics: then nothing is written.
     """
-    charts = [draw(*panel, [("", run)], MOST) for panel in panels()[:ON_CARD]]
+    charts = [draw(*panel, [("", run)]) for panel in panels()[:ON_CARD]]
     if not any(chart.lines for chart in charts):
         return False
     save_png(charts, path)
@@ -105,25 +92,21 @@ def split(panel: Chart, metrics: list[Metric]) -> list[tuple[Chart, list[Metric]
     ]
 
 
-def draw(panel: Chart, metrics: list[Metric], runs: Sequence[tuple[str, LoadedRun]], most: int) -> Chart:
-    """Return a panel with its lines: for every run and metric one of training and one of the held-out pairs.
-
-    Args:
-        most: points of a line.
-    """
+def draw(panel: Chart, metrics: list[Metric], runs: Sequence[tuple[str, LoadedRun]]) -> Chart:
+    """Return a panel with its lines: for every run and metric one of training and one of the held-out pairs."""
     chart = replace(panel, lines=[], notes=[])
     for place, (name, run) in enumerate(runs):
         for metric in metrics:
             if len(runs) > 1:  # dashes, so that runs do not differ by color alone
                 metric = replace(metric, color=place, dashed=bool(place % 2))
-            add_lines(chart, run, metric, name, most, alone=len(metrics) == len(runs) == 1)
+            add_lines(chart, run, metric, name, alone=len(metrics) == len(runs) == 1)
     baseline = runs[0][1].last_evaluation.get("length_baseline")
     if panel.key == "accuracy" and len(runs) == 1 and is_finite(baseline) and chart.lines:
         chart.across = (baseline, "always the longer answer")
     return chart
 
 
-def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, most: int, alone: bool) -> None:
+def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, alone: bool) -> None:
     """Add the lines of one metric of one run to a chart.
 
     Args:
@@ -136,10 +119,10 @@ def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, most: int
         of = f"{name}: " if name else ""
         chart.notes.append(f"{of}{len(gone):,} values of {metric.label} are not finite (step {first})")
     if trained:
-        chart.lines += training_lines(trained, metric, name, most)
+        chart.lines += training_lines(trained, metric, name)
     if held:
         label = f"{name}: held out" if name else f"{metric.label}, held out"
-        line = Line(label, thinned(held, most), ORANGE if alone else metric.color, "marks")
+        line = Line(label, held, ORANGE if alone else metric.color, "marks")
         pairs = run.last_evaluation.get("pairs")
         if metric.key == "rewards/accuracies" and pairs:
             line.band = [
@@ -149,17 +132,17 @@ def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, most: int
         chart.lines.append(line)
 
 
-def training_lines(points: list[Point], metric: Metric, name: str, most: int) -> list[Line]:
+def training_lines(points: list[Point], metric: Metric, name: str) -> list[Line]:
     """Return the line of a metric; where it is long, its running mean, and the line itself behind it."""
     look = "dashed" if metric.dashed else "solid"
     label = f"{name}: training" if name else metric.label
     if len(points) < SMOOTHED or not metric.smoothed:
-        return [Line(label, thinned(points, most), metric.color, look)]
+        return [Line(label, points, metric.color, look)]
     width = len(points) // 25
-    mean = Line(f"{label}, mean of {width:,}", thinned(running_mean(points, width), most), metric.color, look)
+    mean = Line(f"{label}, mean of {width:,}", running_mean(points, width), metric.color, look)
     if name:  # of several runs the means alone, to be told apart
         return [mean]
-    return [Line(label, thinned(points, most), metric.color, "faint"), mean]
+    return [Line(label, points, metric.color, "faint"), mean]
 
 
 def values(run: LoadedRun, metric: Metric, of: str = "") -> list[Point]:

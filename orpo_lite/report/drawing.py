@@ -102,21 +102,6 @@ def ticks(low: float, high: float, most: int) -> list[float]:
     return [float(mark) for mark in marks if low <= mark <= high]
 
 
-def thinned(points: list[Point], most: int) -> list[Point]:
-    """Keep at most `most` points: the lowest and the highest of each stretch, the first and the last."""
-    if len(points) <= most:
-        return points
-    ys = np.array([y for _, y in points])
-    finite = np.isfinite(ys)
-    low, high = np.where(finite, ys, np.inf), np.where(finite, ys, -np.inf)
-    edges = np.linspace(0, len(points), max(1, (most - 2) // 2) + 1).astype(int)
-    kept = {0, len(points) - 1}
-    for start, end in zip(edges, edges[1:], strict=False):
-        if finite[start:end].any():
-            kept |= {start + int(low[start:end].argmin()), start + int(high[start:end].argmax())}
-    return [points[place] for place in sorted(kept)]
-
-
 def running_mean(points: list[Point], width: int) -> list[Point]:
     """Average the last `width` finite values, from the first place that has as many."""
     xs, ys = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2).T

@@ -17,7 +17,6 @@ import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
 from huggingface_hub.utils import validate_repo_id
-from rich.markup import escape
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
@@ -56,20 +55,11 @@ LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
 def write_card(folder: RunFolder) -> None:
-    """Write README.md and its picture, curves.png, into a finished run folder.
-
-    A picture that cannot be drawn is reported on screen and left out of the card: it is no reason to fail a run.
-    """
+    """Write README.md and its picture, curves.png, into a finished run folder."""
     path = folder.path / "curves.png"
     path.unlink(missing_ok=True)
-    try:
-        if not draw_card_curves(read_run(folder), path):
-            console.print("no curves.png: metrics.jsonl holds no metrics (training.logging_strategy, eval_strategy)")
-    except Exception as error:  # a font, a full disk, a broken matplotlib
-        path.unlink(missing_ok=True)
-        console.print(
-            f"curves.png could not be drawn, so the card goes without: {escape(f'{type(error).__name__}: {error}')}"
-        )
+    if not draw_card_curves(read_run(folder), path):
+        console.print("no curves.png: metrics.jsonl holds no metrics (training.logging_strategy, eval_strategy)")
     (folder.path / "README.md").write_text(model_card(folder.path), "utf-8")
 
 

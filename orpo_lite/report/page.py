@@ -67,13 +67,13 @@ def run_page(run: LoadedRun) -> bytes:
         x="reward margin",
         hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
     )
-    drawn, notes = curves([("", run)])
+    drawn = curves([("", run)])
     titles = {"train": "Lengths of the training pairs", "eval": "Lengths of the held-out pairs"}
     lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in run.record.data.lengths.items()]
     return render(
         "run.html.jinja", [run], [spread if run.last_evaluation else None, *drawn, *lengths],
         title=f"ORPO run {run.name}", run=run, verdict=verdict(run), margins=spread,
-        answers=answers([(when, run.record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn, notes=notes,
+        answers=answers([(when, run.record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn,
         lengths=[chart for chart in lengths if chart],
     )  # fmt: skip
 
@@ -154,11 +154,7 @@ HOUSEKEEPING = {"name", "description", "needs", "training.output_dir"}
 def compare_page(runs: Sequence[LoadedRun]) -> bytes:
     """Render the page of several runs."""
     named = dict(zip(labels(runs), runs, strict=True))
-    drawn, notes = curves(list(named.items()))
-    if len({run.beta for run in runs}) > 1:
-        notes.append(
-            "Rewards, margins and the odds term are scaled by orpo.beta, which differs: compare log-odds and accuracy."
-        )
+    drawn = curves(list(named.items()))
     spread = margin_chart(
         {name: margins(run, "after", scale=1.0) for name, run in named.items()},  # without beta, which may differ
         title="Held-out pairs after training",
@@ -170,7 +166,7 @@ def compare_page(runs: Sequence[LoadedRun]) -> bytes:
         runs=runs, compared=[(name, run, verdict(run)) for name, run in named.items()], head=("", *named),
         other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
         differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
-        curves=drawn, notes=notes, margins=spread, answers=answers(same_prompts(named)),
+        curves=drawn, margins=spread, other_betas=len({run.beta for run in runs}) > 1, answers=answers(same_prompts(named)),
     )  # fmt: skip
 
 

@@ -243,7 +243,6 @@ def finish(
         if pairs["before"] and pairs["after"]:
             write_atomically(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
         report(folder)
-        write_card(folder)
         folder.write(facts)
         folder.before.unlink(missing_ok=True)
     except Exception as error:
@@ -259,10 +258,11 @@ def finish(
 
 
 def report(folder: RunFolder) -> None:
-    """Write report.html; a report that cannot be made is reported, and does not fail the run."""
+    """Write report.html and the model card with its picture; what cannot be made is reported, and does not fail the run."""
     try:
         write_report(folder)
+        write_card(folder)
     except Exception as error:
         if disk_trouble(error):
             raise
-        console.print(f"report.html could not be written: {type(error).__name__}: {error}", markup=False)
+        console.print(f"report.html or README.md could not be written: {type(error).__name__}: {error}", markup=False)
