@@ -28,7 +28,7 @@ from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
-from orpo_lite.trainer.run_folder import base_section, tokenizer_of
+from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 INSTEAD = "; export the merged model instead (without --adapter)"
@@ -79,7 +79,7 @@ def export(
     spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
     if trained:
         spec = base_section(source, base, trust_remote_code)
-    config, tokenizer = read_source(source, spec)
+    config, tokenizer = read_source(source, spec, adapter)
     output.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
         request = converter_request(source, config, tokenizer, Path(folder))
@@ -138,9 +138,15 @@ def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant
     return trained
 
 
-def read_source(source: Path, spec: ModelSection) -> tuple[Any, Any]:
-    """Return configuration (of the base, for an adapter) and tokenizer, as trained with."""
+def read_source(source: Path, spec: ModelSection, adapter: bool) -> tuple[Any, Any]:
+    """Return configuration (of the base, for an adapter) and tokenizer, as trained with.
+
+    Raises:
+        RequestError: an adapter alone, which holds no embeddings, needs some.
+    """
     config, tokenizer = read_config(spec), tokenizer_of(source, spec)
+    if adapter:
+        check_tokens_have_rows(tokenizer, config.get_text_config().vocab_size, source, spec)
     if not config.architectures:
         with torch.device("meta"):
             config.architectures = [type(AutoModelForCausalLM.from_config(config)).__name__]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 from enum import StrEnum
@@ -10,23 +11,36 @@ from typing import Annotated, Any
 import typer
 
 from orpo_lite.common.console import console, json_alone, run_command
+from orpo_lite.common.errors import RequestError
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
 Dtype = StrEnum("Dtype", ["bfloat16", "float16", "float32"])
 """Dtype of the merged weights."""
+Quantization = StrEnum("Quantization", ["nf4", "fp4", "int8"])
+"""What the base of a bare adapter was quantized with."""
 
 
 def command(
-    source: Annotated[
-        str, typer.Argument(metavar="RUN_OR_ADAPTER", help="run or adapter folder, or hub id of an adapter")
-    ],
     output: Annotated[str, typer.Option(help="folder to write; must not exist or be empty")],
+    source: Annotated[
+        str | None, typer.Argument(metavar="RUN_OR_ADAPTER", help="run or adapter folder, or hub id of an adapter")
+    ] = None,
+    adapter: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ADAPTER:WEIGHT", help="one of several to add up, with its weight (default 1); repeat it"),
+    ] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged weights; default: the base's own")] = None,
     onto: Annotated[
         Onto, typer.Option(help="original weights, or the quantized ones that training used (dequantized)")
     ] = Onto.original,
+    quantization: Annotated[
+        Quantization | None, typer.Option(help="what the base of a bare adapter was quantized with in training")
+    ] = None,
+    double_quant: Annotated[
+        bool, typer.Option("--double-quant", help="with nf4 and fp4: its constants were quantized too")
+    ] = False,
     verify: Annotated[
         bool | None,
         typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: if it fits"),
@@ -39,14 +53,29 @@ def command(
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     from orpo_lite.merge.run import merge
 
+    if (source is None) == (not adapter):
+        found = "neither" if source is None else f"{source} and --adapter {(adapter or [''])[0]}"
+        raise RequestError(
+            f"found {found}, expected RUN_OR_ADAPTER, or --adapter A:0.7 --adapter B:0.3 for the sum of several"
+        )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
     facts: dict[str, Any] = {}
     with json_alone(as_json) as print_json:
-        merge(source, output, base=base, dtype=dtype, onto=onto, verify=verify,
-              trust_remote_code=trust_remote_code, facts=facts)  # fmt: skip
+        merge(source or [weighted(one) for one in adapter or ()], output, base=base, dtype=dtype, onto=onto,
+              quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
+              facts=facts)  # fmt: skip
         if as_json:
             return print_json(facts)
     console.print(f"next: python -m orpo_lite.chat {output}", soft_wrap=True, markup=False)
+
+
+def weighted(given: str) -> tuple[str, float]:
+    """Split ADAPTER:WEIGHT; a path may hold colons of its own."""
+    path, _, last = given.rpartition(":")
+    try:
+        return (given, 1.0) if not path or os.path.exists(given) else (path, float(last))
+    except ValueError:
+        return given, 1.0
 
 
 if __name__ == "__main__":

@@ -27,6 +27,10 @@ from orpo_lite.trainer.run_folder import RunFolder
 BLOCKSIZE = 64
 """Weights that share a scale in bitsandbytes' 4-bit formats, by its default and transformers'."""
 MARK = ".quant_state.bitsandbytes__"
+QUANTIZED_NAME = re.compile(
+    r"(?i)[-_.](unsloth-)?(bnb|gptq|awq|fp8|nvfp4|mxfp4|hqq|aqlm|quip|eetq|quantized|w\d+a\d+|int[48]|[48]-?bit)(?![a-z]).*"
+)
+"""End of the name of a repository that was made from another."""
 
 
 class Base:
@@ -53,17 +57,12 @@ class Base:
     def __init__(self, spec: ModelSection, onto: str = "original", trained: torch.dtype = torch.float32):
         self.spec, self.config = spec, read_config(spec)
         shipped = shipped_quantization(self.config)
-        if shipped and onto == "original":
-            original = re.sub(r"(-unsloth)?-bnb-[48]bit$", "", spec.name_or_path)
-            hint = f", by its name {original}" if original != spec.name_or_path else ""
+        if shipped:
+            check_shipped(spec.name_or_path, shipped, onto)
+        elif onto == "quantized" and spec.quantization == "none":
             raise RequestError(
-                f"{spec.name_or_path} ships quantized, so it has no 16-bit weights to merge into: name the model that it "
-                f"was made from with --base{hint}, or take --onto quantized"
-            )
-        if onto == "quantized" and not shipped and spec.quantization == "none":
-            raise RequestError(
-                "--onto quantized: no quantized base is known for this adapter (no recipe.yaml, or "
-                "model.quantization=none): take --onto original"
+                "--onto quantized: nothing says how the base was quantized (no recipe.yaml, or model.quantization=none): say it "
+                "with --quantization nf4, fp4 or int8 and, where it was done, --double-quant; or take --onto original"
             )
         if shipped:
             del self.config.quantization_config  # type: ignore[attr-defined]
@@ -139,6 +138,22 @@ class Base:
             assert isinstance(one, Stored)
             transposed = isinstance(self.model.get_submodule(path), Conv1D)
             self.sources[key] = round_trip(one, spec.quantization, spec.double_quant, trained, transposed)
+
+
+def check_shipped(name: str, shipped: dict[str, Any], onto: str) -> None:
+    """Raise RequestError unless a repository that is quantized can be merged into."""
+    method = shipped.get("quant_method", "bitsandbytes")
+    readable = method == "bitsandbytes"
+    if readable and onto == "quantized":
+        return
+    owner, slash, model = name.rpartition("/")
+    stem = QUANTIZED_NAME.sub("", model)
+    guess = f" (a guess from its name: {owner}{slash}{stem}; check that it exists)" if stem != model else ""
+    raise RequestError(
+        f"{name} ships quantized ({method}), so it has no 16-bit weights to merge into: name the 16-bit model that it was "
+        f"made from with --base{guess}"
+        + (", or take --onto quantized" if readable else "; --onto quantized can read bitsandbytes' weights alone")
+    )
 
 
 def differ(one: Source, other: Source) -> bool:
@@ -228,11 +243,7 @@ def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.d
 
 
 def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, Source]:
-    """Turn the tensors of a repository in bitsandbytes' format into dequantized weights.
-
-    Raises:
-        RequestError: the repository is quantized in another way.
-    """
+    """Turn the tensors of a repository in bitsandbytes' format into dequantized weights."""
     from bitsandbytes import functional
 
     def from_8_bits(source: Stored, scales: Stored) -> Computed:
@@ -265,8 +276,4 @@ def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, So
             found[key] = from_8_bits(stored, tensors[f"{path}.SCB"])
         elif path not in four and MARK not in key and leaf not in ("SCB", "weight_format"):
             found[key] = stored
-    if all(isinstance(one, Stored) for one in found.values()):
-        raise RequestError(
-            "--onto quantized: the base is not quantized by bitsandbytes: name its 16-bit original with --base"
-        )
     return found

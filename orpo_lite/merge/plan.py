@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from peft import PeftModel
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
-from orpo_lite.merge.lora_edits import Dora, Edit, Replaced, Rows, read_adapter
-from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized
+from orpo_lite.merge.lora_edits import NAME, Added, Dora, Edit, LowRank, Replaced, Rows, read_adapter
+from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, blocks, resized
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
 from orpo_lite.model.adapter import lora_config, vocabulary_rows
+from orpo_lite.trainer.run_folder import check_tokens_have_rows, tokens_from
 
 
 @dataclass
@@ -23,19 +27,25 @@ class Plan:
     """A merge that can be done.
 
     Attributes:
-        adapted: the base's skeleton with the adapter on it.
-        edits: the adapter's changes by parameter name.
+        adapters: folder of each adapter with its weight.
+        adapted: the base's skeleton with the adapters on it.
+        edits: the adapters' changes by parameter name.
         dtype: dtype of most of the merged weights.
         shards: file name -> tensors to write, in order.
         untied: parameters that are one tensor in the base and two in the merged model.
+        new_tokens: ids of the tokens that the adapter adds or trains.
+        rowless: tokens that have no embedding in the base either, by name.
     """
 
     base: Base
+    adapters: list[tuple[Path, float]]
     adapted: PeftModel
     edits: dict[str, list[Edit]]
     dtype: torch.dtype
     shards: dict[str, list[Job]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
+    new_tokens: list[int] = field(default_factory=list)
+    rowless: dict[str, int] = field(default_factory=dict)
 
     @property
     def jobs(self) -> list[Job]:
@@ -46,24 +56,35 @@ class Plan:
         return sum(job.nbytes for job in self.jobs)
 
 
-def make_plan(source: Path, base: Base, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None) -> Plan:
+def make_plan(
+    adapters: list[tuple[Path, float]],
+    base: Base,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: torch.dtype | None = None,
+) -> Plan:
     """Settle every tensor of the merged model.
 
     Args:
-        source: adapter folder.
-        base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapter.
+        adapters: folder and weight of each.
+        base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapters.
         tokenizer: as trained with; its new tokens get rows.
         dtype: dtype of the merged weights; default: as each is stored.
 
     Raises:
-        RequestError: base and adapter do not fit, or the base's checkpoint cannot express a change.
+        RequestError: base and adapters do not fit, a token has no embedding, or the base's checkpoint cannot express a
+            change.
     """
-    model = base.model
-    resize(base, vocabulary_rows(model, source, lora_config(str(source)), tokenizer))
+    model, source = base.model, adapters[0][0]
+    held = len(model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    rows = max(vocabulary_rows(model, folder, lora_config(str(folder)), tokenizer) for folder, _ in adapters)
+    resize(base, rows)
+    rowless = check_tokens_have_rows(tokenizer, rows, source, base.spec)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
-    adapted, edits = read_adapter(source, model)
-    plan = Plan(base, adapted, edits, dtype or base.dtype)
+    adapted, edits = read_adapters(adapters, base)
+    trained = {int(i) for own in edits.values() for edit in own if isinstance(edit, Rows) for i in edit.index}
+    new_tokens = sorted(trained | set(tokens_from(tokenizer, held).values()) - set(rowless.values()))
+    plan = Plan(base, adapters, adapted, edits, dtype or base.dtype, new_tokens=new_tokens, rowless=rowless)
     routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
     for one, other in base.tied.items():
         if not alike(edits.get(one, []), edits.get(other, [])):
@@ -79,6 +100,67 @@ def make_plan(source: Path, base: Base, tokenizer: PreTrainedTokenizerBase, dtyp
         plan.shards.setdefault(base.files.get(key, last).name, []).append(job)
     check_all_applied(source, plan)
     return plan
+
+
+def read_adapters(adapters: list[tuple[Path, float]], base: Base) -> tuple[PeftModel, dict[str, list[Edit]]]:
+    """Put adapters on the base's skeleton; return it, with all of them active, and their changes by parameter name.
+
+    Raises:
+        RequestError: see `read_adapter`; or a change of which no multiple can be added.
+    """
+    skeletons = [base.model, *(copy.deepcopy(base.model) for _ in adapters[1:])]
+    found = [read_adapter(folder, skeleton) for (folder, _), skeleton in zip(adapters, skeletons, strict=True)]
+    adapted, edits = found[0]
+    if adapters[1:] or adapters[0][1] != 1:
+        edits = {}
+        for (model, own), (folder, weight) in zip(found, adapters, strict=True):
+            for name, edit in ((name, edit) for name, changes in own.items() for edit in changes):
+                if isinstance(edit, Replaced) and holds(base, name, edit.value):
+                    continue  # PEFT saves embeddings beside LoRA on them
+                if type(edit) not in (LowRank, Added):
+                    kind = {Dora: "DoRA", Rows: "trained rows"}.get(type(edit), "weights trained as a whole")
+                    raise RequestError(
+                        f"--adapter: {folder} changes {name} by {kind}, which has no weighted sum: merge it alone, without "
+                        "a weight"
+                    )
+                edit.scale *= weight  # type: ignore[union-attr]  # checked above
+                edits.setdefault(name, []).append(edit)
+            add_layers(adapted, model, str(folder), weight)
+    return adapted, edits
+
+
+def holds(base: Base, parameter: str, value: Tensor) -> bool:
+    """Return True where a base stores a parameter with these values."""
+    names = {parameter, base.tied.get(parameter, parameter)}
+    homes = [key for key, links in base.keys.links.items() if names & {link.parameter for link in links}]
+    source = base.sources[homes[0]]
+    read = source.reader()
+    return source.shape == tuple(value.shape) and all(
+        torch.equal(read(block).float(), value[block].float()) for block in blocks(source.shape)
+    )
+
+
+def add_layers(adapted: PeftModel, other: PeftModel, name: str, weight: float) -> None:
+    """Add another skeleton's LoRA layers times a weight, for PEFT to run all together; `other` may be `adapted`."""
+    inside, moved = adapted.get_base_model(), "nothing"
+    for path, layer in list(other.get_base_model().named_modules()):
+        if not isinstance(layer, LoraLayer):
+            continue
+        layer.scaling[NAME] *= weight
+        if path.startswith(f"{moved}."):
+            continue
+        mine = inside.get_submodule(path)
+        if mine is layer:
+            continue
+        if not isinstance(mine, LoraLayer):
+            inside.set_submodule(path, layer)  # type: ignore[arg-type]  # a module too
+            moved = path
+            continue
+        key = name.replace(".", "_")
+        for part in (*layer.adapter_layer_names, *layer.other_param_names):
+            if NAME in getattr(layer, part):
+                getattr(mine, part)[key] = getattr(layer, part)[NAME]
+        mine._active_adapter = [*mine.active_adapters, key]
 
 
 def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torch.dtype | None:

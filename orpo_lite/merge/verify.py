@@ -49,13 +49,15 @@ ROOM = 256 << 20
 """Bytes that one layer may take in float32 beyond the merge's largest tensor, unless the check is asked for."""
 
 
-def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
+def probe_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor, str]:
     """Return token ids (B, T) to compare models on, and where they come from: training rows in run.json, else texts."""
+    source, rowless = plan.adapters[0][0], set(plan.rowless.values())
     rows: list[list[int]] = []
     if (source / "run.json").is_file():
         rows = read_record(RunFolder(source)).probe
     origin = "training rows" if rows else "sentences"
     rows = rows or [tokenizer(text)["input_ids"] for text in TEXTS]  # type: ignore[misc]
+    rows = [[i for i in row if i not in rowless] for row in rows]
     length = min(PROBE_TOKENS, *(len(row) for row in rows))
     return torch.tensor([row[:length] for row in rows]), f"{len(rows)} {origin} of {length} tokens"
 
@@ -63,7 +65,6 @@ def probe_tokens(source: Path, tokenizer: PreTrainedTokenizerBase) -> tuple[Tens
 def check_merged(
     plan: Plan,
     folder: Path,
-    source: Path,
     tokenizer: PreTrainedTokenizerBase,
     trained: tuple[ModelSection, torch.dtype] | None,
     asked: bool | None,
@@ -73,7 +74,6 @@ def check_merged(
     Args:
         plan: what was merged.
         folder: the merged model.
-        source: adapter folder.
         tokenizer: for the probes.
         trained: base and dtype of training, where those are other weights than the ones merged into.
         asked: None runs the check only where its largest layer fits into the merge's own memory.
@@ -87,30 +87,38 @@ def check_merged(
     largest = max(job.nbytes for job in plan.jobs)
     if asked is None and needed > largest + ROOM:
         return [f"not verified: one layer takes {needed / 1e9:.1f} GB in float32; --verify runs it all the same"]
-    tokens, origin = probe_tokens(source, tokenizer)
-    # the tokenizer may know more tokens than the model
-    tokens = tokens.clamp(max=plan.base.model.config.get_text_config().vocab_size - 1)
+    tokens, origin = probe_tokens(plan, tokenizer)
+    probes, length = tokens, tokens.shape[1]
+    if plan.new_tokens:  # no text may hold them, so they make a probe of their own
+        probes = torch.cat([tokens, torch.tensor([(plan.new_tokens * length)[-length:]])])
     merged = Base(ModelSection(name_or_path=str(folder), quantization="none"))
+    rows = len(merged.model.get_input_embeddings().weight)  # type: ignore[arg-type]
+    if probes.max() >= rows:
+        raise RuntimeError(
+            f"the tokenizer writes token {probes.max()}, and the merged model has {rows} rows of embeddings"
+        )
     try:
-        expected = run(plan.base, plan.adapted, tokens)
-        found = run(merged, merged.model, tokens)
+        expected = run(plan.base, plan.adapted, probes)
+        found = run(merged, merged.model, probes)
     except Exception as error:  # a model may do anything with weights that are not there
         why = f"{type(plan.base.model).__name__} cannot be run from its files: {error}"
         if asked:
             raise RuntimeError(why) from error
         return [f"not verified: {why}"]
-    notes = [f"against base and adapter unmerged, on {origin}: {drift(expected, found, tokens)}"]
+    notes = [
+        f"against base and adapter unmerged, on {origin}: {drift(expected[: len(tokens)], found[: len(tokens)], tokens)}"
+    ]
     # of the logits' standard deviation; also of a model of zeros
     distance = (found - expected).abs().mean() / expected.std().clamp(min=1e-30)
     if not distance < (1e-3 if plan.dtype == torch.float32 else 0.1):
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is not None:
-        notes.append(drift_from_training(source, tokenizer, tokens, found, trained))
+        notes.append(drift_from_training(plan, tokenizer, tokens, found[: len(tokens)], trained))
     return notes
 
 
 def drift_from_training(
-    source: Path,
+    plan: Plan,
     tokenizer: PreTrainedTokenizerBase,
     tokens: Tensor,
     merged_logits: Tensor,
@@ -119,7 +127,7 @@ def drift_from_training(
     """Compare with the quantized base and the adapter of training; return a sentence."""
     try:
         base = Base(trained[0], "quantized", trained[1])
-        as_trained = run(base, make_plan(source, base, tokenizer).adapted, tokens)
+        as_trained = run(base, make_plan(plan.adapters, base, tokenizer).adapted, tokens)
     except (RequestError, RuntimeError) as error:
         return f"not compared with the quantized base of training: {error}"
     return f"against the quantized base and adapter of training: {drift(as_trained, merged_logits, tokens)}"

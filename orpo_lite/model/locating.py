@@ -104,39 +104,34 @@ def adapter_folder(source: str | Path) -> Path:
 def check_no_adapter_is_lost(
     named: str, base: str | None = None, adapter: str | None = None, revision: str | None = None
 ) -> None:
-    """Refuse a base that is itself an adapter, and one that leaves out an adapter below another; say how to merge them.
+    """Refuse a base that is itself an adapter, or that leaves out an adapter which another was trained on.
 
     Args:
-        named: model.name_or_path, or what an adapter names as its base.
+        named: model.name_or_path, or what `adapter` names as its base; `revision` is that of a hub id.
         base: what is used in its place, if anything.
-        adapter: the adapter whose base this is, if any.
-        revision: branch, tag or commit of `named`, for a hub id.
 
     Raises:
-        RequestError: with the commands in order, for a chain of any length.
+        RequestError: with the commands that merge the chain, in order.
     """
     chain, whole = adapter_chain(named, revision)
     if base is not None and not any(same_model(base, one) for one in chain):
         chain, whole = adapter_chain(base)
     if len(chain) == 1 and whole:
         return
-    lost, onto, commands, made = chain[:-1] if whole else chain, "" if whole else " --base BASE", [], ""
-    for one in reversed(lost):
-        made = shlex.quote(f"{Path(resolve_path(one)).name}-merged")
-        commands.append(f"  python -m orpo_lite.merge {shlex.quote(one)}{onto} --output {made}\n")
+    lost, onto, steps, made = chain[:-1] if whole else chain, "" if whole else " --base BASE", "", ""
+    for one in [*reversed(lost), *([adapter] if adapter else [])]:
+        below, made = made, shlex.quote(f"{Path(resolve_path(one)).name}-merged")
+        steps += f"\n  python -m orpo_lite.merge {shlex.quote(one)}{onto} --output {made}"
         onto = f" --base {made}"
-    if adapter is None:
-        root = chain[1] if len(chain) == 2 else "BASE"
-        more = f"; to train the adapter itself further: model.name_or_path={root} adapter.init_from={named}"
+    if adapter:
         raise RequestError(
-            f"model.name_or_path: {named} is an adapter, not a model: merge it first:\n{''.join(commands)}then set "
-            f"model.name_or_path={made}{more if len(lost) == 1 else ''}"
+            f"{adapter}: its base {lost[0]} is itself an adapter, which would be lost: merge from below:{steps}\n(or leave the "
+            f"last one out and give --base {below} here; model.name_or_path={below} in a recipe)"
         )
-    name = shlex.quote(f"{Path(adapter).name}-merged")
+    root = chain[1] if len(chain) == 2 else "BASE"
     raise RequestError(
-        f"{adapter}: its base {lost[0]} is itself an adapter, which would be lost: merge it first:\n{''.join(commands)}"
-        f"then give --base {made} here (model.name_or_path={made} in a recipe), or make a plain model for every command:\n"
-        f"  python -m orpo_lite.merge {shlex.quote(adapter)}{onto} --output {name}"
+        f"model.name_or_path: {named} is an adapter, not a model: merge it first:{steps}\nthen set model.name_or_path={made}; "
+        f"to train the adapter itself further: model.name_or_path={root} adapter.init_from={named}"
     )
 
 

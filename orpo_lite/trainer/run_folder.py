@@ -263,3 +263,38 @@ def tokenizer_of(folder: Path, spec: ModelSection) -> PreTrainedTokenizerBase:
         if tokenizer.chat_template:
             console.print(f"chat template: that of {spec.name_or_path}, for {folder} has none", markup=False)
     return tokenizer
+
+
+def check_tokens_have_rows(
+    tokenizer: PreTrainedTokenizerBase, rows: int, folder: Path, spec: ModelSection
+) -> dict[str, int]:
+    """Return the tokens (name -> id) that have no embedding in the base either, as Gemma 3's image token.
+
+    Args:
+        tokenizer: that of the adapter in `folder` on the base `spec`.
+        rows: rows of the embeddings that they have together.
+
+    Raises:
+        RequestError: text can produce tokens that the adapter's tokenizer added, and that have no embedding.
+    """
+    from orpo_lite.model import load_tokenizer
+
+    known, lacking = {}, tokens_from(tokenizer, rows)
+    if lacking:
+        with contextlib.suppress(RequestError):
+            known = load_tokenizer(spec.model_copy(update={"new_tokens": [], "chat_template": None})).get_vocab()
+    if added := [token for token, i in lacking.items() if known.get(token) != i]:
+        raise RequestError(
+            f"{folder}: its tokenizer has {len(added)} token(s) without an embedding: {', '.join(added[:8])}; there are {rows} "
+            "rows, and the adapter holds no more: save it again with its embeddings (PEFT's save_embedding_layers=True), or, "
+            f"where no text uses the tokens, copy the tokenizer files of {spec.name_or_path} over those in {folder}"
+        )
+    return lacking
+
+
+def tokens_from(tokenizer: PreTrainedTokenizerBase, start: int) -> dict[str, int]:
+    """List the tokens from the id `start` on that text can produce: name -> id."""
+    beyond = sorted((i, token) for token, i in tokenizer.get_vocab().items() if i >= start)
+    return {
+        token: i for i, token in beyond if i in tokenizer.encode(str(tokenizer.decode([i])), add_special_tokens=False)
+    }

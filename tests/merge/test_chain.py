@@ -32,7 +32,7 @@ def chain(base_folder, tmp_path, monkeypatch):
         model, below, folders = AutoModelForCausalLM.from_pretrained(base_folder("llama")), base_folder("llama"), []
         for name in names:
             model = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "up_proj"]))
-            disturb(model)
+            disturb(model, 0.05)
             model.save_pretrained(name)
             config = json.loads(Path(name, "adapter_config.json").read_text()) | {"base_model_name_or_path": str(below)}
             Path(name, "adapter_config.json").write_text(json.dumps(config))
@@ -58,7 +58,7 @@ def test_commands_that_are_printed_merge_the_whole_chain(chain, names):
         given = dict(zip(options[::2], options[1::2], strict=True))
         made = merge(adapter, given["--output"], base=given.get("--base"))
     torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(made)), expected, atol=1e-5, rtol=1e-5)
-    assert f"then give --base {shlex.quote(given['--base'])} here" in str(refused.value)
+    assert f"and give --base {shlex.quote(given['--base'])} here" in str(refused.value)
     below = ModelSection(name_or_path=given["--base"], quantization="none")
     adapted = load_adapter(load_base(below)[0], "orpo")
     torch.testing.assert_close(logits(adapted), expected, atol=1e-5, rtol=1e-5)

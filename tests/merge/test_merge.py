@@ -214,7 +214,7 @@ def test_bare_adapter_of_peft_alone(base_folder, tmp_path):
     out = merge(tmp_path / "adapter", tmp_path / "merged")
     same(logits(plain(out)), logits(model))
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
-    with pytest.raises(RequestError, match="no quantized base"):
+    with pytest.raises(RequestError, match="nothing says how the base was quantized"):
         merge(tmp_path / "adapter", tmp_path / "other", onto="quantized")
 
 
