@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,13 +10,18 @@ import typer
 from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import show, show_groups
+from orpo_lite.evaluate.terminal import ENDED_AT_ONCE
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.answering import Sampling
+    from orpo_lite.evaluate.loading import Side
 
 
 def command(
     run: Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")],
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="compare with this run, adapter or model instead of its base")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="hub id or folder of another base for the adapter")] = None,
     data: Annotated[
         str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
     ] = None,
@@ -46,7 +50,7 @@ def command(
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
 ) -> None:
-    """Compare base and adapter of a run: on held-out pairs, or by their answers."""
+    """Compare base and adapter of a run, or two runs: on held-out pairs, or by their answers."""
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
@@ -56,22 +60,44 @@ def command(
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
     if top_p < 1 and not temperature:
         raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
-    if prompts is not None:
-        from orpo_lite.trainer.generate import Sampling
+    from orpo_lite.evaluate.loading import check_two, find_sides
 
+    if prompts is None:
+        evaluate_pairs(find_sides(run, trust_remote_code, base, against), data, as_json)
+        return
+    from orpo_lite.evaluate.answer_file import answer_questions, read_questions
+    from orpo_lite.evaluate.judge import find_judge, judge_answers, show_summary
+    from orpo_lite.trainer.generate import Sampling
+
+    sides, questions = find_sides(run, trust_remote_code, base, against), read_questions(prompts)
+    names, found, summary = tuple(side.name for side in sides), None, None
+    if judge:
+        check_two(sides, "--judge")
+        found = find_judge(judge, judge_model, trust_remote_code)
+    with json_alone(as_json) as print_json:
         sampling = Sampling(max_new_tokens, temperature, top_p)
-        answer_prompts(run, prompts, sampling, seed, batch_size, output, judge, judge_model, as_json, trust_remote_code)
+        rows = answer_questions(sides, questions, sampling, seed, batch_size, output)
+        sides.clear()  # the judge needs their memory
+        if found:
+            verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
+            summary = judge_answers(found, rows, names, verdicts)
+        if as_json:
+            print_json({"answers": rows, "judged": summary})
+            return
+    if summary:
+        show_summary(summary, names)
     else:
-        evaluate_pairs(run, data, as_json, trust_remote_code)
+        show_answers(rows, names)
+    if output:
+        console.print(f"{len(rows)} rows in {output}", soft_wrap=True, markup=False)
 
 
-def evaluate_pairs(run: str, data: str | None, as_json: bool, trust_remote_code: bool) -> None:
+def evaluate_pairs(sides: list[Side], data: str | None, as_json: bool) -> None:
     """Evaluate held-out pairs under every side."""
-    from orpo_lite.evaluate.loading import load_for_evaluation
+    from orpo_lite.evaluate.loading import evaluate_sides
 
     with json_alone(as_json) as print_json:
-        held_out = load_for_evaluation(run, data, trust_remote_code)
-        results, report = held_out.evaluate_sides(), held_out.pairs.report
+        results, report = evaluate_sides(sides, data)
         if as_json:
             print_json(results | {"drops": report.as_dict()})
             return
@@ -79,46 +105,6 @@ def evaluate_pairs(run: str, data: str | None, as_json: bool, trust_remote_code:
         console.print(str(report), markup=False)
     show(results)
     show_groups(results)
-
-
-def answer_prompts(
-    run: str,
-    prompts: str,
-    sampling: Sampling,
-    seed: int,
-    batch_size: int,
-    output: Path | None,
-    judge: str | None,
-    judge_model: str | None,
-    as_json: bool,
-    trust_remote_code: bool,
-) -> None:
-    """Answer a file of prompts with every side, and have the answers judged."""
-    from orpo_lite.evaluate.answer_file import answer_questions, read_questions
-    from orpo_lite.evaluate.answering import Answerer
-    from orpo_lite.evaluate.judge import find_judge, judge_answers, show_summary
-    from orpo_lite.evaluate.loading import resolve_model
-
-    source, questions = resolve_model(run, trust_remote_code), read_questions(prompts)
-    found = summary = None
-    if judge:
-        source.check_two_sides("--judge")
-        found = find_judge(judge, judge_model, trust_remote_code)
-    with json_alone(as_json) as print_json:
-        rows = answer_questions(Answerer(source), questions, sampling, seed, batch_size, output)
-        if found:
-            gc.collect()  # frees the models that answered
-            verdicts = output.with_name(f"{output.stem}.verdicts.jsonl") if output else None
-            summary = judge_answers(found, rows, source.names, verdicts)
-        if as_json:
-            print_json({"answers": rows, "judged": summary})
-            return
-    if summary:
-        show_summary(summary, source.names)
-    else:
-        show_answers(rows, source.names)
-    if output:
-        console.print(f"{len(rows)} rows in {output}", soft_wrap=True, markup=False)
 
 
 def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int = 4) -> None:
@@ -129,15 +115,16 @@ def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int 
             console.print(f"\n{question[:300]}", style="dim", markup=False)
             for name in names:
                 text = row["answers"][name][turn]
-                console.print(f"  {name}: ", style="bold", end="")
-                console.print("(no room left)" if text is None else text[:600], markup=False)
+                console.print(f"  {name}: ", style="bold", end="", markup=False)
+                console.print("(no room left)" if text is None else text[:600] or ENDED_AT_ONCE, markup=False)
     console.print()
     for name in names:
         tokens = [count for row in rows for count in row["tokens"][name] if count is not None]
         cut = sum(ended is False for row in rows for ended in row["ended"][name])
         console.print(
             f"{name}: {len(tokens)} answers of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {cut} cut at "
-            "--max-new-tokens"
+            "--max-new-tokens",
+            markup=False,
         )
 
 

@@ -19,7 +19,8 @@ from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
 from orpo_lite.data.sources import local_files
 from orpo_lite.evaluate.answering import Answerer, Sampling
-from orpo_lite.evaluate.loading import ModelSource
+from orpo_lite.evaluate.loading import Side
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.interruptions import named
 
@@ -142,7 +143,7 @@ class ResultFile:
 
 
 def answer_questions(
-    answerer: Answerer, questions: list[Question], sampling: Sampling, seed: int, batch_size: int, output: Path | None
+    sides: list[Side], questions: list[Question], sampling: Sampling, seed: int, batch_size: int, output: Path | None
 ) -> list[dict[str, Any]]:
     """Answer every question with every side; nothing is loaded where everything is in `output` already.
 
@@ -152,15 +153,17 @@ def answer_questions(
         Rows of the question's fields and of `answers`, `tokens` and `ended`: for each side a list over its turns, in
         which None stands for an answer that the conversation left no room for.
     """
-    source = answerer.source
-    settings = {"model": source.path, "weights": fingerprint(source), "max_new_tokens": sampling.max_new_tokens}
+    settings: dict[str, Any] = {"sides": {side.name: identify(side) for side in sides}}
+    settings["max_new_tokens"] = sampling.max_new_tokens
     if sampling.temperature:
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p}
         settings |= sampled | {"seed": seed, "batch_size": batch_size}
     results = ResultFile(output, [vars(one) | {"settings": settings} for one in questions])
     if len(results.rows) == len(questions):
         return results.rows
-    check_room(answerer, questions)
+    answerers = [Answerer(side) for side in sides]
+    for answerer in answerers:
+        check_room(answerer, questions)
     with progress_bar("answering", len(questions)) as advance:
         advance(len(results.rows))
         for start in range(0, len(questions), batch_size):
@@ -168,20 +171,17 @@ def answer_questions(
             done = max(0, len(results.rows) - start)
             if done >= len(part):
                 continue
-            answered = {
-                name: converse(answerer, name, part, sampling, (seed, start, n))
-                for n, name in enumerate(answerer.names)
-            }
+            answered = {one.name: converse(one, part, sampling, (seed, start, n)) for n, one in enumerate(answerers)}
             for place in range(done, len(part)):
-                sides = {name: answered[name][place] for name in answerer.names}
-                results.append({key: {name: [one and one[key] for one in turns] for name, turns in sides.items()}
+                turns = {name: conversations[place] for name, conversations in answered.items()}
+                results.append({key: {name: [one and one[key] for one in each] for name, each in turns.items()}
                                 for key in ("answers", "tokens", "ended")})  # fmt: skip
             advance(len(part) - done)
     return results.rows
 
 
 def converse(
-    answerer: Answerer, name: str, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
+    answerer: Answerer, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
 ) -> list[list[dict[str, Any] | None]]:
     """Have one side answer the turns of each question."""
     conversations = [list(one.prompt) for one in questions]
@@ -200,7 +200,7 @@ def converse(
         for group in filter(None, (batch, *short)):
             limit = replace(sampling, max_new_tokens=room[group[0]])
             with named("answering", "set a smaller --batch-size or --max-new-tokens"):
-                replies = answerer.replies(name, [prompts[n] for n in group], limit)
+                replies = answerer.replies([prompts[n] for n in group], limit)
             for n, reply in zip(group, replies, strict=True):
                 answered[n].append({"answers": reply.text, "tokens": reply.tokens, "ended": reply.ended})
                 conversations[n].append({"role": "assistant", "content": reply.text})
@@ -224,7 +224,14 @@ def check_room(answerer: Answerer, questions: list[Question]) -> None:
             )
 
 
-def fingerprint(source: ModelSource) -> str | None:
-    """Hash an adapter's weights, so that another adapter's answers are not taken for its own."""
-    file = Path(source.path) / "adapter_model.safetensors"
-    return hashlib.sha256(file.read_bytes()).hexdigest()[:16] if file.is_file() else None
+def identify(side: Side) -> dict[str, Any]:
+    """Say which weights a side has, so that another's answers are not taken for its own."""
+    source = side.source
+    if not side.adapted or source.kind != "adapter":
+        return {"model": source.model.name_or_path}
+    weights = (Path(source.path) / ADAPTER_WEIGHTS).read_bytes()
+    return {
+        "model": source.model.name_or_path,
+        "adapter": source.path,
+        "weights": hashlib.sha256(weights).hexdigest()[:16],
+    }

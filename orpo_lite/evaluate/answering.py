@@ -2,31 +2,25 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any, Literal
 
 import torch
 from transformers import TextStreamer
 
-from orpo_lite.common.console import console, errors
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
-from orpo_lite.data.collate import PaddedCollator
 from orpo_lite.data.conversations import Forms, find_forms, formed
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape, without_system
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.loading import ModelSource, load_model
-from orpo_lite.model import autocast, load_base, stop_token_ids
+from orpo_lite.evaluate.loading import ModelSource, Side
+from orpo_lite.model import autocast, stop_token_ids
 from orpo_lite.model.tokenizer import TemplateRefused, render_chats
-from orpo_lite.trainer.generate import Sampling, generate
-from orpo_lite.trainer.objective import Objective
-from orpo_lite.trainer.run_folder import tokenizer_of
+from orpo_lite.trainer.generate import Sampling, generate, mean_logps
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""
@@ -113,21 +107,15 @@ class PromptFormat:
 
 
 class Answerer:
-    """One model, or two of which one is the other's base, under one tokenizer and prompt format; loaded at first use.
+    """A side that answers and scores answers, under its own tokenizer and prompt format; loaded at first use."""
 
-    Args:
-        source: where they come from.
-    """
+    def __init__(self, side: Side):
+        self.side, self.name, self.source = side, side.name, side.source
 
-    def __init__(self, source: ModelSource):
-        self.source, self.names = source, source.names
-        self.objectives: dict[int, Objective] = {}
-        """By the identity of the model that they score."""
-
-    @cached_property
+    @property
     def tokenizer(self) -> Any:
         """The tokenizer as trained with."""
-        return tokenizer_of(Path(self.source.path), self.source.model)
+        return self.side.weights.tokenizer
 
     @cached_property
     def format(self) -> PromptFormat:
@@ -135,37 +123,15 @@ class Answerer:
         return PromptFormat(self.tokenizer, self.source)
 
     @cached_property
-    def model(self) -> Any:
-        """The trained model: with the adapter on, or whole."""
-        errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
-        return load_model(self.source, self.tokenizer)[0].eval()
-
-    @cached_property
-    def base_of_fine_tuned(self) -> Any:
-        """The model that a fine-tuned one started from, which is loaded beside it."""
-        assert self.source.base is not None
-        return load_base(self.source.base, self.tokenizer)[0].eval()
-
-    @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stop_token_ids(self.tokenizer, self.model.generation_config)
-
-    @contextlib.contextmanager
-    def side(self, name: str) -> Iterator[Any]:
-        """Provide the model of one of `names`."""
-        if name == self.names[-1]:
-            yield self.model
-        elif self.source.kind == "adapter":
-            with self.model.disable_adapter():
-                yield self.model
-        else:
-            yield self.base_of_fine_tuned
+        return stop_token_ids(self.tokenizer, self.side.weights.loaded[0].generation_config)
 
     @property
     def context(self) -> int | None:
         """Tokens of prompt and answer together that the model has positions for; None where it names no limit."""
-        limit = getattr(self.model.config.get_text_config(decoder=True), "max_position_embeddings", None)
+        config = self.side.weights.loaded[0].config.get_text_config(decoder=True)
+        limit = getattr(config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
     def prompts(self, conversations: list[Turns]) -> list[list[int]]:
@@ -179,11 +145,9 @@ class Answerer:
         """Compute how many of `wanted` tokens an answer to this prompt can have; 0 or less where it does not fit."""
         return wanted if self.context is None else min(wanted, self.context - len(ids))
 
-    def replies(
-        self, name: str, prompts: list[list[int]], sampling: Sampling, streamer: Stream | None = None
-    ) -> list[Reply]:
+    def replies(self, prompts: list[list[int]], sampling: Sampling, streamer: Stream | None = None) -> list[Reply]:
         """Answer prompts as one batch; a streamer takes a single one."""
-        with self.side(name) as model, autocast(model):
+        with self.side.model() as model, autocast(model):
             made = generate(model, self.tokenizer, prompts, sampling, self.stops, streamer)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [
@@ -191,7 +155,7 @@ class Answerer:
             for text, ids in zip(texts, made, strict=True)
         ]
 
-    def reply(self, name: str, turns: Turns, sampling: Sampling, streamer: Stream | None = None) -> Reply:
+    def reply(self, turns: Turns, sampling: Sampling, streamer: Stream | None = None) -> Reply:
         """Answer one conversation.
 
         Raises:
@@ -201,30 +165,17 @@ class Answerer:
         room = self.room(ids, sampling.max_new_tokens)
         if room < 1:
             raise RequestError(f"the conversation has {len(ids):,} tokens, and the model takes {self.context:,}")
-        return self.replies(name, [ids], replace(sampling, max_new_tokens=room), streamer)[0]
+        return self.replies([ids], replace(sampling, max_new_tokens=room), streamer)[0]
 
     def stream(self) -> Stream:
         """Make a streamer that writes an answer to the terminal."""
         return Stream(self.tokenizer, strip=self.format.kind != "plain")
 
-    def mean_logps(self, turns: Turns, first: str, second: str) -> dict[str, tuple[float, float]]:
-        """Compute the mean log-prob per completion token, the end included, of two answers under every side.
+    def mean_logps(self, turns: Turns, first: str, second: str) -> torch.Tensor:
+        """Compute the mean log-prob per completion token, the end included, of two answers in the form of training, (2,).
 
         Raises:
             RequestError: an answer that training would drop.
-        """
-        batch = self.pair_batch(turns, first, second)
-        found = {}
-        for name in self.names:
-            with self.side(name) as model:
-                found[name] = self.score(model, batch)
-        return found
-
-    def pair_batch(self, turns: Turns, first: str, second: str) -> dict[str, Any]:
-        """Tokenize two answers as a row of training data would be, as a batch on the model's device.
-
-        Raises:
-            RequestError: the template refuses it, or an answer has no token.
         """
         recipe = self.source.recipe
         options = TokenizeOptions(
@@ -239,21 +190,8 @@ class Answerer:
         if chunk.drops:
             _, reason, detail = chunk.drops[0]
             raise RequestError(f"training would drop this pair: {reason} ({detail})")
-        collate = PaddedCollator(self.tokenizer.pad_token_id or 0, "chosen")
-        pair = {name: values[0] for name, values in chunk.columns.items()}
-        device, batch = self.model.device, collate([pair])
-        return {key: value.to(device) for key, value in batch.items() if isinstance(value, torch.Tensor)}
-
-    @torch.no_grad()
-    def score(self, model: Any, batch: dict[str, Any]) -> tuple[float, float]:
-        """Compute the mean log-prob of the first and of the second answer under a model as it stands."""
-        with autocast(model):
-            if id(model) not in self.objectives:
-                objective = self.objectives[id(model)] = Objective(SimpleNamespace(head_chunk=None), model.config)
-                exact = 1e-3 if next(model.parameters()).dtype == torch.float32 else 0.2
-                objective.find_head(model, model.device, exact)
-            stats, _ = self.objectives[id(model)].statistics(model, batch)
-        return stats.chosen_logps.item(), stats.rejected_logps.item()
+        with self.side.model() as model, autocast(model):
+            return mean_logps(model, {name: values[0] for name, values in chunk.columns.items()}, model.device)
 
 
 def write(text: str) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import os
 import random
@@ -14,13 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from prompt_toolkit import prompt as read_line
-from prompt_toolkit.application.current import get_app, get_app_session
-from prompt_toolkit.filters import Condition
-from prompt_toolkit.history import InMemoryHistory
-from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
-from prompt_toolkit.key_binding import KeyPress
-from prompt_toolkit.keys import Keys
+from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
@@ -28,13 +21,12 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line
 from orpo_lite.common.text import nearest, visible
+from orpo_lite.evaluate.terminal import BLOCK, ENDED_AT_ONCE, read_key, read_message
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
 
 FILE = "preferences.jsonl"
-BLOCK = '"""'
-"""Begins and ends a message of several lines."""
 HELP = {
     "/help": "show this list",
     "/clear": "begin a new conversation; the system turn stays",
@@ -50,12 +42,6 @@ MIN_ROOM = 64
 MIN_COLUMNS = 100
 """Width of a terminal from which on answers stand side by side."""
 CHOICE = "better: 1 or 2, e to write a better one; Enter skips, any other key begins the next message> "
-HISTORY = InMemoryHistory()
-"""Messages of this chat, for the arrow keys."""
-IN_BLOCK = Condition(
-    lambda: re.fullmatch(f"\\s*{BLOCK}(?!.*{BLOCK}\\s*$).*", get_app().current_buffer.text, re.DOTALL) is not None
-)
-"""Whether a message of several lines is not closed yet, so that Enter begins another line of it."""
 
 
 def command(
@@ -69,6 +55,10 @@ def command(
     compare: Annotated[
         bool, typer.Option("--compare", help="answer with base and adapter, and keep which one you like better")
     ] = False,
+    against: Annotated[
+        str | None, typer.Option(metavar="RUN", help="compare with this run, adapter or model instead of the base")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="hub id or folder of another base for the adapter")] = None,
     blind: Annotated[bool, typer.Option("--blind", help="with --compare: reveal the sides after your choice")] = False,
     preferences: Annotated[
         str, typer.Option(metavar="FILE", help="with --compare: where choices are appended, as training data")
@@ -77,7 +67,8 @@ def command(
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
 ) -> None:
-    """Talk to a trained model in the terminal, or compare it with its base."""
+    """Talk to a trained model in the terminal, or compare it with its base or another model."""
+    compare = compare or against is not None
     if (blind or preferences != FILE) and not compare:
         raise RequestError(f"{'--blind' if blind else '--preferences'} goes with --compare: add it, or leave this out")
     if top_p < 1 and not temperature:
@@ -92,16 +83,17 @@ def command(
     import torch
 
     from orpo_lite.evaluate.answering import Answerer, Sampling
-    from orpo_lite.evaluate.loading import resolve_model
+    from orpo_lite.evaluate.loading import check_two, find_sides
 
-    source = resolve_model(run, trust_remote_code)
+    sides = find_sides(run, trust_remote_code, base, against)
     if compare:
-        source.check_two_sides("--compare")
-    answerer = Answerer(source)
-    answerer.model.eval()  # loaded before the first message is typed
+        check_two(sides, "--compare")
+    answerers = [Answerer(side) for side in (sides if compare else sides[-1:])]
+    for answerer in answerers:
+        answerer.stops  # noqa: B018  # loads it before the first message is typed
     torch.manual_seed(seed if seed is not None else random.SystemRandom().randrange(2**32))
-    comparison = Comparison(answerer, kept, blind, random.Random(seed)) if compare else None
-    chat = Chat(answerer, Sampling(max_new_tokens, temperature, top_p), system, comparison)
+    comparison = Comparison(answerers, kept, blind, random.Random(seed), against is not None) if compare else None
+    chat = Chat(answerers, Sampling(max_new_tokens, temperature, top_p), system, comparison)
     if prompt is None:
         chat.run()
     else:
@@ -112,13 +104,14 @@ class Chat:
     """One conversation with a model, or with two of which the user chooses an answer.
 
     Args:
+        answerers: the one or two, the trained one last.
         comparison: makes and compares two answers; None asks the trained model alone.
     """
 
     def __init__(
-        self, answerer: Answerer, sampling: Sampling, system: str | None, comparison: Comparison | None = None
+        self, answerers: list[Answerer], sampling: Sampling, system: str | None, comparison: Comparison | None = None
     ):
-        self.answerer, self.sampling, self.system, self.comparison = answerer, sampling, system, comparison
+        self.answerers, self.sampling, self.system, self.comparison = answerers, sampling, system, comparison
         self.turns: Turns = []
         self.over = False
 
@@ -126,8 +119,8 @@ class Chat:
         """Read and answer messages until Ctrl-D or /quit."""
         how = "greedy" if not self.sampling.temperature else f"temperature {self.sampling.temperature:g}"
         self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
-        if self.answerer.format.note:
-            self.say(self.answerer.format.note)
+        for note in dict.fromkeys(one.format.note for one in self.answerers if one.format.note):
+            self.say(note)
         if self.comparison:
             self.say(self.comparison.opening())
         self.say(
@@ -167,18 +160,21 @@ class Chat:
 
     def answer(self, window: Turns) -> str:
         """Write the trained model's answer while it is generated."""
-        stream = self.answerer.stream()
+        [answerer] = self.answerers
+        stream = answerer.stream()
         try:
-            reply = self.answerer.reply(self.answerer.names[-1], window, self.sampling, stream)
+            reply = answerer.reply(window, self.sampling, stream)
         except KeyboardInterrupt:
             self.say("\n(stopped)")
-            return self.answerer.format.answer(stream.text)
+            return answerer.format.answer(stream.text)
         if not reply.ended:
             self.say(f"(cut after {reply.tokens:,} tokens: --max-new-tokens)")
+        elif not reply.text:
+            self.say(ENDED_AT_ONCE)
         return reply.text
 
     def window(self, turns: Turns) -> Turns:
-        """Select the system turn and as many of the last turns as the model has room for.
+        """Select the system turn and as many of the last turns as every model has room for.
 
         Raises:
             RequestError: the last message alone is too long, or the template refuses it.
@@ -187,17 +183,18 @@ class Chat:
         wanted = min(MIN_ROOM, self.sampling.max_new_tokens)
         for start in range(0, len(turns), 2):
             window = head + turns[start:]
-            [ids] = self.answerer.prompts([window])
+            prompts = [(one, one.prompts([window])[0]) for one in self.answerers]
+            # the one with the least room left
+            tight, ids = min(prompts, key=lambda pair: pair[0].room(pair[1], wanted))
             last = start + 2 > len(turns)
-            if self.answerer.room(ids, wanted) >= (1 if last else wanted):
+            if tight.room(ids, wanted) >= (1 if last else wanted):
                 if start:
-                    self.say(
-                        f"(the first {start} turns are left out: the model takes {self.answerer.context:,} tokens)"
-                    )
+                    taken = min(one.context for one in self.answerers if one.context)
+                    self.say(f"(the first {start} turns are left out: the model takes {taken:,} tokens)")
                 return window
         raise RequestError(
             f"the message has {len(ids):,} tokens with all that the template adds, and the model takes "
-            f"{self.answerer.context:,}: it is not sent"
+            f"{tight.context:,}: it is not sent"
         )
 
     def say(self, line: str) -> None:
@@ -221,7 +218,8 @@ class Chat:
             return
         system = None if text == "none" else text
         if system:
-            self.answerer.prompts([[{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]])
+            for answerer in self.answerers:
+                answerer.prompts([[{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]])
         self.system = system
         self.do_clear("")
 
@@ -264,13 +262,22 @@ class Comparison:
     """Rounds of a message, two answers and a choice.
 
     Args:
+        answerers: the two, the trained one last.
         file: where choices go; None asks for none.
         blind: the sides are shuffled, and revealed once a choice is made.
         order: draws the shuffles.
+        signed: rows say whose their answers are: chosen_model, rejected_model.
     """
 
-    def __init__(self, answerer: Answerer, file: PreferenceFile | None, blind: bool, order: random.Random):
-        self.answerer, self.file, self.blind, self.order = answerer, file, blind, order
+    def __init__(
+        self,
+        answerers: list[Answerer],
+        file: PreferenceFile | None,
+        blind: bool,
+        order: random.Random,
+        signed: bool = False,
+    ):
+        self.answerers, self.file, self.blind, self.order, self.signed = answerers, file, blind, order, signed
         self.preferred: list[str] = []
         """The side of each answer that was preferred."""
 
@@ -284,7 +291,7 @@ class Comparison:
         assert self.file is not None
         if not self.preferred:
             return "no choice was made"
-        source, trained = self.answerer.source, self.answerer.names[-1]
+        source, trained = self.answerers[-1].source, self.answerers[-1].name
         words = ["python", "-m", "orpo_lite.train", "--recipe", "RECIPE"]
         if source.recipe and source.kind == "adapter":
             words[-1:] = [source.path, f"adapter.init_from={source.path}"]
@@ -300,14 +307,15 @@ class Comparison:
         Returns:
             The answer that the conversation continues with, or None where Ctrl-C stopped it.
         """
-        names = list(self.answerer.names)
+        order = list(self.answerers)
         if self.blind:
-            self.order.shuffle(names)
+            self.order.shuffle(order)
         try:
-            replies = self.answers(turns, sampling, names)
+            replies = self.answers(turns, sampling, order)
         except KeyboardInterrupt:
             errors.print("\n(stopped: no comparison)", style="dim")
             return None
+        names = [one.name for one in order]
         first, second = (reply.text for reply in replies)
         if first == second:
             console.print("both answers are the same, so they make no pair", style="dim")
@@ -319,79 +327,86 @@ class Comparison:
         choice = self.choose(replies, names)
         if choice is None:
             side = "answer 1" if self.blind else f"the answer of {names[1]}"
-            console.print(f"not kept; the conversation continues with {side}", style="dim")
+            self.tell(f"not kept; the conversation continues with {side}")
             return first if self.blind else second
-        better, worse, side = choice
-        file.append(self.answerer.format.row(turns, better, worse))
-        self.preferred.append(side)
+        better, worse, *models = choice
+        trained = self.answerers[-1].format
+        signed = dict(zip(("chosen_model", "rejected_model"), models, strict=True)) if self.signed else {}
+        file.append(trained.row(turns, better, worse) | signed)
+        self.preferred.append(models[0])
         if self.blind:
-            console.print(f"kept; 1 was {names[0]}, 2 was {names[1]}", style="dim")
+            self.tell(f"kept; 1 was {names[0]}, 2 was {names[1]}")
             self.show_likelihoods(turns, replies, names)
         else:
-            console.print(f"kept ({len(self.preferred)} in this chat)", style="dim")
-        return self.answerer.format.answer(better)
+            self.tell(f"kept ({len(self.preferred)} in this chat)")
+        return trained.answer(better)
 
-    def answers(self, turns: Turns, sampling: Sampling, names: list[str]) -> list[Reply]:
+    def tell(self, line: str) -> None:
+        """Print a line that is no model's."""
+        console.print(line, style="dim", markup=False, soft_wrap=True)
+
+    def answers(self, turns: Turns, sampling: Sampling, order: list[Answerer]) -> list[Reply]:
         """Show both answers: in columns once they are complete, or on a narrow terminal one after the other as they
         are generated."""
         import torch
 
         wide = console.is_terminal and console.width >= MIN_COLUMNS
-        titles = [f"answer {place}" if self.blind else f"{place} {name}" for place, name in enumerate(names, 1)]
+        titles = [f"answer {place}" if self.blind else f"{place} {one.name}" for place, one in enumerate(order, 1)]
         seed, replies = int(torch.randint(2**62, ())), []
-        for title, name in zip(titles, names, strict=True):
+        for title, one in zip(titles, order, strict=True):
             torch.manual_seed(seed)  # the same draws for both, whichever comes first
             if wide:
-                with console.status(title):
-                    replies.append(self.answerer.reply(name, turns, sampling))
+                with console.status(escape(title)):
+                    replies.append(one.reply(turns, sampling))
             else:
                 console.print(title, style="bold", markup=False)
-                replies.append(self.answerer.reply(name, turns, sampling, self.answerer.stream()))
+                replies.append(one.reply(turns, sampling, one.stream()))
         if wide:
-            table = Table(*titles, expand=True, box=None, padding=(0, 2, 0, 0))
+            table = Table(*map(escape, titles), expand=True, box=None, padding=(0, 2, 0, 0))
             for column in table.columns:
                 column.ratio = 1
             table.add_row(*(Text(visible(reply.text)) for reply in replies))
             console.print(table)
         for title, reply in zip(titles, replies, strict=True):
             if not reply.ended:
-                console.print(f"({title}: cut after {reply.tokens:,} tokens)", style="dim", markup=False)
+                self.tell(f"({title}: cut after {reply.tokens:,} tokens)")
+            elif not reply.text:
+                self.tell(f"{title} {ENDED_AT_ONCE}")
         return replies
 
     def show_likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
         """Print the mean log-prob per token of each answer under each side, and its log-odds ratio."""
-        import torch
-
         from orpo_lite.objective.loss import log_odds_ratio
 
         try:
-            found = self.answerer.mean_logps(turns, replies[0].text, replies[1].text)
+            found = {one.name: one.mean_logps(turns, replies[0].text, replies[1].text) for one in self.answerers}
         except RequestError as error:
-            console.print(f"no log-probs: {error}", style="dim", markup=False, soft_wrap=True)
+            self.tell(f"no log-probs: {error}")
             return
-        titles = [f"{place} ({name})" for place, name in enumerate(names, 1)]
+        titles = [escape(f"{place} ({name})") for place, name in enumerate(names, 1)]
         table = Table(
             "mean log-prob per token", *titles, "log-odds ratio, 1 over 2", box=None, padding=(0, 2, 0, 0), style="dim"
         )
         for name, (first, second) in found.items():
-            ratio = log_odds_ratio(torch.tensor(first), torch.tensor(second)).item()
-            table.add_row(f"under {name}", f"{first:.4f}", f"{second:.4f}", f"{ratio:+.4f}")
+            ratio = log_odds_ratio(first, second).item()
+            table.add_row(escape(f"under {name}"), f"{first:.4f}", f"{second:.4f}", f"{ratio:+.4f}")
         console.print(table)
 
-    def choose(self, replies: list[Reply], names: list[str]) -> tuple[str, str, str] | None:
+    def choose(self, replies: list[Reply], names: list[str]) -> tuple[str, str, str, str] | None:
         """Ask which answer is better.
 
         Returns:
-            The better answer, the worse one, and whose the better one is; None for no choice.
+            The better answer, the worse one, and whose they are; None for no choice.
         """
         texts = {name: reply.text for name, reply in zip(names, replies, strict=True)}
         try:
             key = read_key(CHOICE, "12e")
             if key in ("1", "2"):
                 better, worse = names if key == "1" else names[::-1]
-                choice = texts[better], texts[worse], better
+                choice = texts[better], texts[worse], better, worse
             elif key == "e":
-                choice = read_message("better answer> "), texts[self.answerer.names[-1]], "you"
+                trained = self.answerers[-1].name
+                choice = read_message("better answer> "), texts[trained], "you", trained
             else:
                 return None
         except KeyboardInterrupt:
@@ -443,65 +458,3 @@ class PreferenceFile:
             append_line(self.path, json.dumps(row, ensure_ascii=False))
         except OSError as error:
             raise RequestError(f"{self.path} cannot be written ({error.strerror}): the choice is not kept") from None
-
-
-def read_message(prompt: str) -> str:
-    """Read a line, or several between triple quotes.
-
-    Raises:
-        EOFError: Ctrl-D.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    text = read_line(
-        prompt, history=HISTORY, multiline=IN_BLOCK, prompt_continuation="...> ", enable_suspend=True
-    ).strip()
-    return text.removeprefix(BLOCK).removesuffix(BLOCK).strip() if text.startswith(BLOCK) else text
-
-
-def read_key(question: str, answers: str) -> str:
-    """Ask a question that a single key answers. Everything else that is typed is left for the next message.
-
-    Args:
-        answers: the keys that answer it.
-
-    Returns:
-        One of `answers`, with or without Enter behind it; "" for Enter alone, for any other key, or where something was
-        typed before the question was there.
-
-    Raises:
-        EOFError: the terminal is gone.
-        KeyboardInterrupt: Ctrl-C.
-    """
-    source = get_app_session().input
-    with source.raw_mode():
-        typed = get_typeahead(source) + source.read_keys()
-    text = ""
-    if not typed:
-        console.print(question, end="", markup=False, soft_wrap=True)
-        typed = asyncio.run(next_keys())
-        text = "".join(key.data for key in typed)
-    answer = text.strip() if len(text.strip()) == 1 and text.strip() in answers else ""
-    console.print(answer)
-    if typed[0].key == Keys.ControlC:
-        raise KeyboardInterrupt
-    if not answer and text not in ("\r", "\n"):
-        store_typeahead(source, typed)
-    return answer
-
-
-async def next_keys() -> list[KeyPress]:
-    """Wait until something is typed; return all of it that is there.
-
-    Raises:
-        EOFError: the terminal is gone.
-    """
-    source, ready, keys = get_app_session().input, asyncio.Event(), []
-    with source.raw_mode(), source.attach(ready.set):
-        while not keys:
-            await ready.wait()
-            ready.clear()
-            # a terminal's late answer to a question about its cursor is no key
-            keys = [key for key in source.read_keys() + source.flush_keys() if key.key != Keys.CPRResponse]
-            if source.closed:
-                raise EOFError
-    return keys

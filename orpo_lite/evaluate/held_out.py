@@ -49,12 +49,12 @@ def length_baseline(pairs: Dataset) -> float:
     return float((chosen > rejected).sum() + (chosen == rejected).sum() / 2) / max(1, len(pairs))
 
 
-def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[str] | None = None) -> dict[str, Any]:
-    """Evaluate the model as it stands on the held-out pairs.
+def evaluate(trainer: ORPOTrainer, sources: list[str] | None = None, grouped: Dataset | None = None) -> dict[str, Any]:
+    """Evaluate the model as it stands on the held-out pairs of its trainer.
 
     Args:
-        trainer: its `eval_dataset` is used where `pairs` is None.
         sources: the name of each pair's source.
+        grouped: the same pairs by another tokenizer, whose lengths decide the groups.
 
     Returns:
         TRL's metrics without their prefix, loss, rewards/accuracies_interval (95%, Wilson), length_baseline (accuracy),
@@ -62,7 +62,7 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[s
     """
     from orpo_lite.objective.metrics import COLUMNS
 
-    held: Any = trainer.eval_dataset if pairs is None else pairs
+    held: Any = trainer.eval_dataset
     metrics = trainer.evaluate(held)
     count = len(held)
     named = {key.removeprefix("eval_"): value for key, value in metrics.items() if key.startswith("eval_")}
@@ -72,7 +72,7 @@ def evaluate(trainer: ORPOTrainer, pairs: Dataset | None = None, sources: list[s
     result["length_baseline"] = length_baseline(held)
     result["pairs"] = count
     chosen, rejected = (trainer.predictions[:, COLUMNS.index(f"logps/{side}")] for side in ("chosen", "rejected"))
-    result["by"] = breakdown(chosen, rejected, trainer.args.beta, held, sources)
+    result["by"] = breakdown(chosen, rejected, trainer.args.beta, held if grouped is None else grouped, sources)
     return result
 
 
@@ -144,13 +144,16 @@ def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
 
 def show(results: dict[str, dict[str, Any]]) -> None:
     """Print evaluations of the same pairs as a table, a column for each."""
+    from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(results.values()))
     title = f"{first['pairs']} held-out pairs"
-    table = Table("held-out pairs", *results, box=None, title=title, title_justify="left")
+    table = Table("held-out pairs", *map(escape, results), box=None, title=title, title_justify="left")
     for key, label in ROWS.items():
         table.add_row(label, *(measured(result, key) for result in results.values()))
+    if len({result["pairs"] for result in results.values()}) > 1:
+        table.add_row("pairs", *(f"{result['pairs']:,}" for result in results.values()))
     table.add_row("always the longer answer", f"{first['length_baseline']:.1%}")
     console.print(table)
 
@@ -165,10 +168,13 @@ def show_groups(results: dict[str, dict[str, Any]]) -> None:
     from rich.markup import escape
     from rich.table import Table
 
-    first, *_ = results.values()
+    first, *others = results.values()
+    if any(other["pairs"] != first["pairs"] for other in others):
+        console.print("by length and source: --json, since these are not the same pairs", style="dim")
+        return
     table = Table("reward accuracy by", "pairs", box=None)
     for name in results:
-        table.add_column(name)
+        table.add_column(escape(name))
         table.add_column("margin", justify="right")
     for group, title in GROUPS.items():
         buckets = first["by"].get(group, [])

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
 import httpx
+from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite import __version__
@@ -25,7 +26,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
 from orpo_lite.evaluate.answering import Answerer, Sampling
 from orpo_lite.evaluate.held_out import format_share, wilson_interval
-from orpo_lite.evaluate.loading import resolve_model
+from orpo_lite.evaluate.loading import find_sides
 
 RULES = """You compare two answers to the same question. Judge how well each does what the user asks for: whether it is \
 correct, helpful, complete and clear, and keeps to what was asked. Do not prefer an answer for its length, for its place \
@@ -72,7 +73,7 @@ class LocalJudge:
                 f"--judge: {self.name} takes {self.answerer.context:,} tokens, and a pair of answers with its question has "
                 f"{len(longest):,}: name a judge with a longer context"
             )
-        return [reply.text for reply in self.answerer.replies(self.answerer.names[-1], prompts, Sampling(room))]
+        return [reply.text for reply in self.answerer.replies(prompts, Sampling(room))]
 
 
 class Endpoint:
@@ -190,7 +191,7 @@ def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJu
         return Endpoint(name, model)
     if model:
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
-    return LocalJudge(Answerer(resolve_model(name, trust_remote_code)), name)
+    return LocalJudge(Answerer(find_sides(name, trust_remote_code)[-1]), name)
 
 
 def remedy(status: int) -> str:
@@ -327,7 +328,13 @@ def sign_test(wins: int, losses: int) -> float:
 def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     """Print the counts as a table, with what they are worth."""
     base, trained = names
-    table = Table(f"{trained} against {base}", "", box=None, title=f"judge: {found['judge']}", title_justify="left")
+    table = Table(
+        escape(f"{trained} against {base}"),
+        "",
+        box=None,
+        title=escape(f"judge: {found['judge']}"),
+        title_justify="left",
+    )
     table.add_row("wins, ties, losses", f"{found['wins']}, {found['ties']}, {found['losses']}")
     ties = f"{found['identical']} identical answers, {found['inconsistent']} verdicts that changed with the order"
     table.add_row("of the ties", ties)
@@ -335,7 +342,9 @@ def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     if found["win_rate"] is not None:
         table.add_row("wins of the decided", format_share(found["win_rate"], found["win_rate_interval"]))
         table.add_row("sign test, two-sided", f"p = {found['sign_test_p']:.3g}")
-    table.add_row("words per answer", ", ".join(f"{name} {count:.0f}" for name, count in found["words"].items()))
+    table.add_row(
+        "words per answer", escape(", ".join(f"{name} {count:.0f}" for name, count in found["words"].items()))
+    )
     if found["longer_won"] is not None:
         table.add_row("the longer one won", f"{found['longer_won']:.0%} of the decided")
     console.print(table)

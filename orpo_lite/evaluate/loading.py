@@ -1,25 +1,31 @@
-"""Resolve what a path names (a run, an adapter or a whole model) and load it with held-out pairs, ready to evaluate."""
+"""Resolve what a path names (a run, an adapter or a whole model), and load and evaluate what is compared."""
 
 from __future__ import annotations
 
+import contextlib
+import copy
 import gc
 import os
 import tempfile
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from safetensors import safe_open
 from transformers import PrinterCallback
 
+from orpo_lite.common.console import errors
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data import Pairs, load_pairs
+from orpo_lite.data import DropReport, Pairs, load_pairs
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model import BaseFacts, attach_adapter, load_base
+from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
-from orpo_lite.model.untrusted_files import subfolders_hint
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, subfolders_hint
 from orpo_lite.recipe import AdapterSection, DataSource, ModelSection, Recipe
 from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
@@ -30,14 +36,19 @@ from orpo_lite.trainer.trainer import ORPOTrainer
 EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 
 
+RENDERING = ("apply_template", "system", "template_kwargs", "completion_end")
+"""Fields of a recipe's data section that say how a row is written for its model, whatever rows those are."""
+
+
 @dataclass
 class ModelSource:
     """A model found on disk or on the hub: its weights, and what is known about their training. Nothing is loaded yet."""
 
     path: str
     """The folder, or the hub id of a whole model."""
-    kind: Literal["adapter", "fine-tuned", "model"]
-    """fine-tuned: a run without an adapter; model: any other whole model, such as a merged one."""
+    kind: Literal["base", "adapter", "fine-tuned", "model"]
+    """base: what the folder's weights started from; fine-tuned: a run without an adapter; model: any other whole model,
+    such as a merged one."""
     model: ModelSection
     """The base of an adapter, or the whole model."""
     base: ModelSection | None = None
@@ -47,40 +58,40 @@ class ModelSource:
     """run.json, where there is one."""
 
     @property
-    def names(self) -> tuple[str, ...]:
-        """Name the sides that can answer, the trained one last."""
-        return ("model",) if self.kind == "model" else ("base", self.kind)
-
-    @property
     def row_shapes(self) -> set[str]:
         """List the shapes of the rows it was trained on; empty where that is not known."""
         return {one.shape or "" for one in self.record.data.sources.values() if one.section in ("train", None)}
 
-    def check_two_sides(self, option: str) -> None:
-        """Raise RequestError, naming the option that needs two sides, for a model without a base."""
-        if self.kind == "model":
-            raise RequestError(
-                f"{option}: {self.path} is a whole model, so there is no base to compare it with: give the run or adapter "
-                "folder that it was merged from"
-            )
-
     def __str__(self) -> str:
-        if self.kind == "model":
-            return f"{self.path}, a whole model"
-        if self.base is not None:
-            return f"{self.path}, fine-tuned from {self.base.name_or_path}"
+        name = self.model.name_or_path
         quantized = "" if self.model.quantization == "none" else f", {self.model.quantization}"
-        return f"{self.path}, an adapter on {self.model.name_or_path}{quantized}"
+        return {
+            "base": f"{name}, the base of {self.path}",
+            "adapter": f"{self.path}, an adapter on {name}{quantized}",
+            "fine-tuned": f"{self.path}, fine-tuned from {self.base and self.base.name_or_path}",
+            "model": f"{self.path}, a whole model",
+        }[self.kind]
 
 
-def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
+def resolve_model(path: str, trust_remote_code: bool = False, base: str | None = None) -> ModelSource:
     """Find out what a path or hub id names.
 
     Code of a repository is run only where the caller says so: the folder may be anybody's.
 
+    Args:
+        base: another base for an adapter than the one it names.
+
     Raises:
-        RequestError: no model there, or a run that did not finish.
+        RequestError: no model there, a run that did not finish, or another base for a whole model.
     """
+    source = find_model(path, trust_remote_code, base)
+    if base is not None and source.kind != "adapter":
+        raise RequestError(f"--base: {path} is a whole model, which has no other base: leave --base out")
+    return source
+
+
+def find_model(path: str, trust_remote_code: bool, base: str | None) -> ModelSource:
+    """Find out what a path or hub id names, as `resolve_model` says."""
     folder = Path(os.path.expanduser(resolve_path(path)))
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
@@ -99,8 +110,8 @@ def resolve_model(path: str, trust_remote_code: bool = False) -> ModelSource:
         if (folder / "run.json").is_file() or not is_published(folder):
             record = read_record(RunFolder(folder))
     if (folder / "adapter_config.json").is_file():
-        base = base_section(folder, None, trust_remote_code)
-        return ModelSource(str(folder), "adapter", base, recipe=recipe, record=record)
+        section = base_section(folder, base, trust_remote_code)
+        return ModelSource(str(folder), "adapter", section, recipe=recipe, record=record)
     if (folder / "config.json").is_file():
         after = whole_model(str(folder), trust_remote_code)
         if recipe is None or recipe.adapter is not None:
@@ -127,94 +138,216 @@ def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
     return ModelSection(name_or_path=path, quantization="none", trust_remote_code=trust_remote_code)
 
 
-def load_model(source: ModelSource, tokenizer: Any) -> tuple[Any, BaseFacts]:
-    """Load the weights, with the adapter on where there is one."""
-    model, facts = load_base(source.model, tokenizer)
-    if source.kind == "adapter":
-        section = (source.recipe and source.recipe.adapter) or AdapterSection()
-        section = section.model_copy(update={"init_from": source.path})
-        model = attach_adapter(model, section, tokenizer=tokenizer, checkpointing=False)
-    return model, facts
+class Weights:
+    """A model's weights and tokenizer, loaded at first use.
 
+    Args:
+        like: those of another adapter on the same base, whose tensors are then used for both.
+    """
 
-@dataclass
-class HeldOut:
-    """A model with held-out pairs to evaluate it on."""
-
-    source: ModelSource
-    recipe: Recipe
-    tokenizer: Any
-    pairs: Pairs
-    pair_sources: list[str]
-    """The source of each held-out pair."""
+    def __init__(self, source: ModelSource, like: Weights | None = None):
+        self.source, self.like = source, like
 
     @cached_property
-    def trainer(self) -> ORPOTrainer:
-        """A trainer for evaluation, with the model as it was trained; loaded at first use."""
-        return self.evaluator(*load_model(self.source, self.tokenizer))
+    def tokenizer(self) -> Any:
+        """The tokenizer as trained with."""
+        return tokenizer_of(Path(self.source.path), self.source.model)
 
-    def evaluator(self, model: Any, facts: BaseFacts) -> ORPOTrainer:
-        """Make a trainer that only evaluates."""
-        with tempfile.TemporaryDirectory() as scratch:
-            args = arguments(self.recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
-            trainer = ORPOTrainer(model, args, None, None, self.pairs.eval, self.tokenizer)
-        trainer.remove_callback(
-            PrinterCallback
-        )  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
-        return trainer
-
-    def evaluate_sides(self) -> dict[str, dict[str, Any]]:
-        """Evaluate each side, the base first; the base of a fine-tuned model makes room for it in memory."""
-        results = {}
-        if self.source.base is not None:
-            results["base"] = evaluate(
-                self.evaluator(*load_base(self.source.base, self.tokenizer)), sources=self.pair_sources
-            )
-            gc.collect()
-        elif self.source.kind == "adapter":
-            with self.trainer.model.disable_adapter():
-                results["base"] = evaluate(self.trainer, sources=self.pair_sources)
-        return results | {self.source.names[-1]: evaluate(self.trainer, sources=self.pair_sources)}
+    @cached_property
+    def loaded(self) -> tuple[Any, BaseFacts]:
+        """The model in evaluation mode, with the adapter on where there is one."""
+        source = self.source
+        errors.print(f"loading {source}{', loaded already' if self.like else ''}", soft_wrap=True, markup=False)
+        gc.collect()  # models that are no longer used hold themselves in cycles
+        if self.like is not None:
+            like, facts = self.like.loaded
+            model = same_tensors(like).unload()
+        else:
+            model, facts = load_base(source.model, self.tokenizer)
+        if source.kind == "adapter":
+            section = (source.recipe and source.recipe.adapter) or AdapterSection()
+            section = section.model_copy(update={"init_from": source.path})
+            model = attach_adapter(model, section, tokenizer=self.tokenizer, checkpointing=False)
+        return model.eval(), facts
 
 
-def load_for_evaluation(path: str, data: str | None = None, trust_remote_code: bool = False) -> HeldOut:
-    """Find a run's held-out pairs; `data` replaces its held-out pairs. An adapter's or model's folder needs `data`.
+@dataclass(frozen=True, eq=False)
+class Side:
+    """One model of those that are compared."""
+
+    name: str
+    weights: Weights
+    adapted: bool = True
+    """False: with the adapter off."""
+
+    @property
+    def source(self) -> ModelSource:
+        """Where its weights come from."""
+        return self.weights.source
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[Any]:
+        """Provide its model, as long as no other side is in use."""
+        model = self.weights.loaded[0]
+        with contextlib.nullcontext() if self.adapted else model.disable_adapter():
+            yield model
+
+
+def find_sides(
+    path: str, trust_remote_code: bool = False, base: str | None = None, against: str | None = None
+) -> list[Side]:
+    """Find what a path names and what it is compared with: `against`, else its own base; a whole model has none.
+
+    Args:
+        base: another base for the adapter at `path`.
+
+    Returns:
+        One or two sides; that of `path` is the last.
 
     Raises:
-        RequestError: no model there, no held-out pairs, or unusable data.
+        RequestError: as `resolve_model`, or both are the same.
     """
-    source = resolve_model(path, trust_remote_code)
-    recipe = source.recipe or default_recipe(source, data, path)
-    recipe.model = recipe.model.model_copy(update={"trust_remote_code": trust_remote_code})
+    source = resolve_model(path, trust_remote_code, base)
+    weights = Weights(source)
+    if against is None:
+        trained = Side(source.kind, weights)
+        if source.kind == "adapter" and not writes_to_base(source):
+            return [Side("base", weights, adapted=False), trained]
+        before = source.model if source.kind == "adapter" else source.base
+        return [Side("base", Weights(replace(source, kind="base", model=before))), trained] if before else [trained]
+    other = resolve_model(against, trust_remote_code)
+    if (source.path, source.model) == (other.path, other.model):
+        raise RequestError(f"--against: {against} is the model that it would be compared with: name another one")
+    names = [against.rstrip("/"), path.rstrip("/")]
+    for name in (os.path.basename, os.path.normpath):  # as short as tells them apart
+        if len({*map(name, names)}) == 2:
+            names = [*map(name, names)]
+            break
+    else:
+        names = [f"{name} on {one.model.name_or_path}" for name, one in zip(names, (other, source), strict=True)]
+    shared = share_base(source, other)
+    return [Side(names[0], Weights(other, weights if shared else None)), Side(names[1], weights)]
+
+
+def check_two(sides: list[Side], option: str) -> None:
+    """Raise RequestError, naming the option that needs two sides, for a whole model alone."""
+    if len(sides) < 2:
+        raise RequestError(
+            f"{option}: {sides[0].source.path} is a whole model, so there is no base to compare it with: name what to "
+            "compare it with by --against, or give the run or adapter folder that it was merged from"
+        )
+
+
+def writes_to_base(source: ModelSource) -> bool:
+    """Tell whether loading an adapter changes weights of its base, so that the base is not what is left without it."""
+    config = lora_config(source.path)
+    return config.bias != "none" or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
+
+
+def share_base(one: ModelSource, other: ModelSource) -> bool:
+    """Tell whether two are adapters of LoRA matrices alone, on the same base."""
+    if not one.kind == other.kind == "adapter":
+        return False
+    bases = [each.model.model_dump(exclude={"chat_template", "new_tokens"}) for each in (one, other)]
+    if bases[0] != bases[1] or writes_to_base(one) or writes_to_base(other):
+        return False
+    for source in (one, other):
+        with safe_open(Path(source.path) / ADAPTER_WEIGHTS, "pt") as file:
+            if not all("lora_" in key for key in file.keys()):  # noqa: SIM118  # no dict
+                return False
+    return True
+
+
+def same_tensors(model: Any) -> Any:
+    """Copy a model whose weights are the same tensors, not copies of them."""
+    same: list[Any] = [*model.parameters(), *model.buffers()]
+    for module in model.modules():
+        if hasattr(module, "init_8bit_state"):  # bitsandbytes moves 8-bit weights from parameter to state once
+            if module.weight.CB is not None:
+                module.init_8bit_state()
+            same.append(module.state)
+    return copy.deepcopy(model, {id(one): one for one in same})
+
+
+# ---- held-out pairs ---------------------------------------------------------------------------------------------------
+
+
+def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str, dict[str, Any]], DropReport]:
+    """Evaluate each side on the held-out pairs of the last one; `data` replaces them.
+
+    A side is taken out of the list once it is measured, which makes room in memory for the next.
+
+    Returns:
+        Results by name, from `evaluate`, and what was dropped of the rows.
+
+    Raises:
+        RequestError: no held-out pairs, or unusable data.
+    """
+    run = sides[-1].source
+    recipe = held_out_recipe(run, data)
+    pairs: dict[str, Pairs] = {}
+    for side in reversed(sides):
+        if side.source.path not in pairs:
+            pairs[side.source.path] = held_out_pairs(side, recipe, "data.eval" if data is None else "--data")
+    mine, results = pairs[run.path], {}
+    paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
+    while sides:
+        side = sides.pop(0)
+        held = pairs[side.source.path]
+        with side.model() as model:
+            trainer = evaluator(recipe, model, side.weights.loaded[1], held, side.weights.tokenizer)
+            same = len(mine.eval) == len(held.eval)
+            if not same:
+                errors.print(f"{side.name} is measured on {len(held.eval):,} pairs, {run.path} on {len(mine.eval):,}: "
+                             "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
+            names = [paths[number] for number in numbers(held.eval, "source")]
+            results[side.name] = evaluate(trainer, names, mine.eval if same else None)
+        del model, trainer
+    return results, mine.report
+
+
+def evaluator(recipe: Recipe, model: Any, facts: BaseFacts, pairs: Pairs, tokenizer: Any) -> ORPOTrainer:
+    """Make a trainer that only evaluates."""
+    with tempfile.TemporaryDirectory() as scratch:
+        args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
+        trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
+    trainer.remove_callback(PrinterCallback)  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
+    return trainer
+
+
+def held_out_recipe(source: ModelSource, data: str | None) -> Recipe:
+    """Make the recipe that says which pairs are held out: the run's own, or `data`, which other folders need.
+
+    Raises:
+        RequestError: nothing says which.
+    """
+    recipe, path = source.recipe, source.path
+    if recipe is None:
+        if data is None:
+            raise RequestError(
+                f"{path}: there is no recipe.yaml, so nothing says which pairs are held out; give --data FILE"
+            )
+        content = {"name": "given", "model": source.model.model_dump(), "data": {"train": data, "eval": data}}
+        return Recipe.parse(content, path)
     if data is not None:
         recipe.data.eval = [DataSource(path=data)]
     if recipe.data.eval is None and not recipe.data.eval_fraction:
         raise RequestError(
             f"{path}: the recipe holds out no pairs (data.eval is null, eval_fraction 0); give --data FILE"
         )
-    tokenizer = tokenizer_of(Path(source.path), source.model)
-    pairs = held_out_pairs(source, recipe, tokenizer, "data.eval" if data is None else "--data")
-    paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
-    names = [paths[number] for number in numbers(pairs.eval, "source")]
-    return HeldOut(source, recipe, tokenizer, pairs, names)
+    return recipe
 
 
-def default_recipe(source: ModelSource, data: str | None, path: str) -> Recipe:
-    """Make a recipe for a folder that has none: its model, and the given pairs."""
-    if data is None:
-        raise RequestError(
-            f"{path}: there is no recipe.yaml, so nothing says which pairs are held out; give --data FILE"
-        )
-    content = {"name": "given", "model": source.model.model_dump(), "data": {"train": data}}
-    return Recipe.parse(content | ({} if source.kind == "adapter" else {"adapter": None}), path)
+def held_out_pairs(side: Side, recipe: Recipe, field: str) -> Pairs:
+    """Load a recipe's held-out pairs as a side reads them.
 
-
-def held_out_pairs(source: ModelSource, recipe: Recipe, tokenizer: Any, field: str) -> Pairs:
-    """Load the held-out pairs, without reading the training pairs where the two come from different data."""
-    if recipe.data.eval is None:
-        return load_pairs(recipe.data, tokenizer)
-    alone = {"train": recipe.data.eval, "eval": None, "eval_fraction": 0.0, "max_rows": recipe.data.max_eval_rows}
-    section = recipe.data.model_copy(update=alone)
-    pairs = load_pairs(section, tokenizer, field=field)
+    The training pairs are not read where the two come from different data.
+    """
+    own = side.source.recipe
+    section = recipe.data.model_copy(update={name: getattr(own.data, name) for name in RENDERING} if own else {})
+    if section.eval is None:
+        return load_pairs(section, side.weights.tokenizer)
+    alone = {"train": section.eval, "eval": None, "eval_fraction": 0.0, "max_rows": section.max_eval_rows}
+    pairs = load_pairs(section.model_copy(update=alone), side.weights.tokenizer, field=field)
     pairs.eval = pairs.train
     return pairs

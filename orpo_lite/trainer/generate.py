@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.utils import extract_model_from_parallel
 
+from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.loss import log1mexp
-from orpo_lite.objective.metrics import COLUMNS
-from orpo_lite.objective.packed_attention import plain_attention
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -130,32 +130,33 @@ def score_answers(
         before: answers of the untrained model to the same prompts, which get logp_trained and log_odds_trained. Those
             without ids, of an older version's run, stay as they are.
     """
-    if not samples:
-        return
     old = before if len(before) == len(samples) and all("ids" in one for one in before) else samples
     rows: Any = pairs.with_format(None).select(range(len(samples)))
-    answered = [with_answers(*each) for each in zip(rows, samples, old, strict=True)]
-    size, was_training, scored = max(1, trainer.args.per_device_eval_batch_size), trainer.model.training, []
+    was_training = trainer.model.training
     trainer.model.eval()
     try:
-        for start in range(0, len(answered), size):
-            batch = trainer.collator(answered[start : start + size])
-            scored.append(trainer.prediction_step(trainer.model, batch, False)[1])
+        for row, sample, other in zip(rows, samples, old, strict=True):
+            prompt = list(row["chosen_ids"][: row["chosen_start"]])
+            answers = {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + other["ids"]}
+            starts = dict.fromkeys(("chosen_start", "rejected_start"), len(prompt))
+            logps = mean_logps(trainer.model, answers | starts, trainer.args.device)
+            odds = logps - log1mexp(logps)
+            sample |= {"tokens": len(sample["ids"]), "logp": logps[0].item(), "log_odds": odds[0].item()}
+            if other is not sample:
+                other |= {"logp_trained": logps[1].item(), "log_odds_trained": odds[1].item()}
     finally:
         trainer.model.train(was_training)
-        plain_attention(unwrap(trainer.unwrapped()))
-    columns = torch.cat(scored).double().cpu()
-    logps, of_old = (columns[:, COLUMNS.index(name)] for name in ("logps/chosen", "logps/rejected"))
-    for sample, p, odds in zip(samples, logps.tolist(), (logps - log1mexp(logps)).tolist(), strict=True):
-        sample |= {"tokens": len(sample["ids"]), "logp": p, "log_odds": odds}
-    if old is not samples:
-        for sample, p, odds in zip(old, of_old.tolist(), (of_old - log1mexp(of_old)).tolist(), strict=True):
-            sample |= {"logp_trained": p, "log_odds_trained": odds}
 
 
-def with_answers(row: dict[str, Any], sample: dict[str, Any], old: dict[str, Any]) -> dict[str, Any]:
-    """Return a tokenized pair with two answers to its prompt in place of chosen and rejected."""
-    prompt = list(row["chosen_ids"][: row["chosen_start"]])
-    answers = {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + old["ids"]}
-    places = {"chosen_start": len(prompt), "rejected_start": len(prompt), "chosen_context": [], "rejected_context": []}
-    return row | answers | places
+@torch.no_grad()
+def mean_logps(model: Any, pair: dict[str, Any], device: torch.device) -> torch.Tensor:
+    """Compute the mean log-prob per completion token of a tokenized pair's two sides, (2,) float64, by the model's own logits."""
+    found, inner = [], unwrap(extract_model_from_parallel(model))
+    for side in ("chosen", "rejected"):
+        ids = torch.tensor([pair[f"{side}_ids"]], device=device)
+        places = torch.tensor(list(answer_tokens(pair, side, first=1)), device=device)
+        keep = ids.shape[1] + 1 - int(places[0])
+        only = {"logits_to_keep": keep} if inner._supports_logits_to_keep() else {}
+        logits = model(input_ids=ids, use_cache=False, **only).logits[0, -keep:][places - places[0]]
+        found.append(logits.float().log_softmax(-1).gather(1, ids[0, places, None]).double().mean().cpu())
+    return torch.stack(found)

@@ -16,6 +16,7 @@ from prompt_toolkit.input import create_pipe_input
 from prompt_toolkit.output import DummyOutput
 
 import orpo_lite.evaluate.chat as chat
+import orpo_lite.evaluate.terminal as terminal
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.messages import messages
@@ -23,8 +24,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.answering import Answerer, PromptFormat, Reply, Sampling, Stream
 from orpo_lite.evaluate.chat import Chat, Comparison, PreferenceFile
-from orpo_lite.evaluate.held_out import evaluate
-from orpo_lite.evaluate.loading import load_for_evaluation, resolve_model
+from orpo_lite.evaluate.loading import evaluate_sides, find_sides, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
@@ -43,8 +43,13 @@ class Bytes:
 
 
 @pytest.fixture(scope="module")
-def answerer(trained):
-    return Answerer(resolve_model(str(trained)))
+def answerers(trained):
+    return [Answerer(side) for side in find_sides(str(trained))]
+
+
+@pytest.fixture(scope="module")
+def answerer(answerers):
+    return answerers[-1]
 
 
 @pytest.fixture
@@ -65,8 +70,8 @@ def typed(monkeypatch):
     return lines
 
 
-def comparison(answerer, file, blind=False, seed=0):
-    return Comparison(answerer, PreferenceFile(file), blind, random.Random(seed))
+def comparison(answerers, file, blind=False, seed=0):
+    return Comparison(answerers, PreferenceFile(file), blind, random.Random(seed))
 
 
 # ---- what reaches the screen --------------------------------------------------------------------------------------
@@ -168,15 +173,12 @@ def test_strings_are_prompted_as_they_were_trained(answerer, trained):
     assert PromptFormat(answerer.tokenizer, found).kind == "template"
 
 
-def test_log_probs_are_those_of_the_trainer(answerer, trained, tmp_path):
-    row = answerer.format.row(ASK, "Certainly. The answer is 9.", "Obviously. Leave me alone, it is 9.")
+def test_log_probs_are_those_of_the_trainer(answerers, trained, tmp_path):
+    row = answerers[0].format.row(ASK, "Certainly. The answer is 9.", "Obviously. Leave me alone, it is 9.")
     (tmp_path / "one.jsonl").write_text(json.dumps(row) + "\n")
-    loaded = load_for_evaluation(str(trained), str(tmp_path / "one.jsonl"))
-    found = answerer.mean_logps(ASK, row["chosen"][0]["content"], row["rejected"][0]["content"])
-    adapter = evaluate(loaded.trainer)
-    with loaded.trainer.model.disable_adapter():
-        base = evaluate(loaded.trainer)
-    for name, metrics in (("base", base), ("adapter", adapter)):
+    found = {one.name: one.mean_logps(ASK, *(row[side][0]["content"] for side in ("chosen", "rejected"))).tolist()
+             for one in answerers}  # fmt: skip
+    for name, metrics in evaluate_sides(find_sides(str(trained)), str(tmp_path / "one.jsonl"))[0].items():
         assert found[name] == pytest.approx((metrics["logps/chosen"], metrics["logps/rejected"]), abs=1e-5)
     assert abs(found["base"][0] - found["adapter"][0]) > 1e-2  # so the two could be told apart
 
@@ -184,17 +186,17 @@ def test_log_probs_are_those_of_the_trainer(answerer, trained, tmp_path):
 # ---- what it takes --------------------------------------------------------------------------------------------------
 
 
-def test_run_adapter_and_merged_model_say_the_same(answerer, trained, tmp_path):
-    said = answerer.reply("adapter", ASK, Sampling(24))
-    assert said.ended and said.text != answerer.reply("base", ASK, Sampling(24)).text
+def test_run_adapter_and_merged_model_say_the_same(answerers, trained, tmp_path):
+    untrained, said = (one.reply(ASK, Sampling(24)) for one in answerers)
+    assert said.ended and said.text != untrained.text
     shutil.copytree(trained, tmp_path / "adapter")
     for name in ("recipe.yaml", "run.json"):
         (tmp_path / "adapter" / name).unlink()
     merged = merge(trained, tmp_path / "merged")
     for folder, kind in ((tmp_path / "adapter", "adapter"), (merged, "model")):
-        other = Answerer(resolve_model(str(folder)))
+        other = Answerer(find_sides(str(folder))[-1])
         assert other.source.kind == kind
-        assert other.reply(kind, ASK, Sampling(24)) == said, folder
+        assert other.reply(ASK, Sampling(24)) == said, folder
     with pytest.raises(RequestError, match="--compare: .*whole model"):
         chat.command(str(merged), prompt="Hello", compare=True)
 
@@ -212,10 +214,13 @@ def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
     words = ["model.quantization=none", "adapter=null", "data.max_eval_rows=8", "evaluation.samples=0", "training.max_steps=8",
              "training.learning_rate=3e-3", "training.eval_strategy=no", f"training.output_dir={tmp_path / 'full'}"]  # fmt: skip
     run(Recipe.load("quickstart", words))
-    full = Answerer(resolve_model(str(tmp_path / "full")))
-    assert full.names == ("base", "fine-tuned")
-    found = full.mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.")
-    assert found["fine-tuned"][0] - found["fine-tuned"][1] > found["base"][0] - found["base"][1] + 0.1
+    sides = find_sides(str(tmp_path / "full"))
+    assert [side.name for side in sides] == ["base", "fine-tuned"]
+    logps = [
+        Answerer(side).mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.") for side in sides
+    ]
+    before, after = (chosen - rejected for chosen, rejected in logps)
+    assert after > before + 0.1
 
 
 @pytest.mark.parametrize(
@@ -241,7 +246,7 @@ def test_a_run_that_did_not_finish_is_named(trained, tmp_path):
 
 
 def test_commands(answerer, typed, capsys, tmp_path):
-    talk = Chat(answerer, Sampling(4), None)
+    talk = Chat([answerer], Sampling(4), None)
     file = tmp_path / "talk.json"
     typed("How much is 4 plus 5?", "/system Be brief.", "/system", "Who are you?", f"/save {file}", f"/save {file}", "/undo",
           "/undo", "/temperature hot", "/temperature 0.5", "/help", "/clear", "/quit", "never read")  # fmt: skip
@@ -256,7 +261,7 @@ def test_commands(answerer, typed, capsys, tmp_path):
 
 
 def test_history_beyond_the_context_is_cut_and_said(answerer, typed, capsys, monkeypatch):
-    talk = Chat(answerer, Sampling(8), "Be brief.")
+    talk = Chat([answerer], Sampling(8), "Be brief.")
     talk.turns = [turn for n in range(20) for turn in ({"role": "user", "content": f"number {n} " * 9},
                                                       {"role": "assistant", "content": "yes " * 9})]  # fmt: skip
     asked = [*talk.turns, *ASK]
@@ -274,13 +279,13 @@ def test_history_beyond_the_context_is_cut_and_said(answerer, typed, capsys, mon
 def test_draws_come_again_with_their_seed(answerer):
     def draw(seed):
         torch.manual_seed(seed)
-        return [answerer.reply("base", ASK, Sampling(12, temperature=1.5)).text for _ in range(3)]
+        return [answerer.reply(ASK, Sampling(12, temperature=1.5)).text for _ in range(3)]
 
     assert draw(1) == draw(1) != draw(2)
 
 
 def test_a_prompt_from_a_pipe_gets_the_answer_alone(answerer, trained, capsys, monkeypatch):
-    said = answerer.reply("adapter", ASK, Sampling(24)).text
+    said = answerer.reply(ASK, Sampling(24)).text
     monkeypatch.setattr("sys.stdin", io.StringIO(ASK[0]["content"] + "\n"))
     chat.command(str(trained), max_new_tokens=24)
     assert capsys.readouterr().out == said + "\n"
@@ -312,14 +317,14 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def keys(monkeypatch):
     """keys(before, after): what is typed before and after the question is there."""
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        waits = chat.next_keys
+        waits = terminal.next_keys
 
         def typed(before="", after=""):
             def late():
                 pipe.send_text(after)
                 return waits()
 
-            monkeypatch.setattr(chat, "next_keys", late)
+            monkeypatch.setattr(terminal, "next_keys", late)
             pipe.send_text(before)
 
         yield typed
@@ -328,7 +333,7 @@ def keys(monkeypatch):
 def message_next(keys):
     """The next message, where Enter and then another message follow what was typed."""
     keys("\rnot this\r")
-    return chat.read_message("you> ")
+    return terminal.read_message("you> ")
 
 
 @pytest.mark.parametrize(
@@ -349,43 +354,43 @@ def message_next(keys):
 )
 def test_a_single_key_is_a_choice_and_anything_else_a_message(keys, before, after, answer, next_message):
     keys(before, after)
-    assert chat.read_key("better?", "12e") == answer
+    assert terminal.read_key("better?", "12e") == answer
     assert message_next(keys) == next_message
 
 
 def test_the_end_of_a_pasted_message_is_no_choice(keys):
     keys("First.\r2 more?\rLast.")
-    assert chat.read_message("you> ") == "First."
-    assert chat.read_key("better?", "12e") == ""
-    assert chat.read_message("you> ") == "2 more?"
+    assert terminal.read_message("you> ") == "First."
+    assert terminal.read_key("better?", "12e") == ""
+    assert terminal.read_message("you> ") == "2 more?"
     assert message_next(keys) == "Last."
 
 
 def test_control_keys_at_a_question(keys):
     keys(after="\x03")
     with pytest.raises(KeyboardInterrupt):
-        chat.read_key("better?", "12e")
+        terminal.read_key("better?", "12e")
     keys(after="\x04")
-    assert chat.read_key("better?", "12e") == ""
+    assert terminal.read_key("better?", "12e") == ""
     with pytest.raises(EOFError):
-        chat.read_message("you> ")
+        terminal.read_message("you> ")
 
 
 def test_messages_of_several_lines_and_earlier_ones(keys):
     keys('one\r"""two\r\r  lines"""\r """three\r\x08"""\r')
-    assert chat.read_message("you> ") == "one"
-    assert chat.read_message("you> ") == "two\n\n  lines"
-    assert chat.read_message("you> ") == "three"
-    assert chat.HISTORY.get_strings()[-3:] == ["one", '"""two\n\n  lines"""', ' """three\n"""']
+    assert terminal.read_message("you> ") == "one"
+    assert terminal.read_message("you> ") == "two\n\n  lines"
+    assert terminal.read_message("you> ") == "three"
+    assert terminal.HISTORY.get_strings()[-3:] == ["one", '"""two\n\n  lines"""', ' """three\n"""']
 
 
 # ---- choices ------------------------------------------------------------------------------------------------------------
 
 
-def test_choices_train(answerer, trained, typed, capsys, tmp_path):
+def test_choices_train(answerers, trained, typed, capsys, tmp_path):
     """What is kept goes through `data` and trains a step, as the closing words say."""
     file = tmp_path / "mine.jsonl"
-    talk = Chat(answerer, Sampling(24), "Be kind.", comparison(answerer, file))
+    talk = Chat(answerers, Sampling(24), "Be kind.", comparison(answerers, file))
     typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "x")
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -398,12 +403,12 @@ def test_choices_train(answerer, trained, typed, capsys, tmp_path):
     assert done.record.data.train_pairs == 2 and done.record.data.drops.dropped == {}
 
 
-def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, tmp_path):
+def test_blind_rounds_are_shuffled_and_told_afterwards(answerers, typed, capsys, tmp_path):
     file = tmp_path / "blind.jsonl"
-    base, adapter = (answerer.reply(name, ASK, Sampling(24)).text for name in answerer.names)
+    base, adapter = (one.reply(ASK, Sampling(24)).text for one in answerers)
     firsts = set()
     for seed in range(6):
-        talk = Chat(answerer, Sampling(24), None, comparison(answerer, file, True, seed))
+        talk = Chat(answerers, Sampling(24), None, comparison(answerers, file, True, seed))
         typed(ASK[0]["content"], "1")
         talk.run()
         told = capsys.readouterr().out
@@ -416,10 +421,10 @@ def test_blind_rounds_are_shuffled_and_told_afterwards(answerer, typed, capsys, 
     assert firsts == {"base", "adapter"}
 
 
-def test_equal_answers_are_no_pair(answerer, typed, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(type(answerer), "reply", lambda *_, **__: Reply("the same", 2, True))
+def test_equal_answers_are_no_pair(answerers, typed, capsys, tmp_path, monkeypatch):
+    monkeypatch.setattr(Answerer, "reply", lambda *_, **__: Reply("the same", 2, True))
     file = tmp_path / "none.jsonl"
-    talk = Chat(answerer, Sampling(4), None, comparison(answerer, file))
+    talk = Chat(answerers, Sampling(4), None, comparison(answerers, file))
     typed("Hello")
     talk.run()
     assert "both answers are the same" in capsys.readouterr().out and not file.exists() and len(talk.turns) == 2

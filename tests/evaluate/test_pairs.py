@@ -11,7 +11,7 @@ from datasets import Dataset
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import breakdown, by_length
-from orpo_lite.evaluate.loading import load_for_evaluation
+from orpo_lite.evaluate.loading import evaluate_sides, find_sides
 from orpo_lite.merge.run import merge
 from tests.quickstart.corpus import preference_rows
 
@@ -58,9 +58,7 @@ def test_groups_add_up_to_all_pairs(trained, tmp_path):
     """Rows that are dropped before others do not shift the groups."""
     rows = preference_rows(0)["heldout"][:8]
     rows[1]["chosen"] = rows[1]["rejected"]
-    loaded = load_for_evaluation(str(trained), write(tmp_path / "held.jsonl", rows))
-    assert loaded.pair_sources == [str(tmp_path / "held.jsonl")] * 7
-    results = loaded.evaluate_sides()
+    results, _ = evaluate_sides(find_sides(str(trained)), write(tmp_path / "held.jsonl", rows))
     assert list(results) == ["base", "adapter"]
     for result in results.values():
         for group in result["by"].values():

@@ -11,7 +11,7 @@ import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import Question, answer_questions, read_questions
 from orpo_lite.evaluate.answering import Answerer, Sampling
-from orpo_lite.evaluate.loading import resolve_model
+from orpo_lite.evaluate.loading import find_sides
 
 ROWS = [
     {"id": "a", "category": "sums", "turns": ["How much is 4 plus 5?", "And the capital of Peru?"]},
@@ -33,8 +33,8 @@ def file(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def answerer(trained):
-    return Answerer(resolve_model(str(trained)))
+def sides(trained):
+    return find_sides(str(trained))
 
 
 def test_forms(file, tmp_path, shared_data):
@@ -82,72 +82,72 @@ def test_files_that_are_none(tmp_path):
         read_questions(str(tmp_path / "p.txt"))
 
 
-def answers(answerer, questions, batch_size, output=None, sampling=None, seed=0) -> Any:
-    rows = answer_questions(answerer, questions, sampling or Sampling(20), seed, batch_size, output)
+def answers(sides, questions, batch_size, output=None, sampling=None, seed=0) -> Any:
+    rows = answer_questions(sides, questions, sampling or Sampling(20), seed, batch_size, output)
     return [row["answers"] for row in rows]
 
 
-def test_greedy_answers_do_not_depend_on_the_batch(answerer, file):
+def test_greedy_answers_do_not_depend_on_the_batch(sides, file):
     questions = read_questions(str(file))
-    alone = answers(answerer, questions, 1)
-    assert answers(answerer, questions, 3) == answers(answerer, questions, 8) == alone
-    assert answers(answerer, questions[::-1], 4) == alone[::-1]
+    alone = answers(sides, questions, 1)
+    assert answers(sides, questions, 3) == answers(sides, questions, 8) == alone
+    assert answers(sides, questions[::-1], 4) == alone[::-1]
     assert [len(row["base"]) for row in alone] == [2, 1, 1, 1, 1]
     assert any(row["base"] != row["adapter"] for row in alone)
     # the second turn is asked in the conversation that the side itself had
     turns = [*questions[0].prompt, {"role": "assistant", "content": alone[0]["adapter"][0]}]
     turns.append({"role": "user", "content": questions[0].turns[0]})
-    assert answerer.reply("adapter", turns, Sampling(20)).text == alone[0]["adapter"][1]
+    assert Answerer(sides[1]).reply(turns, Sampling(20)).text == alone[0]["adapter"][1]
 
 
-def test_drawn_answers_come_again_with_their_seed(answerer, file):
+def test_drawn_answers_come_again_with_their_seed(sides, file):
     questions = read_questions(str(file))
 
     def drawn(seed):
-        return answers(answerer, questions, 2, sampling=Sampling(12, 1.5), seed=seed)
+        return answers(sides, questions, 2, sampling=Sampling(12, 1.5), seed=seed)
 
     assert drawn(1) == drawn(1) != drawn(2)
 
 
-def test_what_is_written_is_gone_on_with(answerer, file, tmp_path):
+def test_what_is_written_is_gone_on_with(sides, file, tmp_path):
     questions, output = read_questions(str(file)), tmp_path / "answers.jsonl"
-    answers(answerer, questions, 2, output)
+    answers(sides, questions, 2, output)
     whole = output.read_bytes()
     lines = whole.splitlines(keepends=True)
     assert len(lines) == 5 and json.loads(lines[0])["category"] == "sums"
     output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed in the middle of a line, and of a batch
     asked = []
-    replies = type(answerer).replies
+    replies = Answerer.replies
 
-    def counting(self, name, prompts, *rest, **more):
+    def counting(self, prompts, *rest, **more):
         asked.extend(prompts)
-        return replies(self, name, prompts, *rest, **more)
+        return replies(self, prompts, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(type(answerer), "replies", counting)
-        answers(answerer, questions, 2, output)
+        patch.setattr(Answerer, "replies", counting)
+        answers(sides, questions, 2, output)
     assert output.read_bytes() == whole and len(asked) == 6  # three questions, two sides
 
-    idle = Answerer(answerer.source)
+    idle = find_sides(sides[1].source.path)
     answer_questions(idle, questions, Sampling(20), 0, 2, output)
-    assert not vars(idle).keys() & {"model", "tokenizer"}  # nothing was loaded
+    assert not vars(idle[1].weights).keys() & {"loaded", "tokenizer"}
     for other, words in ((Sampling(21), "line 1: in settings"), (Sampling(20, 0.5), "line 1: in settings")):
         with pytest.raises(RequestError, match=words):
-            answers(answerer, questions, 2, output, other)
+            answers(sides, questions, 2, output, other)
     with pytest.raises(RequestError, match="line 5: there are more"):
-        answers(answerer, questions[:4], 2, output)
+        answers(sides, questions[:4], 2, output)
     assert output.read_bytes() == whole
 
 
-def test_a_conversation_without_room_is_left_unanswered(answerer, file, monkeypatch):
+def test_a_conversation_without_room_is_left_unanswered(sides, file, monkeypatch):
     questions = read_questions(str(file))[:2]
-    first = len(answerer.prompts([questions[0].prompt])[0])
-    monkeypatch.setattr(type(answerer), "context", first + 6)
-    rows = answer_questions(answerer, questions, Sampling(20), 0, 2, None)
+    first = len(Answerer(sides[1]).prompts([questions[0].prompt])[0])
+    monkeypatch.setattr(Answerer, "context", first + 6)
+    rows = answer_questions(sides, questions, Sampling(20), 0, 2, None)
     assert rows[0]["answers"]["base"][1] is None and 0 < rows[0]["tokens"]["base"][0] <= 6
-    monkeypatch.setattr(type(answerer), "context", 5)
+    monkeypatch.setattr(Answerer, "context", 5)
     with pytest.raises(RequestError, match="a has .* tokens, and the model takes 5: leave it out"):
-        answers(answerer, questions, 2)
+        answers(sides, questions, 2)
 
 
 def test_the_command(trained, file, tmp_path, capsys):
@@ -160,4 +160,3 @@ def test_the_command(trained, file, tmp_path, capsys):
     assert (
         found["answers"] == [json.loads(line) for line in output.read_text().splitlines()] and found["judged"] is None
     )
-    assert resolve_model(str(trained)).names == ("base", "adapter")
