@@ -10,18 +10,28 @@ import typer
 from orpo_lite.common.console import console, json_alone, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import show, show_groups
-from orpo_lite.evaluate.terminal import ENDED_AT_ONCE
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.loading import Side
+    from orpo_lite.evaluate.answering import Side
+
+
+Run = Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")]
+Against = Annotated[
+    str | None, typer.Option(metavar="RUN", help="compare with this run, adapter or model instead of the base")
+]
+Base = Annotated[str | None, typer.Option(help="hub id or folder of another base for the adapter of RUN")]
+MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")]
+Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")]
+TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")]
+TrustRemoteCode = Annotated[
+    bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
+]
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")],
-    against: Annotated[
-        str | None, typer.Option(metavar="RUN", help="compare with this run, adapter or model instead of its base")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="hub id or folder of another base for the adapter")] = None,
+    run: Run,
+    against: Against = None,
+    base: Base = None,
     data: Annotated[
         str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
     ] = None,
@@ -31,9 +41,9 @@ def command(
     output: Annotated[
         Path | None, typer.Option(metavar="FILE", help="with --prompts: write answers there, and resume from it")
     ] = None,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 512,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")] = 1.0,
+    max_new_tokens: MaxNewTokens = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[
@@ -46,9 +56,7 @@ def command(
         str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare base and adapter of a run, or two runs: on held-out pairs, or by their answers."""
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
@@ -58,9 +66,7 @@ def command(
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
     if data is not None and prompts is not None:
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
-    if top_p < 1 and not temperature:
-        raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
-    from orpo_lite.evaluate.loading import check_two, find_sides
+    from orpo_lite.evaluate.answering import find_sides
 
     if prompts is None:
         evaluate_pairs(find_sides(run, trust_remote_code, base, against), data, as_json)
@@ -69,13 +75,13 @@ def command(
     from orpo_lite.evaluate.judge import find_judge, judge_answers, show_summary
     from orpo_lite.trainer.generate import Sampling
 
-    sides, questions = find_sides(run, trust_remote_code, base, against), read_questions(prompts)
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    sides = find_sides(run, trust_remote_code, base, against, "--judge" if judge else None)
+    questions = read_questions(prompts)
     names, found, summary = tuple(side.name for side in sides), None, None
     if judge:
-        check_two(sides, "--judge")
         found = find_judge(judge, judge_model, trust_remote_code)
     with json_alone(as_json) as print_json:
-        sampling = Sampling(max_new_tokens, temperature, top_p)
         rows = answer_questions(sides, questions, sampling, seed, batch_size, output)
         sides.clear()  # the judge needs their memory
         if found:
@@ -116,7 +122,7 @@ def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int 
             for name in names:
                 text = row["answers"][name][turn]
                 console.print(f"  {name}: ", style="bold", end="", markup=False)
-                console.print("(no room left)" if text is None else text[:600] or ENDED_AT_ONCE, markup=False)
+                console.print("(no room left)" if text is None else text[:600] or "(ended at once)", markup=False)
     console.print()
     for name in names:
         tokens = [count for row in rows for count in row["tokens"][name] if count is not None]

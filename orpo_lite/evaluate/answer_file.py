@@ -18,8 +18,7 @@ from orpo_lite.data.dropped_rows import Dropped
 from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
 from orpo_lite.data.sources import local_files
-from orpo_lite.evaluate.answering import Answerer, Sampling
-from orpo_lite.evaluate.loading import Side
+from orpo_lite.evaluate.answering import Sampling, Side
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.interruptions import named
@@ -161,9 +160,8 @@ def answer_questions(
     results = ResultFile(output, [vars(one) | {"settings": settings} for one in questions])
     if len(results.rows) == len(questions):
         return results.rows
-    answerers = [Answerer(side) for side in sides]
-    for answerer in answerers:
-        check_room(answerer, questions)
+    for side in sides:
+        check_room(side, questions)
     with progress_bar("answering", len(questions)) as advance:
         advance(len(results.rows))
         for start in range(0, len(questions), batch_size):
@@ -171,7 +169,7 @@ def answer_questions(
             done = max(0, len(results.rows) - start)
             if done >= len(part):
                 continue
-            answered = {one.name: converse(one, part, sampling, (seed, start, n)) for n, one in enumerate(answerers)}
+            answered = {one.name: converse(one, part, sampling, (seed, start, n)) for n, one in enumerate(sides)}
             for place in range(done, len(part)):
                 turns = {name: conversations[place] for name, conversations in answered.items()}
                 results.append({key: {name: [one and one[key] for one in each] for name, each in turns.items()}
@@ -181,7 +179,7 @@ def answer_questions(
 
 
 def converse(
-    answerer: Answerer, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
+    side: Side, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
 ) -> list[list[dict[str, Any] | None]]:
     """Have one side answer the turns of each question."""
     conversations = [list(one.prompt) for one in questions]
@@ -191,8 +189,8 @@ def converse(
         if turn:
             for n in asked:
                 conversations[n].append({"role": "user", "content": questions[n].turns[turn - 1]})
-        prompts = dict(zip(asked, answerer.prompts([conversations[n] for n in asked]), strict=True))
-        room = {n: answerer.room(ids, sampling.max_new_tokens) for n, ids in prompts.items()}
+        prompts = dict(zip(asked, side.prompts([conversations[n] for n in asked]), strict=True))
+        room = {n: side.room(ids, sampling.max_new_tokens) for n, ids in prompts.items()}
         # prompts with less room get a batch and a limit of their own, so that no answer depends on its neighbors
         batch = [n for n in asked if room[n] == sampling.max_new_tokens]
         short = [[n] for n in asked if 0 < room[n] < sampling.max_new_tokens]
@@ -200,7 +198,7 @@ def converse(
         for group in filter(None, (batch, *short)):
             limit = replace(sampling, max_new_tokens=room[group[0]])
             with named("answering", "set a smaller --batch-size or --max-new-tokens"):
-                replies = answerer.replies([prompts[n] for n in group], limit)
+                replies = side.replies([prompts[n] for n in group], limit)
             for n, reply in zip(group, replies, strict=True):
                 answered[n].append({"answers": reply.text, "tokens": reply.tokens, "ended": reply.ended})
                 conversations[n].append({"role": "assistant", "content": reply.text})
@@ -211,23 +209,23 @@ def converse(
     return answered
 
 
-def check_room(answerer: Answerer, questions: list[Question]) -> None:
+def check_room(side: Side, questions: list[Question]) -> None:
     """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
     for one in questions:
         try:
-            [ids] = answerer.prompts([one.prompt])
+            [ids] = side.prompts([one.prompt])
         except RequestError as error:
             raise RequestError(f"--prompts: {one.id}: {error}") from None
-        if answerer.room(ids, 1) < 1:
+        if side.room(ids, 1) < 1:
             raise RequestError(
-                f"--prompts: {one.id} has {len(ids):,} tokens, and the model takes {answerer.context:,}: leave it out"
+                f"--prompts: {one.id} has {len(ids):,} tokens, and the model takes {side.context:,}: leave it out"
             )
 
 
 def identify(side: Side) -> dict[str, Any]:
     """Say which weights a side has, so that another's answers are not taken for its own."""
     source = side.source
-    if not side.adapted or source.kind != "adapter":
+    if side.adapted or source.kind != "adapter":
         return {"model": source.model.name_or_path}
     weights = (Path(source.path) / ADAPTER_WEIGHTS).read_bytes()
     return {

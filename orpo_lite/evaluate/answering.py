@@ -1,26 +1,33 @@
-"""Answer conversations with the models of a run, in the form they were trained on, and score answers as training does."""
+"""Models that are compared: each answers in the form that it was trained on, and scores answers as training does."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+import gc
+import os
+import sys
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from transformers import TextStreamer
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data.conversations import Forms, find_forms, formed
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape, without_system
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.loading import ModelSource, Side
-from orpo_lite.model import autocast, stop_token_ids
+from orpo_lite.evaluate.loading import ModelSource, resolve_model, same_tensors, share_base, writes_to_base
+from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop_token_ids
 from orpo_lite.model.tokenizer import TemplateRefused, render_chats
+from orpo_lite.recipe import AdapterSection
 from orpo_lite.trainer.generate import Sampling, generate, mean_logps
+from orpo_lite.trainer.run_folder import tokenizer_of
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""
@@ -35,6 +42,13 @@ class Reply:
     """Generated tokens, including the one that ends the answer."""
     ended: bool
     """True where the model ended it, rather than a limit."""
+
+    @property
+    def remark(self) -> str | None:
+        """Say what the text alone does not show."""
+        if not self.ended:
+            return f"cut after {self.tokens:,} tokens: --max-new-tokens"
+        return None if self.text else "ended at once"
 
 
 class PromptFormat:
@@ -106,16 +120,47 @@ class PromptFormat:
         return {"prompt": self.plain(turns), "chosen": space + chosen, "rejected": space + rejected}
 
 
-class Answerer:
-    """A side that answers and scores answers, under its own tokenizer and prompt format; loaded at first use."""
+class Side:
+    """A model that answers and scores answers: its weights, tokenizer and prompt format, loaded at first use.
 
-    def __init__(self, side: Side):
-        self.side, self.name, self.source = side, side.name, side.source
+    Args:
+        name: as tables and rows call it.
+        adapted: the side whose adapter is switched off for this one.
+        like: a side with another adapter on the same base, whose tensors are then used for both.
+    """
 
-    @property
+    def __init__(self, name: str, source: ModelSource, adapted: Side | None = None, like: Side | None = None):
+        self.name, self.source, self.adapted, self.like = name, source, adapted, like
+
+    @cached_property
     def tokenizer(self) -> Any:
         """The tokenizer as trained with."""
-        return self.side.weights.tokenizer
+        if self.adapted:
+            return self.adapted.tokenizer
+        with contextlib.redirect_stdout(sys.stderr):  # what is said about it is no answer
+            return tokenizer_of(Path(self.source.path), self.source.model)
+
+    @cached_property
+    def loaded(self) -> tuple[Any, BaseFacts]:
+        """The model in evaluation mode, with the adapter on where there is one."""
+        if self.adapted:
+            return self.adapted.loaded
+        errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
+        gc.collect()  # models that are no longer used hold themselves in cycles
+        if self.like:
+            like, facts = self.like.loaded
+            model = same_tensors(like).unload()
+        else:
+            model, facts = load_base(self.source.model, self.tokenizer)
+        if self.source.kind == "adapter":
+            model = attach_adapter(model, AdapterSection(init_from=self.source.path), tokenizer=self.tokenizer)
+        return model.eval(), facts
+
+    @contextlib.contextmanager
+    def model(self) -> Iterator[Any]:
+        """Provide its model, as long as no other side is in use."""
+        with self.loaded[0].disable_adapter() if self.adapted else contextlib.nullcontext():
+            yield self.loaded[0]
 
     @cached_property
     def format(self) -> PromptFormat:
@@ -125,12 +170,12 @@ class Answerer:
     @cached_property
     def stops(self) -> list[int]:
         """Tokens that end an answer."""
-        return stop_token_ids(self.tokenizer, self.side.weights.loaded[0].generation_config)
+        return stop_token_ids(self.tokenizer, self.loaded[0].generation_config)
 
     @property
     def context(self) -> int | None:
         """Tokens of prompt and answer together that the model has positions for; None where it names no limit."""
-        config = self.side.weights.loaded[0].config.get_text_config(decoder=True)
+        config = self.loaded[0].config.get_text_config(decoder=True)
         limit = getattr(config, "max_position_embeddings", None)
         return limit if isinstance(limit, int) and limit > 0 else None
 
@@ -147,7 +192,7 @@ class Answerer:
 
     def replies(self, prompts: list[list[int]], sampling: Sampling, streamer: Stream | None = None) -> list[Reply]:
         """Answer prompts as one batch; a streamer takes a single one."""
-        with self.side.model() as model, autocast(model):
+        with self.model() as model, autocast(model):
             made = generate(model, self.tokenizer, prompts, sampling, self.stops, streamer)
         texts = self.tokenizer.batch_decode(made, skip_special_tokens=True)
         return [
@@ -190,8 +235,54 @@ class Answerer:
         if chunk.drops:
             _, reason, detail = chunk.drops[0]
             raise RequestError(f"training would drop this pair: {reason} ({detail})")
-        with self.side.model() as model, autocast(model):
+        with self.model() as model, autocast(model):
             return mean_logps(model, {name: values[0] for name, values in chunk.columns.items()}, model.device)
+
+
+def find_sides(
+    path: str,
+    trust_remote_code: bool = False,
+    base: str | None = None,
+    against: str | None = None,
+    option: str | None = None,
+) -> list[Side]:
+    """Find what a path names and what it is compared with: `against`, else its own base; a whole model has none.
+
+    Args:
+        base: another base for the adapter at `path`.
+        option: the option that needs two sides.
+
+    Returns:
+        One or two sides; that of `path` is the last.
+
+    Raises:
+        RequestError: as `resolve_model`; another base for a whole model; nothing to compare with, or the same.
+    """
+    source = resolve_model(path, trust_remote_code, base)
+    if base is not None and source.kind != "adapter":
+        raise RequestError(f"--base: {path} is a whole model, which has no other base: leave --base out")
+    if against is None:
+        trained = Side(source.kind, source)
+        if source.kind == "adapter" and not writes_to_base(source):
+            return [Side("base", source, adapted=trained), trained]
+        if before := source.model if source.kind == "adapter" else source.base:
+            return [Side("base", replace(source, kind="base", model=before)), trained]
+        if option:
+            raise RequestError(
+                f"{option}: {path} is a whole model, so there is no base to compare it with: name what to compare it with "
+                "by --against, or give the run or adapter folder that it was merged from"
+            )
+        return [trained]
+    other = resolve_model(against, trust_remote_code)
+    if (source.path, source.model) == (other.path, other.model):
+        raise RequestError(f"--against: {against} is the model that it would be compared with: name another one")
+    names = [against.rstrip("/"), path.rstrip("/")]
+    if names[0] == names[1]:
+        names = [f"{names[0]} on {one.model.name_or_path}" for one in (other, source)]
+    elif os.path.basename(names[0]) != os.path.basename(names[1]):
+        names = [*map(os.path.basename, names)]
+    trained = Side(names[1], source)
+    return [Side(names[0], other, like=trained if share_base(source, other) else None), trained]
 
 
 def write(text: str) -> None:

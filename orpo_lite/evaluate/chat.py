@@ -21,10 +21,11 @@ from orpo_lite.common.console import console, errors
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line
 from orpo_lite.common.text import nearest, visible
-from orpo_lite.evaluate.terminal import BLOCK, ENDED_AT_ONCE, read_key, read_message
+from orpo_lite.evaluate.__main__ import Against, Base, MaxNewTokens, Run, Temperature, TopP, TrustRemoteCode
+from orpo_lite.evaluate.terminal import BLOCK, read_key, read_message
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.answering import Answerer, Reply, Sampling, Turns
+    from orpo_lite.evaluate.answering import Reply, Sampling, Side, Turns
 
 FILE = "preferences.jsonl"
 HELP = {
@@ -45,34 +46,28 @@ CHOICE = "better: 1 or 2, e to write a better one; Enter skips, any other key be
 
 
 def command(
-    run: Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")],
+    run: Run,
     prompt: Annotated[str | None, typer.Option(help="answer this and end; standard input works as well")] = None,
     system: Annotated[str | None, typer.Option(help="system turn; default: what the chat template writes")] = None,
-    temperature: Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")] = 0.0,
-    top_p: Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")] = 1.0,
-    max_new_tokens: Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")] = 512,
+    temperature: Temperature = 0.0,
+    top_p: TopP = 1.0,
+    max_new_tokens: MaxNewTokens = 512,
     seed: Annotated[int | None, typer.Option(help="of the sampling, to get the same answers again")] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="answer with base and adapter, and keep which one you like better")
     ] = False,
-    against: Annotated[
-        str | None, typer.Option(metavar="RUN", help="compare with this run, adapter or model instead of the base")
-    ] = None,
-    base: Annotated[str | None, typer.Option(help="hub id or folder of another base for the adapter")] = None,
+    against: Against = None,
+    base: Base = None,
     blind: Annotated[bool, typer.Option("--blind", help="with --compare: reveal the sides after your choice")] = False,
     preferences: Annotated[
         str, typer.Option(metavar="FILE", help="with --compare: where choices are appended, as training data")
     ] = FILE,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
+    trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model in the terminal, or compare it with its base or another model."""
     compare = compare or against is not None
     if (blind or preferences != FILE) and not compare:
         raise RequestError(f"{'--blind' if blind else '--preferences'} goes with --compare: add it, or leave this out")
-    if top_p < 1 and not temperature:
-        raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
     interactive = prompt is None and sys.stdin.isatty()
     if prompt is None and not interactive:
         prompt = sys.stdin.read().strip()
@@ -82,18 +77,17 @@ def command(
 
     import torch
 
-    from orpo_lite.evaluate.answering import Answerer, Sampling
-    from orpo_lite.evaluate.loading import check_two, find_sides
+    from orpo_lite.evaluate.answering import Sampling, find_sides
 
-    sides = find_sides(run, trust_remote_code, base, against)
-    if compare:
-        check_two(sides, "--compare")
-    answerers = [Answerer(side) for side in (sides if compare else sides[-1:])]
-    for answerer in answerers:
-        answerer.stops  # noqa: B018  # loads it before the first message is typed
+    sampling = Sampling(max_new_tokens, temperature, top_p)
+    sides = find_sides(run, trust_remote_code, base, against, "--compare" if compare else None)
     torch.manual_seed(seed if seed is not None else random.SystemRandom().randrange(2**32))
-    comparison = Comparison(answerers, kept, blind, random.Random(seed), against is not None) if compare else None
-    chat = Chat(answerers, Sampling(max_new_tokens, temperature, top_p), system, comparison)
+    if compare:
+        chat = Comparison(sides, sampling, system, kept, blind, random.Random(seed), against is not None)
+    else:
+        chat = Chat(sides[-1:], sampling, system)
+    for side in chat.sides:
+        _ = side.stops  # loaded before the first message is typed
     if prompt is None:
         chat.run()
     else:
@@ -101,17 +95,10 @@ def command(
 
 
 class Chat:
-    """One conversation with a model, or with two of which the user chooses an answer.
+    """One conversation with a model."""
 
-    Args:
-        answerers: the one or two, the trained one last.
-        comparison: makes and compares two answers; None asks the trained model alone.
-    """
-
-    def __init__(
-        self, answerers: list[Answerer], sampling: Sampling, system: str | None, comparison: Comparison | None = None
-    ):
-        self.answerers, self.sampling, self.system, self.comparison = answerers, sampling, system, comparison
+    def __init__(self, sides: list[Side], sampling: Sampling, system: str | None):
+        self.sides, self.sampling, self.system = sides, sampling, system
         self.turns: Turns = []
         self.over = False
 
@@ -119,10 +106,8 @@ class Chat:
         """Read and answer messages until Ctrl-D or /quit."""
         how = "greedy" if not self.sampling.temperature else f"temperature {self.sampling.temperature:g}"
         self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
-        for note in dict.fromkeys(one.format.note for one in self.answerers if one.format.note):
+        for note in dict.fromkeys(one.format.note for one in self.sides if one.format.note):
             self.say(note)
-        if self.comparison:
-            self.say(self.comparison.opening())
         self.say(
             f"/help lists the commands; {BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n"
         )
@@ -137,8 +122,6 @@ class Chat:
             except EOFError:
                 console.print()
                 break
-        if self.comparison:
-            self.say(self.comparison.closing())
 
     def handle(self, line: str) -> None:
         """Run a command or answer a message."""
@@ -153,24 +136,21 @@ class Chat:
 
     def ask(self, turns: Turns) -> None:
         """Answer a conversation that ends with a message; it is kept where there is an answer."""
-        window = self.window(turns)
-        text = self.comparison.round(window, self.sampling) if self.comparison else self.answer(window)
+        text = self.answer(self.window(turns))
         if text is not None:
             self.turns = [*turns, {"role": "assistant", "content": text}]
 
-    def answer(self, window: Turns) -> str:
-        """Write the trained model's answer while it is generated."""
-        [answerer] = self.answerers
-        stream = answerer.stream()
+    def answer(self, window: Turns) -> str | None:
+        """Write the answer while it is generated; None where the conversation goes on without one."""
+        [side] = self.sides
+        stream = side.stream()
         try:
-            reply = answerer.reply(window, self.sampling, stream)
+            reply = side.reply(window, self.sampling, stream)
         except KeyboardInterrupt:
             self.say("\n(stopped)")
-            return answerer.format.answer(stream.text)
-        if not reply.ended:
-            self.say(f"(cut after {reply.tokens:,} tokens: --max-new-tokens)")
-        elif not reply.text:
-            self.say(ENDED_AT_ONCE)
+            return side.format.answer(stream.text)
+        if reply.remark:
+            self.say(f"({reply.remark})")
         return reply.text
 
     def window(self, turns: Turns) -> Turns:
@@ -183,13 +163,13 @@ class Chat:
         wanted = min(MIN_ROOM, self.sampling.max_new_tokens)
         for start in range(0, len(turns), 2):
             window = head + turns[start:]
-            prompts = [(one, one.prompts([window])[0]) for one in self.answerers]
+            prompts = [(one, one.prompts([window])[0]) for one in self.sides]
             # the one with the least room left
             tight, ids = min(prompts, key=lambda pair: pair[0].room(pair[1], wanted))
             last = start + 2 > len(turns)
             if tight.room(ids, wanted) >= (1 if last else wanted):
                 if start:
-                    taken = min(one.context for one in self.answerers if one.context)
+                    taken = min(one.context for one in self.sides if one.context)
                     self.say(f"(the first {start} turns are left out: the model takes {taken:,} tokens)")
                 return window
         raise RequestError(
@@ -218,8 +198,8 @@ class Chat:
             return
         system = None if text == "none" else text
         if system:
-            for answerer in self.answerers:
-                answerer.prompts([[{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]])
+            for side in self.sides:
+                side.prompts([[{"role": "system", "content": system}, {"role": "user", "content": "Hi"}]])
         self.system = system
         self.do_clear("")
 
@@ -258,11 +238,11 @@ class Chat:
         self.over = True
 
 
-class Comparison:
-    """Rounds of a message, two answers and a choice.
+class Comparison(Chat):
+    """A conversation with two models, of whose answers to each message the user chooses one.
 
     Args:
-        answerers: the two, the trained one last.
+        sides: the two, the trained one last.
         file: where choices go; None asks for none.
         blind: the sides are shuffled, and revealed once a choice is made.
         order: draws the shuffles.
@@ -270,82 +250,69 @@ class Comparison:
     """
 
     def __init__(
-        self,
-        answerers: list[Answerer],
-        file: PreferenceFile | None,
-        blind: bool,
-        order: random.Random,
-        signed: bool = False,
-    ):
-        self.answerers, self.file, self.blind, self.order, self.signed = answerers, file, blind, order, signed
+        self, sides: list[Side], sampling: Sampling, system: str | None, file: PreferenceFile | None,
+        blind: bool, order: random.Random, signed: bool = False,
+    ):  # fmt: skip
+        super().__init__(sides, sampling, system)
+        self.file, self.blind, self.order, self.signed = file, blind, order, signed
         self.preferred: list[str] = []
         """The side of each answer that was preferred."""
 
-    def opening(self) -> str:
-        """Say where choices go."""
+    def run(self) -> None:
+        """Say where choices go, run the chat, sum up the choices, and say how to train on them."""
         assert self.file is not None
-        return f"your choices are appended to {self.file.path.absolute()}, which holds {self.file.held:,} pairs"
-
-    def closing(self) -> str:
-        """Sum up the choices, and say how to train on them."""
-        assert self.file is not None
-        if not self.preferred:
-            return "no choice was made"
-        source, trained = self.answerers[-1].source, self.answerers[-1].name
+        self.say(f"your choices are appended to {self.file.path.absolute()}, which holds {self.file.held:,} pairs")
+        super().run()
+        source, trained = self.sides[-1].source, self.sides[-1].name
         words = ["python", "-m", "orpo_lite.train", "--recipe", "RECIPE"]
         if source.recipe and source.kind == "adapter":
             words[-1:] = [source.path, f"adapter.init_from={source.path}"]
-        return (
+        self.say(
             f"{len(self.preferred)} pairs appended to {self.file.path}; the answer of {trained} was preferred "
             f"{self.preferred.count(trained)} times\n"
             f"to train on them: {shlex.join([*words, f'data.train={self.file.path}'])}"
+            if self.preferred
+            else "no choice was made"
         )
 
-    def round(self, turns: Turns, sampling: Sampling) -> str | None:
-        """Answer with both sides, compare the answers, and keep a choice.
-
-        Returns:
-            The answer that the conversation continues with, or None where Ctrl-C stopped it.
-        """
-        order = list(self.answerers)
+    def answer(self, window: Turns) -> str | None:
+        """Answer with both sides, compare the answers, and keep a choice."""
+        order = list(self.sides)
         if self.blind:
             self.order.shuffle(order)
         try:
-            replies = self.answers(turns, sampling, order)
+            replies = self.both(window, order)
         except KeyboardInterrupt:
-            errors.print("\n(stopped: no comparison)", style="dim")
+            self.tell("\n(stopped: no comparison)")
             return None
-        names = [one.name for one in order]
-        first, second = (reply.text for reply in replies)
+        names, (first, second) = [one.name for one in order], (reply.text for reply in replies)
+        asks = self.file is not None and first != second
         if first == second:
-            console.print("both answers are the same, so they make no pair", style="dim")
-        file = self.file if first != second else None
-        if file is None or not self.blind:
-            self.show_likelihoods(turns, replies, names)
-        if file is None:
-            return first if self.blind else second
-        choice = self.choose(replies, names)
+            self.tell("both answers are the same, so they make no pair")
+        if not asks or not self.blind:
+            self.show_likelihoods(window, replies, names)
+        choice = self.choose(replies, names) if asks else None
         if choice is None:
-            side = "answer 1" if self.blind else f"the answer of {names[1]}"
-            self.tell(f"not kept; the conversation continues with {side}")
+            if asks:
+                kept = "answer 1" if self.blind else f"the answer of {names[1]}"
+                self.tell(f"not kept; the conversation continues with {kept}")
             return first if self.blind else second
-        better, worse, *models = choice
-        trained = self.answerers[-1].format
-        signed = dict(zip(("chosen_model", "rejected_model"), models, strict=True)) if self.signed else {}
-        file.append(trained.row(turns, better, worse) | signed)
-        self.preferred.append(models[0])
+        form, better = self.sides[-1].format, choice[0]
+        signed = {"chosen_model": choice[2], "rejected_model": choice[3]} if self.signed else {}
+        self.file.append(form.row(window, *choice[:2]) | signed)
+        self.preferred.append(choice[2])
         if self.blind:
             self.tell(f"kept; 1 was {names[0]}, 2 was {names[1]}")
-            self.show_likelihoods(turns, replies, names)
+            self.show_likelihoods(window, replies, names)
         else:
             self.tell(f"kept ({len(self.preferred)} in this chat)")
-        return trained.answer(better)
+        return form.answer(better)
 
     def tell(self, line: str) -> None:
-        """Print a line that is no model's."""
+        """Print a line among the answers."""
         console.print(line, style="dim", markup=False, soft_wrap=True)
 
-    def answers(self, turns: Turns, sampling: Sampling, order: list[Answerer]) -> list[Reply]:
+    def both(self, turns: Turns, order: list[Side]) -> list[Reply]:
         """Show both answers: in columns once they are complete, or on a narrow terminal one after the other as they
         are generated."""
         import torch
@@ -357,10 +324,10 @@ class Comparison:
             torch.manual_seed(seed)  # the same draws for both, whichever comes first
             if wide:
                 with console.status(escape(title)):
-                    replies.append(one.reply(turns, sampling))
+                    replies.append(one.reply(turns, self.sampling))
             else:
                 console.print(title, style="bold", markup=False)
-                replies.append(one.reply(turns, sampling, one.stream()))
+                replies.append(one.reply(turns, self.sampling, one.stream()))
         if wide:
             table = Table(*map(escape, titles), expand=True, box=None, padding=(0, 2, 0, 0))
             for column in table.columns:
@@ -368,10 +335,8 @@ class Comparison:
             table.add_row(*(Text(visible(reply.text)) for reply in replies))
             console.print(table)
         for title, reply in zip(titles, replies, strict=True):
-            if not reply.ended:
-                self.tell(f"({title}: cut after {reply.tokens:,} tokens)")
-            elif not reply.text:
-                self.tell(f"{title} {ENDED_AT_ONCE}")
+            if reply.remark:
+                self.tell(f"({title}: {reply.remark})")
         return replies
 
     def show_likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
@@ -379,7 +344,7 @@ class Comparison:
         from orpo_lite.objective.loss import log_odds_ratio
 
         try:
-            found = {one.name: one.mean_logps(turns, replies[0].text, replies[1].text) for one in self.answerers}
+            found = {one.name: one.mean_logps(turns, replies[0].text, replies[1].text) for one in self.sides}
         except RequestError as error:
             self.tell(f"no log-probs: {error}")
             return
@@ -405,7 +370,7 @@ class Comparison:
                 better, worse = names if key == "1" else names[::-1]
                 choice = texts[better], texts[worse], better, worse
             elif key == "e":
-                trained = self.answerers[-1].name
+                trained = self.sides[-1].name
                 choice = read_message("better answer> "), texts[trained], "you", trained
             else:
                 return None
@@ -413,7 +378,7 @@ class Comparison:
             console.print()
             return None
         if choice[0] == choice[1] or not all(text.strip() for text in choice):
-            console.print("an empty answer, or the same one, makes no pair", style="dim")
+            self.tell("an empty answer, or the same one, makes no pair")
             return None
         return choice
 

@@ -24,9 +24,8 @@ from orpo_lite import __version__
 from orpo_lite.common.console import console, progress_bar
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
-from orpo_lite.evaluate.answering import Answerer, Sampling
+from orpo_lite.evaluate.answering import Sampling, Side, find_sides
 from orpo_lite.evaluate.held_out import format_share, wilson_interval
-from orpo_lite.evaluate.loading import find_sides
 
 RULES = """You compare two answers to the same question. Judge how well each does what the user asks for: whether it is \
 correct, helpful, complete and clear, and keeps to what was asked. Do not prefer an answer for its length, for its place \
@@ -53,8 +52,8 @@ NEWER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
 class LocalJudge:
     """A model on this machine as the judge; its replies are greedy."""
 
-    def __init__(self, answerer: Answerer, name: str):
-        self.answerer, self.name = answerer, name
+    def __init__(self, side: Side, name: str):
+        self.side, self.name = side, name
 
     def __str__(self) -> str:
         return self.name
@@ -65,15 +64,15 @@ class LocalJudge:
         Raises:
             RequestError: one does not fit the judge's context.
         """
-        prompts = self.answerer.prompts([[{"role": "user", "content": text}] for text in questions])
+        prompts = self.side.prompts([[{"role": "user", "content": text}] for text in questions])
         longest = max(prompts, key=len)
-        room = self.answerer.room(longest, MAX_TOKENS)
+        room = self.side.room(longest, MAX_TOKENS)
         if room < 16:
             raise RequestError(
-                f"--judge: {self.name} takes {self.answerer.context:,} tokens, and a pair of answers with its question has "
+                f"--judge: {self.name} takes {self.side.context:,} tokens, and a pair of answers with its question has "
                 f"{len(longest):,}: name a judge with a longer context"
             )
-        return [reply.text for reply in self.answerer.replies(prompts, Sampling(room))]
+        return [reply.text for reply in self.side.replies(prompts, Sampling(room))]
 
 
 class Endpoint:
@@ -191,7 +190,7 @@ def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJu
         return Endpoint(name, model)
     if model:
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
-    return LocalJudge(Answerer(find_sides(name, trust_remote_code)[-1]), name)
+    return LocalJudge(find_sides(name, trust_remote_code)[-1], name)
 
 
 def remedy(status: int) -> str:

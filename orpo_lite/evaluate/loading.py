@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-import gc
 import os
 import tempfile
-from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
-from functools import cached_property
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from safetensors import safe_open
 from transformers import PrinterCallback
@@ -22,16 +18,18 @@ from orpo_lite.data import DropReport, Pairs, load_pairs
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
-from orpo_lite.model import BaseFacts, attach_adapter, load_base
 from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, subfolders_hint
-from orpo_lite.recipe import AdapterSection, DataSource, ModelSection, Recipe
+from orpo_lite.recipe import DataSource, ModelSection, Recipe
 from orpo_lite.recipe.loading import looks_local, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
-from orpo_lite.trainer.run_folder import RunFolder, base_section, tokenizer_of
+from orpo_lite.trainer.run_folder import RunFolder, base_section
 from orpo_lite.trainer.run_record import RunRecord, read_record
 from orpo_lite.trainer.trainer import ORPOTrainer
+
+if TYPE_CHECKING:
+    from orpo_lite.evaluate.answering import Side
 
 EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 
@@ -82,16 +80,8 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
         base: another base for an adapter than the one it names.
 
     Raises:
-        RequestError: no model there, a run that did not finish, or another base for a whole model.
+        RequestError: no model there, or a run that did not finish.
     """
-    source = find_model(path, trust_remote_code, base)
-    if base is not None and source.kind != "adapter":
-        raise RequestError(f"--base: {path} is a whole model, which has no other base: leave --base out")
-    return source
-
-
-def find_model(path: str, trust_remote_code: bool, base: str | None) -> ModelSource:
-    """Find out what a path or hub id names, as `resolve_model` says."""
     folder = Path(os.path.expanduser(resolve_path(path)))
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
@@ -138,124 +128,22 @@ def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
     return ModelSection(name_or_path=path, quantization="none", trust_remote_code=trust_remote_code)
 
 
-class Weights:
-    """A model's weights and tokenizer, loaded at first use.
-
-    Args:
-        like: those of another adapter on the same base, whose tensors are then used for both.
-    """
-
-    def __init__(self, source: ModelSource, like: Weights | None = None):
-        self.source, self.like = source, like
-
-    @cached_property
-    def tokenizer(self) -> Any:
-        """The tokenizer as trained with."""
-        return tokenizer_of(Path(self.source.path), self.source.model)
-
-    @cached_property
-    def loaded(self) -> tuple[Any, BaseFacts]:
-        """The model in evaluation mode, with the adapter on where there is one."""
-        source = self.source
-        errors.print(f"loading {source}{', loaded already' if self.like else ''}", soft_wrap=True, markup=False)
-        gc.collect()  # models that are no longer used hold themselves in cycles
-        if self.like is not None:
-            like, facts = self.like.loaded
-            model = same_tensors(like).unload()
-        else:
-            model, facts = load_base(source.model, self.tokenizer)
-        if source.kind == "adapter":
-            section = (source.recipe and source.recipe.adapter) or AdapterSection()
-            section = section.model_copy(update={"init_from": source.path})
-            model = attach_adapter(model, section, tokenizer=self.tokenizer, checkpointing=False)
-        return model.eval(), facts
-
-
-@dataclass(frozen=True, eq=False)
-class Side:
-    """One model of those that are compared."""
-
-    name: str
-    weights: Weights
-    adapted: bool = True
-    """False: with the adapter off."""
-
-    @property
-    def source(self) -> ModelSource:
-        """Where its weights come from."""
-        return self.weights.source
-
-    @contextlib.contextmanager
-    def model(self) -> Iterator[Any]:
-        """Provide its model, as long as no other side is in use."""
-        model = self.weights.loaded[0]
-        with contextlib.nullcontext() if self.adapted else model.disable_adapter():
-            yield model
-
-
-def find_sides(
-    path: str, trust_remote_code: bool = False, base: str | None = None, against: str | None = None
-) -> list[Side]:
-    """Find what a path names and what it is compared with: `against`, else its own base; a whole model has none.
-
-    Args:
-        base: another base for the adapter at `path`.
-
-    Returns:
-        One or two sides; that of `path` is the last.
-
-    Raises:
-        RequestError: as `resolve_model`, or both are the same.
-    """
-    source = resolve_model(path, trust_remote_code, base)
-    weights = Weights(source)
-    if against is None:
-        trained = Side(source.kind, weights)
-        if source.kind == "adapter" and not writes_to_base(source):
-            return [Side("base", weights, adapted=False), trained]
-        before = source.model if source.kind == "adapter" else source.base
-        return [Side("base", Weights(replace(source, kind="base", model=before))), trained] if before else [trained]
-    other = resolve_model(against, trust_remote_code)
-    if (source.path, source.model) == (other.path, other.model):
-        raise RequestError(f"--against: {against} is the model that it would be compared with: name another one")
-    names = [against.rstrip("/"), path.rstrip("/")]
-    for name in (os.path.basename, os.path.normpath):  # as short as tells them apart
-        if len({*map(name, names)}) == 2:
-            names = [*map(name, names)]
-            break
-    else:
-        names = [f"{name} on {one.model.name_or_path}" for name, one in zip(names, (other, source), strict=True)]
-    shared = share_base(source, other)
-    return [Side(names[0], Weights(other, weights if shared else None)), Side(names[1], weights)]
-
-
-def check_two(sides: list[Side], option: str) -> None:
-    """Raise RequestError, naming the option that needs two sides, for a whole model alone."""
-    if len(sides) < 2:
-        raise RequestError(
-            f"{option}: {sides[0].source.path} is a whole model, so there is no base to compare it with: name what to "
-            "compare it with by --against, or give the run or adapter folder that it was merged from"
-        )
-
-
 def writes_to_base(source: ModelSource) -> bool:
     """Tell whether loading an adapter changes weights of its base, so that the base is not what is left without it."""
     config = lora_config(source.path)
     return config.bias != "none" or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
 
 
-def share_base(one: ModelSource, other: ModelSource) -> bool:
-    """Tell whether two are adapters of LoRA matrices alone, on the same base."""
-    if not one.kind == other.kind == "adapter":
-        return False
-    bases = [each.model.model_dump(exclude={"chat_template", "new_tokens"}) for each in (one, other)]
-    if bases[0] != bases[1] or writes_to_base(one) or writes_to_base(other):
-        return False
-    for source in (one, other):
+def share_base(*sources: ModelSource) -> bool:
+    """Tell whether these are adapters of LoRA matrices alone, on the same base."""
+    names = set[str]()
+    for source in sources:
+        if source.kind != "adapter" or writes_to_base(source):
+            return False
         with safe_open(Path(source.path) / ADAPTER_WEIGHTS, "pt") as file:
-            if not all("lora_" in key for key in file.keys()):  # noqa: SIM118  # no dict
-                return False
-    return True
+            names |= set(file.keys())
+    bases = [source.model.model_dump(exclude={"chat_template", "new_tokens"}) for source in sources]
+    return bases.count(bases[0]) == len(bases) and all("lora_" in name for name in names)
 
 
 def same_tensors(model: Any) -> Any:
@@ -285,34 +173,26 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
     """
     run = sides[-1].source
     recipe = held_out_recipe(run, data)
-    pairs: dict[str, Pairs] = {}
-    for side in reversed(sides):
-        if side.source.path not in pairs:
-            pairs[side.source.path] = held_out_pairs(side, recipe, "data.eval" if data is None else "--data")
+    by_path = {side.source.path: side for side in sides}
+    field = "data.eval" if data is None else "--data"
+    pairs = {path: held_out_pairs(side, recipe, field) for path, side in reversed(by_path.items())}
     mine, results = pairs[run.path], {}
     paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
     while sides:
         side = sides.pop(0)
         held = pairs[side.source.path]
-        with side.model() as model:
-            trainer = evaluator(recipe, model, side.weights.loaded[1], held, side.weights.tokenizer)
-            same = len(mine.eval) == len(held.eval)
-            if not same:
-                errors.print(f"{side.name} is measured on {len(held.eval):,} pairs, {run.path} on {len(mine.eval):,}: "
-                             "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
-            names = [paths[number] for number in numbers(held.eval, "source")]
+        same = len(mine.eval) == len(held.eval)
+        if not same:
+            errors.print(f"{side.name} is measured on {len(held.eval):,} pairs, {run.path} on {len(mine.eval):,}: "
+                         "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
+        names = [paths[number] for number in numbers(held.eval, "source")]
+        with side.model() as model, tempfile.TemporaryDirectory() as scratch:
+            args = arguments(recipe, Path(scratch), side.loaded[1], has_eval=True, checkpointing=0)
+            trainer = ORPOTrainer(model, args, None, None, held.eval, side.tokenizer)
+            trainer.remove_callback(PrinterCallback)  # it would print between lines of JSON
             results[side.name] = evaluate(trainer, names, mine.eval if same else None)
         del model, trainer
     return results, mine.report
-
-
-def evaluator(recipe: Recipe, model: Any, facts: BaseFacts, pairs: Pairs, tokenizer: Any) -> ORPOTrainer:
-    """Make a trainer that only evaluates."""
-    with tempfile.TemporaryDirectory() as scratch:
-        args = arguments(recipe, Path(scratch), facts, has_eval=True, checkpointing=0)
-        trainer = ORPOTrainer(model, args, None, None, pairs.eval, tokenizer)
-    trainer.remove_callback(PrinterCallback)  # with TRANSFORMERS_VERBOSITY=error it would print between lines of JSON
-    return trainer
 
 
 def held_out_recipe(source: ModelSource, data: str | None) -> Recipe:
@@ -346,8 +226,8 @@ def held_out_pairs(side: Side, recipe: Recipe, field: str) -> Pairs:
     own = side.source.recipe
     section = recipe.data.model_copy(update={name: getattr(own.data, name) for name in RENDERING} if own else {})
     if section.eval is None:
-        return load_pairs(section, side.weights.tokenizer)
+        return load_pairs(section, side.tokenizer)
     alone = {"train": section.eval, "eval": None, "eval_fraction": 0.0, "max_rows": section.max_eval_rows}
-    pairs = load_pairs(section.model_copy(update=alone), side.weights.tokenizer, field=field)
+    pairs = load_pairs(section.model_copy(update=alone), side.tokenizer, field=field)
     pairs.eval = pairs.train
     return pairs

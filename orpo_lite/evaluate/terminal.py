@@ -17,8 +17,6 @@ from orpo_lite.common.console import console
 
 BLOCK = '"""'
 """Begins and ends a message of several lines."""
-ENDED_AT_ONCE = "(ended at once)"
-"""Stands for an answer without text."""
 HISTORY = InMemoryHistory()
 """Messages of this chat, for the arrow keys."""
 IN_BLOCK = Condition(

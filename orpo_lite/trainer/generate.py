@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from orpo_lite.common.errors import RequestError
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.inspection import unwrap
@@ -33,6 +34,10 @@ class Sampling:
     """0 takes the most likely token each time."""
     top_p: float = 1.0
     """Sample only from the most likely tokens that together have this probability."""
+
+    def __post_init__(self) -> None:
+        if self.top_p < 1 and not self.temperature:
+            raise RequestError("--top-p has an effect only on sampling: set --temperature too, such as 0.7")
 
     def options(self) -> dict[str, Any]:
         """Return the options of transformers' generate."""

@@ -22,9 +22,9 @@ from orpo_lite.common.text import visible
 from orpo_lite.data.messages import messages
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.answering import Answerer, PromptFormat, Reply, Sampling, Stream
+from orpo_lite.evaluate.answering import PromptFormat, Reply, Sampling, Side, Stream, find_sides
 from orpo_lite.evaluate.chat import Chat, Comparison, PreferenceFile
-from orpo_lite.evaluate.loading import evaluate_sides, find_sides, resolve_model
+from orpo_lite.evaluate.loading import evaluate_sides, resolve_model
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.pipeline import run
@@ -44,7 +44,7 @@ class Bytes:
 
 @pytest.fixture(scope="module")
 def answerers(trained):
-    return [Answerer(side) for side in find_sides(str(trained))]
+    return find_sides(str(trained))
 
 
 @pytest.fixture(scope="module")
@@ -70,8 +70,8 @@ def typed(monkeypatch):
     return lines
 
 
-def comparison(answerers, file, blind=False, seed=0):
-    return Comparison(answerers, PreferenceFile(file), blind, random.Random(seed))
+def comparison(answerers, file, blind=False, seed=0, system=None):
+    return Comparison(answerers, Sampling(24), system, PreferenceFile(file), blind, random.Random(seed))
 
 
 # ---- what reaches the screen --------------------------------------------------------------------------------------
@@ -194,7 +194,7 @@ def test_run_adapter_and_merged_model_say_the_same(answerers, trained, tmp_path)
         (tmp_path / "adapter" / name).unlink()
     merged = merge(trained, tmp_path / "merged")
     for folder, kind in ((tmp_path / "adapter", "adapter"), (merged, "model")):
-        other = Answerer(find_sides(str(folder))[-1])
+        other = find_sides(str(folder))[-1]
         assert other.source.kind == kind
         assert other.reply(ASK, Sampling(24)) == said, folder
     with pytest.raises(RequestError, match="--compare: .*whole model"):
@@ -216,9 +216,7 @@ def test_a_fine_tuned_run_is_compared_with_what_it_was(tmp_path):
     run(Recipe.load("quickstart", words))
     sides = find_sides(str(tmp_path / "full"))
     assert [side.name for side in sides] == ["base", "fine-tuned"]
-    logps = [
-        Answerer(side).mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.") for side in sides
-    ]
+    logps = [side.mean_logps(ASK, "Certainly. The answer is 9.", "Obviously. The answer is 9.") for side in sides]
     before, after = (chosen - rejected for chosen, rejected in logps)
     assert after > before + 0.1
 
@@ -390,7 +388,7 @@ def test_messages_of_several_lines_and_earlier_ones(keys):
 def test_choices_train(answerers, trained, typed, capsys, tmp_path):
     """What is kept goes through `data` and trains a step, as the closing words say."""
     file = tmp_path / "mine.jsonl"
-    talk = Chat(answerers, Sampling(24), "Be kind.", comparison(answerers, file))
+    talk = comparison(answerers, file, system="Be kind.")
     typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "x")
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
@@ -408,7 +406,7 @@ def test_blind_rounds_are_shuffled_and_told_afterwards(answerers, typed, capsys,
     base, adapter = (one.reply(ASK, Sampling(24)).text for one in answerers)
     firsts = set()
     for seed in range(6):
-        talk = Chat(answerers, Sampling(24), None, comparison(answerers, file, True, seed))
+        talk = comparison(answerers, file, True, seed)
         typed(ASK[0]["content"], "1")
         talk.run()
         told = capsys.readouterr().out
@@ -422,9 +420,9 @@ def test_blind_rounds_are_shuffled_and_told_afterwards(answerers, typed, capsys,
 
 
 def test_equal_answers_are_no_pair(answerers, typed, capsys, tmp_path, monkeypatch):
-    monkeypatch.setattr(Answerer, "reply", lambda *_, **__: Reply("the same", 2, True))
+    monkeypatch.setattr(Side, "reply", lambda *_, **__: Reply("the same", 2, True))
     file = tmp_path / "none.jsonl"
-    talk = Chat(answerers, Sampling(4), None, comparison(answerers, file))
+    talk = comparison(answerers, file)
     typed("Hello")
     talk.run()
     assert "both answers are the same" in capsys.readouterr().out and not file.exists() and len(talk.turns) == 2

@@ -10,8 +10,9 @@ from datasets import Dataset
 
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
+from orpo_lite.evaluate.answering import find_sides
 from orpo_lite.evaluate.held_out import breakdown, by_length
-from orpo_lite.evaluate.loading import evaluate_sides, find_sides
+from orpo_lite.evaluate.loading import evaluate_sides
 from orpo_lite.merge.run import merge
 from tests.quickstart.corpus import preference_rows
 

@@ -10,8 +10,7 @@ import pytest
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import Question, answer_questions, read_questions
-from orpo_lite.evaluate.answering import Answerer, Sampling
-from orpo_lite.evaluate.loading import find_sides
+from orpo_lite.evaluate.answering import Sampling, Side, find_sides
 
 ROWS = [
     {"id": "a", "category": "sums", "turns": ["How much is 4 plus 5?", "And the capital of Peru?"]},
@@ -97,7 +96,7 @@ def test_greedy_answers_do_not_depend_on_the_batch(sides, file):
     # the second turn is asked in the conversation that the side itself had
     turns = [*questions[0].prompt, {"role": "assistant", "content": alone[0]["adapter"][0]}]
     turns.append({"role": "user", "content": questions[0].turns[0]})
-    assert Answerer(sides[1]).reply(turns, Sampling(20)).text == alone[0]["adapter"][1]
+    assert sides[1].reply(turns, Sampling(20)).text == alone[0]["adapter"][1]
 
 
 def test_drawn_answers_come_again_with_their_seed(sides, file):
@@ -117,20 +116,20 @@ def test_what_is_written_is_gone_on_with(sides, file, tmp_path):
     assert len(lines) == 5 and json.loads(lines[0])["category"] == "sums"
     output.write_bytes(b"".join(lines[:3]) + lines[3][:40])  # killed in the middle of a line, and of a batch
     asked = []
-    replies = Answerer.replies
+    replies = Side.replies
 
     def counting(self, prompts, *rest, **more):
         asked.extend(prompts)
         return replies(self, prompts, *rest, **more)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Answerer, "replies", counting)
+        patch.setattr(Side, "replies", counting)
         answers(sides, questions, 2, output)
     assert output.read_bytes() == whole and len(asked) == 6  # three questions, two sides
 
     idle = find_sides(sides[1].source.path)
     answer_questions(idle, questions, Sampling(20), 0, 2, output)
-    assert not vars(idle[1].weights).keys() & {"loaded", "tokenizer"}
+    assert not vars(idle[1]).keys() & {"loaded", "tokenizer"}
     for other, words in ((Sampling(21), "line 1: in settings"), (Sampling(20, 0.5), "line 1: in settings")):
         with pytest.raises(RequestError, match=words):
             answers(sides, questions, 2, output, other)
@@ -141,11 +140,11 @@ def test_what_is_written_is_gone_on_with(sides, file, tmp_path):
 
 def test_a_conversation_without_room_is_left_unanswered(sides, file, monkeypatch):
     questions = read_questions(str(file))[:2]
-    first = len(Answerer(sides[1]).prompts([questions[0].prompt])[0])
-    monkeypatch.setattr(Answerer, "context", first + 6)
+    first = len(sides[1].prompts([questions[0].prompt])[0])
+    monkeypatch.setattr(Side, "context", first + 6)
     rows = answer_questions(sides, questions, Sampling(20), 0, 2, None)
     assert rows[0]["answers"]["base"][1] is None and 0 < rows[0]["tokens"]["base"][0] <= 6
-    monkeypatch.setattr(Answerer, "context", 5)
+    monkeypatch.setattr(Side, "context", 5)
     with pytest.raises(RequestError, match="a has .* tokens, and the model takes 5: leave it out"):
         answers(sides, questions, 2)
 
