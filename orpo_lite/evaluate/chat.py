@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
@@ -25,7 +26,7 @@ from orpo_lite.evaluate.__main__ import Against, Base, MaxNewTokens, Run, Temper
 from orpo_lite.evaluate.terminal import BLOCK, read_key, read_message
 
 if TYPE_CHECKING:
-    from orpo_lite.evaluate.answering import Reply, Sampling, Side, Turns
+    from orpo_lite.evaluate.answering import Sampling, Side, Turns
 
 FILE = "preferences.jsonl"
 HELP = {
@@ -177,9 +178,9 @@ class Chat:
             f"{tight.context:,}: it is not sent"
         )
 
-    def say(self, line: str) -> None:
-        """Print a line that is not a model's; standard output is for answers alone."""
-        errors.print(line, style="dim", markup=False, soft_wrap=True)
+    def say(self, line: str, where: Console = errors) -> None:
+        """Print a line that is not a model's; a single model's answers alone go to standard output."""
+        where.print(line, style="dim", markup=False, soft_wrap=True)
 
     # ---- commands ----------------------------------------------------------------------------------------------------
 
@@ -281,38 +282,34 @@ class Comparison(Chat):
         if self.blind:
             self.order.shuffle(order)
         try:
-            replies = self.both(window, order)
+            texts = self.both(window, order)
         except KeyboardInterrupt:
-            self.tell("\n(stopped: no comparison)")
+            self.say("\n(stopped: no comparison)", console)
             return None
-        names, (first, second) = [one.name for one in order], (reply.text for reply in replies)
-        asks = self.file is not None and first != second
+        names, (first, second) = list(texts), texts.values()
+        file = self.file if first != second else None
         if first == second:
-            self.tell("both answers are the same, so they make no pair")
-        if not asks or not self.blind:
-            self.show_likelihoods(window, replies, names)
-        choice = self.choose(replies, names) if asks else None
-        if choice is None:
-            if asks:
+            self.say("both answers are the same, so they make no pair", console)
+        if file is None or not self.blind:
+            self.show_likelihoods(window, texts)
+        choice = self.choose(texts) if file else None
+        if file is None or choice is None:
+            if file:
                 kept = "answer 1" if self.blind else f"the answer of {names[1]}"
-                self.tell(f"not kept; the conversation continues with {kept}")
+                self.say(f"not kept; the conversation continues with {kept}", console)
             return first if self.blind else second
-        form, better = self.sides[-1].format, choice[0]
-        signed = {"chosen_model": choice[2], "rejected_model": choice[3]} if self.signed else {}
-        self.file.append(form.row(window, *choice[:2]) | signed)
-        self.preferred.append(choice[2])
+        form, (better, worse) = self.sides[-1].format, choice
+        signed = {"chosen_model": better, "rejected_model": worse} if self.signed else {}
+        file.append(form.row(window, texts[better], texts[worse]) | signed)
+        self.preferred.append(better)
         if self.blind:
-            self.tell(f"kept; 1 was {names[0]}, 2 was {names[1]}")
-            self.show_likelihoods(window, replies, names)
+            self.say(f"kept; 1 was {names[0]}, 2 was {names[1]}", console)
+            self.show_likelihoods(window, {name: texts[name] for name in names})
         else:
-            self.tell(f"kept ({len(self.preferred)} in this chat)")
-        return form.answer(better)
+            self.say(f"kept ({len(self.preferred)} in this chat)", console)
+        return form.answer(texts[better])
 
-    def tell(self, line: str) -> None:
-        """Print a line among the answers."""
-        console.print(line, style="dim", markup=False, soft_wrap=True)
-
-    def both(self, turns: Turns, order: list[Side]) -> list[Reply]:
+    def both(self, turns: Turns, order: list[Side]) -> dict[str, str]:
         """Show both answers: in columns once they are complete, or on a narrow terminal one after the other as they
         are generated."""
         import torch
@@ -336,19 +333,19 @@ class Comparison(Chat):
             console.print(table)
         for title, reply in zip(titles, replies, strict=True):
             if reply.remark:
-                self.tell(f"({title}: {reply.remark})")
-        return replies
+                self.say(f"({title}: {reply.remark})", console)
+        return {one.name: reply.text for one, reply in zip(order, replies, strict=True)}
 
-    def show_likelihoods(self, turns: Turns, replies: list[Reply], names: list[str]) -> None:
+    def show_likelihoods(self, turns: Turns, texts: dict[str, str]) -> None:
         """Print the mean log-prob per token of each answer under each side, and its log-odds ratio."""
         from orpo_lite.objective.loss import log_odds_ratio
 
         try:
-            found = {one.name: one.mean_logps(turns, replies[0].text, replies[1].text) for one in self.sides}
+            found = {one.name: one.mean_logps(turns, *texts.values()) for one in self.sides}
         except RequestError as error:
-            self.tell(f"no log-probs: {error}")
+            self.say(f"no log-probs: {error}", console)
             return
-        titles = [escape(f"{place} ({name})") for place, name in enumerate(names, 1)]
+        titles = [escape(f"{place} ({name})") for place, name in enumerate(texts, 1)]
         table = Table(
             "mean log-prob per token", *titles, "log-odds ratio, 1 over 2", box=None, padding=(0, 2, 0, 0), style="dim"
         )
@@ -357,30 +354,30 @@ class Comparison(Chat):
             table.add_row(escape(f"under {name}"), f"{first:.4f}", f"{second:.4f}", f"{ratio:+.4f}")
         console.print(table)
 
-    def choose(self, replies: list[Reply], names: list[str]) -> tuple[str, str, str, str] | None:
+    def choose(self, texts: dict[str, str]) -> tuple[str, str] | None:
         """Ask which answer is better.
 
+        Args:
+            texts: the answers as they are shown, by side; one that the user writes is added as "you".
+
         Returns:
-            The better answer, the worse one, and whose they are; None for no choice.
+            Whose the better and the worse answer are; None for no choice.
         """
-        texts = {name: reply.text for name, reply in zip(names, replies, strict=True)}
+        names, trained = list(texts), self.sides[-1].name
         try:
             key = read_key(CHOICE, "12e")
-            if key in ("1", "2"):
-                better, worse = names if key == "1" else names[::-1]
-                choice = texts[better], texts[worse], better, worse
-            elif key == "e":
-                trained = self.sides[-1].name
-                choice = read_message("better answer> "), texts[trained], "you", trained
-            else:
-                return None
+            if key == "e":
+                texts["you"] = read_message("better answer> ")
         except KeyboardInterrupt:
             console.print()
             return None
-        if choice[0] == choice[1] or not all(text.strip() for text in choice):
-            self.tell("an empty answer, or the same one, makes no pair")
+        if not key:
             return None
-        return choice
+        better, worse = {"1": names, "2": names[::-1], "e": ["you", trained]}[key]
+        if texts[better] == texts[worse] or not all(texts[name].strip() for name in (better, worse)):
+            self.say("an empty answer, or the same one, makes no pair", console)
+            return None
+        return better, worse
 
 
 class PreferenceFile:

@@ -14,7 +14,7 @@ from transformers import PrinterCallback
 
 from orpo_lite.common.console import errors
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data import DropReport, Pairs, load_pairs
+from orpo_lite.data import DropReport, load_pairs
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
@@ -176,23 +176,24 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
     by_path = {side.source.path: side for side in sides}
     field = "data.eval" if data is None else "--data"
     pairs = {path: held_out_pairs(side, recipe, field) for path, side in reversed(by_path.items())}
-    mine, results = pairs[run.path], {}
+    mine, report = pairs[run.path]
     paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
+    results: dict[str, dict[str, Any]] = {}
     while sides:
         side = sides.pop(0)
-        held = pairs[side.source.path]
-        same = len(mine.eval) == len(held.eval)
+        held, _ = pairs[side.source.path]
+        same = len(mine) == len(held)
         if not same:
-            errors.print(f"{side.name} is measured on {len(held.eval):,} pairs, {run.path} on {len(mine.eval):,}: "
+            errors.print(f"{side.name} is measured on {len(held):,} pairs, {run.path} on {len(mine):,}: "
                          "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
-        names = [paths[number] for number in numbers(held.eval, "source")]
+        names = [paths[number] for number in numbers(held, "source")]
         with side.model() as model, tempfile.TemporaryDirectory() as scratch:
             args = arguments(recipe, Path(scratch), side.loaded[1], has_eval=True, checkpointing=0)
-            trainer = ORPOTrainer(model, args, None, None, held.eval, side.tokenizer)
+            trainer = ORPOTrainer(model, args, None, None, held, side.tokenizer)
             trainer.remove_callback(PrinterCallback)  # it would print between lines of JSON
-            results[side.name] = evaluate(trainer, names, mine.eval if same else None)
+            results[side.name] = evaluate(trainer, names, mine if same else None)
         del model, trainer
-    return results, mine.report
+    return results, report
 
 
 def held_out_recipe(source: ModelSource, data: str | None) -> Recipe:
@@ -218,16 +219,16 @@ def held_out_recipe(source: ModelSource, data: str | None) -> Recipe:
     return recipe
 
 
-def held_out_pairs(side: Side, recipe: Recipe, field: str) -> Pairs:
-    """Load a recipe's held-out pairs as a side reads them.
+def held_out_pairs(side: Side, recipe: Recipe, field: str) -> tuple[Any, DropReport]:
+    """Load a recipe's held-out pairs as a side reads them, and report what was dropped.
 
     The training pairs are not read where the two come from different data.
     """
     own = side.source.recipe
     section = recipe.data.model_copy(update={name: getattr(own.data, name) for name in RENDERING} if own else {})
     if section.eval is None:
-        return load_pairs(section, side.tokenizer)
+        pairs = load_pairs(section, side.tokenizer)
+        return pairs.eval, pairs.report
     alone = {"train": section.eval, "eval": None, "eval_fraction": 0.0, "max_rows": section.max_eval_rows}
     pairs = load_pairs(section.model_copy(update=alone), side.tokenizer, field=field)
-    pairs.eval = pairs.train
-    return pairs
+    return pairs.train, pairs.report
