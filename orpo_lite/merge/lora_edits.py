@@ -6,23 +6,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import torch
 from peft import PeftModel
 from peft.tuners import lora
 from peft.tuners.lora import variants
 from peft.tuners.tuners_utils import BaseTunerLayer
-from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper, set_peft_model_state_dict
-from safetensors.torch import load_file
+from peft.utils import ModulesToSaveWrapper, TrainableTokensWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, bare, changed_base, lora_config, wrap
-from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
+from orpo_lite.model.adapter import NAME, bare, check_complete, idle, loadable_config, put_on, read_tensors
 
-NAME = "default"
+UNMERGED = ": use base and adapter unmerged, as chat and evaluate do"
 
 
 @dataclass
@@ -119,53 +116,25 @@ def read_adapter(source: str | Path, model: PreTrainedModel) -> tuple[PeftModel,
         RequestError: the adapter is not LoRA or does not fit, a tensor has no place or shares it with another, or the
             base's weights cannot express its kind of change.
     """
-    config = lora_config(str(source))
-    init = str(config.init_lora_weights).lower()
-    if init.startswith((*CHANGES_BASE, *CANNOT_REPEAT)):
-        raise RequestError(changed_base(str(source), init))
+    config = loadable_config(str(source), fixed_base=True)
     if config.layer_replication:
-        raise RequestError(f"adapter: {source} repeats layers of its base (layer_replication), which cannot be merged")
-    config.init_lora_weights = config.inference_mode = True
+        raise RequestError(
+            f"adapter: {source} repeats layers of its base (layer_replication), which cannot be merged{UNMERGED}"
+        )
+    config.inference_mode = True
     config.lora_dropout = 0.0  # PEFT refuses dropout on experts, and would apply it in a new model
     config.base_model_name_or_path = None
-    tensors = load_file(Path(source) / ADAPTER_WEIGHTS)
-    drop_duplicates(source, tensors)
-    try:
-        peft_model = wrap(model, config, low_cpu_mem_usage=True)
-        # the adapter stays where it is: PEFT would move it to the device and dtype of its base, which is a skeleton
-        move, stay = "_move_adapter_to_device_of_base_layer", lambda *_, **__: None
-        with patch.object(BaseTunerLayer, move, stay), patch.object(lora.ParamWrapper, move, stay):
-            result = set_peft_model_state_dict(peft_model, tensors, low_cpu_mem_usage=True)
-    except KeyError as error:
-        raise RequestError(f"adapter: {source} does not fit {type(model).__name__}: it lacks {error}") from error
-    except (RuntimeError, ValueError) as error:  # also wrap's RequestError
-        words = " ".join(str(error).split()).removeprefix("adapter: ")[:300]
-        raise RequestError(
-            f"adapter: {source} does not fit {type(model).__name__}: {words}: check that this is its base"
-        ) from error
-    if result.unexpected_keys:
-        raise RequestError(
-            f"adapter: {source} does not fit: {type(model).__name__} has no place for {len(result.unexpected_keys)} "
-            f"tensor(s), first {result.unexpected_keys[0]}"
-        )
+    tensors = read_tensors(source)
+    if why := idle(source, config, tensors):
+        raise RequestError(why)
+    keys = {bare(key.removeprefix("base_model.model.")): key for key in sorted(tensors)}
+    for one, other in model.all_tied_weights_keys.items():
+        # PEFT saves resized embeddings at both of their tied ends
+        if one in keys and other in keys and torch.equal(tensors[keys[one]], tensors[keys[other]]):
+            tensors[keys[one]] = tensors[keys[other]]
+    peft_model, missing = put_on(model, source, config, tensors, low_cpu_mem_usage=True)
+    check_complete(source, missing)
     return peft_model, collect(source, peft_model)
-
-
-def drop_duplicates(source: str | Path, tensors: dict[str, Tensor]) -> None:
-    """Drop the second of two equal tensors for one place: PEFT writes trained and resized embeddings twice.
-
-    Raises:
-        RequestError: two different tensors are for the same place.
-    """
-    seen: dict[str, str] = {}
-    for key, value in sorted(tensors.items()):  # X.modules_to_save.weight comes before X.weight
-        place = key.removeprefix("base_model.model.").replace(f".{NAME}", "").replace(".modules_to_save.", ".")
-        earlier = seen.get(place, key)
-        if earlier != key:
-            if ".modules_to_save." not in earlier or not torch.equal(tensors[earlier], value):
-                raise RequestError(f"adapter: {source}: {earlier} and {key} are for the same place")
-            del tensors[earlier]
-        seen[place] = key
 
 
 def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
@@ -174,10 +143,6 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
     inside: nn.Module = model.get_base_model().requires_grad_(False)
     for path, parameter in inside.named_parameters():
         added = any(word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable"))
-        if added and parameter.is_meta:
-            raise RequestError(
-                f"adapter: {source} lacks a tensor for {bare(path)}, which adapter_config.json says it adapts"
-            )
         # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
         if not added and not parameter.is_meta:
             edits[bare(path)] = [Replaced(parameter)]
@@ -210,7 +175,7 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
         kind = type(variant).__name__ if variant is not None else f"{type(module).__module__}.{type(module).__name__}"
         raise RequestError(
             f"adapter: {source} changes {bare(path)} by {kind}, which cannot be merged here; LoRA and DoRA on linear "
-            "layers, Conv1D, embeddings and experts can"
+            f"layers, Conv1D, embeddings and experts can{UNMERGED}"
         )
     layer: Any = module
     scale = layer.scaling[NAME]
@@ -231,7 +196,7 @@ def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit
     if layer.lora_bias.get(NAME):
         if getattr(layer.get_base_layer(), "bias", None) is None:
             raise RequestError(
-                f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to"
+                f"adapter: {source} trains a bias (lora_bias) for {bare(path)}, which has none to add it to{UNMERGED}"
             )
         found.append(("bias", Added(layer.lora_B[NAME].bias, scale)))  # type: ignore[arg-type]
     return found

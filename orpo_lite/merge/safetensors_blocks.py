@@ -127,7 +127,7 @@ Source = Stored | Computed
 def resized(source: Source, rows: int) -> Computed:
     """Give an embedding, output head or its bias another number of rows.
 
-    New rows are what orpo_lite.model.base.grow_embeddings makes them: the mean of the others, 0 in a bias.
+    New rows are what orpo_lite.model.base.resize_embeddings makes them: the mean of the others, 0 in a bias.
     """
     held, shape = source.shape[0], (rows, *source.shape[1:])
 

@@ -7,19 +7,23 @@ import os
 import re
 import warnings
 from pathlib import Path
-from textwrap import shorten
 from typing import Any
+from unittest.mock import patch
 
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
-from safetensors import SafetensorError, safe_open
+from peft.tuners import lora
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import set_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model import adapter_targets
-from orpo_lite.model.base import grow_embeddings, grow_vocabulary, rows_for_new_tokens
+from orpo_lite.model.base import grow_vocabulary, resize_embeddings, rows_for_new_tokens
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
 from orpo_lite.model.locating import adapter_folder, check_no_adapter_is_lost, hub_errors_in_words, renaming_field
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter
@@ -35,6 +39,17 @@ CHANGES_BASE = ("pissa", "olora")
 """Initializations of foreign adapters that took the starting product out of their base weights."""
 CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
 """Initializations of foreign adapters that changed their base in a way that the adapter alone does not record."""
+
+NAME = "default"
+"""PEFT's name of the one adapter on a model."""
+WRAPPERS = re.compile(
+    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)|(?<=^base_model\.model)\.module(?=\.)"
+)
+"""What torch.compile, FSDP and DDP put into the names of weights."""
+NOT_SAVED = re.compile(rf"(?<=lora_[AB])\.{NAME}\b|\.modules_to_save(\.{NAME})?\b")
+"""What PEFT leaves out of the names of the tensors that it saves."""
+SHAPES = re.compile(r"size mismatch for (\S+): copying .*?Size\((\[.*?\])\) from checkpoint, .*?Size\((\[.*?\])\)")
+"""(name, shape in the file, shape in the model) in torch's words."""
 
 
 def attach_adapter(
@@ -132,38 +147,29 @@ def prepare_frozen(model: PeftModel) -> None:
 def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool = False) -> PeftModel:
     """Put an existing LoRA adapter (folder or hub id) on a base, with every one of its tensors.
 
-    Unlike PeftModel.from_pretrained, keys that the adapter lacks or the base has no place for are errors, and the
-    adapter is never rounded to the base's 16 bits on the way.
+    Unlike PeftModel.from_pretrained, tensors that the adapter lacks or the base has no place for are errors, the base's
+    vocabulary becomes the adapter's, and the adapter is never rounded to the base's 16 bits on the way.
 
     Raises:
         RequestError: no such adapter, not LoRA, or shapes and names that do not fit this base.
     """
     source = str(adapter_folder(resolve_path(str(source))))
-    config = lora_config(source)
-    init = str(config.init_lora_weights).lower()
-    if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and is_quantized(model)):
-        raise RequestError(changed_base(source, init))
-    if not init.startswith(CHANGES_BASE):
-        config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
-    config.auto_mapping = None  # names a library to import; a run's own adapter must not pass it on
+    config = loadable_config(source, fixed_base=is_quantized(model))
     trained_on, config.base_model_name_or_path = config.base_model_name_or_path, None
     if trained_on and base_name(model) and trained_on != base_name(model):
         check_no_adapter_is_lost(trained_on, base_name(model), source, config.revision)
         logger.warning(f"adapter: {source} was trained on {trained_on}; here its base is {base_name(model)}")
     config.inference_mode = not trainable
-    grow_embeddings(model, vocabulary_rows(model, source, config))
-    misfit = f"adapter: {source} does not fit {base_name(model)}, so check that this is its base: "
-    try:
-        with renaming_field("adapter"), hub_errors_in_words(source):
-            peft_model = wrap(model, config)
-            result = peft_model.load_adapter(source, "default", is_trainable=trainable)
-    except (RequestError, RuntimeError, SafetensorError) as error:
-        raise RequestError(misfit + shorten(str(error).removeprefix("adapter: "), 400)) from error
-    wrong = [f"it lacks {key}" for key in result.missing_keys]
-    wrong += [f"the base has no place for {key}" for key in result.unexpected_keys]
-    if wrong:
-        raise RequestError(f"{misfit}{len(wrong)} tensor(s) differ, first: {wrong[0]}")
-    return peft_model
+    resize_embeddings(model, vocabulary_rows(model, source, config))
+    tensors = read_tensors(source)
+    if why := idle(source, config, tensors):
+        logger.warning(why)
+    peft_model, missing = put_on(model, source, config, tensors)
+    check_complete(source, missing)
+    return peft_model if trainable else peft_model.eval()  # type: ignore[return-value]  # eval returns the model itself
+
+
+# ---- the folder of an adapter, as any tool left it ---------------------------------------------------------------------
 
 
 def lora_config(source: str) -> LoraConfig:
@@ -179,7 +185,28 @@ def lora_config(source: str) -> LoraConfig:
         )
     check_adapter(folder)
     with renaming_field("adapter"), hub_errors_in_words(source):
-        return PeftConfig.from_pretrained(source)  # type: ignore[return-value]  # the check takes no other
+        config: LoraConfig = PeftConfig.from_pretrained(source)  # type: ignore[assignment]  # the check takes no other
+    # both name libraries to import, which an adapter has no say in; layers of Megatron are in no transformers model
+    config.auto_mapping = config.megatron_config = None
+    return config
+
+
+def loadable_config(source: str, *, fixed_base: bool) -> LoraConfig:
+    """Read the configuration of an adapter to be loaded.
+
+    Args:
+        fixed_base: the base cannot be changed in the way in which some initializations changed it.
+
+    Raises:
+        RequestError: see `lora_config`; or the adapter belongs to a changed base that nobody can make again.
+    """
+    config = lora_config(source)
+    init = str(config.init_lora_weights).lower()
+    if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and fixed_base):
+        raise RequestError(changed_base(source, init))
+    if not init.startswith(CHANGES_BASE):
+        config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
+    return config
 
 
 def changed_base(source: str, init: str) -> str:
@@ -188,6 +215,116 @@ def changed_base(source: str, init: str) -> str:
         f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
         "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
     )
+
+
+def plain_key(key: str) -> str:
+    """Return the name by which PEFT saves a tensor, without what wrappers of the model in training left in it."""
+    return NOT_SAVED.sub("", WRAPPERS.sub("", key).lstrip("."))
+
+
+def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:
+    """Read an adapter's tensors by PEFT's own names, each once: PEFT writes trained and resized embeddings twice.
+
+    Raises:
+        RequestError: two different tensors are for the same place.
+    """
+    tensors: dict[str, torch.Tensor] = {}
+    origins: dict[str, str] = {}
+    for key, value in load_file(Path(source) / ADAPTER_WEIGHTS).items():
+        place = plain_key(key)
+        if place in tensors and not torch.equal(tensors[place], value):
+            raise RequestError(
+                f"adapter: {source}: {origins[place]} and {key} are for the same place: remove the one that was not trained"
+            )
+        tensors[place], origins[place] = value, key
+    if wrapped := next(filter(WRAPPERS.search, origins.values()), None):
+        logger.warning(
+            f"adapter: {source} was saved from a wrapped model; the wrapper's prefix is left out, as in {wrapped}"
+        )
+    return tensors
+
+
+def idle(source: str | Path, config: LoraConfig, tensors: dict[str, torch.Tensor]) -> str | None:
+    """Say that an adapter changes nothing; None where a low-rank product is not zero, or anything else was trained."""
+    halves: dict[str, bool] = {}
+    for key, value in tensors.items():
+        module, _, matrix = key.rpartition(".lora_")
+        if matrix not in ("A.weight", "B.weight", "embedding_A", "embedding_B"):
+            return None
+        halves[module] = halves.get(module, True) and bool(value.any())
+    if any(halves.values()) and (config.lora_alpha or config.alpha_pattern):
+        return None
+    return (
+        f"adapter: {source} changes nothing: in every layer lora_B (or lora_alpha) is zero, as before training: give the "
+        "folder that was saved after training, or train it"
+    )
+
+
+def put_on(
+    model: PreTrainedModel, source: str | Path, config: LoraConfig, tensors: dict[str, torch.Tensor], **options: Any
+) -> tuple[PeftModel, list[str]]:
+    """Attach an adapter with its tensors to a model whose vocabulary is the adapter's.
+
+    Args:
+        options: low_cpu_mem_usage=True for a skeleton on the meta device, whose adapter then holds `tensors` themselves.
+
+    Returns:
+        The model, and the names of the tensors that its configuration asks for on this base and the adapter lacks.
+
+    Raises:
+        RequestError: shapes do not fit, or the base has no place for a tensor.
+    """
+    misfit = (
+        f"adapter: {source} does not fit {base_name(model) or type(model).__name__}, so check that this is its base: "
+    )
+    # the adapter stays where it is: PEFT would move it to the device and dtype of its base, which may be a skeleton
+    move, stay = "_move_adapter_to_device_of_base_layer", lambda *_, **__: None
+    try:
+        peft_model = wrap(model, config, **options)
+        with patch.object(BaseTunerLayer, move, stay), patch.object(lora.ParamWrapper, move, stay):
+            result = set_peft_model_state_dict(peft_model, tensors, NAME, **options)
+    except KeyError as error:  # a part of a module that was trained as a whole
+        return peft_model, [str(error.args[0])]
+    except (RuntimeError, ValueError) as error:  # also wrap's RequestError
+        words = " ".join(str(error).split()).removeprefix("adapter: ")
+        shapes = [f"{plain_key(key)} is {there}, here {here}" for key, there, here in SHAPES.findall(words)]
+        raise RequestError(misfit + ("; ".join(shapes[:3]) + "; ..." * (len(shapes) > 3) or words[:400])) from error
+    wrappers = dict(peft_model.named_modules())
+    homeless = []
+    for key in result.unexpected_keys:
+        # PEFT saves the trained rows of tied embeddings at both ends, and loads them at one
+        path, _, leaf = key.rpartition(".token_adapter.")
+        tied = leaf and getattr(getattr(wrappers.get(path), "token_adapter", None), "tied_adapter", None)
+        if not tied or not torch.equal(tensors[key].float(), tied.trainable_tokens_delta[NAME].float().cpu()):
+            homeless.append(key)
+    if homeless:
+        raise RequestError(f"{misfit}it has no place for {len(homeless)} tensor(s), first {homeless[0]}")
+    return peft_model, [plain_key(key) for key in result.missing_keys if "lora_" in key and NAME in key]
+
+
+def check_complete(source: str | Path, missing: list[str]) -> None:
+    """Raise RequestError where an adapter lacks tensors that its configuration asks for."""
+    if missing:
+        raise RequestError(
+            f"adapter: {source} lacks {len(missing)} tensor(s) that its adapter_config.json asks for on this base, first "
+            f"{', '.join(missing[:3])}: save or download it again as a whole; if fewer modules were trained, name those "
+            "alone in adapter_config.json (target_modules, layers_to_transform)"
+        )
+
+
+def adapter_gaps(source: str | Path, skeleton: PreTrainedModel) -> list[str]:
+    """List the tensors that an adapter's configuration asks for on a base and its file lacks, by the file's names.
+
+    Args:
+        source: adapter folder.
+        skeleton: the base on the meta device, which gets the adapter.
+
+    Raises:
+        RequestError: see `put_on`.
+    """
+    config = loadable_config(str(source), fixed_base=True)
+    resize_embeddings(skeleton, vocabulary_rows(skeleton, source, config))
+    return put_on(skeleton, source, config, read_tensors(source), low_cpu_mem_usage=True)[1]
 
 
 def vocabulary_rows(
@@ -203,7 +340,7 @@ def vocabulary_rows(
     held: set[int] = set()
     with safe_open(Path(source) / ADAPTER_WEIGHTS, "pt") as file:
         for key in file.keys():  # noqa: SIM118  # no dict
-            path, _, leaf = bare(key.removeprefix("base_model.model.")).replace(".modules_to_save", "").rpartition(".")
+            path, _, leaf = bare(plain_key(key).removeprefix("base_model.model.")).rpartition(".")
             if leaf == "weight" and path.removesuffix(".lora_B") in names:
                 held.add(file.get_slice(key).get_shape()[0])
             elif leaf == "lora_embedding_A" and path in names:

@@ -19,6 +19,7 @@ from orpo_lite.model.precision import (
     Precision,
     choose_precision,
     default_device,
+    is_quantized_parameter,
     quantization_settings,
     quantization_skipped_reason,
 )
@@ -79,6 +80,10 @@ def load_base(
         quantization_config=quantization_settings(spec, precision.dtype, to_shard) if quantizes else None,
         attn_implementation=attention_for(config, spec.attention),
     )
+    if (shipped or {}).get("quant_method") == "bitsandbytes":
+        for parameter in model.parameters():  # transformers leaves what is not quantized in the dtype of its file
+            if parameter.dtype in (torch.float16, torch.bfloat16) and not is_quantized_parameter(parameter):
+                parameter.data = parameter.data.to(precision.dtype)
     if tokenizer is not None:
         grow_vocabulary(model, tokenizer)
     quantizer = getattr(model, "hf_quantizer", None)
@@ -222,8 +227,9 @@ def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> 
 
 
 def grow_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Grow the embeddings by the recipe's new tokens, each starting as the mean of the others. Idempotent."""
-    grow_embeddings(model, rows_for_new_tokens(tokenizer))
+    """Grow the embeddings by the recipe's new tokens. Idempotent."""
+    embeddings: Any = model.get_input_embeddings()
+    resize_embeddings(model, max(len(embeddings.weight), rows_for_new_tokens(tokenizer)))
 
 
 def rows_for_new_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -232,16 +238,16 @@ def rows_for_new_tokens(tokenizer: PreTrainedTokenizerBase) -> int:
     return 1 + max(ids, default=-1)
 
 
-def grow_embeddings(model: PreTrainedModel, needed: int) -> None:
-    """Give embeddings and output head at least this many rows, each new one the mean of the existing ones."""
-    inside: Any = model.get_input_embeddings()
-    rows: int = inside.weight.shape[0]
-    if needed <= rows:
+def resize_embeddings(model: PreTrainedModel, rows: int) -> None:
+    """Give embeddings and output head this many rows, each new one the mean of the existing ones."""
+    embeddings: Any = model.get_input_embeddings()
+    before = len(embeddings.weight)
+    if rows == before:
         return
-    model.resize_token_embeddings(needed, mean_resizing=False)
+    model.resize_token_embeddings(rows, mean_resizing=False)
     # resize_token_embeddings draws them at random; the mean gives the same start wherever the adapter is loaded
     with torch.no_grad():
         for module in (model.get_input_embeddings(), model.get_output_embeddings()):
             weight: Any = None if module is None else module.weight
-            if weight is not None:
-                weight[rows:] = weight[:rows].float().mean(0).to(weight.dtype)
+            if weight is not None and rows > before:
+                weight[before:] = weight[:before].float().mean(0).to(weight.dtype)

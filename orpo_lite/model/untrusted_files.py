@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import pickle
 import re
+from collections import Counter
 from pathlib import Path, PureWindowsPath
 from typing import Any
 
-import torch
 from peft import PeftType
 from safetensors import SafetensorError, safe_open
-from transformers.trainer_pt_utils import safe_globals
 
 from orpo_lite.common.errors import RequestError
 
@@ -68,27 +67,16 @@ def check_links(folder: Path) -> None:
             )
 
 
-def check_torch_files(checkpoint: Path) -> None:
-    """Refuse a checkpoint with a file that holds more than numbers, tensors and containers, which could run code.
-
-    torch says so itself where it loads weights only, here without their bytes. transformers loads that way too, but names
-    no file; torch does not load the index of FSDP2's shards that way.
-    """
-    files = [path for path in sorted(checkpoint.rglob("*")) if path.suffix in (".pt", ".pth", ".bin")]
-    for path in [*files, *checkpoint.rglob(".metadata")]:
+def check_shards(checkpoint: Path) -> None:
+    """Refuse an index of FSDP2's shards that could run code: torch loads weights only everywhere else, but not there."""
+    for path in checkpoint.rglob(".metadata"):
         try:
-            if path.name == ".metadata":
-                with path.open("rb") as file:
-                    IndexOfShards(file).load()
-            elif path.name != "training_args.bin":  # unread
-                with safe_globals():
-                    torch.load(path, map_location="meta", weights_only=True)
-        except Exception as error:  # whatever pickle and torch find wrong
-            why = " ".join(str(error).rpartition("WeightsUnpickler error:")[2].split())[:200]  # without torch's advice
+            with path.open("rb") as file:
+                IndexOfShards(file).load()
+        except Exception as error:  # whatever pickle finds wrong
             raise RequestError(
-                f"{path} holds more than numbers and tensors of torch.save ({why}), and such a pickle is never loaded: remove "
-                "this checkpoint to resume from the previous one, or start a new run, or write its tensors with "
-                "safetensors.torch.save_file"
+                f"{path} holds more than an index of tensors ({str(error)[:200]}), and such a pickle is never loaded: remove this "
+                "checkpoint to resume from the previous one, or start a new run"
             ) from None
 
 
@@ -179,11 +167,6 @@ def check_adapter(folder: Path) -> None:
         raise RequestError(f"adapter: {folder} is of type {kind}, expected LORA: train one, or use another adapter")
     if rank is not None and (not isinstance(rank, int) or rank < 1):
         raise RequestError(f"adapter: {path}: r is {rank!r}, expected a whole number above 0: {AGAIN}")
-    if config.get("megatron_config") or config.get("megatron_core", "megatron.core") != "megatron.core":
-        raise RequestError(
-            f"adapter: {path}: megatron_config and megatron_core name Python code to import, which an adapter is not "
-            "allowed to do: remove both if this is a plain LoRA adapter"
-        )
     if (old := folder / "adapter_model.bin").is_file() and not weights.is_file():
         raise RequestError(
             f"adapter: {old} is a pickle, which is never loaded because it can run code: write {ADAPTER_WEIGHTS} beside it "
@@ -194,10 +177,25 @@ def check_adapter(folder: Path) -> None:
     check_safetensors(weights)
     with safe_open(weights, "pt") as file:
         names = list(file.keys())
+        shapes = {name: file.get_slice(name).get_shape() for name in names}
         # integers are finite, and float8 has no isfinite of its own
         bad = [name for name in names if not file.get_tensor(name).float().isfinite().all()]
     if bad:
         raise RequestError(
             f"adapter: {weights}: {len(bad)} of {len(names)} tensors are not finite (NaN or infinity), first {bad[0]}: "
             "its training failed; use an earlier checkpoint, or train again with a lower training.learning_rate"
+        )
+    ends = (".lora_A.weight", ".lora_B.weight")
+    if shards := [name for name in names if 0 in shapes[name] or (name.endswith(ends) and len(shapes[name]) == 1)]:
+        raise RequestError(
+            f"adapter: {weights}: {len(shards)} of {len(names)} tensors are empty or flat, first {shards[0]}: DeepSpeed ZeRO-3 or "
+            "FSDP saved the shards of one process: gather the checkpoint (zero_to_fp32.py), or train again with "
+            "stage3_gather_16bit_weights_on_model_save, or FSDP's full state dict"
+        )
+    if lacking := [name for name in ("r", "lora_alpha", "target_modules") if name not in config]:
+        ranks = Counter(shape[0] for name, shape in shapes.items() if "lora_A." in name and len(shape) == 2)
+        modules = sorted({name.partition(".lora_")[0].rpartition(".")[2] for name in names if ".lora_" in name})
+        raise RequestError(
+            f"adapter: {path} lacks {', '.join(lacking)}: write there what it was trained with; by its tensors r is "
+            f"{max(ranks, key=ranks.__getitem__, default='unknown')}, target_modules {', '.join(modules) or 'unknown'}"
         )

@@ -20,7 +20,7 @@ from transformers.trainer_callback import ExportableState
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
 from orpo_lite.model import save_adapter
-from orpo_lite.model.untrusted_files import check_torch_files
+from orpo_lite.model.untrusted_files import check_shards
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.distributed import gathered, sharded
@@ -279,7 +279,7 @@ class CheckpointedTrainer(Trainer):
             if wrong := folders.damage(found):
                 raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         self._check_origin(found)
-        check_torch_files(found)
+        check_shards(found)
         return found
 
     def _check_origin(self, found: Path) -> None:

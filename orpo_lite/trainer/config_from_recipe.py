@@ -16,6 +16,7 @@ from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest, shown
 from orpo_lite.model import BaseFacts
+from orpo_lite.model.precision import default_device
 from orpo_lite.objective.metrics import COLUMNS, pair_metrics
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.schema import OrpoSection
@@ -77,7 +78,8 @@ def arguments(
     for name in SET_BY_OTHER_SECTIONS:
         training.pop(name, None)
     ours: dict[str, Any] = recipe.orpo.model_dump() | {  # its fields have ORPOConfig's names
-        "bf16": facts.precision.bf16,
+        # on a CPU, accelerate's autocast is for float32 weights, and ORPOTrainer has its own for a base in 16 bits
+        "bf16": facts.precision.bf16 and not (recipe.adapter and default_device().type == "cpu"),
         "fp16": facts.precision.fp16,
         "gradient_checkpointing": checkpointing != 0,
         "head_chunk": None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,

@@ -195,7 +195,7 @@ def make_objective(trainer: ORPOTrainer) -> Objective:
     objective = Objective(args, model.config, None, trainer.accelerator.num_processes)
     if objective.router_loss and not objective.router_coefficient:
         logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
-    exact = 1e-3 if args.mixed_precision == "no" else 0.2
+    exact = 1e-3 if args.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32 else 0.2
     if trainer.is_fsdp_enabled or sharded(model) or any(p.is_meta for p in model.parameters()):
         objective.find_at_first = lambda model: objective.find_head(model, args.device, exact)
     else:

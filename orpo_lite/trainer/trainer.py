@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from orpo_lite.common.console import peak_memory_bytes
 from orpo_lite.data.collate import collator_of, from_trl
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, tokenize_rows
+from orpo_lite.model import autocast
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
 from orpo_lite.model.template_variables import check_variables
@@ -297,6 +299,10 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
                 loss += self._pass(model, part, totals)
         return loss + self._pass(model, parts[-1], totals)
 
+    def autocast_smart_context_manager(self, cache_enabled: bool | None = True) -> contextlib.AbstractContextManager:
+        """Autocast a base held in 16 bits where accelerate does not: its norms and adapter may be float32."""
+        return contextlib.nullcontext() if self.args.bf16 or self.args.fp16 else autocast(self.unwrapped())
+
     def _pass(self, model: nn.Module, batch: dict[str, Any], totals: Tensor | None) -> Tensor:
         """Run one forward and one backward pass."""
         model.train()
@@ -350,7 +356,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         inputs = self._to_device(inputs)
 
         def passes() -> list:
-            with torch.no_grad():
+            with torch.no_grad(), self.compute_loss_context_manager():
                 return [self.objective.statistics(model, part) for part in self.eval_limit.cut(inputs)]
 
         found = retried(passes, lambda why: self._shrink(self.eval_limit, "evaluation", why))

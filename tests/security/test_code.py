@@ -48,7 +48,7 @@ def test_the_bomb_goes_off(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "how"),
     [("optimizer.pt", "bare"), ("optimizer.pt", "zip"), ("optimizer.pt", "legacy"), ("scheduler.pt", "zip"),
-     ("rng_state.pth", "legacy"), ("shards/.metadata", "bare"), ("global_step1/mp_rank_00_model_states.pt", "zip"),
+     ("rng_state.pth", "legacy"), ("shards/.metadata", "bare"),
      ("training_args.bin", "zip"), ("training_args.bin", "bare"), ("extra.pkl", "bare")],
 )  # fmt: skip
 def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypatch, capfd, stopped) -> None:
@@ -73,7 +73,10 @@ def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypat
     with pytest.raises(SystemExit) as stop:
         cli.run_command(train)
     told = capfd.readouterr().err
-    assert stop.value.code == 2 and f"checkpoint-1/{name}" in told and "safetensors.torch.save_file" in told, told
+    if name.endswith(".metadata"):
+        assert stop.value.code == 2 and f"checkpoint-1/{name}" in told and "never loaded" in told, told
+    else:  # torch loads weights only
+        assert stop.value.code == 1 and "weights_only" in told, told
 
 
 @pytest.fixture(scope="module")
@@ -257,7 +260,6 @@ def test_an_adapters_recipe_is_not_the_users(verb: str, mark: Path, tmp_path: Pa
     [
         {"auto_mapping": {"base_model_class": "Evil", "parent_library": "evil"}, "task_type": None},
         {"megatron_config": {"a": 1}, "megatron_core": "evil"},
-        {"megatron_core": "evil"},
     ],
 )
 def test_an_adapters_config_imports_nothing(
@@ -276,12 +278,9 @@ def test_an_adapters_config_imports_nothing(
         "merge": ["adapter", "--output", "merged", "--no-verify"],
     }[verb]
     code, told = called(verb, words, tmp_path, monkeypatch, capfd)
-    if "auto_mapping" in fields:
-        assert code == 0, told
-        saved = tmp_path / "run" / "adapter_config.json"
-        assert not saved.is_file() or "evil" not in saved.read_text()
-    else:
-        assert code == 2 and "adapter/adapter_config.json" in told and "megatron_core" in told, told
+    assert code == 0, told
+    saved = tmp_path / "run" / "adapter_config.json"
+    assert not saved.is_file() or "evil" not in saved.read_text()
 
 
 def test_the_tokenizer_of_the_quickstart_is_one(tmp_path: Path) -> None:
