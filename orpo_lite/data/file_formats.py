@@ -6,16 +6,12 @@ Whatever is wrong with a file is a RequestError that names the place.
 from __future__ import annotations
 
 import ast
-import bz2
 import csv
 import gzip
-import io
 import itertools
 import json
-import lzma
 import zlib
-from collections.abc import Callable, Iterable, Iterator
-from pathlib import Path
+from collections.abc import Iterable, Iterator
 from typing import IO, Any
 
 from orpo_lite.common.errors import RequestError
@@ -25,37 +21,21 @@ Batches = Iterator[list[Any]]
 BATCH_ROWS = 250
 """Few enough that rows of 100 KB, and their tokens, fit in memory."""
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz"),
-            b"BZh": ("compressed with bzip2", "name it .bz2"), b"\xfd7zXZ": ("compressed with xz", "name it .xz"),
-            b"\x28\xb5\x2f\xfd": ("compressed with zstd", "name it .zst")}  # fmt: skip
+OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz")}
 AGAIN = "copy or download it again, and name it by its format"
 DOCUMENT = "expected a JSON array of rows, or one object per line"
 LINE = "each line must be one JSON object; fix or remove it"
 
 
-def open_zstd(file: str, _: str) -> IO[bytes]:
-    """Open a file compressed with zstd, which Python's own library lacks."""
-    import pyarrow
-
-    return io.BufferedReader(pyarrow.input_stream(file, compression="zstd"))
-
-
-COMPRESSIONS: dict[str, Callable[[str, str], Any]] = {
-    ".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open, ".zst": open_zstd
-}  # fmt: skip
-
-
 def file_format(name: str) -> str | None:
-    """Return the format's suffix without compression, or None if the name is not that of a data file."""
-    name = name.lower()
-    for compression in COMPRESSIONS:
-        name = name.removesuffix(compression)
+    """Return the format's suffix without .gz, or None if the name is not that of a data file."""
+    name = name.lower().removesuffix(".gz")
     return next((suffix for suffix in FORMATS if name.endswith(suffix)), None)
 
 
 def open_bytes(file: str) -> IO[bytes]:
     """Open a file to read its decompressed bytes."""
-    return COMPRESSIONS.get(Path(file).suffix.lower(), open)(file, "rb")
+    return gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 
 def read_file(file: str) -> Batches:
@@ -69,7 +49,7 @@ def read_file(file: str) -> Batches:
         yield from batched(readers.get(str(file_format(file)), json_rows)(file))
     except RequestError:
         raise
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, ValueError) as error:
+    except (OSError, EOFError, zlib.error, ValueError) as error:
         raise RequestError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}): {AGAIN}") from None
 
 

@@ -13,11 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     import datasets
 
-    from orpo_lite.data import Pairs
-
 BATCH_ROWS = 10_000
-MAX_BINS = 60
-"""The most bins of a histogram."""
 
 
 def column_batches(rows: Any, *names: str) -> Iterator[list[Any]]:
@@ -79,30 +75,6 @@ def pair_lengths(pairs: datasets.Dataset) -> dict[str, np.ndarray]:
     starts = numbers(pairs, "chosen_start"), numbers(pairs, "rejected_start")
     prompt, chosen, rejected = np.maximum(*starts), chosen - starts[0], rejected - starts[1]
     return {"prompt": prompt, "chosen": chosen, "rejected": rejected, "total": prompt + chosen + rejected}
-
-
-def length_histograms(pairs: Pairs) -> dict[str, Any]:
-    """Return histograms of the tokens of prompts and answers, to be kept with a run.
-
-    Returns:
-        By split (train, eval) and part (prompt, chosen, rejected): `width` of a bin in tokens, `counts` of the bins
-        from 0 on, median, p95 and max. A split without rows is left out.
-    """
-    splits = {"train": pairs.train, "eval": pairs.eval}
-    return {name: _histograms(rows) for name, rows in splits.items() if rows is not None and len(rows)}
-
-
-def _histograms(rows: Any) -> dict[str, Any]:
-    counted = {name: tokens for name, tokens in pair_lengths(rows).items() if name != "total"}
-    longest = max(int(tokens.max()) for tokens in counted.values())
-    widths = (factor * 10**power for power in range(9) for factor in (1, 2, 5))
-    width = next(width for width in widths if longest // width < MAX_BINS)
-    found = {}
-    for name, tokens in counted.items():
-        middle, high = np.percentile(tokens, [50, 95]).tolist()
-        counts = np.bincount(tokens // width).tolist()
-        found[name] = {"width": width, "counts": counts, "median": middle, "p95": high, "max": int(tokens.max())}
-    return found
 
 
 def pair_costs(pairs: Any, layout: str) -> np.ndarray:

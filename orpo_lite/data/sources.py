@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.file_formats import (
     BATCH_ROWS,
-    COMPRESSIONS,
     FORMATS,
     Batches,
     batched,
@@ -36,9 +35,7 @@ SPLITS = {
     **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
     **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
 }
-EXPECTED = (
-    f"{' '.join(FORMATS)}, each also as {' '.join(COMPRESSIONS)}, a glob, a folder of these, or a hub id owner/name"
-)
+EXPECTED = f"{' '.join(FORMATS)}, each also as .gz, a glob, a folder of these, or a hub id owner/name"
 
 
 @dataclass

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 import yaml
@@ -16,10 +16,7 @@ from matplotlib.ticker import MaxNLocator
 from orpo_lite.evaluate.held_out import wilson_interval
 from orpo_lite.report.drawing import (
     BLUE,
-    GREEN,
     ORANGE,
-    PURPLE,
-    RED,
     Chart,
     Line,
     Point,
@@ -30,7 +27,7 @@ from orpo_lite.report.drawing import (
 )
 
 if TYPE_CHECKING:
-    from orpo_lite.trainer.run_record import Histogram, LoadedRun
+    from orpo_lite.trainer.run_record import LoadedRun
 
 SMOOTHED = 80
 """From this many points on, a running mean is drawn over the values themselves."""
@@ -211,17 +208,3 @@ def changed_sides(run: LoadedRun) -> str:
         f"Of {len(after):,} pairs, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
         f"{wrong:,} are on the wrong side now."
     )
-
-
-def length_chart(lengths: Mapping[Any, Histogram], key: str, title: str) -> Chart | None:
-    """Return the chart of the tokens of prompts, chosen and rejected answers, or None where they were not recorded."""
-    chart = Chart(key, title, x="tokens", y="pairs", form="count", stairs=True, limits=(0.0, None))
-    for name, color in (("prompt", PURPLE), ("chosen", GREEN), ("rejected", RED)):
-        one = lengths.get(name)
-        if one is None or one.width is None or not one.counts:
-            continue
-        points = [(float(i * one.width), float(count)) for i, count in enumerate([*one.counts, 0])]
-        known = one.median is not None and one.max is not None
-        label = f"{name} (median {one.median:g}, longest {one.max:,})" if known else name
-        chart.lines.append(Line(label, points, color, "dashed" if name == "rejected" else "solid"))
-    return chart if chart.lines else None

@@ -16,7 +16,7 @@ from markupsafe import Markup
 
 from orpo_lite.common.text import cut, duration, format_gb, measured
 from orpo_lite.evaluate.held_out import ROWS
-from orpo_lite.report.charts import changed_sides, curves, length_chart, margin_chart, margins
+from orpo_lite.report.charts import changed_sides, curves, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.trainer.run_record import LoadedRun, Sample
 
@@ -68,13 +68,10 @@ def run_page(run: LoadedRun) -> bytes:
         hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
     )
     drawn = curves([("", run)])
-    titles = {"train": "Lengths of the training pairs", "eval": "Lengths of the held-out pairs"}
-    lengths = [length_chart(one, f"lengths-{key}", titles[key]) for key, one in run.record.data.lengths.items()]
     return render(
-        "run.html.jinja", [run], [spread if run.last_evaluation else None, *drawn, *lengths],
+        "run.html.jinja", [run], [spread if run.last_evaluation else None, *drawn],
         title=f"ORPO run {run.name}", run=run, verdict=verdict(run), margins=spread,
         answers=answers([(when, run.record.samples.get(when, [])) for when in ("before", "after")]), curves=drawn,
-        lengths=[chart for chart in lengths if chart],
     )  # fmt: skip
 
 

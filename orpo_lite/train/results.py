@@ -18,7 +18,6 @@ from orpo_lite.common.console import console, peak_memory_bytes
 from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import Pairs
-from orpo_lite.data.lengths import length_histograms
 from orpo_lite.evaluate.held_out import evaluate, rule_shares
 from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
@@ -147,7 +146,6 @@ def record_of(
             "train_pairs": len(pairs.train),
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
-            "lengths": length_histograms(pairs),
         },
         "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict(),

@@ -71,21 +71,12 @@ class Drops(Section):
     notes: list[str] = []
 
 
-class Histogram(Section):
-    width: int | None = None
-    counts: list[int] = []
-    median: Amount | None = None
-    p95: Amount | None = None
-    max: int | None = None
-
-
 class DataFacts(Section):
     fingerprint: str | None = None
     sources: dict[str, Source] = {}
     train_pairs: int | None = None
     eval_pairs: int | None = None
     drops: Drops = Drops()
-    lengths: dict[Literal["train", "eval"], dict[Literal["prompt", "chosen", "rejected"], Histogram]] = {}
 
 
 class Plan(Section):

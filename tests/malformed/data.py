@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import bz2
 import gzip
 import io
 import json
@@ -114,8 +113,6 @@ CASES = [
     case("gzip-truncated", "a.jsonl.gz", gzip.compress(lines(rows(500)))[:-300], "a.jsonl.gz", "ended before the end-of-stream marker",
          "copy or download it again"),
     case("gzip-by-name", "a.jsonl.gz", GOOD, "a.jsonl.gz", "Not a gzipped file", "name it by its format"),
-    case("bzip-torn", "a.jsonl.bz2", bz2.compress(lines(rows(500)))[:-40], "a.jsonl.bz2", "ended before the end-of-stream marker",
-         "copy or download it again"),
     case("wrong-columns", "a.jsonl", lines([{"question": "a", "good": "b", "bad": "c"}]), "a.jsonl",
          "found columns question, good, bad", "map other names with data.columns"),
     case("mapped-column-absent", "a.jsonl", GOOD, "a.jsonl", "maps chosen to 'best'", "found: chosen, prompt, rejected",

@@ -7,13 +7,11 @@ them, or a number that is not finite in what was accepted is a finding, printed 
 from __future__ import annotations
 
 import argparse
-import bz2
 import csv
 import functools
 import gzip
 import io
 import json
-import lzma
 import math
 import os
 import random
@@ -141,8 +139,6 @@ WRITERS: dict[str, Callable[[list[Any]], bytes]] = {
 PACKERS: dict[str, Callable[[bytes], bytes]] = {
     "": bytes,
     ".gz": gzip.compress,
-    ".bz2": bz2.compress,
-    ".xz": lzma.compress,
 }
 
 

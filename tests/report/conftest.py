@@ -44,11 +44,10 @@ def facts(**more: Any) -> dict[str, Any]:
     def sample(answer: str, **likely: float) -> dict[str, Any]:
         return {"prompt": "<|im_start|>user\nWhat is 2 + 2?", "answer": answer, "tokens": 5} | likely
 
-    lengths = {"width": 10, "counts": [0, 5, 20, 3], "median": 22.0, "p95": 33.0, "max": 37}
     return {
         "name": "mine", "versions": {"orpo-lite": "0.1.0", "torch": "2.13.0", "bitsandbytes": None}, "device": "Some GPU", "processes": 1,
         "seed": 42, "base_model": {"name_or_path": "org/base-7B", "commit": None, "revision": "main", "quantization": "nf4", "facts": []},
-        "data": {"fingerprint": "f00d", "train_pairs": 28, "eval_pairs": 40, "lengths": {"train": dict.fromkeys(("prompt", "chosen", "rejected"), lengths)},
+        "data": {"fingerprint": "f00d", "train_pairs": 28, "eval_pairs": 40,
                  "sources": {"org/pairs": {"section": "train", "path": "org/pairs", "shape": "strings", "rows": 90, "kept": 68}},
                  "drops": {"rows": 90, "kept": 68, "dropped": {"empty prompt": 15, "prompts differ": 7}, "truncated": {"prompt": 3, "completion": 0},
                            "notes": ["a note"]}},

@@ -70,7 +70,7 @@ def test_every_part_is_there(written, tmp_path):
     sections = [name for tag, name in shown.headings if tag == "h2"]
     assert sections == ["Held-out pairs", "Answers", "Training", "Data", "Run", "Next steps"]
     assert set(shown.charts) == {"margins", "loss", "rewards", "margin", "accuracy", "log-odds", "learning-rate", "gradient-norm",
-                                 "tokens", "memory", "lengths-train"}  # fmt: skip
+                                 "tokens", "memory"}  # fmt: skip
     for words in ("from 50.0% to 90.0% on 40 pairs: clearly more than chance", "90.0% (85.0% to 95.0%)", "empty prompt", "15", "a note",
                   "prompt cut in 3 pairs", "LoRA r=16, alpha=32", "67 min", "9.50 GB", "loss spike. it rose", "What is 2 + 2?", "Five.",
                   "mean log-prob -0.250, log-odds 1.26", "trained: -2.000, -1.85", "longest 37", "f00d", "a made-up run"):  # fmt: skip
@@ -136,7 +136,7 @@ def test_a_run_folder_of_version_0_1(tmp_path):
     folder = shutil.copytree(Path(__file__).parents[1] / "fixtures" / "run_15425f3", tmp_path / "run")
     shown = told(folder)
     assert "from 75.0% to 100.0% on 8 pairs" in shown.text
-    assert {"margins", "loss", "lengths-train"} <= set(shown.charts)
+    assert {"margins", "loss"} <= set(shown.charts)
 
 
 def test_one_log_line_no_evaluation_full_fine_tuning(written, tmp_path):
