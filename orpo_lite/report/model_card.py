@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import jinja2
-import numpy as np
 import yaml
 from huggingface_hub import EvalResult, HfApi, ModelCardData, hf_hub_download, metadata_load
 from huggingface_hub.errors import EntryNotFoundError, HFValidationError
@@ -38,10 +37,6 @@ logger = logging.getLogger(__name__)
 
 Kind = Literal["adapter", "merged", "gguf"]
 
-NOT_OF_THE_WEIGHTS = (
-    "output_dir", "logging_", "save_", "eval_", "report_to", "hub_", "push_", "run_name", "per_device_eval", "seed",
-)  # fmt: skip
-"""Beginnings of training fields that do not shape the weights, or have a row of their own; recipe.yaml has them all."""
 METRICS = {
     "rewards/accuracies": "accuracy",
     "rewards/margins": "reward_margin",
@@ -122,7 +117,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
         record=record, recipe=recipe, verdict=verdict(run), repo=repo, notes=notes,
         has_curves=(folder.path / "curves.png").is_file(),
         samples=list(zip(record.samples.get("before", []), record.samples.get("after", []), strict=False)),
-        given=yaml.safe_load(given), recipe_yaml=given.rstrip(), not_of_the_weights=NOT_OF_THE_WEIGHTS,
+        recipe_yaml=given.rstrip(),
     )  # fmt: skip
 
 
@@ -254,22 +249,15 @@ def eval_results(record: RunRecord, recipe: Recipe, kind: Kind) -> list[EvalResu
     for key, metric in METRICS.items():
         if not is_finite(after.get(key)):
             continue
-        more = {"before_training": before.get(key), "interval_95": after.get(f"{key}_interval")}
-        if key == "rewards/accuracies":
-            more["always_the_longer_answer"] = after.get("length_baseline")
         results.append(
             EvalResult(
                 task_type="text-generation",
                 task_name="preference pairs",
                 dataset_type=on_hub[0] if len(on_hub) == len(sources) == 1 else "preference-pairs",
                 dataset_name=f"{after.get('pairs')} held-out pairs of {names}",
-                dataset_args={"pairs": after.get("pairs"), "fingerprint": record.data.fingerprint},
                 metric_type=metric,
                 metric_name=f"{ROWS[key][0].upper()}{ROWS[key][1:]}{of_what}",
                 metric_value=after.get(key),
-                metric_args={
-                    name: value for name, value in more.items() if value is not None and np.isfinite(value).all()
-                },
             )
         )
     return results

@@ -189,7 +189,7 @@ def leaves(recipe: Any, place: str = "") -> dict[str, Any]:
 
 def differences(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
     """Return the fields in which the recipes differ, each with its value in every run; None where a run does not have it."""
-    recipes = [leaves(run.recipe.model_dump(mode="json") if run.recipe else {}) for run in runs]
+    recipes = [leaves(run.recipe.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in HOUSEKEEPING)
     rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     return {key: row for key, row in rows.items() if any(one != row[0] for one in row[1:])}

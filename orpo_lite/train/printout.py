@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
+import torch.distributed
 from rich.markup import escape
 from rich.table import Table
 
@@ -14,7 +15,6 @@ from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.trainer.checkpoint_folder import newest_good
-from orpo_lite.trainer.distributed import world
 from orpo_lite.trainer.interruptions import OutOfMemory
 from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_record import RunRecord, describe_adapter
@@ -95,9 +95,8 @@ def describe_processes(trainer: ORPOTrainer) -> list[tuple[str, str]]:
     """Describe the processes of a run, if there are several."""
     if trainer.args.world_size == 1:
         return []
-    joined = world(trainer.accelerator)
-    where = f"{joined['processes_per_node']} on each of {joined['nodes']} machines"
-    how = f"{joined['processes']} by {joined['strategy']} over {joined['backend']}, {where}"
+    strategy = "fsdp2" if trainer.accelerator.is_fsdp2 else "ddp"
+    how = f"{trainer.args.world_size} by {strategy} over {torch.distributed.get_backend()}"
     return [("processes", f"{how}, the pairs of each step distributed by cost")]
 
 

@@ -25,7 +25,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import find_license, hub_id, write_card
 from orpo_lite.train import printout
-from orpo_lite.trainer.distributed import sharded, world
+from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
@@ -128,7 +128,6 @@ def record_of(
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
         "processes": args.world_size,
-        "world": world(trainer.accelerator),
         "seed": args.seed,
         "base_model": {
             "name_or_path": name,

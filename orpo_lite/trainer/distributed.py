@@ -156,19 +156,3 @@ def as_lost_peer(error: BaseException) -> LostPeer | None:
         f"another process of the run has ended or does not answer, and training cannot continue without it ({text[:200]}). "
         "Its own message says why; the same command resumes from the newest checkpoint"
     )
-
-
-def world(accelerator: Any) -> dict[str, Any]:
-    """Describe the processes for run.json: how many, on how many machines, with which strategy and backend."""
-    here, processes = int(os.environ.get("LOCAL_WORLD_SIZE") or 1), accelerator.num_processes
-    launcher = "python"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = "accelerate launch" if "ACCELERATE_MIXED_PRECISION" in os.environ else "torchrun"
-    return {
-        "processes": processes,
-        "nodes": max(1, processes // here),
-        "processes_per_node": min(here, processes),
-        "strategy": "fsdp2" if accelerator.is_fsdp2 else "ddp" if processes > 1 else "none",
-        "backend": torch.distributed.get_backend() if torch.distributed.is_initialized() else None,
-        "launcher": launcher,
-    }

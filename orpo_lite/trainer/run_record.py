@@ -129,8 +129,6 @@ class RunRecord(Section):
     versions: dict[str, str | None] = {}
     device: str | None = None
     processes: int | None = None
-    world: dict[str, Any] = {}
-    """Processes, machines and what joins them."""
     seed: int | None = None
     base_model: BaseFacts = BaseFacts()
     data: DataFacts = DataFacts()
@@ -171,7 +169,6 @@ class RunRecord(Section):
 class HeldOutPairs(Section):
     """held_out.json: mean log-probs of the answers to every held-out pair."""
 
-    beta: float | None = None
     before: dict[Literal["logps/chosen", "logps/rejected"], list[float]] = {}
     after: dict[Literal["logps/chosen", "logps/rejected"], list[float]] = {}
 
@@ -184,18 +181,17 @@ class LoadedRun:
     """One run as its report takes it: finished, under way or stopped, of this version or an older one."""
 
     path: Path
+    recipe: Recipe
     record: RunRecord = field(default_factory=RunRecord)
     """run.json; for an unfinished run what else is known, in the same fields."""
     metrics: list[dict[str, float]] = field(default_factory=list)
     """The numbers in each line of metrics.jsonl, in the order of their steps."""
-    recipe: Recipe | None = None
-    """None where it cannot be read, which `notes` says."""
     pairs: HeldOutPairs = field(default_factory=HeldOutPairs)
     state: State = "finished"
     checkpoint: str | None = None
     """The newest one of an unfinished run."""
     notes: list[str] = field(default_factory=list)
-    """What cannot be read of recipe.yaml and metrics.jsonl, in sentences for the page."""
+    """What cannot be read of metrics.jsonl, in sentences for the page."""
 
     @property
     def name(self) -> str:
@@ -204,17 +200,16 @@ class LoadedRun:
     @property
     def beta(self) -> float:
         """Weight of the odds-ratio term."""
-        known = self.recipe.orpo.beta if self.recipe else self.pairs.beta
-        return 0.1 if known is None else known
+        return self.recipe.orpo.beta
 
     @property
     def full_fine_tuning(self) -> bool:
-        return self.recipe is not None and self.recipe.adapter is None
+        return self.recipe.adapter is None
 
     @property
     def adapter(self) -> str:
-        """Name the kind of adapter, its rank and alpha; empty where the recipe cannot be read."""
-        return describe_adapter(self.recipe.adapter, brief=True) if self.recipe else ""
+        """Name the kind of adapter, its rank and alpha."""
+        return describe_adapter(self.recipe.adapter, brief=True)
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
@@ -237,11 +232,7 @@ def read_run(place: str | Path | RunFolder) -> LoadedRun:
         RequestError: no run folder, a broken file in it, or a run of which nothing is known yet.
     """
     folder = place if isinstance(place, RunFolder) else RunFolder.open(place)
-    run = LoadedRun(folder.path)
-    try:
-        run.recipe = folder.recipe()
-    except RequestError as error:
-        run.notes.append(f"recipe.yaml cannot be read: {error}")
+    run = LoadedRun(folder.path, folder.recipe())
     run.metrics = read_metrics(folder.metrics, run.notes)
     if (folder.path / "run.json").is_file():
         run.record = read_record(folder)
@@ -270,10 +261,9 @@ def read_unfinished(folder: RunFolder, run: LoadedRun) -> None:
     run.state = "under way" if is_locked(folder.path) else "stopped"
     run.checkpoint = next((path.name for path in reversed(checkpoints(folder.checkpoints))), None)
     run.record.steps = int(run.metrics[-1]["step"]) if run.metrics else 0
-    if run.recipe:
-        model = run.recipe.model
-        run.record.name = run.recipe.name
-        run.record.base_model = BaseFacts(name_or_path=model.name_or_path, quantization=model.quantization)
+    model = run.recipe.model
+    run.record.name = run.recipe.name
+    run.record.base_model = BaseFacts(name_or_path=model.name_or_path, quantization=model.quantization)
 
 
 def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:

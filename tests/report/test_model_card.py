@@ -208,7 +208,7 @@ def test_no_number_comes_from_elsewhere(finished):
     for block in (r"```.*?\n```", r"\]\([^)]*\)", r"</?[^>]*>", r"recipe\.yaml"):
         body = re.sub(block, "", body, flags=re.DOTALL)
     found = set(re.findall(r"(?<![\w.])\d[\d,]*(?:\.\d+)*", body))
-    assert len(found) > 30
+    assert len(found) > 20
     assert {n.rstrip(",") for n in found} - known == set()
 
 
@@ -223,11 +223,10 @@ def test_front_matter(changed):
         "pipeline_tag": "text-generation", "tags": ["orpo", "lora", "qlora"], "model-index": [{"name": "tuned"}],
     }  # fmt: skip
     after = json.loads((folder / "run.json").read_text())["eval"]["after"]
-    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["args"]["pairs"] == 120
+    assert results[0]["dataset"]["type"] == "org/held" and results[0]["dataset"]["name"].startswith("120 held-out")
     metrics = {m["type"]: m["value"] for m in results[0]["metrics"]}
     assert metrics == {"accuracy": after["rewards/accuracies"], "reward_margin": after["rewards/margins"],
                        "log_odds_ratio": after["log_odds_chosen"], "nll": after["nll_loss"], "loss": after["loss"]}  # fmt: skip
-    assert results[0]["metrics"][0]["args"]["interval_95"] == after["rewards/accuracies_interval"]
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged", "gguf"])
@@ -460,7 +459,7 @@ LINE = {"loss": 1.0, "nll_loss": 0.9, "log_odds_ratio": -0.7, "rewards/chosen": 
 
 
 def draw_curves(lines, path):
-    return draw_card_curves(LoadedRun(path.parent, RunRecord(), lines), path)
+    return draw_card_curves(LoadedRun(path.parent, Recipe.load("quickstart"), metrics=lines), path)
 
 
 def ink(path):
