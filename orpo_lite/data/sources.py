@@ -175,14 +175,13 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
     return saved[split]
 
 
-def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
+def load_hub(source: DataSource, split: str) -> datasets.Dataset:
     """Load a hub data set, without ever running code that it ships."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
-    options: dict[str, Any] = {"streaming": True} if streaming else {}
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision, **options)
+        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "
@@ -196,7 +195,7 @@ def load_hub(source: DataSource, split: str, streaming: bool = False) -> Any:
         ) from None
     except Exception as error:  # whatever else datasets finds wrong: split, configuration, files
         raise RequestError(f"{source.path}: {type(error).__name__}: {first_line(error)}") from error
-    if not isinstance(rows, datasets.IterableDataset if streaming else datasets.Dataset):
+    if not isinstance(rows, datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
 

@@ -23,8 +23,6 @@ COLORS = (("#0b68cb", "#6cb4ff"), ("#b45309", "#ffb057"), ("#1a7f37", "#56d364")
 Y_TICKS, X_TICKS = 4, 6
 DOTTED = 30
 """Lines of up to this many points have a dot at each."""
-TABLE_ROWS = 12
-"""Rows of the table under a chart."""
 
 
 def is_finite(value: float | None) -> TypeGuard[float]:
@@ -222,18 +220,6 @@ class Drawing:
         if self.chart.stairs:
             return ""
         return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
-
-    def table(self) -> tuple[list[str], list[list[str]], str]:
-        """Return head, rows and a remark of the table of numbers, for readers who do not see the lines."""
-        lines = [line for line in self.chart.lines if line.look != "faint"] or self.chart.lines
-        values = [dict(line.points) for line in lines]
-        xs = sorted({x for one in values for x in one})
-        shown = xs if len(xs) <= TABLE_ROWS else [xs[i * (len(xs) - 1) // (TABLE_ROWS - 1)] for i in range(TABLE_ROWS)]
-        if self.chart.stairs:  # all bins, as counts of some alone would mislead
-            shown = xs = [x for x in xs if any(one.get(x) for one in values)]
-        rows = [[written(x), *(written(one[x], self.chart.form) if x in one else "" for one in values)] for x in shown]
-        some = f", {len(shown)} of {len(xs):,}" if len(shown) < len(xs) else ""
-        return [self.chart.x, *(line.label for line in lines)], rows, some
 
 
 # ---- the model card ------------------------------------------------------------------------------------------------------
