@@ -86,11 +86,6 @@ class DropReport:
         return self.kept + len(self.drops)
 
     @property
-    def truncated(self) -> int:
-        """Cuts of either kind."""
-        return self.prompt_cut + self.completion_cut
-
-    @property
     def dropped(self) -> dict[str, int]:
         """Reason -> dropped rows, most frequent first."""
         return dict(Counter(drop.reason for drop in self.drops).most_common())

@@ -53,10 +53,10 @@ def read_file(file: str) -> Batches:
         raise RequestError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}): {AGAIN}") from None
 
 
-def batched(rows: Iterable[Any], size: int | None = None) -> Batches:
-    """Yield rows as lists of `size`, by default BATCH_ROWS."""
+def batched(rows: Iterable[Any]) -> Batches:
+    """Yield rows as lists of BATCH_ROWS."""
     rest = iter(rows)
-    while batch := list(itertools.islice(rest, size or BATCH_ROWS)):
+    while batch := list(itertools.islice(rest, BATCH_ROWS)):
         yield batch
 
 

@@ -170,7 +170,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report
-        logger.log(logging.WARNING if report.drops or report.truncated else logging.INFO, "%s: %s", name, report)
+        cut = report.prompt_cut + report.completion_cut
+        logger.log(logging.WARNING if report.drops or cut else logging.INFO, "%s: %s", name, report)
         return with_columns(pairs, rows) if self._own_collator else pairs
 
     def get_eval_dataloader(self, eval_dataset: Any = None) -> DataLoader:

@@ -334,7 +334,7 @@ def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.Lo
         [GOOD, GOOD, GOOD | {"chosen": None}], 1000
     )
     assert "completion cut at the end in 1 pairs" in warned([GOOD, long], 120)
-    assert trainer.drop_reports["train"].truncated == 1
+    assert trainer.drop_reports["train"].remarks() == ["completion cut at the end in 1 pairs"]
 
 
 def test_template_kwargs_and_tools_reach_the_template() -> None:
