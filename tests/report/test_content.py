@@ -73,7 +73,7 @@ def test_every_part_is_there(written, tmp_path):
                                  "tokens", "memory"}  # fmt: skip
     for words in ("from 50.0% to 90.0% on 40 pairs: clearly more than chance", "90.0% (85.0% to 95.0%)", "empty prompt", "15", "a note",
                   "prompt cut in 3 pairs", "LoRA r=16, alpha=32", "67 min", "9.50 GB", "loss spike. it rose", "What is 2 + 2?", "Five.",
-                  "mean log-prob -0.250, log-odds 1.26", "trained: -2.000, -1.85", "longest 37", "f00d", "a made-up run"):  # fmt: skip
+                  "mean log-prob -0.250, log-odds 1.26", "trained: -2.000, -1.85", "f00d", "a made-up run"):  # fmt: skip
         assert words in shown.text, words
     run = tmp_path / "run"
     for line in (
