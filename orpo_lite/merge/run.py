@@ -32,7 +32,7 @@ from orpo_lite.model.base import method_name, read_config, shipped_quantization
 from orpo_lite.model.locating import adapter_folder, locate, renaming_field, same_model
 from orpo_lite.model.untrusted_files import check_adapter, read_object, subfolders_hint
 from orpo_lite.recipe import ModelSection
-from orpo_lite.report.model_card import model_card
+from orpo_lite.report.model_card import hub_id, model_card, public_name
 from orpo_lite.trainer.run_folder import base_section, tokenizer_of
 
 FROM_BASE = ("preprocessor_config.json", "processor_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
@@ -114,7 +114,8 @@ def merge(
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     notes = [f"Merged onto the {onto} weights of the base, in {written}."]
     if len(adapters) > 1 or adapters[0][1] != 1:
-        parts = " + ".join(f"{weight:g} x {one}" for one, weight in given)
+        names = [public_name(str(one), hub_id(str(one)) is not None) for one, _ in given]
+        parts = " + ".join(f"{weight:g} x {name}" for name, (_, weight) in zip(names, given, strict=True))
         notes.append(f"A weighted sum of LoRA products, {parts}; everything else here is about the first.")
     own = spec
     if base and not quantization:
@@ -136,9 +137,8 @@ def merge(
         notes += check_merged(plan, folder, tokenizer, other, verify)
         write_card(folder, source, notes, base)
     size = plan.nbytes / 1e9
-    done = (
-        f"merged {' and '.join(str(folder) for folder, _ in adapters)} into {output}: {size:.2f} GB in {seconds:.1f} s"
-    )
+    sources = " and ".join(str(folder) for folder, _ in adapters)
+    done = f"merged {sources} into {output}: {size:.2f} GB in {seconds:.1f} s"
     console.print("\n  ".join([f"{done} ({size / seconds:.2f} GB/s)", *notes[1:]]), soft_wrap=True, markup=False)
     if facts is not None:
         facts |= {"output": str(output), "base": named, "onto": str(onto), "dtype": written, "bytes": plan.nbytes,

@@ -186,7 +186,7 @@ def test_onto_weights_that_a_bfloat16_run_quantized(trained, tmp_path):
     torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-2)
 
 
-def test_a_quantized_repository(section, tmp_path):
+def test_a_quantized_repository(section, tmp_path, capsys):
     """No original weights to merge into, unless --base names them; its own are there dequantized."""
     quantized, _ = load_base(section("llama", quantization="nf4"))
     quantized.save_pretrained(tmp_path / "model-bnb-4bit")
@@ -201,7 +201,9 @@ def test_a_quantized_repository(section, tmp_path):
     out = merge(tmp_path / "adapter", tmp_path / "merged", onto="quantized")
     same(logits(plain(out)), logits(model))
     base = section("llama").name_or_path
+    capsys.readouterr()
     out = merge(tmp_path / "adapter", tmp_path / "original", base=base)
+    assert "against the quantized base and adapter of training: KL" in " ".join(capsys.readouterr().out.split())
     full = attach_adapter(load_base(section("llama"))[0], AdapterSection(init_from=str(tmp_path / "adapter")))
     same(logits(plain(out)), logits(full))
 

@@ -76,7 +76,7 @@ def test_sum_is_what_peft_runs(adapter, base_folder, tmp_path, pair, weights):
     facts: dict = {}
     merged = AutoModelForCausalLM.from_pretrained(merge(parts, tmp_path / "merged", facts=facts, verify=True))
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
-    note = f"{weights[0]:g} x {parts[0][0]} + {weights[1]:g} x {parts[1][0]}"
+    note = f"{weights[0]:g} x part- + {weights[1]:g} x part-x"
     assert note in facts["notes"][1] and "top-1 agreement 100.0%" in facts["notes"][2]
     assert f"{weights[1]:g} x" in (tmp_path / "merged" / "README.md").read_text()
 
