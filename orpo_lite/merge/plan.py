@@ -110,57 +110,53 @@ def read_adapters(adapters: list[tuple[Path, float]], base: Base) -> tuple[PeftM
     """
     skeletons = [base.model, *(copy.deepcopy(base.model) for _ in adapters[1:])]
     found = [read_adapter(folder, skeleton) for (folder, _), skeleton in zip(adapters, skeletons, strict=True)]
-    adapted, edits = found[0]
-    if adapters[1:] or adapters[0][1] != 1:
-        edits = {}
-        for (model, own), (folder, weight) in zip(found, adapters, strict=True):
-            for name, edit in ((name, edit) for name, changes in own.items() for edit in changes):
-                if isinstance(edit, Replaced) and holds(base, name, edit.value):
-                    continue  # PEFT saves embeddings beside LoRA on them
-                if type(edit) not in (LowRank, Added):
-                    kind = {Dora: "DoRA", Rows: "trained rows"}.get(type(edit), "weights trained as a whole")
-                    raise RequestError(
-                        f"--adapter: {folder} changes {name} by {kind}, which has no weighted sum: merge it alone, without "
-                        "a weight"
-                    )
-                edit.scale *= weight  # type: ignore[union-attr]  # checked above
+    if len(adapters) == 1 and adapters[0][1] == 1:
+        return found[0]
+    edits: dict[str, list[Edit]] = {}
+    for (model, own), (folder, weight) in zip(found, adapters, strict=True):
+        for name, edit in ((name, edit) for name, changes in own.items() for edit in changes):
+            if isinstance(edit, LowRank | Added) and not isinstance(edit, Dora):
+                edit.scale *= weight
                 edits.setdefault(name, []).append(edit)
-            add_layers(adapted, model, str(folder), weight)
-    return adapted, edits
+            elif not isinstance(edit, Replaced) or not holds(
+                base, name, edit.value
+            ):  # PEFT saves adapted embeddings too
+                kind = {Dora: "DoRA", Rows: "trained rows"}.get(type(edit), "weights trained as a whole")
+                raise RequestError(
+                    f"--adapter: {folder} changes {name} by {kind}, which has no weighted sum: merge it alone, without a weight"
+                )
+        add_layers(found[0][0], model, weight)
+    return found[0][0], edits
 
 
 def holds(base: Base, parameter: str, value: Tensor) -> bool:
     """Return True where a base stores a parameter with these values."""
     names = {parameter, base.tied.get(parameter, parameter)}
-    homes = [key for key, links in base.keys.links.items() if names & {link.parameter for link in links}]
-    source = base.sources[homes[0]]
-    read = source.reader()
-    return source.shape == tuple(value.shape) and all(
-        torch.equal(read(block).float(), value[block].float()) for block in blocks(source.shape)
+    homes = [base.sources[key] for key, links in base.keys.links.items() if names & {link.parameter for link in links}]
+    return any(
+        one.shape == tuple(value.shape)
+        and all(torch.equal(read(block).float(), value[block].float()) for block in blocks(one.shape))
+        for one, read in ((one, one.reader()) for one in homes)
     )
 
 
-def add_layers(adapted: PeftModel, other: PeftModel, name: str, weight: float) -> None:
+def add_layers(adapted: PeftModel, other: PeftModel, weight: float) -> None:
     """Add another skeleton's LoRA layers times a weight, for PEFT to run all together; `other` may be `adapted`."""
     inside, moved = adapted.get_base_model(), "nothing"
     for path, layer in list(other.get_base_model().named_modules()):
         if not isinstance(layer, LoraLayer):
             continue
         layer.scaling[NAME] *= weight
-        if path.startswith(f"{moved}."):
-            continue
-        mine = inside.get_submodule(path)
-        if mine is layer:
-            continue
-        if not isinstance(mine, LoraLayer):
+        mine = inside.get_submodule(path) if not path.startswith(f"{moved}.") else layer
+        if isinstance(mine, LoraLayer) and mine is not layer:
+            key = str(len(mine.active_adapters))
+            for part in (*layer.adapter_layer_names, *layer.other_param_names):
+                if NAME in getattr(layer, part):
+                    getattr(mine, part)[key] = getattr(layer, part)[NAME]
+            mine._active_adapter = [*mine.active_adapters, key]
+        elif mine is not layer:
             inside.set_submodule(path, layer)  # type: ignore[arg-type]  # a module too
             moved = path
-            continue
-        key = name.replace(".", "_")
-        for part in (*layer.adapter_layer_names, *layer.other_param_names):
-            if NAME in getattr(layer, part):
-                getattr(mine, part)[key] = getattr(layer, part)[NAME]
-        mine._active_adapter = [*mine.active_adapters, key]
 
 
 def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torch.dtype | None:

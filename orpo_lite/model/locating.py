@@ -167,7 +167,7 @@ def adapter_config(name: str, revision: str | None = None) -> Path | None:
 
 def same_model(one: str, other: str) -> bool:
     """Return True where two names are those of one folder or one hub id."""
-    return one == other or os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
+    return os.path.realpath(os.path.expanduser(one)) == os.path.realpath(os.path.expanduser(other))
 
 
 def read_config(spec: ModelSection) -> PreTrainedConfig:

@@ -85,8 +85,8 @@ def test_three_and_one_with_a_weight(adapter, base_folder, tmp_path):
     parts = [
         (adapter("llama", f"p{'x' * i}", target_modules=["q_proj", "o_proj"][: 1 + i % 2]), 0.25 + i) for i in range(3)
     ]
-    for some in (parts, parts[1:2]):
-        merged = AutoModelForCausalLM.from_pretrained(merge(some, tmp_path / f"merged-{len(some)}"))
+    for i, some in enumerate((parts, parts[1:2], [parts[0], (parts[0][0], 0.5), (parts[0][0], -0.1)])):
+        merged = AutoModelForCausalLM.from_pretrained(merge(some, tmp_path / f"merged-{i}", verify=True))
         torch.testing.assert_close(logits(merged), together(base_folder("llama"), some), atol=1e-5, rtol=1e-5)
 
 
