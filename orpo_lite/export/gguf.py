@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import re
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from peft import LoraConfig, LoraModel
 from peft.utils.other import get_pattern_key
 from safetensors import safe_open
 from safetensors.torch import save_file
@@ -31,8 +33,11 @@ from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
+WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")
+"""What torch.compile and DDP leave in names, which PEFT saves as they are."""
 INSTEAD = "; export the merged model instead (without --adapter)"
 STOPS = "the Modelfile of --ollama stops there; elsewhere give it as a stop text (llama-cli: --reverse-prompt)"
+AGAIN = ": save or copy it again as a whole, after its training"
 Pairs = dict[str, dict[str, torch.Tensor]]
 """Module -> {"A": (rank, in), "B": (out, rank)}, float32."""
 
@@ -257,6 +262,7 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
     adapter = lora_config(str(source))
     refuse(source, adapter)
     pairs = read_pairs(source / ADAPTER_WEIGHTS)
+    check_complete(source, adapter, pairs, config)
     with torch.device("meta"):
         base = AutoModelForCausalLM.from_config(config)
     modules: dict[str, tuple[bool, float]] = {}
@@ -279,6 +285,21 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
     request |= {"task": "adapter", "matrices": str(made.with_name("pairs")), "modules": modules, "fields": fields}
     run_converter(request)
     return made, check_pairs(made, pairs)
+
+
+def check_complete(source: Path, adapter: LoraConfig, pairs: Pairs, config: Any) -> None:
+    """Refuse an adapter without effect, or whose file lacks matrices for a module of the base that it adapts."""
+    with torch.device("meta"):
+        base = AutoModelForCausalLM.from_config(config)
+        named = LoraModel(base, copy.copy(adapter), "default").targeted_module_names
+    lacking = sorted(module for module in named if pairs.get(module, {}).keys() != {"A", "B"})
+    if lacking:
+        raise RequestError(
+            f"{source}: {ADAPTER_WEIGHTS} lacks LoRA matrices for {len(lacking)} of the {len(named)} modules that "
+            f"adapter_config.json adapts, first {lacking[0]}{AGAIN}"
+        )
+    if not any(pair["A"].any() and pair["B"].any() for pair in pairs.values()):
+        raise RequestError(f"{source}: it changes nothing: lora_A or lora_B is empty or zero in every layer{AGAIN}")
 
 
 def refuse(source: Path, config: Any) -> None:
@@ -309,5 +330,5 @@ def read_pairs(path: Path) -> Pairs:
             if not match:
                 kind = "LoRA on embeddings" if "lora_embedding" in key else "not a LoRA matrix of a linear layer"
                 raise RequestError(f"{path}: {key}: {kind}, which a LoRA file of llama.cpp cannot hold{INSTEAD}")
-            pairs.setdefault(match[1], {})[match[2]] = file.get_tensor(key).float()
+            pairs.setdefault(WRAPPERS.sub("", match[1]), {})[match[2]] = file.get_tensor(key).float()
     return pairs

@@ -27,11 +27,9 @@ if TYPE_CHECKING:
 REMEDIES = {
     401: "it refused the token: create a new one on {endpoint}/settings/tokens, then `hf auth login` (HF_TOKEN, where set, "
     "comes first)",
-    403: "this token may not write to {repo}: expected your own name, or an organization that you may write to, before "
-    "the /, and a token with the role `write`",
+    403: "this token may not write to {repo} (expected your own name, or an organization that you may write to, before "
+    "the /, and a token with the role `write`), or {user} has no room: see {endpoint}/settings/billing",
     404: "is {user} the right user or organization?",
-    **dict.fromkeys((402, 413, 507), "it has no room for this: see {endpoint}/settings/billing for {user}'s storage"),
-    **dict.fromkeys((409, 412, 429, 500, 502, 503, 504), "push again later"),
 }
 """Status of the hub's answer -> what it means, and what to do."""
 
@@ -233,9 +231,7 @@ def explain(repo: str, endpoint: str, error: BaseException) -> str:
         return f"{endpoint} cannot be reached ({type(error).__name__}: {error}): is this machine online, and is HF_ENDPOINT right?"
     status = error.response.status_code
     said = f"{status} {error.server_message or error.response.reason_phrase}".strip()
-    if status == 403 and any(word in said.lower() for word in ("storage", "quota", "exceed")):
-        status = 507
-    remedy = REMEDIES.get(status, "it refused the request").format(
+    remedy = REMEDIES.get(status, "it refused the request for that reason; where it is busy, push again later").format(
         endpoint=endpoint, repo=repo, user=repo.partition("/")[0]
     )
     return f"{endpoint} answered {said} to the push to {repo}: {remedy}"

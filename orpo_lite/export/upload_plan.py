@@ -145,28 +145,29 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
         base_repo: hub id to name as the base, whatever the run says.
     """
     recipe: Any = safe_yaml.read(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
-    adapter = read_json(run / "adapter_config.json")
     texts = {name: plan.text(name) for name in TEXTS if name in plan.files}
     contents = [recipe, *(json.loads(text) for name, text in texts.items() if name.endswith(".json"))]
-    values = [str(value) for _, value in leaves(contents)]
-    swaps = {path: last_part(path) for path in (str(run.resolve()), *values) if ABSOLUTE.match(path)}
+    values = [str(run.resolve()), *(str(value) for _, value in leaves(contents))]
+    swaps = {path: last_part(path) for path in values if ABSOLUTE.match(path)}
     output = recipe.get("training", {}).get("output_dir")
     if output in swaps:
         swaps[output] = f"outputs/{last_part(output)}"  # where a run of this recipe would go without it
-    names = {recipe.get("model", {}).get("name_or_path"), adapter.get("base_model_name_or_path")} - {None, ""}
+    named = read_json(run / "adapter_config.json").get("base_model_name_or_path")
+    names = {recipe.get("model", {}).get("name_or_path"), named} - {None, ""}
     known = sorted(map(public_base, names), key=lambda name: (name.startswith(LOCAL), name.startswith(BUILTIN), name))
     base = base_repo or next(iter(known), "")
     swaps |= {name: base for name in names if name != base}
     if len(Path.home().parts) > 1:
         swaps[str(Path.home())] = "~"
+    swaps |= {json.dumps(path)[1:-1]: new for path, new in swaps.items()}  # backslashes are doubled there
     for name, text in texts.items():
-        done = []
-        for path in sorted(swaps, key=len, reverse=True):
-            text, count = path_pattern(path).subn(lambda _, new=swaps[path]: new, text)
-            done += [f"{path} -> {swaps[path]}"] * bool(count)
+        done = [path for path in sorted(swaps, key=len, reverse=True) if path in text]
+        for path in done:
+            text = text.replace(path, swaps[path])
         if done:
             plan.files[name] = text.encode("utf-8")
-            plan.notes.append(f"{name} is uploaded without this machine's paths: {'; '.join(done)}")
+            swapped = "; ".join(f"{path} -> {swaps[path]}" for path in done)
+            plan.notes.append(f"{name} is uploaded without this machine's paths: {swapped}")
     if base.startswith(LOCAL):
         plan.notes.append(
             f"WARNING: the base is a folder of this machine ({base.removeprefix(LOCAL)}), which nobody else has: if the "
@@ -179,9 +180,3 @@ def public_base(name: str) -> str:
     if cached := re.search(r"models--([^/\\]+)[/\\]snapshots[/\\]", name):
         return cached[1].replace("--", "/", 1)
     return name if name.startswith(BUILTIN) or hub_id(name) else LOCAL + last_part(name)
-
-
-def path_pattern(path: str) -> re.Pattern[str]:
-    """Match a path in a text, also with JSON's doubled backslashes, but not as a part of a longer name."""
-    forms = "|".join(re.escape(form) for form in dict.fromkeys((path, json.dumps(path)[1:-1])))
-    return re.compile(rf"(?<![\w/.-])(?:{forms})(?![\w-])")

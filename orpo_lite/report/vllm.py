@@ -64,6 +64,8 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
     other = [key for key in keys if not LORA_KEY.fullmatch(key)]
     if other:
         problems.append(f"{len(other)} tensor(s) that are not LoRA matrices of a linear layer, first {other[0]}")
+    if wrapped := next((module for module in modules if re.search(r"(^|\.)(_orig_mod|module)\.", module)), None):
+        problems.append(f"LoRA on {wrapped}: named by a wrapper of the trainer, which vLLM does not know")
     for names, why in REFUSED_MODULES.items():
         found = sorted({match[2] for module in modules if (match := re.search(rf"(^|\.)({names})$", module))})
         problems += [f"LoRA on {name}: {why}" for name in found]

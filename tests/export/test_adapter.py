@@ -7,6 +7,7 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.export.gguf import export
@@ -60,6 +61,44 @@ def test_adapter_alone(converter, model_folder, adapter_folder, tmp_path, family
     original, copy = read_back(tmp_path / "both.gguf", model_folder(family))
     assert not torch.allclose(logits(original), logits(model), atol=1e-2)
     torch.testing.assert_close(logits(copy), logits(model), atol=1e-3, rtol=1e-3)
+
+
+def test_names_left_by_torch_compile_are_read(converter, adapter_folder, tmp_path):
+    _, folder = adapter_folder("llama")
+    right = gguf.GGUFReader(export(folder, tmp_path / "right.gguf", adapter=True)).tensors
+    path = folder / "adapter_model.safetensors"
+    save_file({key.replace(".layers", "._orig_mod.layers"): value for key, value in load_file(path).items()}, path)
+    found = {t.name: t.data for t in gguf.GGUFReader(export(folder, tmp_path / "lora.gguf", adapter=True)).tensors}
+    assert found.keys() == {t.name for t in right} and all((found[t.name] == t.data).all() for t in right)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            lambda key, value: value * 0 if "lora_B" in key else value,
+            "it changes nothing: lora_A or lora_B is empty or zero",
+        ),
+        (lambda key, value: value[:0], "it changes nothing: lora_A or lora_B is empty or zero"),
+        (
+            lambda key, value: value if "layers.0" in key else None,
+            r"lacks LoRA matrices for 7 of the 14 modules.*layers\.1",
+        ),
+        (
+            lambda key, value: None if "layers.1.mlp.up_proj.lora_B" in key else value,
+            r"for 1 of .*layers\.1\.mlp\.up_proj",
+        ),
+    ],
+    ids=["dead", "empty", "half", "one matrix"],
+)
+def test_an_adapter_without_effect_or_with_gaps_is_refused(adapter_folder, tmp_path, change, words):
+    _, folder = adapter_folder("llama")
+    path = folder / "adapter_model.safetensors"
+    kept = {key: new.contiguous() for key, value in load_file(path).items() if (new := change(key, value)) is not None}
+    save_file(kept, path, metadata={"format": "pt"})
+    with pytest.raises(RequestError, match=words):
+        export(folder, tmp_path / "lora.gguf", adapter=True)
+    assert not (tmp_path / "lora.gguf").exists()
 
 
 @pytest.mark.parametrize(

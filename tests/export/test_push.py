@@ -511,12 +511,12 @@ def test_offline(hub, folder, monkeypatch):
     [
         (401, "Invalid username or password.", "refused the token.*hf auth login"),
         (403, "Private repository storage limit reached", "storage limit.*no room"),
-        (402, "Payment required", "no room"),
+        (402, "Payment required", "Payment required.*for that reason"),
         (404, "namespace not found", "is me the right user"),
         (409, "conflict", "push again later"),
         (400, "bad", "refused the request"),
         (429, "slow down", "push again later"),
-        (413, "too large", "no room"),
+        (413, "too large", "too large.*for that reason"),
     ],
 )
 def test_refusals_say_what_to_do(hub, folder, status, error, words):

@@ -177,7 +177,7 @@ def test_k_quants_of_a_real_model_in_llama_cpp(converter, llama_cpp, gguf_file, 
     print(drift, answers)
     assert "Paris" in answers["q6_k"] and all(answers.values())
     assert drift["q6_k"] < drift["q4_k_m"] < drift["q2_k"]
-    assert drift["q6_k"] < 0.01 and drift["q4_k_m"] < 0.1
+    assert drift["q6_k"] < 0.02 and drift["q4_k_m"] < 0.2
 
 
 @pytest.mark.slow
