@@ -27,8 +27,8 @@ if TYPE_CHECKING:
 REMEDIES = {
     401: "it refused the token: create a new one on {endpoint}/settings/tokens, then `hf auth login` (HF_TOKEN, where set, "
     "comes first)",
-    403: "this token may not write to {repo} (expected your own name, or an organization that you may write to, before "
-    "the /, and a token with the role `write`), or {user} has no room: see {endpoint}/settings/billing",
+    403: "this token may not write to {repo}: expected your own name, or an organization that you may write to, before "
+    "the /, and a token with the role `write`; or {user} has no room: see {endpoint}/settings/billing",
     404: "is {user} the right user or organization?",
 }
 """Status of the hub's answer -> what it means, and what to do."""
