@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orpo_lite.common.console import json_alone, run_command
-from orpo_lite.merge.__main__ import Onto
+from orpo_lite.merge.__main__ import Onto, Quantization
 
 
 def show_architectures(wanted: bool) -> None:
@@ -33,6 +33,8 @@ def command(
     llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="default: on the PATH")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     onto: Annotated[Onto, typer.Option(help="as in orpo_lite.merge")] = Onto.original,
+    quantization: Annotated[Quantization | None, typer.Option(help="as in orpo_lite.merge")] = None,
+    double_quant: Annotated[bool, typer.Option("--double-quant", help="as in orpo_lite.merge")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
@@ -47,7 +49,8 @@ def command(
 
     with json_alone(as_json) as print_json:
         file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
-                      onto=onto, trust_remote_code=trust_remote_code)  # fmt: skip
+                      onto=onto, quantization=quantization, double_quant=double_quant,
+                      trust_remote_code=trust_remote_code)  # fmt: skip
         if as_json:
             modelfile = file.with_name("Modelfile") if ollama else None
             print_json({"output": str(file), "bytes": file.stat().st_size, "quant": quant, "adapter": adapter,

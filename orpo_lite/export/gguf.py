@@ -52,6 +52,8 @@ def export(
     llama_quantize: str | None = None,
     base: str | None = None,
     onto: str = "original",
+    quantization: str | None = None,
+    double_quant: bool = False,
     trust_remote_code: bool = False,
 ) -> Path:
     """Write a run, adapter or plain model folder as one GGUF file, read it back and compare it with its source.
@@ -64,7 +66,7 @@ def export(
         ollama: write a Modelfile beside it.
         llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m. Default: that on the PATH, else the
             quantizer inside an installed wheel (xllamacpp, llama-cpp-python).
-        base, onto, trust_remote_code: as in `merge`.
+        base, onto, quantization, double_quant, trust_remote_code: as in `merge`.
 
     Raises:
         RequestError: nothing to export, an architecture, tokenizer or type that cannot be written, output in use.
@@ -79,6 +81,8 @@ def export(
 
     source, output = Path(source).expanduser(), Path(output).expanduser()
     trained = check_request(source, output, adapter, ollama, quant)
+    if (quantization or double_quant) and (adapter or not trained):
+        raise RequestError("--quantization, --double-quant: without effect, for nothing is merged: leave them out")
     check_adapter(source) if trained else check_links(source)
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
     spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
@@ -97,8 +101,8 @@ def export(
             if trained:
                 run_converter(request | {"task": "vocabulary"})  # refuses an unknown architecture before the merge
                 model = merge(
-                    source, Path(folder) / "merged", base=base, onto=onto, trust_remote_code=trust_remote_code
-                )
+                    source, Path(folder) / "merged", base=base, onto=onto, quantization=quantization,
+                    double_quant=double_quant, trust_remote_code=trust_remote_code)  # fmt: skip
                 config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
                 write_vocabulary(tokenizer, config, Path(request["vocabulary"]))
             if (model / "generation_config.json").is_file():

@@ -131,6 +131,13 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
     assert not (tmp_path / "o.gguf").exists()
 
 
+def test_what_a_bare_adapters_base_was_quantized_with_goes_to_the_merge(adapter_folder, tmp_path, monkeypatch):
+    _, run = adapter_folder("llama")
+    monkeypatch.setattr("orpo_lite.export.gguf.run_converter", lambda *a: "")
+    with pytest.raises(RequestError, match="--double-quant: found --quantization int8, expected nf4 or fp4"):
+        export(run, tmp_path / "o.gguf", quantization="int8", double_quant=True)
+
+
 def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
     source = model_folder("llama")
     monkeypatch.setattr("orpo_lite.export.gguf.run_converter", lambda *a: pytest.fail("converted"))
@@ -144,6 +151,7 @@ def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):
         r"--llama-quantize PATH/llama-quantize": {"quant": "iq4_xs"},
         "is not a program": {"quant": "q4_k_m", "llama_quantize": str(tmp_path)},
         "holds a whole model": {"adapter": True},
+        "--quantization, --double-quant: without effect": {"quantization": "nf4"},
         "neither adapter_config.json nor config.json": {"source": tmp_path},
     }.items():
         request = {"source": source, "output": tmp_path / "a.gguf"} | options
