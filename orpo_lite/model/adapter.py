@@ -15,7 +15,6 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from peft.tuners import lora
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import set_peft_model_state_dict
-from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -338,13 +337,12 @@ def vocabulary_rows(
     ends: list[Any] = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
     held: set[int] = set()
-    with safe_open(Path(source) / ADAPTER_WEIGHTS, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # no dict
-            path, _, leaf = bare(plain_key(key).removeprefix("base_model.model.")).rpartition(".")
-            if leaf == "weight" and path.removesuffix(".lora_B") in names:
-                held.add(file.get_slice(key).get_shape()[0])
-            elif leaf == "lora_embedding_A" and path in names:
-                held.add(file.get_slice(key).get_shape()[1])
+    for key, value in load_file(Path(source) / ADAPTER_WEIGHTS).items():
+        path, _, leaf = bare(plain_key(key).removeprefix("base_model.model.")).rpartition(".")
+        if leaf == "weight" and path.removesuffix(".lora_B") in names:
+            held.add(value.shape[0])
+        elif leaf == "lora_embedding_A" and path in names:
+            held.add(value.shape[1])
     added = rows_for_new_tokens(tokenizer) if tokenizer is not None else 0
     return max(held, default=max(len(ends[0].weight), added, 1 + max(trained_rows(config), default=-1)))
 

@@ -98,7 +98,7 @@ def base(*damages: Damage) -> Callable[[Path], list[str]]:
 
 def adapter(folder: Path, *damages: Damage) -> Path:
     """An adapter of the quickstart's model, damaged."""
-    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM")
+    lora = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], task_type="CAUSAL_LM", init_lora_weights=False)
     get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), lora).save_pretrained(folder / "adapter")
     edited("adapter_config.json", base_model_name_or_path="builtin:quickstart/model")(folder / "adapter")
     for damage in damages:
@@ -233,7 +233,7 @@ ADAPTERS = [
     Case("pickle", continued(pickled(WEIGHTS, "adapter_model.bin")), "adapter/adapter_model.bin", "pickle",
          "weights_only=True"),
     Case("nan", continued(tensors(WEIGHTS, nan)), f"adapter/{WEIGHTS}", "1 of 12", "not finite"),
-    Case("shapes", continued(tensors(WEIGHTS, wide)), "adapter: ", "size mismatch for", "check that this is its base"),
+    Case("shapes", continued(tensors(WEIGHTS, wide)), "adapter: ", ", here [", "check that this is its base"),
     Case("tensors-missing", continued(tensors(WEIGHTS, short)), "adapter: ", "2 tensor(s) differ", "check that this is its base"),
     Case("other-modules", continued(edited(CONFIG, target_modules=["query_key_value"])), "adapter: ",
          "query_key_value", "check that this is its base"),
@@ -244,7 +244,7 @@ ADAPTERS = [
     Case("merge-nan", merged(tensors(WEIGHTS, nan)), f"adapter/{WEIGHTS}", "1 of 12", "not finite"),
     Case("merge-truncated", merged(cut(WEIGHTS, 0.5)), f"adapter/{WEIGHTS}", "not a whole safetensors file",
          "copy or download it again"),
-    Case("merge-shapes", merged(tensors(WEIGHTS, wide)), "adapter", "size mismatch for", "check that this is its base"),
+    Case("merge-shapes", merged(tensors(WEIGHTS, wide)), "adapter", ", here [", "check that this is its base"),
     Case("merge-base-gone", merged(words=("--base", "./gone")), "--base", "no folder ./gone",
          "give the path of a model folder, or a hub id"),
     Case("merge-base-of-adapter-gone", merged(edited(CONFIG, base_model_name_or_path="./gone")), f"adapter/{CONFIG}",
