@@ -41,9 +41,8 @@ CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
 
 NAME = "default"
 """PEFT's name of the one adapter on a model."""
-WRAPPERS = re.compile(
-    r"(^|\.)(_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module)(?=\.)|^module(?=\.)|(?<=^base_model\.model)\.module(?=\.)"
-)
+INNER = "_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module"
+WRAPPERS = re.compile(rf"(^|(?<=^base_model\.model\.))((module|{INNER})\.)+|(?<=\.)({INNER})\.")
 """What torch.compile, FSDP and DDP put into the names of weights."""
 NOT_SAVED = re.compile(rf"(?<=lora_[AB])\.{NAME}\b|\.modules_to_save(\.{NAME})?\b")
 """What PEFT leaves out of the names of the tensors that it saves."""
@@ -218,7 +217,7 @@ def changed_base(source: str, init: str) -> str:
 
 def plain_key(key: str) -> str:
     """Return the name by which PEFT saves a tensor, without what wrappers of the model in training left in it."""
-    return NOT_SAVED.sub("", WRAPPERS.sub("", key).lstrip("."))
+    return NOT_SAVED.sub("", WRAPPERS.sub("", key))
 
 
 def read_tensors(source: str | Path) -> dict[str, torch.Tensor]:

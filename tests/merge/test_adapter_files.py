@@ -49,7 +49,7 @@ def rewritten(place: Path, change) -> None:
 @pytest.mark.parametrize(
     "name",
     [lambda k: k.replace("base_model.model.", "base_model.model._orig_mod."), lambda k: f"module.{k}",
-     lambda k: f"_orig_mod.{k}", lambda k: k.replace("base_model.model.", "base_model.model.module."),
+     lambda k: f"_orig_mod.module.{k}", lambda k: k.replace("base_model.model.", "base_model.model.module."),
      lambda k: k.replace(".self_attn", "._orig_mod.self_attn"), lambda k: f"_fsdp_wrapped_module.{k}",
      lambda k: k.replace(".self_attn", "._checkpoint_wrapped_module.self_attn").replace("lora_A.", "lora_A.default.")],
 )  # fmt: skip
