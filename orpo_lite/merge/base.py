@@ -143,16 +143,17 @@ class Base:
 def check_shipped(name: str, shipped: dict[str, Any], onto: str) -> None:
     """Raise RequestError unless a repository that is quantized can be merged into."""
     method = shipped.get("quant_method", "bitsandbytes")
-    readable = method == "bitsandbytes"
-    if readable and onto == "quantized":
+    if (method, onto) == ("bitsandbytes", "quantized"):
         return
     owner, slash, model = name.rpartition("/")
     stem = QUANTIZED_NAME.sub("", model)
     guess = f" (a guess from its name: {owner}{slash}{stem}; check that it exists)" if stem != model else ""
+    other = (
+        "or take --onto quantized" if method == "bitsandbytes" else "since --onto quantized reads bitsandbytes alone"
+    )
     raise RequestError(
         f"{name} ships quantized ({method}), so it has no 16-bit weights to merge into: name the 16-bit model that it was "
-        f"made from with --base{guess}"
-        + (", or take --onto quantized" if readable else "; --onto quantized can read bitsandbytes' weights alone")
+        f"made from with --base{guess}, {other}"
     )
 
 

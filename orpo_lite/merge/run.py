@@ -81,23 +81,26 @@ def merge(
     """
     given = [(source, 1.0)] if isinstance(source, str | Path) else list(source)
     adapters = [(adapter_folder(one), weight) for one, weight in given]
+    folders = [folder for folder, _ in adapters]
     source, output = adapters[0][0], Path(output)
     if output.is_symlink() or output.name in ("", ".."):  # only the folder itself can be renamed
         output = output.resolve()
-    for folder, _ in adapters:
+    for folder in folders:
         check_request(folder, output)
         check_adapter(folder)
     if quantization or double_quant:
         check_quantization(source, quantization, double_quant, onto == "quantized" or verify is not False)
-    spec = common_base([folder for folder, _ in adapters], base, trust_remote_code)
+    spec = common_base(folders, base, trust_remote_code)
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization, "double_quant": double_quant})
     trained = trained_dtype(source, spec)
     named = f"{source / 'adapter_config.json'}, base_model_name_or_path"
     named = "--base" if base else "model.name_or_path" if (source / "recipe.yaml").is_file() else named
     with renaming_field(named, "" if base else " (--base names another base)"):
+        if quantization and shipped_quantization(read_config(spec)):
+            raise RequestError(f"--quantization: {spec.name_or_path} ships quantized and says itself how: leave it out")
         tokenizer = tokenizer_of(source, spec)
-        for folder, _ in adapters[1:]:
+        for folder in folders[1:]:
             if tokenizer_of(folder, spec).get_vocab() != tokenizer.get_vocab():
                 raise RequestError(f"--adapter: {source} and {folder} have different vocabularies: merge each alone")
         origin = Base(spec, onto, trained)
@@ -137,9 +140,8 @@ def merge(
         notes += check_merged(plan, folder, tokenizer, other, verify)
         write_card(folder, source, notes, base)
     size = plan.nbytes / 1e9
-    sources = " and ".join(str(folder) for folder, _ in adapters)
-    done = f"merged {sources} into {output}: {size:.2f} GB in {seconds:.1f} s"
-    console.print("\n  ".join([f"{done} ({size / seconds:.2f} GB/s)", *notes[1:]]), soft_wrap=True, markup=False)
+    done = f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)"
+    console.print("\n  ".join([done, *notes[1:]]), soft_wrap=True, markup=False)
     if facts is not None:
         facts |= {"output": str(output), "base": named, "onto": str(onto), "dtype": written, "bytes": plan.nbytes,
                   "seconds": round(seconds, 3), "untied": list(plan.untied), "notes": notes,

@@ -183,6 +183,8 @@ def test_bases_that_ship_quantized(adapted, tmp_path, method, onto):
     named = json.loads((adapter / "adapter_config.json").read_text()) | {"base_model_name_or_path": str(made)}
     (adapter / "adapter_config.json").write_text(json.dumps(named))
     if (method, onto) == ("bitsandbytes", "quantized"):
+        with pytest.raises(RequestError, match="ships quantized and says itself how: leave it out"):
+            merge(adapter, tmp_path / "merged", onto=onto, quantization="nf4")
         return
     with pytest.raises(
         RequestError, match=rf"ships quantized \({method}\).*--base \(a guess from its name: {base};"
