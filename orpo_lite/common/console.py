@@ -147,17 +147,22 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE") or 1)
 
 
-def asked_of_launcher(engine: str) -> bool:
-    """Return True where `accelerate launch` asks for an engine, FSDP or DeepSpeed, by its environment variable."""
-    return os.environ.get(f"ACCELERATE_USE_{engine.upper()}", "false").lower() == "true"
+def refuse_sharding(**settings: Any) -> None:
+    """Raise RequestError where FSDP or DeepSpeed is asked for, by a field of TrainingArguments or of the launcher.
 
-
-def refuse_deepspeed(settings: Any = None) -> None:
-    """Raise RequestError where DeepSpeed is asked for: by settings for it, or of the launcher."""
-    if settings or asked_of_launcher("DeepSpeed"):
+    Args:
+        settings: values by the names of their fields.
+    """
+    variables = {name: os.environ.get(name, "") for name in ("ACCELERATE_USE_FSDP", "ACCELERATE_USE_DEEPSPEED")}
+    for name, value in (settings | variables).items():
+        # transformers 5.2 fills fsdp_config with defaults, each of them 0 or False
+        unset = not (any(value.values()) if isinstance(value, dict) else value)
+        if unset or str(value).lower() in ("false", "0", "no", "off"):
+            continue
         raise RequestError(
-            "DeepSpeed is asked for, and orpo_lite shards with FSDP2: start with recipes/accelerate/fsdp2-qlora.yaml (one GPU "
-            "needs neither)"
+            f"{name}: {'FSDP' if 'fsdp' in name.lower() else 'DeepSpeed'} is asked for, which splits a model over cards, and "
+            "orpo_lite trains on several cards with DDP, where each holds the whole 4-bit base: leave it out, and start with "
+            "recipes/accelerate/ddp.yaml or torchrun (one card needs neither)"
         )
 
 

@@ -359,14 +359,10 @@ def trained_rows(config: LoraConfig) -> list[int]:
     return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
-def save_adapter(model: nn.Module, folder: str | Path, weights: dict[str, torch.Tensor] | None = None) -> None:
-    """Write the adapter as PEFT's own files; a fully fine-tuned model as transformers' own.
-
-    Args:
-        weights: the trained weights, gathered, where the model itself holds shards of them.
-    """
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Write the adapter as PEFT's own files; a fully fine-tuned model as transformers' own."""
     if not isinstance(model, PeftModel):
-        model.save_pretrained(str(folder), state_dict=weights)  # type: ignore[operator]  # a transformers model
+        model.save_pretrained(str(folder))  # type: ignore[operator]  # a transformers model
         return
     # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is
-    model.save_pretrained(str(folder), save_embedding_layers=False, state_dict=weights)
+    model.save_pretrained(str(folder), save_embedding_layers=False)

@@ -49,15 +49,12 @@ def load_base(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     device: torch.device | str | None = None,
-    to_shard: bool = False,
 ) -> tuple[PreTrainedModel, BaseFacts]:
     """Load the base as the recipe says, in evaluation mode, and grow its vocabulary by the recipe's new tokens.
 
     Args:
         tokenizer: from load_tokenizer; needed where the recipe has new tokens.
         device: default: this process's GPU, else the CPU.
-        to_shard: FSDP2 will spread the weights over the processes: they stay in host memory until then, and
-            4-bit weights are stored as numbers of the compute dtype.
 
     Raises:
         RequestError: missing, gated, broken or unsupported model; quantization or attention that is not available.
@@ -67,7 +64,7 @@ def load_base(
     config = read_config(spec)
     shipped = shipped_quantization(config)
     if shipped:
-        adapt_shipped(spec, shipped, precision.dtype, to_shard)
+        adapt_shipped(shipped, precision.dtype)
     elif skipped := quantization_skipped_reason(spec, device):
         logger.warning("%s", skipped)
         spec = spec.model_copy(update={"quantization": "none"})
@@ -76,8 +73,8 @@ def load_base(
         spec,
         config,
         dtype=precision.dtype,
-        device_map={"": "cpu" if to_shard else device},
-        quantization_config=quantization_settings(spec, precision.dtype, to_shard) if quantizes else None,
+        device_map={"": device},
+        quantization_config=quantization_settings(spec, precision.dtype) if quantizes else None,
         attn_implementation=attention_for(config, spec.attention),
     )
     if (shipped or {}).get("quant_method") == "bitsandbytes":
@@ -94,10 +91,6 @@ def load_base(
         )
     counted = quantizes or (shipped or {}).get("quant_method") == "bitsandbytes"
     share = check_quantized_share(model) if counted else None
-    if to_shard:
-        for parameter in model.parameters():  # FSDP2 moves weights, but not the scales of 4-bit ones
-            if (state := getattr(parameter, "quant_state", None)) is not None:
-                state.to(device)
     if tokenizer is not None:
         # load_tokenizer chose it; transformers' Trainer would do the same with a warning
         for holder in (model.config.get_text_config(), model.generation_config):
@@ -170,24 +163,13 @@ def method_name(shipped: dict[str, Any]) -> str:
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
-def adapt_shipped(spec: ModelSection, shipped: dict[str, Any], dtype: torch.dtype, to_shard: bool) -> None:
+def adapt_shipped(shipped: dict[str, Any], dtype: torch.dtype) -> None:
     """Make weights that ship quantized by bitsandbytes compute in this machine's dtype.
 
     The repository's own (usually bfloat16) is wrong on a T4 and slow on a CPU.
-
-    Raises:
-        RequestError: they are to be sharded, and are stored as numbers of another dtype.
     """
-    if shipped.get("quant_method") != "bitsandbytes":
-        return
-    wanted, storage = str(dtype).removeprefix("torch."), shipped.get("bnb_4bit_quant_storage", "uint8")
-    shipped["bnb_4bit_compute_dtype"] = wanted
-    if to_shard and shipped.get("load_in_4bit") and storage != wanted:
-        raise RequestError(
-            f"model.name_or_path: {spec.name_or_path} stores its 4-bit weights as {storage}, which cannot be spread over "
-            f"processes beside {wanted}: use the repository with the 16-bit weights and model.quantization=nf4, or train "
-            "with DDP"
-        )
+    if shipped.get("quant_method") == "bitsandbytes":
+        shipped["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
 
 
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:

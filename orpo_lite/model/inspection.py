@@ -62,7 +62,6 @@ def keep_4bit_differentiable(model: nn.Module) -> None:
     """
     for name, module in model.named_modules():
         if getattr(module, REPACKING_FLAG, False):
-            # sharded weights have no state
             if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
                 raise RequestError(
                     f"model: an earlier pass without gradients has packed 4-bit weights such as {name} for AVX512-BF16, and "

@@ -93,11 +93,9 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[object
 class Backend:
     """A value of `model.quantization`."""
 
-    settings: Callable[[ModelSection, torch.dtype, bool], Any]
-    """(section, compute dtype, to be sharded) -> transformers' quantization_config."""
+    settings: Callable[[ModelSection, torch.dtype], Any]
+    """(section, compute dtype) -> transformers' quantization_config."""
     bits: int
-    shardable: bool = True
-    """FSDP2 can spread its weights over processes."""
 
 
 def bitsandbytes_unavailable() -> str | None:
@@ -114,25 +112,23 @@ def bitsandbytes_unavailable() -> str | None:
     return None
 
 
-def _four_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsAndBytesConfig:
+def _four_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization,
         bnb_4bit_use_double_quant=spec.double_quant,
         bnb_4bit_compute_dtype=dtype,
-        # stored as numbers of the compute dtype, FSDP can cut and gather them like any other weights
-        bnb_4bit_quant_storage=dtype if to_shard else torch.uint8,
     )
 
 
-def _eight_bits(spec: ModelSection, dtype: torch.dtype, to_shard: bool) -> BitsAndBytesConfig:
+def _eight_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(load_in_8bit=True)
 
 
 BACKENDS = {
     "nf4": Backend(_four_bits, 4),
     "fp4": Backend(_four_bits, 4),
-    "int8": Backend(_eight_bits, 8, shardable=False),
+    "int8": Backend(_eight_bits, 8),
 }
 
 
@@ -161,25 +157,18 @@ def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str
     )
 
 
-def quantization_settings(spec: ModelSection, dtype: torch.dtype, to_shard: bool = False) -> Any:
+def quantization_settings(spec: ModelSection, dtype: torch.dtype) -> Any:
     """Return transformers' quantization_config for the recipe.
 
     Args:
         dtype: computed in.
-        to_shard: the weights will be spread over processes.
 
     Raises:
-        RequestError: the backend does not work here, or its weights cannot be sharded.
+        RequestError: the backend does not work here.
     """
-    backend = BACKENDS[spec.quantization]
     if why := bitsandbytes_unavailable():
         raise RequestError(
             f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
             "pip install -U bitsandbytes"
         )
-    if to_shard and not backend.shardable:
-        raise RequestError(
-            f"model.quantization: {spec.quantization} weights cannot be sharded by FSDP: set "
-            "model.quantization=nf4, or train with DDP"
-        )
-    return backend.settings(spec, dtype, to_shard)
+    return BACKENDS[spec.quantization].settings(spec, dtype)

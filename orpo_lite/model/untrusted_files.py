@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pickle
 import re
 from collections import Counter
 from pathlib import Path, PureWindowsPath
@@ -15,12 +14,6 @@ from safetensors import SafetensorError, safe_open
 from orpo_lite.common.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
-INDEX_OF_SHARDS = re.compile(
-    r"torch\.distributed\.checkpoint\.(filesystem\._StorageInfo|metadata\.(_MEM_FORMAT_ENCODING|Metadata|MetadataIndex"
-    r"|StorageMeta|TensorProperties|(Bytes|Tensor|Chunk)StorageMetadata))|pathlib\.(_local\.)?\w+Path"
-    r"|torch\.(Size|serialization\._get_layout|bool|(b?float|u?int)\d\w*)"
-)
-"""What the index names that torch.distributed.checkpoint pickles beside its shards, and unpickles whatever it names."""
 AGAIN = "copy or download it again"
 
 
@@ -65,28 +58,6 @@ def check_links(folder: Path) -> None:
             raise RequestError(
                 f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there if that is intended"
             )
-
-
-def check_shards(checkpoint: Path) -> None:
-    """Refuse an index of FSDP2's shards that could run code: torch loads weights only everywhere else, but not there."""
-    for path in checkpoint.rglob(".metadata"):
-        try:
-            with path.open("rb") as file:
-                IndexOfShards(file).load()
-        except Exception as error:  # whatever pickle finds wrong
-            raise RequestError(
-                f"{path} holds more than an index of tensors ({str(error)[:200]}), and such a pickle is never loaded: remove this "
-                "checkpoint to resume from the previous one, or start a new run"
-            ) from None
-
-
-class IndexOfShards(pickle.Unpickler):
-    """Reads the index beside FSDP2's shards, and refuses to import anything else."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if not INDEX_OF_SHARDS.fullmatch(f"{module}.{name}"):
-            raise pickle.UnpicklingError(f"it would run {module}.{name}")
-        return super().find_class(module, name)
 
 
 def check_model(folder: Path) -> None:

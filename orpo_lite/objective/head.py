@@ -19,7 +19,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.checkpoint import checkpoint
 
 logger = logging.getLogger(__name__)
@@ -178,8 +177,8 @@ def score_labels(model: nn.Module, target: LabelRows, transform: HeadTransform, 
     """Make forward passes of `model` (an unwrapped transformers or PEFT model) score `target` instead of making logits.
 
     A pre-hook on the output head takes the final hidden states, scores the label rows and lets one row through; a
-    hook on the model puts the log-probs in place of the logits, so that outer wrappers (DDP, FSDP) see them
-    as the output that the loss depends on. Both hooks are removed when the block ends.
+    hook on the model puts the log-probs in place of the logits, so that outer wrappers (DDP) see them as the
+    output that the loss depends on. Both hooks are removed when the block ends.
     """
     head: nn.Module = model.get_output_embeddings()  # pyright: ignore[reportCallIssue]
 
@@ -213,7 +212,7 @@ def score_rows(
     A plain linear layer goes through `token_logps`. Anything else (LoRA on the head, modules_to_save, a quantized
     head) is called as a module, chunk by chunk, so that nothing it does is lost.
     """
-    if type(head) is nn.Linear or type(head).__bases__ == (FSDPModule, nn.Linear):
+    if type(head) is nn.Linear:
         return token_logps(hidden, head.weight, labels, head.bias, transform.softcap, transform.scale, chunk, True)  # type: ignore[return-value]
 
     def logits(h: Tensor) -> Tensor:

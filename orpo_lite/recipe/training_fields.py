@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
-from orpo_lite.common.console import refuse_deepspeed
+from orpo_lite.common.console import refuse_sharding
 from orpo_lite.common.text import nearest, shown
 
 OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
@@ -101,8 +101,8 @@ def check_training_field(key: str, value: Any) -> Any:
     if key in ELSEWHERE and value:
         found = "" if key == "hub_token" else f"found {shown(value)}, "
         raise ValueError(f"training.{key}: {found}{ELSEWHERE[key]}")
-    if key == "deepspeed":
-        refuse_deepspeed(value)
+    if key in ("fsdp", "fsdp_config", "deepspeed"):
+        refuse_sharding(**{f"training.{key}": value})
     fields = training_fields()
     if key not in fields:
         raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from orpo_lite.common.console import errors, rank, refuse_deepspeed, run_command
+from orpo_lite.common.console import errors, rank, refuse_sharding, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder
 from orpo_lite.data.sources import is_local, local_files, open_source
@@ -55,7 +55,7 @@ def command(
     resume_mode: Resume = "force" if resume_force else resume
     if dry_run and resume_mode:
         raise RequestError("--dry-run takes the first step of a new run: leave --resume out")
-    refuse_deepspeed()
+    refuse_sharding()
     chosen = Recipe.load(recipe, overrides or [])
     check_local_files(chosen)
     if not dry_run and rank() == 0 and is_locked(chosen.folder):

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from orpo_lite.common.console import asked_of_launcher, console
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.data import Pairs, load_pairs
@@ -116,9 +116,8 @@ def run(
 
         record = record_of(recipe, pairs, base, trainer, before, after, planned, outcome.metrics)
         record.total_seconds = round(time.monotonic() - started, 3)
-        whole = trainer.whole_weights()
         if trainer.is_world_process_zero():
-            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs}, whole)
+            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs})
     return Run(folder.path, record)
 
 
@@ -147,10 +146,9 @@ def load_model(recipe: Recipe, tokenizer: Any) -> tuple[Any, BaseFacts, int | No
     Returns:
         The model, facts about its base, and the number of layers that checkpoint (None: all).
     """
-    to_shard = asked_of_launcher("FSDP") or bool(recipe.training.get("fsdp"))
     with named("loading the base model"):
-        base, facts = load_base(recipe.model, tokenizer, to_shard=to_shard)
-    checkpointing = checkpointed(recipe, local_device())  # a base that is to be sharded is on no device yet
+        base, facts = load_base(recipe.model, tokenizer)
+    checkpointing = checkpointed(recipe, local_device())
     if checkpointing:
         check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)

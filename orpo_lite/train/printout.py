@@ -95,8 +95,7 @@ def describe_processes(trainer: ORPOTrainer) -> list[tuple[str, str]]:
     """Describe the processes of a run, if there are several."""
     if trainer.args.world_size == 1:
         return []
-    strategy = "fsdp2" if trainer.accelerator.is_fsdp2 else "ddp"
-    how = f"{trainer.args.world_size} by {strategy} over {torch.distributed.get_backend()}"
+    how = f"{trainer.args.world_size} by ddp over {torch.distributed.get_backend()}"
     return [("processes", f"{how}, the pairs of each step distributed by cost")]
 
 

@@ -25,7 +25,6 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import find_license, hub_id, write_card
 from orpo_lite.train import printout
-from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
@@ -77,10 +76,10 @@ def measure_held_out(
 
 
 def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Answer the first held-out prompts: each process its share, or all together where the weights are sharded."""
+    """Answer the first held-out prompts: each process its share."""
     count, longest = min(recipe.evaluation.samples, len(pairs)), recipe.evaluation.max_new_tokens
     processes, mine = trainer.args.world_size, trainer.args.process_index
-    if processes == 1 or sharded(trainer.model):
+    if processes == 1:
         return answer(model, tokenizer, pairs, count, longest)
     share = range(mine, count, processes)
     parts = gather_object([answer(model, tokenizer, pairs.select(share), len(share), longest)])
@@ -215,14 +214,12 @@ def finish(
     tokenizer: Any,
     disk: int,
     pairs: dict[str, Any],
-    whole: Any = None,
 ) -> None:
     """Write the files of a finished run; if its folder cannot be written, save the adapter in a temporary one.
 
     Args:
         disk: the file system that the folder was on when training began.
         pairs: every held-out pair before and after, for held_out.json.
-        whole: the trainer's `whole_weights`.
 
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
@@ -230,7 +227,7 @@ def finish(
     model, facts = trainer.unwrapped(), record.model_dump()
 
     def weights(path: Path) -> None:
-        save_adapter(model, path, whole)
+        save_adapter(model, path)
         tokenizer.save_pretrained(path)
 
     try:

@@ -40,7 +40,7 @@ UNUSED = {
     "generate_during_eval": "a run answers held-out prompts before and after training by itself",
     "padding_value": "the padding token is the tokenizer's",
     "model_init_kwargs": "give --dtype, --attn_implementation or --model_revision instead",
-    "bnb_4bit_quant_storage": "it is chosen by the way in which weights are sharded",
+    "bnb_4bit_quant_storage": "only FSDP needs another than uint8",
     "ignore_bias_buffers": "no buffer is synchronized here",
     "dataset_streaming": "files larger than memory stay on disk by themselves",
     "dataset_num_proc": "a tokenizer uses all cores by itself",

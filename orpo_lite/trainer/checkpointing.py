@@ -19,11 +19,8 @@ from transformers.trainer_callback import ExportableState
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
-from orpo_lite.model import save_adapter
-from orpo_lite.model.untrusted_files import check_shards
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import gathered, sharded
 from orpo_lite.trainer.health import HealthWarnings
 from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
 from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
@@ -32,8 +29,6 @@ logger = logging.getLogger(__name__)
 
 RUNNING = "running.json"
 """File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
-OPTIMIZER_STATES = {"FSDP2": ("optimizer_0", "optimizer.bin"), "one process or DDP": ("optimizer.pt", "optimizer.bin")}
-"""Files of a checkpoint by which the optimizer states of each engine are known."""
 VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
@@ -182,7 +177,6 @@ class CheckpointedTrainer(Trainer):
             checkpoint = aside / final.name
             state.save_to_json(str(checkpoint / "trainer_state.json"))
             (checkpoint / RUNNING).write_text(json.dumps(running), "utf-8")
-            (checkpoint / "training_args.bin").unlink(missing_ok=True)  # transformers' pickle beside FSDP's shards
 
     def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
@@ -225,27 +219,15 @@ class CheckpointedTrainer(Trainer):
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save the model as transformers does, without its pickle of the arguments: a token may be in it."""
-        weights = self.whole_weights()
-        folder = Path(output_dir or str(self.args.output_dir))
-        if weights is None:
-            super().save_model(output_dir, _internal_call=True)
-            if self.args.should_save:
-                (folder / "training_args.bin").unlink(missing_ok=True)
-        elif self.args.should_save:
-            folder.mkdir(parents=True, exist_ok=True)
-            save_adapter(self.unwrapped(), folder, weights)
-            if self.processing_class is not None:
-                self.processing_class.save_pretrained(str(folder))
+        super().save_model(output_dir, _internal_call=True)
+        if self.args.should_save:
+            (Path(output_dir or str(self.args.output_dir)) / "training_args.bin").unlink(missing_ok=True)
         if self.args.push_to_hub and not _internal_call:
             self.push_to_hub(commit_message="Model save")
 
     def unwrapped(self) -> Any:
         """Return the transformers or PEFT model, without what DDP puts around it."""
         return extract_model_from_parallel(self.model)
-
-    def whole_weights(self) -> dict[str, Tensor] | None:
-        """Gather what is trained for the process that saves, on all together; None where the model itself holds it whole."""
-        return gathered(self.model, keep=self.args.should_save) if sharded(self.model) else None
 
     def total(self, values: Tensor) -> Tensor:
         """Sum over the processes."""
@@ -279,25 +261,17 @@ class CheckpointedTrainer(Trainer):
             if wrong := folders.damage(found):
                 raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
         self._check_origin(found)
-        check_shards(found)
         return found
 
     def _check_origin(self, found: Path) -> None:
-        """Compare engine, pairs per step, processes and versions with those that a checkpoint was written with.
+        """Compare pairs per step, processes and versions with those that a checkpoint was written with.
 
         Raises:
             RequestError: training cannot resume from it.
         """
-        there = [kind for kind, names in OPTIMIZER_STATES.items() if any((found / name).exists() for name in names)]
-        engine = "FSDP2" if self.is_fsdp_enabled else "one process or DDP"
-        if not there:
+        if not (found / "optimizer.pt").exists():
             raise RequestError(
                 f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
-            )
-        if engine not in there:
-            raise RequestError(
-                f"{found}: its optimizer states are those of {there[0]}, and here is {engine}: resume with the launcher file "
-                "that it was started with, or start anew"
             )
         facts, here = folders.manifest(found), self._facts()
         if facts["pairs_per_step"] != here["pairs_per_step"]:

@@ -13,7 +13,7 @@ import yaml
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
-from orpo_lite.common.console import refuse_deepspeed
+from orpo_lite.common.console import refuse_sharding
 from orpo_lite.model import choose_precision
 
 logger = logging.getLogger(__name__)
@@ -95,7 +95,7 @@ class ORPOConfig(TrainingArguments):
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
-        refuse_deepspeed(self.deepspeed)
+        refuse_sharding(fsdp=self.fsdp, fsdp_config=self.fsdp_config, deepspeed=self.deepspeed)
         for name, choices in CHOICES.items():
             if getattr(self, name) not in choices:
                 raise ValueError(

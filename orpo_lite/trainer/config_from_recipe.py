@@ -10,7 +10,6 @@ from typing import Any
 
 import torch
 from transformers import get_scheduler
-from transformers.training_args import ParallelMode
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
@@ -89,11 +88,6 @@ def arguments(
     }
     args = checked_config(training, ours)
     check_best(args.metric_for_best_model)
-    if args.fsdp and args.parallel_mode != ParallelMode.DISTRIBUTED:
-        raise RequestError(
-            f"training.fsdp: found {shown(training.get('fsdp'))}, but FSDP needs several processes, and this is one: "
-            "start with `accelerate launch` or torchrun, or remove it"
-        )
     return args
 
 

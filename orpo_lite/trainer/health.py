@@ -14,11 +14,9 @@ import torch
 import yaml
 from accelerate.utils import gather_object
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.lengths import answer_tokens, numbers
-from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import micro_batches
 
 logger = logging.getLogger(__name__)
@@ -89,7 +87,7 @@ class Unchanged:
 
     def sums(self) -> list[tuple[float, float]]:
         # of absolute values too: an antisymmetric change has a sum of 0
-        values = [local(p).detach().double() for p in self.parameters]
+        values = [p.detach().double() for p in self.parameters]
         return [(float(one.sum()), float(one.abs().sum())) for one in values]
 
     def stepped(self, step: int, health: HealthWarnings, learning_rate: float, last: bool = False) -> None:
@@ -114,7 +112,6 @@ def locate_pairs(trainer: Any, sources: list[str]) -> list[dict[str, Any]]:
         not finite also the loss of each pair alone.
     """
     step, found = trainer.step_in_progress, []
-    alone = not sharded(trainer.model)  # their forward pass takes all processes
     losses = [float(loss) for loss in step.losses]
     devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices), torch.no_grad(), trainer.compute_loss_context_manager():
@@ -122,7 +119,7 @@ def locate_pairs(trainer: Any, sources: list[str]) -> list[dict[str, Any]]:
             wrong = index < len(losses) and not math.isfinite(losses[index])
             for batch in micro_batches(item):
                 pairs = located(batch, trainer.train_dataset, sources)
-                for place, pair in enumerate(pairs if alone and wrong else []):
+                for place, pair in enumerate(pairs if wrong else []):
                     pair["loss"] = float(trainer.objective.loss(trainer.model, [select_pairs(batch, [place])])[0])
                 found += pairs
     return gather_object(found) if trainer.accelerator.num_processes > 1 else found
@@ -184,12 +181,7 @@ def listed(pairs: list[dict[str, Any]]) -> str:
     return "; ".join(words) + (f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
 
 
-# ---- numbers of tensors that may be sharded ----------------------------------------------------------------------------
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return this process's part of a tensor that may be sharded."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+# ---- numbers of tensors ------------------------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:
@@ -205,12 +197,12 @@ def largest(tensors: list[Tensor], device: torch.device) -> Tensor:
     """
     if not tensors:
         return torch.zeros((), device=device)
-    return torch.nn.utils.get_total_norm([local(one) for one in tensors], math.inf).to(device, torch.float32)
+    return torch.nn.utils.get_total_norm(tensors, math.inf).to(device, torch.float32)
 
 
 def not_finite(tensors: dict[str, Tensor]) -> str:
-    """Name the tensors that hold values that are not finite, and count those; of shards, this process's."""
-    counts = {name: int((~torch.isfinite(local(one))).sum()) for name, one in tensors.items()}
+    """Name the tensors that hold values that are not finite, and count those."""
+    counts = {name: int((~torch.isfinite(one)).sum()) for name, one in tensors.items()}
     bad = {name: count for name, count in counts.items() if count}
     if not bad:
         return ""

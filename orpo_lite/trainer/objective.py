@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
-from torch.distributed.fsdp import FSDPModule
 
 from orpo_lite.model import autocast
 from orpo_lite.model.inspection import unwrap
@@ -42,13 +40,11 @@ class Objective:
         self.router_coefficient: float = (
             getattr(text, "router_aux_loss_coef", None) or getattr(text, "aux_loss_coef", None) or 0.0
         )
-        self.find_at_first: Callable[[nn.Module], None] | None = None
-        """Called with the model before its first forward pass, where no process holds the model whole before that."""
         self.last_batch: dict[str, Any] = {}
         """The batch whose forward pass was begun last."""
 
     def find_head(self, model: nn.Module, device: torch.device, exact: float) -> None:
-        """Find how the model's head is scored without whole logits, by a forward pass of all processes that share its weights.
+        """Find how the model's head is scored without whole logits, by a forward pass.
 
         Args:
             model: the model, maybe compiled.
@@ -57,23 +53,9 @@ class Objective:
         plain: Any = extract_model_from_parallel(model)
         with autocast(plain):
             self.head = head_transform(plain, device, exact)
-        layer = plain.get_output_embeddings()
-        # FSDP2 gathers a head that is a unit of its own for its forward pass alone, and no gradient of its output gathers it
-        # for its chunks to be recomputed; only the weights of a plain linear layer without training are kept
-        plain_linear = type(layer).__bases__ == (FSDPModule, nn.Linear)
-        kept = plain_linear and not any(p.requires_grad for p in layer.parameters())
-        if self.head is not None and isinstance(layer, FSDPModule) and not kept:
-            logger.warning(
-                "the output head is sharded on its own and trained, quantized or adapted: whole logits are kept, since its weights "
-                "are not available to compute them again in the backward pass"
-            )
-            self.head = None
 
     def statistics(self, model: nn.Module, batch: dict[str, Any]) -> tuple[PairStatistics, Tensor | None]:
         """Run the forward pass of a batch; return one entry per pair, and the routers' loss (a scalar) where they have one."""
-        if self.find_at_first is not None:
-            self.find_at_first(model)
-            self.find_at_first = None
         self.last_batch = batch
         inputs: dict[str, Any] = {key: batch[key] for key in MODEL_INPUTS if key in batch}
         if self.router_loss:

@@ -12,7 +12,6 @@ from datasets import Dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
 from torch.utils.data import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
@@ -26,7 +25,6 @@ from orpo_lite.model.inspection import check_decoder_only, unwrap
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import sharded
 from orpo_lite.trainer.objective import Objective
 
 if TYPE_CHECKING:
@@ -97,9 +95,6 @@ def prepare_model(model: Any, args: ORPOConfig, peft_config: PeftConfig | None) 
         return None
     check_decoder_only(model.config, f"ORPOTrainer: the {type(unwrap(model)).__name__}")
     keep_4bit_differentiable(model)
-    if any(isinstance(module, FSDPModule) for module in model.modules()):
-        # it is sharded already: accelerate must not put DDP around it
-        model.is_distributed_loading_by_transformers = True
     if peft_config is not None:
         model = adapt(model, peft_config, checkpointing=bool(args.gradient_checkpointing))
     if isinstance(model, PeftModel) and model.active_peft_config.is_prompt_learning:
@@ -190,16 +185,13 @@ def check_tokenized(pairs: Any, name: str) -> None:
 
 
 def make_objective(trainer: ORPOTrainer) -> Objective:
-    """Make the objective, and find how the model's head is scored: now, where this process holds the model whole."""
+    """Make the objective, and find how the model's head is scored."""
     args, model = trainer.args, trainer.model
     objective = Objective(args, model.config, None, trainer.accelerator.num_processes)
     if objective.router_loss and not objective.router_coefficient:
         logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
     exact = 1e-3 if args.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32 else 0.2
-    if trainer.is_fsdp_enabled or sharded(model) or any(p.is_meta for p in model.parameters()):
-        objective.find_at_first = lambda model: objective.find_head(model, args.device, exact)
-    else:
-        objective.find_head(model, args.device, exact)
+    objective.find_head(model, args.device, exact)
     return objective
 
 

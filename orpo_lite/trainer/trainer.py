@@ -31,12 +31,7 @@ from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.trainer import setup
 from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import (
-    accumulating,
-    check_data_parallel,
-    reshard,
-    shard_to_evaluate,
-)
+from orpo_lite.trainer.distributed import check_data_parallel
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
@@ -296,7 +291,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         parts = [part for batch in micro_batches(item) for part in self.micro_limit.cut(batch)]
         loss = torch.zeros((), device=self.args.device)
         for part in parts[:-1]:
-            with accumulating(self.accelerator, model):
+            with self.accelerator.no_sync(model):
                 loss += self._pass(model, part, totals)
         return loss + self._pass(model, parts[-1], totals)
 
@@ -338,7 +333,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         return super().create_optimizer(*([] if model is None else [model]))
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
-        reshard(self.model)  # where it was evaluated before
         if self.args.world_size > 1:
             # an evaluation before training leaves this mark, on which transformers 5.23 takes the model for one that DDP
             # wraps already: the processes would train apart
@@ -388,9 +382,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     def evaluate(self, *args: Any, **kwargs: Any) -> dict[str, float]:
         started, clock = time.monotonic(), self.clock
-        shard_to_evaluate(self)
         metrics = super().evaluate(*args, **kwargs)  # of several data sets: this method again, for each
-        reshard(self.model)
         if not self.is_in_train:
             plain_attention(unwrap(self.unwrapped()))
         self.clock = clock + time.monotonic() - started  # evaluation is no part of the training throughput

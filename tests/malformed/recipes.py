@@ -152,7 +152,7 @@ CASES = [
          "metric_for_best_model", "correct it or remove it"),
     Case("batch-metrics", line("training.batch_eval_metrics=true"), "training.batch_eval_metrics (found True)",
          "not supported", "correct it or remove it"),
-    Case("fsdp-alone", line("training.fsdp=full_shard"), "training.fsdp", "full_shard", "accelerate launch"),
+    Case("fsdp", line("training.fsdp=full_shard"), "training.fsdp", "FSDP is asked for", "recipes/accelerate/ddp.yaml"),
     Case("parameters-of-no-layer", line("adapter.target_parameters=[nope]"), "adapter.target_parameters",
          "no parameter called nope", "it has "),
     Case("override-key", line("orpo.betta=1"), "command line: 1 problem(s)\n  - orpo.betta", "unknown key", "did you mean beta?"),

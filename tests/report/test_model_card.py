@@ -97,7 +97,7 @@ def on_hub(facts, recipe, adapter):
     source = recipe["data"]["train"][0]
     recipe["data"]["train"] = [source | {"path": "org/pairs"}, source | {"path": "/home/me/private/mine.jsonl"}]
     recipe["data"]["eval"] = [source | {"path": "org/held"}]
-    recipe["training"] |= {"fsdp_config": "/home/me/private/fsdp.json"}
+    recipe["training"] |= {"accelerator_config": "/home/me/private/accelerator.json"}
     facts["data"]["drops"]["notes"] = ["data.train: the row limit left /home/me/private/mine.jsonl unread"]
 
 
@@ -284,7 +284,7 @@ def test_nothing_of_this_machine_is_in_the_card(finished, whole, changed):
         card = model_card(folder)
         for words in (str(folder.parent), str(PACKAGE), "/home/", "secret-place", str(Path.home())):
             assert words not in card, words
-    assert "mine.jsonl" in card and "fsdp.json" in card
+    assert "mine.jsonl" in card and "accelerator.json" in card
     card = model_card(whole)
     assert "my-base" in card and "mine.jsonl" in card and "base_model" not in front(card)
 

@@ -5,21 +5,14 @@ import os
 from pathlib import Path
 
 import torch
-from accelerate.state import AcceleratorState, PartialState
-from accelerate.utils import DistributedType
+from accelerate.state import AcceleratorState
 from datasets import load_from_disk
 from peft import LoraConfig, get_peft_model
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import fully_shard
-from torch.distributed.tensor import DTensor
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback, training_args
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, LlamaConfig, TrainerCallback
 
 from orpo_lite import ORPOTrainer
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.model.adapter import prepare_frozen
-from orpo_lite.model.precision import Precision
-from orpo_lite.trainer import config as orpo_config
-from orpo_lite.trainer.distributed import gathered
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML, config, rows
 
@@ -46,11 +39,12 @@ def load(folder, base="float", dtype=torch.float32, **lora):
     """The base with an adapter whose B is not 0, so that every gradient counts."""
     options = {}
     if base == "nf4":
-        storage = dtype if lora.pop("storage", False) else torch.uint8
         options["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
-            bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_storage=storage,
-        )  # fmt: skip
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
         options["device_map"] = {"": "cpu"}
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, **options)
     torch.manual_seed(1)
@@ -61,87 +55,47 @@ def load(folder, base="float", dtype=torch.float32, **lora):
 
 
 class Steps(TrainerCallback):
-    """Gradients of every optimizer step, whole, and whether parameters are sharded."""
+    """Gradients of every optimizer step, flat."""
 
     def __init__(self):
-        self.gradients, self.kinds = [], set()
+        self.gradients = []
 
     def on_pre_optimizer_step(self, args, state, control, model=None, **kwargs):
-        found = []
-        for p in model.parameters():
-            self.kinds.add(type(p).__name__)
-            if p.requires_grad:
-                g = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
-                found.append(g.detach().flatten().clone())
-        self.gradients.append(torch.cat(found))
+        self.gradients.append(torch.cat([p.grad.flatten() for p in model.parameters() if p.requires_grad]))
 
 
-def shard(model):
-    """FSDP2 as a script applies it: each layer, then the whole."""
-    mesh = init_device_mesh("cpu", (torch.distributed.get_world_size(),))
-    for layer in model.get_base_model().model.layers:
-        fully_shard(layer, mesh=mesh)
-    fully_shard(model, mesh=mesh)
-    return model
+def weights_of(model):
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def as_fsdp(args):
-    """accelerate takes FSDP on a CPU for DDP: tell it that these are GPUs."""
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-    os.environ |= {
-        "ACCELERATE_USE_FSDP": "true",
-        "FSDP_VERSION": "2",
-        "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
-        "FSDP_STATE_DICT_TYPE": "SHARDED_STATE_DICT",
-    }
-    assert args.parallel_mode.name == "DISTRIBUTED" and not AcceleratorState._shared_state
-
-
-def as_bfloat16():
-    """As on a GPU: on a CPU our config takes float32, and transformers' refuses bfloat16."""
-    orpo_config.choose_precision = lambda *_: Precision(torch.bfloat16, False, True, "as on a GPU")
-    training_args.is_torch_bf16_gpu_available = lambda: True
-
-
-def trained(folder, out, cases, engine="ddp"):
+def trained(folder, out, cases):
     """Gradients, logs and evaluations of three steps, for each case: (base, layout, options of ORPOConfig)."""
     results = []
     processes = int(os.environ.get("WORLD_SIZE", 1))
     for number, (base, layout, options) in enumerate(cases):
-        results.append(one(folder, f"{out}-{processes}-{number}", base, layout, options, engine))
+        results.append(one(folder, f"{out}-{processes}-{number}", base, layout, options))
     return results
 
 
-def prepared(folder, out, base, layout, options, engine):
-    """What a trainer takes: model and arguments, with whatever the engine needs."""
+def prepared(folder, out, base, layout, options):
+    """What a trainer takes: model, arguments and pairs."""
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    options, lora = dict(options), dict(options.get("lora", {}))
-    options.pop("lora", None)
+    options = dict(options)
+    lora = options.pop("lora", {})
     size = options.pop("per_device_train_batch_size", STEP // processes)
     options = (
         dict(use_cpu=True, max_steps=3, optim="sgd", max_grad_norm=1e9, train_sampling_strategy="random") | options
     )
-    if options.get("bf16"):
-        as_bfloat16()
     args = config(
         Path(out), layout=layout, per_device_train_batch_size=size,
         per_device_eval_batch_size=2, gradient_accumulation_steps=STEP // processes // size, **options,
     )  # fmt: skip
     AcceleratorState._reset_state()
-    if engine == "accelerate-fsdp2" and "WORLD_SIZE" in os.environ:
-        as_fsdp(args)
-    if base == "nf4" and "fsdp2" in engine:
-        lora["storage"] = True
-    if options.get("bf16"):
-        lora["dtype"] = torch.bfloat16
-    model = load(folder, base, **lora)
-    if engine == "fsdp2" and processes > 1:
-        shard(model)
-    return model, args, load_from_disk(f"{folder}/train"), load_from_disk(f"{folder}/eval")
+    return load(folder, base, **lora), args, load_from_disk(f"{folder}/train"), load_from_disk(f"{folder}/eval")
 
 
-def one(folder, out, base, layout, options, engine):
-    model, args, pairs, held = prepared(folder, out, base, layout, options, engine)
+def one(folder, out, base, layout, options):
+    model, args, pairs, held = prepared(folder, out, base, layout, options)
     steps = Steps()
     trainer = steps.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[steps])
     before = trainer.evaluate()
@@ -152,12 +106,11 @@ def one(folder, out, base, layout, options, engine):
     measured = sorted(key for key in after if "runtime" not in key and "second" not in key and "time" not in key)
     return {
         "gradients": steps.gradients,
-        "kinds": steps.kinds,
         "logs": logs,
         "eval": [[one[name] for name in measured] for one in (after, before) if one],
         "layout": trainer.layout.name,
         "engine": type(trainer.model_wrapped).__name__,
-        "weights": {name: w.clone() for name, w in gathered(trainer.model, keep=True).items()},
+        "weights": weights_of(trainer.model),
     }
 
 
@@ -180,14 +133,14 @@ class Dies(TrainerCallback):
             raise Died
 
 
-def stretch(folder, out, engine, dies=None, resume=None, base="float", **more):
+def stretch(folder, out, dies=None, resume=None, base="float", **more):
     """Six steps of AdamW with a checkpoint every second, broken off at one, or gone on with from one.
 
     Args:
         more: further options of ORPOConfig.
     """
     options = dict(max_steps=6, optim="adamw_torch", save_strategy="steps", save_steps=2, save_total_limit=2, eval_strategy="steps", eval_steps=3) | more  # fmt: skip
-    model, args, pairs, held = prepared(folder, out, base, "shared", options, engine)
+    model, args, pairs, held = prepared(folder, out, base, "shared", options)
     watch = Dies(dies, out)
     trainer = watch.trainer = ORPOTrainer(model, args, None, pairs, held, tokenizer(), callbacks=[watch])
     with contextlib.suppress(Died):
@@ -195,15 +148,14 @@ def stretch(folder, out, engine, dies=None, resume=None, base="float", **more):
     trainer.save_model(f"{out}/last")
     names = ("loss", "grad_norm", "rewards/margins", "eval_loss")
     logs = [{name: log[name] for name in names if name in log} for log in trainer.state.log_history if "train_loss" not in log]  # fmt: skip
-    weights = {name: w.clone() for name, w in gathered(trainer.model, keep=True).items()}
     return {
-        "weights": weights,
+        "weights": weights_of(trainer.model),
         "logs": logs,
         "rows": watch.rows,
         "loss": trainer.state.log_history[-1].get("train_loss"),
     }
 
 
-def stretches(folder, out, engine, *parts):
+def stretches(folder, out, *parts):
     """Several of them in one group."""
-    return [stretch(folder, f"{out}/{part.pop('out')}", engine, **part) for part in map(dict, parts)]
+    return [stretch(folder, f"{out}/{part.pop('out')}", **part) for part in map(dict, parts)]

@@ -1,17 +1,16 @@
-"""Two processes under a real torchrun, and what a CPU cannot do."""
+"""Two processes under a real torchrun, and engines that split a model."""
 
 import json
 import re
+from types import SimpleNamespace
 
 import pytest
 
 from orpo_lite import ORPOConfig
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import load_base, load_tokenizer
-from orpo_lite.recipe import ModelSection, Recipe
+from orpo_lite.recipe import Recipe
 from orpo_lite.train.__main__ import command
-from orpo_lite.trainer import distributed
-from tests.scale import checks
+from orpo_lite.trainer.distributed import check_data_parallel
 
 
 @pytest.mark.slow
@@ -27,33 +26,37 @@ def test_two_processes_write_one_run_folder_and_speak_once(whole):
     assert [path.name for path in out.parent.iterdir()] == ["run"]
 
 
-def test_what_a_cpu_would_quietly_do_otherwise_is_refused(monkeypatch):
-    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
-    with pytest.raises(RequestError, match="silently use DDP"):
-        distributed.init_process_group(10, use_cpu=True)
+@pytest.mark.parametrize(
+    ("engine", "field", "value"),
+    [("DeepSpeed", "deepspeed", {"zero_optimization": {"stage": 3}}), ("DeepSpeed", "deepspeed", "zero3.json"),
+     ("FSDP", "fsdp", "full_shard auto_wrap"), ("FSDP", "fsdp", True), ("FSDP", "fsdp_config", {"version": 2}),
+     ("FSDP", "fsdp_config", "fsdp.json")],
+)  # fmt: skip
+def test_engines_that_split_a_model_are_refused_by_name(monkeypatch, tmp_path, engine, field, value):
+    refused = rf"{engine} is asked for, .*each holds the whole 4-bit base.*recipes/accelerate/ddp\.yaml"
+    with pytest.raises(RequestError, match=rf"training\.{field}: {refused}"):
+        Recipe.load("quickstart", [f"training.{field}={json.dumps(value)}"])
+    with pytest.raises(RequestError, match=f"^{field}: {refused}"):
+        ORPOConfig(output_dir=str(tmp_path), **{field: value})
+    variable = f"ACCELERATE_USE_{engine.upper()}"
+    for asked in ("true", "1"):
+        monkeypatch.setenv(variable, asked)
+        with pytest.raises(RequestError, match=f"^{variable}: {refused}"):
+            ORPOConfig(output_dir=str(tmp_path))
+        with pytest.raises(RequestError, match=refused):
+            command("quickstart")
 
 
-def test_deepspeed_is_refused_by_name(monkeypatch, tmp_path):
-    refused = (
-        r"DeepSpeed is asked for, and orpo_lite shards with FSDP2: start with recipes/accelerate/fsdp2-qlora\.yaml"
-    )
-    with pytest.raises(RequestError, match=refused):
-        Recipe.load("quickstart", ["training.deepspeed=zero3.json"])
-    with pytest.raises(RequestError, match=refused):
-        ORPOConfig(output_dir=str(tmp_path), deepspeed={"zero_optimization": {"stage": 3}})
-    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
-    with pytest.raises(RequestError, match=refused):
-        ORPOConfig(output_dir=str(tmp_path))
-    with pytest.raises(RequestError, match=refused):
-        command("quickstart")
+def test_settings_that_split_nothing_are_taken(monkeypatch, tmp_path):
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "false")
+    Recipe.load("quickstart", ["training.fsdp=null", "training.fsdp_config=null", "training.deepspeed=null"])
+    # as transformers 5.2 fills it by itself
+    defaults = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}
+    ORPOConfig(output_dir=str(tmp_path), fsdp=[], fsdp_config=defaults, use_cpu=True)
 
 
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_a_base_that_will_be_sharded_is_loaded_whole_to_the_host(tmp_path, quantization):
-    checks.save_base(tmp_path / "base")
-    spec = ModelSection(name_or_path=str(tmp_path / "base"), quantization=quantization, new_tokens=["<new>"])
-    model, _ = load_base(spec, load_tokenizer(spec), device="cpu", to_shard=True)
-    stored = {str(p.dtype) for p in model.parameters() if getattr(p, "quant_state", None) is not None}
-    assert stored == ({"torch.float32"} if quantization == "nf4" else set())
-    with pytest.raises(RequestError, match="int8 weights cannot be sharded by FSDP"):
-        load_base(spec.model_copy(update={"quantization": "int8"}), device="cpu", to_shard=True)
+@pytest.mark.parametrize("kind", ["tp", "cp", "sp", "dp_shard"])
+def test_other_parallelism_is_refused(kind):
+    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{f"{kind}_enabled": True}))
+    with pytest.raises(RequestError, match="parallelism is asked for, but only DDP .*: remove parallelism_config"):
+        check_data_parallel(accelerator)

@@ -66,17 +66,14 @@ def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypat
     monkeypatch.chdir(tmp_path)
     words = quick(Path("run"), "rows.jsonl", "training.save_strategy=steps", "training.save_steps=1")
     monkeypatch.setattr("sys.argv", [*words, "--resume"])
-    if name in ("training_args.bin", "extra.pkl"):  # nothing loads them
+    if name in ("training_args.bin", "extra.pkl", "shards/.metadata"):  # nothing loads them
         train(recipe="quickstart", overrides=words[3:], resume=True)
         assert (tmp_path / "run" / "run.json").is_file()
         return
     with pytest.raises(SystemExit) as stop:
         cli.run_command(train)
     told = capfd.readouterr().err
-    if name.endswith(".metadata"):
-        assert stop.value.code == 2 and f"checkpoint-1/{name}" in told and "never loaded" in told, told
-    else:  # torch loads weights only
-        assert stop.value.code == 1 and "weights_only" in told, told
+    assert stop.value.code == 1 and "weights_only" in told, told  # torch loads weights only
 
 
 @pytest.fixture(scope="module")

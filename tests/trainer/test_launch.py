@@ -15,16 +15,13 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin, patch_environment
-from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
-from torch.distributed.fsdp import CPUOffloadPolicy, OffloadPolicy
+from accelerate.utils.launch import _filter_args
 from torch.distributed.run import config_from_args, get_args_parser
 
 from orpo_lite.recipe.loading import recipes_folder, shipped_recipes
 
 ROOT = Path(__file__).parents[2]
 FILES = {path.stem: path for path in sorted((recipes_folder() / "accelerate").glob("*.yaml"))}
-ONE_MACHINE = ("ddp", "fsdp2-qlora", "fsdp2-qlora-offload")
 
 
 def launcher(name: str, *words: str) -> argparse.Namespace:
@@ -34,27 +31,20 @@ def launcher(name: str, *words: str) -> argparse.Namespace:
     return args
 
 
-def environment(name: str, *words: str) -> tuple[dict[str, str], argparse.Namespace]:
-    """Environment of the processes, and the launcher's arguments."""
-    args = launcher(name, *words)
-    return prepare_multi_gpu_env(args), args
-
-
-def test_every_kind_is_there_for_one_machine_and_for_several():
-    assert set(FILES) == {f"{kind}{ending}" for kind in ONE_MACHINE for ending in ("", "-multinode")}
+def test_there_is_a_file_for_one_machine_and_for_several():
+    assert set(FILES) == {"ddp", "ddp-multinode"}
     assert not set(FILES) & set(shipped_recipes())  # they are no recipes
 
 
 @pytest.mark.parametrize("name", FILES)
 def test_accelerate_takes_every_key_and_value_of_the_file(name):
-    loaded = load_config_from_file(str(FILES[name]))  # unknown keys at the top are refused by it
+    load_config_from_file(str(FILES[name]))  # unknown keys at the top are refused by it
     content = yaml.safe_load(FILES[name].read_text("utf-8"))
     args = launcher(name)
-    for section in (content, content.get("fsdp_config", {})):
-        for key, value in section.items():
-            if key not in ("compute_environment", "distributed_type", "fsdp_config"):
-                assert getattr(args, key) == value, key  # AttributeError: the launcher knows no such key
-    assert args.use_fsdp == (loaded.distributed_type == DistributedType.FSDP)
+    for key, value in content.items():
+        if key not in ("compute_environment", "distributed_type"):
+            assert getattr(args, key) == value, key  # AttributeError: the launcher knows no such key
+    assert args.multi_gpu and not args.use_fsdp and not args.use_deepspeed
     # a file's precision would overrule a T4's float16, or be overruled: the recipe's dtype alone decides
     assert args.mixed_precision == "no" and "mixed_precision" not in content
 
@@ -69,25 +59,11 @@ def test_the_header_is_the_command_and_says_what_it_is_for(name):
     assert all(len(line) <= 120 for line in header.splitlines())
 
 
-@pytest.mark.parametrize("name", [name for name in FILES if name.startswith("fsdp2")])
-def test_fsdp_files_make_the_plugin_they_say(name):
-    found, _ = environment(name)
-    with patch_environment(**{key: value for key, value in found.items() if key.startswith(("FSDP_", "ACCELERATE_"))}):
-        plugin = FullyShardedDataParallelPlugin()
-    assert plugin.fsdp_version == 2 and plugin.reshard_after_forward is True
-    assert plugin.auto_wrap_policy.__name__ == "transformer_auto_wrap_policy"  # a unit a decoder layer
-    assert plugin.transformer_cls_names_to_wrap is None  # the model's own list
-    assert isinstance(plugin.cpu_offload, OffloadPolicy)
-    assert isinstance(plugin.cpu_offload, CPUOffloadPolicy) == ("offload" in name)
-    assert not plugin.cpu_ram_efficient_loading and not plugin.activation_checkpointing
-    assert plugin.state_dict_type.name == "SHARDED_STATE_DICT"
-
-
 @pytest.mark.parametrize("name", [name for name in FILES if name.endswith("-multinode")])
 def test_several_machines_meet_at_the_first(name):
     where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29511"]
     for rank in (0, 1):
-        _, args = environment(name, *where, "--machine_rank", str(rank), "--num_machines", "4", "--num_processes", "32")
+        args = launcher(name, *where, "--machine_rank", str(rank), "--num_machines", "4", "--num_processes", "32")
         torchrun = _filter_args(args, get_args_parser(), ["--training_script", args.training_script])
         config, _, _ = config_from_args(torchrun)
         assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (4, 4, 8)
@@ -161,7 +137,7 @@ def job(folder: Path, srun: str, **variables: str) -> dict[str, str]:
     return os.environ | given | {"PATH": os.pathsep.join(programs), "CALLS": str(folder / "calls")} | variables
 
 
-@pytest.mark.parametrize("file", [None, "fsdp2-qlora-multinode"])
+@pytest.mark.parametrize("file", [None, "ddp-multinode"])
 def test_slurm_starts_one_launcher_a_node(file, tmp_path):
     variables = {"ACCELERATE_CONFIG": str(FILES[file])} if file else {}
     settings = job(
