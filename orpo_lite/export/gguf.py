@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import os
 import re
@@ -11,9 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peft import LoraConfig, LoraModel
 from peft.utils.other import get_pattern_key
-from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
@@ -26,18 +23,23 @@ from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule
 from orpo_lite.export.ollama import modelfile, stop_text
 from orpo_lite.merge.run import merge
 from orpo_lite.model import read_config, stop_token_ids
-from orpo_lite.model.adapter import CANNOT_REPEAT, CHANGES_BASE, lora_config
-from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter, check_links, subfolders_hint
+from orpo_lite.model.adapter import (
+    CANNOT_REPEAT,
+    CHANGES_BASE,
+    adapter_gaps,
+    check_complete,
+    idle,
+    lora_config,
+    read_tensors,
+)
+from orpo_lite.model.untrusted_files import check_adapter, check_links, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
-WRAPPERS = re.compile(r"(?<![^.])(_orig_mod|module)\.")
-"""What torch.compile and DDP leave in names, which PEFT saves as they are."""
 INSTEAD = "; export the merged model instead (without --adapter)"
 STOPS = "the Modelfile of --ollama stops there; elsewhere give it as a stop text (llama-cli: --reverse-prompt)"
-AGAIN = ": save or copy it again as a whole, after its training"
 Pairs = dict[str, dict[str, torch.Tensor]]
 """Module -> {"A": (rank, in), "B": (out, rank)}, float32."""
 
@@ -265,10 +267,13 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
 
     adapter = lora_config(str(source))
     refuse(source, adapter)
-    pairs = read_pairs(source / ADAPTER_WEIGHTS)
-    check_complete(source, adapter, pairs, config)
+    tensors = read_tensors(source)
+    pairs = read_pairs(source, tensors)
+    if dead := idle(source, adapter, tensors):
+        raise RequestError(dead)
     with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
+        base, skeleton = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
+    check_complete(source, adapter_gaps(source, skeleton))
     modules: dict[str, tuple[bool, float]] = {}
     tied = config.get_text_config().tie_word_embeddings
     for module, pair in pairs.items():
@@ -291,21 +296,6 @@ def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[P
     return made, check_pairs(made, pairs)
 
 
-def check_complete(source: Path, adapter: LoraConfig, pairs: Pairs, config: Any) -> None:
-    """Refuse an adapter without effect, or whose file lacks matrices for a module of the base that it adapts."""
-    with torch.device("meta"):
-        base = AutoModelForCausalLM.from_config(config)
-        named = LoraModel(base, copy.copy(adapter), "default").targeted_module_names
-    lacking = sorted(module for module in named if pairs.get(module, {}).keys() != {"A", "B"})
-    if lacking:
-        raise RequestError(
-            f"{source}: {ADAPTER_WEIGHTS} lacks LoRA matrices for {len(lacking)} of the {len(named)} modules that "
-            f"adapter_config.json adapts, first {lacking[0]}{AGAIN}"
-        )
-    if not any(pair["A"].any() and pair["B"].any() for pair in pairs.values()):
-        raise RequestError(f"{source}: it changes nothing: lora_A or lora_B is empty or zero in every layer{AGAIN}")
-
-
 def refuse(source: Path, config: Any) -> None:
     """Raise RequestError that names what a LoRA file of llama.cpp cannot hold, if there is anything."""
     start = str(config.init_lora_weights).lower()
@@ -325,14 +315,13 @@ def refuse(source: Path, config: Any) -> None:
         raise RequestError(f"{source}: --adapter cannot hold {'; '.join(found)}{INSTEAD}")
 
 
-def read_pairs(path: Path) -> Pairs:
-    """Read an adapter's LoRA matrices."""
+def read_pairs(source: Path, tensors: dict[str, torch.Tensor]) -> Pairs:
+    """Sort an adapter's LoRA matrices by module."""
     pairs: Pairs = {}
-    with safe_open(path, "pt") as file:
-        for key in file.keys():  # noqa: SIM118  # no dict
-            match = KEY.fullmatch(key)
-            if not match:
-                kind = "LoRA on embeddings" if "lora_embedding" in key else "not a LoRA matrix of a linear layer"
-                raise RequestError(f"{path}: {key}: {kind}, which a LoRA file of llama.cpp cannot hold{INSTEAD}")
-            pairs.setdefault(WRAPPERS.sub("", match[1]), {})[match[2]] = file.get_tensor(key).float()
+    for key, value in tensors.items():
+        match = KEY.fullmatch(key)
+        if not match:
+            kind = "LoRA on embeddings" if "lora_embedding" in key else "not a LoRA matrix of a linear layer"
+            raise RequestError(f"{source}: {key}: {kind}, which a LoRA file of llama.cpp cannot hold{INSTEAD}")
+        pairs.setdefault(match[1], {})[match[2]] = value.float()
     return pairs

@@ -77,16 +77,16 @@ def test_names_left_by_torch_compile_are_read(converter, adapter_folder, tmp_pat
     [
         (
             lambda key, value: value * 0 if "lora_B" in key else value,
-            "it changes nothing: lora_A or lora_B is empty or zero",
+            "changes nothing: in every layer lora_B",
         ),
-        (lambda key, value: value[:0], "it changes nothing: lora_A or lora_B is empty or zero"),
+        (lambda key, value: value[:0], "empty|no numbers|ZeRO"),
         (
             lambda key, value: value if "layers.0" in key else None,
-            r"lacks LoRA matrices for 7 of the 14 modules.*layers\.1",
+            r"lacks 14 tensor.*layers\.1",
         ),
         (
             lambda key, value: None if "layers.1.mlp.up_proj.lora_B" in key else value,
-            r"for 1 of .*layers\.1\.mlp\.up_proj",
+            r"lacks 1 tensor.*layers\.1\.mlp\.up_proj",
         ),
     ],
     ids=["dead", "empty", "half", "one matrix"],
