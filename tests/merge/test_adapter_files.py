@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.answering import Answerer
+from orpo_lite.evaluate.answering import Side
 from orpo_lite.evaluate.loading import resolve_model
 from orpo_lite.merge import merge
 from orpo_lite.model import autocast, load_adapter, load_base
@@ -178,11 +178,11 @@ def test_a_composite_model_answers_and_merges(tmp_path, quantization, caplog) ->
     assert type(model.get_base_model()).__name__ == "Gemma3ForConditionalGeneration"
     source = resolve_model(str(tmp_path / "adapter"))
     source.model = source.model.model_copy(update={"quantization": quantization})
-    answerer = Answerer(source)
+    trained = Side("adapter", source)
     turns = [{"role": "user", "content": "Hi"}]
-    assert answerer.context == 64 and set(answerer.mean_logps(turns, "a", "b")) == {"base", "adapter"}
-    for side in answerer.names:
-        assert answerer.reply(side, turns, Sampling(4)).tokens
+    assert trained.context == 64 and trained.mean_logps(turns, "a", "b").isfinite().all()
+    for side in (trained, Side("base", source, adapted=trained)):
+        assert side.reply(turns, Sampling(4)).tokens
     merged = AutoModelForCausalLM.from_pretrained(merge(tmp_path / "adapter", tmp_path / "merged", verify=True))
     torch.testing.assert_close(logits(merged), logits(model), atol=1e-4, rtol=0)
 
