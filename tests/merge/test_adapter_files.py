@@ -16,7 +16,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answering import Side
 from orpo_lite.evaluate.loading import resolve_model
 from orpo_lite.merge import merge
-from orpo_lite.model import autocast, load_adapter, load_base
+from orpo_lite.model import autocast, keep_4bit_differentiable, load_adapter, load_base
 from orpo_lite.model.adapter import adapter_gaps
 from orpo_lite.trainer.generate import Sampling
 from tests.merge.test_adapter_sweep import SIZES, VISION
@@ -77,6 +77,7 @@ def test_a_vocabulary_of_another_size(base_folder, section, tmp_path, family, lo
     if quantization == "nf4":  # whose linear layers differ
         bits = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
         base = AutoModelForCausalLM.from_pretrained(base_folder(family), quantization_config=bits, dtype=torch.float32)
+        keep_4bit_differentiable(base)  # the kernel for inference on the CPU computes in bfloat16
         base.resize_token_embeddings(rows, mean_resizing=False)
         model = PeftModel.from_pretrained(base, tmp_path / "adapter")
     torch.testing.assert_close(logits(found), logits(model), atol=1e-5, rtol=0)
