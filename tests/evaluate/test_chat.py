@@ -389,7 +389,7 @@ def test_choices_train(answerers, trained, typed, capsys, tmp_path):
     """What is kept goes through `data` and trains a step, as the closing words say."""
     file = tmp_path / "mine.jsonl"
     talk = comparison(answerers, file, system="Be kind.")
-    typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "x")
+    typed(ASK[0]["content"], "2", "Who are you?", "1", "Where is Rome?", "")
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     assert len(rows) == 2 and rows[0]["prompt"][0] == {"role": "system", "content": "Be kind."}
