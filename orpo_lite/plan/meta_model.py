@@ -101,7 +101,7 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
         known: dict[str, Any] = {k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
         known["bnb_4bit_compute_dtype"] = dtype
         return BitsAndBytesConfig(**known)
-    return None if spec.quantization == "none" else BACKENDS[spec.quantization].settings(spec, dtype, False)
+    return None if spec.quantization == "none" else BACKENDS[spec.quantization].settings(spec, dtype)
 
 
 def quantize(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:

@@ -291,7 +291,7 @@ def usage_facts(
 
         if backend := BACKENDS.get(quantization):
             spec = recipe.model.model_copy(update={"quantization": quantization})
-            settings = backend.settings(spec, getattr(torch, dtype, torch.float32), False)
+            settings = backend.settings(spec, getattr(torch, dtype, torch.float32))
     options = settings.to_diff_dict() if settings else {}
     return {
         "where": repo or folder.resolve().name, "name": plain, "base": base, "revision": revision,

@@ -13,9 +13,10 @@
 # share the folder that this is submitted from, and the environment that is active there.
 #
 #   sbatch recipes/launch/slurm.sh --recipe mistral-qlora data.train=my.jsonl
-#   sbatch --nodes=4 --export=ALL,ACCELERATE_CONFIG=recipes/accelerate/fsdp2-qlora-multinode.yaml recipes/launch/slurm.sh ...
+#   sbatch --nodes=4 --export=ALL,ACCELERATE_CONFIG=recipes/accelerate/ddp-multinode.yaml recipes/launch/slurm.sh ...
 #
-# Arguments after the script go to python -m orpo_lite.train. Without ACCELERATE_CONFIG the processes are data parallel (DDP).
+# Arguments after the script go to python -m orpo_lite.train. Without ACCELERATE_CONFIG torchrun starts the processes; both ways
+# are data parallel (DDP).
 #
 # Two minutes before the time limit, and when SLURM preempts the job, the run receives SIGTERM: it finishes the
 # current step, writes a checkpoint and stops; the job is requeued, and the same command resumes from there. torchrun

@@ -15,7 +15,7 @@ import pytest
 import yaml
 from accelerate.commands.config.config_args import load_config_from_file
 from accelerate.commands.launch import _validate_launch_command, launch_command_parser
-from accelerate.utils.launch import _filter_args
+from accelerate.utils.launch import _filter_args, prepare_multi_gpu_env
 from torch.distributed.run import config_from_args, get_args_parser
 
 from orpo_lite.recipe.loading import recipes_folder, shipped_recipes
@@ -64,6 +64,7 @@ def test_several_machines_meet_at_the_first(name):
     where = ["--main_process_ip", "10.0.0.1", "--main_process_port", "29511"]
     for rank in (0, 1):
         args = launcher(name, *where, "--machine_rank", str(rank), "--num_machines", "4", "--num_processes", "32")
+        prepare_multi_gpu_env(args)  # sets what torchrun is given
         torchrun = _filter_args(args, get_args_parser(), ["--training_script", args.training_script])
         config, _, _ = config_from_args(torchrun)
         assert (config.min_nodes, config.max_nodes, config.nproc_per_node) == (4, 4, 8)
