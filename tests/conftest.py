@@ -14,6 +14,8 @@ os.environ.setdefault("TRL_EXPERIMENTAL_SILENCE", "1")
 os.environ.setdefault("TRACKIO_DIR", str(Path(tempfile.gettempdir()) / f"orpo-trackio-{os.getpid()}"))
 # bitsandbytes asks at its import for compiled CPU functions: two seconds of every process, and more at their first call
 os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
+if not os.path.exists("/dev/nvidiactl"):  # read where triton is first imported: its kernels run on the CPU, slowly
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:
     # workers that each take every core wait for each other; processes that tests start inherit it
     os.environ.setdefault("OMP_NUM_THREADS", "1")

@@ -99,8 +99,7 @@ def compare(kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, 
             logger.debug("layout check of %s in %s", kind.__name__, dtype, exc_info=True)
             reason = f"it could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
             continue
-        gradient = (got[1] - expected[1]).norm() / expected[1].norm()
-        worst = torch.maximum((got[0] - expected[0]).abs().max(), gradient).item()
+        worst = difference(got, expected)
         if math.isnan(worst):  # models that compute softmax in float32 overflow on float64's mask value
             reason = "its small model's log-probs are not finite"
             continue
@@ -109,10 +108,18 @@ def compare(kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, 
     return reason
 
 
+def difference(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """Return the larger of the largest difference of two outcomes' log-probs and their gradients' relative one."""
+    gradient = (got[1] - expected[1]).norm() / expected[1].norm()
+    return torch.maximum((got[0] - expected[0]).abs().max(), gradient).item()
+
+
 def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute sums of log-probs by pair and side, (9,) float64, and the gradient of a loss over them, flattened."""
     batch = collator_of(layout)(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
-    inputs: dict[str, Any] = {k: batch[k] for k in ("input_ids", "attention_mask", "position_ids") if k in batch}
+    inputs: dict[str, Any] = {
+        k: batch[k].to(model.device) for k in ("input_ids", "attention_mask", "position_ids") if k in batch
+    }
     router = bool(getattr(model.config.get_text_config(decoder=True), "output_router_logits", False))
     if router:
         inputs["output_router_logits"] = True
@@ -122,15 +129,15 @@ def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Te
     else:
         with packed_attention(model):
             output = model(**inputs, use_cache=False, orpo_segments=batch["segments"])
-    logits = output.logits.flatten(0, 1)[batch["label_rows"]].double()
+    logits = output.logits.cpu().flatten(0, 1)[batch["label_rows"]].double()
     logps = logits.log_softmax(-1).gather(1, batch["label_ids"][:, None]).squeeze(1)
     # per pair and side, weighted by position in the sequence, so that swapped tokens show
     groups = [logps[batch[side] == pair] for side in ("chosen_pair", "rejected_pair", "nll_pair") for pair in range(3)]
     sums = torch.stack([(mine * torch.arange(1, len(mine) + 1)).sum() / len(mine) ** 2 for mine in groups])
-    loss = sums.sum() + (output.aux_loss.double() if router else 0)
+    loss = sums.sum() + (output.aux_loss.cpu().double() if router else 0)
     parameters = [p for p in model.parameters() if p.requires_grad]
     grads = torch.autograd.grad(loss, parameters, allow_unused=True)
-    flat = [torch.zeros(1) if g is None else g.flatten().double() for g in grads]
+    flat = [torch.zeros(1) if g is None else g.flatten().cpu().double() for g in grads]
     return sums.detach(), torch.cat(flat)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections import Counter
@@ -12,10 +13,12 @@ from typing import Any
 import torch
 from accelerate.utils.operations import convert_outputs_to_fp32
 from transformers import TrainingArguments
+from transformers.utils.import_utils import is_liger_kernel_available
 
 from orpo_lite.model.activation_offload import check_count
 from orpo_lite.model.inspection import trainable_share, unwrap
 from orpo_lite.model.precision import chosen_dtype
+from orpo_lite.objective.kernels import patch
 from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.plan import meta_model, step
 from orpo_lite.plan.allocations import BASE, CONSTANTS, ENDS, FLOPS, LOADING, MOVED, OPTIMIZER, PARTS, Timeline
@@ -136,6 +139,9 @@ class Study:
         self.shape = (shape or step.micro_batch)(recipe, self.layout.name)
         self.layers = meta_model.layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
+        # with auto only where they will run, so that plans without a card agree
+        wanted = recipe.memory.kernels in (("auto", "liger") if torch.cuda.is_available() else ("liger",))
+        self.fused = wanted and target.kind == "cuda" and is_liger_kernel_available()
         self._head = step.scoring(self.model)
         self._trace = functools.cache(self._run_step)
         self._stacks = None
@@ -154,6 +160,9 @@ class Study:
         """Trace the step of a model with so many layers (None: all), the first `recomputed` of them checkpointed."""
         recipe, cuda = self.recipe, self.target.kind == "cuda"
         model = meta_model.build(recipe, self.config, self.dtype, layers, recomputed != 0)
+        if self.fused:
+            with contextlib.suppress(Exception):  # the run's own check will say what liger raises
+                patch(unwrap(model))
         if recipe.orpo.disable_dropout:
             disable_dropout(model)
         host = step.HostOfPlan() if recipe.memory.offload_activations and cuda else None
@@ -209,7 +218,7 @@ class Study:
             load_host=HOST_BYTES + LOADERS[recipe.model.quantization != "none"] * largest * self.dtype.itemsize,
             facts=traced.facts,
             recomputed={None: "all layers", 0: "no layer"}.get(recomputed, f"{recomputed} layers"),
-            assumptions=assumptions(recipe, target),
+            assumptions=assumptions(recipe, target, self.fused),
         )
 
 
@@ -227,7 +236,7 @@ def load_phase(traced: Traced, recipe: Recipe, model: Any, dtype: torch.dtype) -
     return parts
 
 
-def assumptions(recipe: Recipe, target: Target) -> list[str]:
+def assumptions(recipe: Recipe, target: Target, fused: bool) -> list[str]:
     """List what a plan assumes rather than works out, in sentences."""
     if target.kind == "cpu":
         return ["workspaces that operations allocate while they run are left out"]
@@ -236,6 +245,9 @@ def assumptions(recipe: Recipe, target: Target) -> list[str]:
         "workspaces of the attention kernels' backward passes, derived from their sources",
         f"host: {HOST_BYTES / 1e9:.1f} GB for Python, CUDA and data; the checkpoint's pages can be evicted at any time",
     ]
+    if recipe.memory.kernels != "none":
+        ours = "liger's" if fused else "PyTorch's own, which hold more than liger's where those will run"
+        found.append(f"kernels of norms, rotations and activations: {ours}")
     if recipe.model.quantization == "int8":
         found.append("int8: no outlier columns, which are kept in 16 bits")
     if recipe.memory.offload_activations:

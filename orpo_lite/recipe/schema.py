@@ -210,6 +210,9 @@ class MemorySection(Section):
     where training.per_device_train_batch_size is `auto`, as few as fit."""
     head_chunk: Literal["auto"] | Positive = "auto"
     """Rows of logits in memory at a time; auto keeps them near 64 MB."""
+    kernels: Literal["auto", "liger", "none"] = "auto"
+    """Fused norms, rotary embeddings and gated activations of liger-kernel, without its losses; auto takes them on CUDA
+    where the package is installed and a check at the start finds them exact for the model."""
     offload_activations: bool = False
     """Keep what checkpointed layers save in host memory until their backward pass (CUDA only)."""
 

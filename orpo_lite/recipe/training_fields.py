@@ -34,6 +34,8 @@ ELSEWHERE = {
     "resume_from_checkpoint": "leave it out: the same command resumes from the newest good checkpoint by itself, and --resume asks for it",
     "on_nonfinite": "but it was removed: a step that is not finite stops the run; take its rows out of the data and start again, or "
                     "lower training.learning_rate and resume with --resume=force",
+    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"),
+                    "would replace the loss: leave it out, and set memory.kernels=liger, which takes liger's other kernels"),
     "label_smoothing_factor": "has no effect, as ORPO's loss has no label smoothing: leave it out",
 }  # fmt: skip
 """Fields that a run does not use: why not, and what to do instead."""

@@ -305,6 +305,8 @@ def card() -> Iterator[Finding]:
 
 def precision() -> Iterator[Finding]:
     """Name the dtype that training takes, and check that there is something to quantize with."""
+    from transformers.utils.import_utils import is_liger_kernel_available
+
     from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
 
     yield Finding("precision", OK, choose_precision().why)
@@ -313,6 +315,8 @@ def precision() -> Iterator[Finding]:
         yield Finding("bitsandbytes", NOTE if sys.platform == "darwin" else PROBLEM, why, remedy)
     else:
         yield Finding("bitsandbytes", OK, f"{importlib.metadata.version('bitsandbytes')} works with this torch")
+    installed = "installed, and used on CUDA" if is_liger_kernel_available() else "not installed, and not needed"
+    yield Finding("liger-kernel", OK, f"{installed}: memory.kernels in a recipe")
 
 
 def training() -> Iterator[Finding]:

@@ -51,6 +51,7 @@ def print_plan_of_run(
         ("data", f"{len(pairs.train):,} training pairs, {held_out:,} held out"),
         *[("", line) for line in str(pairs.report).splitlines()],
         ("layout", f"{trainer.layout.name}: {trainer.layout.why}"),
+        ("kernels", trainer.kernels),
         ("loss", f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over {means}"),
         ("batch", describe_batch(trainer)),
         *describe_processes(trainer),

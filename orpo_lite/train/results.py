@@ -147,6 +147,7 @@ def record_of(
         },
         "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict(),
+        "kernels": trainer.kernels,
         "parameters": {"trainable": trainable, "total": total},
         "effective_batch": trainer.get_total_train_batch_size(args),
         "steps": trainer.state.global_step,

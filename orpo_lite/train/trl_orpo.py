@@ -137,7 +137,7 @@ def recipe_of(script: Any, args: ORPOConfig, model: Any) -> Recipe:
         "orpo": {name: getattr(args, name) for name in
                  ("beta", "nll_scope", "nll_mean", "layout", "tokens_per_batch", "disable_dropout")},
         "training": training_of(args),
-        "memory": {"checkpointing": (args.checkpointed_layers or "all") if checkpointing else "none",
+        "memory": {"kernels": args.kernels, "checkpointing": (args.checkpointed_layers or "all") if checkpointing else "none",
                    "head_chunk": args.head_chunk or "auto", "offload_activations": args.offload_activations},
         "evaluation": {"max_new_tokens": args.max_completion_length or 128},
     }  # fmt: skip

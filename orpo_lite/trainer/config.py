@@ -30,6 +30,7 @@ CHOICES = {
     "nll_scope": ("prompt+chosen", "chosen"),
     "nll_mean": ("window", "micro"),
     "layout": ("auto", "shared", "packed", "padded"),
+    "kernels": ("auto", "liger", "none"),
 }
 """Values that a field takes."""
 POSITIVE = ("tokens_per_batch", "head_chunk", "checkpointed_layers", "max_length", "max_prompt_length",
@@ -85,6 +86,7 @@ class ORPOConfig(TrainingArguments):
     head_chunk: int | None = _help("Rows of logits held at a time; unset chooses by vocabulary.", default=None)
     checkpointed_layers: int | None = _help("First layers that recompute with checkpointing; unset, all.", default=None)
     offload_activations: bool = _help("Keep what checkpointing saves in host memory.", default=False)
+    kernels: str = _help("liger: its fused kernels, without its losses; auto: on CUDA where exact.", default="none")
     save_minutes: float | None = _help("Minutes between checkpoints, besides save_strategy's.", default=None)
     early_stopping_patience: int | None = _help("Evaluations without a better metric before a stop.", default=None)
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
@@ -101,6 +103,11 @@ class ORPOConfig(TrainingArguments):
                 raise ValueError(
                     f"ORPOConfig.{name}: found {getattr(self, name)!r}, expected one of {', '.join(choices)}"
                 )
+        if self.use_liger_kernel:  # transformers would also replace the loss, and its own classes for the whole process
+            if self.liger_kernel_config:
+                found = f"ORPOConfig.liger_kernel_config: found {self.liger_kernel_config}"
+                raise ValueError(f"{found}, but all kernels except the losses are used: leave it out")
+            self.use_liger_kernel, self.kernels = False, "liger"
         if self.is_encoder_decoder:
             raise ValueError(
                 "ORPOConfig.is_encoder_decoder: found True, but orpo_lite trains decoder-only models: use one of those, or "

@@ -82,6 +82,7 @@ def arguments(
         "fp16": facts.precision.fp16,
         "gradient_checkpointing": checkpointing != 0,
         "head_chunk": None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk,
+        "kernels": recipe.memory.kernels,
         "checkpointed_layers": checkpointing or None,
         "offload_activations": recipe.memory.offload_activations,
         "loraplus_lr_ratio": recipe.adapter.loraplus_lr_ratio if recipe.adapter else None,

@@ -135,6 +135,7 @@ class RunRecord(Section):
     probe: list[list[int]] = []
     """Token ids of a few training rows, for a merge to compare models on."""
     layout: dict[Literal["name", "why"], str] = {}
+    kernels: str | None = None
     parameters: dict[Literal["trainable", "total"], int] = {}
     effective_batch: int | None = None
     """Pairs per optimizer step."""
@@ -308,7 +309,8 @@ def validated(kind: type[T], content: Any, path: Path) -> T:
 
 # ---- what several of its readers and writers say -----------------------------------------------------------------------
 
-PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes")
+PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes",
+            "liger-kernel")  # fmt: skip
 
 
 def versions() -> dict[str, str | None]:

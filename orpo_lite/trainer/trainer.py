@@ -25,6 +25,7 @@ from orpo_lite.model import autocast
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
 from orpo_lite.model.template_variables import check_variables
+from orpo_lite.objective.kernels import fuse
 from orpo_lite.objective.layout import choose_layout
 from orpo_lite.objective.metrics import finish_metrics, pair_metrics
 from orpo_lite.objective.packed_attention import plain_attention
@@ -133,6 +134,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         )
         if type(self).training_step is not ORPOTrainer.training_step:
             self.training_step = self._checked(self.training_step)
+        self.kernels = fuse(self.model, args)
         self.layout = choose_layout(unwrap(self.model), args.layout)
         # any id will do as padding, since labels and masks come from lengths
         pads = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
@@ -154,7 +156,9 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             self.model.add_model_tags(self._tag_names)
 
     def call_model_init(self, trial: Any = None) -> Any:
-        return setup.prepare_model(super().call_model_init(trial), self.args, self._peft_config)
+        model = setup.prepare_model(super().call_model_init(trial), self.args, self._peft_config)
+        self.kernels = fuse(model, self.args)
+        return model
 
     # ---- the pairs -------------------------------------------------------------------------------------------------
 
