@@ -63,10 +63,6 @@ class Card:
         """The device to plan for. Cards of a generation use the same kernels, and so need the same memory."""
         return Target("cuda", (8, 6) if self.capability >= (8, 0) else (7, 5))
 
-    def fitted_name(self, recipe: str) -> str:
-        """Name a recipe that was fitted to the card."""
-        return f"{recipe}-{re.sub(r'[^a-z0-9.-]', '', self.name.lower())}"
-
 
 CARDS = {
     name: Card(name, size, (int(major), int(minor)))

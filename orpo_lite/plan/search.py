@@ -93,43 +93,6 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Fit:
-    """The fastest choice that fits, and everything that was tried."""
-
-    card: Card
-    recipe: Recipe
-    """With the choice's overrides, under a name of its own."""
-    choice: Choice
-    tried: list[Choice]
-    before: Choice
-    """The recipe as it stands."""
-
-
-def fit(recipe: Recipe, card: Card, planner: Planner | None = None, *, shorten: bool = True) -> Fit:
-    """Find the fastest settings with which a recipe fits a card, margins included; see `Search.first_that_fits`.
-
-    Raises:
-        RequestError: nothing that was tried fits.
-    """
-    search = Search(recipe, card, planner or Planner())
-    found = search.first_that_fits(shorten)
-    if found is None:
-        least = min((choice.plan for choice in search.tried), key=lambda made: made.needed)
-        more = "" if shorten else ", a shorter data.max_length, or model.quantization=nf4"
-        raise RequestError(
-            f"--fit: {recipe.name} does not fit {card.title}: it needs {least.needed / 1e9:.1f} GB for one pair of 2 x "
-            f"{sum(least.shape.pairs[0]):,} tokens with all layers checkpointed and offloaded; use a larger card or a smaller "
-            f"model{more}"
-        )
-    fitted = changed(recipe, list(found.words))
-    assert fitted is not None  # it was planned
-    needs = f"{found.plan.needed / 1e9:.1f} GB of {card.title}, as planned"
-    fitted = fitted.model_copy(update={"name": card.fitted_name(recipe.name), "needs": needs})
-    before = search.choice((), search.start, checkpointed(recipe, card.target.device))
-    return Fit(card, fitted, found, search.tried, before)
-
-
-@dataclass(frozen=True)
 class Verdict:
     """The verdict on a recipe and a card, and what would make it fit."""
 
@@ -138,6 +101,8 @@ class Verdict:
     words: str
     remedy: Choice | None = None
     """Settings that fit, where the recipe does not; None if nothing that was tried does."""
+    chosen: Choice | None = None
+    """What a recipe that leaves its micro-batches to the plan is trained with."""
 
 
 def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
@@ -145,11 +110,11 @@ def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
 
     A recipe that leaves its micro-batches to the plan is judged as it would be trained on this card.
     """
-    made, search = planner(recipe, card.target), Search(recipe, card, planner)
-    if recipe.plans_batches and (found := search.first_that_fits(shorten=False)):
-        made = found.plan
+    search = Search(recipe, card, planner)
+    chosen = search.first_that_fits(shorten=False) if recipe.plans_batches else None
+    made = chosen.plan if chosen else planner(recipe, card.target)
     words = verdict(made, card)
-    return Verdict(card, made, words, search.first_that_fits(shorten=True) if words == NOT else None)
+    return Verdict(card, made, words, search.first_that_fits(shorten=True) if words == NOT else None, chosen)
 
 
 class Search:

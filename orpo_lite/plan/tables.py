@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -14,7 +12,7 @@ from orpo_lite.common.text import format_gb, visible
 from orpo_lite.plan.allocations import PARTS
 from orpo_lite.plan.gpus import FITS, NOT, TIGHT
 from orpo_lite.plan.predict import PHASES, Plan
-from orpo_lite.plan.search import FETCHING, UNPACKING, Fit, Verdict
+from orpo_lite.plan.search import Verdict
 
 SMALL = 5e6
 """Bytes below which a part gets no row of its own."""
@@ -98,6 +96,12 @@ def show_cards(console: Console, verdicts: list[Verdict]) -> None:
                 remedy = f"it needs {format_gb(one.remedy.plan.needed, 2)} with {' '.join(one.remedy.words)}"
             remedies.setdefault(remedy, []).append(one.card.name)
     console.print(table)
+    for one in verdicts:
+        if one.chosen:
+            how = f"{one.chosen.pairs} of the longest pairs at once, {one.chosen.checkpointing} layers checkpointed"
+            console.print(
+                f"on {one.card.name} auto is {how}: {' '.join(one.chosen.words)}", soft_wrap=True, markup=False
+            )
     for words, names in remedies.items():  # below the table, whose wrapped lines could not be copied
         console.print(f"on {', '.join(names)} {words}", soft_wrap=True, markup=False)
 
@@ -109,42 +113,7 @@ def verdict_as_dict(one: Verdict) -> dict[str, Any]:
         "total_bytes": int(one.card.gigabytes * 1e9),
         "needed_bytes": one.plan.needed,
         "verdict": one.words,
+        "chosen": " ".join(one.chosen.words) if one.chosen else None,
         "fits_with": " ".join(one.remedy.words) if one.remedy else None,
         "fits_with_bytes": one.remedy.plan.needed if one.remedy else None,
     }
-
-
-# ---- a fitted recipe -------------------------------------------------------------------------------------------------
-
-
-def fitted_recipe(found: Fit) -> str:
-    """Return the fitted recipe as YAML: fields that differ from their defaults, under a header that says where they are from."""
-    made = found.choice.plan
-    content = found.recipe.model_dump(mode="json", exclude_defaults=True)
-    header = (
-        f"# {found.before.plan.recipe}, fitted to {found.card.title} by python -m orpo_lite.plan --fit:\n"
-        f"# planned peak {format_gb(made.peak, 2)} in tensors, {format_gb(made.needed, 2)} with everything assumed.\n"
-    )
-    return header + yaml.safe_dump(content, sort_keys=False, allow_unicode=True)
-
-
-def show_fit(console: Console, found: Fit, written: Path) -> None:
-    """Print the recipe as it stands and as fitted, and where the fitted one was written."""
-    before, choice, card = found.before, found.choice, escape(found.card.title)
-    table = numbers_table(f"on {card}", ["pairs", "checkpointing", "needs GB", "time"])
-    for name, one in (("as it stands" + ("" if before.fits else ", does not fit"), before), ("fitted", choice)):
-        layers = f"{one.checkpointing} layers" if one.checkpointing.isdigit() else one.checkpointing
-        table.add_row(name, str(one.pairs), layers, gigabytes(one.plan.needed), f"{one.cost / before.cost:.2f}")
-    console.print(table)
-    console.print(
-        "pairs: of the longest that data allows, per micro-batch; time: FLOPs of an optimizer step, assuming that unpacking a 4-bit "
-        f"weight costs as much as {UNPACKING:.0f} of them, fetching a byte from the host {FETCHING:.0f}",
-        style="dim",
-    )
-    console.print(f"overrides: {escape(' '.join(choice.words))}", soft_wrap=True)
-    deeper = " ".join(word for word in choice.words if word.startswith(("data.", "model.")))
-    if deeper:
-        console.print(
-            f"[yellow]{deeper} changes what is trained: nothing fits with the recipe's own weights and lengths[/]"
-        )
-    console.print(f"written; to train it: python -m orpo_lite.train --recipe {escape(str(written))}", soft_wrap=True)

@@ -16,7 +16,7 @@ import yaml
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.common.text import format_gb, visible
+from orpo_lite.common.text import visible
 from orpo_lite.plan.gpus import Card, card_here, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import apply_override, check_model_path
@@ -352,25 +352,26 @@ def fit_card(draft: Draft, card: Card, lengths: Lengths) -> None:
     Raises:
         RequestError: nothing that was tried fits.
     """
-    from orpo_lite.plan.search import Planner, fit
+    from orpo_lite.plan.search import Planner, Search
 
-    try:
-        found = fit(draft.recipe(), card, Planner(lengths.shape))
-    except RequestError as error:
-        raise RequestError(str(error).replace("--fit: ", "--gpu: ", 1)) from error
-    needs = f"planned {format_gb(found.choice.plan.needed, 2)} of {card.title}"
+    recipe = draft.recipe()
+    found = Search(recipe, card, Planner(lengths.shape)).first_that_fits(shorten=True)
+    if found is None:
+        raise RequestError(f"--gpu: nothing that was tried fits {card.title}: use a larger card or a smaller model")
+    needs = f"{found.plan.needed / 1e9:.1f} GB of {card.title}, as planned"
     reasons = {
-        "orpo.tokens_per_batch": f"{found.choice.pairs} of the longest pairs at a time, {needs}; a step keeps its pairs",
+        "orpo.tokens_per_batch": f"{found.pairs} of the longest pairs at a time, {needs}; a step keeps its pairs",
         "memory.checkpointing": "layers that recompute their activations: the fastest that fits, by plan",
         "memory.offload_activations": "nothing fits without it, by plan",
         "model.quantization": "nothing fits without it, by plan",
         "data.max_length": f"shortened to fit {card.title}: pairs that are longer are dropped",
     }
-    for word in found.choice.words:
+    for word in found.words:
         place, _, value = word.partition("=")
-        draft.choose(place, yaml.safe_load(value), reasons.get(place, ""))
+        if not recipe.plans_batches or place not in ("orpo.tokens_per_batch", "memory.checkpointing"):
+            draft.choose(place, yaml.safe_load(value), reasons.get(place, ""))
     if "needs" not in draft.why:
-        draft.content["needs"] = found.recipe.needs
+        draft.content["needs"] = needs
 
 
 if __name__ == "__main__":

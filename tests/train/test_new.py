@@ -72,8 +72,9 @@ def test_what_it_prints_is_what_to_type_next_and_trains(new):
     told = recipe()
     assert told.data.apply_template is False and told.model.chat_template is None
     assert (
-        told.orpo.tokens_per_batch and told.memory.checkpointing == "none" and told.needs.endswith("12 GB, as planned")
-    )
+        told.orpo.tokens_per_batch and told.memory.checkpointing == "none"
+    )  # the model is tiny: the whole step at once
+    assert told.needs.endswith("12 GB, as planned")
     text = Path("quickstart-my.yaml").read_text("utf-8")
     for said in ("the run's name in its report", "outputs/<name>", "output_dir: FOLDER", "nothing is cut", *commands):
         assert said in " ".join(text.replace("#", "").split()) or said in text
