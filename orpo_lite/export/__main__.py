@@ -10,14 +10,6 @@ from orpo_lite.common.console import json_alone, run_command
 from orpo_lite.merge.__main__ import Onto, Quantization
 
 
-def show_architectures(wanted: bool) -> None:
-    if wanted:
-        from orpo_lite.export.llama_cpp import run_converter
-
-        print(run_converter({"task": "architectures"}), end="")
-        raise typer.Exit
-
-
 def command(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="run, adapter or model folder")],
     output: Annotated[str, typer.Option(help="GGUF file to write; must not exist")],
@@ -37,10 +29,6 @@ def command(
     double_quant: Annotated[bool, typer.Option("--double-quant", help="as in orpo_lite.merge")] = False,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
-    architectures: Annotated[
-        bool,
-        typer.Option("--architectures", is_eager=True, callback=show_architectures, help="list what can be converted"),
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:

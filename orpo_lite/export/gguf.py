@@ -32,7 +32,7 @@ from orpo_lite.model.adapter import (
     lora_config,
     read_tensors,
 )
-from orpo_lite.model.untrusted_files import check_adapter, check_links, subfolders_hint
+from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
@@ -85,7 +85,8 @@ def export(
     trained = check_request(source, output, adapter, ollama, quant)
     if (quantization or double_quant) and (adapter or not trained):
         raise RequestError("--quantization, --double-quant: without effect, for nothing is merged: leave them out")
-    check_adapter(source) if trained else check_links(source)
+    if trained:
+        check_adapter(source)
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
     spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
     if trained:

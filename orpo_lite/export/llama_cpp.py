@@ -80,8 +80,8 @@ def run_converter(request: dict[str, Any]) -> str:
     done = subprocess.run(words, input=json.dumps(request), capture_output=True, text=True, env=os.environ | own)
     if done.returncode == 3:
         raise RequestError(
-            f"cannot be written as GGUF: {done.stdout.strip().splitlines()[-1]} ({PACKAGE} {VERSION}; `python -m "
-            "orpo_lite.export --architectures` lists what it knows)"
+            f"cannot be written as GGUF: {done.stdout.strip().splitlines()[-1]} ({PACKAGE} {VERSION}): "
+            "merge it, and serve the folder with transformers or vLLM"
         )
     if done.returncode:
         raise RuntimeError(f"the GGUF converter failed, nothing was kept; its last lines:\n{last_lines(done.stderr)}")

@@ -76,18 +76,6 @@ def add_fields(model, request):
         getattr(model.gguf_writer, TYPES[type(value).__name__])(key, value)
 
 
-def architectures():
-    """Print the names of the architectures that can be converted, one per line."""
-    from conversion import TEXT_MODEL_MAP, get_model_class  # type: ignore[import-not-found]
-
-    for name in sorted(TEXT_MODEL_MAP):
-        try:
-            get_model_class(name)
-            print(name)
-        except Exception:  # a module of the converter that cannot be imported here converts nothing
-            continue
-
-
 def adapter(request):
     """Rename and rearrange LoRA matrices as the converter does with their weights.
 
@@ -132,9 +120,7 @@ def main():
     request = json.load(sys.stdin)
     try:
         with torch.inference_mode():
-            if request["task"] == "architectures":
-                architectures()
-            elif request["task"] == "adapter":
+            if request["task"] == "adapter":
                 adapter(request)
             elif request["task"] == "vocabulary":
                 build(request).write_vocab()

@@ -20,7 +20,7 @@ from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.inspection import check_decoder_only
-from orpo_lite.model.untrusted_files import check_links, check_model, read_object
+from orpo_lite.model.untrusted_files import check_model, read_object
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import check_model_path, looks_local, resolve_path
 
@@ -68,7 +68,6 @@ def find_gguf(name: str, gguf_file: str, revision: str | None) -> Path:
             f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
         )
     if folder.is_dir():
-        check_links(folder)
         path = folder / file
         if not path.is_file():
             there = sorted(p.name for p in folder.glob("*.gguf"))

@@ -46,23 +46,8 @@ def check_safetensors(path: Path) -> None:
         raise RequestError(f"{path} is not a whole safetensors file ({error}): {AGAIN}") from None
 
 
-def check_links(folder: Path) -> None:
-    """Refuse links that lead out of the folder; those of the hub's cache lead to its own blobs.
-
-    A stranger's folder could name any file of this machine, which a run would copy and a push would publish.
-    """
-    home = folder.resolve()
-    home = home.parents[1] if home.parent.name == "snapshots" else home
-    for path in sorted(folder.iterdir()):
-        if path.is_symlink() and not path.resolve().is_relative_to(home):
-            raise RequestError(
-                f"{path} is a link to {path.resolve()}, outside of its folder: copy the file there if that is intended"
-            )
-
-
 def check_model(folder: Path) -> None:
-    """Refuse a local model folder with files that are missing, broken or outside of it."""
-    check_links(folder)
+    """Refuse a local model folder with files that are missing or broken."""
     if not (folder / "config.json").is_file():
         found = next(folder.glob("*.gguf"), None)
         hint = f"for its GGUF file set model.gguf_file={found.name}" if found else AGAIN
@@ -126,8 +111,6 @@ def subfolders_hint(folder: Path) -> str:
 
 def check_adapter(folder: Path) -> None:
     """Refuse an adapter folder whose files are missing, broken, pickled, not finite, or name code."""
-    if folder.is_dir():
-        check_links(folder)
     path, weights = folder / "adapter_config.json", folder / ADAPTER_WEIGHTS
     if not path.is_file():
         hint = subfolders_hint(folder)

@@ -8,29 +8,15 @@ from __future__ import annotations
 
 import os
 from datetime import timedelta
-from typing import Any
 
 import torch
 from accelerate import PartialState
 
 from orpo_lite.common.console import processes, rank
-from orpo_lite.common.errors import RequestError
 from orpo_lite.model.precision import default_device
 
 LOST_PEER = ("closed by peer", "connection reset", "connection refused", "broken pipe", "timed out", "socket closed")
 """Parts of messages by which gloo and NCCL report that a process is gone; they have no error class for it."""
-
-
-def check_data_parallel(accelerator: Any) -> None:
-    """Refuse what would share pairs between processes: tensor, context and sequence parallelism; and shards of the model."""
-    parallelism = getattr(accelerator, "parallelism_config", None)  # accelerate 1.10 has none
-    names = {"tp": "tensor", "cp": "context", "sp": "sequence", "dp_shard": "sharded data"}
-    found = [words for name, words in names.items() if getattr(parallelism, f"{name}_enabled", False)]
-    if found:
-        raise RequestError(
-            f"{' and '.join(found)} parallelism is asked for, but only DDP is supported, where each process holds "
-            "the whole model and has its own pairs: remove parallelism_config"
-        )
 
 
 class LostPeer(ConnectionError):

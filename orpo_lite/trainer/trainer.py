@@ -32,7 +32,6 @@ from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.trainer import setup
 from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.distributed import check_data_parallel
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
@@ -142,7 +141,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.collator = collator_of(self.layout.name, args.nll_scope, pad)
         if data_collator is None:
             self.data_collator = self.collator
-        check_data_parallel(self.accelerator)
         # the loss is normalized over the step: nobody may divide it again
         self.accelerator.gradient_accumulation_steps = 1
         self.objective = setup.make_objective(self)

@@ -126,7 +126,7 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"architectures": ["HeliumForCausalLM"]}))
     monkeypatch.setattr("orpo_lite.export.gguf.merge", lambda *a, **k: pytest.fail("merged"))
-    with pytest.raises(RequestError, match=r"HeliumForCausalLM: the converter does not know it.*--architectures"):
+    with pytest.raises(RequestError, match=r"HeliumForCausalLM: the converter does not know it.*: merge it, and serve"):
         export(run, tmp_path / "o.gguf", base=str(base))
     assert not (tmp_path / "o.gguf").exists()
 

@@ -2,7 +2,6 @@
 
 import json
 import re
-from types import SimpleNamespace
 
 import pytest
 
@@ -10,7 +9,6 @@ from orpo_lite import ORPOConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.train.__main__ import command
-from orpo_lite.trainer.distributed import check_data_parallel
 
 
 @pytest.mark.slow
@@ -53,10 +51,3 @@ def test_settings_that_split_nothing_are_taken(monkeypatch, tmp_path):
     # as transformers 5.2 fills it by itself
     defaults = {"min_num_params": 0, "xla": False, "xla_fsdp_v2": False, "xla_fsdp_grad_ckpt": False}
     ORPOConfig(output_dir=str(tmp_path), fsdp=[], fsdp_config=defaults, use_cpu=True)
-
-
-@pytest.mark.parametrize("kind", ["tp", "cp", "sp", "dp_shard"])
-def test_other_parallelism_is_refused(kind):
-    accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(**{f"{kind}_enabled": True}))
-    with pytest.raises(RequestError, match="parallelism is asked for, but only DDP .*: remove parallelism_config"):
-        check_data_parallel(accelerator)

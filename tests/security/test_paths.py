@@ -14,10 +14,10 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.export.upload_plan import plan_upload
 from orpo_lite.model.locating import find_gguf
 from orpo_lite.model.tokenizer import load_tokenizer
-from orpo_lite.model.untrusted_files import check_adapter, check_model
+from orpo_lite.model.untrusted_files import check_model
 from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.recipe.loading import RecipeError
-from tests.malformed.models import MODEL, adapter, model, sharded
+from tests.malformed.models import MODEL, model, sharded
 from tests.malformed.models import run as a_run
 
 OUT = ["../two.safetensors", "/etc/passwd", "a/../../two.safetensors", "..\\two.safetensors", "C:\\two.safetensors"]
@@ -29,31 +29,6 @@ def test_an_index_of_shards(name: str, tmp_path: Path) -> None:
     shutil.copy(folder / "two.safetensors", tmp_path / "two.safetensors")
     with pytest.raises(RequestError, match=r"model.safetensors.index.json names .*expected files inside of the folder"):
         check_model(folder)
-
-
-@pytest.mark.parametrize(
-    "file", ["model.safetensors", "tokenizer.json", "chat_template.jinja", "generation_config.json"]
-)
-def test_a_link_out_of_a_model(file: str, tmp_path: Path) -> None:
-    folder = model(tmp_path)
-    secret = tmp_path / "secret"
-    secret.write_text("{}")
-    (folder / file).unlink(missing_ok=True)
-    for target in (secret, Path("..") / "secret", Path("/etc/passwd")):
-        (folder / file).symlink_to(target)
-        with pytest.raises(
-            RequestError, match=f"base/{file} is a link to .*outside of its folder: copy the file there"
-        ):
-            load_tokenizer(ModelSection(name_or_path=str(folder)))
-        (folder / file).unlink()
-
-
-def test_a_link_out_of_an_adapter(tmp_path: Path) -> None:
-    folder = adapter(tmp_path)
-    (folder / "adapter_model.safetensors").rename(tmp_path / "elsewhere.safetensors")
-    (folder / "adapter_model.safetensors").symlink_to("../elsewhere.safetensors")
-    with pytest.raises(RequestError, match=r"adapter_model.safetensors is a link to .*outside of its folder"):
-        check_adapter(folder)
 
 
 def test_links_that_are_meant_go_on_working(tmp_path: Path) -> None:
@@ -73,9 +48,6 @@ def test_links_that_are_meant_go_on_working(tmp_path: Path) -> None:
         check_model(folder)
         assert load_tokenizer(ModelSection(name_or_path=str(folder))).chat_template
         AutoModelForCausalLM.from_pretrained(folder)
-    (snapshot / "extra.json").symlink_to("../../../secret.json")
-    with pytest.raises(RequestError, match="extra.json is a link"):
-        check_model(snapshot)
 
 
 @pytest.mark.parametrize("name", ["../x.gguf", "/x.gguf", "a/../../x.gguf"])
