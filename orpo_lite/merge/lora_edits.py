@@ -141,7 +141,8 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
     """Collect every change by the parameter's name in the bare model."""
     edits: dict[str, list[Edit]] = {}
     inside: nn.Module = model.get_base_model().requires_grad_(False)
-    for path, parameter in inside.named_parameters():
+    tie_saved(inside)
+    for path, parameter in inside.named_parameters(remove_duplicate=False):
         added = any(word in path for word in ("lora_", "modules_to_save.", "token_adapter.trainable"))
         # biases are trained in place, and PEFT saves a resized embedding as a whole: LoRA is added on top of them
         if not added and not parameter.is_meta:
@@ -154,6 +155,18 @@ def collect(source: str | Path, model: PeftModel) -> dict[str, list[Edit]]:
         # edits before the last replacement have no effect
         del found[: max((place for place, edit in enumerate(found) if isinstance(edit, Replaced)), default=0)]
     return edits
+
+
+def tie_saved(inside: Any) -> None:
+    """Give both ends of tied embeddings the whole tensor that an adapter has for one of them, as loading it does."""
+    homes = {bare(f"{path}.{leaf}"): (module, leaf) for path, module in inside.named_modules()
+             for leaf in module._parameters if "modules_to_save" not in path}  # fmt: skip
+    for pair in inside.all_tied_weights_keys.items():
+        found = [homes[name] for name in pair if name in homes]
+        saved = [getattr(module, leaf) for module, leaf in found if not getattr(module, leaf).is_meta]
+        if len(found) == 2 and len(saved) == 1:
+            for module, leaf in found:
+                setattr(module, leaf, saved[0])
 
 
 def edits_of(source: str | Path, path: str, module: Any) -> list[tuple[str, Edit]]:

@@ -335,15 +335,22 @@ def vocabulary_rows(
     """
     ends: list[Any] = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
     names = {name for name, module in model.named_modules() if any(module is end for end in ends)}
-    held: set[int] = set()
+    held: dict[str, int] = {}
     for key, value in load_file(Path(source) / ADAPTER_WEIGHTS).items():
         path, _, leaf = bare(plain_key(key).removeprefix("base_model.model.")).rpartition(".")
         if leaf == "weight" and path.removesuffix(".lora_B") in names:
-            held.add(value.shape[0])
+            held[path] = value.shape[0]
         elif leaf == "lora_embedding_A" and path in names:
-            held.add(value.shape[1])
+            held.setdefault(path, value.shape[1])
+    rows = len(ends[0].weight)
+    whole = {path.removesuffix(".lora_B") for path in held}
+    if max(held.values(), default=0) > rows and len(whole) < len({id(end.weight) for end in ends}):
+        logger.warning(
+            f"adapter: {source} has more rows than its base for {', '.join(whole)} alone: those of {', '.join(names - whole)} from "
+            f"{rows} on are the mean of the others (PEFT's save_embedding_layers=True saves them)"
+        )
     added = rows_for_new_tokens(tokenizer) if tokenizer is not None else 0
-    return max(held, default=max(len(ends[0].weight), added, 1 + max(trained_rows(config), default=-1)))
+    return max(held.values(), default=max(rows, added, 1 + max(trained_rows(config), default=-1)))
 
 
 def bare(path: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orpo_lite.common.errors import RequestError
@@ -177,12 +178,27 @@ def test_every_kind(base_of, family, tmp_path, recwarn):
         except (ValueError, NotImplementedError) as error:  # PEFT itself does not make such a one
             refused.append(f"{case}: PEFT: {error}")
             continue
-        right = logits(made, ids)
+        whole = [
+            key for key in load_file(place / "adapter_model.safetensors") if "lora_" not in key and "token_" not in key
+        ]
+        # PEFT looks for the size of a vocabulary where these configurations have none
+        if (
+            family in NOT_TEXT
+            and rows != ROWS
+            and not any(name in key for key in whole for name in ("embed_tokens", "wte", "lm_head"))
+        ):
+            refused.append(f"{case}: PEFT saves no embeddings")
+            continue
+        # PEFT saves no row of an untied head that LoRA leaves alone, so nobody has the new ones
+        seen = ROWS if kind == "embeddings" and not tied else None
+        right = logits(made, ids)[..., :seen]
         try:
             found = AutoModelForCausalLM.from_pretrained(
                 merge(place, tmp_path / f"{number}-merged", verify=False), attn_implementation="eager"
             )
-            if not (far := (logits(found, ids) - right).abs().max().item()) < 1e-5 * max(1, right.abs().max().item()):
+            if not (far := (logits(found, ids)[..., :seen] - right).abs().max().item()) < 1e-5 * max(
+                1, right.abs().max().item()
+            ):
                 wrong.append(f"{case}: merged is off by {far}")
         except RequestError as error:
             refused.append(f"{case}: {error}")
@@ -190,7 +206,7 @@ def test_every_kind(base_of, family, tmp_path, recwarn):
                 wrong.append(f"{case}: merge refuses: {error}")
         try:
             model, _ = load_base(ModelSection(name_or_path=str(base), quantization="none", attention="eager"))
-            if not (far := (logits(load_adapter(model, place), ids) - right).abs().max().item()) < 1e-5:
+            if not (far := (logits(load_adapter(model, place), ids)[..., :seen] - right).abs().max().item()) < 1e-5:
                 wrong.append(f"{case}: loaded is off by {far}")
         except RequestError as error:
             wrong.append(f"{case}: load_adapter refuses: {error}")
