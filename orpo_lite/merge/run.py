@@ -6,7 +6,6 @@ The merge reads the base's files tensor by tensor and writes the output's: neith
 from __future__ import annotations
 
 import errno
-import glob
 import json
 import os
 import shutil
@@ -16,7 +15,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
@@ -200,10 +198,6 @@ def finished_as(output: Path) -> Iterator[Path]:
         RuntimeError: the disk is full.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    for left in output.parent.glob(f".{glob.escape(output.name)}.partial-*"):
-        owner = left.name.rpartition("-")[2]
-        if owner.isdecimal() and not psutil.pid_exists(int(owner)):
-            shutil.rmtree(left)  # left by a merge that was killed
     folder = output.parent / f".{output.name}.partial-{os.getpid()}"
     try:
         folder.mkdir()

@@ -12,34 +12,18 @@ from typing import Annotated, Any, Literal
 
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import refuse_sharding
 from orpo_lite.common.text import nearest, shown
 
 OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
 """Fields that transformers does not have; ORPOConfig documents them."""
-CHOICES = {
-    "include_num_input_tokens_seen": ("all", "non_padding", "no"),
-    "train_sampling_strategy": ("random", "sequential"),
-    **dict.fromkeys(("log_level", "log_level_replica"), ("detail", "debug", "info", "warning", "error", "critical", "passive")),
-}  # fmt: skip
-"""Values of fields that are plain text to transformers, or where not all of its values work here."""
+TABLES: dict[str, dict[str, Any]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
+CHOICES, ELSEWHERE = TABLES["choices"], TABLES["elsewhere"]
 HUB_WORD = (
     "publish with `python -m orpo_lite.push RUN --repo USER/NAME`, which lists the files first, uploads no checkpoint, and creates "
     "a private repository unless asked otherwise"
 )
-ELSEWHERE = {
-    "hub_token": "a token in a recipe would be written to the run folder: leave it out, and log in with `hf auth login` or set HF_TOKEN",
-    **dict.fromkeys(("push_to_hub", "hub_model_id", "hub_strategy", "hub_private_repo", "hub_always_push", "hub_revision"),
-                    f"a run uploads nothing to the hub: leave it out, and {HUB_WORD}"),
-    "resume_from_checkpoint": "leave it out: the same command resumes from the newest good checkpoint by itself, and --resume asks for it",
-    "on_nonfinite": "but it was removed: a step that is not finite stops the run; take its rows out of the data and start again, or "
-                    "lower training.learning_rate and resume with --resume=force",
-    **dict.fromkeys(("use_liger_kernel", "liger_kernel_config"),
-                    "would replace the loss: leave it out, and set memory.kernels=liger, which takes liger's other kernels"),
-    "label_smoothing_factor": "has no effect, as ORPO's loss has no label smoothing: leave it out",
-}  # fmt: skip
-"""Fields that a run does not use: why not, and what to do instead."""
-
 LIMITS: dict[str, Any] = {
     **dict.fromkeys(
         ("learning_rate", "num_train_epochs", "per_device_eval_batch_size",

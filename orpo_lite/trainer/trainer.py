@@ -35,7 +35,6 @@ from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
-from orpo_lite.trainer.transformers_contract import warn_if_untested
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns
 
 logger = logging.getLogger(__name__)
@@ -86,7 +85,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         peft_config: PeftConfig | None = None,
         compute_metrics: Any = None,
     ):
-        warn_if_untested()
         args = args or ORPOConfig(output_dir="outputs")
         setup.check_arguments(args, train_dataset, eval_dataset, preprocess_logits_for_metrics)
         if type(data_collator).__name__ == "DPODataCollatorWithPadding":

@@ -156,7 +156,7 @@ def nan(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def wide(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: torch.zeros(2, value.shape[1] * 2) if "lora_A" in key else value for key, value in given.items()}
+    return {key: torch.zeros(2, value.shape[1] * 2) if "lora_A" in key else value + 1 for key, value in given.items()}
 
 
 def short(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -234,7 +234,7 @@ ADAPTERS = [
          "weights_only=True"),
     Case("nan", continued(tensors(WEIGHTS, nan)), f"adapter/{WEIGHTS}", "1 of 12", "not finite"),
     Case("shapes", continued(tensors(WEIGHTS, wide)), "adapter: ", ", here [", "check that this is its base"),
-    Case("tensors-missing", continued(tensors(WEIGHTS, short)), "adapter: ", "2 tensor(s) differ", "check that this is its base"),
+    Case("tensors-missing", continued(tensors(WEIGHTS, short)), "adapter: ", "lacks 2 tensor(s)", "save or download it again as a whole"),
     Case("other-modules", continued(edited(CONFIG, target_modules=["query_key_value"])), "adapter: ",
          "query_key_value", "check that this is its base"),
     Case("modules-no-expression", continued(edited(CONFIG, target_modules="(q_proj+")), "adapter: ",
