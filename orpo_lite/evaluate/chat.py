@@ -36,7 +36,6 @@ HELP = {
     "/undo": "take back the last message and its answer",
     "/regenerate": "answer the last message again",
     "/temperature T": "0 takes the most likely token each time; above, tokens are sampled",
-    "/save FILE": "write the conversation as JSON",
     "/quit": "end, as Ctrl-D does",
 }
 MIN_ROOM = 64
@@ -223,17 +222,6 @@ class Chat:
             raise RequestError(f"found {text[:40]!r}, expected a number from 0 to 100, such as /temperature 0.7")
         self.sampling = replace(self.sampling, temperature=value)
         self.say("greedy" if not value else f"temperature {value:g}")
-
-    def do_save(self, name: str) -> None:
-        if not name:
-            raise RequestError("name the file: /save conversation.json")
-        head: list[dict[str, Any]] = [{"role": "system", "content": self.system}] if self.system else []
-        try:
-            with Path(name).expanduser().open("x", encoding="utf-8") as file:
-                file.write(json.dumps({"messages": head + self.turns}, ensure_ascii=False, indent=1) + "\n")
-        except OSError as error:
-            raise RequestError(f"{name} cannot be written: {error.strerror}") from None
-        self.say(f"written to {name}")
 
     def do_quit(self, _: str) -> None:
         self.over = True

@@ -43,7 +43,7 @@ def command(
     ] = False,
     verify: Annotated[
         bool | None,
-        typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: if it fits"),
+        typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: yes"),
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")

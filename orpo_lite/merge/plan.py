@@ -9,13 +9,12 @@ from pathlib import Path
 import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME, Added, Dora, Edit, LowRank, Replaced, Rows, read_adapter
-from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, blocks, resized
+from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
 from orpo_lite.model.adapter import lora_config, vocabulary_rows
@@ -118,26 +117,13 @@ def read_adapters(adapters: list[tuple[Path, float]], base: Base) -> tuple[PeftM
             if isinstance(edit, LowRank | Added) and not isinstance(edit, Dora):
                 edit.scale *= weight
                 edits.setdefault(name, []).append(edit)
-            elif not isinstance(edit, Replaced) or not holds(
-                base, name, edit.value
-            ):  # PEFT saves adapted embeddings too
-                kind = {Dora: "DoRA", Rows: "trained rows"}.get(type(edit), "weights trained as a whole")
+            else:
+                kind = {Dora: "DoRA", Rows: "trained rows"}.get(type(edit), "weights saved as a whole")
                 raise RequestError(
                     f"--adapter: {folder} changes {name} by {kind}, which has no weighted sum: merge it alone, without a weight"
                 )
         add_layers(found[0][0], model, weight)
     return found[0][0], edits
-
-
-def holds(base: Base, parameter: str, value: Tensor) -> bool:
-    """Return True where a base stores a parameter with these values."""
-    names = {parameter, base.tied.get(parameter, parameter)}
-    homes = [base.sources[key] for key, links in base.keys.links.items() if names & {link.parameter for link in links}]
-    return any(
-        one.shape == tuple(value.shape)
-        and all(torch.equal(read(block).float(), value[block].float()) for block in blocks(one.shape))
-        for one, read in ((one, one.reader()) for one in homes)
-    )
 
 
 def add_layers(adapted: PeftModel, other: PeftModel, weight: float) -> None:

@@ -66,8 +66,8 @@ def merge(
             in training. quantized: that base's weights, dequantized, for the outputs seen in training.
         quantization: nf4, fp4 or int8: what the base of training was quantized with, for an adapter without a recipe.
         double_quant: the constants of nf4 or fp4 were quantized too.
-        verify: run the merged model and base with adapter, layer by layer, and compare their logits. Default: yes,
-            unless a single layer needs more memory than the merge.
+        verify: run the merged model and base with adapter, layer by layer, and compare their logits. Default: yes; a layer with DoRA
+            takes five times its weights for it, and stacked experts once theirs, in float32.
         trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it,
             since an adapter may come from anybody.
         facts: receives what the merge prints: base, dtype, bytes, seconds, and the results of the check.

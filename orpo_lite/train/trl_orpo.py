@@ -22,6 +22,7 @@ from rich.markup import escape
 from transformers import TrainingArguments
 from yaml import YAMLError
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import errors, guard
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
@@ -36,15 +37,7 @@ from orpo_lite.trainer.config_from_recipe import SET_BY_OTHER_SECTIONS
 TRLS = {"learning_rate": 1e-6, "lr_scheduler_type": "linear", "eval_strategy": "no", "save_strategy": "steps",
         "save_total_limit": None}  # fmt: skip
 """TRL's defaults where those of a recipe are others."""
-UNUSED = {
-    "generate_during_eval": "a run answers held-out prompts before and after training by itself",
-    "padding_value": "the padding token is the tokenizer's",
-    "model_init_kwargs": "give --dtype, --attn_implementation or --model_revision instead",
-    "bnb_4bit_quant_storage": "only FSDP needs another than uint8",
-    "ignore_bias_buffers": "no buffer is synchronized here",
-    "dataset_streaming": "files larger than memory stay on disk by themselves",
-    "dataset_num_proc": "a tokenizer uses all cores by itself",
-}
+UNUSED: dict[str, str] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 """Flags that no recipe has -> what there is instead."""
 
 

@@ -243,17 +243,14 @@ def test_a_run_that_did_not_finish_is_named(trained, tmp_path):
 # ---- the conversation -------------------------------------------------------------------------------------------------
 
 
-def test_commands(answerer, typed, capsys, tmp_path):
+def test_commands(answerer, typed, capsys):
     talk = Chat([answerer], Sampling(4), None)
-    file = tmp_path / "talk.json"
-    typed("How much is 4 plus 5?", "/system Be brief.", "/system", "Who are you?", f"/save {file}", f"/save {file}", "/undo",
+    typed("How much is 4 plus 5?", "/system Be brief.", "/system", "Who are you?", "/undo",
           "/undo", "/temperature hot", "/temperature 0.5", "/help", "/clear", "/quit", "never read")  # fmt: skip
     talk.run()
     said = " ".join("".join(capsys.readouterr()).split())
-    saved = json.loads(file.read_text())["messages"]
-    assert [turn["role"] for turn in saved] == ["system", "user", "assistant"] and saved[0]["content"] == "Be brief."
     for words in ("system: Be brief.", "taken back: Who are you?", "nothing to take back", "found 'hot'", "temperature 0.5",
-                  "cannot be written: File exists", "/regenerate", "cut after 4 tokens"):  # fmt: skip
+                  "/regenerate", "cut after 4 tokens"):  # fmt: skip
         assert words in said, words
     assert talk.turns == [] and talk.system == "Be brief." and talk.sampling.temperature == 0.5
 

@@ -156,7 +156,7 @@ def nan(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def wide(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    return {key: torch.zeros(2, value.shape[1] * 2) if "lora_A" in key else value + 1 for key, value in given.items()}
+    return {key: torch.ones(2, value.shape[1] * 2) if "lora_A" in key else value + 1 for key, value in given.items()}
 
 
 def short(given: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
