@@ -81,6 +81,7 @@ class PackedCollator:
         attention_mask: (1, T), 2 where a token stands for both sequences, so that a router's auxiliary loss, which
             is weighted by it, equals that of the padded layout.
         segments: a `Segment` for each pair.
+        key_rows, query_starts, key_starts: see `call_rows`.
     """
 
     nll_scope: str = "prompt+chosen"
@@ -102,7 +103,7 @@ class PackedCollator:
             weights += [2] * prefix + [1] * (len(chosen) + len(rejected) - 2 * prefix)
         tensors = {"input_ids": ids, "position_ids": positions, "attention_mask": weights}
         batch: dict[str, Any] = {name: torch.tensor([values]) for name, values in tensors.items()}
-        return batch | about_pairs(labels, pairs, self) | {"segments": segments}
+        return batch | about_pairs(labels, pairs, self) | {"segments": segments} | call_rows(segments)
 
     def _label(self, labels: list[Label], pair: int, row: Row, start: int, prefix: int) -> None:
         chosen, rejected = row["chosen_ids"], row["rejected_ids"]
@@ -124,6 +125,28 @@ class PackedCollator:
 def collator_of(layout: str, nll_scope: str = "prompt+chosen", pad: int = 0) -> PaddedCollator | PackedCollator:
     """Make the collator of a layout."""
     return PaddedCollator(pad, nll_scope) if layout == "padded" else PackedCollator(nll_scope, layout == "shared")
+
+
+def call_rows(segments: list[Segment]) -> dict[str, Tensor]:
+    """Return where one attention call over all pairs finds its sequences, two a pair, the empty ones left out.
+
+    Returns:
+        key_rows: rows of keys and values, sequence after sequence, prefix and chosen, then prefix and rejected; int64.
+        query_starts, key_starts: where each sequence's queries and keys begin, and where the last ones end; int32.
+    """
+    rows: list[Tensor] = []
+    queries, keys = [0], [0]
+    for start, prefix, chosen, rejected in segments:
+        middle = start + prefix + chosen
+        own, shared, branch = (torch.arange(*ends) for ends in ((start, middle), (start, start + prefix), (middle, middle + rejected)))  # fmt: skip
+        for count, parts in ((prefix + chosen, [own]), (rejected, [shared, branch])):
+            if count:
+                rows += parts
+                queries.append(queries[-1] + count)
+                keys.append(keys[-1] + sum(map(len, parts)))
+    starts = {"query_starts": queries, "key_starts": keys}
+    key_rows = torch.cat([torch.arange(0), *rows])
+    return {"key_rows": key_rows} | {name: torch.tensor(at, dtype=torch.int32) for name, at in starts.items()}
 
 
 def common_prefix(a: list[int], b: list[int]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import os
 import re
@@ -18,6 +19,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
 
 from orpo_lite.common.errors import RequestError
@@ -34,6 +36,7 @@ logger = logging.getLogger(__name__)
 SAME_IN_PEFT = {"r", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern", "bias", "use_rslora",
                 "use_dora", "init_lora_weights"}  # fmt: skip
 """Fields of the adapter section that PEFT calls the same."""
+SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 CHANGES_BASE = ("pissa", "olora")
 """Initializations of foreign adapters that took the starting product out of their base weights."""
 CANNOT_REPEAT = ("corda", "loftq", "lora_ga")
@@ -132,14 +135,32 @@ def prepare_frozen(model: PeftModel) -> None:
 
     PEFT's prepare_model_for_kbit_training also turns embeddings and output head to float32, 2 GB more for Llama-3-8B
     on a 16 GB card; QLoRA's own code keeps those in the compute dtype, as here.
+
+    Norms compute in float32 and return the compute dtype, which every matrix product after them takes: else each product casts
+    its input down and its output up again. What the layers add to stays float32, as it was.
     """
     norms_too = is_quantized(model)
+    layers = [module for module in model.modules() if isinstance(module, GradientCheckpointingLayer)]
     for module in model.modules():
         norm = norms_too and "norm" in type(module).__name__.lower()
-        for parameter in module.parameters(recurse=False):
-            wanted = parameter.requires_grad or norm
-            if wanted and parameter.dtype in (torch.float16, torch.bfloat16):
+        own = list(module.parameters(recurse=False))
+        if norm and layers and own and own[0].dtype in SIXTEEN_BITS:
+            module.register_forward_hook(functools.partial(cast_output, own[0].dtype))
+            if module in layers[0].modules():
+                layers[0].register_forward_pre_hook(float32_input)
+        for parameter in own:
+            if (parameter.requires_grad or norm) and parameter.dtype in SIXTEEN_BITS:
                 parameter.data = parameter.data.float()
+
+
+def cast_output(dtype: torch.dtype, module: nn.Module, args: tuple, output: Any) -> Any:
+    """Cast what a norm returns."""
+    return output.to(dtype) if isinstance(output, torch.Tensor) else output
+
+
+def float32_input(module: nn.Module, args: tuple) -> tuple:
+    """Cast the hidden states that the first layer takes; those of the others follow."""
+    return (args[0].float(), *args[1:])
 
 
 def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool = False) -> PeftModel:

@@ -26,6 +26,35 @@ class Precision:
     why: str
 
 
+@dataclass(frozen=True)
+class Place:
+    """The kind of device that computes, its CUDA compute capability, the dtype of its matrix products, and the device if here."""
+
+    kind: str
+    capability: tuple[int, int]
+    dtype: torch.dtype
+    device: torch.device | None = None
+
+    @classmethod
+    def of(cls, device: torch.device, dtype: torch.dtype) -> Place:
+        """Read it from a device of this machine."""
+        capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+        return cls(device.type, capability, dtype, device)
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return f"sm{self.capability[0]}{self.capability[1]} in {dtype}" if self.kind == "cuda" else dtype
+
+
+FLASH_DTYPES, FLASH_WIDTH = (torch.float16, torch.bfloat16), 256
+"""What flash attention takes: dtypes, and the largest head size."""
+
+
+def has_flash(place: Place, width: int) -> bool:
+    """Check whether a CUDA device has a flash attention kernel for a head size."""
+    return place.capability >= (8, 0) and place.dtype in FLASH_DTYPES and width <= FLASH_WIDTH
+
+
 def default_device() -> torch.device:
     """Return the device that a run uses: CUDA, XPU or MPS where there is one, else the CPU."""
     for kind in ("cuda", "xpu", "mps"):

@@ -29,34 +29,43 @@ class _FrozenHead(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, hidden, weight, labels, bias, softcap, scale, chunk):
-        logps = torch.empty(len(hidden), dtype=torch.float32, device=hidden.device)
-        means = torch.empty_like(logps)
+        n = len(hidden)
+        means, totals = (torch.empty(n, 1, dtype=torch.float32, device=hidden.device) for _ in range(2))
+        # a softcap bends logits once more than 16 bits bear; else every step fits in the one buffer, sums alone being wider
+        wide = torch.float32 if softcap else weight.dtype
+        tops, picked = (torch.empty(n, 1, dtype=wide, device=hidden.device) for _ in range(2))
         slope = torch.empty(hidden.shape, dtype=weight.dtype, device=hidden.device) if ctx.needs_input_grad[0] else None
+        minus_one = torch.full_like(picked, -1)
         # one buffer for all chunks: on a CPU fresh memory costs more than the arithmetic done in it
-        buffer = torch.empty(min(chunk, len(hidden)), len(weight), dtype=weight.dtype, device=hidden.device)
-        for start in range(0, len(hidden), chunk):
+        buffer = torch.empty(min(chunk, n), len(weight), dtype=weight.dtype, device=hidden.device)
+        for start in range(0, n, chunk):
             rows = slice(start, start + chunk)
             y = labels[rows, None]
             z = torch.mm(hidden[rows].to(weight.dtype), weight.t(), out=buffer[: len(y)])
-            z = (z if bias is None else z.add_(bias)).float()
+            if bias is not None:
+                z.add_(bias)
+            z = z.to(wide)
             if scale != 1.0:
                 z.mul_(scale)
             inner = None
             if softcap:
                 z.div_(softcap).tanh_()
-                inner = 1 - z.square() if slope is not None else None  # d softcap(x) / d x, from its output
+                inner = z.square().neg_().add_(1) if slope is not None else None  # d softcap(x) / d x, from its output
                 z.mul_(softcap)
-            means[rows] = z.mean(-1)
+            torch.mean(z, -1, True, dtype=torch.float32, out=means[rows])
+            torch.gather(z, 1, y, out=picked[rows])
             # the softmax replaces the logits in place, and the log of its sum is taken on the way
-            top, label = z.amax(-1, keepdim=True), z.gather(1, y)
-            total = z.sub_(top).exp_().sum(-1, keepdim=True)
-            logps[rows] = (label - top - total.log()).squeeze(1)
+            z.sub_(torch.amax(z, -1, True, out=tops[rows])).exp_()
+            torch.sum(z, -1, True, dtype=torch.float32, out=totals[rows])
             if slope is None:
                 continue
-            z.div_(total).scatter_add_(1, y, torch.full_like(y, -1, dtype=z.dtype))
+            z.div_(totals[rows]).scatter_add_(1, y, minus_one[rows])
             if inner is not None:
                 z.mul_(inner)
-            torch.mm(z.to(weight.dtype), weight, out=slope[rows]).mul_(-scale)
+            torch.mm(z if wide == weight.dtype else buffer[: len(y)].copy_(z), weight, out=slope[rows])
+        logps, means = (picked.float() - tops - totals.log_()).squeeze(1), means.squeeze(1)
+        if slope is not None:
+            slope.mul_(-scale)
         ctx.save_for_backward(slope)
         ctx.dtype = hidden.dtype
         ctx.mark_non_differentiable(means)
@@ -81,9 +90,9 @@ def _score(z: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     return z.gather(1, labels[:, None]).squeeze(1) - torch.logsumexp(z, -1), z.detach().mean(-1)
 
 
-def auto_chunk(vocabulary: int) -> int:
-    """Choose the rows of logits held at a time: about 64 MB in float32, at least 64 rows, at most 1,024."""
-    return max(64, min(1024, (1 << 24) // vocabulary // 64 * 64))
+def auto_chunk(vocabulary: int, dtype: torch.dtype = torch.float32) -> int:
+    """Choose the rows of logits held at a time: about 64 MB, at least 64 rows, at most 1,024."""
+    return max(64, min(1024, (1 << 26) // dtype.itemsize // vocabulary // 8 * 8))
 
 
 def token_logps(
@@ -108,7 +117,7 @@ def token_logps(
         bias: (V,) or None.
         softcap: cap * tanh(logits / cap) as in Gemma 2.
         scale: factor on the logits as in Cohere and Granite.
-        chunk: rows of logits at a time; None takes `auto_chunk(V)`.
+        chunk: rows of logits at a time; None takes `auto_chunk`.
         with_means: also return the mean logit of each row, (N,) float32, detached.
 
     Returns:
@@ -119,9 +128,10 @@ def token_logps(
             f"expected hidden (N, H), weight (V, H) and labels (N,); got {tuple(hidden.shape)}, "
             f"{tuple(weight.shape)} and {tuple(labels.shape)}"
         )
-    chunk = chunk or auto_chunk(len(weight))
+    trained = weight.requires_grad or (bias is not None and bias.requires_grad)
+    chunk = chunk or auto_chunk(len(weight), torch.float32 if trained or softcap else weight.dtype)
     with torch.autocast(hidden.device.type, enabled=False):
-        if weight.requires_grad or (bias is not None and bias.requires_grad):
+        if trained:
             logps, means = _recomputed(
                 lambda h: _logits(h.to(weight.dtype), weight, bias, softcap, scale), hidden, labels, chunk
             )

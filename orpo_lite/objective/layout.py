@@ -17,6 +17,8 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 
 from orpo_lite.data.collate import collator_of
+from orpo_lite.model.precision import Place
+from orpo_lite.objective.one_call import REPEATED, Attention, Kernel, choose_attention, one_by_one, pair_calls
 from orpo_lite.objective.packed_attention import inner_attention, packed_attention, plain_attention
 
 logger = logging.getLogger(__name__)
@@ -25,40 +27,44 @@ ATTENTION_LAYERS = {"full_attention", "sliding_attention", "chunked_attention", 
 """Kinds of layers in a config's layer_types that mix tokens by attention alone."""
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 2e-5}
 """Largest difference of a mean log-prob, and of the gradients' norm relative to itself, that counts as rounding."""
-_compared: dict[tuple[type, str, str, str], str | None] = {}
-"""What `compare` found, by class, content of the configuration, layout and attention."""
+_compared: dict[tuple[type, str, str, str, bool], str | None] = {}
+"""What `compare` found, by class, content of the configuration, layout, attention, and whether one call takes all pairs."""
 
 
 class Layout(NamedTuple):
-    """The chosen layout, and why, in words."""
+    """The chosen layout, why, in words, and how its attention is computed."""
 
     name: str
     why: str
+    attention: Attention
 
 
-def choose_layout(model: PreTrainedModel, wish: str = "auto") -> Layout:
-    """Choose the layout for a base model (without adapter or wrappers).
+def choose_layout(model: PreTrainedModel, wish: str = "auto", place: Place | None = None) -> Layout:
+    """Choose the layout for a base model (without adapter or wrappers), and how its attention is computed.
 
     Args:
         wish: auto, or the layout to use: shared, packed or padded.
+        place: what computes; default, the CPU.
 
     Raises:
         ValueError: the requested layout is not exact for this model; the message says why and which setting works.
     """
-    if wish == "padded":
-        return Layout("padded", "as asked")
+    inner = inner_attention(model) if model._can_set_attn_implementation() else None
+    attention = choose_attention(model.config, inner, place or Place("cpu", (0, 0), torch.float32))
     refused = {}
-    for name in ("shared", "packed") if wish == "auto" else (wish,):
-        reason = refusal(model) or inexactness(model, name)
+    for name in {"auto": ("shared", "packed"), "padded": ()}.get(wish, (wish,)):
+        reason = refusal(model) or inexactness(model, name, attention.run is not None)
         if reason is None:
-            how = f"checked exact for {type(model).__name__}; {inner_attention(model)} attention, two calls a pair"
-            return Layout(name, how if wish == "auto" else f"as asked; {how}")
+            how = f"checked exact for {type(model).__name__}; {attention.name} attention, {attention.why}"
+            return Layout(name, how if wish == "auto" else f"as asked; {how}", attention)
         refused[name] = reason
-    if wish != "auto":
+    if wish not in ("auto", "padded"):
         raise ValueError(
             f"layout {wish!r} is not exact for {type(model).__name__}: {refused[wish]}; set layout to padded, or to auto"
         )
-    return Layout("padded", "; ".join(dict.fromkeys(refused.values())))
+    why = "; ".join(dict.fromkeys(refused.values())) or "as asked"
+    name = (model.config._attn_implementation or "eager").removeprefix("orpo_lite_").removesuffix("_repeated")
+    return Layout("padded", why + REPEATED * attention.repeats, attention._replace(name=name, run=None))
 
 
 def refusal(model: PreTrainedModel) -> str | None:
@@ -76,25 +82,28 @@ def refusal(model: PreTrainedModel) -> str | None:
     return None
 
 
-def inexactness(model: PreTrainedModel, layout: str) -> str | None:
-    """Compare a layout with the padded one on a small model of the same kind, once; None where they agree."""
+def inexactness(model: PreTrainedModel, layout: str, one_call: bool = False) -> str | None:
+    """Compare a layout with the padded one on a small model of the same kind, once, with all pairs in `one_call` of the kernels'
+    reference or in two calls each; None where they agree."""
     inner = inner_attention(model)
     assert inner is not None
     content = json.dumps(model.config.to_dict(), sort_keys=True, default=str)
-    key = (type(model), content, layout, inner)
+    key = (type(model), content, layout, inner, one_call)
     if key not in _compared:
-        _compared[key] = compare(type(model), model.config, layout, inner)
+        _compared[key] = compare(type(model), model.config, layout, inner, one_by_one if one_call else None)
     return _compared[key]
 
 
-def compare(kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, inner: str) -> str | None:
+def compare(
+    kind: type[PreTrainedModel], config: PretrainedConfig, layout: str, inner: str, run: Kernel | None = None
+) -> str | None:
     """Say by how much a layout differs on a small model of a class and configuration; None where it is rounding."""
     reason = "it could not be checked"
     for dtype, tolerance in TOLERANCE.items():
         try:
             model = small_model(kind, config, inner, dtype)
             expected = outcome(model, "padded")
-            got = outcome(model, layout)
+            got = outcome(model, layout, run)
         except Exception as error:  # whatever a model's code raises, the model cannot be checked
             logger.debug("layout check of %s in %s", kind.__name__, dtype, exc_info=True)
             reason = f"it could not be checked ({type(error).__name__}: {' '.join(str(error).split())[:120]})"
@@ -114,7 +123,7 @@ def difference(got: tuple[torch.Tensor, torch.Tensor], expected: tuple[torch.Ten
     return torch.maximum((got[0] - expected[0]).abs().max(), gradient).item()
 
 
-def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Tensor]:
+def outcome(model: PreTrainedModel, layout: str, run: Kernel | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """Compute sums of log-probs by pair and side, (9,) float64, and the gradient of a loss over them, flattened."""
     batch = collator_of(layout)(check_pairs(model.config.get_text_config(decoder=True).vocab_size))
     inputs: dict[str, Any] = {
@@ -128,7 +137,7 @@ def outcome(model: PreTrainedModel, layout: str) -> tuple[torch.Tensor, torch.Te
         output = model(**inputs, use_cache=False)
     else:
         with packed_attention(model):
-            output = model(**inputs, use_cache=False, orpo_segments=batch["segments"])
+            output = model(**inputs, use_cache=False, orpo_segments=pair_calls(batch, run))
     logits = output.logits.cpu().flatten(0, 1)[batch["label_rows"]].double()
     logps = logits.log_softmax(-1).gather(1, batch["label_ids"][:, None]).squeeze(1)
     # per pair and side, weighted by position in the sequence, so that swapped tokens show

@@ -3,7 +3,8 @@
 A row holds pairs end to end, each as [common prefix | rest of chosen | rest of rejected]. Two calls per pair of
 the model's own attention function are exact: prefix+chosen attend causally to themselves, and the rejected branch
 attends to prefix+rejected, causal from the bottom right. The cost grows with the sum of the squared lengths, and soft
-caps, sinks, windows and scales are the model's own, since its function computes every segment.
+caps, sinks, windows and scales are the model's own, since its function computes every segment. Where a kernel takes all
+pairs in one call (one_call.py), it stands for sdpa.
 """
 
 from __future__ import annotations
@@ -12,20 +13,20 @@ import contextlib
 import sys
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention.bias import causal_lower_right
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS, causal_mask_function
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-PLAIN, PACKED = ("sdpa", "eager"), {"sdpa": "orpo_lite_sdpa", "eager": "orpo_lite_eager"}
-"""Attention functions that compute the segments, and the names of their wrapped versions in transformers."""
+from orpo_lite.model.precision import FLASH_WIDTH
+from orpo_lite.objective.one_call import PairCalls, takes
 
-LOWER_RIGHT = {"cuda"}
-"""Devices whose flash kernels compute bottom-right causal attention without a mask."""
+INNER = {"orpo_lite_sdpa": "sdpa", "orpo_lite_sdpa_repeated": "sdpa", "orpo_lite_eager": "eager"}
+"""Names of wrapped attention functions in transformers, and the plain ones that compute the segments."""
 
 _in_packed_forward: ContextVar[bool] = ContextVar("in_packed_forward", default=False)
 """True while masks are built for a packed row. Only the model's own forward builds masks, never the recomputation of a
@@ -50,13 +51,23 @@ class PairMask:
             self.blocks[key] = self._build(first, length, additive)
         return self.blocks[key]
 
+    def window(self, longest: int) -> int | None:
+        """Return how many keys a query of such a sequence sees, itself included, 0 for all; None for any other rule."""
+        if self.rule is causal_mask_function or (self.local is not None and self.local >= longest):
+            return 0
+        if self.local is None:
+            return None
+        zero, keys = torch.zeros((), dtype=torch.int64), torch.arange(2 * self.local + 1)
+        try:  # a window slides; in a chunk the first query sees only itself
+            seen = self.rule(zero, zero, keys[-1], keys)
+            return self.local if torch.equal(seen, keys > self.local) else None
+        except RuntimeError:  # a rule over tensors of the batch, which are elsewhere
+            return None
+
     def _build(self, first: int, length: int, additive: bool) -> Any:
         causal = self.rule is causal_mask_function or (self.local is not None and self.local >= length)
-        if causal and not additive:
-            if first == 0:
-                return None
-            if self.device.type in LOWER_RIGHT:
-                return causal_lower_right(length - first, length)
+        if causal and not additive and first == 0:
+            return None
         # a rule may index tensors with batch and head
         zero = torch.zeros(1, 1, dtype=torch.int64, device=self.device)
         queries = torch.arange(first, length, device=self.device)[:, None]
@@ -81,62 +92,91 @@ def _build_mask(inner: str) -> Callable[..., Any]:
     return build
 
 
-def _attend(inner: str) -> Callable[..., Any]:
+def _attend(inner: str, repeats: bool) -> Callable[..., Any]:
     def attend(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **kwargs: Any
     ) -> tuple[Tensor, None]:
-        segments = kwargs.pop("orpo_segments", None)
+        pairs: PairCalls | None = kwargs.pop("orpo_segments", None)
         # a model's own eager function is in the module of its attention class
         plain = ALL_ATTENTION_FUNCTIONS.get(inner) or sys.modules[type(module).__module__].eager_attention_forward
-        if segments is None:
-            return plain(module, query, key, value, attention_mask, **kwargs)
-        if not isinstance(attention_mask, PairMask):
-            raise TypeError(f"{type(module).__name__} brings its own mask, which does not cover packed pairs")
-        kwargs.pop("position_ids", None)  # of the whole row, and rotary embeddings are applied already
+        owner: Any = module
+        if pairs is not None:
+            if not isinstance(attention_mask, PairMask):
+                raise TypeError(f"{type(module).__name__} brings its own mask, which does not cover packed pairs")
+            kwargs.pop("position_ids", None)  # of the whole row, and rotary embeddings are applied already
+            query, key, value = lowered(query, key, value)
+            window = attention_mask.window(pairs.sizes[-1]) if pairs.run else None
+            if inner == "sdpa" and takes(pairs.run, query, value, window, kwargs):
+                q, k, v = (one.squeeze(0).transpose(0, 1) for one in (query, key, value))
+                if len(pairs.key_rows) != len(k):  # else no prefix is shared, and the rows lie as the kernel reads them
+                    k, v = (one.index_select(0, pairs.key_rows) for one in (k, v))
+                assert pairs.run is not None
+                return pairs.run(q, k, v, pairs, kwargs.get("scaling"), window)[None], None
+        if inner == "sdpa" and (repeats or query.shape[-1] > FLASH_WIDTH):
+            key, value = (one.repeat_interleave(query.shape[1] // key.shape[1], 1) for one in (key, value))
+            owner = SimpleNamespace(is_causal=getattr(module, "is_causal", True))  # and no groups of heads
+        if pairs is None:
+            return plain(owner, query, key, value, attention_mask, **kwargs)
         additive = inner == "eager"
         parts = []
-        for start, prefix, chosen, rejected in segments:
+        for start, prefix, chosen, rejected in pairs.segments:
             length, middle = prefix + chosen, start + prefix + chosen
             if length:
                 rows = slice(start, middle)
                 mask = attention_mask.block(0, length, additive)
-                parts.append(plain(module, query[:, :, rows], key[:, :, rows], value[:, :, rows], mask, **kwargs)[0])
+                parts.append(plain(owner, query[:, :, rows], key[:, :, rows], value[:, :, rows], mask, **kwargs)[0])
             if rejected:
                 branch, shared = slice(middle, middle + rejected), slice(start, start + prefix)
                 k = torch.cat([key[:, :, shared], key[:, :, branch]], 2) if prefix else key[:, :, branch]
                 v = torch.cat([value[:, :, shared], value[:, :, branch]], 2) if prefix else value[:, :, branch]
                 mask = attention_mask.block(prefix, prefix + rejected, additive)
-                parts.append(plain(module, query[:, :, branch], k, v, mask, **kwargs)[0])
+                parts.append(plain(owner, query[:, :, branch], k, v, mask, **kwargs)[0])
         return torch.cat(parts, 1), None
 
     return attend
 
 
-for _inner in PLAIN:
-    AttentionInterface.register(PACKED[_inner], _attend(_inner))
-    AttentionMaskInterface.register(PACKED[_inner], _build_mask(_inner))
+def lowered(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Cast tensors as autocast would in every call that takes them."""
+    kind = tensors[0].device.type
+    if not torch.is_autocast_enabled(kind):
+        return tensors
+    dtype = torch.get_autocast_dtype(kind)
+    return tuple(one if one.dtype == torch.float64 else one.to(dtype) for one in tensors)
+
+
+for _name, _inner in INNER.items():
+    AttentionInterface.register(_name, _attend(_inner, _name.endswith("repeated")))
+    AttentionMaskInterface.register(_name, _build_mask(_inner))
 
 
 def inner_attention(model: PreTrainedModel) -> str | None:
     """Return the attention function for packed pairs: the model's own if it is plain, else sdpa if supported, or None."""
     now = model.config._attn_implementation
-    now = next((plain for plain, packed in PACKED.items() if packed == now), now)
-    if now in PLAIN:
+    now = INNER.get(now or "", now)
+    if now in INNER.values():
         return now
     return "sdpa" if model._supports_sdpa else None
 
 
-@contextlib.contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Run forwards of packed rows in this block; the segments go to the model as `orpo_segments=`.
+def own_attention(model: PreTrainedModel, repeats: bool) -> None:
+    """Give the model the wrapped version of its attention function; `plain_attention` takes it back.
 
-    The wrapped attention stays on the model after the block, since checkpointed layers are recomputed in the backward
-    pass; without segments it does exactly what the plain one does. `plain_attention` removes it.
+    Without segments it computes what the plain one does, which with `repeats` never sees grouped heads.
     """
     inner = inner_attention(model)
-    assert inner is not None
-    if model.config._attn_implementation != PACKED[inner]:
-        model.set_attn_implementation(PACKED[inner])
+    name = "orpo_lite_sdpa_repeated" if repeats else f"orpo_lite_{inner}"
+    if model.config._attn_implementation != name:
+        model.set_attn_implementation(name)
+
+
+@contextlib.contextmanager
+def packed_attention(model: PreTrainedModel, repeats: bool = False) -> Iterator[None]:
+    """Run forwards of packed rows in this block; a `PairCalls` goes to the model as `orpo_segments=`.
+
+    The wrapped attention stays on the model after the block, since checkpointed layers are recomputed in the backward pass.
+    """
+    own_attention(model, repeats)
     token = _in_packed_forward.set(True)
     try:
         yield
@@ -146,6 +186,5 @@ def packed_attention(model: PreTrainedModel) -> Iterator[None]:
 
 def plain_attention(model: PreTrainedModel) -> None:
     """Restore the model's plain attention function."""
-    for plain, packed in PACKED.items():
-        if model.config._attn_implementation == packed:
-            model.set_attn_implementation(plain)
+    if plain := INNER.get(model.config._attn_implementation or ""):
+        model.set_attn_implementation(plain)

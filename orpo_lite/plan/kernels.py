@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 
-from orpo_lite.objective import packed_attention as attention
+from orpo_lite.model.precision import Place, has_flash
 from orpo_lite.plan.gpus import Target
 
 aten = torch.ops.aten
@@ -30,13 +30,6 @@ RAISED = {"layer_norm", "softmax", "log_softmax", "pow", "__pow__", "rsqrt", "ex
           "sum", "prod", "softplus", "cross_entropy", "nll_loss", "reciprocal", "group_norm"}  # fmt: skip
 """Functions that CUDA's autocast runs in float32; the CPU's leaves them in the dtype of their inputs."""
 FLOATS = (torch.float16, torch.bfloat16, torch.float32)
-
-
-def lower_right(queries: int, keys: int) -> Tensor:
-    """Stand in for torch's causal_lower_right, a tensor subclass that cannot be made under a dispatch mode."""
-    mask = torch.ones((), dtype=torch.bool, device="meta").expand(queries, keys)
-    mask.lower_right = True  # type: ignore[attr-defined]
-    return mask
 
 
 class Kernels(TorchFunctionMode):
@@ -77,6 +70,7 @@ class Kernels(TorchFunctionMode):
     def emulate(self) -> Iterator[None]:
         """Make autocast, and code that asks for it or for the device, treat meta tensors as the target's."""
         plain, enabled, clear = torch.autocast, torch.is_autocast_enabled, torch.clear_autocast_cache
+        dtype = torch.get_autocast_dtype
 
         class Autocast(plain):
             def __init__(self, device_type: str, *args: Any, **kwargs: Any) -> None:
@@ -97,14 +91,12 @@ class Kernels(TorchFunctionMode):
             from triton.runtime.jit import KernelInterface
 
             launches.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda *_: lambda *a, **k: None))
-        branches = attention.LOWER_RIGHT | ({"meta"} if self.target.kind == "cuda" else set())
         with (
             launches,
             mock.patch.object(torch, "autocast", Autocast),
             mock.patch.object(torch, "is_autocast_enabled", is_enabled),
+            mock.patch.object(torch, "get_autocast_dtype", lambda kind: dtype("cpu" if kind == "meta" else kind)),
             mock.patch.object(torch, "clear_autocast_cache", clear_cache),
-            mock.patch.object(attention, "LOWER_RIGHT", branches),
-            mock.patch.object(attention, "causal_lower_right", lower_right),
             self,
         ):
             yield
@@ -130,27 +122,22 @@ def attend(
     Args:
         query: (batch, heads, queries, width); key and value: (batch, key heads, keys, width).
     """
-    from_right = hasattr(attn_mask, "lower_right")
-    flash = target.capability >= (8, 0) and query.dtype in FLOATS[:2] and query.shape[-1] <= 256
+    flash = has_flash(Place(target.kind, target.capability, query.dtype), query.shape[-1])
     if target.kind == "cpu":
         attn_mask = as_bias(attn_mask, query)
         if cpu_flash(query, attn_mask, dropout_p, enable_gqa):
             return aten._scaled_dot_product_flash_attention_for_cpu(
                 query, key, value, dropout_p, is_causal, attn_mask=attn_mask, scale=scale
             )[0]
-    elif flash and (attn_mask is None or from_right):
-        return aten._scaled_dot_product_flash_attention(
-            query, key, value, dropout_p, is_causal or from_right, False, scale=scale
-        )[0]
+    elif flash and attn_mask is None:
+        return aten._scaled_dot_product_flash_attention(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
     elif query.shape[1] == key.shape[1]:  # heads are not grouped
-        bias = None if from_right else as_bias(attn_mask, query)  # this kernel takes lower right as a flag
+        bias = as_bias(attn_mask, query)
         if bias is not None:
             bias = bias.expand(query.shape[0], query.shape[1], query.shape[2], key.shape[2])
         return aten._scaled_dot_product_efficient_attention(
-            query, key, value, bias, True, dropout_p, is_causal or from_right, scale=scale
+            query, key, value, bias, True, dropout_p, is_causal, scale=scale
         )[0]
-    elif from_right:
-        attn_mask = torch.ones(query.shape[2], key.shape[2], dtype=torch.bool, device=query.device)
     with torch._C.DisableTorchFunction():
         return torch.nn.functional.scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
@@ -206,15 +193,30 @@ def workspace(func: Any, args: tuple) -> int:
     if func is aten._scaled_dot_product_flash_attention_backward.default:
         query, key = args[1], args[2]
         batch, heads, length, width = query.shape
-        rows = -(-length // 128) * 128
-        size = 4 * batch * heads * rows * (1 + -(-width // 32) * 32)  # row sums and the query's gradient, float32
-        if key.shape[1] != heads:  # gradients of keys and values are first made for every query head
-            size += 2 * batch * heads * key.shape[2] * width * key.element_size()
-        return size
-    if func is aten._scaled_dot_product_efficient_attention_backward.default:
+        rows, grouped = batch * -(-length // 128) * 128, key.shape[1] != heads
+    elif func._schema.name == "torch_attn::_varlen_attn_backward":
         query, key = args[1], args[2]
-        return 4 * (query.numel() + 2 * key.numel() + query.numel() // query.shape[-1])
-    return 0
+        length, heads, width = query.shape
+        rows, grouped = length + 128 * len(args[6]), key.shape[1] != heads
+    elif func is aten._scaled_dot_product_efficient_attention_backward.default:
+        return efficient_workspace(args[1], args[2])
+    else:
+        return 0
+    size = 4 * heads * rows * (1 + -(-width // 32) * 32)  # row sums and the query's gradient, float32
+    if grouped:  # gradients of keys and values are first made for every query head
+        size += 2 * key.nbytes * heads // key.shape[1]
+    return size
+
+
+def efficient_workspace(query: Tensor, key: Tensor) -> int:
+    """Count what the memory-efficient kernel's backward pass allocates: gradients in float32, and row sums."""
+    return 4 * (query.numel() + 2 * key.numel() + query.numel() // query.shape[-1])
+
+
+def efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> Any:
+    """Stand in for that kernel's backward pass over all pairs, whose meta kernel expects other arguments (torch 2.14)."""
+    query.new_empty(efficient_workspace(query, key), dtype=torch.uint8)
+    return *map(torch.empty_like, (query, key, value)), query.new_empty(())
 
 
 # ---- bitsandbytes: its own meta kernels show an output, but none of the memory in between ----------------------------
@@ -240,7 +242,9 @@ def int8_mixed_scaled_mm(rows: Tensor, codes: Tensor, weight: Tensor, *args: Any
 
 
 DEQUANTIZE, INT8_PRODUCT = "bitsandbytes::dequantize_4bit", "bitsandbytes::int8_mixed_scaled_mm"
+EFFICIENT_BACKWARD = "aten::_efficient_attention_backward"
 REPLACEMENTS = {
+    EFFICIENT_BACKWARD: efficient_backward,
     "bitsandbytes::gemm_4bit": gemm_4bit,
     "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant,
     INT8_PRODUCT: int8_mixed_scaled_mm,

@@ -17,7 +17,7 @@ from transformers.utils.import_utils import is_liger_kernel_available
 
 from orpo_lite.model.activation_offload import check_count
 from orpo_lite.model.inspection import trainable_share, unwrap
-from orpo_lite.model.precision import chosen_dtype
+from orpo_lite.model.precision import Place, chosen_dtype
 from orpo_lite.objective.kernels import patch
 from orpo_lite.objective.layout import choose_layout, disable_dropout
 from orpo_lite.plan import meta_model, step
@@ -135,7 +135,7 @@ class Study:
         plain = recipe.model.model_copy(update={"quantization": "none", "new_tokens": []})
         plain = recipe.model_copy(update={"model": plain, "adapter": None})
         self.model = meta_model.build(plain, self.config, self.dtype, None, False)
-        self.layout = choose_layout(self.model, recipe.orpo.layout)
+        self.layout = choose_layout(self.model, recipe.orpo.layout, Place(target.kind, target.capability, self.dtype))
         self.shape = (shape or step.micro_batch)(recipe, self.layout.name)
         self.layers = meta_model.layer_signatures(self.model)
         """A text for each decoder layer, equal for equal layers; empty where they cannot be told from the rest."""
@@ -173,7 +173,7 @@ class Study:
         optim = recipe.training.get("optim") or TrainingArguments.default_optim
         states = meta_model.optimizer_states(optim, trained, cuda)
         timeline.take(states.device, OPTIMIZER)
-        passes = step.Passes(model, recipe, self._head)
+        passes = step.Passes(model, recipe, self._head, self.layout.attention)
         step.mark_layers(timeline, unwrap(model))
         with timeline, Kernels(self.target).emulate():
             if self.dtype != torch.float32:  # as accelerate wraps a prepared model

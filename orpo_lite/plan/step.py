@@ -18,6 +18,7 @@ from orpo_lite.model.activation_offload import CheckpointedLayers, checkpointing
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, head_transform
 from orpo_lite.objective.layout import small_model
+from orpo_lite.objective.one_call import Attention
 from orpo_lite.plan.allocations import GRADIENTS, Segment, Timeline
 from orpo_lite.plan.meta_model import decoder_layers
 from orpo_lite.recipe import DataSection, Recipe
@@ -114,10 +115,11 @@ def scoring(model: Any) -> HeadTransform | None:
 class Passes:
     """The collator and the two passes of training with the ORPO objective, over a model on the meta device."""
 
-    def __init__(self, model: Any, recipe: Recipe, transform: HeadTransform | None) -> None:
+    def __init__(self, model: Any, recipe: Recipe, transform: HeadTransform | None, attention: Attention) -> None:
         chunk = None if recipe.memory.head_chunk == "auto" else recipe.memory.head_chunk
         settings = SimpleNamespace(**recipe.orpo.model_dump(), head_chunk=chunk)
         self.model, self.objective = model, Objective(settings, model.config, transform)
+        self.objective.attention = attention
 
     def batch(self, shape: Shape, recipe: Recipe, layout: str) -> dict[str, Any]:
         """Collate the pairs of a shape."""

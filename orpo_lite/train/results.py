@@ -146,7 +146,7 @@ def record_of(
             "drops": pairs.report.as_dict(),
         },
         "probe": probe_rows(pairs),
-        "layout": trainer.layout._asdict(),
+        "layout": trainer.layout._asdict() | {"attention": trainer.layout.attention.name},
         "kernels": trainer.kernels,
         "parameters": {"trainable": trainable, "total": total},
         "effective_batch": trainer.get_total_train_batch_size(args),

@@ -16,7 +16,8 @@ from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
 from orpo_lite.objective.loss import PairStatistics, configured_loss, pair_statistics
 from orpo_lite.objective.metrics import metric_sums
-from orpo_lite.objective.packed_attention import packed_attention
+from orpo_lite.objective.one_call import Attention, pair_calls
+from orpo_lite.objective.packed_attention import own_attention, packed_attention
 
 logger = logging.getLogger(__name__)
 
@@ -32,6 +33,9 @@ class Objective:
         head: how the output head is scored without whole logits; None keeps whole logits. See `find_head`.
         processes: number of processes over which the engine averages gradients.
     """
+
+    attention = Attention("", "")
+    """From `choose_layout`; until it is set, the model's own function, two calls a pair."""
 
     def __init__(self, settings: Any, config: Any, head: HeadTransform | None = None, processes: int = 1) -> None:
         self.settings, self.head, self.processes = settings, head, processes
@@ -64,8 +68,10 @@ class Objective:
         plain: Any = extract_model_from_parallel(model)
         with contextlib.ExitStack() as stack:
             if "segments" in batch:
-                inputs["orpo_segments"] = batch["segments"]
-                stack.enter_context(packed_attention(unwrap(plain)))
+                inputs["orpo_segments"] = pair_calls(batch, self.attention.run)
+                stack.enter_context(packed_attention(unwrap(plain), self.attention.repeats))
+            elif self.attention.repeats:
+                own_attention(unwrap(plain), True)
             if self.head is not None:
                 stack.enter_context(score_labels(plain, target, self.head, self.settings.head_chunk))
             output = model(**inputs, use_cache=False)

@@ -134,7 +134,7 @@ class RunRecord(Section):
     data: DataFacts = DataFacts()
     probe: list[list[int]] = []
     """Token ids of a few training rows, for a merge to compare models on."""
-    layout: dict[Literal["name", "why"], str] = {}
+    layout: dict[Literal["name", "why", "attention"], str] = {}
     kernels: str | None = None
     parameters: dict[Literal["trainable", "total"], int] = {}
     effective_batch: int | None = None

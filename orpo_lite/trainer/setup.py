@@ -188,6 +188,7 @@ def make_objective(trainer: ORPOTrainer) -> Objective:
     """Make the objective, and find how the model's head is scored."""
     args, model = trainer.args, trainer.model
     objective = Objective(args, model.config, None, trainer.accelerator.num_processes)
+    objective.attention = trainer.layout.attention
     if objective.router_loss and not objective.router_coefficient:
         logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
     exact = 1e-3 if args.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32 else 0.2

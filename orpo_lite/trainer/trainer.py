@@ -24,6 +24,7 @@ from orpo_lite.data.token_cache import DropReport, tokenize_rows
 from orpo_lite.model import autocast
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
+from orpo_lite.model.precision import Place
 from orpo_lite.model.template_variables import check_variables
 from orpo_lite.objective.kernels import fuse
 from orpo_lite.objective.layout import choose_layout
@@ -132,7 +133,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if type(self).training_step is not ORPOTrainer.training_step:
             self.training_step = self._checked(self.training_step)
         self.kernels = fuse(self.model, args)
-        self.layout = choose_layout(unwrap(self.model), args.layout)
+        dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
+        self.layout = choose_layout(unwrap(self.model), args.layout, Place.of(args.device, dtype))
         # any id will do as padding, since labels and masks come from lengths
         pads = (args.padding_value, tokenizer.pad_token_id, tokenizer.eos_token_id, 0)
         pad = next(token for token in pads if token is not None)

@@ -47,7 +47,7 @@ VERSION = importlib.metadata.version("trl")
 class TrlPasses(TrlTrainer):
     """TRL's collator and loss over a model on the meta device, with only the attributes that the loss uses."""
 
-    def __init__(self, model: Any, recipe: Recipe, transform: Any, cuda: bool) -> None:
+    def __init__(self, model: Any, recipe: Recipe, transform: Any, attention: Any, cuda: bool) -> None:
         self.model = model
         self.cuda = cuda
         self.beta = recipe.orpo.beta

@@ -1,6 +1,7 @@
 """What only a CUDA device can show: kernels, half precision, the quantized base, peak memory."""
 
 import gc
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,11 @@ from torch.autograd.graph import save_on_cpu
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig
 
 from orpo_lite import ORPOTrainer
+from orpo_lite.data.collate import call_rows
 from orpo_lite.model.activation_offload import checkpointing_layers, offload
+from orpo_lite.model.adapter import prepare_frozen
+from orpo_lite.model.precision import Place, has_flash
+from orpo_lite.objective import one_call
 from orpo_lite.objective.head import token_logps
 from orpo_lite.train.bench import peak_over
 from tests.tiny import tiny_model
@@ -66,6 +71,58 @@ def test_layouts_agree(family, layout, tmp_path, tokenizer):
     (expected, wanted), (got, gradient) = outcomes
     assert got == pytest.approx(expected, abs=1e-4)
     assert ((gradient - wanted).norm() / wanted.norm()).item() < 1e-3
+
+
+@pytest.mark.parametrize("kernel", [one_call.varlen, one_call.memory_efficient])
+@pytest.mark.parametrize(("heads", "key_heads", "width"), [(4, 4, 64), (8, 2, 128), (4, 1, 256), (2, 1, 512)])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_all_pairs_in_one_call(kernel, heads, key_heads, width, dtype):
+    """Output and gradients of the kernels beside the reference's, with and without a window."""
+    place = Place.of(torch.device("cuda", torch.cuda.current_device()), dtype)
+    if dtype is torch.bfloat16 and place.capability < (8, 0):
+        pytest.skip("no bfloat16 on this device")
+    if kernel is one_call.varlen and (not has_flash(place, width) or one_call.varlen_options() is None):
+        pytest.skip("no varlen attention for this")
+    assert one_call.kernel_failure(kernel, CUDA, dtype, heads, key_heads, width) is None
+    segments = [(0, 300, 123, 70), (493, 5, 330, 1), (829, 0, 64, 65)]
+    places = {name: tensor.to(CUDA) for name, tensor in call_rows(segments).items()}
+    pairs = one_call.pair_calls({"segments": segments} | places, kernel)
+    torch.manual_seed(0)
+    sizes = [(958, heads), (len(pairs.key_rows), key_heads), (len(pairs.key_rows), key_heads)]
+    given = [torch.randn(rows, count, width, device=CUDA, dtype=dtype, requires_grad=True) for rows, count in sizes]
+    for window in (0, 50) if kernel is one_call.varlen else (0,):
+        outs = [one(*given, pairs, 0.1, window) for one in (kernel, one_call.one_by_one)]
+        got, expected = ((out, *torch.autograd.grad(out.float().square().sum(), given)) for out in outs)
+        for one, other in zip(got, expected, strict=True):
+            assert ((one - other).float().norm() / other.float().norm()).item() < 1e-2
+
+
+@pytest.mark.parametrize("family", [LlamaConfig(**SIZES), MistralConfig(**SIZES, sliding_window=8)])
+@pytest.mark.parametrize("capability", [None, (7, 5)], ids=["own", "as a T4"])
+def test_one_call_trains_as_padded_does_in_16_bits(family, capability, tmp_path, tokenizer, monkeypatch):
+    if capability:
+        plain = Place.of
+        monkeypatch.setattr(Place, "of", lambda *given: replace(plain(*given), capability=capability))
+    bf16 = torch.cuda.get_device_capability() >= (8, 0)
+    dtype = torch.bfloat16 if bf16 else torch.float16
+    torch.manual_seed(1)
+    model = get_peft_model(tiny_model(family).to(CUDA, dtype), LoraConfig(r=4, target_modules="all-linear"))
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.1)
+    prepare_frozen(model)
+    outcomes = []
+    for layout in ("padded", "shared"):
+        args = config(tmp_path, layout=layout, bf16=bf16, fp16=not bf16)
+        trainer = ORPOTrainer(model, args, None, rows(4), processing_class=tokenizer)
+        batch = next(iter(trainer.get_train_dataloader()))
+        with torch.autocast("cuda", dtype):
+            loss = trainer.compute_loss(model, batch)
+        outcomes.append((loss.item(), gradients(model, loss)))
+    assert "one call for all pairs" in trainer.layout.why
+    (expected, wanted), (got, gradient) = outcomes
+    assert got == pytest.approx(expected, abs=2e-2)
+    assert ((gradient - wanted).norm() / wanted.norm()).item() < 5e-2
 
 
 def test_quickstart_learns(tmp_path):

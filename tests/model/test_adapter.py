@@ -1,5 +1,6 @@
 """Adapters: where they land, what is trained, in which dtype, and that what is saved gives the training logits."""
 
+import copy
 import json
 import logging
 import warnings
@@ -236,3 +237,49 @@ def test_a_foreign_peft_model_can_be_saved(base_folder, tmp_path):
     save_adapter(model, tmp_path)
     base = AutoModelForCausalLM.from_pretrained(base_folder("llama"))
     torch.testing.assert_close(logits(PeftModel.from_pretrained(base, tmp_path)), logits(model))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma2", "phi"])
+def test_norms_of_a_quantized_base_hand_on_16_bits_and_lose_nothing(family, monkeypatch):
+    """Their products' inputs are what they were, the sums of the layers stay float32, and gradients come as close to float32's."""
+    import transformers as tf
+
+    from orpo_lite.model import adapter
+    from tests.tiny import tiny_model
+
+    sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=4, num_attention_heads=4,
+                 num_key_value_heads=4, vocab_size=512)  # fmt: skip
+    kind = {"llama": tf.LlamaConfig, "qwen3": tf.Qwen3Config, "gemma2": tf.Gemma2Config, "phi": tf.PhiConfig}[family]
+    model = get_peft_model(tiny_model(kind(**sizes, head_dim=32)), LoraConfig(r=4, target_modules="all-linear"))
+    torch.manual_seed(0)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(parameter, std=0.05)
+    model = model.to(torch.bfloat16)
+    ids = torch.randint(512, (3, 64))
+
+    def gradient(model, autocast):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(input_ids=ids, labels=ids).loss
+        grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
+        return torch.cat([g.flatten().float() for g in grads])
+
+    exact = gradient(copy.deepcopy(model).float(), False)
+    monkeypatch.setattr(adapter, "is_quantized", lambda _: True)
+    errors, seen = {}, []
+    for hooks in (False, True):
+        twin = copy.deepcopy(model)
+        with monkeypatch.context() as patch:
+            if not hooks:
+                patch.setattr(adapter, "GradientCheckpointingLayer", int)  # finds no layers
+            adapter.prepare_frozen(twin)
+        if hooks:
+            for name, module in twin.named_modules():
+                if name.endswith(("layers.0", "layers.1")):
+                    module.register_forward_hook(lambda m, a, out: seen.append(("layer", out.dtype)))
+                elif "norm" in type(module).__name__.lower():
+                    assert {p.dtype for p in module.parameters()} == {torch.float32}
+                    module.register_forward_hook(lambda m, a, out: seen.append(("norm", out.dtype)))
+        errors[hooks] = (gradient(twin, True) - exact).norm()
+    assert set(seen) == {("layer", torch.float32), ("norm", torch.bfloat16)}
+    assert errors[True] < 1.1 * errors[False]

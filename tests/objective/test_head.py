@@ -109,3 +109,29 @@ def test_wrong_shapes_are_named():
 
 def test_auto_chunk_is_bounded():
     assert auto_chunk(1000) == 1024 and auto_chunk(128_256) == 128 and auto_chunk(10**7) == 64
+    assert auto_chunk(128_256, torch.bfloat16) == 256
+
+
+@pytest.mark.parametrize(("softcap", "bytes_each"), [(None, 2), (30.0, 10)])
+def test_16_bit_logits_are_never_copied(softcap, bytes_each):
+    """On a device, where sums widen as they go, one buffer holds all that a chunk needs; a softcap works in float32."""
+    from orpo_lite.plan.allocations import Timeline
+    from orpo_lite.plan.gpus import Target
+    from orpo_lite.plan.kernels import Kernels
+
+    n, h, v, chunk = 512, 8, 8000, 64
+    target = Target("cuda")
+    hidden = torch.empty(n, h, dtype=torch.bfloat16, device="meta", requires_grad=True)
+    weight = torch.empty(v, h, dtype=torch.bfloat16, device="meta")
+    timeline = Timeline(target)
+    timeline.segment = ("forward", "start")
+    for tensor in (hidden, weight):
+        timeline.hold(tensor)
+    before = len(timeline.events)
+    with timeline, Kernels(target).emulate():
+        token_logps(hidden, weight, torch.empty(n, dtype=torch.int64, device="meta"), softcap=softcap, chunk=chunk)
+    held = peak = 0
+    for _, size, _ in timeline.events[before:]:
+        held += size
+        peak = max(peak, held)
+    assert peak < (bytes_each + 0.2) * chunk * v
