@@ -13,7 +13,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from orpo_lite.plan.gpus import Target
-from orpo_lite.plan.kernels import DEQUANTIZE, INT8_PRODUCT, REPLACEMENTS, workspace
+from orpo_lite.plan.kernels import DEQUANTIZE, INT8_PRODUCT, REPLACEMENTS, widened, workspace
 
 aten = torch.ops.aten
 
@@ -121,8 +121,8 @@ class Timeline(TorchDispatchMode):
             self._count(FLOPS, flop_registry[func._overloadpacket](*args, **kwargs, out_val=output))
         elif name == DEQUANTIZE:
             self._count(UNPACKED, output.numel())
-        extra = workspace(func, args)
-        if extra and self.target.kind == "cuda":
+        extra = workspace(func, args) if self.target.kind == "cuda" else widened(func, args)
+        if extra:
             number = self._add(extra)
             self.labels[number] = WORKSPACE
             self.events.append((number, -extra, self.segment))

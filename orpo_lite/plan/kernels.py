@@ -208,6 +208,16 @@ def workspace(func: Any, args: tuple) -> int:
     return size
 
 
+def widened(func: Any, args: tuple) -> int:
+    """Count the float32 copies that a CPU makes of 16-bit numbers to sum them, or (of input and output) to divide them."""
+    if func is aten.div_.Tensor:
+        mixed = isinstance(args[1], Tensor) and args[1].ndim > 0 and args[0].element_size() < args[1].element_size()
+        return 8 * args[0].numel() if mixed else 0
+    if func in (aten.sum.IntList_out, aten.mean.out) and args[0].element_size() == 2:
+        return 4 * args[0].numel()
+    return 0
+
+
 def efficient_workspace(query: Tensor, key: Tensor) -> int:
     """Count what the memory-efficient kernel's backward pass allocates: gradients in float32, and row sums."""
     return 4 * (query.numel() + 2 * key.numel() + query.numel() // query.shape[-1])
