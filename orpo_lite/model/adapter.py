@@ -207,6 +207,7 @@ def lora_config(source: str) -> LoraConfig:
         config: LoraConfig = PeftConfig.from_pretrained(source)  # type: ignore[assignment]  # the check takes no other
     # both name libraries to import, which an adapter has no say in; layers of Megatron are in no transformers model
     config.auto_mapping = config.megatron_config = None
+    config.megatron_core = "megatron.core"
     return config
 
 

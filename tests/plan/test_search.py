@@ -101,8 +101,8 @@ def test_checkpointing_and_offloading_move_the_plan(base):
     assert 0.6 < flops[-1] / flops[0] < 0.8
     away = plan(recipe(base, memory={"offload_activations": True}))
     assert away.phases["forward"][KEPT] < plans[0].phases["forward"][KEPT] / 2
-    # every layer's input; the first is in 16 bits as the embeddings are
-    assert away.facts[MOVED] == sum(2 * a + p for p, a in away.shape.pairs) * 256 * (11 * 4 + 2)
+    # every layer's input: what adapters add to is in float32 from the embeddings on
+    assert away.facts[MOVED] == sum(2 * a + p for p, a in away.shape.pairs) * 256 * 12 * 4
     assert away.facts[FLOPS] == flops[0]
 
 
@@ -120,6 +120,7 @@ def test_larger_cards_are_never_slower(base):
     assert all(b <= 1.02 * a for a, b in zip(costs, costs[1:], strict=False)) and costs[-1] < 0.8 * costs[0]
 
 
+@pytest.mark.slow
 def test_a_step_that_is_bound_by_launches_takes_larger_micro_batches(base, monkeypatch):
     asked = recipe(base, training=ONE | {"gradient_accumulation_steps": 8})
     card = Card("some card", needs(base, training=ONE, memory={"checkpointing": "none"}))

@@ -16,7 +16,7 @@ from datasets import Dataset
 from safetensors.torch import load_file
 
 from orpo_lite.__main__ import load
-from orpo_lite.trainer.checkpoint_folder import damage, manifest, seal
+from orpo_lite.trainer.checkpoint_folder import manifest, seal
 from tests.malformed.models import MODEL, adapter, edited, holding, model
 from tests.malformed.models import run as a_run
 from tests.security.conftest import Bomb, command, quick, write_rows
@@ -60,7 +60,6 @@ def test_a_checkpoint(name: str, how: str, mark: Path, tmp_path: Path, monkeypat
     facts = {key: value for key, value in manifest(checkpoint).items() if key != "files"}
     (checkpoint / name).parent.mkdir(exist_ok=True)
     (checkpoint / name).write_bytes(bombs(mark, how))
-    assert damage(checkpoint), "the manifest alone refuses what was put there later"
     seal(checkpoint, facts)  # as whoever gives the folder away could
     (tmp_path / "rows.jsonl").write_bytes((stopped.parent / "rows.jsonl").read_bytes())
     monkeypatch.chdir(tmp_path)

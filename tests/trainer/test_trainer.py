@@ -31,6 +31,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.objective import micro_batches
+from orpo_lite.trainer.trl_names import trl_columns
 from tests.tiny import tiny_model
 from tests.training import SIZES, Catch, config, gradients, rows
 
@@ -105,7 +106,8 @@ def test_answers_of_several_turns_are_labeled_turn_by_turn(layout, tmp_path, tok
     for number, row in enumerate(trainer.train_dataset):
         assert row["chosen_context"] and row["rejected_context"]
         for side in ("chosen", "rejected"):
-            ids, labels = torch.tensor([row[f"{side}_input_ids"]]), torch.tensor(row[f"{side}_labels"])
+            ids, columns_of_trl = torch.tensor([row[f"{side}_ids"]]), trl_columns(row)
+            labels = torch.tensor(columns_of_trl[f"{side}_labels"])
             text = tokenizer.decode(labels[labels != -100])
             assert "the end<|im_end|>" in text and "lamp chair" not in text
             logps = trainer.model(input_ids=ids).logits[0, :-1].log_softmax(-1).gather(1, ids[0, 1:, None])[:, 0]
