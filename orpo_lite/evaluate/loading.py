@@ -131,17 +131,23 @@ def whole_model(path: str, trust_remote_code: bool) -> ModelSection:
 def writes_to_base(source: ModelSource) -> bool:
     """Tell whether loading an adapter changes weights of its base, so that the base is not what is left without it."""
     config = lora_config(source.path)
-    return config.bias != "none" or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
+    own = ("lora_", "token_adapter", *(config.modules_to_save or ()))
+    # embeddings of a resized vocabulary, biases
+    whole = any(not any(word in name for word in own) for name in tensor_names(source))
+    return whole or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
+
+
+def tensor_names(source: ModelSource) -> set[str]:
+    """Return the names of an adapter's tensors."""
+    with safe_open(Path(source.path) / ADAPTER_WEIGHTS, "pt") as file:
+        return set(file.keys())
 
 
 def share_base(*sources: ModelSource) -> bool:
     """Tell whether these are adapters of LoRA matrices alone, on the same base."""
-    names = set[str]()
-    for source in sources:
-        if source.kind != "adapter" or writes_to_base(source):
-            return False
-        with safe_open(Path(source.path) / ADAPTER_WEIGHTS, "pt") as file:
-            names |= set(file.keys())
+    if any(source.kind != "adapter" or writes_to_base(source) for source in sources):
+        return False
+    names = set[str]().union(*map(tensor_names, sources))
     bases = [source.model.model_dump(exclude={"chat_template", "new_tokens"}) for source in sources]
     return bases.count(bases[0]) == len(bases) and all("lora_" in name for name in names)
 

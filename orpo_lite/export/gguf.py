@@ -85,11 +85,10 @@ def export(
     trained = check_request(source, output, adapter, ollama, quant)
     if (quantization or double_quant) and (adapter or not trained):
         raise RequestError("--quantization, --double-quant: without effect, for nothing is merged: leave them out")
-    if trained:
-        check_adapter(source)
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
     spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
     if trained:
+        check_adapter(source)
         spec = base_section(source, base, trust_remote_code)
     config, tokenizer = read_source(source, spec, adapter)
     output.parent.mkdir(parents=True, exist_ok=True)

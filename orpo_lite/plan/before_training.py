@@ -29,9 +29,6 @@ OTHERS = 300_000_000
 """Bytes held by other programs from which on they are mentioned: less may be an error in the size of our own context."""
 
 
-AUTO = "training.per_device_train_batch_size=auto"
-
-
 def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
     """Return a recipe with the fastest settings for the card in use, or the smaller one that memory.gpu_gb names.
 
@@ -41,7 +38,7 @@ def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
     size = recipe.memory.gpu_gb
     if not size and not recipe.plans_batches:
         return recipe
-    asked = AUTO if recipe.plans_batches else f"memory.gpu_gb={size:g}"
+    asked = "training.per_device_train_batch_size=auto" if recipe.plans_batches else f"memory.gpu_gb={size:g}"
     instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
     if device.type != "cuda":
         console.print(f"{asked}: there is no GPU here; training with {instead}", soft_wrap=True)

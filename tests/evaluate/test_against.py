@@ -38,6 +38,7 @@ KINDS = {
     "pissa": {"init_lora_weights": "pissa"},
     "olora": {"init_lora_weights": "olora"},
     "rows": {"trainable_token_indices": [5, 7]},
+    "saved": {"saved": True},
 }
 
 
@@ -60,12 +61,15 @@ def place(tmp_path_factory):
 
 def make_adapter(folder, base, seed, **options):
     torch.manual_seed(seed)
+    saved = options.pop("saved", "auto")  # embeddings as a whole, which loading puts into the base
     options = {"target_modules": ["q_proj", "v_proj"], "r": 4, "task_type": "CAUSAL_LM"} | options
     model = get_peft_model(AutoModelForCausalLM.from_pretrained(base), LoraConfig(**options))
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    if saved is True:
+        model.get_input_embeddings().weight.data += 0.1
+    model.save_pretrained(folder, save_embedding_layers=saved)
 
 
 def right(place, name, base="one"):
