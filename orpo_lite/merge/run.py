@@ -198,7 +198,8 @@ def finished_as(output: Path) -> Iterator[Path]:
         RuntimeError: the disk is full.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = output.parent / f".{output.name}.partial-{os.getpid()}"
+    folder = output.parent / f".{output.name}.partial"
+    shutil.rmtree(folder, ignore_errors=True)  # left by a merge that was killed
     try:
         folder.mkdir()
         yield folder

@@ -152,7 +152,6 @@ CASES = [
         for checkpointing in ("all", "none")
         for pairs in (1, 4)
     ),
-    Case("llama", "nf4", dtype="bfloat16", length=64, trl=True),
 ]
 
 
