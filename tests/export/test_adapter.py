@@ -63,6 +63,7 @@ def test_adapter_alone(converter, model_folder, adapter_folder, tmp_path, family
     torch.testing.assert_close(logits(copy), logits(model), atol=1e-3, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_names_left_by_torch_compile_are_read(converter, adapter_folder, tmp_path):
     _, folder = adapter_folder("llama")
     right = gguf.GGUFReader(export(folder, tmp_path / "right.gguf", adapter=True)).tensors

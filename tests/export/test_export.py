@@ -72,6 +72,7 @@ def test_a_run_becomes_a_gguf_file(converter, adapter_folder, tmp_path, capsys):
     assert 'PARAMETER stop """<|im_end|>"""' in (out.parent / "Modelfile").read_text()
 
 
+@pytest.mark.slow
 def test_a_missing_chat_template_is_that_of_the_base(converter, adapter_folder, tmp_path, capsys):
     _, run = adapter_folder("llama")
     (run / "chat_template.jinja").unlink()

@@ -106,6 +106,7 @@ def test_checkpointing_and_offloading_move_the_plan(base):
     assert away.facts[FLOPS] == flops[0]
 
 
+@pytest.mark.slow
 def test_a_roomy_card_does_without_recomputation(base):
     found = fit(recipe(base), Card("roomy", 80))
     assert found.choice.checkpointing == "none" and found.choice.pairs == 2
