@@ -27,14 +27,14 @@ efficient_attention = torch.ops.aten._efficient_attention_forward
 
 
 class PairCalls(NamedTuple):
-    """Where attention finds the pairs of a packed row, and the kernel that takes all of them in one call, if any."""
+    """The pairs of a packed row as attention takes them, and the kernel that takes all of them in one call, if any."""
 
     segments: list[Segment]
     key_rows: Tensor
     """Rows of keys and values, sequence after sequence, (K,) int64."""
     sizes: tuple[Tensor, Tensor, int, int]
-    """Where the queries and the keys of each sequence begin, and the last ones end, (sequences + 1,) int32; queries and
-    keys of the longest sequence."""
+    """First queries and first keys of the sequences, and the ends of the last, (sequences + 1,) int32 each; queries and keys of
+    the longest sequence."""
     run: Kernel | None = None
 
 
@@ -117,7 +117,7 @@ def takes(run: Kernel | None, query: Tensor, value: Tensor, window: int | None, 
 
 
 class Attention(NamedTuple):
-    """How the attention of a model is computed on a device, and why, in words."""
+    """A way to compute the attention of a model on a device, and the reason for it, in words."""
 
     name: str
     why: str

@@ -102,7 +102,7 @@ class Verdict:
     remedy: Choice | None = None
     """Settings that fit, where the recipe does not; None if nothing that was tried does."""
     chosen: Choice | None = None
-    """What a recipe that leaves its micro-batches to the plan is trained with."""
+    """Settings of a recipe that leaves its micro-batches to the plan."""
 
 
 def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:

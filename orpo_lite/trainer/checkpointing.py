@@ -43,7 +43,7 @@ class CheckpointedTrainer(Trainer):
     args: ORPOConfig
     model: Any
     sums: dict[str, Tensor]
-    """What was summed since the last log: the loss and the metrics; scalars."""
+    """Sums of the loss and the metrics since the last log; scalars."""
     logged_at = began_at = 0
     """Optimizer steps done at the last log, and when this session began."""
     session_loss = 0.0
@@ -51,7 +51,7 @@ class CheckpointedTrainer(Trainer):
     clock = train_seconds = 0.0
     """When the metrics were logged last, evaluations since then added; seconds of training, those before a resume included."""
     ended = False
-    """Whether the run has taken its last step, also where it resumes from the checkpoint of that step."""
+    """True once the run has taken its last step, also where it resumes from the checkpoint of that step."""
     resumed_from: Path | None = None
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

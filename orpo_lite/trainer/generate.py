@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are sampled; a checkpoint's own settings are ignored."""
+    """Settings of sampling; a checkpoint's own are ignored."""
 
     max_new_tokens: int
     temperature: float = 0.0

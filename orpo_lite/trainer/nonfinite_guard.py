@@ -31,7 +31,7 @@ class NonFiniteGuard(TrainerCallback):
         self.overflows = 0
         """Steps that fp16's loss scaling left out to find its scale."""
         self.overflowed = False
-        """Whether the step in progress overflowed in fp16."""
+        """True if the step in progress overflowed in fp16."""
 
     # ---- events of training ----------------------------------------------------------------------------------------
 
