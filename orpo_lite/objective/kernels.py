@@ -81,7 +81,7 @@ def patch(model: PreTrainedModel) -> int:
     liger also replaces classes and functions of transformers for the whole process, where models on the CPU would fail by
     them: those are put back, and the functions are called by this model's modules alone.
     """
-    from liger_kernel.transformers import _apply_liger_kernel_to_instance
+    from liger_kernel.transformers import _apply_liger_kernel_to_instance  # pyright: ignore[reportMissingImports]  # an extra
 
     # at the first rotation it lists the compilers that it would have liked to have
     logging.getLogger("liger_kernel").setLevel(logging.ERROR)

@@ -88,7 +88,7 @@ class Kernels(TorchFunctionMode):
 
         launches = contextlib.ExitStack()
         if "triton" in sys.modules:  # liger's functions allocate what they do, and their kernels run on nothing
-            from triton.runtime.jit import KernelInterface
+            from triton.runtime.jit import KernelInterface  # pyright: ignore[reportMissingImports]
 
             launches.enter_context(mock.patch.object(KernelInterface, "__getitem__", lambda *_: lambda *a, **k: None))
         with (
