@@ -154,13 +154,7 @@ def share_base(*sources: ModelSource) -> bool:
 
 def same_tensors(model: Any) -> Any:
     """Copy a model whose weights are the same tensors, not copies of them."""
-    same: list[Any] = [*model.parameters(), *model.buffers()]
-    for module in model.modules():
-        if hasattr(module, "init_8bit_state"):  # bitsandbytes moves 8-bit weights from parameter to state once
-            if module.weight.CB is not None:
-                module.init_8bit_state()
-            same.append(module.state)
-    return copy.deepcopy(model, {id(one): one for one in same})
+    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
 
 
 # ---- held-out pairs ---------------------------------------------------------------------------------------------------

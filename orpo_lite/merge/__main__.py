@@ -17,7 +17,7 @@ Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
 Dtype = StrEnum("Dtype", ["bfloat16", "float16", "float32"])
 """Dtype of the merged weights."""
-Quantization = StrEnum("Quantization", ["nf4", "fp4", "int8"])
+Quantization = StrEnum("Quantization", ["nf4", "fp4"])
 """What the base of a bare adapter was quantized with."""
 
 

@@ -62,7 +62,7 @@ class Base:
         elif onto == "quantized" and spec.quantization == "none":
             raise RequestError(
                 "--onto quantized: nothing says how the base was quantized (no recipe.yaml, or model.quantization=none): say it "
-                "with --quantization nf4, fp4 or int8 and, where it was done, --double-quant; or take --onto original"
+                "with --quantization nf4 or fp4 and, where it was done, --double-quant; or take --onto original"
             )
         if shipped:
             del self.config.quantization_config  # type: ignore[attr-defined]
@@ -124,7 +124,7 @@ class Base:
             )
 
     def quantize(self, trained: torch.dtype) -> None:
-        """Replace each weight that training quantized by its round trip through 4 or 8 bits."""
+        """Replace each weight that training quantized by its round trip through 4 bits."""
         spec = self.spec
         settings = quantization_settings(spec, torch.float32)
         names = quantized_modules(self.skeleton(), settings)
@@ -142,15 +142,13 @@ class Base:
 
 def check_shipped(name: str, shipped: dict[str, Any], onto: str) -> None:
     """Raise RequestError unless a repository that is quantized can be merged into."""
-    method = shipped.get("quant_method", "bitsandbytes")
+    method = "int8" if shipped.get("load_in_8bit") else shipped.get("quant_method", "bitsandbytes")
     if (method, onto) == ("bitsandbytes", "quantized"):
         return
     owner, slash, model = name.rpartition("/")
     stem = QUANTIZED_NAME.sub("", model)
     guess = f" (a guess from its name: {owner}{slash}{stem}; check that it exists)" if stem != model else ""
-    other = (
-        "or take --onto quantized" if method == "bitsandbytes" else "since --onto quantized reads bitsandbytes alone"
-    )
+    other = "or take --onto quantized" if method == "bitsandbytes" else "since --onto quantized reads 4 bits alone"
     raise RequestError(
         f"{name} ships quantized ({method}), so it has no 16-bit weights to merge into: name the 16-bit model that it was "
         f"made from with --base{guess}, {other}"
@@ -202,24 +200,23 @@ def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:
     return torch.bfloat16 if known == "bfloat16" else torch.float32
 
 
-# ---- weights as quantized training saw them: rounded to 4 or 8 bits and back -----------------------------------------------
+# ---- weights as quantized training saw them: rounded to 4 bits and back ----------------------------------------------------
 
 
 def quantized_modules(model: PreTrainedModel, settings: Any) -> set[str]:
-    """Name the linear layers that transformers would load in 4 or 8 bits; `model` is a skeleton, changed in place."""
+    """Name the linear layers that transformers would load in 4 bits; `model` is a skeleton, changed in place."""
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(settings, pre_quantized=False)
     quantizer.preprocess_model(model=model, device_map={"": "cpu"}, dtype=torch.float32)
-    kinds = ("Linear4bit", "Linear8bitLt")
-    return {name for name, module in model.named_modules() if type(module).__name__ in kinds}
+    return {name for name, module in model.named_modules() if type(module).__name__ == "Linear4bit"}
 
 
 def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.dtype, transposed: bool) -> Computed:
     """Return a stored weight, quantized as training did and dequantized again.
 
     Args:
-        method: nf4, fp4 or int8.
+        method: nf4 or fp4.
         trained: dtype in which training read the weight before it quantized it.
         transposed: True for GPT-2's Conv1D, which is quantized transposed.
     """
@@ -229,14 +226,10 @@ def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.d
         # a card does in seconds what takes a processor minutes
         weight = source.read().to(default_device(), trained)
         weight = weight.T.contiguous() if transposed else weight
-        if method == "int8":
-            held, rows, _ = functional.int8_vectorwise_quant(weight.half())
-            whole = functional.int8_vectorwise_dequant(held, rows).cpu()
-        else:
-            packed, state = functional.quantize_4bit(
-                weight, blocksize=BLOCKSIZE, quant_type=method, compress_statistics=double_quant
-            )
-            whole = functional.dequantize_4bit(packed, state).cpu()
+        packed, state = functional.quantize_4bit(
+            weight, blocksize=BLOCKSIZE, quant_type=method, compress_statistics=double_quant
+        )
+        whole = functional.dequantize_4bit(packed, state).cpu()
         whole = whole.T.contiguous() if transposed else whole
         return lambda block: whole[block].clone()
 
@@ -246,13 +239,6 @@ def round_trip(source: Stored, method: str, double_quant: bool, trained: torch.d
 def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, Source]:
     """Turn the tensors of a repository in bitsandbytes' format into dequantized weights."""
     from bitsandbytes import functional
-
-    def from_8_bits(source: Stored, scales: Stored) -> Computed:
-        def reader() -> Read:
-            scale = scales.read()
-            return lambda block: functional.int8_vectorwise_dequant(source.read(block), scale[block])
-
-        return Computed(source.key, source.shape, target, reader)
 
     def from_4_bits(source: Stored, parts: dict[str, Stored]) -> Computed:
         def state() -> Any:
@@ -268,13 +254,10 @@ def dequantized(tensors: dict[str, Stored], target: torch.dtype) -> dict[str, So
     found: dict[str, Source] = {}
     four = {key.partition(MARK)[0] for key in tensors if MARK in key}
     for key, stored in tensors.items():
-        path, _, leaf = key.rpartition(".")
         if key in four:
             begin = f"{key}."
             parts = {other.removeprefix(begin): part for other, part in tensors.items() if other.startswith(begin)}
             found[key] = from_4_bits(stored, parts)
-        elif leaf == "weight" and f"{path}.SCB" in tensors:
-            found[key] = from_8_bits(stored, tensors[f"{path}.SCB"])
-        elif path not in four and MARK not in key and leaf not in ("SCB", "weight_format"):
+        elif key.rpartition(".")[0] not in four and MARK not in key:
             found[key] = stored
     return found

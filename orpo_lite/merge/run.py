@@ -64,7 +64,7 @@ def merge(
         dtype: bfloat16, float16 or float32; default: as each weight of the base is stored.
         onto: original: the base as its author published it; outputs differ a little from those of the quantized base
             in training. quantized: that base's weights, dequantized, for the outputs seen in training.
-        quantization: nf4, fp4 or int8: what the base of training was quantized with, for an adapter without a recipe.
+        quantization: nf4 or fp4: what the base of training was quantized with, for an adapter without a recipe.
         double_quant: the constants of nf4 or fp4 were quantized too.
         verify: run the merged model and base with adapter, layer by layer, and compare their logits. Default: yes; a layer with DoRA
             takes five times its weights for it, and stacked experts once theirs, in float32.
@@ -152,8 +152,8 @@ def check_quantization(source: Path, quantization: str | None, double_quant: boo
     problem = None
     if (source / "recipe.yaml").is_file():
         problem = f"--quantization: {source / 'recipe.yaml'} says how the base was quantized: leave it out"
-    elif double_quant and quantization not in ("nf4", "fp4"):
-        problem = f"--double-quant: found --quantization {quantization}, expected nf4 or fp4"
+    elif quantization not in ("nf4", "fp4"):
+        problem = f"--quantization, --double-quant: found --quantization {quantization}, expected nf4 or fp4"
     elif not used:
         problem = "--quantization: has no effect with --onto original and --no-verify: leave it out"
     if problem:

@@ -15,7 +15,6 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import base_revision, check_quantized_share, keep_4bit_differentiable
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
 from orpo_lite.model.precision import (
-    BACKENDS,
     Precision,
     choose_precision,
     default_device,
@@ -38,9 +37,9 @@ class BaseFacts:
     precision: Precision
     attention: str
     quantization: str
-    """nf4, fp4, int8 or none; for a repository that came quantized, its own method."""
+    """nf4, fp4 or none; for a repository that came quantized, its own method."""
     quantized_share: float | None
-    """Share of the weights of linear layers and experts in 4 or 8 bits; None where bitsandbytes is not involved."""
+    """Share of the weights of linear layers and experts in 4 bits; None where bitsandbytes is not involved."""
     sentences: list[str]
 
 
@@ -64,7 +63,7 @@ def load_base(
     config = read_config(spec)
     shipped = shipped_quantization(config)
     if shipped:
-        adapt_shipped(shipped, precision.dtype)
+        adapt_shipped(spec.name_or_path, shipped, precision.dtype)
     elif skipped := quantization_skipped_reason(spec, device):
         logger.warning("%s", skipped)
         spec = spec.model_copy(update={"quantization": "none"})
@@ -115,7 +114,7 @@ def describe_weights(spec: ModelSection, method: str, shipped: bool, share: floa
         held += ", as the repository ships it"
         if spec.quantization != method:
             held += f" (model.quantization={spec.quantization} does not apply)"
-    elif spec.double_quant and method != "none" and BACKENDS[method].bits == 4:
+    elif spec.double_quant and method != "none":
         held += " with double quantization"
     return held if share is None else f"{held}; {share:.1%} of the weights of linear layers and experts"
 
@@ -163,11 +162,19 @@ def method_name(shipped: dict[str, Any]) -> str:
     return shipped.get("bnb_4bit_quant_type", "4 bits") if shipped.get("load_in_4bit") else shipped["quant_method"]
 
 
-def adapt_shipped(shipped: dict[str, Any], dtype: torch.dtype) -> None:
+def adapt_shipped(name: str, shipped: dict[str, Any], dtype: torch.dtype) -> None:
     """Make weights that ship quantized by bitsandbytes compute in this machine's dtype.
 
     The repository's own (usually bfloat16) is wrong on a T4 and slow on a CPU.
+
+    Raises:
+        RequestError: they ship in 8 bits.
     """
+    if shipped.get("load_in_8bit"):
+        raise RequestError(
+            f"model.name_or_path: {name} ships in 8 bits (int8), and bases are held in 4 bits or in full: use the "
+            "repository with the 16-bit weights, with model.quantization=nf4, or none"
+        )
     if shipped.get("quant_method") == "bitsandbytes":
         shipped["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
 

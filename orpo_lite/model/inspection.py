@@ -89,7 +89,7 @@ def is_quantized(model: nn.Module) -> bool:
 
 
 def check_quantized_share(model: PreTrainedModel) -> float:
-    """Compute the share of the weights of linear layers and experts that is held in 4 or 8 bits.
+    """Compute the share of the weights of linear layers and experts that is held in 4 bits.
 
     Embeddings, output head and routers are not counted, nor is anything one-dimensional. Parameters are counted, not
     linear modules: fused experts are bare 3-D parameters that the quantizer passes over.
@@ -113,7 +113,7 @@ def check_quantized_share(model: PreTrainedModel) -> float:
         largest = "\n".join(f"  {name}: {size:,} weights" for name, size in rest.most_common(3))
         raise RequestError(
             f"model.quantization: only {share:.1%} of the weights of {base_name(model)}'s linear layers and experts can "
-            f"be quantized (expected at least {MIN_QUANTIZED:.0%}), so the model would need more memory than its 4- or 8-bit "
+            f"be quantized (expected at least {MIN_QUANTIZED:.0%}), so the model would need more memory than its 4-bit "
             f"size suggests. Largest weights that are not quantized:\n{largest}\n"
             "Set model.quantization=none, on several GPUs if one cannot hold it"
         )

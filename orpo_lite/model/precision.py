@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,16 +114,7 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[object
     return torch.autocast(weight.device.type, dtype=frozen.pop())
 
 
-# ---- quantization of the frozen base: a backend is an entry of BACKENDS --------------------------------------------
-
-
-@dataclass(frozen=True)
-class Backend:
-    """A value of `model.quantization`."""
-
-    settings: Callable[[ModelSection, torch.dtype], Any]
-    """(section, compute dtype) -> transformers' quantization_config."""
-    bits: int
+# ---- quantization of the frozen base -------------------------------------------------------------------------------
 
 
 def bitsandbytes_unavailable() -> str | None:
@@ -141,7 +131,8 @@ def bitsandbytes_unavailable() -> str | None:
     return None
 
 
-def _four_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+def four_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
+    """Return transformers' quantization_config for nf4 or fp4, computed in `dtype`."""
     return BitsAndBytesConfig(
         load_in_4bit=True,
         bnb_4bit_quant_type=spec.quantization,
@@ -150,23 +141,10 @@ def _four_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
     )
 
 
-def _eight_bits(spec: ModelSection, dtype: torch.dtype) -> BitsAndBytesConfig:
-    return BitsAndBytesConfig(load_in_8bit=True)
-
-
-BACKENDS = {
-    "nf4": Backend(_four_bits, 4),
-    "fp4": Backend(_four_bits, 4),
-    "int8": Backend(_eight_bits, 8),
-}
-
-
 def is_quantized_parameter(parameter: Tensor) -> bool:
-    """Return True for a weight that one of the backends holds in 4 or 8 bits."""
-    if type(parameter).__name__ not in ("Params4bit", "Int8Params"):
-        return False
-    # 4-bit weights keep their state, in whatever dtype they are stored
-    return getattr(parameter, "quant_state", None) is not None or not parameter.dtype.is_floating_point
+    """Return True for a weight that bitsandbytes holds in 4 bits."""
+    # they keep their state, in whatever dtype they are stored
+    return type(parameter).__name__ == "Params4bit" and getattr(parameter, "quant_state", None) is not None
 
 
 def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str | None:
@@ -182,7 +160,7 @@ def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str
     size = choose_precision(spec.dtype, device).dtype.itemsize
     return (
         f"model.quantization: {spec.quantization} is skipped, since {why}: the weights stay in {size * 8} bits, "
-        f"{size} GB per billion weights instead of {BACKENDS[spec.quantization].bits / 8:g} GB"
+        f"{size} GB per billion weights instead of 0.5 GB"
     )
 
 
@@ -200,4 +178,4 @@ def quantization_settings(spec: ModelSection, dtype: torch.dtype) -> Any:
             f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "
             "pip install -U bitsandbytes"
         )
-    return BACKENDS[spec.quantization].settings(spec, dtype)
+    return four_bits(spec, dtype)

@@ -239,24 +239,6 @@ def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:
     return _gemm_4bit_default_impl(*args, **kwargs)
 
 
-def int8_vectorwise_quant(rows: Tensor, threshold: float = 0.0) -> tuple[Tensor, Tensor, Tensor]:
-    """Return codes, scales, and no outlier columns, whose number depends on the data."""
-    scales = rows.new_empty(rows.numel() // rows.shape[-1], dtype=torch.float32)
-    return torch.empty_like(rows, dtype=torch.int8), scales, rows.new_empty(0, dtype=torch.int64)
-
-
-def int8_mixed_scaled_mm(rows: Tensor, codes: Tensor, weight: Tensor, *args: Any, **kwargs: Any) -> Any:
-    """Make the int32 product, then the scaled one."""
-    product = rows.new_empty((*codes.shape[:-1], weight.shape[0]), dtype=torch.int32)
-    return product.to(rows.dtype), None
-
-
-DEQUANTIZE, INT8_PRODUCT = "bitsandbytes::dequantize_4bit", "bitsandbytes::int8_mixed_scaled_mm"
-EFFICIENT_BACKWARD = "aten::_efficient_attention_backward"
-REPLACEMENTS = {
-    EFFICIENT_BACKWARD: efficient_backward,
-    "bitsandbytes::gemm_4bit": gemm_4bit,
-    "bitsandbytes::int8_vectorwise_quant": int8_vectorwise_quant,
-    INT8_PRODUCT: int8_mixed_scaled_mm,
-}
+DEQUANTIZE, EFFICIENT_BACKWARD = "bitsandbytes::dequantize_4bit", "aten::_efficient_attention_backward"
+REPLACEMENTS = {EFFICIENT_BACKWARD: efficient_backward, "bitsandbytes::gemm_4bit": gemm_4bit}
 """Operations by name, and the functions that run in their place on meta tensors."""

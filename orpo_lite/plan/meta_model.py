@@ -21,9 +21,9 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig, P
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
-from orpo_lite.model.base import attention_for, shipped_quantization
+from orpo_lite.model.base import adapt_shipped, attention_for, shipped_quantization
 from orpo_lite.model.inspection import check_decoder_only
-from orpo_lite.model.precision import BACKENDS
+from orpo_lite.model.precision import four_bits
 from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
@@ -98,27 +98,26 @@ def quantization(spec: ModelSection, config: PretrainedConfig, dtype: torch.dtyp
             "planned: use the repository with the 16-bit weights"
         )
     if shipped:
+        adapt_shipped(spec.name_or_path, shipped, dtype)
         known: dict[str, Any] = {k: v for k, v in shipped.items() if k.startswith(("load_in", "bnb_4bit"))}
-        known["bnb_4bit_compute_dtype"] = dtype
         return BitsAndBytesConfig(**known)
-    return None if spec.quantization == "none" else BACKENDS[spec.quantization].settings(spec, dtype)
+    return None if spec.quantization == "none" else four_bits(spec, dtype)
 
 
 def quantize(model: PreTrainedModel, settings: BitsAndBytesConfig, dtype: torch.dtype) -> None:
     """Insert bitsandbytes' own layers where transformers' quantizer would, with quantized meta weights."""
-    from bitsandbytes.nn.modules import Linear4bit, Linear8bitLt
+    from bitsandbytes.nn.modules import Linear4bit
     from transformers.quantizers.auto import AutoHfQuantizer
 
     quantizer = AutoHfQuantizer.from_config(settings)
     quantizer._process_model_before_weight_loading(model, device_map=None)
     model.hf_quantizer = quantizer  # type: ignore[attr-defined]  # as from_pretrained sets it
     for module in model.modules():
-        if isinstance(module, Linear4bit | Linear8bitLt):
+        if isinstance(module, Linear4bit):
             weight: Any = module.weight
             weight.data = weight.data.to(dtype)
             weight._quantize("meta")
     model.is_loaded_in_4bit = settings.load_in_4bit  # type: ignore[attr-defined]
-    model.is_loaded_in_8bit = settings.load_in_8bit  # type: ignore[attr-defined]
 
 
 def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
@@ -197,7 +196,7 @@ def hold_model(timeline: Timeline, model: Any) -> None:
 def constants(weight: Tensor) -> list[Tensor]:
     """Return the tensors that bitsandbytes keeps beside a quantized weight."""
     state: Any = getattr(weight, "quant_state", None)
-    found = [getattr(weight, "SCB", None)]
+    found = []
     if state is not None:
         found += [state.absmax, state.code, state.offset]
         if state.nested:

@@ -248,8 +248,6 @@ def assumptions(recipe: Recipe, target: Target, fused: bool) -> list[str]:
     if recipe.memory.kernels != "none":
         ours = "liger's" if fused else "PyTorch's own, which hold more than liger's where those will run"
         found.append(f"kernels of norms, rotations and activations: {ours}")
-    if recipe.model.quantization == "int8":
-        found.append("int8: no outlier columns, which are kept in 16 bits")
     if recipe.memory.offload_activations:
         found.append("offloading: the copies of at most two layers are under way at a time")
     return found

@@ -12,7 +12,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.precision import BACKENDS
 from orpo_lite.plan.allocations import FLOPS, LAUNCHED, MOVED, UNPACKED
 from orpo_lite.plan.gpus import FITS, NOT, Card, Target, verdict
 from orpo_lite.plan.predict import Plan, Study
@@ -146,8 +145,8 @@ class Search:
         """
         stages: list[tuple[str, ...]] = [(), (OFFLOAD,)]
         if shorten:
-            backend, four_bits = BACKENDS.get(self.recipe.model.quantization), (OFFLOAD, "model.quantization=nf4")
-            if self.recipe.adapter and (backend is None or backend.bits > 4) and self._applied(four_bits):
+            four_bits = (OFFLOAD, "model.quantization=nf4")
+            if self.recipe.adapter and self.recipe.model.quantization == "none" and self._applied(four_bits):
                 stages.append(four_bits)
             stages += [(*stages[-1], *shorter(self.recipe, eighths)) for eighths in range(7, 0, -1)]
         return next(filter(None, map(self.fastest, filter(self._applied, stages))), None)

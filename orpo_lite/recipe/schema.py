@@ -44,7 +44,7 @@ class ModelSection(Section):
     gguf_file: str | None = None
     """File name of a GGUF checkpoint inside name_or_path (a local folder or hub id); dequantized once into a cached
     safetensors folder, which is then quantized and trained on as the recipe says."""
-    quantization: Literal["nf4", "fp4", "int8", "none"] = "nf4"
+    quantization: Literal["nf4", "fp4", "none"] = "nf4"
     """Quantization of the frozen base. A repository that is already quantized is used as it is."""
     double_quant: bool = True
     """Quantize the 4-bit quantization constants too (saves about 0.4 bits per parameter)."""

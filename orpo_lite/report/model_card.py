@@ -104,7 +104,7 @@ def run_card(folder: RunFolder, kind: Kind, repo: str | None, notes: Sequence[st
     shown = public_name(base or recipe.model.name_or_path, hub is not None)
     name, given = record.name or folder.path.resolve().name, published_recipe(recipe, record)
     it = usage_facts(folder.path, repo, name, shown, revision, recipe, held, facts.dtype or "auto")
-    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if it["bits"] == 4 else [])
+    tags = ["orpo"] + (["lora"] if recipe.adapter else []) + (["qlora"] if it["quantizer"] else [])
     sources = record.data.sources.values()
     datasets = sorted({one.path for one in sources if one.section == "train" and one.path and not one.files})
     meta = front_matter(kind, hub, license, tags, datasets=datasets or None)
@@ -283,15 +283,14 @@ def usage_facts(
     # a name that every command takes: Ollama wants lower case
     plain = "".join(c if c.isascii() and (c.isalnum() or c in "._-") else "-" for c in name).lower()
     template = read_json(folder / "tokenizer_config.json").get("chat_template")
-    backend, settings = None, None
-    if recipe and quantization != "none":
+    settings = None
+    if recipe and quantization in ("nf4", "fp4"):
         import torch
 
-        from orpo_lite.model.precision import BACKENDS
+        from orpo_lite.model.precision import four_bits
 
-        if backend := BACKENDS.get(quantization):
-            spec = recipe.model.model_copy(update={"quantization": quantization})
-            settings = backend.settings(spec, getattr(torch, dtype, torch.float32))
+        spec = recipe.model.model_copy(update={"quantization": quantization})
+        settings = four_bits(spec, getattr(torch, dtype, torch.float32))
     options = settings.to_diff_dict() if settings else {}
     return {
         "where": repo or folder.resolve().name, "name": plain, "base": base, "revision": revision,
@@ -299,7 +298,7 @@ def usage_facts(
         "chat": bool(template) or (folder / "chat_template.jinja").is_file(), "vllm_problems": problems,
         "vllm_rank": vllm_rank(folder) if adapter and not problems else 0,
         "new_tokens": bool(adapter.get("trainable_token_indices")), "dtype": dtype,
-        "bits": backend and backend.bits, "quantizer": type(settings).__name__ if settings else None,
+        "quantizer": type(settings).__name__ if settings else None,
         "quantizer_options": {key: value for key, value in options.items() if key[0] != "_" and key != "quant_method"},
     }  # fmt: skip
 

@@ -112,13 +112,11 @@ def recipe_of(script: Any, args: ORPOConfig, model: Any) -> Recipe:
         raise RequestError("; ".join(unused))
     if not model.model_name_or_path:
         raise RequestError("--model_name_or_path is missing: give a model's folder, or its id on the hub as owner/name")
-    bits = "--load_in_4bit" if model.load_in_4bit else "--load_in_8bit" if model.load_in_8bit else None
-    if bits and not model.use_peft:
-        raise RequestError(f"{bits}: quantized weights cannot be trained: add --use_peft, or leave it out")
+    if model.load_in_4bit and not model.use_peft:
+        raise RequestError("--load_in_4bit: quantized weights cannot be trained: add --use_peft, or leave it out")
     revision = None if model.model_revision == "main" else model.model_revision
     base = {"name_or_path": model.model_name_or_path, "revision": revision, "trust_remote_code": args.trust_remote_code}
-    kinds = {None: "none", "--load_in_4bit": model.bnb_4bit_quant_type, "--load_in_8bit": "int8"}
-    base |= {"quantization": kinds[bits], "double_quant": model.use_bnb_nested_quant,
+    base |= {"quantization": model.bnb_4bit_quant_type if model.load_in_4bit else "none", "double_quant": model.use_bnb_nested_quant,
              "attention": model.attn_implementation or "auto",
              "dtype": model.dtype or ("float16" if args.fp16 else "auto")}  # fmt: skip
     checkpointing = getattr(args, CHECKPOINTING if RENAMED else "gradient_checkpointing")

@@ -50,7 +50,7 @@ def test_every_field_of_a_recipe_is_in_the_reference(hooks: ModuleType) -> None:
     for name, row in rows.items():
         cells = [cell.strip() for cell in re.split(r"(?<!\\)\|", row)]
         assert len(cells) == 3 and all(cells), f"{name}: type, default and meaning: {cells}"
-    assert "`nf4`, `fp4`, `int8`, `none`" in rows["model.quantization"] and "`nf4`" in rows["model.quantization"]
+    assert "`nf4`, `fp4`, `none`" in rows["model.quantization"] and "`nf4`" in rows["model.quantization"]
     assert "**required**" in rows["model.name_or_path"] and "at least 1" in rows["adapter.r"]
 
 

@@ -135,8 +135,8 @@ def test_unknown_architecture_is_refused_before_the_merge(converter, adapter_fol
 def test_what_a_bare_adapters_base_was_quantized_with_goes_to_the_merge(adapter_folder, tmp_path, monkeypatch):
     _, run = adapter_folder("llama")
     monkeypatch.setattr("orpo_lite.export.gguf.run_converter", lambda *a: "")
-    with pytest.raises(RequestError, match="--double-quant: found --quantization int8, expected nf4 or fp4"):
-        export(run, tmp_path / "o.gguf", quantization="int8", double_quant=True)
+    with pytest.raises(RequestError, match="--double-quant: found --quantization None, expected nf4 or fp4"):
+        export(run, tmp_path / "o.gguf", double_quant=True)
 
 
 def test_request_is_checked_first(model_folder, tmp_path, monkeypatch):

@@ -155,16 +155,13 @@ def test_new_tokens_in_embeddings_trained_whole(trained, tmp_path):
 
 @pytest.mark.parametrize(
     ("family", "method"),
-    [("llama", "nf4"), ("llama", "fp4"), ("llama", "int8"), ("gpt2", "nf4"), ("gpt2", "int8"), ("gemma2", "nf4")],
+    [("llama", "nf4"), ("llama", "fp4"), ("gpt2", "nf4"), ("gemma2", "nf4")],
 )
 def test_onto_original_and_onto_quantized(trained, section, tmp_path, family, method):
     model, run = trained(family, {"quantization": method})
     expected = logits(model)
     quantized = plain(merge(run, tmp_path / "quantized", onto="quantized"))
-    if method == "int8":  # training also rounds activations
-        assert (logits(quantized) - expected).abs().mean() < 0.05 * expected.std()
-    else:
-        same(logits(quantized), expected)
+    same(logits(quantized), expected)
     assert not hasattr(quantized.config, "quantization_config")
     full, _ = load_base(section(family))
     expected = logits(attach_adapter(full, AdapterSection(init_from=str(run))))

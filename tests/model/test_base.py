@@ -10,11 +10,18 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, Gemma3Config, Gemma3ForConditionalGeneration
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    Gemma3Config,
+    Gemma3ForConditionalGeneration,
+)
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.merge.base import Base
 from orpo_lite.model import attach_adapter, base_name, check_quantized_share, load_base, routers, trainable_share
-from orpo_lite.recipe import AdapterSection, ModelSection
+from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests.model.conftest import CONFIGS, SIZES, logits
 from tests.tiny import tiny_model
 
@@ -22,17 +29,16 @@ LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 64 * 128 * 3)  # weights of the tiny l
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen2", "gemma2", "gpt2"])
-@pytest.mark.parametrize("method", ["nf4", "fp4", "int8"])
+@pytest.mark.parametrize("method", ["nf4", "fp4"])
 def test_quantized_as_asked(section, family, method):
     model, facts = load_base(section(family, quantization=method))
     assert (facts.quantization, facts.quantized_share) == (method, 1.0)
     full, _ = load_base(section(family))
-    kind = "Int8Params" if method == "int8" else "Params4bit"
     held = {type(p).__name__ for n, p in model.named_parameters() if n.endswith("q_proj.weight") or "c_attn.w" in n}
-    assert held == {kind}
+    assert held == {"Params4bit"}
     assert trainable_share(model)[1] == sum(p.numel() for p in full.parameters())
     drift = (logits(model) - logits(full)).abs().mean() / logits(full).std()
-    assert 0 < drift < (0.05 if method == "int8" else 0.5)
+    assert 0 < drift < 0.5
     assert not model.training and method in facts.sentences[0] and "100.0%" in facts.sentences[0]
 
 
@@ -63,31 +69,42 @@ def test_gradients_after_an_evaluation_are_those_before(section):
         torch.testing.assert_close(one, other, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize(("method", "name"), [("nf4", "nf4"), ("int8", "int8")])
-def test_a_quantized_repository_is_used_as_it_is(section, tmp_path, method, name):
+def test_a_quantized_repository_is_used_as_it_is(section, tmp_path):
     """Another compute dtype in its config is replaced by this device's; the recipe's method does not apply."""
-    model, _ = load_base(section("llama", quantization=method))
+    model, _ = load_base(section("llama", quantization="nf4"))
     model.save_pretrained(tmp_path)
     config = json.loads((tmp_path / "config.json").read_text())
-    if method == "nf4":
-        config["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
-        (tmp_path / "config.json").write_text(json.dumps(config))
+    config["quantization_config"]["bnb_4bit_compute_dtype"] = "bfloat16"
+    (tmp_path / "config.json").write_text(json.dumps(config))
     again, facts = load_base(ModelSection(name_or_path=str(tmp_path), quantization="fp4"))
-    assert (facts.quantization, facts.quantized_share) == (name, 1.0)
+    assert (facts.quantization, facts.quantized_share) == ("nf4", 1.0)
     assert "as the repository ships it (model.quantization=fp4 does not apply)" in facts.sentences[0]
-    if method == "nf4":
-        assert again.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
+    assert again.model.layers[0].mlp.up_proj.compute_dtype == torch.float32
     torch.testing.assert_close(logits(again), logits(model))
 
 
+def test_eight_bits_are_refused_by_name(section, base_folder, tmp_path):
+    """As a wish of the recipe, and as what a repository ships."""
+    with pytest.raises(RequestError, match=r"model\.quantization: found 'int8', expected: 'nf4', 'fp4' or 'none'"):
+        Recipe.load("quickstart", ["model.quantization=int8"])
+    eight = BitsAndBytesConfig(load_in_8bit=True)
+    AutoModelForCausalLM.from_pretrained(base_folder("llama"), quantization_config=eight).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base_folder("llama")).save_pretrained(tmp_path)
+    spec = ModelSection(name_or_path=str(tmp_path), quantization="none")
+    with pytest.raises(RequestError, match=r"ships in 8 bits \(int8\).*16-bit weights.*quantization=nf4, or none"):
+        load_base(spec)
+    for onto in ("original", "quantized"):
+        with pytest.raises(RequestError, match=r"ships quantized \(int8\).*--base.*4 bits alone"):
+            Base(spec, onto)
+
+
 @pytest.mark.parametrize("family", ["mixtral", "qwen3_moe", "qwen2_moe", "granitemoe"])
-@pytest.mark.parametrize("method", ["nf4", "int8"])
-def test_fused_experts_that_escape_quantization_are_refused(section, family, method):
+def test_fused_experts_that_escape_quantization_are_refused(section, family):
     with pytest.raises(
         RequestError,
         match=r"(?s)only \d+\.\d% .*(experts\.gate_up_proj|input_linear\.weight): [\d,]+ weights.*quantization=none",
     ) as e:
-        load_base(section(family, quantization=method))
+        load_base(section(family, quantization="nf4"))
     assert "router" not in str(e.value) and ".gate:" not in str(e.value) and "embed" not in str(e.value)
     model, facts = load_base(section(family))
     assert facts.quantized_share is None and routers(model)

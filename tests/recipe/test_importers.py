@@ -157,9 +157,17 @@ def test_axolotls_fields(place):
     left = {note.field: (note.value, note.why) for note in draft.left}
     assert left["a_field_of_tomorrow"] == (7, "no equivalent here")
     assert "WANDB_PROJECT" in left["wandb_project"][1] and left["comet_api_key"][0] == "(not shown)"
-    assert {"sample_packing", "special_tokens", "deepspeed", "trust_remote_code", "datasets.0.ds_type"} <= left.keys()
-    assert {note.field for note in draft.differs} == {"bf16", "flash_attention", "gradient_accumulation_steps"}
-    assert draft.unset == ["lora_model_dir"]
+    assert left.keys() == {"a_field_of_tomorrow", "wandb_project", "comet_api_key", "deepspeed", "trust_remote_code"}
+    assert {note.field for note in draft.differs} == {"gradient_accumulation_steps"}
+    nothing_lost = {
+        "lora_model_dir",
+        "bf16",
+        "flash_attention",
+        "sample_packing",
+        "datasets.0.ds_type",
+        "special_tokens.pad_token",
+    }
+    assert nothing_lost <= {*draft.unset}
 
 
 @pytest.mark.parametrize(
@@ -169,9 +177,9 @@ def test_axolotls_fields(place):
         ({"orpo_alpha": "absent"}, "orpo.beta", 0.1),
         ({"trl": {"beta": 0.7}, "rl_beta": 0.5}, "orpo.beta", 0.7),
         ({"adapter": "lora", "load_in_4bit": False}, "model.quantization", "none"),
-        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "model.quantization", "int8"),
+        ({"adapter": "lora", "load_in_4bit": False, "load_in_8bit": True}, "model.quantization", "nf4"),
         ({"adapter": "lora", "load_in_4bit": "false"}, "model.quantization", "none"),
-        ({"adapter": "lora", "load_in_4bit": "off", "load_in_8bit": "True"}, "model.quantization", "int8"),
+        ({"adapter": "lora", "load_in_4bit": "off", "load_in_8bit": "True"}, "model.quantization", "nf4"),
         ({"gradient_checkpointing": "false"}, "memory.checkpointing", "none"),
         ({"evals_per_epoch": "absent", "eval_strategy": "no"}, "training.eval_strategy", "no"),
         ({"adapter": None, "load_in_4bit": False}, "adapter", None),
@@ -225,14 +233,8 @@ def test_llamafactorys_fields(place):
         and "gradient_accumulation_steps=8" in words["pref_loss"]
     )
     left = {note.field for note in draft.left}
-    assert {
-        "do_train",
-        "plot_loss",
-        "overwrite_output_dir",
-        "neat_packing",
-        "swanlab_project",
-        "dataset_info.theirs.num_samples",
-    } <= left
+    assert left == {"swanlab_project", "dataset_info.theirs.num_samples"}
+    assert {"do_train", "plot_loss", "overwrite_output_dir", "neat_packing", "bf16"} <= {*draft.unset}
     one, _, _ = convert(written(place, FACTORY, per_device_train_batch_size=1), "mine")
     assert one.orpo.nll_mean == "micro"
     start, draft, _ = convert(written(place, FACTORY, pissa_init=True, pissa_iter=16), "mine")
@@ -270,7 +272,8 @@ def test_the_recipe_dry_runs(content, place, monkeypatch, capsys):
     shell.command()(app)
     done = CliRunner().invoke(shell, [str(file)])
     assert done.exit_code == 0, done.output
-    assert "no equivalent" in done.output and "theirs-recipe.yaml --dry-run" in done.output
+    assert done.output.startswith("no equivalent:") and "theirs-recipe.yaml --dry-run" in done.output
+    assert "plot_loss" not in done.output and "sample_packing" not in done.output
     recipe = Recipe.load(str(place / "theirs-recipe.yaml"))
     assert run(recipe, dry_run=True) is None
     assert "no equivalent" in (place / "theirs-recipe.yaml").read_text()
@@ -319,6 +322,23 @@ def test_a_value_of_the_wrong_kind_is_never_a_traceback(odd, place):
                 convert(written(place, content, **{name: odd}), "mine")
             except RequestError as error:
                 assert "theirs.yml" in str(error) or "dataset_info" in str(error)
+
+
+def test_names_of_data_sets_are_resolved_or_said_to_be_unusable(place):
+    recipe, draft, _ = convert(written(place, FACTORY, dataset="ultrafeedback,dpo_mix_en"), "mine")
+    assert [(one.path, one.name) for one in recipe.data.train] == [
+        ("llamafactory/ultrafeedback_binarized", None), ("llamafactory/DPO-En-Zh-20k", "en")]  # fmt: skip
+    assert not {note.field for note in draft.left} & {"dataset"}
+    info = place / "data" / "dataset_info.json"
+    info.write_text(json.dumps({"mine": {"file_name": "gone.json", "ranking": True}}))
+    for name, why in (
+        ("dpo_en_demo", "dataset_info.json in data has no such name"),
+        ("mine", "data/gone.json is not there"),
+    ):
+        _, draft, _ = convert(written(place, FACTORY, dataset=name), "mine")
+        note = draft.left[0]
+        assert (note.field, note.value) == ("dataset", name) and why in note.why and "set data.train" in note.why
+    assert not convert(written(place, FACTORY, dataset="org/pairs"), "mine")[1].left[0].field == "dataset"
 
 
 def test_what_would_publish_is_not_carried_over(place):

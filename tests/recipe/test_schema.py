@@ -253,7 +253,7 @@ def test_all_errors_at_once(written):
     ("words", "told"),
     [
         (["adapter=null"], "model.quantization is nf4"),
-        (["adapter=null", "model.quantization=int8"], "changes the base weights"),
+        (["adapter=null", "model.quantization=fp4"], "changes the base weights"),
         (["data.max_prompt_length=1024", "data.max_length=1024"], "no room for an answer"),
     ],
 )

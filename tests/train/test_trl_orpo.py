@@ -140,9 +140,9 @@ def test_flags_become_a_recipe(place, tmp_path):
     assert recipe("--use_peft").adapter.target_modules == ["q_proj", "v_proj"]  # PEFT's own for a Llama
     more = ["--dtype", "bfloat16", "--max_completion_length", "7", "--save_minutes", "3", "--weight_decay", "0.1",
             "--eval_strategy", "epoch", "--dataset_config", "main", "--lr_scheduler_type", "cosine",
-            "--use_peft", "--load_in_8bit", "--lora_target_modules", "all-linear", "--loraplus_lr_ratio", "4"]  # fmt: skip
+            "--use_peft", "--load_in_4bit", "--lora_target_modules", "all-linear", "--loraplus_lr_ratio", "4"]  # fmt: skip
     full = recipe(*more)
-    assert (full.model.dtype, full.model.quantization, full.evaluation.max_new_tokens) == ("bfloat16", "int8", 7)
+    assert (full.model.dtype, full.model.quantization, full.evaluation.max_new_tokens) == ("bfloat16", "nf4", 7)
     assert full.data.eval[0].split == "test" and full.data.train[0].name == "main"
     assert (full.adapter.target_modules, full.adapter.loraplus_lr_ratio, full.adapter.dropout) == (
         "all-linear",
@@ -161,6 +161,7 @@ def test_flags_become_a_recipe(place, tmp_path):
         (["--beta", "much"], "argument --beta: invalid float value: 'much'"),
         (["--beta", "-1"], "beta: found -1.0, expected a number from 0 up"),
         (["--load_in_4bit"], "--load_in_4bit: quantized weights cannot be trained: add --use_peft"),
+        (["--use_peft", "--load_in_8bit"], "--load_in_8bit: leave it out: give --load_in_4bit"),
         (["--push_to_hub"], "training.push_to_hub: found True, a run uploads nothing to the hub"),
         (["--generate_during_eval"], "--generate_during_eval: leave it out: a run answers held-out prompts"),
         (["--dataset_streaming"], "--dataset_streaming: leave it out: files larger than memory"),

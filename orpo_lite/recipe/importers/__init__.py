@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 import yaml
+from rich.padding import Padding
+from rich.text import Text
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
@@ -64,12 +66,12 @@ def convert(file: Path, name: str) -> tuple[Recipe, RecipeDraft, str]:
     return Recipe.parse(draft.recipe, f"{file}, as a recipe"), draft, whose
 
 
-def account(draft: RecipeDraft) -> str:
-    """Return what has another meaning or no equivalent, as YAML comments for the head of the recipe and the screen."""
-    parts = []
-    for title, notes in (("carried over with another meaning", draft.differs), ("no equivalent", draft.left)):
-        parts += [f"{title}:"] * bool(notes) + [f"  {note.field}: {note.value} : {note.why}" for note in notes]
-    return "".join(f"# {visible(part)}\n" for part in parts)
+def account(draft: RecipeDraft) -> Iterator[tuple[str, str]]:
+    """Yield what has no equivalent, then what has another meaning: a title or a field with its value, and why."""
+    for title, notes in (("no equivalent", draft.left), ("carried over with another meaning", draft.differs)):
+        if notes:
+            yield f"{title}:", ""
+        yield from ((visible(f"  {note.field}: {note.value}"), visible(note.why)) for note in notes)
 
 
 def command(
@@ -88,15 +90,20 @@ def command(
     recipe, draft, whose = convert(file, re.sub(r"[^A-Za-z0-9._-]+", "-", place.stem).strip("-.") or stem)
     head = f"# From {whose}'s {file.name}. Look first:\n#   python -m orpo_lite.train --recipe {place} --dry-run\n"
     written = recipe.model_dump(mode="json", exclude_unset=True)
-    write_atomically(place, head + account(draft) + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
+    head += "".join(f"# {' : '.join(filter(None, part))}\n" for part in account(draft))
+    write_atomically(place, head + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
     if as_json:
         carried = [{"field": name, "value": value, "place": where} for name, value, where in draft.carried]
         differs, left = ([note._asdict() for note in notes] for notes in (draft.differs, draft.left))
         fields = {"carried": carried, "differs": differs, "no_equivalent": left, "unset": draft.unset}
         print(json.dumps({"recipe": str(place), "from": whose} | fields, indent=1))
         return
-    lines = [f"{whose}: {len(draft.carried)} fields carried over", account(draft)]
-    if draft.unset:
-        lines.append(f"no value, so no effect: {', '.join(draft.unset)}")
-    lines.append(f"written: {place}\nnext: python -m orpo_lite.train --recipe {place} --dry-run")
-    console.print("\n".join(lines), markup=False, soft_wrap=True)
+    for line, why in account(draft):
+        console.print(line, markup=False, soft_wrap=True)
+        if why:
+            console.print(Padding(Text(why), (0, 0, 0, 4)))
+    console.print(
+        f"{whose}: {len(draft.carried)} fields carried over; written: {place}\n"
+        f"next: python -m orpo_lite.train --recipe {place} --dry-run",
+        markup=False, soft_wrap=True,
+    )  # fmt: skip

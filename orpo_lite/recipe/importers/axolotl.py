@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from orpo_lite.recipe.importers.draft import ATTENTION, RecipeDraft, as_list, number, table
+from orpo_lite.recipe.importers.draft import RecipeDraft, as_list, number, table
 
 FIELDS = table("axolotl")
 WORDS: dict[str, str] = FIELDS["words"]
@@ -16,45 +16,45 @@ def convert(draft: RecipeDraft) -> None:
     """Fill the draft's recipe from an axolotl configuration."""
     draft.carry("base_model", "model.name_or_path", draft.place_of)
     draft.take("rl", "orpo")
-    draft.flatten("trl")
-    draft.carry_all(FIELDS["places"], {"orpo.beta": 0.1, "data.max_length": 512, "data.completion_end": "trl"})
+    for name in ("trl", "special_tokens"):
+        draft.flatten(name)
+    draft.fill(FIELDS)
     convert_weights(draft)
-    convert_attention(draft)
-    convert_template(draft)
-    convert_data(draft)
+    template = str(draft.take("chat_template", "model.chat_template", "tokenizer_default"))
+    if template != "tokenizer_default":
+        draft.template("chat_template", template, WORDS["chat_template"])
+    draft.put("data.train", sources_of(draft, "datasets", "data.train"))
+    if "test_datasets" in draft.source:
+        draft.put("data.eval", sources_of(draft, "test_datasets", "data.eval"))
+    draft.held_out("val_set_size", WORDS["no_pairs"])
     convert_training(draft)
-    draft.rest(FIELDS["left"])
+    draft.rest(FIELDS["left"], FIELDS["same"])
 
 
 def convert_weights(draft: RecipeDraft) -> None:
-    """Convert quantization, adapter and precision."""
+    """Convert quantization, and the adapter with LoRA's own settings."""
     place = "model.quantization"
     kind = draft.take("adapter", place)
     four, eight = draft.flag("load_in_4bit", place), draft.flag("load_in_8bit", place)
-    nf4 = kind and (four or four is None and kind == "qlora")
-    draft.put(place, "nf4" if nf4 else "int8" if kind and eight else "none")
+    quantized = bool(kind and (four or eight or four is None and kind == "qlora"))
+    draft.put(place, "nf4" if quantized else "none")
     draft.flatten("bnb_config_kwargs")
-    if nf4:
+    if quantized:
         draft.carry_all(FIELDS["nf4"])
-    if kind:
-        if kind not in ("lora", "qlora"):
-            draft.differ("adapter", kind, "a LoRA is trained in its place")
-        convert_adapter(draft)
-    else:
+        if eight and not four:
+            draft.differ("load_in_8bit", eight, WORDS["load_in_8bit"])
+    if not kind:
         draft.put("adapter", None)
         if four or eight:
             draft.differ("adapter", None, WORDS["full"])
         for name in [name for name in draft.source if name.startswith(("lora_", "peft_"))]:
             draft.leave(name, "no adapter is trained")
-    if draft.take("float32", "model.dtype"):
-        draft.put("model.dtype", "float32")
-    draft.dtypes("bf16", "fp16", "bfloat16", "float16")
-
-
-def convert_adapter(draft: RecipeDraft) -> None:
-    """Convert LoRA's own settings."""
+        return
+    if kind not in ("lora", "qlora"):
+        draft.differ("adapter", kind, "a LoRA is trained in its place")
     draft.carry("lora_model_dir", "adapter.init_from", draft.place_of)
-    draft.carry_all(FIELDS["adapter"], {"adapter.dropout": 0.0})
+    draft.put("adapter.dropout", 0.0)
+    draft.carry_all(FIELDS["adapter"])
     draft.carry("lora_target_parameters", "adapter.target_parameters", as_list)
     place = "adapter.target_modules"
     linear, targets = draft.flag("lora_target_linear", place), draft.take("lora_target_modules", place)
@@ -62,35 +62,6 @@ def convert_adapter(draft: RecipeDraft) -> None:
         draft.put(place, "all-linear" if linear else targets)
     else:
         draft.differ("lora_target_modules", None, WORDS["lora_target_modules"])
-
-
-def convert_attention(draft: RecipeDraft) -> None:
-    """Convert the choice of an attention kernel, which axolotl spells in several ways."""
-    for name in FIELDS["attention"]:
-        wanted = draft.take(name, "model.attention")
-        if wanted == "eager" or wanted and name == "eager_attention":
-            draft.put("model.attention", "eager")
-        elif wanted not in (None, False, "sdpa") and name != "sdp_attention":
-            draft.differ(name, wanted, ATTENTION)
-
-
-def convert_template(draft: RecipeDraft) -> None:
-    """Convert the chat template, if it is known by its name."""
-    template = str(draft.take("chat_template", "model.chat_template", "tokenizer_default"))
-    if template != "tokenizer_default":
-        draft.template("chat_template", template, WORDS["chat_template"])
-
-
-def convert_data(draft: RecipeDraft) -> None:
-    """Convert data sets and the treatment of long pairs."""
-    draft.put("data.train", sources_of(draft, "datasets", "data.train"))
-    if "test_datasets" in draft.source:
-        draft.put("data.eval", sources_of(draft, "test_datasets", "data.eval"))
-    wanted = draft.take("excess_length_strategy", "data.overlong")
-    if wanted == "raise":
-        draft.differ("excess_length_strategy", wanted, "pairs that are too long are dropped and counted")
-    draft.put("data.overlong", "truncate" if wanted == "truncate" else "drop")
-    draft.held_out("val_set_size", WORDS["no_pairs"])
 
 
 def sources_of(draft: RecipeDraft, field: str, place: str) -> list[dict[str, Any]]:
@@ -104,18 +75,19 @@ def sources_of(draft: RecipeDraft, field: str, place: str) -> list[dict[str, Any
         else:
             entry.leave("data_files", WORDS["data_files"])
             files = []
+        if isinstance(entry.source.get("type"), str):
+            entry.take("type", "detected from the rows")
         entry.flatten("type")
         entry.carry_all(FIELDS["dataset"])
-        entry.rest(FIELDS["left"] | FIELDS["dataset_left"])
+        entry.rest(FIELDS["left"] | FIELDS["dataset_left"], FIELDS["same"])
         found += [{"path": draft.place_of(file)} | entry.recipe for file in files or [path]]
     return found
 
 
 def convert_training(draft: RecipeDraft) -> None:
-    """Convert batches, optimizer, schedule, checkpointing and logging."""
+    """Convert batches, optimizer, schedule and logging."""
     training = draft.recipe.setdefault("training", {})
     training.setdefault("per_device_eval_batch_size", training.get("per_device_train_batch_size", 1))
-    convert_checkpointing(draft)
     found = []
     for name, (flag, project) in FIELDS["trackers"].items():
         wanted = draft.flag(flag, "training.report_to")
@@ -124,7 +96,7 @@ def convert_training(draft: RecipeDraft) -> None:
     if found:
         training["report_to"] = found
     if draft.source.get("tf32") in ("auto", False):  # a card without it refuses the field
-        draft.leave("tf32", "set training.tf32: true on a card that has it")
+        del draft.source["tf32"]
     convert_pace(draft)
     draft.training(FIELDS)
     training = draft.recipe["training"]
@@ -135,17 +107,6 @@ def convert_training(draft: RecipeDraft) -> None:
     if (number(accumulation) or 1) > 1:
         draft.put("orpo.nll_mean", "micro")
         draft.differ("gradient_accumulation_steps", accumulation, WORDS["gradient_accumulation_steps"])
-
-
-def convert_checkpointing(draft: RecipeDraft) -> None:
-    """Convert gradient checkpointing and the offload of activations."""
-    wanted = draft.take("gradient_checkpointing", "memory.checkpointing")
-    offload = draft.take("activation_offloading", "memory.offload_activations")
-    draft.put("memory.checkpointing", "all" if wanted or offload else "none")
-    if wanted == "offload_disk":
-        draft.differ("gradient_checkpointing", wanted, WORDS["offload_disk"])
-    if offload or wanted in ("offload", "offload_disk"):
-        draft.put("memory.offload_activations", True)
 
 
 def convert_pace(draft: RecipeDraft) -> None:
@@ -165,5 +126,3 @@ def convert_pace(draft: RecipeDraft) -> None:
             training[f"{kind}_strategy"] = "epoch"
         elif times is not None:
             draft.leave_value(name, times, f"not a number of times: {kind}_steps and {kind}_strategy are used")
-    if "eval_strategy" not in training | draft.source | draft.given:
-        draft.leave_value("eval_strategy", None, WORDS["eval_strategy"])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,12 +19,6 @@ from orpo_lite.recipe.validation import unfit
 
 PRIVATE = re.compile(r"(^|_)(token|api_key|secret|password)$")
 SPELLED = {"true": True, "yes": True, "on": True, "false": False, "no": False, "off": False}
-
-DTYPE = "model.dtype: auto takes bfloat16 where the card has it, float16 on older ones, float32 on a CPU"
-ATTENTION = (
-    "model.attention: auto takes sdpa, and the layouts need no padding; set model.attention=flash_attention_2 where that "
-    "is installed"
-)
 
 
 def table(name: str) -> dict[str, Any]:
@@ -59,7 +53,7 @@ class RecipeDraft:
     left: list[Note] = field(default_factory=list)
     """Without an equivalent."""
     unset: list[str] = field(default_factory=list)
-    """Fields without a value, which change nothing."""
+    """Fields that change nothing: without a value, or done here anyway."""
 
     def __post_init__(self) -> None:
         self.unset = [str(name) for name, value in self.source.items() if value is None]
@@ -69,7 +63,9 @@ class RecipeDraft:
 
     def inside(self, source: dict[str, Any], where: str) -> RecipeDraft:
         """Return a draft of a mapping inside the file, whose account goes into this one's."""
-        return RecipeDraft(source, self.folder, self.file, f"{where}.", {}, self.carried, self.differs, self.left)
+        inner = RecipeDraft(source, self.folder, self.file, f"{where}.", {}, self.carried, self.differs, self.left)
+        inner.unset = self.unset
+        return inner
 
     def flatten(self, name: str) -> None:
         """Put the fields of a mapping, `trl: {beta: 0.1}`, beside the others, as `trl.beta`."""
@@ -118,12 +114,33 @@ class RecipeDraft:
         if name in self.source:
             self.put(place, change(self.take(name, place)))
 
-    def carry_all(self, places: Mapping[str, str], silent: Mapping[str, Any] | None = None) -> None:
-        """Carry over every field of a table; `silent` has the other trainer's defaults by their place in the recipe."""
-        for place, value in (silent or {}).items():
-            self.put(place, value)
+    def carry_all(self, places: Mapping[str, str]) -> None:
+        """Carry over every field of a table: the other trainer's name, and the place in the recipe."""
         for name, place in places.items():
             self.carry(name, place)
+
+    def fill(self, fields: Mapping[str, Any]) -> None:
+        """Put what the other trainer does where the file is silent, then carry over the places and switches of its table."""
+        for place, value in fields["silent"].items():
+            self.put(place, value)
+        self.carry_all(fields["places"])
+        for name, cases in fields["switches"].items():
+            if name in self.source:
+                self._switch(name, cases)
+
+    def _switch(self, name: str, cases: Mapping[Any, Any]) -> None:
+        """Take a field of which each value means something else: places and their values, or a text on what is different."""
+        means = {value: as_list(case) for value, case in cases.items()}
+        places = [place for case in means.values() for part in case if isinstance(part, dict) for place in part]
+        read = self.flag if means.keys() <= {True, False} else self.take
+        value = read(name, ", ".join(dict.fromkeys(places)))
+        plain = value if isinstance(value, str | bool) else str(value)
+        for part in means.get(plain, means.get("other", []) if value else []):
+            if isinstance(part, str):
+                self.differ(name, value, part)
+            else:
+                for place, wanted in part.items():
+                    self.put(place, wanted)
 
     # ---- the account -------------------------------------------------------------------------------------------------
 
@@ -145,15 +162,24 @@ class RecipeDraft:
         self.carried[:] = [one for one in self.carried if one[0] != place]
         notes.append(Note(place, displayable(name, value), why))
 
-    def rest(self, known: Mapping[str, str]) -> None:
-        """List what remains, with what is known about it, and fields that were read without effect."""
+    def rest(self, known: Mapping[str, str], same: Collection[str] = ()) -> None:
+        """List what remains: what is known about it, or that it changes nothing.
+
+        Args:
+            known: fields without an equivalent, and what to do instead; switched off, they change nothing.
+            same: fields of which nothing is lost, whatever their value.
+        """
         for name in list(self.source):
-            self.leave(name, known.get(name) or known.get(name.partition(".")[0], "no equivalent here"))
+            root = name.partition(".")[0]
+            if {root, name} & {*same} or root in known and not self.source[name]:
+                del self.source[name]
+            else:
+                self.leave(name, known.get(name) or known.get(root, "no equivalent here"))
         named = [note[0] for note in [*self.carried, *self.differs, *self.left]]
-        for name, value in self.given.items():
-            place = self.prefix + name
-            if not any(one == place or one.startswith(f"{place}.") for one in named):
-                self.leave_value(name, value, "without effect beside the other fields")
+        places = [self.prefix + name for name in self.given]
+        self.unset += [
+            place for place in places if not any(one == place or one.startswith(f"{place}.") for one in named)
+        ]
 
     # ---- what both trainers have -------------------------------------------------------------------------------------
 
@@ -176,12 +202,6 @@ class RecipeDraft:
             for evaluating in ("eval_strategy", "evaluation_strategy", "eval_steps", "evals_per_epoch"):
                 self.leave(evaluating, no_pairs)
 
-    def dtypes(self, *names: str) -> None:
-        """Account for mixed-precision flags: the recipe chooses by the device."""
-        for name in names:
-            if wanted := self.take(name, "model.dtype"):
-                self.differ(name, wanted, DTYPE)
-
     def training(self, fields: dict[str, Any]) -> None:
         """Carry over what transformers has, by the same name or the one under `training` in the trainer's table."""
         for name in [name for name in self.source if name.startswith(("hub_", "push_to_hub"))]:
@@ -191,7 +211,7 @@ class RecipeDraft:
         elif "warmup_ratio" in self.source:
             self.take("warmup_steps", "training.warmup_steps")
             self.carry("warmup_ratio", "training.warmup_steps")  # below 1 it is a share of all steps
-        same = {name: name for name in training_fields() if name not in fields["left"]}
+        same = {name: name for name in training_fields() if name not in fields["left"] and name not in fields["same"]}
         for theirs, ours in (same | fields["training"]).items():
             if theirs not in self.source:
                 continue

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.recipe.importers.draft import ATTENTION, RecipeDraft, number, table
+from orpo_lite.recipe.importers.draft import RecipeDraft, number, table
 
 FIELDS = table("llamafactory")
 WORDS: dict[str, str] = FIELDS["words"]
@@ -18,17 +18,16 @@ def convert(draft: RecipeDraft) -> None:
     for name in ("stage", "pref_loss"):
         draft.take(name, "orpo")
     draft.carry("model_name_or_path", "model.name_or_path", draft.place_of)
-    silent = {"orpo.beta": 0.1, "orpo.nll_scope": "chosen", "data.max_length": 2048, "data.overlong": "truncate"}
-    draft.carry_all(FIELDS["places"], silent)
+    draft.fill(FIELDS)
     convert_weights(draft)
     convert_template(draft)
     convert_data(draft)
     convert_training(draft)
-    draft.rest(FIELDS["left"])
+    draft.rest(FIELDS["left"], FIELDS["same"])
 
 
 def convert_weights(draft: RecipeDraft) -> None:
-    """Convert quantization, adapter, precision, attention and new tokens."""
+    """Convert quantization, adapter and new tokens."""
     kind, held = draft.take("finetuning_type", "adapter", "lora"), quantization_of(draft)
     if kind == "full":
         draft.put("adapter", None)
@@ -40,14 +39,6 @@ def convert_weights(draft: RecipeDraft) -> None:
             draft.differ("finetuning_type", kind, "a LoRA is trained in its place")
         convert_adapter(draft)
     draft.put("model.quantization", held)
-    draft.dtypes("bf16", "fp16", "pure_bf16")
-    wanted = draft.take("flash_attn", "model.attention")
-    if wanted in ("disabled", False):
-        draft.put("model.attention", "eager")
-    if wanted in ("fa2", "fa3"):
-        draft.differ("flash_attn", wanted, ATTENTION)
-    off = draft.flag("disable_gradient_checkpointing", "memory.checkpointing")
-    draft.put("memory.checkpointing", "none" if off else "all")
     tokens = [word for name in ("add_tokens", "add_special_tokens") for word in draft.names(name, "model.new_tokens")]
     if tokens:
         draft.put("model.new_tokens", tokens)
@@ -65,9 +56,8 @@ def quantization_of(draft: RecipeDraft) -> str:
         return "none"
     if bits == 4:
         return draft.take("quantization_type", place, "nf4")
-    if bits != 8:
-        draft.differ("quantization_bit", bits, WORDS["bits"])
-    return "int8" if bits == 8 else "none"
+    draft.differ("quantization_bit", bits, WORDS["eight" if bits == 8 else "bits"])
+    return "nf4" if bits == 8 else "none"
 
 
 def convert_adapter(draft: RecipeDraft) -> None:
@@ -78,7 +68,9 @@ def convert_adapter(draft: RecipeDraft) -> None:
     if folders[1:]:
         draft.leave_value("adapter_name_or_path", ", ".join(folders[1:]), WORDS["adapter_name_or_path"])
     rank = number(draft.source.get("lora_rank", 8)) or 8
-    draft.carry_all(FIELDS["adapter"], {"adapter.r": 8, "adapter.alpha": 2 * rank, "adapter.dropout": 0.0})
+    for place, value in {"r": 8, "alpha": 2 * rank, "dropout": 0.0}.items():
+        draft.put(f"adapter.{place}", value)
+    draft.carry_all(FIELDS["adapter"])
     targets = draft.names("lora_target", "adapter.target_modules") or ["all"]
     draft.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets)
     if more := draft.names("additional_target", "adapter.modules_to_save"):
@@ -130,15 +122,26 @@ def dataset_info(draft: RecipeDraft) -> tuple[Path, dict[str, Any]]:
 
 def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any]) -> dict[str, Any]:
     """Convert a named data set into a data source."""
-    if not isinstance(info.get(name), dict):
-        draft.differ("dataset", name, WORDS["dataset"])
-        return {"path": draft.place_of(name)}
-    entry = draft.inside(info[name], f"dataset_info.{name}")
+    known = info.get(name, FIELDS["datasets"].get(name))
+    if not isinstance(known, dict):
+        place = draft.place_of(name)
+        if place == name and not (Path(name).exists() or "/" in name):
+            where = (
+                f"dataset_info.json in {folder} has no such name"
+                if info
+                else f"there is no dataset_info.json in {folder}"
+            )
+            draft.leave_value("dataset", name, WORDS["dataset"].format(found=where, name=name))
+        return {"path": place}
+    entry = draft.inside(known, f"dataset_info.{name}")
     if hub := entry.take("hf_hub_url", "path"):
         entry.leave("file_name", "hf_hub_url takes precedence, as in LLaMA-Factory")
         entry.carry_all({"subset": "name", "split": "split"})
     file = entry.take("file_name", "path")
-    entry.put("path", str(hub or (folder / str(file) if file else name)))
+    path = str(hub or (folder / str(file) if file else name))
+    if not hub and not Path(path).exists():
+        draft.leave_value("dataset", name, WORDS["dataset"].format(found=f"{path} is not there", name=name))
+    entry.put("path", path)
     if not entry.take("ranking", "pairs"):
         entry.differ("ranking", False, WORDS["ranking"])
     formatting = str(entry.take("formatting", "detected from the rows", "alpaca"))
@@ -157,9 +160,6 @@ def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any])
 
 def convert_training(draft: RecipeDraft) -> None:
     """Convert batches, schedule and evaluation."""
-    place = "training.train_sampling_strategy"
-    if (sequential := draft.flag("disable_shuffling", place)) is not None:
-        draft.put(place, "sequential" if sequential else "random")
     draft.training(FIELDS)
     training = draft.recipe["training"]
     batch = int(number(training["per_device_train_batch_size"]) or 1)
