@@ -145,6 +145,8 @@ def choose_attention(config: Any, inner: str | None, place: Place) -> Attention:
     if place.kind != "cuda":
         return Attention("sdpa", f"two calls a pair: no kernel for {place.kind} takes all pairs at once")
     text = config.get_text_config(decoder=True)
+    if getattr(text, "is_heterogeneous", False):
+        text = max(text.per_layer_config, key=lambda layer: getattr(layer, "head_dim", None) or 0)
     heads = text.num_attention_heads
     widths = [getattr(text, name, None) for name in ("head_dim", "global_head_dim")]
     width = max(filter(None, widths), default=text.hidden_size // heads)

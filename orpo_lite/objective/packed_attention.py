@@ -167,7 +167,7 @@ def own_attention(model: PreTrainedModel, repeats: bool) -> None:
     inner = inner_attention(model)
     name = "orpo_lite_sdpa_repeated" if repeats else f"orpo_lite_{inner}"
     if model.config._attn_implementation != name:
-        model.set_attn_implementation(name)
+        set_attention(model, name)
 
 
 @contextlib.contextmanager
@@ -187,4 +187,11 @@ def packed_attention(model: PreTrainedModel, repeats: bool = False) -> Iterator[
 def plain_attention(model: PreTrainedModel) -> None:
     """Restore the model's plain attention function."""
     if plain := INNER.get(model.config._attn_implementation or ""):
-        model.set_attn_implementation(plain)
+        set_attention(model, plain)
+
+
+def set_attention(model: PreTrainedModel, name: str) -> None:
+    """Set the attention function of a model's decoder; what text never passes through keeps its own."""
+    config, text = model.config, model.config.get_text_config(decoder=True)
+    text_config = {key: name for key in config.sub_configs if getattr(config, key, None) is text}
+    model.set_attn_implementation({"": name} | text_config if text_config else name)

@@ -29,6 +29,9 @@ SHARED = {
     "qwen3": tf.Qwen3Config(**S, head_dim=8),
     "gemma2": tf.Gemma2Config(**S, head_dim=8, sliding_window=8, attn_logit_softcapping=5.0, **EAGER),
     "gemma3": tf.Gemma3TextConfig(**S, head_dim=8, sliding_window=8, layer_types=["sliding_attention", "full_attention"]),
+    "gemma4-sizes-by-layer": tf.Gemma4TextConfig(
+        **S, head_dim=8, global_head_dim=16, num_global_key_value_heads=1, attention_k_eq_v=True, sliding_window=8,
+        layer_types=["sliding_attention", "full_attention"], hidden_size_per_layer_input=0),
     "phi3": tf.Phi3Config(**S, sliding_window=8),
     "mixtral": tf.MixtralConfig(**S, num_local_experts=4, output_router_logits=True, router_aux_loss_coef=0.5),
     "qwen3_moe": tf.Qwen3MoeConfig(**S, **MOE, head_dim=8, output_router_logits=True, router_aux_loss_coef=0.5),
