@@ -19,6 +19,7 @@ import torch
 from datasets import Dataset, disable_progress_bars, enable_progress_bars
 
 from orpo_lite.model.inspection import unwrap
+from orpo_lite.objective.kernels import fuse
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
@@ -49,6 +50,23 @@ def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
         tokenizer.save_pretrained(folder)
         section = recipe.model.model_copy(update={"name_or_path": folder, "gguf_file": None, "revision": None})
         yield recipe.model_copy(update={"model": section})
+
+
+TRL_LIGER = "trl + liger"
+"""TRL's trainer with the same fused kernels as ours."""
+
+
+def attributes(model: Any) -> dict[Any, dict[str, Any]]:
+    """Return the attributes of every module, some of which fused kernels replace; hooks are copied, for they change in place."""
+    hooks = "_forward_pre_hooks"
+    return {module: vars(module) | {hooks: vars(module)[hooks].copy()} for module in model.modules()}
+
+
+def restore(kept: dict[Any, dict[str, Any]]) -> None:
+    """Give modules the attributes back that `attributes` returned."""
+    for module, values in kept.items():
+        vars(module).pop("forward", None)  # of the instance, where kernels are fused
+        vars(module).update(values)
 
 
 class Contest:
@@ -84,12 +102,18 @@ class Contest:
             layouts = [name for name in against if name != "trl"]
             for layout in [recipe.orpo.layout, *layouts]:
                 args = arguments(recipe, Path(scratch), self.facts, has_eval=False, checkpointing=0)
-                args.layout = layout
+                args.layout, wish, args.kernels = layout, recipe.memory.kernels, "none"
                 trainer = ORPOTrainer(self.model, args, None, found.select([0]), None, tokenizer)
                 self.trainers["ours" if not self.trainers else layout] = trainer
             if "trl" in against:
                 self.trainers["trl"] = trl_trainer(self.model, args, tokenizer, scratch)
         ours: ORPOTrainer = self.trainers["ours"]
+        self.plain = attributes(self.model)
+        args.kernels = wish
+        kernels = fuse(self.model, args)
+        self.fused = attributes(self.model)
+        if "trl" in self.trainers and kernels.startswith("liger"):
+            self.trainers[TRL_LIGER] = self.trainers["trl"]
         self.setting = {
             "model": f"{self.facts.name}, {sum(p.numel() for p in self.model.parameters()):,} stored weights",
             "quantization": self.facts.quantization,
@@ -98,6 +122,7 @@ class Contest:
             "checkpointing": "all layers" if checkpointing else "off",
             "max_length": data.max_length,
             "layout": f"{ours.layout.name}: {ours.layout.why}",
+            "kernels": kernels,
             "device": torch.cuda.get_device_name() if torch.cuda.is_available() else f"cpu, {torch.get_num_threads()} threads",
             "pairs": len(self.rows),
             "tokens_per_pair": sum(len(r["chosen_ids"]) + len(r["rejected_ids"]) for r in self.rows) / len(self.rows),
@@ -106,7 +131,8 @@ class Contest:
     def steps(self, name: str, batch_size: int) -> Callable[[], float]:
         """Build the work to time: forward and backward over all pairs, in batches, and one optimizer step."""
         trainer: Any = self.trainers[name]
-        shape = trl_columns if name == "trl" else dict
+        is_trl = trainer is self.trainers.get("trl")
+        shape = trl_columns if is_trl else dict
         rows = [shape(row) for row in self.rows]
         trainer.optimizer = None
         optimizer = trainer.create_optimizer()
@@ -116,7 +142,8 @@ class Contest:
         base: Any = unwrap(self.model)
 
         def work() -> float:
-            if name == "trl":
+            restore(self.plain if name == "trl" else self.fused)
+            if is_trl:
                 plain_attention(base)
             loss = 0.0
             for start in range(0, len(rows), batch_size):

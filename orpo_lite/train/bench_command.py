@@ -31,6 +31,14 @@ def show(setting: dict[str, Any], races: list[dict[str, Any]]) -> None:
                           f"{ratio['median']:.2f} ({ratio['min']:.2f} to {ratio['max']:.2f})" if ratio else "",
                           f"{c['ours_memory_share']:.2f}" if ratio else "")  # fmt: skip
     console.print(table)
+    for race in races:
+        # the best that TRL can do here
+        rivals = [c["ours_is_times_as_fast"] for name, c in race["contestants"].items() if name.startswith("trl")]
+        best = min(rivals, key=lambda ratio: ratio["median"], default=None)
+        if best and best["min"] <= 1:
+            console.print(
+                f"batch {race['batch_size']}: no faster than TRL within the spread of the repeats ({best['min']:.2f} to {best['max']:.2f})"
+            )
 
 
 def command(

@@ -1,9 +1,9 @@
 """`python -m tests.benchmarks.launches`: kernels launched by a micro-batch, ours and TRL's, and what a card would take for them.
 
-The real step of both runs on meta tensors with a few layers of the real width, and is extended to all of them: each further
-layer adds the same. An attention kernel counts as one operation each way. The
-roofline is an estimate: each kernel takes the longer of its arithmetic and its bytes by the card's public figures, and
-the step no less than the host needs to launch all kernels.
+The real step of each side runs on meta tensors with one and with two layers of the real width, and is extended to all of
+them: each further layer adds the same. An attention kernel counts as one operation each way. The roofline is an estimate:
+each kernel takes the longer of its arithmetic and its bytes by the card's public figures, and the step no less than the
+host needs to launch all kernels.
 """
 
 from __future__ import annotations
@@ -12,7 +12,9 @@ import contextlib
 import functools
 import itertools
 import json
+import multiprocessing
 from collections import Counter
+from concurrent.futures import ProcessPoolExecutor
 from typing import Annotated, Any, NamedTuple
 from unittest import mock
 
@@ -169,19 +171,29 @@ def seconds(found: Launches, card: Card) -> float:
     return max(work, LAUNCH * found.counts["kernels"])
 
 
+def side_of(case: tuple[str, int, bool], recomputed: bool) -> dict[str, Any]:
+    """Count one side, TRL's or ours; a T4 takes other kernels, so its step is counted apart."""
+    size, pairs, trl = case
+    by_target = {target: whole(size, target, pairs, trl, recomputed) for target in (AMPERE, T4)}
+    side: dict[str, Any] = {
+        key: by_target[AMPERE].counts[key] for key in ("kernels", "casts", "syncs", "bytes", "flops")
+    }
+    side["pairs_per_second"] = {name: pairs / seconds(by_target[card.target], card) for name, card in CARDS.items()}
+    return side
+
+
 def compare(sizes: list[str], recomputed: bool) -> list[dict[str, Any]]:
-    """Count all sizes and numbers of pairs, ours and TRL's; a T4 takes other kernels, so its step is counted apart."""
-    rows = []
-    for size, pairs in itertools.product(sizes, PAIRS):
-        row: dict[str, Any] = {"model": size, "pairs": pairs}
-        for side in ("trl", "ours"):
-            by_target = {target: whole(size, target, pairs, side == "trl", recomputed) for target in (AMPERE, T4)}
-            row[side] = {key: by_target[AMPERE].counts[key] for key in ("kernels", "casts", "syncs", "bytes", "flops")}
-            row[side]["pairs_per_second"] = {
-                name: pairs / seconds(by_target[card.target], card) for name, card in CARDS.items()
-            }
-        rows.append(row)
-    return rows
+    """Count all sizes and numbers of pairs, ours and TRL's, on all cores."""
+    cases = [(size, pairs, trl) for size, trl, pairs in itertools.product(sizes, (True, False), PAIRS)]
+    with ProcessPoolExecutor(mp_context=multiprocessing.get_context("fork")) as pool:
+        # a model is built once in each process: its pairs go there together
+        sides = dict(
+            zip(cases, pool.map(side_of, cases, itertools.repeat(recomputed), chunksize=len(PAIRS)), strict=True)
+        )
+    return [
+        {"model": size, "pairs": pairs, "trl": sides[size, pairs, True], "ours": sides[size, pairs, False]}
+        for size, pairs in itertools.product(sizes, PAIRS)
+    ]
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:

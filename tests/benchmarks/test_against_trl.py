@@ -6,10 +6,12 @@ import pytest
 import torch
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.objective import layout
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import bench_command as bench
-from orpo_lite.train.bench import Contest, interleaved, random_model, ratios
+from orpo_lite.train.bench import TRL_LIGER, Contest, interleaved, random_model, ratios
 from tests.commands import command
+from tests.interpreted import liger
 
 
 def test_races_trl_and_prints_json():
@@ -43,6 +45,37 @@ def test_losses_that_differ_stop_the_race():
     contest.trainers["padded"].args.beta = 0.7
     with pytest.raises(RuntimeError, match="losses differ"):
         contest.race(2, 1)
+
+
+@pytest.mark.slow
+def test_trl_runs_with_ligers_kernels_too_and_without_them(monkeypatch):
+    liger()
+    pair = {"chosen_ids": [5, 9, 7], "rejected_ids": [5, 9, 3, 4], "chosen_start": 2, "rejected_start": 2}
+    # interpreted, each token takes milliseconds
+    monkeypatch.setattr(layout, "check_pairs", lambda vocabulary: [pair] * 3)
+    contest = Contest(Recipe.load("quickstart", ["memory.kernels=liger", "data.max_length=48"]), 1, ["trl"], False)
+    assert list(contest.trainers) == ["ours", "trl", TRL_LIGER] and contest.setting["kernels"].startswith("liger")
+    fused, losses = {}, []
+    for name in contest.trainers:
+        losses.append(contest.steps(name, 1)())
+        instances = [vars(module)["forward"] for module in contest.model.modules() if "forward" in vars(module)]
+        fused[name] = sum("liger" in forward.__func__.__module__ for forward in instances)
+    assert fused["ours"] == fused[TRL_LIGER] > 0 == fused["trl"]
+    assert max(losses) - min(losses) < 1e-4
+
+
+def test_sizes_at_which_nothing_is_gained_are_named(capsys):
+    def side(low, high):
+        speed = {"median": (low + high) / 2, "min": low, "max": high}
+        return {"pairs_per_second": 1.0, "tokens_per_second": 1.0, "peak_bytes_over_weights": 1, "ours_memory_share": 1.0,
+                "ours_is_times_as_fast": speed}  # fmt: skip
+
+    ours = {"pairs_per_second": 1.0, "tokens_per_second": 1.0, "peak_bytes_over_weights": 1}
+    races = [{"batch_size": 1, "contestants": {"ours": ours, "trl": side(1.2, 1.3), TRL_LIGER: side(0.97, 1.03)}},
+             {"batch_size": 4, "contestants": {"ours": ours, "trl": side(1.5, 1.6)}}]  # fmt: skip
+    bench.show({}, races)
+    said = capsys.readouterr().out
+    assert "batch 1: no faster than TRL" in said and "0.97 to 1.03" in said and "batch 4: no" not in said
 
 
 def test_contestants_take_turns():
