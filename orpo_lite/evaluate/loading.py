@@ -22,7 +22,7 @@ from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, subfolders_hint
 from orpo_lite.recipe import DataSource, ModelSection, Recipe
-from orpo_lite.recipe.loading import looks_local, resolve_path
+from orpo_lite.recipe.loading import check_folder, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section
 from orpo_lite.trainer.run_record import RunRecord, read_record
@@ -31,7 +31,7 @@ from orpo_lite.trainer.trainer import ORPOTrainer
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
 
-EXPECTED = "expected a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
+EXPECTED = "a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 
 
 RENDERING = ("apply_template", "system", "template_kwargs", "completion_end")
@@ -85,10 +85,9 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
     folder = Path(os.path.expanduser(resolve_path(path)))
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
-        raise RequestError(f"{path} is a file, {EXPECTED}{hint}")
+        raise RequestError(f"{path} is a file, expected {EXPECTED}{hint}")
     if not os.path.isdir(folder):
-        if looks_local(path):
-            raise RequestError(f"{path}: there is no such folder: {EXPECTED}")
+        check_folder(path, EXPECTED)
         downloaded = adapter_folder(path)
         if not (downloaded / "adapter_config.json").is_file():
             return ModelSource(path, "model", whole_model(path, trust_remote_code))
@@ -113,7 +112,7 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
         RunFolder(folder).read()  # raises where the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
     raise RequestError(
-        f"{path}: holds neither adapter_config.json nor config.json: {EXPECTED}{subfolders_hint(folder)}"
+        f"{path}: holds neither adapter_config.json nor config.json: expected {EXPECTED}{subfolders_hint(folder)}"
     )
 
 

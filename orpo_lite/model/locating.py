@@ -18,11 +18,10 @@ from transformers.utils.peft_utils import find_adapter_config_file
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import nearest
 from orpo_lite.model.inspection import check_decoder_only
 from orpo_lite.model.untrusted_files import check_model, read_object
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.loading import check_model_path, looks_local, resolve_path
+from orpo_lite.recipe.loading import check_folder, check_model_path, looks_local, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 
@@ -91,11 +90,9 @@ def adapter_folder(source: str | Path) -> Path:
         RequestError: neither on this disk nor on the hub.
     """
     folder = Path(os.path.expanduser(source))
-    if os.path.exists(folder) or looks_local(str(source)) or str(source).count("/") != 1:
+    if os.path.exists(folder):
         return folder
-    near = nearest(folder.name, [path.name for path in folder.parent.glob("*/")])
-    if near or folder.parent.name == "outputs":
-        raise RequestError(f"{folder}: there is no such folder in {folder.parent}{near}")
+    check_folder(source, "a run folder, the folder of an adapter, or a hub id USER/NAME")
     with renaming_field("adapter"), hub_errors_in_words(str(source)):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 

@@ -27,7 +27,8 @@ class RecipeError(RequestError):
 
     def __init__(self, source: str, problems: list[str]):
         self.problems = problems
-        super().__init__(f"{source}: {len(problems)} problem(s)\n" + "\n".join(f"  - {p}" for p in problems))
+        several = "\n  - ".join([f"{len(problems)} problems", *problems])
+        super().__init__(f"{source}: {problems[0] if len(problems) == 1 else several}")
 
 
 def resolve_path(value: str) -> str:
@@ -47,6 +48,19 @@ def check_model_path(name: str) -> None:
         raise RequestError(
             f"model.name_or_path: there is no folder {path}: give the path of a model folder, or a hub id USER/NAME"
         )
+
+
+def check_folder(path: str | Path, expected: str, on_hub: bool = True) -> None:
+    """Raise RequestError for a folder that does not exist; not for what may be a hub id instead, if `on_hub`."""
+    folder, asked = Path(os.path.expanduser(path)), str(path)
+    near = nearest(folder.name, [one.name for one in folder.parent.glob("*/")])
+    hub_id = (
+        on_hub and not looks_local(asked) and asked.count("/") == 1 and folder.parent.name != "outputs" and not near
+    )
+    if os.path.exists(folder) or hub_id:
+        return
+    neither = ", and it is no hub id" if on_hub and "/" not in asked else ""
+    raise RequestError(f"{asked}: there is no such folder{near}{neither}: expected {expected}")
 
 
 @functools.cache

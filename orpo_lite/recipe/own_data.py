@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-import shlex
 from collections.abc import Iterable
 from typing import Any
 
 from orpo_lite.common.text import shown
 from orpo_lite.recipe.schema import as_sources
+from orpo_lite.recipe.validation import as_override
 
 ABOUT_DATA = ("name", "description", "data.eval", "data.split", "data.columns", "data.max_rows", "evaluation.rule",
               "training.max_steps", "training.run_name")  # fmt: skip
@@ -87,12 +86,6 @@ def account(dropped: dict[str, Any], name: str) -> str:
     words = [word if len(word := as_override(place, value)) <= 100 else place for place, value in dropped.items()]
     epochs = "; the steps follow from training.num_train_epochs" if "training.max_steps" in dropped else ""
     return (
-        f"data.train is not the recipe's own data, so what the recipe says about that is dropped: {', '.join(words)} (the run "
+        f"data.train is not the recipe's own data, so what the recipe says about that is dropped: {' '.join(words)} (the run "
         f"is called {shown(name)[1:-1]}{epochs}). To keep a field, give it in the same command"
     )
-
-
-def as_override(place: str, value: Any) -> str:
-    """Write a field as a word of the command line."""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
-    return shlex.quote(f"{place}={text}")

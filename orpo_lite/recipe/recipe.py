@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 import typing
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,7 @@ from orpo_lite.recipe.schema import (
     Section,
 )
 from orpo_lite.recipe.training_fields import check_training_field, training_fields
-from orpo_lite.recipe.validation import describe, leaves, unfit
+from orpo_lite.recipe.validation import describe, leaves, of_a_word, unfit
 
 
 class Recipe(Section):
@@ -121,30 +120,30 @@ class Recipe(Section):
         own = sources_of(content)
         overridden = [apply_override(content, word) for word in overrides]
         dropped = drop_about_data(content, own, overridden, of_a_run=path.name == "recipe.yaml")
-        recipe = cls.parse(content, str(path), overridden)
+        recipe = cls.parse(content, str(path), overrides)
         if dropped and rank() == 0:
             errors.print(escape(without_secrets(account(dropped, recipe.name))), soft_wrap=True)
         return recipe
 
     @classmethod
-    def parse(cls, content: dict[str, Any], source: str = "recipe", overridden: typing.Sequence[str] = ()) -> Recipe:
-        """Validate a plain dict; `source` names it in the error, except for the `overridden` fields.
+    def parse(cls, content: dict[str, Any], source: str = "recipe", words: typing.Sequence[str] = ()) -> Recipe:
+        """Validate a plain dict; `source` names it in the error, except for what the `words` key=value have set.
 
         Raises:
             RecipeError: fields that do not fit, all at once.
         """
+        keys = [word.partition("=")[0] for word in words]
         problems = [f"{place}: {wrong}" for place, value in leaves(content) if (wrong := unfit(value))]
         if not problems:
             try:
                 return cls.model_validate(content)
             except ValidationError as error:
-                problems = describe(error, cls)
-        mentions = [re.compile(rf"(?<![\w.]){re.escape(key)}(?![\w])") for key in overridden]
-        own = [line for line in problems if any(mention.search(line) for mention in mentions)]
+                problems = describe(error, cls, keys)
+        own = {line: told for line in problems if (told := of_a_word(line, words))}
         if len(own) == len(problems):
-            raise RecipeError("command line", problems)
+            raise RecipeError("command line", list(own.values()))
         others = [line for line in problems if line not in own]
-        raise RecipeError(source, [*others, *(f"command line, {line}" for line in own)])
+        raise RecipeError(source, [*others, *(f"command line, {told}" for told in own.values())])
 
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back as the same run."""

@@ -91,7 +91,7 @@ def check_training_field(key: str, value: Any) -> Any:
         refuse_sharding(**{f"training.{key}": value})
     fields = training_fields()
     if key not in fields:
-        raise ValueError(f"training.{key}: not a field of transformers.TrainingArguments{nearest(key, fields)}")
+        raise ValueError(f"training.{key}: unknown key")
     choices = choices_of(key)
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:

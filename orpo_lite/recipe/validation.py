@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+import difflib
+import functools
+import json
 import math
 import re
+import shlex
 import typing
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from orpo_lite.common.credentials import looks_like_secret
-from orpo_lite.common.text import nearest, shown
+from orpo_lite.common import safe_yaml
+from orpo_lite.common.credentials import SECRET_NAME, looks_like_secret
+from orpo_lite.common.text import shown
 from orpo_lite.recipe.training_fields import training_fields, wanted
 
 
@@ -63,10 +70,16 @@ UNION_MEMBER = re.compile(
     re.DOTALL,
 )
 """Parts of an error's place that pydantic adds to the user's own keys."""
+OTHER_NAMES: dict[str, list[str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
+UNKNOWN_KEY = ": unknown key"
 
 
-def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
-    """Put pydantic's errors into words, one line each: field, what was found, what was expected."""
+def describe(error: ValidationError, recipe: type[BaseModel], given: typing.Sequence[str] = ()) -> list[str]:
+    """Put pydantic's errors into words, one line each: field, what was found, what was expected.
+
+    Args:
+        given: keys of the command line, which a hint repeats with their values.
+    """
     lines: list[str] = []
     for item in error.errors():
         # a key that is no field is the user's own word, whatever it looks like
@@ -75,20 +88,23 @@ def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
         place = [str(part) for part in rest if not UNION_MEMBER.fullmatch(str(part))] + last
         field = ".".join(place)
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            homes = sections_with(recipe, field.lower()) if len(place) == 1 else []
-            keys = known_keys(recipe, place[:-1])
-            hint = f" (did you mean {' or '.join(homes)}?)" if homes else nearest(place[-1], keys)
-            lines.append(f"{field}: unknown key{hint or ', expected one of ' + ', '.join(keys)}")
+            value = {} if item["type"] == "invalid_key" else {"value": item["input"]}
+            lines.append(unknown_key(recipe, place, given, **value))
         elif item["type"] == "missing":
             inside = known_keys(recipe, place)
             about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
             lines.append(f"{field}: missing, and it has no default{about}")
         elif item["type"] == "value_error":
-            reasons = str(item.get("ctx", {})["error"]).split("\n")
-            lines += [line if line.startswith(field) else f"{field}: {line}" for line in reasons]
+            for line in str(item.get("ctx", {})["error"]).split("\n"):
+                key = line.removesuffix(UNKNOWN_KEY).split(".")
+                known = line.endswith(UNKNOWN_KEY) and unknown_key(recipe, key, given, item["input"].get(key[-1]))
+                lines.append(known or (line if line.startswith(field) else f"{field}: {line}"))
         elif item["type"] in ("model_type", "model_attributes_type"):
             keys = ", ".join(known_keys(recipe, place))
-            lines.append(f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}")
+            hint = meant_by(recipe, place, given, item["input"]) if len(place) == 1 else ""
+            lines.append(
+                f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}{hint}"
+            )
         else:
             line = f"{field}: found {shown(item['input'])}, expected: "
             if lines and lines[-1].startswith(line):  # the other members of a union
@@ -117,8 +133,66 @@ def known_keys(recipe: type[BaseModel], place: list[str]) -> list[str]:
     return list(section.model_fields)
 
 
-def sections_with(recipe: type[BaseModel], key: str) -> list[str]:
-    """Return `section.key` for every section that has this key: what a field given without its section was meant to be."""
-    fields = recipe.model_fields.items()
-    found = [name for name, field in fields if any(key in section.model_fields for section in sections_in(field))]
-    return [f"{name}.{key}" for name in found + ["training"] * (key in training_fields())]
+@functools.cache
+def fields_by_name(recipe: type[BaseModel]) -> dict[str, list[str]]:
+    """Map the names of fields, here and in other tools, to the dotted fields that they stand for.
+
+    `model.quantization=nf4` stands for a name that implies a value, such as load_in_4bit.
+    """
+    found: dict[str, list[str]] = {}
+    for section, field in recipe.model_fields.items():
+        inside = (
+            training_fields()
+            if section == "training"
+            else [n for kind in sections_in(field) for n in kind.model_fields]
+        )
+        for name in inside:
+            found.setdefault(name, []).append(f"{section}.{name}")
+    return found | {name: [field] for field, names in OTHER_NAMES.items() for name in names}
+
+
+def meant_by(recipe: type[BaseModel], place: list[str], given: typing.Sequence[str], value: Any) -> str:
+    """Return ' (did you mean X?)' for a place that is no field, with its value if it is among the `given` keys, or ''."""
+    names = fields_by_name(recipe)
+    parts = ["_".join(place[start:]).lower().strip("-").replace("-", "_") for start in range(len(place))]
+    meant = next((names[part] for part in parts if part in names), [])
+    if not meant:
+        inside = [*training_fields()] if place[0] == "training" else known_keys(recipe, place[:-1])
+        near = difflib.get_close_matches(place[-1], inside, n=1)
+        far = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.75)
+        meant = [".".join([*place[:-1], near[0]])] if near else names[far[0]] if far else []
+    if value is False:  # which a name that implies a value was not to switch on
+        meant = [field.partition("=")[0] for field in meant]
+    elif ".".join(place) in given:
+        meant = [field if "=" in field else as_override(field, value) for field in meant]
+    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
+
+
+def unknown_key(recipe: type[BaseModel], place: list[str], given: typing.Sequence[str], value: Any = None) -> str:
+    """Say that a place is no field, and which was meant."""
+    field = ".".join(place)
+    while isinstance(value, dict) and len(value) == 1:  # a section that is none, with the field in it
+        place, value = [*place, str(next(iter(value)))], next(iter(value.values()))
+    hint = meant_by(recipe, place, given, value)
+    return f"{field}{UNKNOWN_KEY}{hint or ', expected one of ' + ', '.join(known_keys(recipe, place[:-1]))}"
+
+
+def of_a_word(line: str, words: typing.Sequence[str]) -> str | None:
+    """Return a problem as that of the key=value of the command line that it is about; None where it is about none."""
+    place, _, rest = line.partition(": ")
+    for word in reversed(words):
+        key = word.partition("=")[0]
+        told = key if len(word) > 100 or SECRET_NAME.search(key) or looks_like_secret(word) else word
+        if f"{key}.".startswith(f"{place}."):
+            return f"{told}: {rest}"
+        if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line):
+            return f"{told}: {line}"
+    return None
+
+
+def as_override(place: str, value: Any) -> str:
+    """Write a field as a word of the command line that a shell and YAML read as this value."""
+    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
+    with contextlib.suppress(safe_yaml.YamlError):  # text that needs no quotes
+        text = value if isinstance(value, str) and safe_yaml.parse(value) == value else text
+    return shlex.quote(f"{place}={text}")

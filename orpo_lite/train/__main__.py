@@ -19,7 +19,7 @@ from orpo_lite.data.sources import is_local, local_files, open_source
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 from orpo_lite.recipe.loading import check_model_path, resolve_path
-from orpo_lite.recipe.training_fields import training_fields
+from orpo_lite.recipe.validation import fields_by_name
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.run_folder import Resume
@@ -93,13 +93,12 @@ def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool
 
 
 def on_usage_error(arguments: list[str]) -> None:
-    """Show how a training field is written that was given as a flag, as TRL's scripts take it."""
+    """Show how a field is written that was given as a flag, as other tools take it."""
     for word in arguments:
         name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        if word.startswith("--") and name in training_fields():
-            errors.print(
-                f"a recipe's field is a word without dashes: training.{name}={escape(value) or 'VALUE'}", soft_wrap=True
-            )
+        for field in fields_by_name(Recipe).get(name, ()) if word.startswith("--") else ():
+            word = field if "=" in field else f"{field}={value or 'VALUE'}"
+            errors.print(f"a recipe's field is a word without dashes: {escape(word)}", soft_wrap=True)
 
 
 if __name__ == "__main__":

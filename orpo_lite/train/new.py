@@ -57,10 +57,10 @@ class Draft:
             "name": run_name(data, model), "description": "", "needs": "", "model": {"name_or_path": model}, "adapter": {},
             "data": {"train": data}, "orpo": {}, "training": {}, "memory": {}, "evaluation": {},
         }  # fmt: skip
-        self.given = [apply_override(self.content, word) for word in overrides]
+        self.words, given = overrides, [apply_override(self.content, word) for word in overrides]
         if self.content["adapter"] is None and isinstance(self.content["model"], dict):
             self.content["model"].setdefault("quantization", "none")  # 4-bit weights cannot be trained
-        self.why = {"name": NAME} | {".".join(key.split(".")[:2]): GIVEN for key in self.given}
+        self.why = {"name": NAME} | {".".join(key.split(".")[:2]): GIVEN for key in given}
         """Reasons by `section.field`, or by the name of a field outside of the sections."""
 
     def choose(self, place: str, value: Any, why: str = "") -> None:
@@ -77,7 +77,7 @@ class Draft:
         Raises:
             RecipeError: what was given does not fit.
         """
-        return Recipe.parse(self.content | {"data": self.content["data"] | data}, "orpo-lite new", self.given)
+        return Recipe.parse(self.content | {"data": self.content["data"] | data}, "orpo-lite new", self.words)
 
     def text(self, head: str) -> str:
         """Write the recipe as YAML, with each reason as a comment above its field."""

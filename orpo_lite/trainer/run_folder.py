@@ -13,6 +13,7 @@ from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import LOCK, lock_folder, unlock_folder, write_atomically
 from orpo_lite.recipe import ModelSection, Recipe
+from orpo_lite.recipe.loading import check_folder
 from orpo_lite.trainer.checkpoint_folder import clean, manifest, newest_good
 
 if TYPE_CHECKING:
@@ -151,6 +152,7 @@ class RunFolder:
             RequestError: no such folder, or not a run folder.
         """
         folder = cls(Path(path))
+        check_folder(path, "a run folder of orpo_lite.train", on_hub=False)
         if not (folder.path / "recipe.yaml").is_file():
             raise RequestError(f"{path}: found no recipe.yaml, expected a run folder of orpo_lite.train")
         return folder

@@ -16,6 +16,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe, json_schema
 from orpo_lite.recipe.loading import RecipeError, apply_override, find_recipe, read_yaml, shipped_recipes
 from orpo_lite.recipe.training_fields import check_training_field, choices_of, declared_fields, training_fields
+from orpo_lite.recipe.validation import OTHER_NAMES, fields_by_name
 
 SHIPPED = shipped_recipes()
 REQUIRED = {
@@ -147,7 +148,7 @@ def test_override_that_cannot_be_read(written, word):
 def test_mapping_without_a_space_after_its_colon_says_what_to_write(written, word, told):
     with pytest.raises(RecipeError) as caught:
         Recipe.load(written(content()), [word])
-    assert told in str(caught.value) and str(caught.value).startswith("command line: 1 problem(s)")
+    assert told in str(caught.value) and str(caught.value).startswith(f"command line: {word}: ")
     if told.startswith("'") and "quotes" in told:  # what it says to write is taken
         right = shlex.split(told.removesuffix(", quotes included"))[0]
         assert Recipe.load(written(content()), [right]).data.template_kwargs == {"enable_thinking": False}
@@ -175,13 +176,13 @@ def test_data_sources(given, paths, weights):
 @pytest.mark.parametrize(
     ("word", "told"),
     [
-        ("model.quantisation=nf4", "did you mean quantization?"),
-        ("orpo.betta=0.1", "did you mean beta?"),
-        ("data.train=[{pth: a.jsonl}]", "data.train.0.pth: unknown key (did you mean path?)"),
-        ("evaluation.rule={chosen: a, rejected: b, rejectd: c}", "did you mean rejected?"),
-        ("trainin.max_steps=1", "trainin: unknown key (did you mean training?)"),
-        ("training.learning_rat=1", "did you mean learning_rate?"),
-        ("training.warmup_ratio=0.1", "not a field of transformers.TrainingArguments"),
+        ("model.quantisation=nf4", "did you mean model.quantization?"),
+        ("orpo.betta=0.1", "did you mean orpo.beta?"),
+        ("data.train=[{pth: a.jsonl}]", "data.train.0.pth: unknown key (did you mean data.train.0.path?)"),
+        ("evaluation.rule={chosen: a, rejected: b, rejectd: c}", "did you mean evaluation.rule.rejected?"),
+        ("trainin.max_steps=1", "trainin: unknown key (did you mean training.max_steps?)"),
+        ("training.learning_rat=1", "did you mean training.learning_rate?"),
+        ("training.warmup_ratio=0.1", "unknown key (did you mean training.warmup_steps?)"),
     ],
 )
 def test_unknown_key_names_the_nearest(word, told):
@@ -244,7 +245,7 @@ def test_all_errors_at_once(written):
     with pytest.raises(RequestError) as caught:
         Recipe.load(path, ["adapter.r=0"])
     message = str(caught.value)
-    assert str(path) in message and "6 problem(s)" in message
+    assert str(path) in message and "6 problems" in message
     for field in ("model.quantisation", "orpo.beta", "learning_rate", "lerning_rate", "training.optim", "adapter.r"):
         assert field in message
 
@@ -327,15 +328,61 @@ def test_listing_recipes_imports_no_torch():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize(
-    ("word", "meant"),
-    [("learning_rate=1e-4", "training.learning_rate"), ("beta=0.2", "orpo.beta"), ("r=8", "adapter.r")],
-)
-def test_a_field_without_its_section_is_given_one(word, meant):
-    with pytest.raises(RecipeError, match=rf"unknown key \(did you mean {meant}\?\)"):
-        Recipe.load("quickstart", [word])
-    with pytest.raises(RecipeError, match=r"weight: unknown key, expected one of name"):
-        Recipe.load("quickstart", ["weight=1"])
+MEANT = {  # what is typed -> the field, and the value where the name implies one
+    "lr": "training.learning_rate", "learning_rate": "training.learning_rate", "epochs": "training.num_train_epochs",
+    "num_epochs": "training.num_train_epochs", "batch_size": "training.per_device_train_batch_size",
+    "micro_batch_size": "training.per_device_train_batch_size", "output_dir": "training.output_dir", "lora_r": "adapter.r",
+    "output.dir": "training.output_dir", "run.output_dir": "training.output_dir", "lora.r": "adapter.r", "lora_rank": "adapter.r",
+    "lora.alpha": "adapter.alpha", "lora_alpha": "adapter.alpha", "model.base_model": "model.name_or_path",
+    "load_in_4bit": "model.quantization=nf4", "model.load_in_8bit": "model.quantization=int8", "cutoff_len": "data.max_length",
+    "sequence_len": "data.max_length", "training.max_seq_length": "data.max_length", "base_model": "model.name_or_path",
+    "model_name_or_path": "model.name_or_path", "dataset": "data.train", "beta": "orpo.beta", "bf16": "model.dtype=bfloat16",
+    "training.lr": "training.learning_rate", "training.lora_alpha": "adapter.alpha", "Batch-Size": "training.per_device_train_batch_size",
+    "max_lenght": "data.max_length", "training.learning_rat": "training.learning_rate", "data": "data.train",
+}  # fmt: skip
+VALUES = {
+    "training.output_dir": "a b",
+    "model.name_or_path": "a/b",
+    "data.train": "it's.jsonl",
+    "training.learning_rate": "1e-4",
+}
+
+
+@pytest.mark.parametrize("recipe", ["quickstart", "mistral-qlora"])
+@pytest.mark.parametrize("name", MEANT)
+def test_a_word_by_another_tool_s_name_gets_the_field_to_paste(name, recipe):
+    field, _, implied = MEANT[name].partition("=")
+    word = f"{name}={'true' if implied else VALUES.get(field, '8')}"
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(recipe, [word])
+    said = str(caught.value)
+    assert said.startswith(f"command line: {word}: ") and "recipes" not in said and "yaml" not in said
+    (right,) = shlex.split(re.search(r"\(did you mean (.+)\?\)$", said)[1])
+    assert right == (MEANT[name] if implied else f"{field}={word.partition('=')[2]}")
+    Recipe.load(recipe, [right])  # what it says is taken
+
+
+def test_every_other_name_stands_for_a_field_and_is_none_itself():
+    content = Recipe.load("quickstart").model_dump()
+    for field, names in OTHER_NAMES.items():
+        section, name = field.partition("=")[0].split(".")
+        assert name in (training_fields() if section == "training" else content[section]), field
+        for other in names:
+            assert fields_by_name(Recipe)[other] == [field], "one field for a name"
+        word = field if "=" in field else None
+        assert word is None or Recipe.load("quickstart", [word])
+
+
+def test_a_file_s_unknown_keys_are_the_file_s_and_get_the_field_without_a_value(written):
+    path = written(content(lr=1e-4, training={"batch_size": 3}, output={"dir": "x"}))
+    with pytest.raises(RecipeError) as caught:
+        Recipe.load(path, ["epochs=2", "bf16=false"])
+    for line in (f"{path}: 5 problems", "lr: unknown key (did you mean training.learning_rate?)",
+                 "training.batch_size: unknown key (did you mean training.per_device_train_batch_size?)",
+                 "output: unknown key (did you mean training.output_dir?)",
+                 "command line, epochs=2: unknown key (did you mean training.num_train_epochs=2?)",
+                 "command line, bf16=false: unknown key (did you mean model.dtype?)"):  # fmt: skip
+        assert line in str(caught.value)
 
 
 def test_no_recipe_publishes():

@@ -244,7 +244,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["train", "--recipe", "quickstart", "training.learning_rat=1"], "did you mean learning_rate"),
+        (["train", "--recipe", "quickstart", "training.learning_rat=1"], "did you mean training.learning_rate=1?"),
         (["train", "--recipe", "quickstrat"], "quickstart"),
         (["train", "--recipe", "quickstart", "data.train=absent.jsonl"], "absent.jsonl"),
         (["train", "--recipe", "quickstart", "model.name_or_path=/absent/model"], "/absent/model"),
