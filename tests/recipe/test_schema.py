@@ -334,7 +334,7 @@ MEANT = {  # what is typed -> the field, and the value where the name implies on
     "micro_batch_size": "training.per_device_train_batch_size", "output_dir": "training.output_dir", "lora_r": "adapter.r",
     "output.dir": "training.output_dir", "run.output_dir": "training.output_dir", "lora.r": "adapter.r", "lora_rank": "adapter.r",
     "lora.alpha": "adapter.alpha", "lora_alpha": "adapter.alpha", "model.base_model": "model.name_or_path",
-    "load_in_4bit": "model.quantization=nf4", "model.load_in_8bit": "model.quantization=int8", "cutoff_len": "data.max_length",
+    "load_in_4bit": "model.quantization=nf4", "model.load_in_8bit": "model.quantization=nf4", "cutoff_len": "data.max_length",
     "sequence_len": "data.max_length", "training.max_seq_length": "data.max_length", "base_model": "model.name_or_path",
     "model_name_or_path": "model.name_or_path", "dataset": "data.train", "beta": "orpo.beta", "bf16": "model.dtype=bfloat16",
     "training.lr": "training.learning_rate", "training.lora_alpha": "adapter.alpha", "Batch-Size": "training.per_device_train_batch_size",
@@ -342,6 +342,7 @@ MEANT = {  # what is typed -> the field, and the value where the name implies on
 }  # fmt: skip
 VALUES = {
     "training.output_dir": "a b",
+    "data.max_length": "4096",
     "model.name_or_path": "a/b",
     "data.train": "it's.jsonl",
     "training.learning_rate": "1e-4",
