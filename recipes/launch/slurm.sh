@@ -12,7 +12,7 @@
 # One training run on the nodes of a SLURM job: one torchrun per node, one process per GPU. No container is needed: the nodes
 # share the folder that this is submitted from, and the environment that is active there.
 #
-#   sbatch recipes/launch/slurm.sh --recipe mistral-qlora data.train=my.jsonl
+#   sbatch recipes/launch/slurm.sh --recipe mistral-qlora memory.gpu_gb=24 data.train=my.jsonl
 #   sbatch --nodes=4 --export=ALL,ACCELERATE_CONFIG=recipes/accelerate/ddp-multinode.yaml recipes/launch/slurm.sh ...
 #
 # Arguments after the script go to python -m orpo_lite.train. Without ACCELERATE_CONFIG torchrun starts the processes; both ways

@@ -6,6 +6,7 @@ chat template, the rows have the shape of the recipe's data set, and the step go
 
 import json
 import math
+import re
 
 import pytest
 import torch
@@ -52,7 +53,13 @@ PARAMETERS = {
 figures, which these meet: 8B, 12B, 31B (30.7B of text)."""
 
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+SEVEN = ATTENTION | {"gate_proj", "up_proj", "down_proj"}
+GATED_DELTA = {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"}
 LAYERS = {
+    "Qwen/Qwen3.5-4B": SEVEN | GATED_DELTA,
+    "Qwen/Qwen3.5-9B": SEVEN | GATED_DELTA,
+    "google/gemma-4-E4B-it": SEVEN | {"per_layer_input_gate", "per_layer_projection", "per_layer_model_projection"},
+    "microsoft/Phi-4-mini-instruct": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
     "microsoft/phi-2": {"q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"},
     "mistralai/Mixtral-8x7B-v0.1": ATTENTION,  # not the router
 }
@@ -97,6 +104,18 @@ def write_rows(path, numbers, implicit):
 def test_every_base_model_has_its_config_here(name):
     base = Recipe.load(name).model.name_or_path
     assert base.startswith(BUILTIN) or shipped_config(base) is not None  # a builtin one ships whole
+
+
+@pytest.mark.parametrize("name", [name for name in RECIPES if name != "quickstart"])
+def test_header_names_a_range_and_a_plan(name):
+    recipe, header = Recipe.load(name), RECIPES[name].read_text("utf-8").partition("\nname:")[0]
+    low, high = re.search(r"# Tune first: training\.learning_rate \((\S+) to (\S+)\)", header).groups()
+    assert float(low) <= recipe.training["learning_rate"] <= float(high)
+    if "CPU" not in recipe.needs:
+        assert recipe.plans_batches and recipe.memory.checkpointing == "auto"
+        assert re.search(
+            r"# Planned for (a T4|a card of \d+ GB): \d+ of the longest pairs at once, \w+ of \d+ layers", header
+        )
 
 
 @pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")))
@@ -177,7 +196,7 @@ def test_recipe_trains_one_step(name, tmp_path):
     untouched = [key for key, tensor in adapter.items() if "lora_B" in key and not tensor.any()]
     assert not untouched, untouched
     layers = {key.split(".")[-3] for key in adapter if "lora_B" in key}
-    assert layers == LAYERS.get(base, ATTENTION | {"gate_proj", "up_proj", "down_proj"})
+    assert layers == LAYERS.get(base, SEVEN)
     template = (tmp_path / "run" / "chat_template.jinja").read_text("utf-8")
     if not base.startswith(BUILTIN):
         assert template == tokenizer.chat_template or (tokenizer.chat_template is None and "<|assistant|>" in template)
