@@ -3,19 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import importlib
 import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from datetime import timedelta
+from typing import Any, ClassVar
 
 import typer
+from rich.cells import cell_len
 from rich.console import Console, ConsoleOptions, ConsoleRenderable, RenderHook
 from rich.markup import escape
 from rich.measure import Measurement
+from rich.progress import BarColumn, DownloadColumn, MofNCompleteColumn, Progress, Task
 from rich.segment import Segment
+from rich.table import Table
+from rich.text import Text
 
 from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
@@ -60,20 +66,6 @@ def json_alone(wanted: bool = True) -> Iterator[Callable[[Any], None]]:
     stdout = sys.stdout
     with contextlib.redirect_stdout(sys.stderr) if wanted else contextlib.nullcontext():
         yield lambda value: print(json.dumps(value, indent=1), file=stdout)
-
-
-@contextlib.contextmanager
-def progress_bar(label: str, total: int | None, in_bytes: bool = False) -> Iterator[Callable[[int], Any]]:
-    """Show a progress bar on stderr that disappears at the end; yield the function that advances it by a count.
-
-    Where no bar can be drawn, as in a notebook or a log file, print a line every 10 seconds.
-    """
-    from tqdm import tqdm
-
-    scaled = {"unit": "B", "unit_scale": True, "unit_divisor": 1000} if in_bytes else {}
-    pace = {"delay": 1} if sys.stderr.isatty() else {"delay": 10, "mininterval": 10}
-    with tqdm(desc=visible(label), total=total, leave=False, **scaled, **pace) as bar:  # type: ignore[call-overload]
-        yield bar.update
 
 
 def run_command(
@@ -132,6 +124,123 @@ def print_error(title: str, text: str, trace: bool) -> None:
         lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
         sys.stderr.write("".join(whose + line for line in lines))
     errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
+
+
+# ---- progress --------------------------------------------------------------------------------------------------------
+
+SILENCE = 3
+"""Seconds after which a line is printed where none can be drawn."""
+
+
+class Line(Progress):
+    """The work under way on stderr, and of several pieces inside one another the innermost.
+
+    On a terminal it is one line, which leaves out the least important numbers where it is narrow. Elsewhere, as in a pipe or a
+    notebook, it is printed after some seconds, and again after ever longer times. Bars of libraries (tqdm) are taken over.
+    """
+
+    current: ClassVar[Line | None] = None
+
+    def __init__(self) -> None:
+        # what a notebook's kernel starts has a terminal too, but one that keeps all that was ever drawn on it
+        self.drawn = sys.stderr.isatty() and not errors.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
+        both, self.undo = self.drawn and sys.stdout.isatty(), contextlib.ExitStack()
+        screen = Console(stderr=True, highlight=False, emoji=False, force_terminal=self.drawn, force_jupyter=False)
+        screen.push_render_hook(Screen())
+        super().__init__(console=screen, transient=True, refresh_per_second=4, speed_estimate_period=600,
+                         redirect_stdout=both, redirect_stderr=self.drawn)  # fmt: skip
+        for each in [errors] * self.drawn + [console] * both:  # so that what they print appears above the line
+            each.push_render_hook(self.live)
+            self.undo.callback(each.pop_render_hook)
+
+    def start(self) -> None:
+        """Begin to show what is under way."""
+        from tqdm.std import tqdm
+
+        self.undo.callback(setattr, tqdm, "display", tqdm.display)
+        tqdm.display = lambda bar, *_, **__: self.take_over(bar)  # type: ignore[assignment, method-assign]
+        super().start()
+        self.console.show_cursor(True)  # a process that is killed could not show it again
+
+    def stop(self) -> None:
+        """Remove the line."""
+        self.undo.close()
+        self.live.stop()
+
+    def get_renderables(self) -> Iterator[Table]:
+        """Draw the innermost piece of work, or print it where a line is due."""
+        for task in self.tasks[-1:]:
+            seconds, due = task.elapsed or 0, task.fields["due"]
+            if self.drawn and seconds > 0.2:
+                yield fitted(task, self.console.width - 1)
+            elif not self.drawn and seconds > due:
+                task.fields["due"] = due + min(300, max(7, due))
+                sys.stderr.write(f"{task.description}: {', '.join(cells_of(task))}\n")
+                sys.stderr.flush()
+
+    def take_over(self, bar: Any) -> bool:
+        """Show what a library's bar counts, unless the innermost piece of work counts something itself."""
+        bar.fp, bar.sp = io.StringIO(), lambda _: None
+        for task in self.tasks[-1:]:
+            if not task.fields["counts"]:
+                self.update(task.id, total=bar.total, completed=bar.n, in_bytes=bar.unit == "B")
+        return True
+
+
+@contextlib.contextmanager
+def progress(
+    label: str, total: int | None = None, done: int = 0, in_bytes: bool = False
+) -> Iterator[Callable[..., None]]:
+    """Show a piece of work until it ends, on the first process alone; yield a function that counts more
+    of it as done, or takes what else `Progress.update` does.
+
+    Args:
+        total: how much there is to do, where that is known; `done` of it was done before.
+        in_bytes: the two are bytes.
+    """
+    if rank():
+        yield lambda *_, **__: None
+        return
+    if not (line := Line.current):
+        line = Line.current = Line()
+        line.start()
+    task = line.add_task(visible(label), total=total, completed=done, in_bytes=in_bytes, counts=total is not None, due=SILENCE, figures=())  # fmt: skip
+    try:
+        yield lambda advance=None, **facts: line.update(task, advance=advance, **facts)
+    finally:
+        line.remove_task(task)
+        if not line.tasks:
+            Line.current = None
+            line.stop()
+
+
+def cells_of(task: Task) -> list[str]:
+    """Return how much is done, the time, and what else is known of a task, the most important first."""
+    counts = (DownloadColumn() if task.fields["in_bytes"] else MofNCompleteColumn())(task).plain.strip()
+    left, elapsed = task.time_remaining, timedelta(seconds=int(task.elapsed or 0))
+    time = f"{timedelta(seconds=int(left))} left" if task.total and left is not None else str(elapsed)
+    return [*([counts] if task.total or task.completed else []), time, *task.fields["figures"]]
+
+
+def fitted(task: Task, width: int) -> Table:
+    """Draw as much of a task as fits into `width` columns."""
+    cells = cells_of(task)
+    label = Text(task.description)
+    label.truncate(max(10, width - cell_len(cells[0]) - 2), overflow="ellipsis")
+    line, room, bar, shown = Table.grid(padding=(0, 2, 0, 0), pad_edge=False), width - label.cell_len, 0, list[str]()
+    for cell in [*cells[:4], *([""] if task.total else []), *cells[4:]]:
+        taken = 2 + (cell_len(cell) or 10)
+        if taken > room:
+            break
+        room, bar, shown = room - taken, bar or 10 * (not cell), [*shown, *([cell] if cell else [])]
+    line.add_row(label, *([BarColumn(min(40, bar + room))(task)] if bar else []), *shown)
+    return line
+
+
+def load(module: str) -> None:
+    """Import a module that takes seconds."""
+    with progress("loading the libraries"):
+        importlib.import_module(module)
 
 
 # ---- facts of this process -------------------------------------------------------------------------------------------

@@ -13,7 +13,7 @@ from rich.console import Group
 from rich.table import Table
 from rich.text import Text
 
-from orpo_lite.common.console import console, run_command
+from orpo_lite.common.console import console, load, run_command
 from orpo_lite.common.text import visible
 from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.data.lengths import answer_tokens
@@ -38,6 +38,7 @@ def command(
                    "others or cannot be used to a new .jsonl file, and a list of these")] = None,
 ) -> None:  # fmt: skip
     """Show what a recipe will be trained on: counts, drops, quality, token lengths, decoded examples."""
+    load("orpo_lite.model")
     from orpo_lite.model import load_tokenizer
     from orpo_lite.model.template_variables import check_variables
 

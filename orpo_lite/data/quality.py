@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from orpo_lite.common import safe_yaml
+from orpo_lite.common.console import progress
 from orpo_lite.data.lengths import column_batches, numbers, pair_lengths
 from orpo_lite.data.messages import REASONING, Messages
 from orpo_lite.data.row_shapes import SIDES, Pair
@@ -189,6 +190,7 @@ def namer(done: list[Tokenized]) -> Callable[[int], str]:
     return lambda place: f"row {row[place]}" + (f" of {done[source[place]].label}" if len(done) > 1 else "")
 
 
+@progress("checking the pairs")
 def inspect(done: list[Tokenized], tokenizer: PreTrainedTokenizerBase) -> list[Finding]:
     """Return what each check found in the pairs of all sources."""
     rows, name, count = end_to_end(done), namer(done), sum(len(one.rows) for one in done)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.file_formats import (
     BATCH_ROWS,
@@ -175,6 +176,7 @@ def load_saved(path: str, split: str) -> datasets.Dataset:
     return saved[split]
 
 
+@progress("loading the data set")
 def load_hub(source: DataSource, split: str) -> datasets.Dataset:
     """Load a hub data set, without ever running code that it ships."""
     import datasets

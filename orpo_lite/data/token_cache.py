@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from orpo_lite.common.console import progress_bar
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import Drop, DropReport, TooManyDropped
 from orpo_lite.data.quality import COLUMNS, without_numbers
@@ -94,7 +94,7 @@ def tokenize_source(
     with (
         pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as arrow,
-        progress_bar(f"tokenizing {source.label}", None) as advance,
+        progress(f"tokenizing {source.label}") as advance,
     ):
         for chunk in map(tokenize, itertools.chain([first], numbered)):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}

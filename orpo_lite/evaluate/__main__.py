@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import console, json_alone, run_command
+from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.held_out import show, show_groups
 
@@ -55,6 +55,9 @@ def command(
     judge_model: Annotated[
         str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
     ] = None,
+    judge_max_tokens: Annotated[
+        int, typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")
+    ] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
@@ -66,6 +69,7 @@ def command(
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
     if data is not None and prompts is not None:
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
+    load("orpo_lite.evaluate.answering")
     from orpo_lite.evaluate.answering import find_sides
 
     if prompts is None:
@@ -80,7 +84,7 @@ def command(
     questions = read_questions(prompts)
     names, found, summary = tuple(side.name for side in sides), None, None
     if judge:
-        found = find_judge(judge, judge_model, trust_remote_code)
+        found = find_judge(judge, judge_model, judge_max_tokens, trust_remote_code)
     with json_alone(as_json) as print_json:
         rows = answer_questions(sides, questions, sampling, seed, batch_size, output)
         sides.clear()  # the judge needs their memory

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from orpo_lite.common.console import progress_bar
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line
 from orpo_lite.data.dropped_rows import Dropped
@@ -162,8 +162,7 @@ def answer_questions(
         return results.rows
     for side in sides:
         check_room(side, questions)
-    with progress_bar("answering", len(questions)) as advance:
-        advance(len(results.rows))
+    with progress("answering", len(questions), len(results.rows)) as advance:
         for start in range(0, len(questions), batch_size):
             part = questions[start : start + batch_size]
             done = max(0, len(results.rows) - start)

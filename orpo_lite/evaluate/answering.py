@@ -48,7 +48,7 @@ class Reply:
         """Say what the text alone does not show."""
         if not self.ended:
             return f"cut after {self.tokens:,} tokens: --max-new-tokens"
-        return None if self.text else "ended at once"
+        return None if self.text.strip() else "ended at once"
 
 
 class PromptFormat:

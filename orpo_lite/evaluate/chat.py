@@ -18,12 +18,11 @@ from rich.markup import escape
 from rich.table import Table
 from rich.text import Text
 
-from orpo_lite.common.console import console, errors
+from orpo_lite.common.console import console, errors, load, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line
 from orpo_lite.common.text import nearest, visible
 from orpo_lite.evaluate.__main__ import Against, Base, MaxNewTokens, Run, Temperature, TopP, TrustRemoteCode
-from orpo_lite.evaluate.terminal import BLOCK, read_key, read_message
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Sampling, Side, Turns
@@ -42,7 +41,7 @@ MIN_ROOM = 64
 """Tokens that an answer should have room for: the oldest turns are left out for it."""
 MIN_COLUMNS = 100
 """Width of a terminal from which on answers stand side by side."""
-CHOICE = "better: 1 or 2, e to write a better one; Enter skips, any other key begins the next message> "
+CHOICE = "better: 1 or 2 (← →), e to write one, Enter to skip; or type your next message"
 
 
 def command(
@@ -75,6 +74,7 @@ def command(
         raise RequestError("found an empty prompt: write it after --prompt, or pipe it in")
     kept = PreferenceFile(preferences) if compare and interactive else None
 
+    load("orpo_lite.evaluate.answering")
     import torch
 
     from orpo_lite.evaluate.answering import Sampling, find_sides
@@ -100,21 +100,26 @@ class Chat:
     def __init__(self, sides: list[Side], sampling: Sampling, system: str | None):
         self.sides, self.sampling, self.system = sides, sampling, system
         self.turns: Turns = []
-        self.over = False
+        self.over, self.next = False, ""
+        """Whether the chat ends, and the next message, where it is typed already."""
 
     def run(self) -> None:
         """Read and answer messages until Ctrl-D or /quit."""
+        from orpo_lite.evaluate import terminal
+
         how = "greedy" if not self.sampling.temperature else f"temperature {self.sampling.temperature:g}"
         self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
         for note in dict.fromkeys(one.format.note for one in self.sides if one.format.note):
             self.say(note)
         self.say(
-            f"/help lists the commands; {BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n"
+            f"/help lists the commands; {terminal.BLOCK} begins and ends several lines; Ctrl-C stops an answer, Ctrl-D ends\n"
         )
         while not self.over:
             try:
-                if line := read_message("you> "):
-                    self.handle(line)
+                line, self.next = self.next or terminal.read_message("you> "), ""
+                with terminal.typing_kept():
+                    if line:
+                        self.handle(line)
             except RequestError as error:
                 self.say(str(error))
             except KeyboardInterrupt:
@@ -308,7 +313,7 @@ class Comparison(Chat):
         for title, one in zip(titles, order, strict=True):
             torch.manual_seed(seed)  # the same draws for both, whichever comes first
             if wide:
-                with console.status(escape(title)):
+                with progress(title):
                     replies.append(one.reply(turns, self.sampling))
             else:
                 console.print(title, style="bold", markup=False)
@@ -351,17 +356,22 @@ class Comparison(Chat):
         Returns:
             Whose the better and the worse answer are; None for no choice.
         """
+        from orpo_lite.evaluate import terminal
+
         names, trained = list(texts), self.sides[-1].name
+        choices = {"1": names, "2": names[::-1], "e": ["you", trained]}
+        self.say(CHOICE, console)
         try:
-            key = read_key(CHOICE, "12e")
-            if key == "e":
-                texts["you"] = read_message("better answer> ")
+            said = terminal.read_choice("1, 2 or e> ", tuple(choices))
+            if said == "e":
+                texts["you"] = terminal.read_message("better answer> ")
         except KeyboardInterrupt:
             console.print()
             return None
-        if not key:
+        if said not in choices:
+            self.next = said
             return None
-        better, worse = {"1": names, "2": names[::-1], "e": ["you", trained]}[key]
+        better, worse = choices[said]
         if texts[better] == texts[worse] or not all(texts[name].strip() for name in (better, worse)):
             self.say("an empty answer, or the same one, makes no pair", console)
             return None

@@ -21,7 +21,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite import __version__
-from orpo_lite.common.console import console, progress_bar
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
 from orpo_lite.evaluate.answering import Sampling, Side, find_sides
@@ -37,8 +37,6 @@ Verdict: tie"""
 VERDICT = re.compile(r"[*_`# \t]*verdict[*_ \t]*:[*_` \t]*(a|b|tie)[*_`. \t]*", re.IGNORECASE)
 PAIRS_PER_WRITE = 8
 """Pairs that are judged before their verdicts are written."""
-MAX_TOKENS = 512
-"""Of a judge's reply."""
 KEY = "OPENAI_API_KEY"
 PARALLEL_REQUESTS = 4
 RETRY_STATUS = (408, 409, 429, 500, 502, 503, 504, 529)
@@ -52,8 +50,8 @@ NEWER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
 class LocalJudge:
     """A model on this machine as the judge; its replies are greedy."""
 
-    def __init__(self, side: Side, name: str):
-        self.side, self.name = side, name
+    def __init__(self, side: Side, name: str, max_tokens: int):
+        self.side, self.name, self.max_tokens = side, name, max_tokens
 
     def __str__(self) -> str:
         return self.name
@@ -66,7 +64,7 @@ class LocalJudge:
         """
         prompts = self.side.prompts([[{"role": "user", "content": text}] for text in questions])
         longest = max(prompts, key=len)
-        room = self.side.room(longest, MAX_TOKENS)
+        room = self.side.room(longest, self.max_tokens)
         if room < 16:
             raise RequestError(
                 f"--judge: {self.name} takes {self.side.context:,} tokens, and a pair of answers with its question has "
@@ -93,7 +91,7 @@ class Endpoint:
     """Seconds before the second try; each next pause is twice as long, unless the server names one."""
     sleep: Callable[[float], None] = staticmethod(time.sleep)
 
-    def __init__(self, url: str, model: str):
+    def __init__(self, url: str, model: str, max_tokens: int):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
             raise RequestError(f"--judge: {url[:200]} is not an address, expected one such as http://127.0.0.1:8000/v1")
@@ -104,7 +102,7 @@ class Endpoint:
             path += "/chat/completions" if path else "/v1/chat/completions"
         self.url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
         self.model = model
-        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": MAX_TOKENS}
+        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
 
     def __str__(self) -> str:
         return f"{self.model} at {self.url}"
@@ -175,11 +173,12 @@ class Endpoint:
         return text.replace(key, "<key>") if key else text
 
 
-def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJudge | Endpoint:
+def find_judge(name: str, model: str | None, max_tokens: int, trust_remote_code: bool) -> LocalJudge | Endpoint:
     """Find the judge that a folder, hub id or address names; a model on this machine is loaded at its first question.
 
     Args:
         model: its name at an address.
+        max_tokens: of a reply.
 
     Raises:
         RequestError: there is no such judge.
@@ -187,10 +186,10 @@ def find_judge(name: str, model: str | None, trust_remote_code: bool) -> LocalJu
     if name.startswith(("http://", "https://")):
         if not model:
             raise RequestError(f"--judge: name the model at {name} with --judge-model")
-        return Endpoint(name, model)
+        return Endpoint(name, model, max_tokens)
     if model:
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
-    return LocalJudge(find_sides(name, trust_remote_code)[-1], name)
+    return LocalJudge(find_sides(name, trust_remote_code)[-1], name, max_tokens)
 
 
 def remedy(status: int) -> str:
@@ -220,8 +219,8 @@ def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:
 
 
 def parse_verdict(text: str) -> str | None:
-    """Read A, B or tie from the last line, strictly: nothing else on it, and no other verdict above it."""
-    lines = [line for line in text.strip().splitlines() if line.strip()]
+    """Read A, B or tie from the last line, strictly: nothing else on it, and no other verdict above it but in thoughts."""
+    lines = [line for line in text.rpartition("</think>")[2].strip().splitlines() if line.strip()]
     verdicts = [found.group(1) for line in lines if (found := VERDICT.fullmatch(line))]
     if not verdicts or not VERDICT.fullmatch(lines[-1]) or len({each.lower() for each in verdicts}) > 1:
         return None
@@ -255,8 +254,7 @@ def judge_answers(
         answers = hashlib.sha256(repr([row["answers"][side] for side in names]).encode()).hexdigest()[:16]
         tasks.append({"id": row["id"], "judge": str(judge), "answers": answers})
     results = ResultFile(output, tasks)
-    with progress_bar("judging", len(rows)) as advance:
-        advance(len(results.rows))
+    with progress("judging", len(rows), len(results.rows)) as advance:
         while len(results.rows) < len(rows):
             part = rows[len(results.rows) : len(results.rows) + PAIRS_PER_WRITE]
             open_rows = [row for row in part if decided_without_judge(row, names) is None]
@@ -287,13 +285,18 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
 
     Returns:
         wins, ties, losses; no_verdict: pairs left out of these; identical: ties that nobody judged; inconsistent: ties
-        because the verdict changed with the order; unparsable: single verdicts; win_rate: wins among the pairs won or
+        because the verdict changed with the order; unparsable: replies without a verdict, and first_unparsable the first
+        of them; win_rate: wins among the pairs won or
         lost, and its interval (95%, Wilson); sign_test_p: two-sided, against a fair coin; words: mean per answer of each
         side; longer_won: share of the decided pairs that the longer answer won.
     """
     winners = [one["winner"] for one in verdicts]
     wins, losses = winners.count(names[1]), winners.count(names[0])
     pairs = [tuple(one["verdicts"]) for one in verdicts if one["verdicts"]]
+    replies = [
+        reply for one in verdicts if one["verdicts"] for reply in zip(one["verdicts"], one["texts"], strict=True)
+    ]
+    unparsable = [text for verdict, text in replies if verdict is None]
     consistent = {("A", "B"), ("B", "A"), ("tie", "tie")}
     words = {name: [sum(len((text or "").split()) for text in row["answers"][name]) for row in rows] for name in names}
     longer_won = []
@@ -307,7 +310,8 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
         "no_verdict": winners.count(None),
         "identical": sum(one["winner"] == "tie" and not one["verdicts"] for one in verdicts),
         "inconsistent": sum(None not in pair and pair not in consistent for pair in pairs),
-        "unparsable": sum(pair.count(None) for pair in pairs),
+        "unparsable": len(unparsable),
+        "first_unparsable": next(iter(unparsable), None),
         "win_rate": wins / (wins + losses) if wins + losses else None,
         "win_rate_interval": wilson_interval(wins, wins + losses),
         "sign_test_p": sign_test(wins, losses),
@@ -347,3 +351,15 @@ def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     if found["longer_won"] is not None:
         table.add_row("the longer one won", f"{found['longer_won']:.0%} of the decided")
     console.print(table)
+    if found["unparsable"]:
+        text = found["first_unparsable"]
+        shown = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
+        console.print(f"the first reply without a verdict line: {shown or '(no text)'}", soft_wrap=True, markup=False)
+        console.print(why_unparsable(text), soft_wrap=True)
+
+
+def why_unparsable(text: str) -> str:
+    """Say what to do about a judge's reply that names no winner."""
+    if not text.strip() or ("<think>" in text and "</think>" not in text):
+        return "it thinks, and has not come to an end: raise --judge-max-tokens, or switch off thinking on its server"
+    return "where it was cut, raise --judge-max-tokens; else the judge does not do what it is told: name a larger one"

@@ -1,87 +1,110 @@
-"""Read messages and single keys from the terminal of a chat."""
+"""Read messages and choices from the terminal of a chat, so that nothing typed is lost or taken for something else."""
 
 from __future__ import annotations
 
-import asyncio
+import contextlib
 import re
+import sys
+from collections.abc import Iterator
 
-from prompt_toolkit import prompt as read_line
+from prompt_toolkit import PromptSession
 from prompt_toolkit.application.current import get_app, get_app_session
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import InMemoryHistory
 from prompt_toolkit.input.typeahead import get_typeahead, store_typeahead
-from prompt_toolkit.key_binding import KeyPress
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.keys import Keys
+from prompt_toolkit.utils import is_dumb_terminal
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import errors
 
 BLOCK = '"""'
 """Begins and ends a message of several lines."""
+OPEN_BLOCK = re.compile(f"\\s*{BLOCK}(?!.*{BLOCK}\\s*$).*", re.DOTALL)
+"""A message of several lines that is not closed yet, so that Enter begins another line of it."""
 HISTORY = InMemoryHistory()
 """Messages of this chat, for the arrow keys."""
-IN_BLOCK = Condition(
-    lambda: re.fullmatch(f"\\s*{BLOCK}(?!.*{BLOCK}\\s*$).*", get_app().current_buffer.text, re.DOTALL) is not None
-)
-"""Whether a message of several lines is not closed yet, so that Enter begins another line of it."""
+ARROWS = {"left": "1", "right": "2"}
+"""Keys that choose an answer at once: no message begins with them."""
 
 
-def read_message(prompt: str) -> str:
-    """Read a line, or several between triple quotes.
+def edits() -> bool:
+    """Return True where lines can be edited: keys come from a terminal that can move its cursor, and go to one."""
+    return sys.stdin.isatty() and sys.stdout.isatty() and not is_dumb_terminal()
+
+
+def read(prompt: str, history: InMemoryHistory, keys: KeyBindings | None = None) -> str:
+    """Read a line, or several between triple quotes; one that is pasted stays whole.
 
     Raises:
         EOFError: Ctrl-D.
         KeyboardInterrupt: Ctrl-C.
     """
-    text = read_line(
-        prompt, history=HISTORY, multiline=IN_BLOCK, prompt_continuation="...> ", enable_suspend=True
-    ).strip()
+    if edits():
+        opened = Condition(lambda: OPEN_BLOCK.fullmatch(get_app().current_buffer.text) is not None)
+        session: PromptSession[str] = PromptSession(history=history, key_bindings=keys)
+        text = session.prompt(prompt, multiline=opened, prompt_continuation="...> ", enable_suspend=True)
+    else:
+        text = ""
+        while not text or OPEN_BLOCK.fullmatch(text):
+            errors.print("...> " if text else prompt, end="", markup=False, soft_wrap=True)
+            if not (line := sys.stdin.readline()):
+                raise EOFError
+            text += line
+    text = text.strip()
     return text.removeprefix(BLOCK).removesuffix(BLOCK).strip() if text.startswith(BLOCK) else text
 
 
-def read_key(question: str, answers: str) -> str:
-    """Ask a question that a single key answers. Everything else that is typed is left for the next message.
+def read_message(prompt: str) -> str:
+    """Read a message; raises as `read`."""
+    return read(prompt, HISTORY)
 
-    Args:
-        answers: the keys that answer it.
+
+def read_choice(prompt: str, answers: tuple[str, ...]) -> str:
+    """Read a choice or, where anything else is typed, the next message; raises as `read`.
 
     Returns:
-        One of `answers`, with or without Enter behind it; "" for Enter alone, for any other key, or where something was
-        typed before the question was there.
-
-    Raises:
-        EOFError: the terminal is gone.
-        KeyboardInterrupt: Ctrl-C.
+        One of `answers`; or a message; "" for Enter alone, or where a whole message was typed before the question was
+        there, which `read_message` then finds.
     """
-    source = get_app_session().input
-    with source.raw_mode():
-        typed = get_typeahead(source) + source.read_keys()
-    text = ""
-    if not typed:
-        console.print(question, end="", markup=False, soft_wrap=True)
-        typed = asyncio.run(next_keys())
-        text = "".join(key.data for key in typed)
-    answer = text.strip() if len(text.strip()) == 1 and text.strip() in answers else ""
-    console.print(answer)
-    if typed[0].key == Keys.ControlC:
-        raise KeyboardInterrupt
-    if not answer and text not in ("\r", "\n"):
+    keys, source = KeyBindings(), get_app_session().input
+    if edits():
+        with source.raw_mode():
+            typed = get_typeahead(source) + source.read_keys()
         store_typeahead(source, typed)
-    return answer
+        if any(one.key in (Keys.ControlM, Keys.ControlJ) for one in typed):
+            return ""
+
+    @keys.add("left", filter=Condition(lambda: not get_app().current_buffer.text))
+    @keys.add("right", filter=Condition(lambda: not get_app().current_buffer.text))
+    def choose(event: KeyPressEvent) -> None:
+        event.current_buffer.text = ARROWS[event.key_sequence[0].key]
+        event.current_buffer.validate_and_handle()
+
+    text = read(prompt, InMemoryHistory(), keys)
+    if text and text not in answers:
+        HISTORY.append_string(text)
+    return text
 
 
-async def next_keys() -> list[KeyPress]:
-    """Wait until something is typed; return all of it that is there.
+@contextlib.contextmanager
+def typing_kept() -> Iterator[None]:
+    """Keep what is typed or pasted meanwhile for the next message, unseen; Ctrl-C still interrupts."""
+    if sys.platform == "win32" or not edits():
+        yield
+        return
+    import termios
 
-    Raises:
-        EOFError: the terminal is gone.
-    """
-    source, ready, keys = get_app_session().input, asyncio.Event(), []
-    with source.raw_mode(), source.attach(ready.set):
-        while not keys:
-            await ready.wait()
-            ready.clear()
-            # a terminal's late answer to a question about its cursor is no key
-            keys = [key for key in source.read_keys() + source.flush_keys() if key.key != Keys.CPRResponse]
-            if source.closed:
-                raise EOFError
-    return keys
+    before, output = termios.tcgetattr(sys.stdin), get_app_session().output
+    mode = termios.tcgetattr(sys.stdin)
+    # by lines, the system drops what goes beyond 4096 characters; by default, Ctrl-C drops all that waits
+    mode[3] = mode[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH
+    termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
+    output.enable_bracketed_paste()
+    output.flush()
+    try:
+        yield
+    finally:
+        output.disable_bracketed_paste()
+        output.flush()
+        termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orpo_lite.common.console import json_alone, run_command
+from orpo_lite.common.console import json_alone, load, run_command
 from orpo_lite.merge.__main__ import Onto, Quantization
 
 
@@ -33,6 +33,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
+    load("orpo_lite.export.gguf")
     from orpo_lite.export.gguf import export
 
     with json_alone(as_json) as print_json:

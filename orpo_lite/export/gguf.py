@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.pytorch_utils import Conv1D
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
 from orpo_lite.export.llama_cpp import byte_level, run_converter, splitting_rule, token_fields, write_vocabulary
@@ -239,13 +239,13 @@ def write_model(
         "fields": fields,
         "type": kind.name if direct else exact,
     }
-    with console.status(f"converting to {kind.name}"):
+    with progress(f"converting to {kind.name}"):
         run_converter(request)
         if not direct:
             floats, made = made, made.with_name("quantized.gguf")
             quantize_file(floats, made, kind)
             floats.unlink()
-    with console.status("reading it back"):
+    with progress("reading it back"):
         check_fields(made, tokenizer, fields, context_of(config))
         lines = [compare_values(made, model, kind.limit)]
     if kind.tool:

@@ -15,7 +15,7 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from rich.filesize import decimal
 
-from orpo_lite.common.console import console, json_alone
+from orpo_lite.common.console import console, json_alone, progress
 from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.published_files import match, refuse_secrets
@@ -111,7 +111,10 @@ def push(
         if dry_run:
             console.print("dry run: nothing was sent")
             return None
-        with errors_in_words(repo, api, "; the hub keeps what was uploaded: run the same command to resume"):
+        with (
+            errors_in_words(repo, api, "; the hub keeps what was uploaded: run the same command to resume"),
+            progress("uploading"),
+        ):
             additions = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
             message = message or f"{plan.kind} of {folder.resolve().name}, by orpo-lite"
             commit = api.create_commit(repo, additions, commit_message=message, revision=revision).oid

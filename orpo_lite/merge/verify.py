@@ -20,6 +20,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map
 from transformers import PreTrainedTokenizerBase
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME
@@ -56,6 +57,7 @@ def probe_tokens(plan: Plan, tokenizer: PreTrainedTokenizerBase) -> tuple[Tensor
     return torch.tensor([row[:length] for row in rows]), f"{len(rows)} {origin} of {length} tokens"
 
 
+@progress("comparing outputs with those of base and adapter")
 def check_merged(
     plan: Plan,
     folder: Path,

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import base_revision, check_quantized_share, keep_4bit_differentiable
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
@@ -179,6 +180,7 @@ def adapt_shipped(name: str, shipped: dict[str, Any], dtype: torch.dtype) -> Non
         shipped["bnb_4bit_compute_dtype"] = str(dtype).removeprefix("torch.")
 
 
+@progress("loading the weights")
 def read_model(spec: ModelSection, config: PreTrainedConfig, **options: Any) -> PreTrainedModel:
     """Load from safetensors only, with every weight of the model in the files."""
     try:

@@ -18,6 +18,7 @@ from huggingface_hub import constants
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import check_decoder_only
 
@@ -54,6 +55,7 @@ def cached_folder(path: Path) -> Path:
     return folder
 
 
+@progress("dequantizing the GGUF file")
 def convert(path: Path, folder: Path) -> None:
     """Write configuration, tokenizer and weights of a GGUF file; one weight is in memory at a time."""
     config = AutoConfig.from_pretrained(path.parent, gguf_file=path.name, trust_remote_code=False)

@@ -17,6 +17,7 @@ from transformers.utils.hub import has_file
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from orpo_lite.common import safe_yaml
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import check_decoder_only
 from orpo_lite.model.untrusted_files import check_model, read_object
@@ -75,7 +76,7 @@ def find_gguf(name: str, gguf_file: str, revision: str | None) -> Path:
             )
     else:
         check_model_path(name)
-        with hub_errors_in_words(name):
+        with hub_errors_in_words(name), progress(f"downloading {gguf_file}"):
             path = Path(hf_hub_download(name, gguf_file, revision=revision))
     with path.open("rb") as stream:
         if stream.read(4) != b"GGUF":
@@ -93,7 +94,7 @@ def adapter_folder(source: str | Path) -> Path:
     if os.path.exists(folder):
         return folder
     check_folder(source, "a run folder, the folder of an adapter, or a hub id USER/NAME")
-    with renaming_field("adapter"), hub_errors_in_words(str(source)):
+    with renaming_field("adapter"), hub_errors_in_words(str(source)), progress(f"downloading {source}"):
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 
 

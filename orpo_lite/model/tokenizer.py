@@ -16,6 +16,7 @@ from typing import Any
 import jinja2
 from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.model.locating import hub_errors_in_words, locate, read_config
@@ -29,6 +30,7 @@ RESERVED_TOKEN = re.compile(r"<\|reserved_special_token_\d+\|>|<\|?(reserved|unu
 MARKER = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>")
 
 
+@progress("loading the tokenizer")
 def load_tokenizer(spec: ModelSection) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer and set padding token, chat template and new tokens. A run folder works too.
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from orpo_lite.common.console import console, json_alone, run_command
+from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.plan.gpus import Card, Target, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
@@ -25,6 +25,7 @@ def command(
     loaded = Recipe.load(recipe, overrides or [])
     cards = cards_asked_for(loaded, gpu)
     with json_alone(as_json) as print_json:
+        load("orpo_lite.plan.search")
         from orpo_lite.plan import tables
         from orpo_lite.plan.search import Planner, judge
 

@@ -11,6 +11,7 @@ from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.plan.allocations import FLOPS, LAUNCHED, MOVED, UNPACKED
 from orpo_lite.plan.gpus import FITS, NOT, Card, Target, verdict
@@ -45,6 +46,7 @@ class Planner:
         self.shape = shape
         self._studies: dict[tuple[str, Target], Study] = {}
 
+    @progress("planning")
     def __call__(self, recipe: Recipe, target: Target) -> Plan:
         """Plan a recipe as it stands.
 
@@ -104,6 +106,7 @@ class Verdict:
     """Settings of a recipe that leaves its micro-batches to the plan."""
 
 
+@progress("planning")
 def judge(recipe: Recipe, card: Card, planner: Planner) -> Verdict:
     """Plan a recipe for a card; where it does not fit, look for overrides with which it does.
 
@@ -134,6 +137,7 @@ class Search:
         self._fixed |= recipe.plans_batches and recipe.orpo.tokens_per_batch is not None
         self._layers_stay = recipe.plans_batches and recipe.memory.checkpointing != "auto"
 
+    @progress("looking for settings that fit")
     def first_that_fits(self, shorten: bool) -> Choice | None:
         """Return the fastest choice with the mildest changes that make the recipe fit; None if none do.
 

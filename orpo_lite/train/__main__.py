@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.markup import escape
 
-from orpo_lite.common.console import errors, rank, refuse_sharding, run_command
+from orpo_lite.common.console import errors, load, rank, refuse_sharding, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder
 from orpo_lite.data.sources import is_local, local_files, open_source
@@ -76,6 +76,7 @@ def check_local_files(recipe: Recipe) -> None:
 
 def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool, again: str) -> None:
     """Import what training needs, and train; a signal ends the command as a shell expects."""
+    load("orpo_lite.train.pipeline")
     from orpo_lite.train.pipeline import run, silence_other_ranks
     from orpo_lite.trainer.distributed import as_lost_peer
     from orpo_lite.trainer.interruptions import Stopped

@@ -20,7 +20,7 @@ from transformers.integrations.integration_utils import TensorBoardCallback
 from transformers.trainer import DEFAULT_PROGRESS_CALLBACK
 from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
-from orpo_lite.common.console import console
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
 from orpo_lite.common.files import disk_of
 from orpo_lite.data import Pairs, load_pairs
@@ -32,7 +32,7 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
 from orpo_lite.train.results import finish, measure_before, measure_held_out, record_of
 from orpo_lite.trainer import distributed
-from orpo_lite.trainer.callbacks import Bar, MetricsFile, check_trackers
+from orpo_lite.trainer.callbacks import Figures, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.interruptions import OutOfMemory, named
 from orpo_lite.trainer.nonfinite_guard import NonFinite
@@ -159,7 +159,6 @@ def connect(trainer: ORPOTrainer, recipe: Recipe, pairs: Pairs, folder: RunFolde
     """Tell the trainer where its files go and what its rows are called, and add the callbacks of a run."""
     trainer.remove_callback(DEFAULT_PROGRESS_CALLBACK)  # a different one in a notebook than in a terminal
     trainer.remove_callback(PrinterCallback)
-    trainer.add_callback(Bar())
     trainer.guard.sources = [name for name, one in pairs.shapes.items() if one["section"] == "train"]
     if folder is None:
         return
@@ -176,8 +175,11 @@ def connect(trainer: ORPOTrainer, recipe: Recipe, pairs: Pairs, folder: RunFolde
 def train(trainer: ORPOTrainer, folder: RunFolder) -> Any:
     """Train from the folder's checkpoint, if it has one, and say how to resume if training is stopped."""
     try:
-        with named("training, outside of the passes over a micro-batch"):
-            return trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
+        with named("training, outside of the passes over a micro-batch"), progress("training", 0) as update:
+            trainer.add_callback(figures := Figures(update))
+            found = trainer.train(resume_from_checkpoint=str(folder.checkpoint) if folder.checkpoint else None)
+            trainer.remove_callback(figures)
+            return found
     except (KeyboardInterrupt, OutOfMemory, NonFinite) as stop:
         printout.print_stopped(folder, stop, trainer.state.global_step)
         raise

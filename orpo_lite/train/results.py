@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import gather_object
 
-from orpo_lite.common.console import console, peak_memory_bytes
+from orpo_lite.common.console import console, peak_memory_bytes, progress
 from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import Pairs
@@ -252,6 +252,7 @@ def finish(
     printout.print_finished(folder, record)
 
 
+@progress("writing report and model card")
 def report(folder: RunFolder) -> None:
     """Write report.html and the model card with its picture; what cannot be made is reported, and does not fail the run."""
     try:

@@ -1,17 +1,18 @@
-"""Output of a run while it trains: one progress bar, metrics.jsonl, and the experiment trackers of `report_to`."""
+"""Output of a run while it trains: figures beside its bar, metrics.jsonl, and the experiment trackers of `report_to`."""
 
 from __future__ import annotations
 
 import contextlib
 import json
 import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
 from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
-from transformers.trainer_callback import ProgressCallback
 
+from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line, check_mounted, disk_of, write_atomically
 from orpo_lite.common.text import nearest
@@ -19,27 +20,35 @@ from orpo_lite.common.text import nearest
 logger = logging.getLogger(__name__)
 
 
-class Bar(ProgressCallback):
-    """transformers' bar with loss, margin, accuracy and tokens/s beside it, instead of a printed dict per log."""
+class Figures(TrainerCallback):
+    """Steps, loss, accuracy, margin and tokens/s for the bar of the training, and a line for each evaluation."""
 
-    def on_prediction_step(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Show no second bar: an evaluation ends in its own line."""
+    def __init__(self, update: Callable[..., None]):
+        self.update = update
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.update(total=state.max_steps, completed=state.global_step)
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.update(completed=state.global_step)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        if not state.is_world_process_zero or self.training_bar is None or not logs:
-            return
+        logs = logs or {}
         if "eval_rewards/accuracies" in logs:
-            self.training_bar.write(
+            console.print(
                 f"step {state.global_step}: held-out loss {logs['eval_loss']:.4f}, margin "
                 f"{logs['eval_rewards/margins']:.4f}, accuracy {logs['eval_rewards/accuracies']:.1%}"
             )
         elif "rewards/margins" in logs:
             overflows = logs.get("overflow_steps")
-            self.training_bar.set_postfix_str(
-                f"loss {logs['loss']:.4f}, margin {logs['rewards/margins']:.4f}, accuracy "
-                f"{logs['rewards/accuracies']:.0%}, {logs['tokens_per_second']:,.0f} tokens/s"
-                + (f", {overflows} overflows" if overflows else "")
-            )
+            figures = [
+                f"loss {logs['loss']:.4f}",
+                f"accuracy {logs['rewards/accuracies']:.0%}",
+                *([f"{overflows} overflows"] if overflows else []),
+                f"margin {logs['rewards/margins']:.4f}",
+                f"{logs['tokens_per_second']:,.0f} tokens/s",
+            ]
+            self.update(figures=figures)
 
 
 class MetricsFile(TrainerCallback):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from accelerate.utils import extract_model_from_parallel
 
+from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.model import stop_token_ids
@@ -96,11 +97,15 @@ def answer(
     prompts = [row["chosen_ids"][: row["chosen_start"]] for row in rows]
     stops = stop_token_ids(tokenizer, model.generation_config)
     answers: list[dict[str, Any]] = []
-    for start in range(0, len(prompts), batch_size):
-        part = prompts[start : start + batch_size]
-        for prompt, ids in zip(part, generate(model, tokenizer, part, Sampling(max_new_tokens), stops), strict=True):
-            text = tokenizer.decode(ids, skip_special_tokens=True).strip()
-            answers.append({"prompt": tokenizer.decode(prompt), "answer": text, "ids": ids})
+    with progress("answering held-out prompts", len(prompts)) as advance:
+        for start in range(0, len(prompts), batch_size):
+            part = prompts[start : start + batch_size]
+            for prompt, ids in zip(
+                part, generate(model, tokenizer, part, Sampling(max_new_tokens), stops), strict=True
+            ):
+                text = tokenizer.decode(ids, skip_special_tokens=True).strip()
+                answers.append({"prompt": tokenizer.decode(prompt), "answer": text, "ids": ids})
+            advance(len(part))
     return answers
 
 
@@ -124,6 +129,7 @@ def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
     return answers
 
 
+@progress("scoring the answers")
 def score_answers(
     trainer: ORPOTrainer, pairs: Dataset, samples: list[dict[str, Any]], before: list[dict[str, Any]]
 ) -> None:

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from transformers.trainer_utils import EvalLoopOutput
 
-from orpo_lite.common.console import peak_memory_bytes
+from orpo_lite.common.console import peak_memory_bytes, progress
 from orpo_lite.data.collate import collator_of, from_trl
 from orpo_lite.data.step_batches import step_loader
 from orpo_lite.data.token_cache import DropReport, tokenize_rows
@@ -70,6 +70,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     predictions: Any = None
     """Predictions of the last evaluation: one row per pair, with the columns `metrics.COLUMNS`."""
     step_in_progress: StepInProgress | None = None
+    evaluated: Any = staticmethod(lambda pairs: None)
+    """Shows how many pairs an evaluation has computed."""
 
     def __init__(
         self,
@@ -358,6 +360,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
         found = retried(passes, lambda why: self._shrink(self.eval_limit, "evaluation", why))
         loss, rows = prediction_rows(found, self.args)
+        self.evaluated(len(rows) * self.args.world_size)
         return loss, rows, torch.zeros(len(rows), device=rows.device)
 
     def evaluation_loop(
@@ -369,7 +372,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         metric_key_prefix: str = "eval",
     ) -> EvalLoopOutput:
         """Count every held-out pair once, whatever the batches and processes."""
-        output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
+        with progress("evaluating held-out pairs", len(dataloader.dataset)) as self.evaluated:
+            output: Any = super().evaluation_loop(dataloader, description, False, ignore_keys, metric_key_prefix)
         if self.args.generate_during_eval:
             plain_attention(unwrap(self.unwrapped()))
             self.answers = log_answers(self, dataloader.dataset)

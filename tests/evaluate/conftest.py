@@ -61,9 +61,10 @@ class Terminal:
 
     Args:
         columns: its width.
+        term: its kind.
     """
 
-    def __init__(self, words: list[str], place: Path, columns: int = 80):
+    def __init__(self, words: list[str], place: Path, columns: int = 80, term: str = "xterm-256color"):
         import fcntl
         import struct
         import termios
@@ -73,7 +74,7 @@ class Terminal:
         environment = {key: value for key, value in os.environ.items() if key not in ("COLUMNS", "LINES")}
         environment |= {
             "PYTHONPATH": str(ROOT),
-            "TERM": "xterm-256color",
+            "TERM": term,
             "PROMPT_TOOLKIT_NO_CPR": "1",
             "OMP_NUM_THREADS": "1",
         }
@@ -137,11 +138,11 @@ class Terminal:
 
 @pytest.fixture
 def terminal(tmp_path):
-    """terminal(words, columns) -> Terminal; ended with the test."""
+    """terminal(words, options) -> Terminal; ended with the test."""
     opened: list[Terminal] = []
 
-    def start(*words: str, columns: int = 80) -> Terminal:
-        opened.append(Terminal([*map(str, words)], tmp_path, columns))
+    def start(*words: str, **options: Any) -> Terminal:
+        opened.append(Terminal([*map(str, words)], tmp_path, **options))
         return opened[-1]
 
     yield start

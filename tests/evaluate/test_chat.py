@@ -64,8 +64,8 @@ def typed(monkeypatch):
                 raise EOFError
             return left.pop(0)
 
-        monkeypatch.setattr(chat, "read_message", read)
-        monkeypatch.setattr(chat, "read_key", lambda question, answers: read())
+        monkeypatch.setattr(terminal, "read_message", read)
+        monkeypatch.setattr(terminal, "read_choice", lambda question, answers: read())
 
     return lines
 
@@ -312,63 +312,76 @@ def test_options_that_mean_nothing_are_refused(options, words):
 def keys(monkeypatch):
     """keys(before, after): what is typed before and after the question is there."""
     with create_pipe_input() as pipe, create_app_session(input=pipe, output=DummyOutput()):
-        waits = terminal.next_keys
+        monkeypatch.setattr(terminal, "edits", lambda: True)
+        waits = terminal.read
 
         def typed(before="", after=""):
-            def late():
+            def late(*given):
                 pipe.send_text(after)
-                return waits()
+                return waits(*given)
 
-            monkeypatch.setattr(terminal, "next_keys", late)
+            monkeypatch.setattr(terminal, "read", late)
             pipe.send_text(before)
 
         yield typed
 
 
-def message_next(keys):
-    """The next message, where Enter and then another message follow what was typed."""
-    keys("\rnot this\r")
-    return terminal.read_message("you> ")
+def choice_and_next(keys, before, after):
+    """What is chosen, and the next message, where Enter and then another message follow what was typed."""
+    keys(before, after)
+    found = terminal.read_choice("1, 2 or e> ", ("1", "2", "e"))
+    keys("next\r")
+    return found, terminal.read_message("you> ")
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "answer", "next_message"),
+    ("before", "after", "choice", "message"),
     [
-        ("", "2", "2", ""),
-        ("", "e", "e", ""),
-        ("", "1\r", "1", ""),  # Enter is a habit
-        ("", "\r", "", ""),
-        ("", "W", "", "W"),
-        ("", "3", "", "3"),
-        ("", "explain it", "", "explain it"),  # at once: no single key
-        ("", "\x1b[200~2 lines\r\nof text\x1b[201~", "", "2 lines\nof text"),
-        ("", "\x1b[DWhy?", "", "Why?"),  # an arrow key
-        ("2", "", "", "2"),  # typed while the answers were written: they were not read yet
-        ("explain it", "", "", "explain it"),
+        ("", "2\r", "2", "next"),
+        ("", " e \r", "e", "next"),
+        ("", "\x1b[C", "2", "next"),  # an arrow key, at once
+        ("", "\r", "", "next"),
+        ("", "explain it\r", "explain it", "next"),  # whole, whatever it begins with
+        ("", "2 lines?\r", "2 lines?", "next"),
+        ("", "e\x7fWhy?\r", "Why?", "next"),  # edited
+        ("", "ab\x1b[D\x1b[Dx\r", "xab", "next"),  # arrows move in what is typed
+        ("", "\x1b[200~2 lines\r\nof text\x1b[201~\r", "2 lines\nof text", "next"),
+        ("2", "\r", "2", "next"),  # typed too early, but entered now
+        ("2 m", "ore?\r", "2 more?", "next"),
+        ("2\r", "", "", "2"),  # typed and entered while the answers were written: they were not read yet
+        ("explain it\r", "", "", "explain it"),
     ],
 )
-def test_a_single_key_is_a_choice_and_anything_else_a_message(keys, before, after, answer, next_message):
-    keys(before, after)
-    assert terminal.read_key("better?", "12e") == answer
-    assert message_next(keys) == next_message
+def test_a_choice_is_a_whole_line_and_anything_else_a_message(keys, before, after, choice, message):
+    assert choice_and_next(keys, before, after) == (choice, message)
 
 
-def test_the_end_of_a_pasted_message_is_no_choice(keys):
-    keys("First.\r2 more?\rLast.")
-    assert terminal.read_message("you> ") == "First."
-    assert terminal.read_key("better?", "12e") == ""
-    assert terminal.read_message("you> ") == "2 more?"
-    assert message_next(keys) == "Last."
+def test_a_message_typed_at_the_choice_is_in_the_history(keys):
+    keys("explain it\r")
+    terminal.read_choice("1, 2 or e> ", ("1", "2", "e"))
+    keys("explain it\r1\r")
+    assert terminal.read_choice("1, 2 or e> ", ("1", "2", "e")) == ""
+    assert terminal.HISTORY.get_strings()[-1] != "1"
 
 
 def test_control_keys_at_a_question(keys):
     keys(after="\x03")
     with pytest.raises(KeyboardInterrupt):
-        terminal.read_key("better?", "12e")
+        terminal.read_choice("1, 2 or e> ", ("1", "2", "e"))
     keys(after="\x04")
-    assert terminal.read_key("better?", "12e") == ""
+    with pytest.raises(EOFError):
+        terminal.read_choice("1, 2 or e> ", ("1", "2", "e"))
+
+
+def test_without_a_terminal_lines_are_read_plainly(monkeypatch, capsys):
+    monkeypatch.setattr("sys.stdin", io.StringIO('one\n"""two\n\n lines"""\nexplain it\n 2 \nlast'))
+    assert [terminal.read_message("you> ") for _ in range(2)] == ["one", "two\n\n lines"]
+    assert [terminal.read_choice("1, 2 or e> ", ("1", "2", "e")) for _ in range(2)] == ["explain it", "2"]
+    assert terminal.read_message("you> ") == "last"
     with pytest.raises(EOFError):
         terminal.read_message("you> ")
+    said = capsys.readouterr()
+    assert said.err == "you> you> ...> ...> 1, 2 or e> 1, 2 or e> you> you> " and not said.out
 
 
 def test_messages_of_several_lines_and_earlier_ones(keys):

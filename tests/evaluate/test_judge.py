@@ -9,7 +9,16 @@ import pytest
 
 import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.judge import Endpoint, judge_answers, judge_prompt, parse_verdict, sign_test, summary, winner
+from orpo_lite.evaluate.judge import (
+    Endpoint,
+    judge_answers,
+    judge_prompt,
+    parse_verdict,
+    show_summary,
+    sign_test,
+    summary,
+    winner,
+)
 from tests.evaluate.conftest import KIND
 
 NAMES = ("base", "adapter")
@@ -33,7 +42,7 @@ def rows(count=6):
 @pytest.fixture
 def endpoint(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made = Endpoint(server.url, "judge-7b")
+    made = Endpoint(server.url, "judge-7b", 512)
     made.tries, made.timeout = 4, 5
     slept: list[float] = []
     made.sleep = slept.append
@@ -54,6 +63,9 @@ def endpoint(server, monkeypatch):
         ("A", None),
         ("Verdict: A\nBut it is close.", None),
         ("My Verdict: A", None),
+        ("<think>Verdict: B\nNo.</think>\n\nVerdict: A", "A"),  # what it thought is no verdict
+        ("It could be\nVerdict: B</think>\nVerdict: A", "A"),  # the template has begun the thoughts
+        ("<think>\nVerdict: A", None),
         ("", None),
     ],
 )
@@ -73,10 +85,11 @@ def test_both_orders_must_agree(first, second, found):
 def test_counts_by_hand():
     said = [("adapter", ["B", "A"])] * 5 + [("base", ["A", "B"])] + [("tie", ["A", "A"])] + [("tie", None)]
     said += [(None, [None, "A"])]
-    verdicts = [{"winner": won, "verdicts": pair} for won, pair in said]
+    verdicts = [{"winner": won, "verdicts": pair, "texts": pair and ["x", "y"]} for won, pair in said]
     found = summary([row | {"turns": []} for row in rows(9)], verdicts, NAMES)
     assert (found["wins"], found["ties"], found["losses"], found["no_verdict"]) == (5, 2, 1, 1)
     assert (found["identical"], found["inconsistent"], found["unparsable"]) == (1, 1, 1)
+    assert found["first_unparsable"] == "x"
     assert found["win_rate"] == pytest.approx(5 / 6) and found["sign_test_p"] == pytest.approx(2 * 7 / 64)
     assert found["win_rate_interval"] == pytest.approx((0.4365, 0.9699), abs=1e-4)
     assert found["words"] == {"base": 6.0, "adapter": 5.0}
@@ -119,6 +132,23 @@ def test_judges_that_do_not_judge(server, endpoint, says, counts):
     server.judge = lambda _: says
     found = judge_answers(endpoint, rows(), NAMES, None)
     assert {key: found[key] for key in counts} == counts and found["win_rate"] is None
+
+
+@pytest.mark.parametrize(
+    ("says", "shown", "advice"),
+    [
+        ("Both are \x1b[31mfine.", r"Both are \x1b[31mfine.", "name a larger one"),
+        ("a" * 900, f"{'a' * 200} [...] {'a' * 200}", "raise --judge-max-tokens"),
+        ("<think>\nHm", "<think>", "switch off thinking"),
+        ("", "(no text)", "switch off thinking"),
+    ],
+)
+def test_the_first_reply_without_a_verdict_is_shown(server, endpoint, capsys, says, shown, advice):
+    server.judge = lambda _: says
+    show_summary(judge_answers(endpoint, rows(1), NAMES, None), NAMES)
+    told = capsys.readouterr().out
+    assert "(2 replies without a verdict line)" in told
+    assert f"the first reply without a verdict line: {shown}" in told and advice in told
 
 
 def test_identical_and_missing_answers_cost_nothing(server, endpoint):
@@ -179,13 +209,13 @@ def test_silence_and_nobody_there(server, endpoint):
     server.plan = [2.0, 2.0]
     with pytest.raises(RuntimeError, match="no answer in time"):
         endpoint.ask(ASK)
-    gone = Endpoint("http://127.0.0.1:9", "m")
+    gone = Endpoint("http://127.0.0.1:9", "m", 512)
     gone.tries, gone.pause = 2, 0
     with pytest.raises(RuntimeError, match="m at http://127.0.0.1:9/v1/chat/completions.*refused"):
         gone.ask(ASK)
     for url in ("ftp://x", "http://", "http://me:secret@host/v1"):
         with pytest.raises(RequestError, match="--judge"):
-            Endpoint(url, "m")
+            Endpoint(url, "m", 512)
 
 
 def test_verdicts_are_kept_when_the_endpoint_fails(server, endpoint, tmp_path):
@@ -236,12 +266,16 @@ def test_the_adapter_wins_before_a_judge_that_likes_courtesy(trained, prompts, s
     assert json.loads(capsys.readouterr().out)["judged"]["wins"] == won
 
 
-def test_a_model_on_this_machine_judges(trained, babbling, prompts, capsys, monkeypatch):
+def test_a_model_on_this_machine_judges(trained, babbling, prompts, capsys):
     """It babbles, so there is no verdict: which is counted, and no win of anybody."""
-    monkeypatch.setattr("orpo_lite.evaluate.judge.MAX_TOKENS", 32)
-    evaluate.command(str(trained), prompts=prompts, max_new_tokens=8, judge=str(babbling), as_json=True)
+    options = {"prompts": prompts, "max_new_tokens": 8, "judge": str(babbling), "judge_max_tokens": 32}
+    evaluate.command(str(trained), **options, as_json=True)
     judged = json.loads(capsys.readouterr().out)["judged"]
-    assert judged["unparsable"] == 2 * (3 - judged["identical"]) > 0 and judged["wins"] == judged["losses"] == 0
+    assert (
+        judged["first_unparsable"]
+        and judged["unparsable"] == 2 * (3 - judged["identical"]) > 0
+        and judged["wins"] == judged["losses"] == 0
+    )
 
 
 @pytest.mark.parametrize(

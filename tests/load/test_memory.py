@@ -1,7 +1,5 @@
 """Memory does not grow with the rows: of readers (fast), of whole commands and of long runs (slow)."""
 
-import itertools
-import re
 import sys
 import tracemalloc
 
@@ -9,7 +7,6 @@ import numpy as np
 import pytest
 from datasets import Dataset, concatenate_datasets
 
-from orpo_lite.common.console import progress_bar
 from orpo_lite.data import lengths as columns
 from orpo_lite.data import pair_lengths
 from orpo_lite.data.collate import common_prefix
@@ -58,18 +55,6 @@ def test_numbers_of_rows_are_those_of_the_rows():
         found = zip(columns.list_lengths(rows, "chosen_ids"), columns.numbers(rows, "row"), columns.common_prefixes(rows, "chosen_ids", "rejected_ids"), strict=True)  # fmt: skip
         assert [tuple(map(int, one)) for one in found] == expected
         assert pair_lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]
-
-
-def test_progress_is_printed_where_there_is_no_terminal(capsys, monkeypatch):
-    monkeypatch.setattr(sys.stderr, "isatty", lambda: False, raising=False)
-    with progress_bar("tokenizing x", 4000) as advance:
-        advance(1000)
-    assert not capsys.readouterr().err  # sooner than ten seconds
-    clock = itertools.count(0, 11)
-    monkeypatch.setattr("tqdm.std.time", lambda: next(clock))
-    with progress_bar("tokenizing x", 4000) as advance:
-        advance(1000)
-    assert re.search(r"tokenizing x: +25%.* 1000/4000", capsys.readouterr().err)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
