@@ -142,6 +142,8 @@ class Line(Progress):
     current: ClassVar[Line | None] = None
 
     def __init__(self) -> None:
+        from tqdm.std import tqdm
+
         # what a notebook's kernel starts has a terminal too, but one that keeps all that was ever drawn on it
         self.drawn = sys.stderr.isatty() and not errors.is_dumb_terminal and "JPY_PARENT_PID" not in os.environ
         both, self.undo = self.drawn and sys.stdout.isatty(), contextlib.ExitStack()
@@ -152,15 +154,8 @@ class Line(Progress):
         for each in [errors] * self.drawn + [console] * both:  # so that what they print appears above the line
             each.push_render_hook(self.live)
             self.undo.callback(each.pop_render_hook)
-
-    def start(self) -> None:
-        """Begin to show what is under way."""
-        from tqdm.std import tqdm
-
         self.undo.callback(setattr, tqdm, "display", tqdm.display)
         tqdm.display = lambda bar, *_, **__: self.take_over(bar)  # type: ignore[assignment, method-assign]
-        super().start()
-        self.console.show_cursor(True)  # a process that is killed could not show it again
 
     def stop(self) -> None:
         """Remove the line."""
@@ -169,11 +164,11 @@ class Line(Progress):
 
     def get_renderables(self) -> Iterator[Table]:
         """Draw the innermost piece of work, or print it where a line is due."""
-        for task in self.tasks[-1:]:
-            seconds, due = task.elapsed or 0, task.fields["due"]
-            if self.drawn and seconds > 0.2:
+        for task in [one for one in self.tasks if (one.elapsed or 0) > 0.2][-1:]:
+            due = task.fields["due"]
+            if self.drawn:
                 yield fitted(task, self.console.width - 1)
-            elif not self.drawn and seconds > due:
+            elif (task.elapsed or 0) > due:
                 task.fields["due"] = due + min(300, max(7, due))
                 sys.stderr.write(f"{task.description}: {', '.join(cells_of(task))}\n")
                 sys.stderr.flush()
@@ -191,8 +186,7 @@ class Line(Progress):
 def progress(
     label: str, total: int | None = None, done: int = 0, in_bytes: bool = False
 ) -> Iterator[Callable[..., None]]:
-    """Show a piece of work until it ends, on the first process alone; yield a function that counts more
-    of it as done, or takes what else `Progress.update` does.
+    """Show a piece of work until it ends, on the first process alone; yield `Progress.update`, `advance` first.
 
     Args:
         total: how much there is to do, where that is known; `done` of it was done before.
@@ -204,6 +198,7 @@ def progress(
     if not (line := Line.current):
         line = Line.current = Line()
         line.start()
+        line.console.show_cursor(True)  # a process that is killed could not show it again
     task = line.add_task(visible(label), total=total, completed=done, in_bytes=in_bytes, counts=total is not None, due=SILENCE, figures=())  # fmt: skip
     try:
         yield lambda advance=None, **facts: line.update(task, advance=advance, **facts)
@@ -216,7 +211,12 @@ def progress(
 
 def cells_of(task: Task) -> list[str]:
     """Return how much is done, the time, and what else is known of a task, the most important first."""
-    counts = (DownloadColumn() if task.fields["in_bytes"] else MofNCompleteColumn())(task).plain.strip()
+    counts = (
+        (DownloadColumn() if task.fields["in_bytes"] else MofNCompleteColumn())
+        .render(task)
+        .plain.strip()
+        .replace("/?", "")
+    )
     left, elapsed = task.time_remaining, timedelta(seconds=int(task.elapsed or 0))
     time = f"{timedelta(seconds=int(left))} left" if task.total and left is not None else str(elapsed)
     return [*([counts] if task.total or task.completed else []), time, *task.fields["figures"]]

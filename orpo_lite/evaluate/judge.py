@@ -220,9 +220,14 @@ def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:
 
 def parse_verdict(text: str) -> str | None:
     """Read A, B or tie from the last line, strictly: nothing else on it, and no other verdict above it but in thoughts."""
-    lines = [line for line in text.rpartition("</think>")[2].strip().splitlines() if line.strip()]
+    lines = [line for line in text.rpartition("</think>")[2].splitlines() if line.strip()]
     verdicts = [found.group(1) for line in lines if (found := VERDICT.fullmatch(line))]
-    if not verdicts or not VERDICT.fullmatch(lines[-1]) or len({each.lower() for each in verdicts}) > 1:
+    if (
+        "<think>" in lines
+        or not verdicts
+        or not VERDICT.fullmatch(lines[-1])
+        or len({each.lower() for each in verdicts}) > 1
+    ):
         return None
     return {"a": "A", "b": "B", "tie": "tie"}[verdicts[-1].lower()]
 
