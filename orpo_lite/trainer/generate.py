@@ -129,7 +129,6 @@ def log_answers(trainer: Any, pairs: Dataset) -> list[dict[str, str]]:
     return answers
 
 
-@progress("scoring the answers")
 def score_answers(
     trainer: ORPOTrainer, pairs: Dataset, samples: list[dict[str, Any]], before: list[dict[str, Any]]
 ) -> None:
@@ -146,15 +145,17 @@ def score_answers(
     was_training = trainer.model.training
     trainer.model.eval()
     try:
-        for row, sample, other in zip(rows, samples, old, strict=True):
-            prompt = list(row["chosen_ids"][: row["chosen_start"]])
-            answers = {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + other["ids"]}
-            starts = dict.fromkeys(("chosen_start", "rejected_start"), len(prompt))
-            logps = mean_logps(trainer.model, answers | starts, trainer.args.device)
-            odds = logps - log1mexp(logps)
-            sample |= {"tokens": len(sample["ids"]), "logp": logps[0].item(), "log_odds": odds[0].item()}
-            if other is not sample:
-                other |= {"logp_trained": logps[1].item(), "log_odds_trained": odds[1].item()}
+        with progress("scoring the answers", len(samples)) as advance:
+            for row, sample, other in zip(rows, samples, old, strict=True):
+                prompt = list(row["chosen_ids"][: row["chosen_start"]])
+                answers = {"chosen_ids": prompt + sample["ids"], "rejected_ids": prompt + other["ids"]}
+                starts = dict.fromkeys(("chosen_start", "rejected_start"), len(prompt))
+                logps = mean_logps(trainer.model, answers | starts, trainer.args.device)
+                odds = logps - log1mexp(logps)
+                sample |= {"tokens": len(sample["ids"]), "logp": logps[0].item(), "log_odds": odds[0].item()}
+                if other is not sample:
+                    other |= {"logp_trained": logps[1].item(), "log_odds_trained": odds[1].item()}
+                advance(1)
     finally:
         trainer.model.train(was_training)
 

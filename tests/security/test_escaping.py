@@ -200,7 +200,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("kind", COMMANDS)
 def test_a_terminal_gets_no_escape_from_data(kind: str, attacked, tmp_path: Path) -> None:
-    """On a real pty with colors on: every escape sequence left is one of rich's or tqdm's own."""
+    """On a real pty with colors on: every escape sequence left is one of rich's own."""
     run, _ = attacked
     name = "rows"
     shutil.copytree(run.parent / name, tmp_path / name)
