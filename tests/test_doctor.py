@@ -3,10 +3,8 @@
 import json
 import os
 import re
-import shutil
 import subprocess
 import sys
-import tempfile
 import threading
 import warnings
 from contextlib import contextmanager
@@ -195,7 +193,7 @@ def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp
     } <= checks.keys()
     assert [checks[name]["verdict"] for name in ("training", "layout", "hub", "token")] == [OK] * 4, checks
     assert "HF_TOKEN" in checks["token"]["text"]
-    assert "nf4, float32" in checks["training"]["text"] and "only the adapter changed" in checks["training"]["text"]
+    assert "nf4, float32" in checks["training"]["text"] and "in 10 steps" in checks["training"]["text"]
     assert "checked exact" in checks["layout"]["text"]
     assert all("authorization" not in headers.lower() for headers in http.seen) and http.seen
     everything = done.stdout + done.stderr + b"".join(p.read_bytes() for p in home.rglob("*") if p.name != "token" and p.is_file())  # fmt: skip
@@ -206,7 +204,7 @@ def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp
     assert not left, left
 
 
-# ---- packages, memory, disk, hub ----------------------------------------------------------------------------------
+# ---- packages, memory, hub ----------------------------------------------------------------------------------------
 
 
 def test_packages_missing_or_outside_their_range(monkeypatch):
@@ -253,24 +251,6 @@ def test_little_memory(free, verdict, monkeypatch):
     assert found.verdict == verdict and "of 16.0 GB" in found.text and bool(found.remedy) == (verdict != OK)
 
 
-@pytest.mark.parametrize(("free", "verdicts"), [(50e9, [OK, OK]), (8e9, [OK, NOTE]), (0.4e9, [PROBLEM, PROBLEM])])
-def test_low_disk(free, verdicts, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=free))
-    found = list(doctor.disk())
-    assert [f.verdict for f in found] == verdicts
-    assert all(bool(f.remedy) == (f.verdict != OK) and f"{free / 1e9:.1f} GB" in f.text for f in found)
-
-
-def test_a_folder_that_cannot_be_written_to(monkeypatch):
-    def refuse(**kwargs):
-        raise OSError(30, "Read-only file system")
-
-    monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
-    found = list(doctor.disk())
-    assert [f.verdict for f in found] == [NOTE, NOTE] and "Read-only" in found[0].text
-    assert "training.output_dir" in found[0].remedy and "HF_HOME" in found[1].remedy
-
-
 @pytest.mark.parametrize(
     ("fields", "verdict", "words"),
     [
@@ -278,7 +258,6 @@ def test_a_folder_that_cannot_be_written_to(monkeypatch):
         ({"status": 404}, OK, "answers"),  # a mirror need not list models
         ({"status": 503}, NOTE, "status 503"),
         ({"status": 403}, NOTE, "status 403"),
-        ({"kind": "text/html; charset=utf-8"}, NOTE, "web page"),
     ],
 )
 def test_a_hub_that_answers(fields, verdict, words, monkeypatch):
@@ -450,17 +429,6 @@ def test_self_test_finds_a_loss_that_is_not_finite(monkeypatch):
 def test_self_test_finds_an_adapter_that_stays(monkeypatch):
     found = self_test(monkeypatch, "compute_loss", lambda self, real, *a, **k: real(self, *a, **k) * 0)
     assert found["training"].verdict == PROBLEM and "gradient is exactly 0" in found["training"].text
-
-
-def test_self_test_finds_a_base_that_changes(monkeypatch):
-    def spoilt(self, real, *args, **kwargs):
-        outcome = real(self, *args, **kwargs)
-        norm = next(p for name, p in self.model.named_parameters() if "norm" in name)
-        norm.data += 1
-        return outcome
-
-    found = self_test(monkeypatch, "train", spoilt)
-    assert found["training"].verdict == PROBLEM and "1 frozen tensor(s) changed" in found["training"].text
 
 
 def test_self_test_finds_a_loss_that_does_not_fall(monkeypatch):

@@ -40,7 +40,7 @@ def command(
     """Show what a recipe will be trained on: counts, drops, quality, token lengths, decoded examples."""
     load("orpo_lite.model")
     from orpo_lite.model import load_tokenizer
-    from orpo_lite.model.template_variables import check_variables
+    from orpo_lite.model.tokenizer import check_variables
 
     resolved = Recipe.load(recipe, overrides or [])
     if fix:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -95,7 +96,7 @@ class PackedCollator:
         labels: list[Label] = []
         for pair, row in enumerate(pairs):
             chosen, rejected = list(row["chosen_ids"]), list(row["rejected_ids"])
-            prefix = common_prefix(chosen, rejected) if self.share else 0
+            prefix = len(os.path.commonprefix([chosen, rejected])) if self.share else 0
             self._label(labels, pair, row, len(ids), prefix)
             segments.append((len(ids), prefix, len(chosen) - prefix, len(rejected) - prefix))
             ids += chosen + rejected[prefix:]
@@ -147,11 +148,6 @@ def call_rows(segments: list[Segment]) -> dict[str, Tensor]:
     starts = {"query_starts": queries, "key_starts": keys}
     key_rows = torch.cat([torch.arange(0), *rows])
     return {"key_rows": key_rows} | {name: torch.tensor(at, dtype=torch.int32) for name, at in starts.items()}
-
-
-def common_prefix(a: list[int], b: list[int]) -> int:
-    """Return the length of the longest common prefix."""
-    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
 
 
 def about_pairs(labels: list[Label], pairs: list[Row], collator: PaddedCollator | PackedCollator) -> dict[str, Any]:

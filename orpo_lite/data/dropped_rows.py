@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
 
 EMPTY = "empty or missing side"
@@ -22,24 +24,7 @@ TIE = "no better answer"
 UNPAIRED = "rated answer without a partner"
 TEMPLATED = "text that carries a chat template already"
 NO_LABELS = "no completion tokens left"
-REMEDIES = {
-    EMPTY: "write both answers into every row, or name the columns that hold them in data.columns",
-    EMPTY_PROMPT: "write a prompt into every row, or name the column that holds it in data.columns",
-    EQUAL: "leave out rows whose two answers are the same: nothing can be learned from them",
-    CUT_EQUAL: "raise max_length, so that answers that differ late only are kept that far, or leave these rows out",
-    PROMPTS_DIFFER: "give both answers of a row the same conversation before them, or the prompt a column of its own",
-    PROMPT_TOO_LONG: "raise max_length, or cut prompts with max_prompt_length and overlong=truncate",
-    COMPLETION_TOO_LONG: "raise max_length, or cut answers with overlong=truncate",
-    WRONG_TYPES: "bring these rows into the form of the others",
-    REFUSED: "write conversations as the template takes them (data.system=merge where it takes no system turn), or name "
-    "another template in model.chat_template",
-    CHANGED: "name a template that keeps answers as they are in model.chat_template (chat_template= in Python; TRL ships "
-    "qwen3_training and others like it), or give the variables that this one asks for in data.template_kwargs",
-    TIE: "leave these rows out, or give one answer the better score",
-    UNPAIRED: "ORPO learns from pairs: give every prompt at least one answer of each label, or train these rows with KTO",
-    TEMPLATED: "leave out data.apply_template (the text is trained as it is), or give the text without the template",
-    NO_LABELS: "raise max_length, so that answers have room behind their prompts",
-}
+REMEDIES: dict[str, str] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 """What to do about rows that were dropped for a reason."""
 FEW = 5, 0.02
 """Rows rewritten by the template that are accepted: so many, or this share of all."""

@@ -13,15 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.file_formats import (
-    BATCH_ROWS,
-    FORMATS,
-    Batches,
-    batched,
-    file_format,
-    read_file,
-    without_nulls,
-)
+from orpo_lite.data.file_formats import BATCH_ROWS, FORMATS, Batches, batched, file_format, read_file, without_nulls
 from orpo_lite.data.row_formats import COLUMNS
 from orpo_lite.recipe import DataSource
 from orpo_lite.recipe.loading import resolve_path

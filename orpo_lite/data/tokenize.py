@@ -8,8 +8,10 @@ import json
 import os
 from collections import Counter
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.data.conversations import (
     Answers,
     Rendered,
@@ -30,54 +32,17 @@ from orpo_lite.data.dropped_rows import (
     WRONG_TYPES,
     Dropped,
 )
-from orpo_lite.data.encode import Encoder, Ids, template_text
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import COLUMNS, describe, hashed
 from orpo_lite.data.row_formats import Numbered, spread
-from orpo_lite.data.row_shapes import (
-    BARE_STRINGS,
-    FAMILY,
-    HH,
-    SIDES,
-    Pair,
-    started,
-    to_pair,
-    without_system,
-)
+from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, started, to_pair, without_system
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 2**31 - 1
-NO_TURN_END = (
-    "completion_end is turn, but the template writes no end-of-turn token that the tokenizer knows: completions end with "
-    "EOS, as with trl"
-)
-NO_EOS = "the tokenizer has no EOS token: completions end as the template writes them"
-UNUSED_LIMIT = "max_completion_length cuts no pair, as in TRL: max_length limits prompt and completion together"
-SEVERAL_TURNS = (
-    "have completions of several turns: each answer is trained up to its own end, the turns between are context"
-)
-UNOPENED = (
-    "have an answer without the reasoning that the template's generation prompt opens: it is trained as it is written; to "
-    "train it behind an empty reasoning, set data.template_kwargs={enable_thinking: false} where the template reads that, or "
-    "name a template that writes one in model.chat_template (chat_template= in Python)"
-)
-UNHEARD = (
-    "have a turn before the answer whose text the template leaves out of the prompt, such as a system turn, a tool's or one of "
-    "an unknown role: bring it into a role that the template writes (data.system=merge for system turns)"
-)
-STARTED = "have a prompt that ends in a started answer, which the completions continue"
-TOOLS_UNUSED = "have tools, which the chat template does not mention"
-SYSTEM_UNUSED = (
-    "have a system text, which is left out: plain strings have no place for it without data.apply_template=true"
-)
-CARRY_TEMPLATE = "are text that carries a chat template already: it is trained on as it is"
-DEVELOPER = "have a developer turn, which the template does not know: it is given as a system turn"
-SYSTEM_MERGED = "have a system turn, which was put in front of the first user turn (data.system=merge)"
-OF_SCORED_ROWS = "are of rows with several scored answers, each answer against every lower one (data.pairing=all)"
-DATED = "the chat template may write today's date: set a fixed one in data.template_kwargs.date_string"
-COMMON_OPENING = "no prompt column: the texts' common opening became the prompt"
+Ids = list[int]
+NOTES: dict[str, dict[str, str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 
 
 @dataclass(kw_only=True)
@@ -158,8 +123,8 @@ class PairTokenizer:
         self.chat = FAMILY[shape] == "conversations" or options.apply_template
         cut = options.completion_end == "turn"
         self.renderer = Renderer(tokenizer, options.template_kwargs, cut, options.strict) if self.chat else None
-        self.template = template_text(tokenizer) if self.chat else ""
-        self.encoder = Encoder(tokenizer)
+        # as text, to see which variables it mentions; a tokenizer may have several by name
+        self.template = json.dumps(tokenizer.chat_template or "") if self.chat else ""
         self.special, self.markers = special_tokens(tokenizer), template_markers(tokenizer)
         self.bos: int | None = tokenizer.bos_token_id  # pyright: ignore[reportAttributeAccessIssue] (set on the class)
         self.eos: int | None = tokenizer.eos_token_id  # pyright: ignore[reportAttributeAccessIssue]
@@ -178,7 +143,8 @@ class PairTokenizer:
                 chunk.drop(number, rendered)
             else:
                 texts.append((number, pair, rendered))
-        tokens = self.encoder.triples([rendered.texts for _, _, rendered in texts])
+        every = encode(self.tokenizer, [text for _, _, rendered in texts for text in rendered.texts])
+        tokens = zip(every[0::3], every[1::3], every[2::3], strict=True)
         for (number, pair, rendered), ids in zip(texts, tokens, strict=True):
             try:
                 values = self._finish(pair, rendered, ids, chunk.counts)
@@ -286,7 +252,7 @@ class PairTokenizer:
 
     def _context(self, answers: Answers, ids: Ids) -> Ids:
         """Return the places of the context in tokens."""
-        before = self.encoder.plain([answers.text[:place] for span in answers.context for place in span])
+        before = encode(self.tokenizer, [answers.text[:place] for span in answers.context for place in span])
         return [len(os.path.commonprefix([some, ids])) for some in before]
 
     def _closed(self, side: Side, ended: bool) -> Side:
@@ -336,7 +302,8 @@ class PairTokenizer:
             text = self.render([pair._replace(prompt=turns[:system] + left)])[0]
             if isinstance(text, Dropped):
                 raise text
-            return self.sides(text, self.encoder.triples([text.texts])[0])
+            prompt, one, other = encode(self.tokenizer, list(text.texts))
+            return self.sides(text, (prompt, one, other))
 
         # an empty turn is not an option
         cuts = range(len(starts) + max(0, len(content) - 1))
@@ -357,27 +324,18 @@ class PairTokenizer:
     def notes(self, counts: Counter[str]) -> list[str]:
         """Return what the counts of a whole source amount to, one sentence each."""
         options = self.options
-        dated = "strftime_now" in self.template and "date_string" not in options.template_kwargs
         plain = not self.chat and self.shape != HH and options.strict
-        told = {
-            NO_TURN_END: options.completion_end == "turn" and self.renderer and not self.renderer.turn_end,
-            NO_EOS: self.eos is None,
-            UNUSED_LIMIT: options.max_completion_length and not options.strict,
-            f"{counts['several turns']} pairs {SEVERAL_TURNS}": counts["several turns"],
-            f"{counts['unopened']} pairs {UNOPENED}": counts["unopened"],
-            f"{counts['unheard']} pairs {UNHEARD}": counts["unheard"],
-            f"{counts['started']} pairs {STARTED}": counts["started"],
-            f"{counts['tools unused']} rows {TOOLS_UNUSED}": counts["tools unused"],
-            f"{counts['developer']} rows {DEVELOPER}": counts["developer"],
-            f"{counts['system merged']} rows {SYSTEM_MERGED}": counts["system merged"],
-            f"{counts['templated']} rows {CARRY_TEMPLATE}": counts["templated"],
-            f"{counts['of scored rows']} pairs {OF_SCORED_ROWS}": counts["of scored rows"],
-            WITHOUT_TEMPLATE: plain and not counts["templated"] and getattr(self.tokenizer, "chat_template", None),
-            f"{counts['system unused']} rows {SYSTEM_UNUSED}": counts["system unused"],
-            DATED: dated,
-            COMMON_OPENING: self.shape == BARE_STRINGS,
+        holds = {
+            "no turn end": options.completion_end == "turn" and self.renderer and not self.renderer.turn_end,
+            "no eos": self.eos is None,
+            "unused limit": options.max_completion_length and not options.strict,
+            "dated": "strftime_now" in self.template and "date_string" not in options.template_kwargs,
+            "common opening": self.shape == BARE_STRINGS,
         }
-        return [note for note, holds in told.items() if holds]
+        notes = [NOTES["whole"][name] for name, true in holds.items() if true]
+        if plain and not counts["templated"] and getattr(self.tokenizer, "chat_template", None):
+            notes.append(WITHOUT_TEMPLATE)
+        return notes + [f"{counts[name]} {words}" for name, words in NOTES["counted"].items() if counts[name]]
 
 
 def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:
@@ -392,3 +350,12 @@ def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:
     if differ > 1 or len(prompt) > min(len(chosen), len(rejected)):
         starts = [len(os.path.commonprefix([prompt, whole])) for whole in (chosen, rejected)]
     return starts[0], starts[1]
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, texts: list[str]) -> list[Ids]:
+    """Return `tokenizer(text, add_special_tokens=False)` of each text."""
+    backend: Any = tokenizer.backend_tokenizer if tokenizer.is_fast else None  # pyright: ignore[reportAttributeAccessIssue]
+    if backend is not None and not (backend.truncation or backend.padding):
+        # the same without offsets, masks and words
+        return [encoding.ids for encoding in backend.encode_batch_fast(texts, add_special_tokens=False)]
+    return tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []

@@ -15,22 +15,16 @@ from huggingface_hub import errors as hub_errors
 from huggingface_hub.utils import validate_repo_id
 from rich.filesize import decimal
 
+from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import console, json_alone, progress
-from orpo_lite.common.credentials import without_secrets
+from orpo_lite.common.credentials import match, refuse_secrets, without_secrets
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import match, refuse_secrets
 
 if TYPE_CHECKING:
     from orpo_lite.export.upload_plan import UploadPlan
     from orpo_lite.report.model_card import Kind
 
-REMEDIES = {
-    401: "it refused the token: create a new one on {endpoint}/settings/tokens, then `hf auth login` (HF_TOKEN, where set, "
-    "comes first)",
-    403: "this token may not write to {repo}: expected your own name, or an organization that you may write to, before "
-    "the /, and a token with the role `write`; or {user} has no room: see {endpoint}/settings/billing",
-    404: "is {user} the right user or organization?",
-}
+REMEDIES: dict[int, str] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 """Status of the hub's answer -> what it means, and what to do."""
 
 

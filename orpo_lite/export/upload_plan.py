@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from orpo_lite.common import safe_yaml
+from orpo_lite.common.credentials import ALLOWED, COMMON, STAYS, Table, match, published, walk
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import ALLOWED, COMMON, STAYS, Table, match, published, walk
 from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe.loading import BUILTIN
 from orpo_lite.recipe.validation import leaves

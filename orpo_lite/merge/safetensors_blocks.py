@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import safetensors.torch
 import torch
 from torch import Tensor
 
@@ -19,20 +20,7 @@ BLOCK_ELEMENTS = 1 << 20
 """Weights computed at once. 4 MB in float32 stay in the cache, and below the size at which the C library maps new pages
 for every block: four times as fast as blocks of 32 MB."""
 COPY_BYTES = 64 << 20
-DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "I64": torch.int64,
-    "I32": torch.int32,
-    "I16": torch.int16,
-    "I8": torch.int8,
-    "U8": torch.uint8,
-    "BOOL": torch.bool,
-}
+DTYPES: dict[str, torch.dtype] = safetensors.torch._TYPES
 """Dtypes by their names in safetensors' headers."""
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

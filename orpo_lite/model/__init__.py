@@ -11,9 +11,9 @@ from orpo_lite.model.inspection import (
     trainable_share,
 )
 from orpo_lite.model.precision import Precision, autocast, choose_precision
-from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids, tokenizer_notes
+from orpo_lite.model.tokenizer import load_tokenizer, stop_token_ids
 
 __all__ = ["BaseFacts", "Precision", "attach_adapter", "autocast", "base_name", "base_revision",
            "check_quantized_share", "choose_precision", "keep_4bit_differentiable", "load_adapter",
            "load_base", "load_tokenizer", "read_config", "routers", "save_adapter", "stop_token_ids",
-           "tokenizer_notes", "trainable_share"]  # fmt: skip
+           "trainable_share"]  # fmt: skip

@@ -119,7 +119,7 @@ def new_adapter(
     return peft_model
 
 
-def wrap(model: PreTrainedModel, config: LoraConfig, **options: Any) -> PeftModel:
+def wrap(model: PreTrainedModel, config: PeftConfig, **options: Any) -> PeftModel:
     """Call get_peft_model, and raise what PEFT refuses as a RequestError."""
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed

@@ -18,23 +18,13 @@ from orpo_lite.common.text import nearest, shown
 
 OURS: dict[str, Any] = {"save_minutes": float | None, "early_stopping_patience": int | None}
 """Fields that transformers does not have; ORPOConfig documents them."""
-TABLES: dict[str, dict[str, Any]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
+TABLES: dict[str, Any] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 CHOICES, ELSEWHERE = TABLES["choices"], TABLES["elsewhere"]
 HUB_WORD = (
     "publish with `python -m orpo_lite.push RUN --repo USER/NAME`, which lists the files first, uploads no checkpoint, and creates "
     "a private repository unless asked otherwise"
 )
-LIMITS: dict[str, Any] = {
-    **dict.fromkeys(
-        ("learning_rate", "num_train_epochs", "per_device_eval_batch_size",
-         "gradient_accumulation_steps", "logging_steps", "eval_steps", "save_steps", "save_minutes",
-         "early_stopping_patience", "eval_accumulation_steps", "save_total_limit"), Field(gt=0)),
-    **dict.fromkeys(("weight_decay", "max_grad_norm", "warmup_steps", "adam_epsilon", "dataloader_num_workers",
-                     "neftune_noise_alpha"), Field(ge=0)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), Field(ge=0, lt=1)),
-    **dict.fromkeys(("seed", "data_seed"), Field(ge=0, lt=2**32)),
-    "optim_args": Field(pattern=r"^[^=,]+=[^=,]+(,[^=,]+=[^=,]+)*$"),
-}  # fmt: skip
+LIMITS = {name: Field(**one["bounds"]) for one in TABLES["limits"] for name in one["fields"]}
 """Bounds of values, which transformers does not check or checks late."""
 
 

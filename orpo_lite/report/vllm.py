@@ -8,24 +8,13 @@ from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from orpo_lite.common import safe_yaml
+
 RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 """Values that vLLM accepts for --max-lora-rank."""
 
 LORA_KEY = re.compile(r"base_model\.model\.(.+)\.lora_(A|B)\.weight")
-REFUSED_FIELDS = {
-    "use_dora": "vLLM does not support DoRA",
-    "modules_to_save": "vLLM takes LoRA matrices only",
-    "trainable_token_indices": "vLLM takes LoRA matrices only, so the new tokens would be untrained",
-    "target_parameters": "vLLM expects one LoRA for each expert's module, not for a fused parameter",
-    "rank_pattern": "vLLM scales all modules by lora_alpha and r alone, so these would be wrong",
-    "alpha_pattern": "vLLM scales all modules by lora_alpha and r alone, so these would be wrong",
-}
-REFUSED_MODULES = {
-    r"router|mlp\.gate|block_sparse_moe\.gate": "vLLM gives none to MoE routers",
-    r"shared_expert_gate": "vLLM gives none to expert gates",
-    r"embed_tokens|lm_head|wte": "not every vLLM version and model takes one on embeddings or head",
-}
-"""Ends of module names."""
+REFUSED: dict[str, dict[str, str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 
 
 def vllm_rank(adapter_folder: str | Path) -> int:
@@ -49,7 +38,7 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
         return [f"{folder}: no readable adapter_config.json ({error})"]
     if config.get("peft_type") != "LORA":
         return [f"peft_type is {config.get('peft_type')}: vLLM serves LORA only"]
-    problems = [f"{name}={config[name]}: {why}" for name, why in REFUSED_FIELDS.items() if config.get(name)]
+    problems = [f"{name}={config[name]}: {why}" for name, why in REFUSED["fields"].items() if config.get(name)]
     if config.get("bias", "none") != "none":
         problems.append(f"bias={config['bias']}: vLLM does not support trained biases")
     if config.get("r", 0) > RANKS[-1]:
@@ -66,7 +55,7 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
         problems.append(f"{len(other)} tensor(s) that are not LoRA matrices of a linear layer, first {other[0]}")
     if wrapped := next((module for module in modules if re.search(r"(^|\.)(_orig_mod|module)\.", module)), None):
         problems.append(f"LoRA on {wrapped}: named by a wrapper of the trainer, which vLLM does not know")
-    for names, why in REFUSED_MODULES.items():
+    for names, why in REFUSED["modules"].items():
         found = sorted({match[2] for module in modules if (match := re.search(rf"(^|\.)({names})$", module))})
         problems += [f"LoRA on {name}: {why}" for name in found]
     return problems

@@ -21,7 +21,6 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
-from unittest import mock
 
 import typer
 from rich.markup import escape
@@ -174,28 +173,6 @@ def memory() -> Iterator[Finding]:
     yield Finding("memory", verdict, text, remedy, {"total": host.total, "free": host.available})
 
 
-def disk() -> Iterator[Finding]:
-    """Check free space and write access where runs and downloaded models go."""
-    from huggingface_hub import constants
-
-    for name, folder, enough, purpose, setting in (
-        ("working folder", Path.cwd(), 5e9, "checkpoints and the adapter", "training.output_dir"),
-        ("model cache", Path(constants.HF_HUB_CACHE), 20e9, "a 7B base is 15 GB", "HF_HOME"),
-    ):
-        place = next(one for one in (folder, *folder.parents) if one.is_dir())
-        free = shutil.disk_usage(place).free
-        text = f"{folder}: {format_gb(free)} free"
-        verdict = PROBLEM if free < 1e9 else NOTE if free < enough else OK
-        remedy = "" if verdict == OK else f"make room ({purpose}), or set {setting} elsewhere"
-        try:
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            text += f", but it cannot be written to ({error.strerror})"
-            verdict, remedy = NOTE, f"set {setting} to a folder that can"
-        yield Finding(name, verdict, text, remedy, {"folder": str(folder), "free": free})
-
-
 def hub() -> Iterator[Finding]:
     """Check that the hub answers huggingface_hub's own client, to which no token is sent, and whether there is a token."""
     from huggingface_hub import constants, get_token
@@ -207,8 +184,6 @@ def hub() -> Iterator[Finding]:
         answer = get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=5)
         if answer.status_code >= 500 or answer.status_code in (401, 403, 407, 429):
             text += f" with status {answer.status_code}"
-        elif "html" in answer.headers.get("content-type", ""):
-            text += " with a web page instead of data"
         else:
             remedy = ""
     except Exception as error:
@@ -305,8 +280,6 @@ def card() -> Iterator[Finding]:
 
 def precision() -> Iterator[Finding]:
     """Name the dtype that training takes, and check that there is something to quantize with."""
-    from transformers.utils.import_utils import is_liger_kernel_available
-
     from orpo_lite.model.precision import bitsandbytes_unavailable, choose_precision
 
     yield Finding("precision", OK, choose_precision().why)
@@ -315,43 +288,25 @@ def precision() -> Iterator[Finding]:
         yield Finding("bitsandbytes", NOTE if sys.platform == "darwin" else PROBLEM, why, remedy)
     else:
         yield Finding("bitsandbytes", OK, f"{importlib.metadata.version('bitsandbytes')} works with this torch")
-    installed = "installed, and used on CUDA" if is_liger_kernel_available() else "not installed, and not needed"
-    yield Finding("liger-kernel", OK, f"{installed}: memory.kernels in a recipe")
 
 
 def training() -> Iterator[Finding]:
-    """Train the quickstart recipe for a few steps: the loss must be finite and fall, and only the adapter may change."""
-    import torch
-
+    """Train the quickstart recipe for a few steps: the loss must be finite and fall."""
     from orpo_lite.recipe import Recipe
     from orpo_lite.train import pipeline
     from orpo_lite.trainer.run_record import read_metrics
 
-    changed, train = list[str](), pipeline.train
-
-    def watched(trainer: Any, folder: Any) -> Any:
-        tensors = {**dict(trainer.model.named_parameters()), **dict(trainer.model.named_buffers())}
-        before = {name: tensor.clone() for name, tensor in tensors.items() if not tensor.requires_grad}
-        outcome = train(trainer, folder)
-        changed.extend(name for name, tensor in before.items() if not torch.equal(tensor, tensors[name]))
-        return outcome
-
     short = ["training.max_steps=10", "training.logging_steps=1", "data.max_rows=8", "data.max_eval_rows=24"]
     recipe = Recipe.load("quickstart", [*short, "evaluation.samples=2", "evaluation.max_new_tokens=4"])
-    with (
-        tempfile.TemporaryDirectory(prefix="orpo_lite_", ignore_cleanup_errors=True) as scratch,
-        mock.patch.object(pipeline, "train", watched),
-    ):
+    with tempfile.TemporaryDirectory(prefix="orpo_lite_", ignore_cleanup_errors=True) as scratch:
         recipe.training["output_dir"] = str(Path(scratch) / "run")
         run: Any = pipeline.run(recipe)
         losses = [line["loss"] for line in read_metrics(run.folder / "metrics.jsonl", []) if "loss" in line]
     record = run.record
     base, layout = record.base_model, record.layout
     first, last = sum(losses[:2]) / 2, sum(losses[-2:]) / 2
-    text, wrong = f"loss {first:.2f} to {last:.2f} in {len(losses)} steps, only the adapter changed", ""
-    if changed:
-        wrong = f"{len(changed)} frozen tensor(s) changed, such as {min(changed)}"
-    elif record.warnings:
+    text, wrong = f"loss {first:.2f} to {last:.2f} in {len(losses)} steps", ""
+    if record.warnings:
         wrong = record.warnings[0].message
     elif not last <= 0.9 * first:  # ten steps on the same 8 pairs remove about 40% of it
         wrong = f"{text}, which should have fallen"
@@ -361,4 +316,4 @@ def training() -> Iterator[Finding]:
     yield Finding("layout", NOTE if remedy else OK, f"{layout['name']}: {layout['why']}", remedy)
 
 
-PROBES = [packages, memory, disk, hub, driver, card, libraries, precision]
+PROBES = [packages, memory, hub, driver, card, libraries, precision]

@@ -207,7 +207,7 @@ def choose_template(draft: Draft, tokenizer: Any) -> None:
     from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, source_shape
     from orpo_lite.data.sources import open_source
     from orpo_lite.model import load_tokenizer
-    from orpo_lite.model.template_variables import variables
+    from orpo_lite.model.tokenizer import variables
 
     data = draft.recipe().data
     source = open_source(data.train[0], data.split, data.columns, SAMPLE, "data.train")

@@ -27,15 +27,15 @@ from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.model import BaseFacts, attach_adapter, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
 from orpo_lite.model.base import local_device
-from orpo_lite.model.template_variables import check_variables
+from orpo_lite.model.tokenizer import check_variables
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
 from orpo_lite.train.results import finish, measure_before, measure_held_out, record_of
 from orpo_lite.trainer import distributed
 from orpo_lite.trainer.callbacks import Figures, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
+from orpo_lite.trainer.health import NonFinite
 from orpo_lite.trainer.interruptions import OutOfMemory, named
-from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_folder import Resume, RunFolder
 from orpo_lite.trainer.run_record import RunRecord
 from orpo_lite.trainer.trainer import ORPOTrainer
@@ -128,7 +128,7 @@ def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: s
         The recipe, and its plan if one was made.
     """
     device = local_device()
-    if device.type != "cuda" and not (asked or recipe.memory.gpu_gb or recipe.plans_batches):
+    if device.type != "cuda" and not (asked or recipe.plans_batches):
         return recipe, None
     from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
 

@@ -15,8 +15,8 @@ from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
 from orpo_lite.evaluate.held_out import show
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.trainer.checkpoint_folder import newest_good
+from orpo_lite.trainer.health import NonFinite
 from orpo_lite.trainer.interruptions import OutOfMemory
-from orpo_lite.trainer.nonfinite_guard import NonFinite
 from orpo_lite.trainer.run_record import RunRecord, describe_adapter
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import shutil
@@ -21,15 +20,13 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
-from orpo_lite.trainer.health import HealthWarnings
+from orpo_lite.trainer.health import HealthWarnings, NonFiniteGuard
 from orpo_lite.trainer.interruptions import SavePoints, Stopped, StopRequest
-from orpo_lite.trainer.nonfinite_guard import NonFiniteGuard
 
 logger = logging.getLogger(__name__)
 
 RUNNING = "running.json"
 """File of a checkpoint: what was summed since the last log, which transformers' own checkpoints lose."""
-VERSIONS = ("torch", "transformers", "peft", "accelerate")
 
 
 class CheckpointedTrainer(Trainer):
@@ -200,8 +197,7 @@ class CheckpointedTrainer(Trainer):
         """Return what a checkpoint can only be resumed with, as its manifest says it."""
         args = self.args
         pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        versions = {name: importlib.metadata.version(name) for name in VERSIONS}
-        return {"processes": args.world_size, "pairs_per_step": pairs, "versions": versions}
+        return {"processes": args.world_size, "pairs_per_step": pairs}
 
     def _running_state(self) -> dict[str, Any]:
         """Return what is summed since the last log: the mean over processes of the loss, sums of the metrics."""
@@ -264,7 +260,7 @@ class CheckpointedTrainer(Trainer):
         return found
 
     def _check_origin(self, found: Path) -> None:
-        """Compare pairs per step, processes and versions with those that a checkpoint was written with.
+        """Compare pairs per step and processes with those that a checkpoint was written with.
 
         Raises:
             RequestError: training cannot resume from it.
@@ -284,12 +280,6 @@ class CheckpointedTrainer(Trainer):
                 "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
                 found.name, facts["processes"], here["processes"],
             )  # fmt: skip
-        for name, version in here["versions"].items():
-            if facts["versions"].get(name) != version:
-                logger.warning(
-                    "%s was written with %s %s, here is %s: the result may differ in the last bits",
-                    found.name, name, facts["versions"].get(name), version,
-                )  # fmt: skip
 
     def _restore_callbacks(self) -> None:
         """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""

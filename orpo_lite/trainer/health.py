@@ -1,40 +1,36 @@
-"""What a run says of its numbers: warnings where they look suspicious, and the report of a step that is not finite."""
+"""Numbers of a run that are not finite, which stop it before a step is taken, or suspicious, of which it warns."""
 
 from __future__ import annotations
 
 import logging
 import math
-import statistics
-from collections import deque
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 import yaml
 from accelerate.utils import gather_object
 from torch import Tensor, nn
+from transformers import TrainerCallback
 
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.lengths import answer_tokens, numbers
 from orpo_lite.trainer.objective import micro_batches
 
+if TYPE_CHECKING:
+    from orpo_lite.trainer.trainer import ORPOTrainer
+
 logger = logging.getLogger(__name__)
 
 WARNINGS: dict[str, str] = yaml.safe_load(Path(__file__).with_name("health_warnings.yaml").read_text("utf-8"))
 LOW_LORA_LEARNING_RATE = 1e-5
-HISTORY = 100
-"""Number of steps that a loss is compared with."""
-ENOUGH = 16
-"""Number of steps before a median and its spread mean anything."""
-UNCHANGED_AFTER = 20
-"""Optimizer steps, at a learning rate above 0, after which an unchanged adapter is no accident."""
 SHOWN = 8
 """Number of pairs and tensors that a message lists."""
 
 
 class HealthWarnings:
-    """The warnings of a run so far, and the figures of its last steps.
+    """The warnings of a run so far.
 
     Args:
         log: whether this process logs them; all processes keep them.
@@ -44,7 +40,6 @@ class HealthWarnings:
         self.log = log
         self.warnings: list[dict[str, Any]] = []
         """One entry per warning: its kind, the optimizer step from 1 (0: before training), the message."""
-        self.losses: deque[float] = deque(maxlen=HISTORY)
 
     def warn(self, kind: str, step: int, **figures: Any) -> None:
         """Log a warning of WARNINGS with its figures, unless one of its kind has been logged, and keep it."""
@@ -55,47 +50,69 @@ class HealthWarnings:
         if self.log:
             logger.warning("%s", words)
 
-    def check_learning_rate(self, rate: float) -> None:
-        """Check the learning rate of a LoRA adapter, before training."""
-        if rate < LOW_LORA_LEARNING_RATE:
-            self.warn("low learning rate", 0, rate=rate)
 
-    def step(self, step: int, loss: float, zero_gradient: bool) -> None:
-        """Check an optimizer step that is about to be taken: its loss, and whether every gradient is exactly 0."""
-        if zero_gradient:
-            self.warn("zero gradient", step)
-        if len(self.losses) >= ENOUGH:
-            # median and MAD, which a few odd batches do not move
-            middle = statistics.median(self.losses)
-            spread = max(1.4826 * statistics.median(abs(x - middle) for x in self.losses), 0.02 * abs(middle))
-            if loss > middle + max(25 * spread, 1.5 * abs(middle)):
-                self.warn("loss spike", step, loss=loss, count=len(self.losses), middle=middle)
-        self.losses.append(loss)
+class NonFinite(FloatingPointError):
+    """A loss or gradient that is NaN or infinite, found before the optimizer step."""
 
 
-class Unchanged:
-    """Finds an adapter that training leaves as it was: sums of what is trained, at the start and later.
+class NonFiniteGuard(TrainerCallback):
+    """Finds a loss or gradient that is not finite before optimizer.step, and stops the run.
 
-    Of LoRA only B is compared: it starts at 0, so that no update of it is rounded away unseen.
+    The trainer calls `check_step` after the step's last backward pass: before clipping, since a NaN that is clipped is NaN
+    everywhere.
     """
 
-    def __init__(self, model: nn.Module):
-        trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-        self.parameters = [p for name, p in trained if "lora_B" in name] or [p for _, p in trained]
-        self.before = self.sums()
-        self.steps = 0
+    def __init__(self, trainer: Any):
+        self.trainer: ORPOTrainer = trainer
+        self.sources: list[str] = []
+        """Paths that the training pairs' `source` column counts."""
+        self.overflows = 0
+        """Steps that fp16's loss scaling left out to find its scale."""
 
-    def sums(self) -> list[tuple[float, float]]:
-        # of absolute values too: an antisymmetric change has a sum of 0
-        values = [p.detach().double() for p in self.parameters]
-        return [(float(one.sum()), float(one.abs().sum())) for one in values]
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.check_weights()
 
-    def stepped(self, step: int, health: HealthWarnings, learning_rate: float, last: bool = False) -> None:
-        """Compare after an optimizer step that was taken, or (`last`) after all of them."""
-        if not last:
-            self.steps += learning_rate > 0
-        if (self.steps if last else self.steps == UNCHANGED_AFTER) and self.parameters and self.sums() == self.before:
-            health.warn("adapter unchanged", step, count=self.steps)
+    def check_step(self) -> None:
+        """Check losses and gradients of the step in progress, on all processes together.
+
+        Raises:
+            NonFinite: one is not finite; the message names the step, its rows and tensors.
+        """
+        trainer = self.trainer
+        bad_loss, bad_gradient, some = self._figures()
+        # gradients are scaled so that they overflow now and then, and the scaler leaves such a step out by itself
+        scaler = trainer.accelerator.scaler
+        if bad_loss or (bad_gradient and (scaler is None or scaler.get_scale() < 1)):
+            raise NonFinite(describe_step(trainer, locate_pairs(trainer, self.sources)))
+        # counted here: fused optimizers leave the step out themselves, without a word to accelerate
+        self.overflows += bool(bad_gradient)
+        if not some:
+            trainer.health.warn("zero gradient", trainer.state.global_step + 1)
+
+    def _figures(self) -> list[float]:
+        """Reduce all that is decided on in one wait for the device: every process decides alike."""
+        trainer, step = self.trainer, self.trainer.step_in_progress
+        assert step is not None
+        device, zero = trainer.args.device, torch.zeros((), device=trainer.args.device)
+        losses = torch.stack([loss.to(device, torch.float32) for loss in step.losses]).sum() if step.losses else zero
+        peak = largest([p.grad for p in trainer.model.parameters() if p.grad is not None], device)
+        figures = [(~torch.isfinite(losses)).float(), (~torch.isfinite(peak)).float(), (peak != 0).float()]
+        return trainer.total(torch.stack(figures)).tolist()
+
+    def check_weights(self) -> None:
+        """Check weights before they are written: an update of finite gradients may have overflowed, unseen so far.
+
+        Raises:
+            NonFinite: a trained weight is not finite.
+        """
+        trainer = self.trainer
+        wrong = not_finite(trained(trainer.model))
+        if trainer.total(torch.tensor(float(bool(wrong)), device=trainer.args.device)).item():
+            raise NonFinite(
+                f"step {trainer.state.global_step}: trained weights are not finite after it ({wrong}), though loss and "
+                "gradients were: the update itself overflowed. These weights are not written; try a lower "
+                f"training.learning_rate (it is {trainer.args.learning_rate:g})"
+            )
 
 
 # ---- the report of a step that is not finite ---------------------------------------------------------------------------

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import logging
-import warnings
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from datasets import Dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftConfig, PeftModel
 from peft.optimizers import create_loraplus_optimizer
 from torch import nn
 from torch.utils.data import IterableDataset
@@ -19,7 +18,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.model import keep_4bit_differentiable
-from orpo_lite.model.adapter import prepare_frozen
+from orpo_lite.model.adapter import prepare_frozen, wrap
 from orpo_lite.model.base import attention_for
 from orpo_lite.model.inspection import check_decoder_only, unwrap
 from orpo_lite.objective.layout import disable_dropout
@@ -117,14 +116,11 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
         raise ValueError(
             "ORPOTrainer: the model is a PeftModel already: remove peft_config, or merge its adapter first"
         )
-    with warnings.catch_warnings():
-        # PEFT asks transformers for a property that 5.23 renamed
-        warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
-        adapted = get_peft_model(model, peft_config)
-    prepare_frozen(adapted)  # type: ignore[arg-type]
+    adapted = wrap(model, peft_config)
+    prepare_frozen(adapted)
     if checkpointing:
         model.enable_input_require_grads()
-    return adapted  # type: ignore[return-value]
+    return adapted
 
 
 # ---- tokenizer and pairs -----------------------------------------------------------------------------------------------

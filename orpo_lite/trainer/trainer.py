@@ -25,7 +25,7 @@ from orpo_lite.model import autocast
 from orpo_lite.model.activation_offload import CheckpointedLayers
 from orpo_lite.model.inspection import outside_text, routers, unwrap
 from orpo_lite.model.precision import Place
-from orpo_lite.model.template_variables import check_variables
+from orpo_lite.model.tokenizer import check_variables
 from orpo_lite.objective.kernels import fuse
 from orpo_lite.objective.layout import choose_layout
 from orpo_lite.objective.metrics import finish_metrics, pair_metrics
@@ -34,6 +34,7 @@ from orpo_lite.trainer import setup
 from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.generate import log_answers
+from orpo_lite.trainer.health import LOW_LORA_LEARNING_RATE
 from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns
@@ -151,7 +152,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
         if isinstance(self.model, PeftModel) and train_dataset is not None:
-            self.health.check_learning_rate(args.learning_rate)
+            if args.learning_rate < LOW_LORA_LEARNING_RATE:
+                self.health.warn("low learning rate", 0, rate=args.learning_rate)
         if hasattr(self.model, "add_model_tags"):
             self.model.add_model_tags(self._tag_names)
 
@@ -233,7 +235,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         if not items:
             return items, None
         self.step_in_progress = StepInProgress(items, dict(self.sums), self.args.device)
-        self.guard.overflowed = False
         totals = count_step([micro for item in items for micro in micro_batches(item)])
         return items, self.total(totals.to(device))
 

@@ -12,7 +12,7 @@ from datasets import concatenate_datasets
 from huggingface_hub import HfApi
 from torch import Tensor, nn
 
-from orpo_lite.common.published_files import ALLOWED, published, refuse_secrets
+from orpo_lite.common.credentials import ALLOWED, published, refuse_secrets
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.objective.loss import log_odds_ratio
 from orpo_lite.objective.metrics import finish_metrics

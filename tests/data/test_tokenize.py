@@ -26,7 +26,6 @@ from orpo_lite.data.dropped_rows import (
     DropReport,
     TooManyDropped,
 )
-from orpo_lite.data.encode import Encoder
 from orpo_lite.data.token_cache import TokenizeOptions, tokenize_rows
 from orpo_lite.data.tokenize import boundaries
 from orpo_lite.trainer.trainer import ORPOTrainer
@@ -164,15 +163,6 @@ def test_boundary_never_fails_where_trl_gives_up() -> None:
     assert boundaries([1, 2, 3], [1, 9], [1, 7, 8, 5]) == (1, 1)
     assert boundaries([1, 2, 3], [1, 2, 3, 4], [1, 2, 9, 4]) == (3, 2)
     assert boundaries([], [4], [5]) == (0, 0)
-
-
-def test_encoder_short_way_is_exact_for_neighbor_sensitive_tokens() -> None:
-    for options in ({"lstrip": True}, {"rstrip": True}, {"single_word": True}, {"normalized": True}, {}):
-        tokenizer = tiny_tokenizer((), None, bos="<s>", eos="</s>")
-        tokenizer.add_tokens([__import__("tokenizers").AddedToken("<|user|>", **({"normalized": False} | options))])
-        triples = [(p, p + "  The fox", p + "y lazy") for p in ("a <|user|> b", "<|user|>", "x<|user|>", "no mark", "")]
-        expected = [tuple(tokenizer(text, add_special_tokens=False)["input_ids"] for text in t) for t in triples]
-        assert Encoder(tokenizer).triples(triples) == expected, options
 
 
 def chat(user: str, chosen: str, rejected: str, *before: tuple[str, str]) -> dict[str, Any]:

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
+from orpo_lite.common.credentials import STAYS, match
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.published_files import STAYS, match
 from orpo_lite.evaluate.loading import resolve_model
 from orpo_lite.export.gguf import export
 from orpo_lite.export.hub import push

@@ -1,5 +1,6 @@
 """Memory does not grow with the rows: of readers (fast), of whole commands and of long runs (slow)."""
 
+import os
 import sys
 import tracemalloc
 
@@ -9,7 +10,6 @@ from datasets import Dataset, concatenate_datasets
 
 from orpo_lite.data import lengths as columns
 from orpo_lite.data import pair_lengths
-from orpo_lite.data.collate import common_prefix
 from orpo_lite.data.file_formats import read_file
 from tests.load.big_file import FORMATS, measure, words, write
 from tests.soak import KINDS, growth, soak
@@ -51,7 +51,10 @@ def test_numbers_of_rows_are_those_of_the_rows():
     picks = [whole, whole.select(random.permutation(101)), whole.select([3, 3, 99]), whole.select(range(17, 50)),
              whole.select(range(17, 50)).select([4, 2]), whole.select([]), whole.select(range(3))]  # fmt: skip
     for rows in picks:
-        expected = [(len(r["chosen_ids"]), r["row"], common_prefix(r["chosen_ids"], r["rejected_ids"])) for r in rows]
+        expected = [
+            (len(r["chosen_ids"]), r["row"], len(os.path.commonprefix([r["chosen_ids"], r["rejected_ids"]])))
+            for r in rows
+        ]
         found = zip(columns.list_lengths(rows, "chosen_ids"), columns.numbers(rows, "row"), columns.common_prefixes(rows, "chosen_ids", "rejected_ids"), strict=True)  # fmt: skip
         assert [tuple(map(int, one)) for one in found] == expected
         assert pair_lengths(rows)["total"].tolist() == [len(r["chosen_ids"]) + len(r["rejected_ids"]) - 1 for r in rows]

@@ -5,8 +5,7 @@ import re
 import pytest
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model.template_variables import check_variables
-from orpo_lite.model.tokenizer import render_chat
+from orpo_lite.model.tokenizer import check_variables, render_chat
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import chat_templates
 from orpo_lite.train.pipeline import run

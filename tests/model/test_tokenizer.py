@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter, stop_token_ids, tokenizer_notes
+from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter, stop_token_ids
 from orpo_lite.recipe import AdapterSection, ModelSection
 from orpo_lite.recipe.loading import chat_templates
 from tests.model.conftest import CONFIGS, disturb, logits
@@ -62,7 +62,7 @@ def folder(model_files, tmp_path):
 def test_pad_is_not_eos_where_the_vocabulary_has_another(folder, tokenizer, pad):
     loaded = load_tokenizer(folder(tiny_tokenizer(**tokenizer)))
     assert loaded.pad_token == pad
-    notes = tokenizer_notes(loaded)
+    notes = loaded.orpo_lite_notes
     if pad == loaded.eos_token:
         assert "EOS" in notes[0] and "masks go by length" in notes[0]
     elif tokenizer.get("pad") == pad:
@@ -149,7 +149,7 @@ def test_template_from_a_file_and_its_errors(folder, tmp_path_factory):
     tokenizer = tiny_tokenizer(chat_template="the model's own")
     loaded = load_tokenizer(folder(tokenizer, chat_template=str(path)))
     assert rendered(loaded) == "[Be brief.][Hi][Hello]"
-    assert "in place of the model's own" in tokenizer_notes(loaded)[-1]
+    assert "in place of the model's own" in loaded.orpo_lite_notes[-1]
     path.write_text("{% for m in messages %}\n{{ m[ }}")
     with pytest.raises(RequestError, match="line 2"):
         load_tokenizer(folder(tokenizer, chat_template=str(path)))
@@ -164,11 +164,11 @@ def test_a_model_keeps_its_own_template(folder):
 
 def test_missing_markers_are_said(folder):
     loaded = load_tokenizer(folder(tiny_tokenizer(pad="<pad>"), chat_template="chatml"))
-    assert "<|im_end|>, <|im_start|>: not in the vocabulary" in tokenizer_notes(loaded)[-1]
+    assert "<|im_end|>, <|im_start|>: not in the vocabulary" in loaded.orpo_lite_notes[-1]
     assert stop_token_ids(loaded) == [loaded.eos_token_id]
     has = tiny_tokenizer(pad="<pad>", special_tokens=("<|im_start|>", "<|im_end|>"))
     loaded = load_tokenizer(folder(has, chat_template="chatml"))
-    assert tokenizer_notes(loaded) == ["chat template: chatml"]
+    assert loaded.orpo_lite_notes == ["chat template: chatml"]
     assert stop_token_ids(loaded) == [loaded.eos_token_id, loaded.convert_tokens_to_ids("<|im_end|>")]
 
 
@@ -212,7 +212,7 @@ def logits_of(model, tokens):
 def test_new_tokens_that_exist_are_trained_too(section):
     spec = section("llama", new_tokens=["<pad>"])
     tokenizer = load_tokenizer(spec)
-    assert "in the vocabulary already: <pad>" in tokenizer_notes(tokenizer)[-1]
+    assert "in the vocabulary already: <pad>" in tokenizer.orpo_lite_notes[-1]
     base, _ = load_base(spec, tokenizer)
     rows = base.get_input_embeddings().weight.shape[0]
     model = attach_adapter(base, AdapterSection(r=2), tokenizer=tokenizer)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from orpo_lite.trainer.nonfinite_guard import NonFinite
+from orpo_lite.trainer.health import NonFinite
 from tests.tiny import tiny_tokenizer
 from tests.trainer.poison import build, poison_gradient, poison_token, state_of
 from tests.training import CHATML

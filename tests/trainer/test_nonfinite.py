@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from orpo_lite import ORPOConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
-from orpo_lite.trainer.nonfinite_guard import NonFinite
+from orpo_lite.trainer.health import NonFinite
 from tests.trainer.poison import (
     ODD,
     OwnStep,
