@@ -3,9 +3,10 @@
 Public names load lazily: `import orpo_lite` imports neither torch nor transformers.
 """
 
-import importlib
 import logging
 from typing import TYPE_CHECKING
+
+from orpo_lite.common import lazy_names
 
 if TYPE_CHECKING:
     from orpo_lite.objective.loss import orpo_loss
@@ -19,15 +20,12 @@ __all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
 # on CPUs with AVX512_BF16 bitsandbytes asks for a kernel from the hub, which has no gradient: nothing to train with
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
-_HOMES = {
-    "ORPOConfig": "orpo_lite.trainer.config",
-    "ORPOTrainer": "orpo_lite.trainer.trainer",
-    "Recipe": "orpo_lite.recipe",
-    "orpo_loss": "orpo_lite.objective.loss",
-}
-
-
-def __getattr__(name: str):
-    if name not in _HOMES:
-        raise AttributeError(f"module 'orpo_lite' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
+__getattr__ = lazy_names(
+    __name__,
+    {
+        "ORPOConfig": "orpo_lite.trainer.config",
+        "ORPOTrainer": "orpo_lite.trainer.trainer",
+        "Recipe": "orpo_lite.recipe",
+        "orpo_loss": "orpo_lite.objective.loss",
+    },
+)

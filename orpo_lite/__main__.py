@@ -3,8 +3,6 @@
 Help is printed from the table below, and a command's module is imported only when it runs, so that --help is quick.
 """
 
-from __future__ import annotations
-
 import importlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """What may leave this machine: credentials, found in texts and removed from printed ones, and the files that may be published."""
 
-from __future__ import annotations
-
 import contextlib
 import io
 import json

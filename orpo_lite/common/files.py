@@ -1,7 +1,5 @@
 """Files that are replaced as a whole, folders that one process uses at a time, and errors of disks."""
 
-from __future__ import annotations
-
 import contextlib
 import errno
 import os

@@ -1,7 +1,5 @@
 """YAML of recipes: plain values only, no aliases, no key given twice."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Words and numbers for messages, and text that can neither act on a screen nor break out of a Markdown page."""
 
-from __future__ import annotations
-
 import difflib
 import math
 import re

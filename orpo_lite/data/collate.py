@@ -1,7 +1,5 @@
 """Tokenized pairs -> one batch. Every layout gives the loss the same: which rows carry which label for which pair."""
 
-from __future__ import annotations
-
 import itertools
 import os
 from dataclasses import dataclass

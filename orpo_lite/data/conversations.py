@@ -6,25 +6,21 @@ what the template wrote. If one is missing, the answer is placed as written betw
 that the template gives to any answer. Where that cannot be done, the row is left out with a reason of its own.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import CHANGED, REFUSED, WRONG_TYPES, Dropped
 from orpo_lite.data.messages import REASONING, Messages
+from orpo_lite.data.row_shapes import Pair
 from orpo_lite.model.tokenizer import MARKER, Job, TemplateRefused, render_chat, render_chats
 from orpo_lite.recipe.validation import leaves
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
-
-    from orpo_lite.data.row_shapes import Pair
 
 Span = tuple[int, int]
 MARK = "the 7th answer"

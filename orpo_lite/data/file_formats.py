@@ -3,8 +3,6 @@
 Whatever is wrong with a file is a RequestError that names the place.
 """
 
-from __future__ import annotations
-
 import ast
 import csv
 import gzip

@@ -1,7 +1,5 @@
 """Messages and tools in the forms of many data sets -> role/content messages and function schemas."""
 
-from __future__ import annotations
-
 import json
 import re
 from typing import Any

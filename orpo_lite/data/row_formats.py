@@ -3,8 +3,6 @@
 To add one: an entry of FORMATS, and its columns in COLUMNS.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import math

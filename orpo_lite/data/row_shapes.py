@@ -5,8 +5,6 @@ that only name or nest the same things differently are brought into these column
 name it, put it into a family, recognize it in `row_shape` and convert it in `conversation_sides` or `string_sides`.
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections import Counter
@@ -96,7 +94,8 @@ def row_shape(row: Any) -> str | None:
         return EXPLICIT
     if not isinstance(side, str):
         return IMPLICIT if prompt is None else ULTRAFEEDBACK if isinstance(prompt, str) else None
-    if all(isinstance(value, str) and is_hh(value) for value in sides if value is not None):
+    texts = [value for value in sides if value is not None]
+    if all(isinstance(text, str) and text.lstrip().startswith("Human:") and HH_ANSWER in text for text in texts):
         return HH
     return BARE_STRINGS if prompt is None else STRINGS if isinstance(prompt, str) else None
 
@@ -300,11 +299,6 @@ def split_strings(chosen: str, rejected: str) -> tuple[str, str, str]:
     elif cut and chosen[cut - 1] == " ":
         cut -= 1
     return chosen[:cut], chosen[cut:], rejected[cut:]
-
-
-def is_hh(text: str) -> bool:
-    """Return whether the text has turns as Anthropic's HH data."""
-    return text.lstrip().startswith("Human:") and HH_ANSWER in text
 
 
 def alpaca_prompt(row: dict[str, Any]) -> Messages:

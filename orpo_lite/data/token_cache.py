@@ -1,7 +1,5 @@
 """Raw rows -> tokenized pairs in a memory-mapped `datasets.Dataset`, and the report of drops."""
 
-from __future__ import annotations
-
 import atexit
 import collections
 import functools
@@ -12,7 +10,11 @@ import tempfile
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
+
+import datasets
+import pyarrow as pa
+from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
@@ -22,10 +24,6 @@ from orpo_lite.data.row_formats import Numbered, paired_by_prompt
 from orpo_lite.data.row_shapes import source_shape
 from orpo_lite.data.sources import Source, dataset_batches
 from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
-
-if TYPE_CHECKING:
-    import datasets
-    from transformers import PreTrainedTokenizerBase
 
 __all__ = ["DropReport", "TokenizeOptions", "Tokenized", "TooManyDropped", "tokenize_rows", "tokenize_source"]
 
@@ -64,8 +62,6 @@ def tokenize_rows(
     Raises:
         RequestError: not a table of preference rows, no chat template, or more than half of the rows dropped.
     """
-    import datasets
-
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
@@ -81,9 +77,6 @@ def tokenize_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int = 0
 ) -> Tokenized:
     """Tokenize one source into a temporary file, removed when this process ends; `number` is the column `source`."""
-    import datasets
-    import pyarrow as pa
-
     numbered = paired_by_prompt(number_rows(source.batches()))
     first = next(numbered, [])
     shape = source_shape([row for _, row in first], source.label, options.apply_template)
@@ -122,8 +115,6 @@ def temporary_root() -> Path:
 
 def arrow_type(name: str) -> Any:
     """Return the Arrow type of a column of pairs."""
-    import pyarrow as pa
-
     if name.endswith(("_ids", "_context")):
         return pa.list_(pa.int32())
     return pa.int64() if name in ("row", "key", *COLUMNS) else pa.int32()

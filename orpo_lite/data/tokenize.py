@@ -9,7 +9,9 @@ import os
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.data.conversations import (
@@ -36,9 +38,6 @@ from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import COLUMNS, describe, hashed
 from orpo_lite.data.row_formats import Numbered, spread
 from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, started, to_pair, without_system
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 UNLIMITED = 2**31 - 1
 Ids = list[int]

@@ -1,7 +1,5 @@
 """Answer files of prompts with every side, in batches, writing each row as it is done and resuming where it stopped."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """`python -m orpo_lite.export RUN_OR_DIR --output FILE.gguf`: a file for llama.cpp, Ollama and LM Studio."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

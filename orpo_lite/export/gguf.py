@@ -1,7 +1,5 @@
 """A model or adapter as a GGUF file, for llama.cpp, Ollama and LM Studio."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

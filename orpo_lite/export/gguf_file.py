@@ -1,7 +1,5 @@
 """Types of GGUF files, quantizing to those below 8 bits, and reading a file back to compare it with its source."""
 
-from __future__ import annotations
-
 import ctypes
 import importlib.util
 import os

@@ -1,7 +1,5 @@
 """llama.cpp's converter: its installation from the package index, the tokenizer as it needs it, and how it is run."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import json

@@ -1,7 +1,5 @@
 """Ollama's Modelfile: the chat template as a Go template, stop tokens, parameters."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 from typing import Any
 

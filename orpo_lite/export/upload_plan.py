@@ -1,7 +1,5 @@
 """The plan of an upload: which files, with which card, and without paths of this machine."""
 
-from __future__ import annotations
-
 import json
 import re
 import struct

@@ -1,7 +1,5 @@
 """`python -m orpo_lite.merge RUN_OR_ADAPTER --output DIR`: adapter and base as one plain transformers model."""
 
-from __future__ import annotations
-
 import os
 import signal
 import sys

@@ -1,7 +1,5 @@
 """The base of a merge: its skeleton, its files, and its weights as stored or as quantized training saw them."""
 
-from __future__ import annotations
-
 import copy
 import re
 from collections import Counter

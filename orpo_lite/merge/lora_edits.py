@@ -1,7 +1,5 @@
 """Changes that an adapter makes to the parameters of its base: factors from PEFT's modules, arithmetic in float32."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The plan of a merge, settled and checked from file headers before anything is written."""
 
-from __future__ import annotations
-
 import copy
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -3,8 +3,6 @@
 The merge reads the base's files tensor by tensor and writes the output's: neither model is ever in memory as a whole.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import os

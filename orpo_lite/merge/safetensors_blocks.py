@@ -1,7 +1,5 @@
 """Tensors of safetensors files read in blocks, so that a checkpoint of any size passes through little memory."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct

@@ -4,8 +4,6 @@ Both models run layer by layer from their files, in little memory: every linear 
 read in blocks, and everything else has its weights only while it runs.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from functools import partial

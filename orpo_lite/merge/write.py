@@ -1,7 +1,5 @@
 """The merge itself: every stored tensor is read in blocks, changed in float32, cast once and written."""
 
-from __future__ import annotations
-
 import json
 import math
 import os
@@ -95,7 +93,8 @@ class Job:
         read = self.source.reader()
 
         def merge_block(block: Block) -> Tensor:
-            weights = as_computed(read(block))
+            weights = read(block)
+            weights = weights if weights.dtype == torch.float64 else weights.float()
             for link, edit in self.changes:
                 found = part(weights, block, link)
                 if found is not None:
@@ -119,11 +118,6 @@ class Job:
                     "is NaN or infinity, are base and adapter intact?"
                 )
         return weights.to(self.dtype)
-
-
-def as_computed(weights: Tensor) -> Tensor:
-    """Return weights in float32, or float64 where they are stored so."""
-    return weights if weights.dtype == torch.float64 else weights.float()
 
 
 def part(weights: Tensor, block: Block, link: Link) -> tuple[Tensor, list[int]] | None:

@@ -5,8 +5,6 @@ and width 4,096 that is 4.3 GB in float32, which a 12 GB card has better uses fo
 few percent of the layer's work each.
 """
 
-from __future__ import annotations
-
 import functools
 import logging
 from collections.abc import Callable, Sequence

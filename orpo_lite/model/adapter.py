@@ -1,7 +1,5 @@
 """LoRA and its relatives on a base: attach, continue, save."""
 
-from __future__ import annotations
-
 import functools
 import logging
 import os

@@ -1,7 +1,5 @@
 """Modules of a base that an adapter targets, and those that it must leave alone."""
 
-from __future__ import annotations
-
 import logging
 import re
 

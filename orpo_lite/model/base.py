@@ -1,7 +1,5 @@
 """The frozen base: loaded quantized or not, with the attention and precision that the device has."""
 
-from __future__ import annotations
-
 import logging
 import os
 import re

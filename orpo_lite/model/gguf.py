@@ -3,8 +3,6 @@
 transformers can read a GGUF file, but then it neither quantizes nor saves the model.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import tempfile

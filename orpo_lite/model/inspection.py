@@ -1,7 +1,5 @@
 """Questions about a model: its class, routers, quantized share, trainable share, and where it came from."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """Where a base or an adapter is found (folder, hub, GGUF file), and what to do when it cannot be read."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import os

@@ -5,8 +5,6 @@ ImmutableSandboxedEnvironment) keeps a template from files, modules and the obje
 time nor memory: a template that loops forever has to be stopped by hand.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import re

@@ -1,7 +1,5 @@
 """Files of a model, an adapter or a checkpoint from anywhere, checked before a library reads them."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections import Counter

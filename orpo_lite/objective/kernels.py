@@ -1,7 +1,5 @@
 """liger-kernel's fused norms, rotary embeddings and gated activations in a model; its losses stay out."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import logging

@@ -4,8 +4,6 @@ Exactness is checked, not assumed: a small random model of the same class and co
 unequal length, longer than any of its windows, and log-probs and gradients must equal the padded layout's.
 """
 
-from __future__ import annotations
-
 import copy
 import json
 import logging

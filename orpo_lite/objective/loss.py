@@ -1,7 +1,5 @@
 """The ORPO objective as pure functions of log-probabilities (arXiv 2403.07691), float32 throughout."""
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """TRL's metrics by TRL's names, as exact means over pairs whatever the micro-batches and processes."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -7,8 +7,6 @@ caps, sinks, windows and scales are the model's own, since its function computes
 pairs in one call (one_call.py), it stands for sdpa.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 from collections.abc import Callable, Iterator

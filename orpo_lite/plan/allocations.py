@@ -1,7 +1,5 @@
 """A log of every allocation of a step, from which a peak can be broken down by time and by purpose."""
 
-from __future__ import annotations
-
 import weakref
 from collections import Counter
 from typing import Any

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import psutil
@@ -13,15 +12,12 @@ import torch
 from orpo_lite.common.console import console, processes
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb
-from orpo_lite.data import pair_lengths
+from orpo_lite.data import Pairs, pair_lengths
 from orpo_lite.plan.gpus import FITS, NOT, Target, card_here, verdict
 from orpo_lite.plan.predict import Plan
 from orpo_lite.plan.search import Planner, Search, changed
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, micro_batch, pair_tokens
 from orpo_lite.recipe import DataSection, Recipe
-
-if TYPE_CHECKING:
-    from orpo_lite.data import Pairs
 
 logger = logging.getLogger(__name__)
 

@@ -4,8 +4,6 @@ Tensors on the meta device have no autocast, and their attention is always the p
 the level where the real ones work: above autograd, so that casts and kernels appear in the backward pass too.
 """
 
-from __future__ import annotations
-
 import contextlib
 import math
 import sys

@@ -1,7 +1,5 @@
 """A recipe's model on the meta device, with the shapes and dtypes of training and no memory; and its optimizer's states."""
 
-from __future__ import annotations
-
 import copy
 import json
 import os

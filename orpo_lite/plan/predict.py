@@ -1,7 +1,5 @@
 """Predict the peak memory of one optimizer step of a recipe, by phase and purpose."""
 
-from __future__ import annotations
-
 import contextlib
 import functools
 import math

@@ -4,8 +4,6 @@ Micro-batch and number of checkpointed layers leave the loss and its gradients u
 step keeps its pairs. The cost of a step is counted on the meta run: FLOPs, recomputation included.
 """
 
-from __future__ import annotations
-
 import math
 from bisect import bisect_left
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Run one optimizer step of a recipe on meta tensors, with the trainer's own objective and every allocation logged."""
 
-from __future__ import annotations
-
 import functools
 from collections import Counter, deque
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Plans on screen and as JSON, and fitted recipes as files."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from rich.console import Console

@@ -1,7 +1,5 @@
 """`orpo-lite recipes`: the shipped recipes and what each needs; the option that takes one of them."""
 
-from __future__ import annotations
-
 import json
 from typing import Annotated
 

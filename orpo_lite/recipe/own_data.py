@@ -1,7 +1,5 @@
 """Training data other than a recipe's own: what the recipe says about its own data does not describe it, and is dropped."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Iterable

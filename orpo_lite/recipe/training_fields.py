@@ -1,7 +1,5 @@
 """Fields of a recipe's training section: transformers.TrainingArguments' own, read without importing it, and ours."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import importlib.util

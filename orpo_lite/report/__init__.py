@@ -1,7 +1,5 @@
 """report.html: one self-contained page of a run, or of several over one another, which opens offline."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated

@@ -1,7 +1,5 @@
 """Check that vLLM's `--enable-lora` can serve an adapter folder as it is."""
 
-from __future__ import annotations
-
 import json
 import re
 from pathlib import Path

@@ -1,7 +1,5 @@
 """`python -m orpo_lite.bench --recipe NAME [--against trl]`; torch is imported once the arguments are checked."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.util
 import os

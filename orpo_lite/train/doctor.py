@@ -1,7 +1,5 @@
 """`python -m orpo_lite.doctor`: check whether training works on this machine, and say what to do where it does not."""
 
-from __future__ import annotations
-
 import contextlib
 import faulthandler
 import importlib

@@ -5,8 +5,6 @@ those work; it needs the extra `trl`. They become a recipe, which is trained lik
 `accelerate launch -m orpo_lite.compat.trl_orpo ...` starts it on several GPUs.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import re

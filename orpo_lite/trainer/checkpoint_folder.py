@@ -1,7 +1,5 @@
 """Checkpoint folders that are complete or do not count: sealed by a manifest of names and sizes."""
 
-from __future__ import annotations
-
 import json
 import os
 import re

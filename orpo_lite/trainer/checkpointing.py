@@ -1,7 +1,5 @@
 """CheckpointedTrainer: checkpoints that are complete or do not count, and training that resumes from them bit for bit."""
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

@@ -1,7 +1,5 @@
 """Turns a recipe into an ORPOConfig; what transformers refuses is reported by the recipe's field."""
 
-from __future__ import annotations
-
 import contextlib
 import re
 from collections.abc import Iterator

@@ -4,8 +4,6 @@ DDP divides the sum of the processes' gradients by their number. The shares of a
 `compute_loss` multiplies by that number once.
 """
 
-from __future__ import annotations
-
 import os
 from datetime import timedelta
 

@@ -1,7 +1,5 @@
 """The ORPO loss of micro-batches as means over whole optimizer steps; nothing here needs a Trainer."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 from dataclasses import dataclass, field

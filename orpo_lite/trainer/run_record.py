@@ -1,7 +1,5 @@
 """What a run records: run.json and held_out.json as training writes them and everything later reads them."""
 
-from __future__ import annotations
-
 import contextlib
 import importlib.metadata
 import json

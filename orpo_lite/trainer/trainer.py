@@ -1,7 +1,5 @@
 """ORPOTrainer: transformers.Trainer with the ORPO loss, TRL's constructor, and means over whole optimizer steps."""
 
-from __future__ import annotations
-
 import contextlib
 import logging
 import time

@@ -1,7 +1,5 @@
 """`orpo-lite import FILE`: axolotl's and LLaMA-Factory's ORPO configurations as recipes, with an account of every field."""
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """axolotl's `rl: orpo` YAML (fields as of 0.18) as a recipe."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from orpo_lite.recipe.importers.draft import RecipeDraft, as_list, number, table

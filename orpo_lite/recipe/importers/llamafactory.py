@@ -1,7 +1,5 @@
 """LLaMA-Factory's `stage: dpo`, `pref_loss: orpo` YAML (fields as of 0.9.6) as a recipe."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any
