@@ -126,29 +126,12 @@ class StepInProgress:
     Args:
         items: what the loader gave for the step; each is one forward and backward pass, or several.
         sums: what was summed since the last log, before the step.
-        device: where the model's inputs lie.
     """
 
     items: list[dict[str, Any]]
     sums: dict[str, Tensor]
-    device: torch.device
     losses: list[Tensor] = field(default_factory=list)
     """Loss of each item that is done: its share of the step's."""
-    rng_states: list[Tensor] = field(default_factory=list)
-    """Random states at the step's first pass, of the host and of the device."""
-
-    @property
-    def _generators(self) -> list[Any]:
-        return [torch, *([torch.get_device_module(self.device)] if self.device.type != "cpu" else [])]
-
-    def save_rng(self) -> None:
-        """Remember the random state at the step's first pass: a resumed run loads its own only after the step's batches."""
-        self.rng_states = self.rng_states or [one.get_rng_state() for one in self._generators]
-
-    def restore_rng(self) -> None:
-        """Let dropout draw in the repeated step what it would have drawn."""
-        for one, state in zip(self._generators, self.rng_states, strict=True):
-            one.set_rng_state(state)
 
     def index_of(self, item: dict[str, Any]) -> int | None:
         """Return the position of an item, by identity; None where it is not of this step."""

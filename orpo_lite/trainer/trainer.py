@@ -232,7 +232,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         items = [self._to_device(item) for item in items]
         if not items:
             return items, None
-        self.step_in_progress = StepInProgress(items, dict(self.sums), self.args.device)
+        self.step_in_progress = StepInProgress(items, dict(self.sums))
         totals = count_step([micro for item in items for micro in micro_batches(item)])
         return items, self.total(totals.to(device))
 
@@ -240,7 +240,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         """Run forward and backward of an item of the step; after its last, check what the optimizer will see.
 
         This replaces transformers' own method as a whole, so that no version of it divides the loss. Where memory runs out,
-        the optimizer step begins again in smaller micro-batches: the same pairs, gradients and metrics.
+        the optimizer step begins again in smaller micro-batches: the same pairs and, without dropout, gradients and metrics.
 
         Raises:
             OutOfMemory: a single pair does not fit, or the step cannot begin again.
@@ -250,7 +250,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         place = step.index_of(inputs) if step else None
         if step is None or place is None:  # a script's own step
             return self._forward_backward(model, inputs, num_items_in_batch)
-        step.save_rng()
         items = [inputs]
 
         def begin_again(why: str) -> None:
@@ -258,7 +257,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             model.zero_grad()
             self.sums = dict(step.sums)
             step.losses.clear()
-            step.restore_rng()
             items[:] = step.items[: place + 1]
 
         def passes() -> list[Tensor]:

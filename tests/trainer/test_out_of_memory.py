@@ -167,19 +167,6 @@ def test_pair_batches_are_halved_and_the_means_stay(tmp_path, tokenizer, nll_mea
     assert short[3].micro_limit.max_size in (1, 2)
 
 
-def test_a_step_done_again_draws_the_dropout_of_a_run_that_began_smaller(tmp_path, tokenizer):
-    common = {"layout": "padded", "dropout": 0.3}
-    size = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 8}
-    small = trained(tmp_path, tokenizer, "small", **size, **common)
-    # the second micro-batch is the first to fail: the first one is done again too
-    size = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 2}
-    short = trained(tmp_path, tokenizer, "short", card=(258, "backward", 1), **size, **common)
-    assert [event["step"] for event in short[3].micro_limit.ooms][0] == 1 and short[3].micro_limit.max_size == 1
-    same(short, small)
-    plain = trained(tmp_path, tokenizer, "plain", **size, **common)
-    assert (plain[0] - short[0]).norm() > 1e-4 * plain[0].norm()  # the draws do depend on the micro-batches
-
-
 def test_a_single_pair_that_does_not_fit_is_named_and_the_checkpoint_stays(tmp_path, tokenizer):
     model = get_peft_model(tiny_model(LlamaConfig(**SIZES), 0), LoraConfig(r=4, target_modules=["q_proj"]))
     args = config(tmp_path, layout="shared", tokens_per_batch=400, max_steps=4, save_strategy="steps", save_steps=1)
