@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from orpo_lite.common.console import console, json_alone, load, run_command
-from orpo_lite.plan.gpus import Target, find_cards
+from orpo_lite.plan.gpus import Card, Target, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -23,7 +23,7 @@ def command(
     """Predict the peak memory of one training step, and which cards it fits."""
     # mistakes are reported before the slow imports
     loaded = Recipe.load(recipe, overrides or [])
-    cards = find_cards(gpu) if gpu and gpu != "cpu" else []
+    cards = cards_asked_for(loaded, gpu)
     with json_alone(as_json) as print_json:
         load("orpo_lite.plan.search")
         from orpo_lite.plan import tables
@@ -41,6 +41,14 @@ def command(
         tables.show_plan(console, made)
         if verdicts:
             tables.show_cards(console, verdicts)
+
+
+def cards_asked_for(recipe: Recipe, gpu: str | None) -> list[Card]:
+    """Return the cards that --gpu or else memory.gpu_gb names."""
+    if gpu:
+        return find_cards(gpu) if gpu != "cpu" else []
+    size = recipe.memory.gpu_gb
+    return [Card(f"{size:g} GB", size)] if size else []
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from orpo_lite.common.console import console, processes
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import format_gb
 from orpo_lite.data import Pairs, pair_lengths
-from orpo_lite.plan.gpus import FITS, NOT, Target, card_here, verdict
+from orpo_lite.plan.gpus import FITS, NOT, Card, Target, card_here, verdict
 from orpo_lite.plan.predict import Plan
 from orpo_lite.plan.search import Planner, Search, changed
 from orpo_lite.plan.step import Shape, batch_sizes, evaluation_pairs, micro_batch, pair_tokens
@@ -26,18 +26,26 @@ OTHERS = 300_000_000
 
 
 def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
-    """Return a recipe that leaves its micro-batches to the plan with the fastest settings for the card in use.
+    """Return a recipe with the fastest settings for the card in use, or the smaller one that memory.gpu_gb names.
 
-    Others are returned as they are. The optimizer step keeps its pairs and its gradients.
+    Others than those with memory.gpu_gb or per_device_train_batch_size=auto are returned as they are. The optimizer step
+    keeps its pairs and its gradients.
     """
-    if not recipe.plans_batches:
+    size = recipe.memory.gpu_gb
+    if not size and not recipe.plans_batches:
         return recipe
-    asked = "training.per_device_train_batch_size=auto"
-    if device.type != "cuda" or processes() > 1:
-        why = "several GPUs have to agree: set orpo.tokens_per_batch" if processes() > 1 else "there is no GPU here"
-        console.print(f"{asked}: {why}; training with micro-batches of one pair", soft_wrap=True)
+    asked = "training.per_device_train_batch_size=auto" if recipe.plans_batches else f"memory.gpu_gb={size:g}"
+    instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
+    if device.type != "cuda":
+        console.print(f"{asked}: there is no GPU here; training with {instead}", soft_wrap=True)
         return recipe
-    card = card_here(device)[0]
+    card = card_in_use(recipe, device)[0]
+    if processes() > 1:  # which have to agree on their micro-batches, whatever else each card holds
+        if not size:
+            remedy = "on several GPUs set memory.gpu_gb to the size of the smallest"
+            console.print(f"{asked}: {remedy}; training with {instead}", soft_wrap=True)
+            return recipe
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
     try:
         found = Search(recipe, card, Planner(pairs.shape)).first_that_fits(shorten=False)
     except Exception as error:  # a model that the meta run cannot follow may still train
@@ -55,6 +63,15 @@ def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
     return changed(recipe, list(found.words)) or recipe
 
 
+def card_in_use(recipe: Recipe, device: torch.device) -> tuple[Card, int]:
+    """Return the card, as small as memory.gpu_gb says, and the bytes that other programs hold of it."""
+    card, others = card_here(device)
+    size = recipe.memory.gpu_gb
+    if size and size < card.gigabytes:
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
+    return card, others
+
+
 def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, force: bool, command: str) -> Plan | None:
     """Print the plan in a line, and refuse a run that cannot fit the card in use.
 
@@ -69,7 +86,7 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
     Raises:
         RequestError: it does not fit; the message says by how much, what else is on the card, and what would make it fit.
     """
-    card, others = card_here(device) if device.type == "cuda" else (None, 0)
+    card, others = card_in_use(recipe, device) if device.type == "cuda" else (None, 0)
     planner = Planner(pairs.shape)
     try:
         made = planner(recipe, card.target if card else Target("cpu"))

@@ -203,10 +203,8 @@ class OrpoSection(Section):
 
 
 class MemorySection(Section):
-    removed = {
-        "gpu_gb": (None, "the card in this machine is planned for, without what others hold; plan --gpu takes any")
-    }
-
+    gpu_gb: Annotated[float, Field(gt=0)] | None = None
+    """Memory of the card in GB (10^9 bytes) that the run must fit; null takes the card in this machine."""
     checkpointing: Literal["auto", "all", "none"] | Annotated[int, Field(ge=0)] = "auto"
     """Layers whose activations are recomputed in the backward pass; auto is none on the CPU; on a GPU all, or
     where training.per_device_train_batch_size is `auto`, as few as fit."""

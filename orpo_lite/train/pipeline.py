@@ -128,7 +128,7 @@ def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: s
         The recipe, and its plan if one was made.
     """
     device = local_device()
-    if device.type != "cuda" and not (asked or recipe.plans_batches):
+    if device.type != "cuda" and not (asked or recipe.memory.gpu_gb or recipe.plans_batches):
         return recipe, None
     from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
 

@@ -73,7 +73,7 @@ GOOD = st.fixed_dictionaries(
         "adapter": section(r=st.integers(1, 512), alpha=st.floats(1e-3, 1e3), dropout=st.floats(0, 0.99)),
         "orpo": section(beta=st.floats(0, 1e6), layout=st.sampled_from(["auto", "shared", "packed", "padded"])),
         "training": section(learning_rate=st.floats(1e-12, 10), max_steps=st.integers(-1, 10**9), seed=st.integers(0, 2**32 - 1)),
-        "memory": section(checkpointing=st.sampled_from(["auto", "all", "none", 3])),
+        "memory": section(gpu_gb=st.floats(0.1, 1e4), checkpointing=st.sampled_from(["auto", "all", "none", 3])),
     },
 )  # fmt: skip
 

@@ -172,6 +172,23 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, capsys):
     assert facts["plan"]["peak_bytes"] > 0
 
 
+def test_gpu_gb_fits_the_recipe_to_its_card(recipe, card, capsys):
+    lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
+    asked = recipe("memory.gpu_gb=12", "memory.checkpointing=all")
+    found = start.fit_to_card(asked, lengths, card(24e9))
+    assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
+    # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
+    assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
+    assert "memory.gpu_gb=12: 8 of the longest pairs at once, none layers checkpointed" in capsys.readouterr().out
+    assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
+
+
+def test_gpu_gb_without_a_gpu_leaves_the_recipe(recipe, lengths, capsys):
+    asked = recipe("memory.gpu_gb=12")
+    assert start.fit_to_card(asked, lengths, torch.device("cpu")) == asked
+    assert "there is no GPU here" in capsys.readouterr().out
+
+
 AUTO = "training.per_device_train_batch_size=auto"
 
 
@@ -205,7 +222,8 @@ def test_auto_where_nothing_can_be_planned_takes_one_pair(recipe, lengths, card,
     assert "nothing that was tried fits" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert start.fit_to_card(recipe(AUTO), lengths, card(24e9)) == recipe(AUTO)
-    assert "several GPUs have to agree: set orpo.tokens_per_batch" in capsys.readouterr().out
+    assert "set memory.gpu_gb to the size of the smallest" in capsys.readouterr().out
+    assert start.fit_to_card(recipe(AUTO, "memory.gpu_gb=12"), lengths, card(11e9)).orpo.tokens_per_batch
 
 
 def test_a_run_with_auto_keeps_it_in_its_folder(tmp_path, capsys):

@@ -14,9 +14,9 @@ from orpo_lite.common.console import run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.model.activation_offload import checkpointing_layers
 from orpo_lite.plan import search
-from orpo_lite.plan.__main__ import command
+from orpo_lite.plan.__main__ import cards_asked_for, command
 from orpo_lite.plan.allocations import FLOPS, KEPT, MOVED, UNPACKED
-from orpo_lite.plan.gpus import FITS, Card, Target, verdict
+from orpo_lite.plan.gpus import CARDS, FITS, Card, Target, verdict
 from orpo_lite.plan.predict import Study
 from orpo_lite.plan.search import changed
 from orpo_lite.recipe import Recipe
@@ -198,6 +198,12 @@ def test_the_command_says_what_auto_chooses_on_a_card(json_, written, capsys):
         assert told["cards"][0]["chosen"] == chosen and told["checkpointing"] == "no layer"
     else:
         assert f"on 24 GB auto is 2 of the longest pairs at once, none layers checkpointed: {chosen}" in printed
+
+
+def test_gpu_gb_says_which_card(written):
+    asked = Recipe.load(written, ["memory.gpu_gb=24"])
+    assert cards_asked_for(asked, None) == [Card("24 GB", 24)]
+    assert cards_asked_for(asked, "rtx-3060") == [CARDS["rtx-3060"]]
 
 
 def test_more_layers_than_there_are_are_refused(base):
