@@ -23,7 +23,6 @@ from transformers import (
 )
 
 import orpo_lite
-from orpo_lite.objective.layout import layer_sizes
 
 TEMPLATES = Path(trl.__file__).parent / "chat_templates"
 HIDDEN, WINDOW = 64, 16
@@ -126,6 +125,12 @@ def tiny_config(config: PretrainedConfig, tokenizer: Any = None, layers: int = 2
     size("vocab_size_per_layer_input", ids["vocab_size"])
     # through the constructor again, so that the config checks what was set
     return type(config).from_dict(whole.to_dict() | {"dtype": "float32"})
+
+
+def layer_sizes(text: Any) -> dict[int, dict[str, int]]:
+    """Return the sizes that differ from layer to layer (Gemma 4's heads), for each layer; empty where none does."""
+    names = getattr(text, "per_layer_attributes", None) or ()
+    return {i: {k: getattr(one, k) for k in names} for i, one in enumerate(text.per_layer_config)} if names else {}
 
 
 def shrink_tower(config: PretrainedConfig) -> None:

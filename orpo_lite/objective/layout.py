@@ -213,15 +213,14 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     """
     small = copy.deepcopy(config)
     text: Any = small.get_text_config(decoder=True)
-    for name in small.sub_configs:
-        other = getattr(small, name, None)
-        for depth in ("num_hidden_layers", "depth"):  # towers that text never passes through
-            if other is not None and other is not text and isinstance(getattr(other, depth, None), int):
-                setattr(other, depth, 1)
-    sizes, whole = layer_sizes(text), {}
-    if sizes:
+    for other in (getattr(small, name, None) for name in small.sub_configs):
+        if other is not None and other is not text:
+            other.num_hidden_layers = 1  # a tower that text never passes through
+    names = getattr(text, "per_layer_attributes", None) or ()
+    own = [{name: getattr(layer, name) for name in names} for layer in text.per_layer_config] if names else []
+    if own:
         text.per_layer_config = None
-        whole = {name: getattr(text, name) for name in sizes[0]}
+    whole = {name: getattr(text, name) for name in names}
     heads, grouped = text.num_attention_heads, getattr(text, "num_key_value_heads", None)
     head_dim = getattr(text, "head_dim", None)
     fits = head_dim is None or head_dim * heads == text.hidden_size
@@ -238,10 +237,9 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     for token, name in enumerate(("pad_token_id", "bos_token_id", "eos_token_id")):
         if getattr(text, name, None) is not None:  # as small as the vocabulary
             setattr(text, name, token)
-    if sizes:  # in the same proportion to the others' as in the model
-        text.per_layer_config = {
-            i: {k: max(1, v * getattr(text, k) // whole[k]) for k, v in own.items()} for i, own in sizes.items()
-        }
+    if own:  # layers of other sizes (Gemma 4's) keep the proportion
+        scaled = [{k: max(1, v * getattr(text, k) // whole[k]) for k, v in sizes.items()} for sizes in own]
+        text.per_layer_config = dict(enumerate(scaled))
     _fewer_layers(text)
     rope = getattr(text, "rope_parameters", None)
     if isinstance(rope, dict):
@@ -252,21 +250,12 @@ def shrink(config: PretrainedConfig) -> PretrainedConfig:
     return small
 
 
-def layer_sizes(text: Any) -> dict[int, dict[str, int]]:
-    """Return the sizes that differ from layer to layer (Gemma 4's heads), for each layer; empty where none does."""
-    names = getattr(text, "per_layer_attributes", None) or ()
-    return {i: {k: getattr(one, k) for k in names} for i, one in enumerate(text.per_layer_config)} if names else {}
-
-
 def cut_layers(text: Any, count: int) -> None:
     """Keep the first layers of a configuration, and of its lists with a value for each layer."""
-    sizes = layer_sizes(text)
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == text.num_hidden_layers:
             setattr(text, name, value[:count])
     text.num_hidden_layers = count
-    if sizes:
-        text.per_layer_config = {i: sizes[i] for i in range(count)}
 
 
 def _fewer_layers(text: Any) -> None:

@@ -190,6 +190,6 @@ def plain_attention(model: PreTrainedModel) -> None:
 
 def set_attention(model: PreTrainedModel, name: str) -> None:
     """Set the attention function of a model's decoder; what text never passes through keeps its own."""
-    config, text = model.config, model.config.get_text_config(decoder=True)
-    text_config = {key: name for key in config.sub_configs if getattr(config, key, None) is text}
-    model.set_attn_implementation({"": name} | text_config if text_config else name)
+    text = model.config.get_text_config(decoder=True)
+    inside = {key: name for key in model.config.sub_configs if getattr(model.config, key, None) is text}
+    model.set_attn_implementation({"": name} | inside)

@@ -13,11 +13,11 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from orpo_lite.objective.layout import layer_sizes
+from orpo_lite.data import load_pairs
 from orpo_lite.plan.meta_model import CONFIGS, shipped_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, shipped_recipes
-from tests.tiny import base_tokenizer, tiny_config, tiny_model
+from tests.tiny import base_tokenizer, layer_sizes, tiny_config, tiny_model
 
 RECIPES = shipped_recipes()
 PARAMETERS = {
@@ -155,6 +155,36 @@ def test_tiny_config_changes_sizes_only(name):
 def lengths(rope):
     """Rotary settings without the numbers that there are for each channel."""
     return {key: True if isinstance(value, list) else value for key, value in (rope or {}).items()}
+
+
+PLAIN = {
+    "qwen3-8b-qlora": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Paris.<|im_end|>"),
+    "qwen3.5-4b-qlora": ("<|im_start|>assistant\n<think>\n\n</think>\n\n", "Paris.<|im_end|>"),
+    "smollm3-3b-qlora": ("<|im_start|>assistant\n", "<think>\n\n</think>\nParis.<|im_end|>"),
+    "gemma-4-12b-qlora": ("<|turn>model\n", "Paris.<turn|>"),
+    "phi-4-mini-qlora": ("<|assistant|>", "Paris.<|end|>"),
+    "llama-3.1-8b-qlora": ("<|end_header_id|>\n\n", "Paris.<|eot_id|>"),
+    "r1-distill-qwen-7b-qlora": ("<｜Assistant｜><think>\n", "A capital.\n</think>\n\nParis.<｜end▁of▁sentence｜>"),
+}
+"""End of the prompt, and all of the answer that is trained."""
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_trained_ends_and_thinks_as_the_model_does(name, tmp_path):
+    recipe = Recipe.load(name)
+    thought = "<think>\nA capital.\n</think>\n\n" if "r1" in name else ""
+    row = {"conversations": [{"from": "human", "value": "Which one?"}]}
+    row |= {
+        side: {"from": "gpt", "value": thought + answer} for side, answer in (("chosen", "Paris."), ("rejected", "No."))
+    }
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row) + "\n", "utf-8")
+    tokenizer = base_tokenizer(recipe.model.name_or_path)
+    sources = {"train": [{"path": str(tmp_path / "pairs.jsonl")}], "eval": None, "eval_fraction": 0}
+    data = Recipe.parse(recipe.model_dump(mode="json") | {"data": recipe.data.model_dump(mode="json") | sources}).data
+    pair = load_pairs(data, tokenizer).train[0]
+    start = int(pair["chosen_start"])
+    prompt, answer = (tokenizer.decode(part) for part in (pair["chosen_ids"][:start], pair["chosen_ids"][start:]))
+    assert (prompt[-len(PLAIN[name][0]) :], answer) == PLAIN[name]
 
 
 @pytest.mark.parametrize("name", RECIPES)
