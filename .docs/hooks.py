@@ -1,12 +1,15 @@
 """What mkdocs writes into the pages while it builds: tables from the code, so that they cannot fall behind it.
 
-A line `<!-- generated: NAME -->` of a page is replaced by what GENERATED[NAME] returns.
+A line `<!-- generated: NAME -->` of a page is replaced by what GENERATED[NAME] returns. Nothing here imports torch: what stands
+in modules that do is read from their source.
 """
 
 from __future__ import annotations
 
+import ast
 import dataclasses
 import html
+import os
 import re
 import sys
 import types
@@ -19,7 +22,7 @@ from pydantic import BaseModel
 from pydantic.fields import FieldInfo
 
 ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))  # the code of this checkout is documented, whatever is installed
+os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that torch is not there
 
 PLAIN = {str: "text", int: "whole number", float: "number", bool: "true or false", type(None): "null", Any: "anything",
          dict: "mapping", list: "list", Path: "path"}  # fmt: skip
@@ -28,6 +31,7 @@ LIMITS = {"ge": "at least {}", "gt": "above {}", "lt": "below {}", "le": "at mos
 
 def on_config(config: Any) -> Any:
     """Guides that the navigation does not name go to the end of its Guides, by name of the file."""
+    sys.path.insert(0, str(ROOT))  # the code of this checkout is documented, whatever is installed
     guides = next(section["Guides"] for section in config["nav"] if isinstance(section, dict) and "Guides" in section)
     there = sorted(f"guides/{path.name}" for path in Path(config["docs_dir"], "guides").glob("*.md"))
     guides += [page for page in there if page not in guides]
@@ -127,19 +131,15 @@ def training_fields() -> str:
     from transformers import TrainingArguments
 
     from orpo_lite.recipe.training_fields import OURS
-    from orpo_lite.trainer.config import ORPOConfig
-    from orpo_lite.trainer.config_from_recipe import DEFAULTS
 
-    configured = {field.name: field for field in dataclasses.fields(ORPOConfig)}
+    configured = orpo_fields()
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
     for name, hint in OURS.items():
-        field = configured[name]
-        rows.append(
-            f"| `training.{name}` | {type_words(hint)} | {code(field.default)} | {cell(field.metadata['help'])} |"
-        )
+        _, default, meaning = configured[name]
+        rows.append(f"| `training.{name}` | {type_words(hint)} | {code(default)} | {cell(meaning)} |")
     rows += ["", "Where a recipe is silent, these stand in place of transformers' own defaults:", ""]
     rows += ["| field | default of a recipe |", "|---|---|"]
-    rows += [f"| `training.{name}` | {code(value)} |" for name, value in DEFAULTS.items()]
+    rows += [f"| `training.{name}` | {code(value)} |" for name, value in recipe_defaults().items()]
     hints = typing.get_type_hints(TrainingArguments)
     rows += [
         "",
@@ -166,21 +166,44 @@ def python_type(hint: Any) -> str:
     return type_words(hint)
 
 
+def source(name: str) -> list[ast.stmt]:
+    """The statements of a module of the package."""
+    return ast.parse((ROOT / "orpo_lite" / name).read_text("utf-8")).body
+
+
+def recipe_defaults() -> dict[str, Any]:
+    """DEFAULTS of config_from_recipe: what a recipe has where it says nothing."""
+    found = (
+        node.value
+        for node in source("trainer/config_from_recipe.py")
+        if isinstance(node, ast.AnnAssign) and ast.unparse(node.target) == "DEFAULTS"
+    )
+    return ast.literal_eval(next(found))  # type: ignore[arg-type]
+
+
+def orpo_fields() -> dict[str, tuple[str, Any, str]]:
+    """Type as it is written, default and meaning of ORPOConfig's own fields, and of those of transformers that it changes."""
+    (config,) = (
+        node for node in source("trainer/config.py") if isinstance(node, ast.ClassDef) and node.name == "ORPOConfig"
+    )
+    return {
+        ast.unparse(node.target): (
+            ast.unparse(node.annotation),
+            ast.literal_eval(node.value.keywords[0].value),
+            ast.literal_eval(node.value.args[0]),
+        )
+        for node in config.body
+        if isinstance(node, ast.AnnAssign)
+        and isinstance(node.value, ast.Call)
+        and ast.unparse(node.value.func) == "_help"
+    }
+
+
 def orpo_config() -> str:
     """ORPOConfig's own fields, beside transformers'."""
-    from transformers import TrainingArguments
-
-    from orpo_lite.trainer.config import ORPOConfig
-
-    theirs = {field.name for field in dataclasses.fields(TrainingArguments)}
-    hints = typing.get_type_hints(ORPOConfig)
     rows = ["| field | type | default | meaning |", "|---|---|---|---|"]
-    for field in dataclasses.fields(ORPOConfig):
-        if field.metadata.get("help") and (field.name not in theirs or field.name in ORPOConfig.__annotations__):
-            shown = str(hints[field.name]).replace("typing.", "").replace("<class '", "").replace("'>", "")
-            rows.append(
-                f"| `{field.name}` | {verbatim(shown)} | {verbatim(repr(field.default))} | {cell(field.metadata['help'])} |"
-            )
+    for name, (kind, default, meaning) in orpo_fields().items():
+        rows.append(f"| `{name}` | {verbatim(kind)} | {verbatim(repr(default))} | {cell(meaning)} |")
     return "\n".join(rows)
 
 

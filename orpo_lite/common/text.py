@@ -35,6 +35,11 @@ def format_gb(size: float, digits: int = 1) -> str:
     return f"{size / 1e9:.{digits}f} GB"
 
 
+def counted(number: int, word: str) -> str:
+    """Write how many there are of a thing: `1 pair`, `1,200 pairs`."""
+    return f"{number:,} {word}" + "s" * (number != 1)
+
+
 def duration(seconds: float) -> str:
     """Write a time in its two largest units."""
     if seconds < 100:
@@ -45,7 +50,7 @@ def duration(seconds: float) -> str:
 
 def cut(text: str, longest: int = 4000) -> str:
     """Return a text, or the beginning of a very long one."""
-    return text if len(text) <= longest else f"{text[:longest]}\n[{len(text) - longest:,} more characters]"
+    return text if len(text) <= longest else f"{text[:longest]}\n[{counted(len(text) - longest, 'more character')}]"
 
 
 # ---- Markdown --------------------------------------------------------------------------------------------------------

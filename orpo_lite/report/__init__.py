@@ -62,8 +62,6 @@ def command(
         print(as_json(loaded))
         return
     path = output or loaded[0].path / ("report.html" if len(loaded) == 1 else "compare.html")
-    if path.is_dir() or not path.parent.is_dir():
-        raise RequestError(f"--output: found {str(path)!r}, expected the name of a file in an existing folder")
     try:
         write_atomically(path, run_page(loaded[0]) if len(loaded) == 1 else compare_page(loaded))
     except OSError as error:

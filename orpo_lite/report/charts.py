@@ -13,6 +13,7 @@ import numpy as np
 import yaml
 from matplotlib.ticker import MaxNLocator
 
+from orpo_lite.common.text import counted
 from orpo_lite.evaluate.held_out import wilson_interval
 from orpo_lite.report.drawing import (
     BLUE,
@@ -114,7 +115,7 @@ def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, alone: bo
     if gone := [x for x, y in trained + held if not math.isfinite(y)]:
         first = ", ".join(f"{x:g}" for x in gone[:5]) + (", ..." if len(gone) > 5 else "")
         of = f"{name}: " if name else ""
-        chart.notes.append(f"{of}{len(gone):,} values of {metric.label} are not finite (step {first})")
+        chart.notes.append(f"{of}not finite, of {metric.label}: {counted(len(gone), 'value')} (step {first})")
     if trained:
         chart.lines += training_lines(trained, metric, name)
     if held:
@@ -122,11 +123,13 @@ def add_lines(chart: Chart, run: LoadedRun, metric: Metric, name: str, alone: bo
         line = Line(label, held, ORANGE if alone else metric.color, "marks")
         pairs = run.last_evaluation.get("pairs")
         if metric.key == "rewards/accuracies" and pairs:
-            line.band = [
-                wilson_interval(min(1.0, max(0.0, y)) * pairs, pairs) if math.isfinite(y) else (math.nan, math.nan)
-                for _, y in line.points
-            ]
+            line.band = [accuracy_interval(y, pairs) for _, y in line.points]
         chart.lines.append(line)
+
+
+def accuracy_interval(share: float, pairs: int) -> Point:
+    """Return the 95% interval of a share of so many pairs; NaN for one that is not finite."""
+    return wilson_interval(min(1.0, max(0.0, share)) * pairs, pairs) if math.isfinite(share) else (math.nan, math.nan)
 
 
 def training_lines(points: list[Point], metric: Metric, name: str) -> list[Line]:
@@ -180,7 +183,7 @@ def margin_chart(groups: dict[str, list[float]], title: str, x: str, hint: str) 
         points = list(zip(edges, [*some, 0.0], strict=True))
         chart.lines.append(Line(name, points, colors[place], "solid" if last else "dashed", fill=last))
         if gone := sum(not math.isfinite(value) for value in groups[name]):
-            chart.notes.append(f"{gone:,} margins {name} are not finite and left out")
+            chart.notes.append(f"not finite, and left out: {counted(gone, 'margin')} {name}")
     return chart
 
 
@@ -205,6 +208,6 @@ def changed_sides(run: LoadedRun) -> str:
     lost = sum(b <= 0 < a for a, b in zip(before, after, strict=True))
     wrong = sum(b <= 0 for b in after)
     return (
-        f"Of {len(after):,} pairs, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
-        f"{wrong:,} are on the wrong side now."
+        f"Of {counted(len(after), 'pair')}, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
+        f"now on the wrong side: {wrong:,}."
     )

@@ -243,6 +243,14 @@
     }
   }
 
+  // in a frame whose page is its attribute, as in a notebook, an address with # would lead to the notebook
+  document.querySelector("nav").addEventListener("click", (event) => {
+    const place = event.target.hash && document.getElementById(event.target.hash.slice(1));
+    if (!place) return;
+    event.preventDefault();
+    place.scrollIntoView();
+  });
+
   const plots = data.charts.map((chart) => new Plot(chart));
   // charts over the same steps read and zoom together; a histogram is alone
   const together = (one) => (one.chart.stairs ? [one] : plots.filter((other) => !other.chart.stairs));

@@ -14,9 +14,9 @@ from typing import Any
 import jinja2
 from markupsafe import Markup
 
-from orpo_lite.common.text import cut, duration, format_gb, measured
+from orpo_lite.common.text import counted, cut, duration, format_gb, measured
 from orpo_lite.evaluate.held_out import ROWS
-from orpo_lite.report.charts import changed_sides, curves, margin_chart, margins
+from orpo_lite.report.charts import accuracy_interval, changed_sides, curves, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.trainer.run_record import LoadedRun, Sample
 
@@ -33,14 +33,14 @@ def environment() -> jinja2.Environment:
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
         "drawing": Drawing, "script_data": script_data, "colors": COLORS,
-        "is_finite": is_finite, "metrics": ROWS,
+        "is_finite": is_finite, "metrics": ROWS, "few_pairs": few_pairs,
         "script": Markup(script),  # noqa: S704  # our own file
         "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),
         "style": Markup((Path(__file__).parent / "page.css").read_text("utf-8").strip()),  # noqa: S704  # our own file
     }  # fmt: skip
     made.filters |= {
         "cut": cut, "measured": measured, "written": written, "sh": shlex.quote, "shown_path": shown_path,
-        "duration": known(duration), "count": known("{:,}".format),
+        "duration": known(duration), "count": known("{:,}".format), "counted": known(counted),
         "rate": known("{:.1f}".format), "gigabytes": known(lambda size: format_gb(size, 2)),
     }  # fmt: skip
     made.policies["json.dumps_kwargs"] = {"allow_nan": False, "separators": (",", ":")}
@@ -75,9 +75,9 @@ def run_page(run: LoadedRun) -> bytes:
     )  # fmt: skip
 
 
-def known(write: Callable[[Any], str]) -> Callable[[Any], str]:
+def known(write: Callable[..., str]) -> Callable[..., str]:
     """Return a filter that writes nothing for None."""
-    return lambda value: "" if value is None else write(value)
+    return lambda value, *words: "" if value is None else write(value, *words)
 
 
 # ---- the result in words -------------------------------------------------------------------------------------------------
@@ -88,42 +88,66 @@ def verdict(run: LoadedRun) -> str:
     record = run.record
     if run.state != "finished":
         now = "This run is under way" if run.state == "under way" else "This run was stopped before its end"
-        held = [line for line in run.metrics if is_finite(line.get("eval_rewards/accuracies")) and line["step"]]
-        accuracy = ""
-        if held:
-            accuracy = (
-                f"; held-out reward accuracy was {held[-1]['eval_rewards/accuracies']:.1%} at step {held[-1]['step']:g}"
-            )
+        key = "eval_rewards/accuracies"
+        held = [line for line in run.metrics if is_finite(line.get(key)) and line["step"]][-1:]
+        accuracy = "".join(f"; held-out reward accuracy was {line[key]:.1%} at step {line['step']:g}" for line in held)
         return f"{now}, its last log line at step {record.steps}{accuracy}."
     before, after = record.evaluation("before"), record.evaluation("after")
-    (old, old_range), (new, new_range) = (
-        (one.get("rewards/accuracies"), one.get("rewards/accuracies_interval") or []) for one in (before, after)
-    )
+    old, new = (one.get("rewards/accuracies") for one in (before, after))
     if old is None or new is None:
         none = "eval" in record.model_fields_set and not before and not after
         why = "no pairs were held out" if none else "held-out reward accuracy before or after was not recorded"
         steps = "?" if record.steps is None else record.steps
         return f"Trained for {steps} steps; {why}, so whether it helped is not known."
-    pairs = "pairs that were not counted" if after.get("pairs") is None else f"{after['pairs']} pairs"
+    count = after.get("pairs")
+    pairs = "pairs that were not counted" if count is None else counted(count, "pair")
     if not (is_finite(old) and is_finite(new)):
         return f"Held-out reward accuracy on {pairs} is not a number: something went wrong in this run."
-    if new < old:
+    if new <= old:
         how = "it did not improve"
-    elif len(old_range) != 2 or len(new_range) != 2:
+    elif not count:
         how = "whether that is chance is not known"
     else:
-        how = "clearly more than chance would give" if new_range[0] > old_range[1] else "within what chance could give"
+        how = "clearly more than chance would give" if told_apart(old, new, count) else "within what chance could give"
     return f"Held-out reward accuracy went from {old:.1%} to {new:.1%} on {pairs}: {how}."
+
+
+def told_apart(one: float, other: float, pairs: int) -> bool:
+    """Tell whether the 95% intervals of two accuracies, each on so many pairs, lie apart."""
+    low, high = sorted((one, other))
+    return accuracy_interval(low, pairs)[1] < accuracy_interval(high, pairs)[0]
+
+
+WIDE, MOST = 0.2, 10_000
+"""Width of an accuracy's interval above which it tells little, and the pairs up to which enough of them are looked for."""
+
+
+def few_pairs(run: LoadedRun) -> dict[str, Any]:
+    """Return, for the page, what too few held-out pairs cannot tell, and how many could; empty where they can."""
+    last = run.last_evaluation
+    old, new = (one.get("rewards/accuracies") for one in (run.record.evaluation("before"), last))
+    if not (is_finite(old) and is_finite(new) and (pairs := last.get("pairs"))):
+        return {}
+
+    def lacks(count: int) -> str:
+        low, high = accuracy_interval(new, count)
+        return "difference" if old != new and not told_apart(old, new, count) else "size" if high - low > WIDE else ""
+
+    if not (lack := lacks(pairs)):
+        return {}
+    enough = next((count for count in range(pairs, MOST) if not lacks(count)), None)
+    return {"pairs": pairs, "accuracy": new, "interval": accuracy_interval(new, pairs), "lack": lack, "enough": enough}
 
 
 # ---- parts of the page ---------------------------------------------------------------------------------------------------
 
 
 def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple[str, Sample]]]]:
-    """Return the held-out prompts with each side's greedy answer; sides without any are left out."""
-    sides = [(name, samples) for name, samples in sides if samples]
-    total = min((len(samples) for _, samples in sides), default=0)
-    return [(sides[0][1][i].prompt, [(name, samples[i]) for name, samples in sides]) for i in range(total)]
+    """Return the held-out prompts with each side's greedy answer, without sides that have none; empty if prompts differ."""
+    names, samples = [name for name, some in sides if some], [some for _, some in sides if some]
+    asked = list(zip(*samples, strict=False))
+    same = all(len({one.prompt for one in row}) == 1 for row in asked)
+    return [(row[0].prompt, list(zip(names, row, strict=True))) for row in asked] if same else []
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -136,10 +160,8 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def shown_path(path: Path) -> str:
     """Return a path relative to here, where it lies here: a page that is passed on need not name its author's home."""
-    try:
-        return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
-        return str(path)
+    whole, here = path.resolve(), Path.cwd().resolve()
+    return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
 
 
 # ---- several runs --------------------------------------------------------------------------------------------------------
@@ -163,7 +185,8 @@ def compare_page(runs: Sequence[LoadedRun]) -> bytes:
         runs=runs, compared=[(name, run, verdict(run)) for name, run in named.items()], head=("", *named),
         other_pairs=len({run.record.data.fingerprint for run in runs} - {None}) > 1,
         differences=[(key, *map(shown, row)) for key, row in differences(runs).items()],
-        curves=drawn, margins=spread, other_betas=len({run.beta for run in runs}) > 1, answers=answers(same_prompts(named)),
+        curves=drawn, margins=spread, other_betas=len({run.beta for run in runs}) > 1,
+        answers=answers([(name, run.record.samples.get("after", [])) for name, run in named.items()]),
     )  # fmt: skip
 
 
@@ -177,29 +200,14 @@ def labels(runs: Sequence[LoadedRun]) -> list[str]:
     return [f"{chr(ord('A') + place % 26)} · {name}" for place, name in enumerate(short)]
 
 
-def leaves(recipe: Any, place: str = "") -> dict[str, Any]:
-    """Return the leaves of a recipe by their dotted names."""
-    if not isinstance(recipe, dict) or place and not recipe:
-        return {place: recipe}
-    found: dict[str, Any] = {}
-    for name, inner in recipe.items():
-        found |= leaves(inner, f"{place}.{name}".strip("."))
-    return found
-
-
 def differences(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
     """Return the fields in which the recipes differ, each with its value in every run; None where a run does not have it."""
-    recipes = [leaves(run.recipe.model_dump(mode="json")) for run in runs]
+    from transformers.utils import flatten_dict
+
+    recipes = [flatten_dict(run.recipe.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in HOUSEKEEPING)
     rows = {key: [recipe.get(key) for recipe in recipes] for key in keys}
     return {key: row for key, row in rows.items() if any(one != row[0] for one in row[1:])}
-
-
-def same_prompts(named: dict[str, LoadedRun]) -> list[tuple[str, list[Sample]]]:
-    """Return the answers of all runs that have any; none where there are not two, or their prompts differ."""
-    sides = [(name, samples) for name, run in named.items() if (samples := run.record.samples.get("after"))]
-    prompts = zip(*[[one.prompt for one in samples] for _, samples in sides], strict=False)
-    return sides if len(sides) > 1 and all(len(set(asked)) == 1 for asked in prompts) else []
 
 
 def shown(value: Any) -> str:

@@ -14,7 +14,7 @@ from typing_extensions import TypedDict
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked
-from orpo_lite.common.text import shown
+from orpo_lite.common.text import counted, shown
 from orpo_lite.recipe import AdapterSection, Recipe
 from orpo_lite.trainer.checkpoint_folder import checkpoints
 from orpo_lite.trainer.run_folder import RunFolder
@@ -283,7 +283,7 @@ def read_metrics(path: Path, notes: list[str]) -> list[dict[str, float]]:
                 broken.append(place)
     if broken:
         notes.append(
-            f"{len(broken):,} lines of metrics.jsonl cannot be read and are left out; the first is line {broken[0]}"
+            f"left out of metrics.jsonl, as not readable: {counted(len(broken), 'line')}; the first is line {broken[0]}"
         )
     return sorted(lines, key=lambda line: line["step"])
 

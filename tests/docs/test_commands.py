@@ -144,7 +144,7 @@ def test_what_a_report_says_to_type_next(state, adapter, tmp_path: Path) -> None
         recipe = Recipe.load("quickstart", [f"adapter={adapter}", "model.quantization=none"])
         run = LoadedRun(tmp_path / "my run", recipe, RunRecord(seed=42), state=state, checkpoint=checkpoint)
         (block,) = re.findall("<pre class=code.*?</pre>", run_page(run).decode("utf-8"), re.DOTALL)
-        lines = [html.unescape(line) for line in block.splitlines() if line.startswith("python")]
+        lines = [html.unescape(line) for line in re.sub("<.*?>", "", block).splitlines() if line.startswith("python")]
         assert len(lines) > 1
         for line in lines:
             check("report.html", *words_of(line))  # type: ignore[misc]

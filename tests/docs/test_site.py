@@ -19,7 +19,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (.ci/run does)"),
     pytest.mark.skipif(
-        shutil.which("mkdocs") is None, reason="no mkdocs here: pip install -e '.[docs]' (.ci/run does)"
+        shutil.which("mkdocs") is None, reason="no mkdocs here: pip install -r .docs/requirements.txt (.ci/run does)"
     ),
 ]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import re
 from pathlib import Path
@@ -11,7 +12,7 @@ import pytest
 
 from orpo_lite.report import command
 from tests.report.browser import CHROMIUM, Browser
-from tests.report.conftest import facts, log_lines
+from tests.report.conftest import evaluation, facts, log_lines
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (.ci/run does)")
 LONG = "a-very-long-name-without-any-place-to-break-" * 6
@@ -37,7 +38,13 @@ def pages(written, tmp_path_factory) -> dict[str, Path]:
     broken = log_lines(300)
     broken[50]["loss"] = float("nan")
     three = written(place / "three", None, broken, None)
-    found = {"one": [one], "two": [one, two, three], "three": [three]}
+    few = facts(eval={"before": evaluation(0.75, 0.0, pairs=8), "after": evaluation(1.0, 0.2, pairs=8)}, plan=plan)
+    few["base_model"] |= {
+        "name_or_path": "builtin:some-folder/Meta-Llama-3.1-Instruct_v0.3",
+        "facts": ["base: loaded so", "precision: some"],
+    }
+    four = written(place / "four", few)
+    found = {"one": [one], "two": [one, two, three], "three": [three], "few": [four], "pair": [four, one]}
     for name, runs in found.items():
         command([str(run) for run in runs], output=place / f"{name}.html")
     return {name: place / f"{name}.html" for name in found}
@@ -56,7 +63,7 @@ def axis(browser: Browser, chart: str = "loss") -> list[float]:
 
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [360, 1280])
-@pytest.mark.parametrize("name", ["one", "two", "three"])
+@pytest.mark.parametrize("name", ["one", "two", "three", "few", "pair"])
 def test_draws_fits_and_asks_for_nothing(name, width, dark, pages, browser):
     browser.open(pages[name], width, dark=dark, touch=width < 500)
     assert not browser.complaints() and not browser.asked()
@@ -84,6 +91,99 @@ CONTRAST = """(() => {
   }
   return worst;
 })()"""
+
+
+WORDS = """(() => {
+  const broken = [], wide = document.documentElement.clientWidth, over = [];
+  for (const tile of document.querySelectorAll('.tiles li, nav, h1, h2, h3, thead th, .legend, .option')) {
+    const room = tile.clientWidth || tile.getBoundingClientRect().width;
+    const walk = document.createTreeWalker(tile, NodeFilter.SHOW_TEXT);
+    while (walk.nextNode()) for (const word of walk.currentNode.data.matchAll(/[\\p{L}\\p{N}%]+/gu)) {
+      const range = document.createRange();
+      range.setStart(walk.currentNode, word.index);
+      range.setEnd(walk.currentNode, word.index + word[0].length);
+      const lines = [...range.getClientRects()];
+      if (new Set(lines.map((r) => Math.round(r.top))).size > 1 && lines.reduce((sum, r) => sum + r.width, 0) < room - 30) broken.push(word[0]);
+    }
+  }
+  for (const e of document.querySelectorAll('body *:not(.sr)')) {
+    if (e.closest('svg, details:not([open]) > :not(summary), .wide, .tip') || !e.getClientRects().length) continue;
+    const box = e.getBoundingClientRect();
+    if (box.right > wide + 1 || box.left < -1) over.push(e.tagName + '.' + e.className);
+    if (!e.matches('.plot') && !['hidden', 'auto'].includes(getComputedStyle(e).overflowX) && e.scrollWidth > e.clientWidth + 1 && e.clientWidth) over.push('in ' + e.tagName + '.' + e.className);
+  }
+  return {broken, over};
+})()"""
+UNDER = """(() => {
+  const found = [];
+  const texts = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const inside = walk.currentNode.parentElement;
+    if (!walk.currentNode.data.trim() || inside.closest('button, script, style, .sr, nav, details:not([open])')) continue;
+    const range = document.createRange();
+    range.selectNodeContents(walk.currentNode);
+    for (const r of range.getClientRects()) texts.push([r, walk.currentNode.data]);
+  }
+  for (const button of document.querySelectorAll('button')) {
+    const b = button.getBoundingClientRect();
+    for (const [r, text] of texts) if (r.left < b.right - 1 && r.right > b.left + 1 && r.top < b.bottom - 1 && r.bottom > b.top + 1) found.push(text);
+  }
+  return found;
+})()"""
+
+
+@pytest.mark.parametrize("width", [320, 390, 768, 1280, 1920])
+@pytest.mark.parametrize("name", ["one", "two", "three", "few", "pair"])
+def test_words_stay_whole_and_uncovered_and_the_width_is_used(name, width, pages, browser):
+    browser.open(pages[name], width, touch=width < 500)
+    assert browser.run(WORDS) == {"broken": [], "over": []}
+    assert not browser.run(UNDER)
+    # no heading has its unit, or any word, twice
+    for text in browser.run(
+        "[...document.querySelectorAll('h1,h2,h3,.tiles span,figcaption,.legend li')].map(e => e.innerText)"
+    ):
+        assert not re.search(r"\\b([a-z]{3,})\\s+\\1\\b", text), text
+    if width >= 1280:
+        rows = browser.run("[...document.querySelectorAll('.tiles,.charts,.facts,section>.wide>table,.sample,h2')].map(e => {"
+                           "const kids = e.matches('.tiles,.charts') ? [...e.children].map(c => c.getBoundingClientRect()) : [e.getBoundingClientRect()];"
+                           "const ends = {}; kids.forEach(k => ends[Math.round(k.top)] = Math.max(ends[Math.round(k.top)] || 0, k.right));"
+                           "return [e.className || e.tagName, Object.values(ends)]})")  # fmt: skip
+        edge = browser.run("document.querySelector('main').getBoundingClientRect().right")
+        assert rows and not [(what, end) for what, ends in rows for end in ends if abs(end - edge) > 2], (rows, edge)
+        assert edge > 0.95 * min(width, 1760) and browser.run("document.querySelector('main').clientWidth") > 0.75 * min(width, 1760)  # fmt: skip
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+@pytest.mark.parametrize("name", ["one", "pair"])
+def test_contents_lead_to_every_section_from_anywhere(name, width, pages, browser):
+    browser.open(pages[name], width, 844, touch=width < 500)
+    links = browser.run("[...document.querySelectorAll('nav a')].map(e => [e.hash.slice(1), e.innerText])")
+    assert [target for target, _ in links] == browser.run("[...document.querySelectorAll('h2[id]')].map(e => e.id)")
+    assert len(links) > 4 and all(text for _, text in links)
+    for target, _ in reversed(links):  # each from where the one before has led
+        spot = browser.run(f"(() => {{const b = document.querySelector('nav a[href=\"#{target}\"]').getBoundingClientRect(); return [b.x + b.width / 2, b.y + b.height / 2, b.height]}})()")  # fmt: skip
+        assert 0 < spot[0] < width and 0 < spot[1] < 844 and spot[2] >= 24, target  # seen, and as large as a finger
+        browser.mouse("Pressed", spot[0], spot[1], button="left", clickCount=1)
+        browser.mouse("Released", spot[0], spot[1], button="left", clickCount=1)
+        top, bar, left = browser.run(f"(() => {{const n = document.querySelector('nav').getBoundingClientRect(); return [document.getElementById('{target}').getBoundingClientRect().top, n.right < 300 ? 0 : n.bottom, document.documentElement.scrollHeight - innerHeight - scrollY]}})()")  # fmt: skip
+        assert bar <= top < 844 and (top < bar + 100 or left < 2), (
+            target
+        )  # not behind the bar; at its top, or the page ends
+    assert not browser.complaints()
+
+
+def test_contents_work_in_a_frame_of_a_notebook(pages, browser, tmp_path):
+    frame = tmp_path / "frame.html"
+    page = html.escape(pages["one"].read_text("utf-8"))
+    frame.write_text(
+        f"<!doctype html><title>notebook</title><iframe srcdoc=\"{page}\" style='width:100%;height:600px'></iframe>",
+        "utf-8",
+    )
+    browser.open(frame, 900)
+    inside = "document.querySelector('iframe').contentWindow"
+    browser.run(f"{inside}.document.querySelector('nav a:last-child').click()")
+    assert browser.run(f"{inside}.document.title").startswith("ORPO run") and browser.run(f"{inside}.scrollY") > 500
 
 
 def test_hovering_shows_the_values_under_the_mouse(pages, browser):

@@ -18,10 +18,12 @@ from orpo_lite.report import command, write_report
 from orpo_lite.report.charts import histogram
 from orpo_lite.report.drawing import Chart, Line, running_mean, ticks
 from orpo_lite.report.drawing import written as plain
+from orpo_lite.report.page import few_pairs, told_apart, verdict
 from orpo_lite.trainer.run_folder import RunFolder
+from orpo_lite.trainer.run_record import read_run
 from tests.report.conftest import NAN, evaluation, facts, log_lines
 
-VOID = {"meta", "br", "path", "rect", "input", "img", "link", "hr"}
+VOID = {"meta", "br", "wbr", "path", "rect", "input", "img", "link", "hr"}
 
 
 class Page(HTMLParser):
@@ -94,6 +96,69 @@ def test_every_part_is_there(written, tmp_path):
     assert (low, high) == (pytest.approx(0.352, abs=1e-3), pytest.approx(0.648, abs=1e-3))
 
 
+def accuracies(before: float, after: float, pairs: int) -> dict[str, Any]:
+    return {"before": evaluation(before, 0.0, pairs=pairs), "after": evaluation(after, 0.2, pairs=pairs)}
+
+
+@pytest.mark.parametrize(
+    ("held", "said"),
+    [
+        # the intervals by hand: 6 of 8 is 0.409 to 0.929, 8 of 8 is 0.676 to 1
+        (accuracies(0.75, 1.0, 8), "on 8, an accuracy of 100.0% may be anything from 67.6% to 100.0%, so the change from the 75.0% before training may be chance. About 27 pairs would be enough"),
+        (accuracies(0.0, 1.0, 8), "on 8, an accuracy of 100.0% may be anything from 67.6% to 100.0%. About 16 pairs would be enough"),
+        (accuracies(1.0, 1.0, 1), "on 1, an accuracy of 100.0% may be anything from 20.7% to 100.0%. About 16 pairs"),
+        (accuracies(0.7, 0.6, 200), "so the change from the 70.0% before training may be chance. About"),
+        (accuracies(0.6, 0.61, 2000), "on 2,000, an accuracy of 61.0% may be anything from 58.8% to 63.1%, so the change from the 60.0% before training may be chance. It would take more than 10,000 pairs at these"),
+        ({"before": evaluation(0.5, 0.0, pairs=10), "after": None}, "on 10, an accuracy of 50.0% may be"),
+        (accuracies(0.5, 0.9, 120), ""),
+        (accuracies(NAN, 0.9, 8), ""),
+        (accuracies(0.5, 0.9, 0), ""),
+        ({"before": None, "after": None}, ""),
+    ],
+)  # fmt: skip
+def test_too_few_pairs_are_said_with_how_many_would_do(held, said, written, tmp_path):
+    folder = written(tmp_path / "run", facts(eval=held))
+    command([str(folder), str(folder)], output=tmp_path / "two.html")
+    for content in (
+        write_report(RunFolder.open(folder)).read_text("utf-8"),
+        (tmp_path / "two.html").read_text("utf-8"),
+    ):
+        notes = re.findall("<p class=few role=note>(.*?)</p>", content)
+        assert bool(notes) == bool(said) and all(said in note for note in notes), notes
+        if "About" in said and "16" in said:  # what is enough is: no note any more
+            assert not few_pairs(read_run(written(tmp_path / "enough", facts(eval=accuracies(0.0, 1.0, 16)))))
+
+
+def test_the_note_agrees_with_the_verdict(written, tmp_path):
+    for pairs in (5, 40, 93, 150):
+        for after in (0.4, 0.5, 0.6, 1.0):
+            run = read_run(written(tmp_path / "run", facts(eval=accuracies(0.5, after, pairs))))
+            by_chance = few_pairs(run).get("lack") == "difference"
+            assert by_chance == (after != 0.5 and not told_apart(0.5, after, pairs))
+            assert after <= 0.5 or by_chance == ("within what chance" in verdict(run))
+
+
+def test_numbers_and_their_units_agree(written, tmp_path):
+    """One is one pair, and no unit is said twice."""
+    held = {"before": {"logps/chosen": [-1.0], "logps/rejected": [NAN]}, "after": {"logps/chosen": [-1.0], "logps/rejected": [-2.0]}}  # fmt: skip
+    known = facts(eval=accuracies(0.0, 1.0, 1), overflow_steps=1, out_of_memory={"training": [{}], "evaluation": []})
+    known["data"]["drops"] |= {"truncated": {"prompt": 1, "completion": 1}}
+    known["samples"]["after"][0]["tokens"] = 1
+    lines = log_lines(9)
+    lines[4]["loss"] = NAN
+    folder = written(tmp_path / "run", known, lines, held)
+    with (folder / "metrics.jsonl").open("a") as file:
+        file.write("{")
+    command([str(folder), str(folder)], output=tmp_path / "two.html")
+    for shown in (told(folder), Page((tmp_path / "two.html").read_text("utf-8"))):
+        words = " ".join(shown.text.split())
+        assert not re.search(
+            r"(?<![\d.,%])\b1 (\w+ )?(pairs|values|lines|margins|times|overflows|tokens|are)\b", words
+        ), words
+        assert not re.search(r"\b([a-z]{3,}) \1\b", words), words  # "pairs pairs"
+    assert "1 token" in words or "1 pair" in words
+
+
 def test_the_plan_stands_beside_what_was_measured(written, tmp_path):
     def page(run):
         return write_report(RunFolder.open(written(tmp_path / "run", run))).read_text("utf-8")
@@ -112,10 +177,10 @@ def test_margins_are_of_each_pair(written, tmp_path):
             "after": {"logps/chosen": [-1.0, -3.0, -1.0, NAN], "logps/rejected": [-2.0, -1.0, -2.0, -2.0]}}  # fmt: skip
     shown = told(written(tmp_path / "run", held=held))
     assert (
-        "Of 4 pairs, 1 went from the wrong side to the right one and 0 the other way; 1 are on the wrong side now."
+        "Of 4 pairs, 1 went from the wrong side to the right one and 0 the other way; now on the wrong side: 1."
         in shown.text
     )
-    assert "1 margins after are not finite and left out" in shown.text
+    assert "not finite, and left out: 1 margin after" in shown.text
     sums = {line["n"]: sum(line["y"]) for line in shown.charts["margins"]["lines"]}
     assert sums == {"before": 4, "after": 3}
     old = told(written(tmp_path / "old", held=None))
@@ -164,7 +229,7 @@ def test_values_that_are_not_finite_are_gaps_and_said(written, tmp_path):
     lines[4]["loss"], lines[5]["loss"], lines[7]["grad_norm"] = NAN, math.inf, NAN
     run = facts(eval={"before": evaluation(0.5, 0.0), "after": evaluation(NAN, NAN, nll_loss=math.inf)})
     shown = told(written(tmp_path / "run", run, lines))
-    assert "2 values of ORPO loss are not finite (step 5, 6)" in shown.text and "is not a number" in shown.text
+    assert "not finite, of ORPO loss: 2 values (step 5, 6)" in shown.text and "is not a number" in shown.text
     assert shown.charts["loss"]["lines"][0]["y"][4:6] == [None, None]
     assert "NaN" not in shown.scripts[0] and "Infinity" not in shown.scripts[0]
     path = next(
@@ -195,7 +260,11 @@ def test_a_run_under_way_and_one_that_stopped(written, tmp_path):
         file.write('{"step": 13, "loss": 1.')  # killed here
     shown = told(folder)
     assert f"train --recipe {folder} --resume" in shown.code and "resume from checkpoint-10" in shown.code
-    assert "Why?" in shown.text and "50.0%" in shown.text and "1 lines of metrics.jsonl cannot be read" in shown.text
+    assert (
+        "Why?" in shown.text
+        and "50.0%" in shown.text
+        and "left out of metrics.jsonl, as not readable: 1 line;" in shown.text
+    )
     lock_folder(folder)
     try:
         assert "This run is under way" in told(folder).text
@@ -248,7 +317,7 @@ def test_as_json(written, tmp_path, capsys):
 def test_where_it_cannot_be_written(written, tmp_path):
     folder = written(tmp_path / "run")
     for place in (tmp_path, tmp_path / "none" / "x.html"):
-        with pytest.raises(RequestError, match="--output: found"):
+        with pytest.raises(RequestError, match="cannot be written .*--output"):
             command([str(folder)], output=place)
 
 
@@ -257,13 +326,15 @@ HOSTILE = "</script><script>document.title='owned'</script><img src=x onerror=al
 
 def test_text_stays_text_in_page_and_data(written, tmp_path):
     run = facts(name=HOSTILE, adapter=HOSTILE, device=HOSTILE)
-    run["samples"]["after"][0]["answer"] = run["samples"]["before"][0]["prompt"] = HOSTILE
+    run["samples"]["after"][0]["answer"] = HOSTILE
+    run["samples"]["before"][0]["prompt"] = run["samples"]["after"][0]["prompt"] = HOSTILE
     run["data"]["drops"]["dropped"] = {HOSTILE: 3}
     run["base_model"]["name_or_path"] = HOSTILE
     folder = written(tmp_path / "run", run)
     shown = told(folder)
     assert [a for t, a in shown.elements if t == "script"] == [{"type": "application/json", "id": "charts-data"}, {}]
-    assert not [t for t, _ in shown.elements if t in ("img", "a", "link", "iframe")]
+    assert not [t for t, _ in shown.elements if t in ("img", "link", "iframe")]
+    assert all(re.fullmatch("#part-[a-z-]+", str(a["href"])) for t, a in shown.elements if t == "a")
     command([str(folder), str(written(tmp_path / "other"))], output=tmp_path / "two.html")
     content = (tmp_path / "two.html").read_text("utf-8")
     two = Page(content)

@@ -115,8 +115,8 @@ def test_every_single_damage_to_the_other_files(written, tmp_path):
 @pytest.mark.parametrize(
     ("line", "said"),
     [
-        ("[" * 100_000, "1 lines of metrics.jsonl cannot be read and are left out; the first is line 31"),
-        ('{"step": 5, "loss": 1%s}' % ("0" * 400), "1 values of ORPO loss are not finite (step 5)"),
+        ("[" * 100_000, "left out of metrics.jsonl, as not readable: 1 line; the first is line 31"),
+        ('{"step": 5, "loss": 1%s}' % ("0" * 400), "not finite, of ORPO loss: 1 value (step 5)"),
         ('{"step": 1e400, "loss": 1}', "the first is line 31"),
         ('{"epoch": 1, "loss": 2}', "the first is line 31"),
         ("[1]", "the first is line 31"),
