@@ -19,6 +19,7 @@ COMMANDS = {
     "train": "train an adapter with ORPO as a recipe says",
     "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
+    "ui": "open a local page in the browser, from pairs to a published adapter",
     "bench": "time our trainer against TRL's on your pairs and your card",
     "report": "write a run's report.html again, or a page that compares runs",
     "merge": "merge an adapter into its base: a plain transformers model",
@@ -28,8 +29,8 @@ COMMANDS = {
 
 CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
-} | {"new": "orpo_lite.train.new"}
-"""Commands that are packages, and one inside of one; the others are modules at the top."""
+} | {"new": "orpo_lite.train.new", "ui": "orpo_lite.train.ui"}
+"""Commands that are packages, and two inside of one; the others are modules at the top."""
 COMPLETE = "_ORPO_LITE_COMPLETE"
 """Set by the shell's script when it asks for completions."""
 

@@ -1,0 +1,476 @@
+"""`orpo-lite ui`: a local page on which every button runs the command that is shown beside it."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import html
+import itertools
+import multiprocessing
+import os
+import random
+import secrets
+import shlex
+import shutil
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+from urllib.parse import urlsplit
+
+import typer
+from rich.console import Console
+from rich.text import Text
+
+from orpo_lite.common import safe_yaml
+from orpo_lite.common.console import console, run_command
+from orpo_lite.common.credentials import without_secrets
+from orpo_lite.common.errors import RequestError
+from orpo_lite.common.files import write_atomically
+from orpo_lite.common.text import visible
+from orpo_lite.plan.gpus import CARDS
+from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.loading import find_recipe, read_yaml, shipped_recipes
+from orpo_lite.recipe.own_data import run_name, sources_of
+
+HERE = Path(__file__)
+COLORED = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
+"""Environment of the commands: rich writes colors, but nothing that moves the cursor."""
+REHEARSED = ("merge", "export", "push")
+"""Commands that run once their dry run has succeeded."""
+HEAVY = ("train", *REHEARSED)
+"""Commands that need the memory of the compared models."""
+LINES = 400
+"""Lines of output that are shown."""
+CHARTS = ("loss", "rewards/accuracies", "rewards/margins")
+WRITTEN = ("stop_line", "run", "recipe", *CHARTS)
+"""Parts that commands change, beside their panes."""
+FIELDS, OURS = ("Textbox", "Dropdown", "Number", "Checkbox"), ("name", "kind", "words", "pane", "calls")
+"""Kinds of components that commands are filled from, and keys of ui.yaml that are not gradio's."""
+POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
+"""Content security policy: the browser asks no other host for anything."""
+
+
+# ---- commands --------------------------------------------------------------------------------------------------------
+
+
+def filled(words: list[str], given: dict[str, Any]) -> list[str]:
+    """Return a command of ui.yaml with its {names} replaced by what the page's fields hold."""
+    texts = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
+    run, data, own = texts["run"].rstrip("/\\") or "RUN", texts["data"], set()
+    with contextlib.suppress(RequestError):  # the command itself says what is wrong with it
+        own = sources_of(read_yaml(find_recipe(texts["recipe"])))
+    gguf = texts["gguf"] or f"{run}.gguf"
+    meant = {name: [text] for name, text in texts.items()} | {
+        "run": [run],
+        "other": [f"data.train={data}"] if data and own != sources_of({"data": {"train": data}}) else [],
+        "more": [line.strip() for line in texts["more"].splitlines() if line.strip()],
+        "card": ["--gpu", texts["card"]] if texts["card"] else [],
+        "new": [str(free_name(f"{run_name(data, texts['model'])}.yaml"))],
+        "folder": [texts["folder"] or f"{run}-merged"],
+        "gguf": [gguf],
+        "part": {"merged model": ["--merged"], "GGUF file": ["--gguf", gguf]}.get(texts["part"], []),
+        "sight": [f"--{texts['sight']}"],
+        "blind": ["--blind"] if given["blind"] else [],
+        "tokens": [f"{given['tokens'] or 1:.0f}"],
+        "temperature": [f"{given['temperature'] or 0:g}"],
+    }
+    return [one for word in words for one in (meant[word[1:-1]] if word[0] == "{" else [word])]
+
+
+def free_name(name: str) -> Path:
+    """Return the first of NAME, NAME-2, NAME-3 and so on that is not there."""
+    path = Path(name)
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(2))
+    return next(one for one in itertools.chain([path], names) if not one.exists())
+
+
+def shell(words: list[str]) -> str:
+    """Return a command as it is typed."""
+    return shlex.join(["orpo-lite", *words])
+
+
+class Job(subprocess.Popen):
+    """A command that runs in a process of its own; its output goes to a file, so that it outlives the page."""
+
+    def __init__(self, words: list[str], log: Path, columns: int):
+        self.words, self.log, self.since, self.folder = words, log, time.time(), None
+        if words[0] == "train":
+            with contextlib.suppress(RequestError):  # the command will say so
+                self.folder = Recipe.load(words[2], [word for word in words[3:] if not word.startswith("--")]).folder
+        with log.open("wb") as out:
+            super().__init__(
+                [sys.executable, "-m", "orpo_lite", *words], stdin=subprocess.DEVNULL, stdout=out,
+                stderr=subprocess.STDOUT, start_new_session=True, env=os.environ | COLORED | {"COLUMNS": str(columns)},
+            )  # fmt: skip
+
+    def html(self) -> str:
+        """Return command, output and state as HTML."""
+        status = self.poll()
+        state = {None: "running", 0: "done"}.get(status, f"ended with status {status}")
+        printed = as_html(self.log.read_bytes().decode("utf-8", "replace"))
+        return f"<pre><b>$ {escaped(shell(self.words))}</b>\n{printed}\n<i class=status{status}>{state}</i></pre>"
+
+    def run(self) -> Path | None:
+        """Return the folder of a training, the recipe's or a numbered one, by when it was written to."""
+        folders = [self.folder, *self.folder.parent.glob(f"{self.folder.name}-[0-9]*")] if self.folder else []
+        times = {one.stat().st_mtime: one for one in folders if (one / "recipe.yaml").is_file()}
+        return times[max(times)] if times and max(times) >= self.since - 1 else None
+
+
+def as_html(printed: str) -> str:
+    """Return the end of a terminal's output as HTML: rich's styles become classes, everything else is escaped."""
+    lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in printed.rstrip().split("\n")]
+    parts = [f"({len(lines) - LINES:,} earlier lines are not shown)\n"] if len(lines) > LINES else []
+    for line in lines[-LINES:]:
+        for text, style, _ in Text.from_ansi(line).render(Console(quiet=True), end="\n"):
+            names = [name for name in ("bold", "dim") if style and getattr(style, name)]
+            names += [f"c{style.color.number}"] if style and style.color else []
+            parts.append(f'<span class="{" ".join(names)}">{escaped(text)}</span>')
+    return "".join(parts).rstrip()
+
+
+def escaped(text: str) -> str:
+    """Return text that neither HTML nor gradio's templates act on."""
+    return html.escape(visible(text)).replace("{", "&#123;").replace("$", "&#36;")
+
+
+def note(text: str, mood: str = "") -> str:
+    """Return a line of ours as HTML."""
+    return f'<p class="note {mood}">{escaped(text)}</p>' if text else ""
+
+
+def curves(metrics: Path) -> list[Any]:
+    """Return a table of step, value and kind of pairs for each of CHARTS, from what a run has logged."""
+    import pandas
+
+    logs, tables = pandas.read_json(metrics, lines=True), []
+    for name in CHARTS:
+        both = logs.reindex(columns=["step", name, f"eval_{name}"]).set_axis(["step", "training", "held out"], axis=1)
+        tables.append(both.melt("step", var_name="pairs").dropna())
+    return tables
+
+
+# ---- in the process that holds the compared models -------------------------------------------------------------------
+
+
+@functools.lru_cache(1)
+def sides_of(run: str) -> list[Any]:
+    """Find base and adapter, which are loaded at first use: by then another run's are gone."""
+    from orpo_lite.evaluate.answering import find_sides
+
+    return find_sides(run, option="--compare")
+
+
+def answer_both(run: str, message: str, tokens: int, temperature: float) -> list[tuple[str, str, str | None]]:
+    """Answer with both sides and the same random draws; return name, answer and remark of each, the adapter last."""
+    import torch
+
+    from orpo_lite.evaluate.answering import Sampling
+
+    seed, found = secrets.randbits(32), []
+    for side in sides_of(run):
+        torch.manual_seed(seed)
+        reply = side.reply([{"role": "user", "content": message}], Sampling(tokens, temperature, 1.0))
+        found.append((side.name, reply.text, reply.remark))
+    return found
+
+
+def keep_pair(run: str, message: str, better: str, worse: str, file: str) -> int:
+    """Append a choice to a file of preferences as `chat --compare` does; return the number of pairs in it."""
+    from orpo_lite.evaluate.chat import PreferenceFile
+
+    if better == worse or not better.strip() or not worse.strip():
+        raise RequestError("an empty answer, or the same one, makes no pair")
+    kept = PreferenceFile(file)
+    kept.append(sides_of(run)[-1].format.row([{"role": "user", "content": message}], better, worse))
+    return kept.held + 1
+
+
+# ---- the page --------------------------------------------------------------------------------------------------------
+
+
+class Page:
+    """The page of ui.yaml, and what is done by it: one command at a time for each pane of output."""
+
+    def __init__(self, gr: Any, folder: Path):
+        self.gr, self.folder, self.lock = gr, folder, threading.Lock()
+        self.models: ProcessPoolExecutor | None = None
+        self.jobs: dict[str, Job] = {}
+        """The last command of each pane."""
+        layout, quiet = (
+            safe_yaml.read(HERE.with_suffix(".yaml")),
+            {"show_progress": "hidden", "concurrency_limit": None},
+        )
+        specs = {one["name"]: one for rows in layout.values() for row in rows for one in row}
+        self.commands = {name: spec["words"] for name, spec in specs.items() if "words" in spec}
+        self.fields = [name for name, spec in specs.items() if spec["kind"] in FIELDS]
+        shipped = {name: read_yaml(path)["model"]["name_or_path"] for name, path in shipped_recipes().items()}
+        choices = {"recipes": [*shipped], "models": sorted({*shipped.values()}), "cards": ["", *CARDS]}
+        with gr.Blocks(title="orpo-lite", analytics_enabled=False) as self.blocks:
+            gr.Markdown(f"# orpo-lite\nEvery button runs the command beside it, in `{Path.cwd()}`.")
+            part = self.part = {"asked": gr.State({}), "width": gr.Number(100, visible="hidden")}
+            for title, rows in layout.items():
+                gr.Markdown(f"## {title}")
+                for row in rows:
+                    with gr.Row(elem_classes="buttons" if row[0]["kind"] == "Button" else None):
+                        for spec in row:
+                            given = {key: value for key, value in spec.items() if key not in OURS}
+                            given |= (
+                                {"choices": choices.get(str(spec["choices"]), spec["choices"])}
+                                if "choices" in spec
+                                else {}
+                            )
+                            part[spec["name"]] = getattr(gr, spec["kind"])(
+                                **given, elem_id=spec["name"].replace("/", "-")
+                            )
+                            part |= {f"{spec['name']}_line": gr.HTML()} if "words" in spec else {}
+            fields, lines = [part[name] for name in self.fields], [part[f"{name}_line"] for name in self.commands]
+            written = [one for name, one in part.items() if name.endswith("_pane") or name in WRITTEN]
+            load = self.blocks.load
+            load(None, None, part["width"], js="() => Math.floor((Math.min(innerWidth, 1240) - 90) / 7.9)")
+            load(partial(self.follow, "train_pane"), None, written, **quiet)
+            load(self.opened, part["recipe"], part["text"], **quiet)
+            gr.on([load, *(one.change for one in fields)], self.lines, fields, lines, **quiet)
+            for name, spec in specs.items():
+                if "pane" in spec:
+                    press = partial(self.press, name, spec["pane"])
+                    part[name].click(press, [part["width"], *fields], written, **quiet)
+                for event, (method, inputs, outputs, *first) in spec.get("calls", {}).items():
+                    named = ([part[one] for one in names] for names in (inputs, outputs))
+                    getattr(part[name], event)(partial(getattr(self, method), *first), *named)
+
+    def lines(self, *values: Any) -> list[str]:
+        """Return the command of each button, for the values of all fields."""
+        given = dict(zip(self.fields, values, strict=True))
+        return [f"<code>{escaped(shell(filled(words, given)))}</code>" for words in self.commands.values()]
+
+    def press(self, name: str, pane: str, width: float, *values: Any) -> Iterator[dict[Any, Any]]:
+        """Run the command of a button, and yield what changes on the page until it has ended."""
+        problem = ""
+        try:
+            self.start(pane, filled(self.commands[name], dict(zip(self.fields, values, strict=True))), int(width))
+        except RequestError as error:
+            problem = note(str(error), "bad")
+        yield from self.follow(pane, problem)
+
+    def start(self, pane: str, words: list[str], columns: int = 100) -> None:
+        """Start a command.
+
+        Raises:
+            RequestError: one of this pane is running, or its dry run has to come first.
+        """
+        with self.lock:
+            last, rehearsal = self.jobs.get(pane), [*words, "--dry-run"]
+            if last and last.poll() is None:
+                raise RequestError(f"still running: {shell(last.words)}: wait for it, or stop it")
+            rehearsed = last and last.words == rehearsal and last.poll() == 0
+            if words[0] in REHEARSED and words[-1] != "--dry-run" and not rehearsed:
+                raise RequestError(f"the dry run comes first, and has to succeed: {shell(rehearsal)}")
+            if words[0] in HEAVY:
+                self.free()
+            self.jobs[pane] = Job(words, self.folder / f"{pane}.log", max(60, columns))
+
+    def follow(self, pane: str, problem: str = "") -> Iterator[dict[Any, Any]]:
+        """Yield what a command changes on the page until it has ended: its output, and what it writes."""
+        job, part, before = self.jobs.get(pane), self.part, None
+        while job:
+            status, folder = job.poll(), job.run()
+            files = [job.log, *([folder / "metrics.jsonl"] if folder else [])]
+            now = [status, *(file.stat().st_mtime_ns for file in files if file.is_file())]
+            if now != before:
+                changes = {part[pane]: problem + job.html()}
+                if pane == "train_pane":
+                    changes[part["stop_line"]] = f"<code>kill {job.pid}</code>" if status is None else ""
+                if now[2:] and now[2:] != (before or [])[2:]:
+                    tables = zip(CHARTS, curves(files[1]), strict=True)
+                    changes |= {part[name]: self.gr.LinePlot(table, visible=True) for name, table in tables}
+                if status is not None and folder:
+                    changes[part["run"]] = str(folder)
+                if status == 0 and job.words[0] == "new":
+                    changes[part["recipe"]] = job.words[job.words.index("--output") + 1]
+                yield changes
+            if status is not None:
+                return
+            before = now
+            time.sleep(0.5)
+        yield {part[pane]: problem}
+
+    def stop(self) -> None:
+        """Ask a training to stop, as `kill` does: after its step, with a checkpoint; asked again, at once."""
+        if "train_pane" in self.jobs:
+            self.jobs["train_pane"].terminate()
+
+    def take(self, dropped: str) -> str:
+        """Move a dropped file to this folder; return its name."""
+        return str(shutil.move(dropped, free_name(Path(dropped).name)))
+
+    def opened(self, recipe: str) -> str:
+        """Return the text of a recipe."""
+        with contextlib.suppress(RequestError):
+            return find_recipe(recipe).read_text("utf-8")
+        return ""
+
+    def save(self, text: str, recipe: str) -> tuple[str, str]:
+        """Save the text of a recipe, to another file where it is a shipped one's or a run's; say what is wrong with it."""
+        path = Path(recipe) if recipe.endswith((".yaml", ".yml")) else free_name(f"{Path(recipe).name}-mine.yaml")
+        try:
+            write_atomically(path, text)
+            Recipe.load(path)
+        except (RequestError, OSError) as error:
+            return note(f"saved, but it cannot be used: {error}", "bad"), str(path)
+        return note(f"saved as {path}, and complete", "good"), str(path)
+
+    def free(self) -> None:
+        """End the process that holds the compared models, and with it all of their memory."""
+        if self.models:
+            self.models.shutdown(cancel_futures=True)
+        self.models = None
+
+    def with_models(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        """Call a function in the process that holds the compared models.
+
+        Raises:
+            RequestError: it failed; or a command is running that needs the memory.
+        """
+        with self.lock:
+            for job in self.jobs.values():
+                if job.words[0] in HEAVY and job.poll() is None:
+                    raise RequestError(f"running, and it needs the memory: {shell(job.words)}: wait for it, or stop it")
+            self.models = self.models or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        try:
+            return self.models.submit(function, *arguments).result()
+        except RequestError:
+            raise
+        except Exception as error:
+            self.free()
+            raise RequestError(without_secrets(f"{type(error).__name__}: {error}")) from error
+
+    def ask(self, run: str, message: str, blind: bool, tokens: int, temperature: float) -> tuple[Any, ...]:
+        """Answer with both sides; return what to say, what was asked, and the answers."""
+        try:
+            if not message.strip() or not run.strip():
+                raise RequestError("the folder of a run, and a message, have to be given first")
+            found = self.with_models(answer_both, run, message, tokens, temperature)
+        except RequestError as error:
+            return note(str(error), "bad"), {}, self.gr.skip(), self.gr.skip()
+        order = random.SystemRandom().sample([0, 1], 2) if blind else [0, 1]
+        boxes = []
+        for place, (name, text, remark) in enumerate((found[one] for one in order), 1):
+            title = f"{place}" if blind else f"{place} {name}"
+            boxes.append(self.gr.update(value=text, label=f"{title} ({remark})" if remark else title))
+        same = "both answers are the same, so they make no pair" if found[0][1] == found[1][1] else ""
+        asked = {
+            "run": run,
+            "message": message,
+            "found": [found[one] for one in order],
+            "trained": order.index(1),
+            "blind": blind,
+        }
+        return note(same), asked, *boxes
+
+    def rate(self, place: int, asked: dict[str, Any], mine: str, file: str) -> tuple[str, dict[str, Any]]:
+        """Keep a choice: the first answer is better (0), the second (1), or the user's own than the adapter's (2)."""
+        if not asked:
+            return note("there is nothing to choose from: let both answer first", "bad"), asked
+        run, ((one, first, _), (two, second, _)) = asked["run"], asked["found"]
+        better, worse = (first, second, mine)[place], (second, first, (first, second)[asked["trained"]])[place]
+        try:
+            count = self.with_models(keep_pair, run, asked["message"], better, worse, file)
+        except RequestError as error:
+            return note(str(error), "bad"), asked
+        which = f"; 1 was {one}, 2 was {two}" if asked["blind"] else ""
+        train = shell(["train", "--recipe", run, f"adapter.init_from={run}", f"data.train={file}"])
+        return note(f"kept, as pair {count} of {file}{which}. To train on it: {train}", "good"), {}
+
+    def close(self) -> None:
+        """Stop what runs, a training with a checkpoint, and free the models."""
+        self.free()
+        for job in self.jobs.values():
+            if job.poll() is None:
+                console.print(f"stopping {shell(job.words)}", markup=False, soft_wrap=True)
+                job.terminate()
+                job.wait()
+
+
+# ---- the command -----------------------------------------------------------------------------------------------------
+
+
+def behind_gate(gr: Any, page: Page, token: str, cookie: str) -> Any:
+    """Return the page as an ASGI application that answers nothing without the token, nor to the page of another origin.
+
+    The address that is opened first holds the token; a cookie holds it from then on.
+    """
+    from fastapi import FastAPI, Request
+    from fastapi.responses import PlainTextResponse, RedirectResponse
+
+    app = FastAPI(openapi_url=None)
+
+    @app.middleware("http")
+    async def gate(request: Request, call_next: Any) -> Any:
+        given, origin = request.query_params.get("token"), request.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
+            return PlainTextResponse(f"a page of {origin} may not use this one\n", 403)
+        if not secrets.compare_digest((given or request.cookies.get(cookie) or "").encode(), token.encode()):
+            return PlainTextResponse("open the address that `orpo-lite ui` has printed: it holds the token\n", 403)
+        if given and request.url.path == "/":
+            answer: Any = RedirectResponse("/", 303)
+            answer.set_cookie(cookie, token, httponly=True, samesite="lax")
+        else:
+            answer = await call_next(request)
+            answer.headers["content-security-policy"] = POLICY
+        return answer
+
+    theme = gr.themes.Default(
+        primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
+    )
+    return gr.mount_gradio_app(
+        app, page.blocks.queue(default_concurrency_limit=8), "/", footer_links=[], run_history=False, ssr_mode=False,
+        mcp_server=False, enable_monitoring=False, theme=theme, css_paths=HERE.with_suffix(".css"),
+    )  # fmt: skip
+
+
+def command(
+    host: Annotated[str, typer.Option(help="address to listen on; 0.0.0.0 lets other machines in")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="0: any that is free")] = 7860,
+    share: Annotated[bool, typer.Option("--share", help="a public https address as well, through gradio's servers")] = False,
+) -> None:  # fmt: skip
+    """Open a page in the browser that does what the commands do, from pairs to a published adapter."""
+    with tempfile.TemporaryDirectory(prefix="orpo-lite-ui-") as folder:
+        os.environ |= {"GRADIO_ANALYTICS_ENABLED": "False", "GRADIO_TEMP_DIR": folder}
+        try:
+            import gradio
+            import uvicorn
+            from gradio.networking import setup_tunnel
+        except ImportError as error:
+            raise RequestError(f"the page needs gradio ({error}): pip install 'orpo-lite[ui]'") from error
+        try:
+            listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+        except OSError as error:
+            why = f"--host {host}, --port {port}: {error.strerror}: choose others, such as --port 0"
+            raise RequestError(why) from None
+        token, page, number = secrets.token_urlsafe(24), Page(gradio, Path(folder)), listener.getsockname()[1]
+        app = behind_gate(gradio, page, token, f"orpo_lite_{number}")
+        addresses = [f"http://{f'[{host}]' if ':' in host else host}:{number}"]
+        if share:
+            addresses.append(setup_tunnel("127.0.0.1", number, secrets.token_urlsafe(32), None, None))
+        for address in addresses:
+            console.print(f"open {address}/?token={token}", markup=False, soft_wrap=True)
+        reach = "through gradio's servers, from anywhere" if share else "not made public (--share does)"
+        console.print(f"The page is {reach}; whoever has its address can run commands here.\nCtrl-C ends it, and stops what "
+                      "runs, a training with a checkpoint.", soft_wrap=True)  # fmt: skip
+        try:
+            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+        finally:
+            page.close()
+
+
+if __name__ == "__main__":
+    run_command(command)
