@@ -28,6 +28,9 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
@@ -37,10 +40,10 @@ def command(
     with json_alone(as_json) as print_json:
         file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
                       onto=onto, quantization=quantization, double_quant=double_quant,
-                      trust_remote_code=trust_remote_code)  # fmt: skip
+                      trust_remote_code=trust_remote_code, dry_run=dry_run)  # fmt: skip
         if as_json:
             modelfile = file.with_name("Modelfile") if ollama else None
-            print_json({"output": str(file), "bytes": file.stat().st_size, "quant": quant, "adapter": adapter,
+            print_json({"output": str(file), "bytes": None if dry_run else file.stat().st_size, "quant": quant, "adapter": adapter,
                         "modelfile": str(modelfile) if modelfile else None})  # fmt: skip
 
 

@@ -56,6 +56,7 @@ def export(
     quantization: str | None = None,
     double_quant: bool = False,
     trust_remote_code: bool = False,
+    dry_run: bool = False,
 ) -> Path:
     """Write a run, adapter or plain model folder as one GGUF file, read it back and compare it with its source.
 
@@ -68,6 +69,7 @@ def export(
         llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m. Default: that on the PATH, else the
             quantizer inside an installed wheel (xllamacpp, llama-cpp-python).
         base, onto, quantization, double_quant, trust_remote_code: as in `merge`.
+        dry_run: check all that can be checked without the weights, and write nothing.
 
     Raises:
         RequestError: nothing to export, an architecture, tokenizer or type that cannot be written, output in use.
@@ -90,9 +92,20 @@ def export(
         check_adapter(source)
         spec = base_section(source, base, trust_remote_code)
     config, tokenizer = read_source(source, spec, adapter)
-    output.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=output.parent, prefix=f".{output.name}-") as folder:
+    merging: dict[str, Any] = {"base": base, "onto": onto, "quantization": quantization, "double_quant": double_quant,
+                               "trust_remote_code": trust_remote_code, "dry_run": dry_run}  # fmt: skip
+    if not dry_run:
+        output.parent.mkdir(parents=True, exist_ok=True)
+    place = None if dry_run else output.parent
+    with tempfile.TemporaryDirectory(dir=place, prefix=f".{output.name}-") as folder:
         request = converter_request(source, config, tokenizer, Path(folder))
+        if dry_run:
+            run_converter(request | {"task": "vocabulary"})
+            if trained and not adapter:
+                merge(source, Path(folder) / "merged", **merging)
+            form = "a LoRA file" if adapter else kind.name if kind else "16 bits"
+            console.print(f"dry run: {output} would be written ({form}); nothing was", soft_wrap=True, markup=False)
+            return output
         model, generation, text = source, None, None
         if adapter:
             made, words = write_adapter(request, source, config)
@@ -101,9 +114,7 @@ def export(
             kind = kind or kind_of("bf16" if config.dtype == torch.bfloat16 else "f16", None)
             if trained:
                 run_converter(request | {"task": "vocabulary"})  # refuses an unknown architecture before the merge
-                model = merge(
-                    source, Path(folder) / "merged", base=base, onto=onto, quantization=quantization,
-                    double_quant=double_quant, trust_remote_code=trust_remote_code)  # fmt: skip
+                model = merge(source, Path(folder) / "merged", **merging)
                 config = AutoConfig.from_pretrained(model, trust_remote_code=trust_remote_code)
                 write_vocabulary(tokenizer, config, Path(request["vocabulary"]))
             if (model / "generation_config.json").is_file():

@@ -46,6 +46,9 @@ def command(
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
     ] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
@@ -62,10 +65,11 @@ def command(
     with json_alone(as_json) as print_json:
         merge(source or [weighted(one) for one in adapter or ()], output, base=base, dtype=dtype, onto=onto,
               quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
-              facts=facts)  # fmt: skip
+              dry_run=dry_run, facts=facts)  # fmt: skip
         if as_json:
             return print_json(facts)
-    console.print(f"next: python -m orpo_lite.chat {output}", soft_wrap=True, markup=False)
+    if not dry_run:
+        console.print(f"next: python -m orpo_lite.chat {output}", soft_wrap=True, markup=False)
 
 
 def weighted(given: str) -> tuple[str, float]:

@@ -46,6 +46,7 @@ def merge(
     double_quant: bool = False,
     verify: bool | None = None,
     trust_remote_code: bool = False,
+    dry_run: bool = False,
     facts: dict[str, Any] | None = None,
 ) -> Path:
     """Merge an adapter, or a weighted sum of several, into its base and write a folder that transformers loads without peft.
@@ -68,6 +69,7 @@ def merge(
             takes five times its weights for it, and stacked experts once theirs, in float32.
         trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it,
             since an adapter may come from anybody.
+        dry_run: check all that can be checked without the weights, and write nothing.
         facts: receives what the merge prints: base, dtype, bytes, seconds, and the results of the check.
 
     Raises:
@@ -110,7 +112,13 @@ def merge(
         )
     if plan.rowless:
         lines.append(f"{', '.join([*plan.rowless][:8])}: no embedding here, though the base's own tokenizer writes it")
+    if dry_run:
+        lines.append(f"dry run: {plan.nbytes / 1e9:.2f} GB would be written to {output}; nothing was")
     console.print("\n".join(lines), soft_wrap=True, markup=False)
+    if dry_run:
+        if facts is not None:
+            facts |= {"output": str(output), "dtype": written, "bytes": plan.nbytes, "dry_run": True}
+        return output
     notes = [f"Merged onto the {onto} weights of the base, in {written}."]
     if len(adapters) > 1 or adapters[0][1] != 1:
         names = [public_name(str(one), hub_id(str(one)) is not None) for one, _ in given]

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import html
+import io
 import itertools
 import multiprocessing
 import os
-import random
 import secrets
 import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -20,13 +20,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import urlsplit
 
 import typer
 from rich.console import Console
+from rich.terminal_theme import SVG_EXPORT_THEME
 from rich.text import Text
 
 from orpo_lite.common import safe_yaml
@@ -38,7 +39,7 @@ from orpo_lite.common.text import visible
 from orpo_lite.plan.gpus import CARDS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import find_recipe, read_yaml, shipped_recipes
-from orpo_lite.recipe.own_data import run_name, sources_of
+from orpo_lite.recipe.own_data import run_name
 
 HERE = Path(__file__)
 COLORED = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
@@ -50,27 +51,19 @@ HEAVY = ("train", *REHEARSED)
 LINES = 400
 """Lines of output that are shown."""
 CHARTS = ("loss", "rewards/accuracies", "rewards/margins")
-WRITTEN = ("stop_line", "run", "recipe", *CHARTS)
-"""Parts that commands change, beside their panes."""
-FIELDS, OURS = ("Textbox", "Dropdown", "Number", "Checkbox"), ("name", "kind", "words", "pane", "calls")
-"""Kinds of components that commands are filled from, and keys of ui.yaml that are not gradio's."""
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 """Content security policy: the browser asks no other host for anything."""
-
-
-# ---- commands --------------------------------------------------------------------------------------------------------
 
 
 def filled(words: list[str], given: dict[str, Any]) -> list[str]:
     """Return a command of ui.yaml with its {names} replaced by what the page's fields hold."""
     texts = {name: value.strip() for name, value in given.items() if isinstance(value, str)}
-    run, data, own = texts["run"].rstrip("/\\") or "RUN", texts["data"], set()
-    with contextlib.suppress(RequestError):  # the command itself says what is wrong with it
-        own = sources_of(read_yaml(find_recipe(texts["recipe"])))
+    run, data = texts["run"].rstrip("/\\") or "RUN", texts["data"]
     gguf = texts["gguf"] or f"{run}.gguf"
     meant = {name: [text] for name, text in texts.items()} | {
         "run": [run],
-        "other": [f"data.train={data}"] if data and own != sources_of({"data": {"train": data}}) else [],
+        "data": [data or "PAIRS"],
+        "other": [f"data.train={data}"] if data else [],
         "more": [line.strip() for line in texts["more"].splitlines() if line.strip()],
         "card": ["--gpu", texts["card"]] if texts["card"] else [],
         "new": [str(free_name(f"{run_name(data, texts['model'])}.yaml"))],
@@ -126,20 +119,23 @@ class Job(subprocess.Popen):
 
 
 def as_html(printed: str) -> str:
-    """Return the end of a terminal's output as HTML: rich's styles become classes, everything else is escaped."""
+    """Return the end of a terminal's output as HTML in the terminal's colors, whose text can do nothing."""
     lines = [line.rstrip("\r").rsplit("\r", 1)[-1] for line in printed.rstrip().split("\n")]
-    parts = [f"({len(lines) - LINES:,} earlier lines are not shown)\n"] if len(lines) > LINES else []
-    for line in lines[-LINES:]:
-        for text, style, _ in Text.from_ansi(line).render(Console(quiet=True), end="\n"):
-            names = [name for name in ("bold", "dim") if style and getattr(style, name)]
-            names += [f"c{style.color.number}"] if style and style.color else []
-            parts.append(f'<span class="{" ".join(names)}">{escaped(text)}</span>')
-    return "".join(parts).rstrip()
+    if len(lines) > LINES:
+        lines = [f"({len(lines) - LINES:,} earlier lines are not shown)", *lines[-LINES:]]
+    screen = Console(record=True, file=io.StringIO(), width=10_000)
+    screen.print(Text.from_ansi("\n".join(lines)))
+    return harmless(screen.export_html(theme=SVG_EXPORT_THEME, code_format="{code}", inline_styles=True).rstrip())
+
+
+def harmless(text: str) -> str:
+    """Return HTML without characters that gradio's templates, or the order of letters, act on."""
+    return visible(text).replace("{", "&#123;").replace("$", "&#36;")
 
 
 def escaped(text: str) -> str:
-    """Return text that neither HTML nor gradio's templates act on."""
-    return html.escape(visible(text)).replace("{", "&#123;").replace("$", "&#36;")
+    """Return text as HTML."""
+    return harmless(html.escape(text))
 
 
 def note(text: str, mood: str = "") -> str:
@@ -161,7 +157,14 @@ def curves(metrics: Path) -> list[Any]:
 # ---- in the process that holds the compared models -------------------------------------------------------------------
 
 
-@functools.lru_cache(1)
+def end_with_the_page() -> None:
+    """End this process once its parent has ended, however that was."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    threading.Thread(target=lambda: (parent.join(), os._exit(1)), daemon=True).start()
+
+
+@lru_cache(1)
 def sides_of(run: str) -> list[Any]:
     """Find base and adapter, which are loaded at first use: by then another run's are gone."""
     from orpo_lite.evaluate.answering import find_sides
@@ -205,47 +208,43 @@ class Page:
         self.models: ProcessPoolExecutor | None = None
         self.jobs: dict[str, Job] = {}
         """The last command of each pane."""
-        layout, quiet = (
-            safe_yaml.read(HERE.with_suffix(".yaml")),
-            {"show_progress": "hidden", "concurrency_limit": None},
-        )
-        specs = {one["name"]: one for rows in layout.values() for row in rows for one in row}
-        self.commands = {name: spec["words"] for name, spec in specs.items() if "words" in spec}
-        self.fields = [name for name, spec in specs.items() if spec["kind"] in FIELDS]
+        self.fields: list[str] = []
+        self.commands: dict[str, list[str]] = {}
+        """Words by the names of the buttons."""
         shipped = {name: read_yaml(path)["model"]["name_or_path"] for name, path in shipped_recipes().items()}
         choices = {"recipes": [*shipped], "models": sorted({*shipped.values()}), "cards": ["", *CARDS]}
+        panes, calls, quiet = {}, [], {"show_progress": "hidden", "concurrency_limit": None}
         with gr.Blocks(title="orpo-lite", analytics_enabled=False) as self.blocks:
             gr.Markdown(f"# orpo-lite\nEvery button runs the command beside it, in `{Path.cwd()}`.")
             part = self.part = {"asked": gr.State({}), "width": gr.Number(100, visible="hidden")}
-            for title, rows in layout.items():
+            for title, rows in safe_yaml.read(HERE.with_suffix(".yaml")).items():
                 gr.Markdown(f"## {title}")
                 for row in rows:
                     with gr.Row(elem_classes="buttons" if row[0]["kind"] == "Button" else None):
                         for spec in row:
-                            given = {key: value for key, value in spec.items() if key not in OURS}
-                            given |= (
-                                {"choices": choices.get(str(spec["choices"]), spec["choices"])}
-                                if "choices" in spec
-                                else {}
-                            )
-                            part[spec["name"]] = getattr(gr, spec["kind"])(
-                                **given, elem_id=spec["name"].replace("/", "-")
-                            )
-                            part |= {f"{spec['name']}_line": gr.HTML()} if "words" in spec else {}
+                            name, kind, words, pane = (spec.pop(key, None) for key in ("name", "kind", "words", "pane"))
+                            calls += [(name, *call) for call in spec.pop("calls", ())]
+                            if isinstance(spec.get("choices"), str):
+                                spec["choices"] = choices[spec["choices"]]
+                            part[name] = getattr(gr, kind)(**spec, elem_id=name.replace("/", "-"))
+                            if kind in ("Textbox", "Dropdown", "Number", "Checkbox"):
+                                self.fields.append(name)
+                            if words:
+                                self.commands[name], panes[name], part[f"{name}_line"] = words, pane, gr.HTML()
             fields, lines = [part[name] for name in self.fields], [part[f"{name}_line"] for name in self.commands]
-            written = [one for name, one in part.items() if name.endswith("_pane") or name in WRITTEN]
+            changed = [one for name, one in part.items() if name.endswith("_pane")]
+            changed += [part[name] for name in ("stop_line", "run", "recipe", *CHARTS)]
             load = self.blocks.load
             load(None, None, part["width"], js="() => Math.floor((Math.min(innerWidth, 1240) - 90) / 7.9)")
-            load(partial(self.follow, "train_pane"), None, written, **quiet)
+            load(partial(self.follow, "train_pane"), None, changed, **quiet)
             load(self.opened, part["recipe"], part["text"], **quiet)
             gr.on([load, *(one.change for one in fields)], self.lines, fields, lines, **quiet)
-            for name, spec in specs.items():
-                if "pane" in spec:
-                    press = partial(self.press, name, spec["pane"])
-                    part[name].click(press, [part["width"], *fields], written, **quiet)
-                for event, (method, inputs, outputs, *first) in spec.get("calls", {}).items():
-                    named = ([part[one] for one in names] for names in (inputs, outputs))
-                    getattr(part[name], event)(partial(getattr(self, method), *first), *named)
+            for name, pane in panes.items():
+                if pane:
+                    part[name].click(partial(self.press, name, pane), [part["width"], *fields], changed, **quiet)
+            for name, event, method, inputs, outputs, *first in calls:
+                named = ([part[one] for one in names] for names in (inputs, outputs))
+                getattr(part[name], event)(partial(getattr(self, method), *first), *named)
 
     def lines(self, *values: Any) -> list[str]:
         """Return the command of each button, for the values of all fields."""
@@ -344,7 +343,8 @@ class Page:
             for job in self.jobs.values():
                 if job.words[0] in HEAVY and job.poll() is None:
                     raise RequestError(f"running, and it needs the memory: {shell(job.words)}: wait for it, or stop it")
-            self.models = self.models or ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+            spawn = multiprocessing.get_context("spawn")
+            self.models = self.models or ProcessPoolExecutor(1, spawn, end_with_the_page)
         try:
             return self.models.submit(function, *arguments).result()
         except RequestError:
@@ -361,29 +361,22 @@ class Page:
             found = self.with_models(answer_both, run, message, tokens, temperature)
         except RequestError as error:
             return note(str(error), "bad"), {}, self.gr.skip(), self.gr.skip()
-        order = random.SystemRandom().sample([0, 1], 2) if blind else [0, 1]
+        order = secrets.SystemRandom().sample([0, 1], 2) if blind else [0, 1]
         boxes = []
         for place, (name, text, remark) in enumerate((found[one] for one in order), 1):
             title = f"{place}" if blind else f"{place} {name}"
             boxes.append(self.gr.update(value=text, label=f"{title} ({remark})" if remark else title))
         same = "both answers are the same, so they make no pair" if found[0][1] == found[1][1] else ""
-        asked = {
-            "run": run,
-            "message": message,
-            "found": [found[one] for one in order],
-            "trained": order.index(1),
-            "blind": blind,
-        }
-        return note(same), asked, *boxes
+        return note(same), {"of": (run, message), "found": [found[one] for one in order], "blind": blind}, *boxes
 
     def rate(self, place: int, asked: dict[str, Any], mine: str, file: str) -> tuple[str, dict[str, Any]]:
         """Keep a choice: the first answer is better (0), the second (1), or the user's own than the adapter's (2)."""
         if not asked:
             return note("there is nothing to choose from: let both answer first", "bad"), asked
-        run, ((one, first, _), (two, second, _)) = asked["run"], asked["found"]
-        better, worse = (first, second, mine)[place], (second, first, (first, second)[asked["trained"]])[place]
+        (run, message), ((one, first, _), (two, second, _)) = asked["of"], asked["found"]
+        better, worse = (first, second, mine)[place], (second, first, second if one == "base" else first)[place]
         try:
-            count = self.with_models(keep_pair, run, asked["message"], better, worse, file)
+            count = self.with_models(keep_pair, run, message, better, worse, file)
         except RequestError as error:
             return note(str(error), "bad"), asked
         which = f"; 1 was {one}, 2 was {two}" if asked["blind"] else ""
@@ -403,38 +396,37 @@ class Page:
 # ---- the command -----------------------------------------------------------------------------------------------------
 
 
-def behind_gate(gr: Any, page: Page, token: str, cookie: str) -> Any:
-    """Return the page as an ASGI application that answers nothing without the token, nor to the page of another origin.
+class Gate:
+    """ASGI middleware that answers nothing without the token, nor to the page of another origin.
 
     The address that is opened first holds the token; a cookie holds it from then on.
     """
-    from fastapi import FastAPI, Request
-    from fastapi.responses import PlainTextResponse, RedirectResponse
 
-    app = FastAPI(openapi_url=None)
+    def __init__(self, app: Any, token: str, cookie: str):
+        self.app, self.token, self.cookie = app, token, cookie
 
-    @app.middleware("http")
-    async def gate(request: Request, call_next: Any) -> Any:
-        given, origin = request.query_params.get("token"), request.headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != request.headers.get("host"):
-            return PlainTextResponse(f"a page of {origin} may not use this one\n", 403)
-        if not secrets.compare_digest((given or request.cookies.get(cookie) or "").encode(), token.encode()):
-            return PlainTextResponse("open the address that `orpo-lite ui` has printed: it holds the token\n", 403)
-        if given and request.url.path == "/":
-            answer: Any = RedirectResponse("/", 303)
-            answer.set_cookie(cookie, token, httponly=True, samesite="lax")
-        else:
-            answer = await call_next(request)
-            answer.headers["content-security-policy"] = POLICY
-        return answer
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        from starlette.requests import HTTPConnection
+        from starlette.responses import PlainTextResponse, RedirectResponse
 
-    theme = gr.themes.Default(
-        primary_hue="teal", font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]
-    )
-    return gr.mount_gradio_app(
-        app, page.blocks.queue(default_concurrency_limit=8), "/", footer_links=[], run_history=False, ssr_mode=False,
-        mcp_server=False, enable_monitoring=False, theme=theme, css_paths=HERE.with_suffix(".css"),
-    )  # fmt: skip
+        if scope["type"] == "lifespan":
+            return await self.app(scope, receive, send)
+        asked, answer = HTTPConnection(scope), self.app
+        given, origin = asked.query_params.get("token"), asked.headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != asked.headers.get("host"):
+            answer = PlainTextResponse(f"a page of {origin} may not use this one\n", 403)
+        elif not secrets.compare_digest((given or asked.cookies.get(self.cookie) or "").encode(), self.token.encode()):
+            answer = PlainTextResponse("open the address that `orpo-lite ui` has printed: it holds the token\n", 403)
+        elif given and scope["path"] == "/":
+            answer = RedirectResponse("/", 303)
+            answer.set_cookie(self.cookie, self.token, httponly=True, samesite="lax")
+
+        async def guarded(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message["headers"] = [*message["headers"], (b"content-security-policy", POLICY.encode())]
+            await send(message)
+
+        await answer(scope, receive, guarded)
 
 
 def command(
@@ -448,17 +440,24 @@ def command(
         try:
             import gradio
             import uvicorn
+            from fastapi import FastAPI
             from gradio.networking import setup_tunnel
+            from gradio.themes import Default
         except ImportError as error:
             raise RequestError(f"the page needs gradio ({error}): pip install 'orpo-lite[ui]'") from error
         try:
-            listener = socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+            listener = socket.create_server((host, port))
         except OSError as error:
             why = f"--host {host}, --port {port}: {error.strerror}: choose others, such as --port 0"
             raise RequestError(why) from None
-        token, page, number = secrets.token_urlsafe(24), Page(gradio, Path(folder)), listener.getsockname()[1]
-        app = behind_gate(gradio, page, token, f"orpo_lite_{number}")
-        addresses = [f"http://{f'[{host}]' if ':' in host else host}:{number}"]
+        token, page, app = secrets.token_urlsafe(24), Page(gradio, Path(folder)), FastAPI(openapi_url=None)
+        number = listener.getsockname()[1]
+        theme = Default(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"])
+        blocks = page.blocks.queue(default_concurrency_limit=8)
+        gradio.mount_gradio_app(app, blocks, "/", footer_links=[], run_history=False, ssr_mode=False, mcp_server=False,
+                                enable_monitoring=False, theme=theme, css_paths=HERE.with_suffix(".css"))  # fmt: skip
+        gate = Gate(app, token, f"orpo_lite_{number}")
+        addresses = [f"http://{host}:{number}"]
         if share:
             addresses.append(setup_tunnel("127.0.0.1", number, secrets.token_urlsafe(32), None, None))
         for address in addresses:
@@ -466,8 +465,9 @@ def command(
         reach = "through gradio's servers, from anywhere" if share else "not made public (--share does)"
         console.print(f"The page is {reach}; whoever has its address can run commands here.\nCtrl-C ends it, and stops what "
                       "runs, a training with a checkpoint.", soft_wrap=True)  # fmt: skip
+        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped
         try:
-            uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
+            uvicorn.Server(uvicorn.Config(gate, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
         finally:
             page.close()
 
