@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import random
 import re
 import shlex
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -102,11 +104,14 @@ class Chat:
         self.turns: Turns = []
         self.over, self.next = False, ""
         """Whether the chat ends, and the next message, where it is typed already."""
+        self.typing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
+        """Keeps what is typed while an answer is written."""
 
     def run(self) -> None:
         """Read and answer messages until Ctrl-D or /quit."""
         from orpo_lite.evaluate import terminal
 
+        self.typing = terminal.typing_kept
         how = "greedy" if not self.sampling.temperature else f"temperature {self.sampling.temperature:g}"
         self.say(f"{how}, answers of at most {self.sampling.max_new_tokens:,} tokens")
         for note in dict.fromkeys(one.format.note for one in self.sides if one.format.note):
@@ -117,9 +122,8 @@ class Chat:
         while not self.over:
             try:
                 line, self.next = self.next or terminal.read_message("you> "), ""
-                with terminal.typing_kept():
-                    if line:
-                        self.handle(line)
+                if line:
+                    self.handle(line)
             except RequestError as error:
                 self.say(str(error))
             except KeyboardInterrupt:
@@ -150,7 +154,8 @@ class Chat:
         [side] = self.sides
         stream = side.stream()
         try:
-            reply = side.reply(window, self.sampling, stream)
+            with self.typing():
+                reply = side.reply(window, self.sampling, stream)
         except KeyboardInterrupt:
             self.say("\n(stopped)")
             return side.format.answer(stream.text)
@@ -275,7 +280,8 @@ class Comparison(Chat):
         if self.blind:
             self.order.shuffle(order)
         try:
-            texts = self.both(window, order)
+            with self.typing():
+                texts = self.both(window, order)
         except KeyboardInterrupt:
             self.say("\n(stopped: no comparison)", console)
             return None

@@ -16,8 +16,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from datasets import Dataset, disable_progress_bars, enable_progress_bars
+from datasets import Dataset
 
+from orpo_lite.common.console import progress
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.kernels import fuse
 from orpo_lite.objective.layout import disable_dropout
@@ -208,11 +209,8 @@ def trl_trainer(model: Any, args: Any, tokenizer: Any, scratch: str, **settings:
                        bf16=args.bf16, fp16=args.fp16, optim=args.optim, learning_rate=args.learning_rate,
                        dataloader_pin_memory=torch.cuda.is_available(), **checkpointing, **settings)  # fmt: skip
     row = Dataset.from_list([{"prompt": "a", "chosen": "b", "rejected": "c"}])
-    disable_progress_bars()  # for tokenizing a single row
-    try:
+    with progress("preparing TRL's trainer"):
         return TRLTrainer(model, config, train_dataset=row, processing_class=tokenizer)
-    finally:
-        enable_progress_bars()
 
 
 def peak_over(work: Callable[[], Any], device: torch.device) -> int:
