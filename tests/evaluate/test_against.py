@@ -255,8 +255,8 @@ def test_choices_between_two_runs_are_signed_and_train(place, tmp_path, capsys, 
     file = tmp_path / "mine.jsonl"
     talk = Comparison(answerers, Sampling(8), None, PreferenceFile(file), True, random.Random(0), True)
     typed = iter(["Who are you?", "1", "And you?", "e", "Nobody."])
-    monkeypatch.setattr(chat, "read_message", lambda *_: next(typed, "/quit"))
-    monkeypatch.setattr(chat, "read_key", lambda *_: next(typed))
+    monkeypatch.setattr(terminal, "read_message", lambda *_: next(typed, "/quit"))
+    monkeypatch.setattr(terminal, "read_choice", lambda *_: next(typed))
     talk.run()
     rows = [json.loads(line) for line in file.read_text().splitlines()]
     said = {one.name: one.reply(rows[0]["prompt"], Sampling(8)).text for one in answerers}
