@@ -15,7 +15,7 @@ import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import visible
 from orpo_lite.data import load_pairs
-from orpo_lite.evaluate import chat
+from orpo_lite.evaluate import chat, terminal
 from orpo_lite.evaluate.answering import Reply, Sampling, Side, find_sides
 from orpo_lite.evaluate.chat import Comparison, PreferenceFile
 from orpo_lite.evaluate.loading import evaluate_sides, resolve_model
