@@ -59,7 +59,8 @@ def row_of(recipe: Recipe, planner: Planner) -> tuple[list[str], str]:
     there = best(trial, card, planner) if card and auto else None
     minutes = f"{seconds_of(trial, card, there) / 60:.0f} min" if card and there else ""
     cells = [
-        recipe.name, f"2 x {sum(one.shape.pairs[0]):,}", picked(smallest, at_least, layers), picked(card, there, layers), minutes,
+        recipe.name, f"2 x {sum(one.shape.pairs[0]):,}", picked(smallest, at_least, layers) or "none of 80 GB and less",
+        picked(card, there, layers) or "none needed", minutes,
         f"{one.load_host / 1e9:.1f}",
     ]  # fmt: skip
     if not (card and there):
@@ -74,10 +75,8 @@ def row_of(recipe: Recipe, planner: Planner) -> tuple[list[str], str]:
 
 def picked(card: Card | None, choice: Choice | None, layers: int) -> str:
     """Name a card and say what `auto` picks there, and how much memory that needs."""
-    if card is None:
-        return "none"
-    if choice is None:
-        return card.name
+    if card is None or choice is None:
+        return card.name if card else ""
     count = {"all": layers, "none": 0}.get(choice.checkpointing, choice.checkpointing)
     offloaded = " offloaded," * any("offload" in word for word in choice.words)
     pairs = f"{choice.pairs} pair{'s' * (choice.pairs > 1)}"

@@ -24,7 +24,7 @@ from orpo_lite.plan.search import Planner, changed, judge
 from orpo_lite.plan.step import longest_pair, period
 from orpo_lite.plan.tables import show_plan
 from orpo_lite.recipe import DataSection, Recipe
-from orpo_lite.recipe.loading import recipes_folder
+from orpo_lite.recipe.loading import shipped_recipes
 from orpo_lite.trainer.config_from_recipe import checkpointed
 from tests.benchmarks import recipes_table
 from tests.commands import command
@@ -334,6 +334,11 @@ def test_a_7b_plan_is_quick_and_small():
 
 @pytest.mark.slow
 def test_the_recipes_table_is_the_planner_s():
-    text = (recipes_folder() / "README.md").read_text("utf-8")
-    found = re.search(re.escape(recipes_table.BEGIN) + ".*" + re.escape(recipes_table.END), text, re.DOTALL)
-    assert found and found.group(0) == recipes_table.all_recipes()
+    for name in ("llama-3-8b-qlora", "quickstart"):
+        cells, header = recipes_table.row_of(Recipe.load(name), Planner())
+        row = next(
+            line for line in recipes_table.README.read_text("utf-8").splitlines() if line.startswith(f"| {name} | 2 x")
+        )
+        written = [cell.strip() for cell in row.strip("|").split("|")]
+        assert written[:4] + written[5:] == cells[:4] + cells[5:]  # but for the time, an estimate by another benchmark
+        assert header in shipped_recipes()[name].read_text("utf-8")
