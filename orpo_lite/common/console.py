@@ -25,7 +25,7 @@ from rich.text import Text
 
 from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
-from orpo_lite.common.text import visible
+from orpo_lite.common.text import at_words, visible
 
 
 class Harmless:
@@ -123,7 +123,9 @@ def print_error(title: str, text: str, trace: bool) -> None:
     if trace:
         lines = visible(without_secrets(traceback.format_exc())).splitlines(keepends=True)
         sys.stderr.write("".join(whose + line for line in lines))
-    errors.print(f"[bold red]{title}:[/] {whose}{escape(without_secrets(text))}", soft_wrap=True)
+    text = f"{title}: {whose}{without_secrets(text)}"
+    text = at_words(text, width=errors.width) if errors.is_terminal else text
+    errors.print(f"[bold red]{title}:[/]{escape(text.removeprefix(f'{title}:'))}", soft_wrap=True)
 
 
 # ---- progress --------------------------------------------------------------------------------------------------------

@@ -3,6 +3,9 @@
 import difflib
 import math
 import re
+import shlex
+import sys
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -30,14 +33,27 @@ def shown(value: Any, width: int = 100) -> str:
     return text if len(text) <= width else f"{text[:width]}..."
 
 
+def counted(number: int, noun: str) -> str:
+    """Write a count with its noun, for example `1 pair` or `2,000 pairs`."""
+    return f"{number:,} {noun}{'' if number == 1 else 'es' if noun.endswith('s') else 's'}"
+
+
+def next_command(name: str, *words: Any) -> str:
+    """Write the line that starts another command, as a shell takes it and as this process was started."""
+    script = Path(sys.argv[0]).name.startswith("orpo-lite")
+    return shlex.join([*(["orpo-lite", name] if script else ["python", "-m", f"orpo_lite.{name}"]), *map(str, words)])
+
+
+def at_words(text: str, indent: str = "", width: int = 80) -> str:
+    """Indent and break text between words only: a path stays whole, and a line that begins with a space, a command, too."""
+    fill = textwrap.TextWrapper(width, initial_indent=indent, subsequent_indent=indent, break_long_words=False,
+                                break_on_hyphens=False).fill  # fmt: skip
+    return "\n".join(line if line.startswith(" ") else fill(line) for line in text.split("\n"))
+
+
 def format_gb(size: float, digits: int = 1) -> str:
     """Format a number of bytes in GB (10^9 bytes), for example `7.3 GB`."""
     return f"{size / 1e9:.{digits}f} GB"
-
-
-def counted(number: int, word: str) -> str:
-    """Write how many there are of a thing: `1 pair`, `1,200 pairs`."""
-    return f"{number:,} {word}" + "s" * (number != 1)
 
 
 def duration(seconds: float) -> str:

@@ -14,7 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_lite.common.console import console, load, run_command
-from orpo_lite.common.text import visible
+from orpo_lite.common.text import counted, next_command, visible
 from orpo_lite.data import DropReport, Pairs, Shapes, TooManyDropped, load_pairs, pair_lengths
 from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import Finding, inspect
@@ -60,6 +60,11 @@ def command(
     fixed = write_fixed(resolved.data, pairs.sources[0], fix) if fix else None
     findings = inspect(pairs.sources, tokenizer)
     print_report(pairs.report, pairs.shapes, pairs, shown, list_drops, as_json, findings, fixed)
+    words, name = overrides or [], "train"
+    if fixed:
+        words, name = [*(word for word in words if not word.startswith("data.train=")), f"data.train={fix}"], "data"
+    if not as_json:
+        console.print(f"\nnext: {next_command(name, '--recipe', recipe, *words)}", soft_wrap=True, markup=False)
 
 
 def print_report(
@@ -83,18 +88,19 @@ def print_report(
     for drop in report.drops if list_drops else ():
         line = f"{drop.source}, row {drop.row}: {drop.reason}: {drop.detail}"
         console.print(Text(visible(line).replace("\n", " ")), soft_wrap=True)
-    for line in report.remarks() + [str(one) for one in findings if one.pairs]:
+    remarks = [line for line in report.remarks() if not (fixed and "--fix FILE" in line)]
+    for line in remarks + [str(one) for one in findings if one.pairs]:
         console.print(Text(visible(line)))
     if clean := [one.name for one in findings if not one.pairs]:
         console.print(f"checked, nothing found: {', '.join(clean)}", style="dim")
     if fixed:
         why = ", ".join(f"{count:,} {reason}" for reason, count in fixed["left_out"].items()) or "none"
-        line = f"wrote {fixed['written']:,} rows to {fixed['path']}, and to {fixed['changes']} those left out: {why}"
+        line = f"wrote {counted(fixed['written'], 'row')} to {fixed['path']}, and to {fixed['changes']} those left out: {why}"
         console.print(Text(visible(line)), soft_wrap=True)
     if not pairs:
         return
     held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
-    console.print(f"{len(pairs.train):,} pairs to train on{held}\n", style="bold")
+    console.print(f"{counted(len(pairs.train), 'pair')} to train on{held}\n", style="bold")
     console.print(lengths_table(pair_lengths(pairs.train)))
     if shown:
         marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")
@@ -117,19 +123,17 @@ def as_content(report: DropReport, shapes: Shapes, pairs: Pairs | None, list_dro
 
 
 def sources_table(report: DropReport, shapes: Shapes) -> Table:
-    """Return rows read, kept and dropped of each source."""
+    """Return pairs kept and rows dropped of each source."""
     table = Table(box=None)
     for name in ("source", "for", "shape of its rows"):
         table.add_column(name, overflow="fold")
-    for name in ("rows", "kept", "dropped"):
+    for name in ("pairs", "dropped"):
         table.add_column(name, justify="right", no_wrap=True)
-    counted = [
-        ((visible(name), one["section"], one["shape"]), one["rows"], one["kept"]) for name, one in shapes.items()
-    ]
+    for name, one in shapes.items():
+        words = map(Text, (visible(name), one["section"], one["shape"]))
+        table.add_row(*words, f"{one['kept']:,}", f"{one['rows'] - one['kept']:,}")
     if len(shapes) > 1:
-        counted.append((("all", "", ""), report.rows, report.kept))
-    for words, rows, kept in counted:
-        table.add_row(*map(Text, words), f"{rows:,}", f"{kept:,}", f"{rows - kept:,}")
+        table.add_row("all", "", "", f"{report.kept:,}", f"{len(report.drops):,}")
     return table
 
 
@@ -152,25 +156,11 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
 
 
 def lengths_table(counted: dict[str, np.ndarray]) -> Table:
-    """Return a histogram of tokens per pair with median, 95th percentile and maximum, one column for each part."""
-    top = max(int(tokens.max()) for tokens in counted.values())
-    # edges double, since real lengths vary twentyfold
-    edges = [0, *(2**n for n in range(4, max(5, top.bit_length()) + 1))]
-    width = max(3, min(24, (console.width - 20) // len(counted) - 10))
-    table = Table("tokens", *counted, title="training pairs by length", title_justify="left", box=None)
-    histograms = [np.histogram(tokens, edges)[0] for tokens in counted.values()]
-    for place, (low, high) in enumerate(zip(edges, edges[1:], strict=False)):
-        cells = [bar(h[place], h.max(), width) for h in histograms]
-        if any(h[place] for h in histograms):
-            table.add_row(f"{low:,} to {high - 1:,}", *cells)
-    for name in ("median", "p95", "max"):
-        table.add_row(name, *(f"{summary(tokens)[name]:,.0f}" for tokens in counted.values()), style="bold")
+    """Return median, 95th percentile and maximum of the tokens per pair, a row for each part."""
+    table = Table("tokens", "median", "p95", "max", box=None)
+    for part, tokens in counted.items():
+        table.add_row(part, *(f"{summary(tokens)[name]:,.0f}" for name in ("median", "p95", "max")))
     return table
-
-
-def bar(count: int, largest: int, width: int) -> str:
-    """Return a bar of at most `width` blocks and the count, joined by a space that does not break."""
-    return f"{'█' * round(width * count / largest) or '▏'}\N{NO-BREAK SPACE}{count:,}" if count else ""
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

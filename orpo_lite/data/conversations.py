@@ -395,9 +395,12 @@ def end_of_parts(text: str, start: int, turn: dict[str, Any]) -> int:
         found = [(text.find(form, place), form) for form in forms] + [(text.find(form, start), form) for form in forms]
         first, form = next(((spot, form) for spot, form in found if spot >= 0), (-1, ""))
         if first < 0:
-            place_for_it = "" if forms[0] != str(turn.get(REASONING)).strip() else (
-                ", the answer's reasoning: write it into the content, between the marks that the model knows")  # fmt: skip
-            raise Dropped(CHANGED, f"the template leaves out or changes {forms[0][:60]!r}{place_for_it}")
+            what = ""
+            if forms[0] == str(turn.get(REASONING)).strip():
+                what = ", the answer's reasoning: write it into the content, between the marks that the model knows"
+            elif turn.get("tool_calls") and forms[0] not in (turn.get("content") or ""):
+                what = ", of a tool call: this template writes no calls; name one that does in model.chat_template"
+            raise Dropped(CHANGED, f"the template leaves out or changes {forms[0][:60]!r}{what}")
         if place == start and THINK.match(turn.get("content") or "") and "</think>" in text[start:first]:
             raise Dropped(CHANGED, "the template closes a reasoning of its own before that of the answer")
         place = first + len(form)

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import counted
 
 EMPTY = "empty or missing side"
 EMPTY_PROMPT = "empty prompt"
@@ -106,7 +107,7 @@ class DropReport:
         first = next(drop for drop in self.drops if drop.reason == reasons[0])
         share = "" if not self.mostly_dropped() else f", which is {'more than half' if self.kept else 'all of them'}"
         return (
-            f"{what}: {len(self.drops)} of {self.rows} rows dropped ({counts}){share}; the first: row {first.row} of "
+            f"{what}: {len(self.drops):,} of {counted(self.rows, 'row')} dropped ({counts}){share}; the first: row {first.row} of "
             f"{first.source}, {first.reason}: {first.detail}. To fix the data: "
             f"{'; '.join(REMEDIES.get(reason, 'leave these rows out') for reason in reasons)}. "
             "`orpo-lite data --recipe ... --list-drops` lists every row"
@@ -126,12 +127,12 @@ class DropReport:
     def remarks(self) -> list[str]:
         """Return what was cut and what else the user should know, one line each."""
         cut = {"prompt cut from the left": self.prompt_cut, "completion cut at the end": self.completion_cut}
-        lines = [f"{what} in {pairs:,} pairs" for what, pairs in cut.items() if pairs]
+        lines = [f"{what} in {counted(pairs, 'pair')}" for what, pairs in cut.items() if pairs]
         return lines + [f"note: {note}" for note in self.notes]
 
     def __str__(self) -> str:
         lines = [f"dropped {count:,}: {reason}" for reason, count in self.dropped.items()] + self.remarks()
-        return "\n  ".join([f"{self.kept:,} of {self.rows:,} rows kept", *lines])
+        return "\n  ".join([f"{self.kept:,} of {counted(self.rows, 'row')} kept", *lines])
 
 
 class TooManyDropped(RequestError):

@@ -15,6 +15,7 @@ import numpy as np
 
 from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import progress
+from orpo_lite.common.text import counted
 from orpo_lite.data.lengths import column_batches, numbers, pair_lengths
 from orpo_lite.data.messages import REASONING, Messages
 from orpo_lite.data.row_shapes import SIDES, Pair
@@ -174,7 +175,7 @@ class Finding(NamedTuple):
 
     def __str__(self) -> str:
         details = "; ".join(part for part in (self.says, ", ".join(self.examples)) if part)
-        return f"{self.name}: {self.pairs:,} pairs ({self.pairs / self.of:.1%}): {details}"
+        return f"{self.name}: {counted(self.pairs, 'pair')} ({self.pairs / self.of:.1%}): {details}"
 
 
 def end_to_end(done: list[Tokenized]) -> datasets.Dataset:
@@ -202,9 +203,9 @@ def inspect(done: list[Tokenized], tokenizer: PreTrainedTokenizerBase) -> list[F
 
     findings, found = [], repeats(rows, near=True).items()
     for reason in REPEATS:
-        two = [(place, other) for place, (why, other) in found if why == reason and place > other]
-        examples = [f"{name(place)} and {name(other)}" for place, other in two[:6]]
-        findings.append(Finding(f"{reason}s", len(two), count, "", examples))
+        there = [(place, other) for place, (why, other) in found if why == reason]
+        two = [f"{name(place)} and {name(other)}" for place, other in there if place > other]
+        findings.append(Finding(f"{reason}s", len(there), count, "", two[:6]))
     findings.append(length_bias(rows))
     sides = [numbers(rows, f"{side}_traits") for side in SIDES]
     for number, trait in enumerate(TRAITS):

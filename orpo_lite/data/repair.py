@@ -12,9 +12,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import counted
 from orpo_lite.data.dropped_rows import Drop
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.quality import end_to_end, namer, repeats
+from orpo_lite.data.quality import REPEATS, end_to_end, namer, repeats
 from orpo_lite.data.sources import open_source
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ if TYPE_CHECKING:
 
 def note_on_repeats(done: list[Tokenized], field: str) -> list[str]:
     """Return a sentence on the repeats and contradictions of a section, or nothing if it has none."""
-    counts = Counter(why for place, (why, other) in repeats(end_to_end(done)).items() if place > other)
-    told = " and ".join(f"{count:,} {reason}s" for reason, count in counts.items())
+    counts = Counter(why for why, _ in repeats(end_to_end(done)).values())
+    told = " and ".join(f"{counted(count, 'pair')} ({reason}s)" for reason in REPEATS if (count := counts[reason]))
     remedy = "`orpo-lite data --fix FILE` writes the data without them, data.deduplicate=true leaves them out"
     return [f"{field} holds {told}: {remedy}"] if told else []
 
@@ -35,7 +36,9 @@ def without_repeats(done: list[Tokenized], near: bool = False) -> list[Tokenized
     rows, result, start = end_to_end(done), [], 0
     found, name = repeats(rows, near), namer(done)
     if len(found) == len(rows):
-        raise RequestError(f"all {len(rows)} pairs contradict each other (a>b and b>a), and none is left: correct them")
+        raise RequestError(
+            f"all {len(rows):,} pairs contradict each other (a>b and b>a), and none is left: correct them"
+        )
     for one in done:
         row = numbers(one.rows, "row")
         out = {place - start: why for place, why in found.items() if 0 <= place - start < len(row)}

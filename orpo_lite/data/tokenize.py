@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple
 from transformers import PreTrainedTokenizerBase
 
 from orpo_lite.common import safe_yaml
+from orpo_lite.common.text import counted
 from orpo_lite.data.conversations import (
     Answers,
     Rendered,
@@ -271,7 +272,7 @@ class PairTokenizer:
         room = min(limit or UNLIMITED, self.max_length - 1)
         if longest <= room:
             return sides, False
-        too_long = Dropped(PROMPT_TOO_LONG, f"the prompt has {longest} tokens, there is room for {room}")
+        too_long = Dropped(PROMPT_TOO_LONG, f"the prompt has {counted(longest, 'token')}, there is room for {room}")
         if self.options.overlong == "drop" or not (self.options.strict or limit):
             raise too_long
         completion = max(len(side.ids) - side.start for side in sides)
@@ -316,7 +317,7 @@ class PairTokenizer:
         if len(side.ids) <= length:
             return side
         if self.options.overlong == "drop":
-            found = f"{name} has {len(side.ids) - side.start} tokens after a prompt of {side.start}"
+            found = f"{name} has {counted(len(side.ids) - side.start, 'token')} after a prompt of {side.start}"
             raise Dropped(COMPLETION_TOO_LONG, f"{found}, there is room for {length - side.start}")
         return Side(side.ids[:length], side.start, [min(place, length) for place in side.context])
 
@@ -334,7 +335,13 @@ class PairTokenizer:
         notes = [NOTES["whole"][name] for name, true in holds.items() if true]
         if plain and not counts["templated"] and getattr(self.tokenizer, "chat_template", None):
             notes.append(WITHOUT_TEMPLATE)
-        return notes + [f"{counts[name]} {words}" for name, words in NOTES["counted"].items() if counts[name]]
+        return notes + [note_on(counts[name], words) for name, words in NOTES["counted"].items() if counts[name]]
+
+
+def note_on(number: int, words: str) -> str:
+    """Write a note on so many of a thing, whose plural and verb begin the words."""
+    noun, verb, rest = words.split(" ", 2)
+    return f"{counted(number, noun[:-1])} { ({'have': 'has', 'are': 'is'}[verb] if number == 1 else verb) } {rest}"
 
 
 def boundaries(prompt: Ids, chosen: Ids, rejected: Ids) -> tuple[int, int]:

@@ -9,7 +9,8 @@ import typer
 
 from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
-from orpo_lite.evaluate.held_out import show, show_groups
+from orpo_lite.common.text import counted
+from orpo_lite.evaluate.held_out import show, too_few
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
@@ -58,7 +59,7 @@ def command(
     judge_max_tokens: Annotated[
         int, typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")
     ] = 1024,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="print JSON, with accuracy by length and source")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Compare base and adapter of a run, or two runs: on held-out pairs, or by their answers."""
@@ -99,22 +100,25 @@ def command(
     else:
         show_answers(rows, names)
     if output:
-        console.print(f"{len(rows)} rows in {output}", soft_wrap=True, markup=False)
+        console.print(f"{counted(len(rows), 'row')} in {output}", soft_wrap=True, markup=False)
 
 
 def evaluate_pairs(sides: list[Side], data: str | None, as_json: bool) -> None:
     """Evaluate held-out pairs under every side."""
     from orpo_lite.evaluate.loading import evaluate_sides
 
+    asked = "\n".join(f"{side.name}: {side.source}" for side in sides)
     with json_alone(as_json) as print_json:
         results, report = evaluate_sides(sides, data)
         if as_json:
             print_json(results | {"drops": report.as_dict()})
             return
+    console.print(asked, soft_wrap=True, markup=False)
     if report.dropped:
         console.print(str(report), markup=False)
     show(results)
-    show_groups(results)
+    if warning := too_few(min(result["pairs"] for result in results.values())):
+        console.print(warning, style="yellow", markup=False)
 
 
 def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int = 4) -> None:
@@ -126,13 +130,15 @@ def show_answers(rows: list[dict[str, Any]], names: tuple[str, ...], count: int 
             for name in names:
                 text = row["answers"][name][turn]
                 console.print(f"  {name}: ", style="bold", end="", markup=False)
-                console.print("(no room left)" if text is None else text[:600] or "(ended at once)", markup=False)
+                console.print(
+                    "(no room left)" if text is None else text[:600].strip() or "(ended at once)", markup=False
+                )
     console.print()
     for name in names:
         tokens = [count for row in rows for count in row["tokens"][name] if count is not None]
         cut = sum(ended is False for row in rows for ended in row["ended"][name])
         console.print(
-            f"{name}: {len(tokens)} answers of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {cut} cut at "
+            f"{name}: {counted(len(tokens), 'answer')} of {sum(tokens) / max(1, len(tokens)):.0f} tokens on average, {cut} cut at "
             "--max-new-tokens",
             markup=False,
         )

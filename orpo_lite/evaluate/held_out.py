@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from orpo_lite.common.console import console
-from orpo_lite.common.text import measured
+from orpo_lite.common.text import counted, measured
 from orpo_lite.recipe import RuleSection
 
 if TYPE_CHECKING:
@@ -26,9 +27,8 @@ ROWS = {
     "nll_loss": "NLL per token",
     "loss": "ORPO loss",
 }
-GROUPS = {"prompt_tokens": "prompt, in tokens", "longer_answer": "answers, in tokens", "source": "source"}
-MAX_BUCKETS = 12
-"""Rows of each grouping that are printed."""
+FEW = 20
+"""Held-out pairs below which an accuracy is known to 20 points at best."""
 
 
 def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
@@ -142,53 +142,39 @@ def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
     return [*found, (f"{edges[-1] + 1} and more", tokens > edges[-1])]
 
 
-def show(results: dict[str, dict[str, Any]]) -> None:
-    """Print evaluations of the same pairs as a table, a column for each."""
+def show(results: dict[str, dict[str, Any]], keys: Iterable[str] = ROWS, **more: Sequence[str]) -> None:
+    """Print evaluations of the same pairs as a table, a column for each.
+
+    Args:
+        keys: the metrics to show.
+        more: cells of further rows, by what stands before them.
+    """
     from rich.markup import escape
     from rich.table import Table
 
     first = next(iter(results.values()))
-    title = f"{first['pairs']} held-out pairs"
-    table = Table("held-out pairs", *map(escape, results), box=None, title=title, title_justify="left")
-    for key, label in ROWS.items():
-        table.add_row(label, *(measured(result, key) for result in results.values()))
+    table = Table(counted(first["pairs"], "held-out pair"), *map(escape, results), box=None)
+    for key in keys:
+        table.add_row(ROWS[key], *(measured(result, key) for result in results.values()))
     if len({result["pairs"] for result in results.values()}) > 1:
         table.add_row("pairs", *(f"{result['pairs']:,}" for result in results.values()))
     table.add_row("always the longer answer", f"{first['length_baseline']:.1%}")
+    for name, cells in more.items():
+        table.add_row(name, *cells)
     console.print(table)
+
+
+def too_few(held_out: int) -> str | None:
+    """Say how little an accuracy on so many held-out pairs tells, where that is little; None for none or enough."""
+    if not 0 < held_out < FEW:
+        return None
+    low, high = wilson_interval(round(0.75 * held_out), held_out)
+    return (
+        f"{counted(held_out, 'held-out pair')} tell little: an accuracy of {round(0.75 * held_out) / held_out:.0%} means {low:.0%} "
+        f"to {high:.0%}; raise data.eval_fraction, or name a file in data.eval"
+    )
 
 
 def format_share(value: float, interval: tuple[float, float]) -> str:
     """Format a proportion and its interval as percentages."""
     return f"{value:.1%} ({interval[0]:.1%} to {interval[1]:.1%})"
-
-
-def show_groups(results: dict[str, dict[str, Any]]) -> None:
-    """Print accuracy and margin by length and source, two columns for each evaluation."""
-    from rich.markup import escape
-    from rich.table import Table
-
-    first, *others = results.values()
-    if any(other["pairs"] != first["pairs"] for other in others):
-        console.print("by length and source: --json, since these are not the same pairs", style="dim")
-        return
-    table = Table("reward accuracy by", "pairs", box=None)
-    for name in results:
-        table.add_column(escape(name))
-        table.add_column("margin", justify="right")
-    for group, title in GROUPS.items():
-        buckets = first["by"].get(group, [])
-        if len(buckets) < 2:
-            continue
-        table.add_row(f"[dim]{title}[/]")
-        for place, bucket in enumerate(buckets[:MAX_BUCKETS]):
-            cells = []
-            for result in results.values():
-                one = result["by"][group][place]
-                cells += [format_share(one["accuracy"], one["interval"]), f"{one['margin']:.4f}"]
-            table.add_row(f"  {escape(bucket['bucket'])}", f"{bucket['pairs']:,}", *cells)
-        if rest := buckets[MAX_BUCKETS:]:
-            table.add_row(f"  and {len(rest)} more: --json", f"{sum(b['pairs'] for b in rest):,}")
-    if table.row_count:
-        console.print()
-        console.print(table)

@@ -14,6 +14,7 @@ from transformers import PrinterCallback
 
 from orpo_lite.common.console import errors
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import counted
 from orpo_lite.data import DropReport, load_pairs
 from orpo_lite.data.lengths import numbers
 from orpo_lite.data.sources import shorten
@@ -183,7 +184,7 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
         held, _ = pairs[side.source.path]
         same = len(mine) == len(held)
         if not same:
-            errors.print(f"{side.name} is measured on {len(held):,} pairs, {run.path} on {len(mine):,}: "
+            errors.print(f"{side.name} is measured on {counted(len(held), 'pair')}, {run.path} on {len(mine):,}: "
                          "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
         names = [paths[number] for number in numbers(held, "source")]
         with side.model() as model, tempfile.TemporaryDirectory() as scratch:

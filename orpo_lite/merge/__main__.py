@@ -10,6 +10,7 @@ import typer
 
 from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
+from orpo_lite.common.text import next_command
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
@@ -69,7 +70,8 @@ def command(
         if as_json:
             return print_json(facts)
     if not dry_run:
-        console.print(f"next: python -m orpo_lite.chat {output}", soft_wrap=True, markup=False)
+        export = next_command("export", output, "--output", f"{output.rstrip('/')}.gguf")
+        console.print(f"next:\n  {next_command('chat', output)}\n  {export}", soft_wrap=True, markup=False)
 
 
 def weighted(given: str) -> tuple[str, float]:

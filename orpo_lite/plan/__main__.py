@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from orpo_lite.common.console import console, json_alone, load, run_command
-from orpo_lite.plan.gpus import Card, Target, find_cards
+from orpo_lite.common.text import next_command
+from orpo_lite.plan.gpus import NOT, Card, Target, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
 
@@ -19,6 +20,7 @@ def command(
         str | None, typer.Option(help="a card such as rtx-3060, a size such as 12GB, or all; cpu plans for the CPU")
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables (bytes)")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print every phase, and what is assumed")] = False,
 ) -> None:
     """Predict the peak memory of one training step, and which cards it fits."""
     # mistakes are reported before the slow imports
@@ -38,9 +40,13 @@ def command(
         if as_json:
             print_json(made.as_dict() | {"cards": [tables.verdict_as_dict(one) for one in verdicts]})
             return
-        tables.show_plan(console, made)
-        if verdicts:
-            tables.show_cards(console, verdicts)
+        tables.show_verdicts(console, made, verdicts)
+        tables.show_plan(console, made, verbose)
+        command = next_command("train", "--recipe", recipe, *(overrides or []))
+        for one in verdicts if len(verdicts) == 1 else ():
+            if one.remedy or one.words != NOT:
+                words = one.remedy.words if one.remedy else ()
+                console.print(f"next: {' '.join([command, *words])}", soft_wrap=True, markup=False)
 
 
 def cards_asked_for(recipe: Recipe, gpu: str | None) -> list[Card]:

@@ -11,7 +11,7 @@ import torch
 
 from orpo_lite.common.console import console, processes
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import format_gb
+from orpo_lite.common.text import counted, format_gb
 from orpo_lite.data import Pairs, pair_lengths
 from orpo_lite.plan.gpus import FITS, NOT, Card, Target, card_here, verdict
 from orpo_lite.plan.predict import Plan
@@ -56,7 +56,7 @@ def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
         console.print(f"{asked}: {why}; all layers checkpoint", markup=False, soft_wrap=True)
         return recipe
     console.print(
-        f"{asked}: {found.pairs} of the longest pairs at once, {found.checkpointing} layers checkpointed on {card.title} "
+        f"{asked}: {counted(found.pairs, 'pair')} of the longest at once, {found.layers} on {card.title} "
         f"({' '.join(found.words)})",
         markup=False, soft_wrap=True,
     )  # fmt: skip

@@ -90,6 +90,12 @@ class Choice:
         """Longest pairs in a micro-batch."""
         return len(self.plan.shape.pairs)
 
+    @property
+    def layers(self) -> str:
+        """Say how many layers are checkpointed."""
+        one = {"all": "all layers", "none": "no layer", "1": "1 layer"}
+        return f"{one.get(self.checkpointing, f'{self.checkpointing} layers')} checkpointed"
+
 
 @dataclass(frozen=True)
 class Verdict:

@@ -132,13 +132,12 @@ class Recipe(Section):
         Raises:
             RecipeError: fields that do not fit, all at once.
         """
-        keys = [word.partition("=")[0] for word in words]
         problems = [f"{place}: {wrong}" for place, value in leaves(content) if (wrong := unfit(value))]
         if not problems:
             try:
                 return cls.model_validate(content)
             except ValidationError as error:
-                problems = describe(error, cls, keys)
+                problems = describe(error, cls)
         own = {line: told for line in problems if (told := of_a_word(line, words))}
         if len(own) == len(problems):
             raise RecipeError("command line", list(own.values()))

@@ -72,14 +72,12 @@ UNION_MEMBER = re.compile(
 """Parts of an error's place that pydantic adds to the user's own keys."""
 OTHER_NAMES: dict[str, list[str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 UNKNOWN_KEY = ": unknown key"
+MEANT = re.compile(r"(?<=\(did you mean )([a-z]+\.[\w.]+)(=\w+)?(?=\?\)$)")
+"""The field in a hint, and the value that a name implies."""
 
 
-def describe(error: ValidationError, recipe: type[BaseModel], given: typing.Sequence[str] = ()) -> list[str]:
-    """Put pydantic's errors into words, one line each: field, what was found, what was expected.
-
-    Args:
-        given: keys of the command line, which a hint repeats with their values.
-    """
+def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
+    """Put pydantic's errors into words, one line each: field, what was found, what was expected."""
     lines: list[str] = []
     for item in error.errors():
         # a key that is no field is the user's own word, whatever it looks like
@@ -88,23 +86,20 @@ def describe(error: ValidationError, recipe: type[BaseModel], given: typing.Sequ
         place = [str(part) for part in rest if not UNION_MEMBER.fullmatch(str(part))] + last
         field = ".".join(place)
         if item["type"] in ("extra_forbidden", "invalid_key"):
-            value = {} if item["type"] == "invalid_key" else {"value": item["input"]}
-            lines.append(unknown_key(recipe, place, given, **value))
+            lines.append(unknown_key(recipe, place, item["input"]))
         elif item["type"] == "missing":
             inside = known_keys(recipe, place)
             about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
             lines.append(f"{field}: missing, and it has no default{about}")
         elif item["type"] == "value_error":
             for line in str(item.get("ctx", {})["error"]).split("\n"):
-                key = line.removesuffix(UNKNOWN_KEY).split(".")
-                known = line.endswith(UNKNOWN_KEY) and unknown_key(recipe, key, given, item["input"].get(key[-1]))
-                lines.append(known or (line if line.startswith(field) else f"{field}: {line}"))
+                key = line.removesuffix(UNKNOWN_KEY)
+                line = unknown_key(recipe, key.split(".")) if key != line else line
+                lines.append(line if line.startswith(field) else f"{field}: {line}")
         elif item["type"] in ("model_type", "model_attributes_type"):
-            keys = ", ".join(known_keys(recipe, place))
-            hint = meant_by(recipe, place, given, item["input"]) if len(place) == 1 else ""
-            lines.append(
-                f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}{hint}"
-            )
+            keys, meant = ", ".join(known_keys(recipe, place)), fields_by_name(recipe).get(field)
+            line = f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}"
+            lines.append(f"{line} (did you mean {meant}?)" if meant else line)
         else:
             line = f"{field}: found {shown(item['input'])}, expected: "
             if lines and lines[-1].startswith(line):  # the other members of a union
@@ -134,56 +129,42 @@ def known_keys(recipe: type[BaseModel], place: list[str]) -> list[str]:
 
 
 @functools.cache
-def fields_by_name(recipe: type[BaseModel]) -> dict[str, list[str]]:
+def fields_by_name(recipe: type[BaseModel]) -> dict[str, str]:
     """Map the names of fields, here and in other tools, to the dotted fields that they stand for.
 
     `model.quantization=nf4` stands for a name that implies a value, such as load_in_4bit.
     """
-    found: dict[str, list[str]] = {}
+    found = {name: f"training.{name}" for name in training_fields()}
     for section, field in recipe.model_fields.items():
-        inside = (
-            training_fields()
-            if section == "training"
-            else [n for kind in sections_in(field) for n in kind.model_fields]
-        )
-        for name in inside:
-            found.setdefault(name, []).append(f"{section}.{name}")
-    return found | {name: [field] for field, names in OTHER_NAMES.items() for name in names}
+        found |= {name: f"{section}.{name}" for kind in sections_in(field) for name in kind.model_fields}
+    return found | {name: field for field, names in OTHER_NAMES.items() for name in names}
 
 
-def meant_by(recipe: type[BaseModel], place: list[str], given: typing.Sequence[str], value: Any) -> str:
-    """Return ' (did you mean X?)' for a place that is no field, with its value if it is among the `given` keys, or ''."""
-    names = fields_by_name(recipe)
-    parts = ["_".join(place[start:]).lower().strip("-").replace("-", "_") for start in range(len(place))]
-    meant = next((names[part] for part in parts if part in names), [])
-    if not meant:
-        inside = [*training_fields()] if place[0] == "training" else known_keys(recipe, place[:-1])
-        near = difflib.get_close_matches(place[-1], inside, n=1)
-        far = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.75)
-        meant = [".".join([*place[:-1], near[0]])] if near else names[far[0]] if far else []
-    if value is False:  # which a name that implies a value was not to switch on
-        meant = [field.partition("=")[0] for field in meant]
-    elif ".".join(place) in given:
-        meant = [field if "=" in field else as_override(field, value) for field in meant]
-    return f" (did you mean {' or '.join(meant)}?)" if meant else ""
-
-
-def unknown_key(recipe: type[BaseModel], place: list[str], given: typing.Sequence[str], value: Any = None) -> str:
-    """Say that a place is no field, and which was meant."""
-    field = ".".join(place)
+def unknown_key(recipe: type[BaseModel], place: list[str], value: Any = None) -> str:
+    """Say that a place is no field, and which was meant: by its name here or in another tool, or the nearest."""
+    line, names = f"{'.'.join(place)}{UNKNOWN_KEY}", fields_by_name(recipe)
     while isinstance(value, dict) and len(value) == 1:  # a section that is none, with the field in it
         place, value = [*place, str(next(iter(value)))], next(iter(value.values()))
-    hint = meant_by(recipe, place, given, value)
-    return f"{field}{UNKNOWN_KEY}{hint or ', expected one of ' + ', '.join(known_keys(recipe, place[:-1]))}"
+    parts = ["_".join(place[start:]).lower().strip("-").replace("-", "_") for start in range(len(place))]
+    keys = known_keys(recipe, place[:-1])
+    near = difflib.get_close_matches(place[-1], training_fields() if place[0] == "training" else keys, n=1)
+    far = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.75)
+    meant = [names[part] for part in parts if part in names]
+    meant += [".".join([*place[:-1], *near]) for _ in near] + [names[name] for name in far]
+    return f"{line} (did you mean {meant[0]}?)" if meant else f"{line}, expected one of {', '.join(keys)}"
 
 
 def of_a_word(line: str, words: typing.Sequence[str]) -> str | None:
     """Return a problem as that of the key=value of the command line that it is about; None where it is about none."""
     place, _, rest = line.partition(": ")
     for word in reversed(words):
-        key = word.partition("=")[0]
+        key, _, value = word.partition("=")
         told = key if len(word) > 100 or SECRET_NAME.search(key) or looks_like_secret(word) else word
         if f"{key}.".startswith(f"{place}."):
+            if meant := MEANT.search(rest):
+                field, implied = meant.groups()
+                right = field + implied * (value.lower() != "false") if implied else shlex.quote(f"{field}={value}")
+                rest = rest.replace(meant[0], right)
             return f"{told}: {rest}"
         if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line):
             return f"{told}: {line}"

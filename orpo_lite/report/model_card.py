@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import logging
 import shlex
@@ -49,12 +48,16 @@ RELATIONS = {"adapter": "adapter", "merged": "finetune", "gguf": "quantized"}
 LIBRARIES = {"adapter": "peft", "merged": "transformers", "gguf": "gguf"}
 
 
-def write_card(folder: RunFolder) -> None:
-    """Write README.md and its picture, curves.png, into a finished run folder."""
+def draw_picture(folder: RunFolder) -> None:
+    """Draw curves.png, the card's picture, into a finished run folder; a line says why where there is nothing to draw."""
     path = folder.path / "curves.png"
     path.unlink(missing_ok=True)
     if not draw_card_curves(read_run(folder), path):
         console.print("no curves.png: metrics.jsonl holds no metrics (training.logging_strategy, eval_strategy)")
+
+
+def write_card(folder: RunFolder) -> None:
+    """Write README.md into a finished run folder."""
     (folder.path / "README.md").write_text(model_card(folder.path), "utf-8")
 
 
@@ -348,8 +351,7 @@ def find_license(base: str, revision: str | None = None) -> dict[str, str] | Non
         revision: commit of a hub id.
     """
     if base.startswith(BUILTIN):
-        stated = importlib.metadata.metadata("orpo-lite")["License-Expression"]
-        return {"id": stated.lower(), "source": "orpo-lite, which ships it"} if stated else None
+        return {"id": "apache-2.0", "source": "orpo-lite, which ships it"}
     try:
         readme = Path(base).expanduser() / "README.md"
         if hub_id(base) is not None:

@@ -6,8 +6,7 @@ Recipe, arguments and local files are checked before torch is imported, so that 
 from __future__ import annotations
 
 import os
-import shlex
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.markup import escape
@@ -15,6 +14,7 @@ from rich.markup import escape
 from orpo_lite.common.console import errors, load, rank, refuse_sharding, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder
+from orpo_lite.common.text import next_command
 from orpo_lite.data.sources import is_local, local_files, open_source
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
@@ -46,6 +46,7 @@ def command(
         bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
     ] = False,
     force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU in this machine")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", help="print every derived number before training")] = False,
 ) -> None:
     """Train an adapter with ORPO as a recipe says."""
     if recipe is None:
@@ -60,8 +61,8 @@ def command(
     check_local_files(chosen)
     if not dry_run and rank() == 0 and is_locked(chosen.folder):
         lock_folder(chosen.folder)  # raises, and names the folder
-    again = shlex.join(["python", "-m", "orpo_lite.train", "--recipe", recipe, *(overrides or [])])
-    train(chosen, dry_run, resume_mode, plan, force, again)
+    again = next_command("train", "--recipe", recipe, *(overrides or []))
+    train(chosen, resume_mode, dry_run=dry_run, plan=plan, force=force, again=again, verbose=verbose)
 
 
 def check_local_files(recipe: Recipe) -> None:
@@ -74,7 +75,7 @@ def check_local_files(recipe: Recipe) -> None:
             open_source(source, split, None)  # raises, and says what was expected
 
 
-def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool, again: str) -> None:
+def train(recipe: Recipe, resume: Resume, **options: Any) -> None:
     """Import what training needs, and train; a signal ends the command as a shell expects."""
     load("orpo_lite.train.pipeline")
     from orpo_lite.train.pipeline import run, silence_other_ranks
@@ -84,7 +85,7 @@ def train(recipe: Recipe, dry_run: bool, resume: Resume, plan: bool, force: bool
     if rank():
         silence_other_ranks()
     try:
-        run(recipe, dry_run=dry_run, resume=resume, plan=plan, force=force, again=again)
+        run(recipe, resume=resume, **options)
     except Stopped as stop:
         raise typer.Exit(128 + stop.number) from None
     except RuntimeError as error:
@@ -97,7 +98,7 @@ def on_usage_error(arguments: list[str]) -> None:
     """Show how a field is written that was given as a flag, as other tools take it."""
     for word in arguments:
         name, _, value = word.removeprefix("--").replace("-", "_").partition("=")
-        for field in fields_by_name(Recipe).get(name, ()) if word.startswith("--") else ():
+        if word.startswith("--") and (field := fields_by_name(Recipe).get(name)):
             word = field if "=" in field else f"{field}={value or 'VALUE'}"
             errors.print(f"a recipe's field is a word without dashes: {escape(word)}", soft_wrap=True)
 

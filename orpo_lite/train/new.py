@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import json
 import math
-import shlex
 import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -16,7 +15,7 @@ import yaml
 from orpo_lite.common.console import console, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
-from orpo_lite.common.text import visible
+from orpo_lite.common.text import counted, next_command, visible
 from orpo_lite.plan.gpus import Card, card_here, find_cards
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import apply_override, check_model_path
@@ -127,16 +126,18 @@ def command(
     path = output_path(output or Path(f"{draft.content['name']}.yaml"))
     pairs = choose(draft, card_for(gpu))
     from orpo_lite.data.__main__ import print_report
+    from orpo_lite.evaluate.held_out import too_few
 
-    name = shlex.quote(str(path))
-    commands = f"  orpo-lite data --recipe {name}\n  orpo-lite train --recipe {name}"
+    commands = "\n".join(f"  {next_command(name, '--recipe', path)}" for name in ("data", "train"))
     write_atomically(
         path, draft.text(f"{data} for {model}, written by `orpo-lite new`. Look first, then train:\n{commands}")
     )
     print_report(pairs.report, pairs.shapes, pairs, [], list_drops=False, as_json=False, findings=[], fixed=None)
-    console.print(
-        f"\nwritten: {path}, with the reason for each choice\nnext:\n{commands}", soft_wrap=True, markup=False
-    )
+    if warning := too_few(len(pairs.eval) if pairs.eval else 0):
+        console.print(f"[bold yellow]warning:[/] {warning}")
+    needs = draft.content["needs"]
+    console.print(f"\nplanned: {needs}" if needs else "\nno card was planned for: name one with --gpu", markup=False)
+    console.print(f"written: {path}, with the reason for each choice\nnext:\n{commands}", soft_wrap=True, markup=False)
 
 
 def output_path(path: Path) -> Path:
@@ -299,7 +300,7 @@ def length_for(tokens: np.ndarray, places: int | None) -> tuple[int, str]:
     model = ", the model's longest" if places and limit > places else ""
     limit = min(limit, places or limit)
     cut = int((tokens > limit).sum())
-    longer = f"{cut:,} of {len(tokens):,} pairs are longer and dropped (data.overlong: truncate cuts them)"
+    longer = f"{cut:,} of {counted(len(tokens), 'pair')} {'is' if cut == 1 else 'are'} longer and dropped (data.overlong: truncate cuts them)"
     cuts = longer if cut else "nothing is cut"
     why = f"the longest prompt with an answer has {top:,} tokens, 99 of 100 have at most {high:,}{model}; {cuts}"
     return limit, why
@@ -312,9 +313,7 @@ def choose_steps(draft: Draft, pairs: int, size: int, card: Card | None) -> None
     if pairs * share < fewest:
         share = min(0.2, math.ceil(100 * fewest / pairs) / 100) if pairs > 1 else 0.0
     if not draft.content["data"].get("eval"):
-        some = (
-            f"some {min(round(pairs * share), most)} pairs are held out, by prompt; data.eval would name a file of them"
-        )
+        some = f"about {counted(min(round(pairs * share), most), 'pair')} held out, by prompt; data.eval would name a file of them"
         draft.choose("data.eval_fraction", share, some)
         if pairs * share > most:
             draft.choose("data.max_eval_rows", most, "more would cost time at each evaluation, and tell little more")
@@ -331,7 +330,7 @@ def choose_steps(draft: Draft, pairs: int, size: int, card: Card | None) -> None
         ("training.learning_rate", rate, f"where to start for {count(size)} parameters; tune it first: half to four times as much"),
         ("training.lr_scheduler_type", "cosine", ""),
         ("training.warmup_steps", 0.1, "a tenth of all steps"),
-        ("training.num_train_epochs", epochs, f"of {steps:,} steps; more where they are few, up to {MOST_EPOCHS}"),
+        ("training.num_train_epochs", epochs, f"of {counted(steps, 'step')}; more where they are few, up to {MOST_EPOCHS}"),
         ("training.per_device_train_batch_size", batch if tiny else "auto", "the whole step: the model is tiny" if tiny else auto),
         ("training.gradient_accumulation_steps", 1 if tiny else batch,
          f"{batch} pairs a step: 8 for few pairs, 16 from 1,000 and 32 from 20,000 on"),
@@ -371,7 +370,7 @@ def fit_card(draft: Draft, card: Card, lengths: Lengths) -> None:
         if not recipe.plans_batches or place not in ("orpo.tokens_per_batch", "memory.checkpointing"):
             draft.choose(place, yaml.safe_load(value), reasons.get(place, ""))
     if "needs" not in draft.why:
-        draft.content["needs"] = needs
+        draft.content["needs"] = f"{needs}: {counted(found.pairs, 'pair')} of the longest at once, {found.layers}"
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
-from orpo_lite.common.files import disk_of
+from orpo_lite.common.files import check_mounted, disk_of
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.model import BaseFacts, attach_adapter, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
@@ -30,7 +30,7 @@ from orpo_lite.model.base import local_device
 from orpo_lite.model.tokenizer import check_variables
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import printout
-from orpo_lite.train.results import finish, measure_before, measure_held_out, record_of
+from orpo_lite.train.results import finish, measure_before, measure_held_out, record_of, rescued, save_weights
 from orpo_lite.trainer import distributed
 from orpo_lite.trainer.callbacks import Figures, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
@@ -60,6 +60,7 @@ def run(
     plan: bool = False,
     force: bool = False,
     again: str = "",
+    verbose: bool = False,
 ) -> Run | None:
     """Train what the recipe says and write the run folder.
 
@@ -69,6 +70,7 @@ def run(
         plan: predict the memory on the CPU as well; on a GPU it always is.
         force: start even what cannot fit the GPU.
         again: the command line that asked for this run, for messages that say what to type next.
+        verbose: print every derived number.
 
     Returns:
         The finished run, or None after a dry run.
@@ -99,25 +101,32 @@ def run(
             trainer = ORPOTrainer(model, args, None, pairs.train, pairs.eval, tokenizer)
         if dry_run:
             connect(trainer, recipe, pairs, None)
-            printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, None)
+            printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, None, verbose)
             printout.dry_run_step(trainer)
             return None
         # without what was planned: resumed on another card, it is planned anew
         kept = asked.model_copy(update={"model": recipe.model})
         folder = on_first_process(lambda: RunFolder.create(kept, resume, args.world_size))
         stack.callback(folder.unlock)
-        disk = disk_of(folder.path)
+        disk, first = disk_of(folder.path), trainer.is_world_process_zero()
         connect(trainer, recipe, pairs, folder)
-        printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, folder)
+        printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, folder, verbose)
 
         before = measure_before(folder, recipe, trainer, pairs, tokenizer)
         outcome = train(trainer, folder)
+        if first:  # before anything else can fail
+            with rescued(folder, trainer, tokenizer):
+                check_mounted(folder.path, disk)
+                save_weights(folder.path, trainer, tokenizer)
         after = measure_held_out(recipe, trainer, pairs, tokenizer, before)
 
         record = record_of(recipe, pairs, base, trainer, before, after, planned, outcome.metrics)
         record.total_seconds = round(time.monotonic() - started, 3)
-        if trainer.is_world_process_zero():
-            finish(folder, record, trainer, tokenizer, disk, {"before": before.pairs, "after": after.pairs})
+        if first:
+            with rescued(folder, trainer, tokenizer):
+                check_mounted(folder.path, disk)
+                finish(folder, record, {"before": before.pairs, "after": after.pairs, "beta": trainer.args.beta})
+            printout.print_finished(folder, record)
     return Run(folder.path, record)
 
 

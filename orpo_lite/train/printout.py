@@ -7,12 +7,11 @@ from typing import TYPE_CHECKING
 
 import torch.distributed
 from rich.markup import escape
-from rich.table import Table
 
 from orpo_lite.common.console import console, errors, peak_memory_bytes
-from orpo_lite.common.text import duration, format_gb
+from orpo_lite.common.text import at_words, counted, duration, format_gb, next_command
 from orpo_lite.data.dropped_rows import WITHOUT_TEMPLATE
-from orpo_lite.evaluate.held_out import show
+from orpo_lite.evaluate.held_out import show, too_few
 from orpo_lite.model import BaseFacts, trainable_share
 from orpo_lite.trainer.checkpoint_folder import newest_good
 from orpo_lite.trainer.health import NonFinite
@@ -25,8 +24,8 @@ if TYPE_CHECKING:
     from orpo_lite.trainer.run_folder import RunFolder
     from orpo_lite.trainer.trainer import ORPOTrainer
 
-FEW = 20
-"""Held-out pairs below which an accuracy is known to 20 points at best."""
+SHOWN = ("rewards/accuracies", "rewards/margins", "nll_loss")
+"""Metrics that a run prints; run.json has all."""
 
 
 def print_plan_of_run(
@@ -36,43 +35,51 @@ def print_plan_of_run(
     trainer: ORPOTrainer,
     checkpointing: int | None,
     folder: RunFolder | None,
+    verbose: bool,
 ) -> None:
-    """Print every derived number before anything is spent."""
+    """Print what a run does before anything is spent; if `verbose`, every derived number."""
     trainable, total = trainable_share(trainer.model)
     held_out = len(pairs.eval) if pairs.eval is not None else 0
     means = "the optimizer step" if recipe.orpo.nll_mean == "window" else "the micro-batch"
+    kept, *remarks = (line.strip() for line in str(pairs.report).splitlines())
+    model, *loaded = (line.removeprefix("base: ") for line in base.sentences)
+    template = [WITHOUT_TEMPLATE] if WITHOUT_TEMPLATE in pairs.report.notes else []
     rows = [
-        ("recipe", f"{recipe.name}: {recipe.description}" if recipe.description else recipe.name),
+        ("recipe", recipe.name),
         ("run folder", describe_folder(folder)),
-        *[("", note) for note in (folder.notes if folder else ())],
-        *[("" if n else "base model", line.removeprefix("base: ")) for n, line in enumerate(base.sentences)],
-        ("adapter", describe_adapter(recipe.adapter)),
-        ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
-        ("data", f"{len(pairs.train):,} training pairs, {held_out:,} held out"),
-        *[("", line) for line in str(pairs.report).splitlines()],
-        ("layout", f"{trainer.layout.name}: {trainer.layout.why}"),
-        ("kernels", trainer.kernels),
-        ("loss", f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over {means}"),
-        ("batch", describe_batch(trainer)),
-        *describe_processes(trainer),
+        *(("", note) for note in (folder.notes if folder else ())),
+        ("base model", model.partition(";")[0]),
+        ("adapter", f"{describe_adapter(recipe.adapter)}: {trainable:,} parameters"),
+        ("data", f"{counted(len(pairs.train), 'training pair')}, {held_out:,} held out"),
+        *(("", line) for line in [kept, *remarks] if remarks and WITHOUT_TEMPLATE not in line),
         ("steps", describe_steps(trainer, len(pairs.train))),
-        ("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers")),
     ]
-    table = Table(box=None, show_header=False, pad_edge=False)
-    table.add_column(style="bold")
+    if verbose:
+        schedule, optimizer = (
+            str(getattr(one, "value", one)) for one in (trainer.args.lr_scheduler_type, trainer.args.optim)
+        )
+        rows += [
+            *(("loaded", line) for line in (model, *loaded)),
+            ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
+            ("rows", kept),
+            ("layout", f"{trainer.layout.name}: {trainer.layout.why}"),
+            ("kernels", trainer.kernels),
+            ("loss", f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over {means}"),
+            ("batch", describe_batch(trainer)),
+            ("optimizer", f"{optimizer}, {schedule} schedule"),
+            ("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers")),
+        ]
+    indent = " " * (2 + max(len(name) for name, _ in rows))
     for name, value in rows:
-        table.add_row(name, escape(str(value)))
-    console.print(table)
-    if WITHOUT_TEMPLATE in pairs.report.notes:
-        warn(WITHOUT_TEMPLATE)
-    if 0 < held_out < FEW:
-        are = "pair is" if held_out == 1 else "pairs are"
-        warn(f"{held_out} held-out {are} too few to tell a change from chance: raise data.eval_fraction, or name a file in data.eval")  # fmt: skip
+        text = at_words(str(value), indent, console.width)
+        console.print(f"[bold]{name:<{len(indent)}}[/]{escape(text[len(indent) :])}", soft_wrap=True)
+    for text in [*template, *filter(None, [too_few(held_out)])]:
+        warn(text)
 
 
 def warn(text: str) -> None:
     """Print a warning."""
-    console.print(f"[bold yellow]warning:[/] {escape(text)}", soft_wrap=True)
+    console.print(f"[bold yellow]warning:[/] {escape(text)}")
 
 
 def describe_folder(folder: RunFolder | None) -> str:
@@ -83,29 +90,23 @@ def describe_folder(folder: RunFolder | None) -> str:
 
 
 def describe_batch(trainer: ORPOTrainer) -> str:
-    """Describe how many pairs an optimizer step takes, and how they are split."""
+    """Describe how the pairs of an optimizer step are split."""
     args, accumulation = trainer.args, trainer.accumulation_steps
-    batch = trainer.get_total_train_batch_size(args)
+    on = counted(args.world_size, "process")
+    if args.world_size > 1:
+        on += f" by ddp over {torch.distributed.get_backend()}, the pairs of each step distributed by cost"
     if args.tokens_per_batch:
-        return f"{batch} pairs a step, in micro-batches of at most {args.tokens_per_batch:,} tokens, on {args.world_size} processes"  # fmt: skip
-    each = batch // args.world_size // accumulation
-    return f"{each} pairs x {accumulation} accumulation x {args.world_size} processes = {batch} pairs a step"
-
-
-def describe_processes(trainer: ORPOTrainer) -> list[tuple[str, str]]:
-    """Describe the processes of a run, if there are several."""
-    if trainer.args.world_size == 1:
-        return []
-    how = f"{trainer.args.world_size} by ddp over {torch.distributed.get_backend()}"
-    return [("processes", f"{how}, the pairs of each step distributed by cost")]
+        return f"micro-batches of at most {counted(args.tokens_per_batch, 'token')}, on {on}"
+    each = trainer.get_total_train_batch_size(args) // args.world_size // accumulation
+    return f"{counted(each, 'pair')} x {accumulation} accumulation x {on}"
 
 
 def describe_steps(trainer: ORPOTrainer, pairs: int) -> str:
-    """Describe steps, epochs, learning rate and optimizer."""
-    args, steps = trainer.args, total_steps(trainer)
-    epochs = steps / math.ceil(max(1, pairs) / trainer.get_total_train_batch_size(args))
-    schedule, optimizer = (str(getattr(one, "value", one)) for one in (args.lr_scheduler_type, args.optim))
-    return f"{steps:,} ({epochs:.2f} epochs), learning rate {args.learning_rate:g}, {schedule} schedule, {optimizer}"
+    """Describe steps, epochs and learning rate."""
+    steps, batch = total_steps(trainer), trainer.get_total_train_batch_size(trainer.args)
+    epochs = steps / math.ceil(max(1, pairs) / batch)
+    each = counted(batch, "pair")
+    return f"{steps:,} of {each} ({epochs:.2f} epochs), learning rate {trainer.args.learning_rate:g}"
 
 
 def total_steps(trainer: ORPOTrainer) -> int:
@@ -143,36 +144,35 @@ def print_stopped(folder: RunFolder, why: BaseException, step: int) -> None:
 
 
 def print_finished(folder: RunFolder, record: RunRecord) -> None:
-    """Print results, sample answers, and what to type next."""
+    """Print results, a sample answer, and what to type next."""
     before, after = record.evaluation("before"), record.evaluation("after")
+    first, last = record.samples["before"], record.samples["after"]
+    styles = [f"{rule['chosen']:.0%}" for when in ("before", "after") if (rule := record.rule.get(when))]
     console.print()
     if before and after:
-        show({"before": before, "after": after})
-    first, last = record.samples["before"], record.samples["after"]
-    old, new = record.rule["before"], record.rule["after"]
-    if old and new:
-        count = f"{len(last)} held-out prompts"
-        console.print(
-            f"greedy answers in the chosen style: {old['chosen']:.0%} before, {new['chosen']:.0%} after ({count})"
-        )
-    for one, other in list(zip(first, last, strict=True))[:3]:
-        console.print(f"\n[dim]{escape(one.prompt[-300:])}[/]")
-        console.print(f"  [bold]before[/] {escape(one.answer[:300])}")
-        console.print(f"  [bold]after [/] {escape(other.answer[:300])}")
+        show({"before": before, "after": after}, SHOWN, **{"answers in the chosen style": styles} if styles[1:] else {})
+    two = zip(first, last, strict=False)
+    for one, other in sorted(two, key=lambda pair: pair[0].answer == pair[1].answer)[:1]:
+        console.print(f"[dim]{escape(brief(one.prompt[-300:]))}[/]")
+        console.print(f"  [bold]before[/] {escape(brief(one.answer))}\n  [bold]after [/] {escape(brief(other.answer))}")
     found = [f"{one.kind} (step {one.step})" for one in record.warnings]
     if record.overflow_steps:
-        found.append(f"{record.overflow_steps} fp16 overflows")
+        found.append(counted(record.overflow_steps, "fp16 overflow"))
     if found:
-        console.print(f"\n[bold]warnings during training:[/] {', '.join(found)}; run.json has them in full")
-    peak, merged = format_gb(record.peak_memory_bytes or 0, 2), folder.path.with_name(f"{folder.path.name}-merged")
+        console.print(f"[bold]warnings during training:[/] {', '.join(found)}; run.json has them in full")
     console.print(
-        f"\n{record.steps} steps in {duration(record.train_seconds or 0)} ({record.pairs_per_second or 0:.1f} pairs/s), peak memory "
-        f"{peak} {record.held_by}. {folder.path} holds the adapter ({record.adapter}).\nNext:",
-        markup=False,
+        f"{counted(record.steps or 0, 'step')} in {duration(record.train_seconds or 0)} ({record.pairs_per_second or 0:.1f} "
+        f"pairs/s), peak memory {format_gb(record.peak_memory_bytes or 0, 2)} {record.held_by.partition(',')[0]}"
     )
+    merged = folder.path.with_name(f"{folder.path.name}-merged")
     console.print(
-        f"  open {folder.path / 'report.html'} in a browser\n  python -m orpo_lite.evaluate {folder.path}\n"
-        f"  python -m orpo_lite.merge {folder.path} --output {merged}",
+        f"{folder.path}: the adapter ({record.adapter}) and report.html\nnext:\n  {next_command('chat', folder.path)}\n"
+        f"  {next_command('merge', folder.path, '--output', merged)}",
         soft_wrap=True,
         markup=False,
     )
+
+
+def brief(text: str) -> str:
+    """Return the beginning of a text in one line."""
+    return " ".join(text.split())[:150] or "(ended at once)"

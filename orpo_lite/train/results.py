@@ -7,24 +7,25 @@ import itertools
 import json
 import platform
 import tempfile
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate.utils import gather_object
+from rich.markup import escape
 
 from orpo_lite.common.console import console, peak_memory_bytes, progress
-from orpo_lite.common.files import check_mounted, disk_trouble, write_atomically
-from orpo_lite.common.text import format_gb
+from orpo_lite.common.files import disk_trouble, write_atomically
+from orpo_lite.common.text import counted, format_gb
 from orpo_lite.data import Pairs
 from orpo_lite.evaluate.held_out import evaluate, rule_shares
 from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
 from orpo_lite.report import write_report
-from orpo_lite.report.model_card import find_license, hub_id, write_card
-from orpo_lite.train import printout
+from orpo_lite.report.model_card import draw_picture, find_license, hub_id, write_card
 from orpo_lite.trainer.generate import answer, score_answers
 from orpo_lite.trainer.interruptions import named
 from orpo_lite.trainer.run_folder import RunFolder
@@ -46,33 +47,57 @@ class HeldOut:
     """logps/chosen and logps/rejected of every pair, in the order of evaluation, which is the same each time."""
 
 
+@contextlib.contextmanager
+def alone(what: str, trained: bool = True) -> Iterator[None]:
+    """Do inside what a trained model can do without: an error is a line that says what is missing and why.
+
+    Args:
+        trained: there is a trained model; without it the error is raised.
+    """
+    try:
+        yield
+    except Exception as error:
+        if not trained:
+            raise
+        why = f"{type(error).__name__}: {error}".splitlines()[0]
+        console.print(f"[bold yellow]missing:[/] {what} ({escape(why)})")
+
+
 def measure_held_out(
     recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any, before: HeldOut | None = None
 ) -> HeldOut:
     """Measure metrics, sample answers and every pair of the model as it stands.
 
     Args:
-        before: results before training, whose answers are scored once more: logp_trained, log_odds_trained.
+        before: results before training, whose answers are scored once more: logp_trained, log_odds_trained. With them,
+            what fails is left out.
     """
+    found = HeldOut()
     if pairs.eval is None:
-        return HeldOut()
+        return found
     model = trainer.unwrapped()
     if trainer.is_world_process_zero():
         count = min(recipe.evaluation.samples, len(pairs.eval))
-        answers = f", {count:,} answers of at most {recipe.evaluation.max_new_tokens:,} tokens" if count else ""
-        console.print(f"measuring the {'adapter' if before else 'base'}: {len(pairs.eval):,} held-out pairs{answers}")
-    with named("evaluating"):
-        metrics = evaluate(trainer)
-    places = {name: COLUMNS.index(name) for name in ("logps/chosen", "logps/rejected")}
-    # six digits: more than float32 holds
-    each = {name: [float(f"{p:.6g}") for p in trainer.predictions[:, i].tolist()] for name, i in places.items()}
+        longest = counted(recipe.evaluation.max_new_tokens, "token")
+        answers = f", {counted(count, 'answer')} of at most {longest}" if count else ""
+        what = "adapter" if before else "base"
+        console.print(f"measuring the {what}: {counted(len(pairs.eval), 'held-out pair')}{answers}")
+    trained = before is not None and trainer.args.world_size == 1  # processes would wait for one that failed
+    with alone("metrics of the held-out pairs", trained), named("evaluating"):
+        found.metrics = evaluate(trainer)
+        places = {name: COLUMNS.index(name) for name in ("logps/chosen", "logps/rejected")}
+        # six digits: more than float32 holds
+        found.pairs = {
+            name: [float(f"{p:.6g}") for p in trainer.predictions[:, i].tolist()] for name, i in places.items()
+        }
     with (
+        alone("sample answers", trained),
         named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
         autocast(model),
     ):
-        samples = answer_shared(trainer, model, tokenizer, pairs.eval, recipe)
-        score_answers(trainer, pairs.eval, samples, before.samples if before else [])
-    return HeldOut(metrics, samples, each)
+        found.samples = answer_shared(trainer, model, tokenizer, pairs.eval, recipe)
+        score_answers(trainer, pairs.eval, found.samples, before.samples if before else [])
+    return found
 
 
 def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, recipe: Recipe) -> list[dict[str, Any]]:
@@ -120,9 +145,8 @@ def record_of(
     args, device, sides = trainer.args, trainer.args.device, {"before": before, "after": after}
     trainable, total = trainable_share(trainer.model)
     name, revision = recipe.model.name_or_path, recipe.model.revision
-    facts = {
+    facts: dict[str, Any] = {
         "name": recipe.name,
-        "versions": versions(),
         "device": torch.cuda.get_device_name(device)
         if device.type == "cuda"
         else f"{device.type} ({platform.machine()}, {torch.get_num_threads()} threads)",
@@ -133,7 +157,6 @@ def record_of(
             "revision": revision,
             "commit": base.revision,
             "hub_id": hub_id(name),
-            "license": find_license(name, base.revision or revision),
             "quantization": base.quantization,
             "dtype": str(base.precision.dtype).removeprefix("torch."),
             "facts": base.sentences,
@@ -145,7 +168,6 @@ def record_of(
             "eval_pairs": len(pairs.eval) if pairs.eval is not None else 0,
             "drops": pairs.report.as_dict(),
         },
-        "probe": probe_rows(pairs),
         "layout": trainer.layout._asdict() | {"attention": trainer.layout.attention.name},
         "kernels": trainer.kernels,
         "parameters": {"trainable": trainable, "total": total},
@@ -154,7 +176,6 @@ def record_of(
         "train_seconds": round(trainer.train_seconds, 3),
         "pairs_per_second": round(metrics["train_samples_per_second"], 3),
         "peak_memory_bytes": peak_memory_bytes(device),
-        "plan": memory_facts(planned, device),
         "out_of_memory": {"training": trainer.micro_limit.ooms, "evaluation": trainer.eval_limit.ooms},
         "warnings": trainer.health.warnings,
         "overflow_steps": trainer.guard.overflows,
@@ -164,8 +185,17 @@ def record_of(
             when: [{key: value for key, value in sample.items() if key != "ids"} for sample in one.samples]
             for when, one in sides.items()
         },
-        "rule": {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in sides.items()},
     }
+    with alone("versions in run.json"):
+        facts["versions"] = versions()
+    with alone("license of the base in run.json"):
+        facts["base_model"]["license"] = find_license(name, base.revision or revision)
+    with alone("rows in run.json on which a merge is checked"):
+        facts["probe"] = probe_rows(pairs)
+    with alone("memory in run.json"):
+        facts["plan"] = memory_facts(planned, device)
+    with alone("styles of the answers in run.json"):
+        facts["rule"] = {when: rule_shares(one.samples, recipe.evaluation.rule) for when, one in sides.items()}
     return RunRecord.model_validate(facts)
 
 
@@ -208,57 +238,48 @@ def memory_facts(plan: Plan | None, device: torch.device) -> dict[str, Any] | No
 # ---- the finished folder -----------------------------------------------------------------------------------------
 
 
-def finish(
-    folder: RunFolder,
-    record: RunRecord,
-    trainer: ORPOTrainer,
-    tokenizer: Any,
-    disk: int,
-    pairs: dict[str, Any],
-) -> None:
-    """Write the files of a finished run; if its folder cannot be written, save the adapter in a temporary one.
-
-    Args:
-        disk: the file system that the folder was on when training began.
-        pairs: every held-out pair before and after, for held_out.json.
+@contextlib.contextmanager
+def rescued(folder: RunFolder, trainer: ORPOTrainer, tokenizer: Any) -> Iterator[None]:
+    """Write into the run folder inside; if its disk fails, the adapter goes elsewhere.
 
     Raises:
         OSError: the folder cannot be written; the message says where the adapter is.
     """
-    model, facts = trainer.unwrapped(), record.model_dump()
-
-    def weights(path: Path) -> None:
-        save_adapter(model, path)
-        tokenizer.save_pretrained(path)
-
     try:
-        check_mounted(folder.path, disk)
-        weights(folder.path)
-        folder.write(facts | {"finished": False})
-        if pairs["before"] and pairs["after"]:
-            write_atomically(folder.path / "held_out.json", json.dumps(pairs | {"beta": trainer.args.beta}))
-        report(folder)
-        folder.write(facts)
-        folder.before.unlink(missing_ok=True)
+        yield
     except Exception as error:
         if not (trouble := disk_trouble(error)):
             raise
         rescue = Path(tempfile.mkdtemp(prefix="orpo_lite-"))
-        weights(rescue)
+        save_weights(rescue, trainer, tokenizer)
         raise OSError(
             f"{folder.path} cannot be written ({trouble}): training is done, and the adapter is in {rescue}; copy it, or make "
             f"room and run again with --recipe {folder.path} --resume"
         ) from None
-    printout.print_finished(folder, record)
+
+
+def save_weights(path: Path, trainer: ORPOTrainer, tokenizer: Any) -> None:
+    """Write adapter and tokenizer."""
+    save_adapter(trainer.unwrapped(), path)
+    tokenizer.save_pretrained(path)
 
 
 @progress("writing report and model card")
-def report(folder: RunFolder) -> None:
-    """Write report.html and the model card with its picture; what cannot be made is reported, and does not fail the run."""
-    try:
+def finish(folder: RunFolder, record: RunRecord, pairs: dict[str, Any]) -> None:
+    """Write what a finished run holds beside its adapter: run.json, held_out.json, the report and the card.
+
+    Args:
+        pairs: every held-out pair before and after and beta, for held_out.json.
+    """
+    facts = record.model_dump()
+    folder.write(facts | {"finished": False})
+    if pairs["before"] and pairs["after"]:
+        write_atomically(folder.path / "held_out.json", json.dumps(pairs))
+    with alone("report.html"):
         write_report(folder)
+    with alone("curves.png, the card's picture"):
+        draw_picture(folder)
+    with alone("README.md, the model card"):
         write_card(folder)
-    except Exception as error:
-        if disk_trouble(error):
-            raise
-        console.print(f"report.html or README.md could not be written: {type(error).__name__}: {error}", markup=False)
+    folder.write(facts)
+    folder.before.unlink(missing_ok=True)

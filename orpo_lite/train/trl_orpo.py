@@ -202,7 +202,7 @@ def main(words: Sequence[str]) -> None:
         recipe = recipe_of(script, args, model)
         check_local_files(recipe)
         again = shlex.join(["python", "-m", "orpo_lite.compat.trl_orpo", *words])
-        train(recipe, False, asked == "true", False, False, again)
+        train(recipe, asked == "true", again=again)
 
 
 def start(**_: Any) -> None:

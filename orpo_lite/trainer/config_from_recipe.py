@@ -73,7 +73,8 @@ def arguments(
         console.print(f"training.optim: {optim} needs a CUDA device: adamw_torch is used here", markup=False)
         training["optim"] = "adamw_torch"
     for name in SET_BY_OTHER_SECTIONS:
-        training.pop(name, None)
+        if training.pop(name, None):
+            console.print(f"training.{name} has no effect: model.dtype and memory.checkpointing decide", markup=False)
     ours: dict[str, Any] = recipe.orpo.model_dump() | {  # its fields have ORPOConfig's names
         # on a CPU, accelerate's autocast is for float32 weights, and ORPOTrainer has its own for a base in 16 bits
         "bf16": facts.precision.bf16 and not (recipe.adapter and default_device().type == "cpu"),

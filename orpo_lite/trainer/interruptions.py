@@ -19,6 +19,7 @@ from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
+from orpo_lite.common.text import counted
 from orpo_lite.data.collate import pair_tokens, select_pairs
 from orpo_lite.data.step_batches import micro_batches
 from orpo_lite.trainer.health import listed, located
@@ -152,7 +153,7 @@ class Limit:
             )
         self.max_size = max(1, tokens // 2 if self.by_tokens else (count + 1) // 2)
         self.ooms.append({"step": step, "tokens": tokens, "pairs": count, "most": self.max_size})
-        unit = f"{self.max_size:,} tokens" if self.by_tokens else f"{self.max_size} pair{'s' * (self.max_size != 1)}"
+        unit = counted(self.max_size, "token" if self.by_tokens else "pair")
         logger.warning(
             "out of memory in %s, with %s tokens in %d pairs at once (%s): repeated, and continued, with at most %s at once. "
             "No pair is lost or trained on twice, and means are over the same pairs",

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias, TypeVar
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, ValidationError, with_config
 from typing_extensions import TypedDict
 
+from orpo_lite import __version__
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked
 from orpo_lite.common.text import counted, shown
@@ -307,13 +308,12 @@ def validated(kind: type[T], content: Any, path: Path) -> T:
 
 # ---- what several of its readers and writers say -----------------------------------------------------------------------
 
-PACKAGES = ("orpo-lite", "torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes",
-            "liger-kernel")  # fmt: skip
+PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "liger-kernel")
 
 
 def versions() -> dict[str, str | None]:
-    """Return the versions of the packages that shape a run, None for one that is not installed, and Python's."""
-    found: dict[str, str | None] = dict.fromkeys(PACKAGES)
+    """Return our version, those of the packages that shape a run, None for one that is not installed, and Python's."""
+    found: dict[str, str | None] = {"orpo-lite": __version__} | dict.fromkeys(PACKAGES)
     for name in PACKAGES:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             found[name] = importlib.metadata.version(name)

@@ -494,7 +494,7 @@ def test_turns_that_the_template_leaves_out_are_counted() -> None:
         "{% for m in messages %}", "{% for m in messages if m.role in ('user', 'assistant') %}"
     )
     _, report = tokenize([row], tiny_tokenizer(CHATML, only_known, eos="<|im_end|>"))
-    assert any(note.startswith("1 pairs have a turn before the answer") for note in report.notes)
+    assert any(note.startswith("1 pair has a turn before the answer") for note in report.notes)
     _, report = tokenize([row | {"prompt": [user("How many?")]}], tiny_tokenizer(CHATML, only_known, eos="<|im_end|>"))
     assert not any("turn before the answer" in note for note in report.notes)
 
@@ -504,7 +504,7 @@ def test_a_developer_turn_is_a_system_turn_where_the_template_knows_no_other() -
             for role in ("developer", "system")]  # fmt: skip
     tokenizer = tokenizer_of("qwen3")
     (one, said), (other, _) = (tokenize([row], tokenizer) for row in rows)
-    assert one.to_list() == other.to_list() and any("have a developer turn" in note for note in said.notes)
+    assert one.to_list() == other.to_list() and any("has a developer turn" in note for note in said.notes)
     merged, _ = tokenize(rows[:1], tokenizer_of("gemma-2"), system="merge")
     assert "Be brief.\n\nHow many?" in tokenizer_of("gemma-2").decode(merged[0]["chosen_ids"])
     assert not any("developer" in note for note in tokenize(rows[:1], tokenizer_of("gpt-oss"))[1].notes)

@@ -84,7 +84,9 @@ def test_the_case_is_told_by_row(case: Path, template: bool) -> None:
     assert len(pairs.train) == 17
     [note] = [note for note in pairs.report.notes if "contradiction" in note]
     assert (
-        "4 exact duplicates and 2 contradictions" in note and "--fix FILE" in note and "data.deduplicate=true" in note
+        "4 pairs (exact duplicates) and 4 pairs (contradictions)" in note
+        and "--fix FILE" in note
+        and "data.deduplicate=true" in note
     )
 
 
@@ -110,10 +112,12 @@ def test_the_command_shows_and_fixes_the_case(run: Any, case: Path, tmp_path: Pa
         "exact duplicates: 4 pairs (23.5%): row 10 and row 0, row 11 and row 1, row 12 and row 2, row 13 and row 3"
         in text
     )
-    assert "contradictions: 2 pairs (11.8%): row 14 and row 4, row 15 and row 5" in text
-    assert "near duplicates: 1 pairs (5.9%): row 16 and row 7" in text
+    assert "contradictions: 4 pairs (23.5%): row 14 and row 4, row 15 and row 5" in text
+    assert "near duplicates: 1 pair (5.9%): row 16 and row 7" in text
     assert "'shorter wins' is right in 88% of those that differ, where chance is 50% ± 30%" in text
     assert "checked, nothing found: refusals" in text
+    assert "--fix FILE" not in text and text.endswith(f"next: python -m orpo_lite.data --recipe quickstart data.eval=null "
+                                                      f"data.eval_fraction=0 data.train={fixed}")  # fmt: skip
     assert f"wrote 8 rows to {fixed}, and to {fixed}.changes.jsonl those left out: 4 " in text
 
     given = case.read_text("utf-8").splitlines()
@@ -450,7 +454,7 @@ def test_fix_works_where_a_run_is_refused(run: Any, tmp_path: Path) -> None:  # 
     path, fixed = write_jsonl(tmp_path / "bad.jsonl", given), tmp_path / "fixed.jsonl"
     words = (f"data.train={path}", "data.eval=null", "data.eval_fraction=0", "--examples", "0")
     status, out, _ = run(*words, "--fix", str(fixed))
-    assert status == 0 and "wrote 1 rows to" in out and json.loads(fixed.read_text("utf-8")) == given[0]
+    assert status == 0 and "wrote 1 row to" in out and json.loads(fixed.read_text("utf-8")) == given[0]
     path = write_jsonl(tmp_path / "none.jsonl", given[1:])
     assert run(f"data.train={path}", *words[1:], "--fix", str(tmp_path / "none-fixed.jsonl"))[0] == 2
     assert not (tmp_path / "none-fixed.jsonl").exists()

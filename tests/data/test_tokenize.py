@@ -323,8 +323,8 @@ def test_the_trainer_warns_only_where_rows_were_dropped_or_cut(caplog: pytest.Lo
     assert "train: 2 of 3 rows kept\n  dropped 1: empty or missing" in warned(
         [GOOD, GOOD, GOOD | {"chosen": None}], 1000
     )
-    assert "completion cut at the end in 1 pairs" in warned([GOOD, long], 120)
-    assert trainer.drop_reports["train"].remarks() == ["completion cut at the end in 1 pairs"]
+    assert "completion cut at the end in 1 pair" in warned([GOOD, long], 120)
+    assert trainer.drop_reports["train"].remarks() == ["completion cut at the end in 1 pair"]
 
 
 def test_template_kwargs_and_tools_reach_the_template() -> None:
@@ -339,7 +339,7 @@ def test_template_kwargs_and_tools_reach_the_template() -> None:
         [pair], _ = tokenize_rows(rows, tokenizer, TokenizeOptions(template_kwargs={"greeting": "Hello! "}))
         assert tokenizer.decode(pair["chosen_ids"]).startswith("<s>Hello! boil_egg <|im_start|>system")
     _, report = run([GOOD | {"tools": json.dumps(tools)}], TOKENIZERS["zephyr"]())
-    assert "1 rows have tools" in report.notes[0]
+    assert "1 row has tools" in report.notes[0]
 
 
 def test_mixed_tool_schemas_are_not_filled_with_nulls() -> None:

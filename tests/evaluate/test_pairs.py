@@ -89,7 +89,10 @@ def test_a_merged_model_and_a_bare_adapter_take_data(trained, tmp_path, capsys):
         assert model["model"][key] == pytest.approx(run["adapter"][key], abs=1e-4)
     evaluate.command(str(merged), data=held)
     told = " ".join(capsys.readouterr().out.split())
-    assert "chosen longer" in told and "reward accuracy by pairs model" in told
+    assert (
+        told.startswith(f"model: {merged}, a whole model 8 held-out pairs model reward accuracy")
+        and "8 held-out pairs tell little" in told
+    )
     with pytest.raises(RequestError, match="give --data FILE"):
         evaluate.command(str(merged))
 

@@ -255,7 +255,7 @@ ADAPTERS = [
     Case("run-pickle", run(damage=pickled(WEIGHTS, "adapter_model.bin")), "run/adapter_model.bin", "pickle",
          "weights_only=True"),
     Case("evaluate-data-gone", run("--data", "gone.jsonl"), "--data", "gone.jsonl: no such file", ".parquet"),
-    Case("evaluate-data-dropped", evaluated(b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), "--data: 1 of 1 rows",
+    Case("evaluate-data-dropped", evaluated(b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), "--data: 1 of 1 row",
          "chosen equal to rejected", "fix the data"),
     Case("report-of-no-run", lambda _: ["report", "gone"], "gone", "no recipe.yaml", "run folder"),
 ]  # fmt: skip

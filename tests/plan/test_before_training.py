@@ -179,7 +179,7 @@ def test_gpu_gb_fits_the_recipe_to_its_card(recipe, card, capsys):
     assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
     # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
     assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
-    assert "memory.gpu_gb=12: 8 of the longest pairs at once, none layers checkpointed" in capsys.readouterr().out
+    assert "memory.gpu_gb=12: 8 pairs of the longest at once, no layer checkpointed" in capsys.readouterr().out
     assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
 
 
@@ -203,7 +203,7 @@ def test_auto_takes_what_the_card_holds_and_keeps_the_pairs_of_a_step(recipe, ca
     for one in found.values():
         assert (one.pairs_at_once, one.training["gradient_accumulation_steps"]) == (1, 8)
     said = capsys.readouterr().out
-    assert "of the longest pairs at once" in said and "on Test Card" in said
+    assert "of the longest at once" in said and "on Test Card" in said
 
 
 def test_what_is_given_beside_auto_stays(recipe, lengths, card):

@@ -197,7 +197,7 @@ def test_the_command_says_what_auto_chooses_on_a_card(json_, written, capsys):
         told = json.loads(printed)
         assert told["cards"][0]["chosen"] == chosen and told["checkpointing"] == "no layer"
     else:
-        assert f"on 24 GB auto is 2 of the longest pairs at once, none layers checkpointed: {chosen}" in printed
+        assert f"on 24 GB auto is 2 pairs of the longest at once, no layer checkpointed: {chosen}" in printed
 
 
 def test_gpu_gb_says_which_card(written):

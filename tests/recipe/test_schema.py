@@ -369,7 +369,7 @@ def test_every_other_name_stands_for_a_field_and_is_none_itself():
         section, name = field.partition("=")[0].split(".")
         assert name in (training_fields() if section == "training" else content[section]), field
         for other in names:
-            assert fields_by_name(Recipe)[other] == [field], "one field for a name"
+            assert fields_by_name(Recipe)[other] == field, "one field for a name"
         word = field if "=" in field else None
         assert word is None or Recipe.load("quickstart", [word])
 

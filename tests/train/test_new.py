@@ -43,7 +43,7 @@ def new(tmp_path, monkeypatch, capfd):
     def call(rows, *words, command="new"):
         if rows is not None:
             Path("my.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), "utf-8")
-        monkeypatch.setattr(sys, "argv", [command, *(["my.jsonl"] if rows is not None else []), *words])
+        monkeypatch.setattr(sys, "argv", [f"orpo-lite {command}", *(["my.jsonl"] if rows is not None else []), *words])
         with pytest.raises(SystemExit) as stop:
             run_command(load(command))
         return int(stop.value.code or 0), *capfd.readouterr()
@@ -74,7 +74,7 @@ def test_what_it_prints_is_what_to_type_next_and_trains(new):
     assert (
         told.orpo.tokens_per_batch and told.memory.checkpointing == "none"
     )  # the model is tiny: the whole step at once
-    assert told.needs.endswith("12 GB, as planned")
+    assert "GB of 12 GB, as planned: 8 pairs of the longest at once, no layer checkpointed" in told.needs
     text = Path("quickstart-my.yaml").read_text("utf-8")
     for said in ("the run's name in its report", "outputs/<name>", "output_dir: FOLDER", "nothing is cut", *commands):
         assert said in " ".join(text.replace("#", "").split()) or said in text
@@ -83,7 +83,7 @@ def test_what_it_prints_is_what_to_type_next_and_trains(new):
         status, out, err = new(None, *words, command=command)
         assert status == 0 and "dropped 0" not in out, err
     assert Path("outputs/quickstart-my/run.json").is_file()
-    assert "32 training pairs, 8 held out" in out and "40 of 40 rows kept" in out
+    assert "32 training pairs, 8 held out" in out and "steps of" not in out
 
 
 def test_nothing_is_written_over(new):
@@ -176,9 +176,9 @@ def test_names_that_are_no_plain_words_and_given_fields_come_back_as_they_are(ne
         ([44], None, 64, "nothing is cut"),
         ([64] * 9, None, 64, "nothing is cut"),
         (range(1, 1001), None, 1024, "nothing is cut"),
-        ([*[500] * 999, 9000], None, 512, "1 of 1,000 pairs are longer and dropped"),
+        ([*[500] * 999, 9000], None, 512, "1 of 1,000 pairs is longer and dropped"),
         ([*[500] * 999, 700], None, 704, "nothing is cut"),
-        ([300, 5000], 4096, 4096, "the model's longest; 1 of 2 pairs are longer"),
+        ([300, 5000], 4096, 4096, "the model's longest; 1 of 2 pairs is longer"),
     ],
 )
 def test_lengths_cut_nothing_or_little(tokens, places, limit, said):

@@ -87,13 +87,20 @@ def test_peft_and_transformers_load_the_folder(finished):
     assert "<|im_start|>" in tokenizer.apply_chat_template([{"role": "user", "content": "Hi"}], tokenize=False)
 
 
-def test_prints_what_it_resolved_and_what_to_do_next(finished):
+def test_prints_results_and_what_to_do_next_on_one_screen(finished):
     folder, done = finished
     out = " ".join(done.stdout.split())
-    for words in ("480 training pairs, 120 held out", "600 of 600 rows kept", "8 pairs x 1 accumulation x 1 processes",
-                  "steps 4", "153,600 of", "float32 computing on the CPU", "sdpa", "layout shared", "checkpointing off",
-                  f"python -m orpo_lite.evaluate {folder}", "last, step 4"):  # fmt: skip
+    for words in ("480 training pairs, 120 held out", "4 of 8 pairs (0.07 epochs), learning rate 0.004", "153,600 parameters",
+                  "120 held-out pairs before after", "last, step 4", "answers in the chosen style"):  # fmt: skip
         assert words in out, words
+    lines = done.stdout.splitlines()
+    assert len(lines) <= 25, done.stdout
+    merged = folder.with_name(f"{folder.name}-merged")
+    assert lines[-3:] == [
+        "next:",
+        f"  python -m orpo_lite.chat {folder}",
+        f"  python -m orpo_lite.merge {folder} --output {merged}",
+    ]
     for noise in ("Warning", "deprecated", "Traceback"):
         assert noise not in done.stderr
 
@@ -117,10 +124,13 @@ def test_report_is_written_again(finished):
     assert (folder / "report.html").is_file()
 
 
-def test_dry_run_writes_nothing(tmp_path, capsys):
-    assert run(recipe(tmp_path / "dry"), dry_run=True) is None
+def test_dry_run_writes_nothing_and_verbose_says_everything(tmp_path, capsys):
+    assert run(recipe(tmp_path / "dry"), dry_run=True, verbose=True) is None
     assert not list(tmp_path.iterdir())
-    assert "first step's loss is" in capsys.readouterr().out
+    out = " ".join(capsys.readouterr().out.split())
+    for words in ("first step's loss is", "496 of 496 rows kept", "8 pairs x 1 accumulation x 1 process", "153,600 of 1,497,792",
+                  "float32 computing on the CPU", "sdpa", "layout shared", "checkpointing off", "linear schedule"):  # fmt: skip
+        assert words in out, words
 
 
 def test_killed_run_goes_on_from_its_checkpoint(tmp_path):
