@@ -6,6 +6,7 @@ import dataclasses
 import importlib.util
 import re
 import sys
+import tomllib
 import typing
 from types import ModuleType
 
@@ -16,6 +17,7 @@ from orpo_lite.__main__ import COMMANDS
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.training_fields import training_fields
 from orpo_lite.trainer.config import ORPOConfig
+from orpo_lite.trainer.config_from_recipe import DEFAULTS
 from tests.docs.blocks import ROOT, parser
 
 
@@ -58,6 +60,24 @@ def test_every_training_field_is_in_the_reference(hooks: ModuleType) -> None:
     page = hooks.training_fields()
     missing = [name for name in training_fields() if f"| `training.{name}` |" not in page]
     assert len(training_fields()) > 100 and not missing
+
+
+def test_what_is_read_from_the_source_is_what_is_there(hooks: ModuleType) -> None:
+    """The site is built without torch, so the modules that import it are not."""
+    there = {f.name: f for f in dataclasses.fields(ORPOConfig) if f.metadata.get("help") and f.name in ORPOConfig.__annotations__}  # fmt: skip
+    read = hooks.orpo_fields()
+    assert {name: (default, meaning) for name, (_, default, meaning) in read.items() if name in there} == {
+        name: (field.default, field.metadata["help"]) for name, field in there.items()
+    }
+    assert hooks.recipe_defaults() == DEFAULTS
+
+
+def test_the_sites_requirements_are_the_packages() -> None:
+    """Without torch, and with the bounds of pyproject.toml."""
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
+    asked = (ROOT / ".docs" / "requirements.txt").read_text("utf-8").split("\n\n")[1].split()
+    assert len(asked) > 5 and set(asked) <= set(project["dependencies"])
+    assert not any(line.startswith("torch") for line in asked)
 
 
 def test_every_field_of_ORPOConfig_is_in_the_reference(hooks: ModuleType) -> None:

@@ -27,10 +27,11 @@ pytestmark = [
 @pytest.fixture(scope="module")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("site")
+    without_torch = "import sys; sys.modules['torch'] = None; from mkdocs.__main__ import cli; cli()"
     words = [
         sys.executable,
-        "-m",
-        "mkdocs",
+        "-c",
+        without_torch,
         "build",
         "--strict",
         "-q",
@@ -51,6 +52,13 @@ def browser() -> Iterator[Browser]:
     browser.close()
 
 
+# a long line scrolls inside of its code element, so that it is seen only there
+COVERED = """[...document.querySelectorAll('pre button')].filter((button) => {
+  const b = button.getBoundingClientRect(), c = button.closest('pre').querySelector('code').getBoundingClientRect();
+  return b.width && b.left < c.right - 1 && b.right > c.left + 1 && b.top < c.bottom && b.bottom > c.top;
+}).length"""
+
+
 def test_every_page_is_quiet_and_fits_a_phone(site: Path, browser: Browser) -> None:
     pages = sorted(page for page in site.rglob("*.html") if page.name != "404.html")
     assert len(pages) == len(list((ROOT / ".docs" / "pages").rglob("*.md")))
@@ -63,6 +71,8 @@ def test_every_page_is_quiet_and_fits_a_phone(site: Path, browser: Browser) -> N
         assert not outside, f"{page}: {outside}"
         assert browser.run("document.documentElement.scrollWidth") <= 400, f"{page} is wider than a phone"
         assert browser.run("document.querySelectorAll('h1').length") == 1
+        assert browser.run("document.body.dataset.mdColorScheme") == ("slate" if number % 2 else "default"), page
+        assert not browser.run(COVERED), f"{page}: a button lies on code"
         assert not browser.run("document.body.textContent.includes('generated:')")
 
 

@@ -51,13 +51,23 @@ def test_a_notebook_is_clean_and_made_for_colab(name: str) -> None:
     assert badge and badge[2] == name
     install, settings = code_cells(notebook)[:2]
     assert "pip" in install.source and '"google.colab" in sys.modules' in install.source
-    assert f"github.com/{badge[1]}" in install.source  # one repository, wherever it is named
+    # one repository, wherever it is named, and in code in one variable
+    owner, project = badge[1].split("/")
+    assert f'\nOWNER = "{owner}"  #@param' in install.source and f"github.com/{{OWNER}}/{project}" in install.source
+    assert all(badge[1] not in cell.source for cell in notebook.cells[1:])
     assert "torch=={torch_before}" in install.source and "assert" in install.source
     assert settings.metadata.tags == ["parameters"]
     assert all("#@param" in line for line in settings.source.splitlines() if "=" in line.split("#")[0])
     others = [cell for cell in code_cells(notebook) if cell is not install]
     assert not any("pip" in cell.source or "!apt" in cell.source for cell in others)
     assert not any("parameters" in cell.metadata.get("tags", ()) for cell in others if cell is not settings)
+
+
+def test_the_question_of_the_quickstart_is_a_held_out_one() -> None:
+    rows = (ROOT / "orpo_lite/data/quickstart/heldout.jsonl").read_text("utf-8").splitlines()
+    settings = code_cells(read("quickstart"))[1].source
+    question = re.search(r'QUESTION = "(.+)"  #', settings)[1]  # type: ignore[index]
+    assert question in {json.loads(row)["prompt"][-1]["content"] for row in rows}
 
 
 def test_readme_and_site_link_to_the_notebooks() -> None:
@@ -88,10 +98,12 @@ def colab(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
 def test_the_install_cell_on_colab(name: str, colab: SimpleNamespace, monkeypatch: pytest.MonkeyPatch) -> None:
     """pip is held to the torch that is there, a torch that changed all the same is told, and so is an unset address."""
     source = code_cells(read(name))[0].source
-    with pytest.raises(ValueError, match="SOURCE"):
+    with pytest.raises(ValueError, match="set OWNER"):
         exec(source, {})
     assert not colab.pip
-    source = source.replace("OWNER/", "somebody/")
+    exec(source.replace('WHEEL = ""', 'WHEEL = "one.whl"'), {})
+    assert "one.whl" in colab.pip.pop()
+    source = source.replace('OWNER = "OWNER"', 'OWNER = "somebody"')
     exec(source, {})
     assert colab.pip[0][:4] == [sys.executable, "-m", "pip", "install"]
     assert {"git+https://github.com/somebody/orpo_lite", "torch==2.9.0+cu126"} <= set(colab.pip[0])
@@ -144,7 +156,10 @@ def execute(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., st
         run.html = "".join(output.data.get("text/html", "") for output in outputs if "data" in output)  # type: ignore[attr-defined]
         told = "".join(output.get("text", "") or output.get("data", {}).get("text/plain", "") for output in outputs)
         told += "".join(output.data.get("text/markdown", "") for output in outputs if "data" in output)
-        assert "gemm_4bit" not in told and "UserWarning" not in told  # what libraries say that concerns no user
+        # what libraries say that concerns no user
+        assert not re.search(r"gemm_4bit|\w*Warning:|^\[transformers\]|warnings\.warn", told, re.MULTILINE), told[
+            -3000:
+        ]
         assert not re.search(r"^(error|failed):|Traceback|SystemExit", told, re.MULTILINE), told[-3000:]
         assert "<progress" not in run.html  # type: ignore[attr-defined]  # transformers' own bar beside ours
         assert any("widget-view" in kind for output in outputs for kind in output.get("data", {})) == widgets
@@ -158,6 +173,7 @@ def test_quickstart(execute, tmp_path: Path) -> None:
     told = execute("quickstart", widgets=False, STEPS=8, FOLDER="runs/one")
     assert json.loads((tmp_path / "runs/one/run.json").read_text("utf-8"))["steps"] == 8
     assert "before:" in told and "after:" in told and "reward accuracy" in told
+    assert "Cairo" in told.partition("after:")[2]  # the question of the notebook is one that the toy can answer
     assert len(execute.pictures) == 1 and execute.pictures[0].startswith(b"\x89PNG")
     assert "srcdoc=" in execute.html and told.count("8/8") >= 1
 
