@@ -7,6 +7,8 @@ import json
 import random
 import resource
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -371,6 +373,11 @@ def test_control_keys_at_a_question(keys):
     keys(after="\x04")
     with pytest.raises(EOFError):
         terminal.read_choice("1, 2 or e> ", ("1", "2", "e"))
+
+
+def test_the_editor_is_imported_by_a_chat_alone():
+    code = "import sys, orpo_lite.evaluate.chat; print({'prompt_toolkit', 'torch'} & sys.modules.keys())"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "set()\n"
 
 
 def test_without_a_terminal_lines_are_read_plainly(monkeypatch, capsys):
