@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import re
 import sys
 import threading
@@ -72,6 +73,8 @@ def read_choice(prompt: str, answers: tuple[str, ...]) -> str:
     if edits():
         with source.raw_mode():
             typed = get_typeahead(source) + source.read_keys()
+        # an arrow key before the question was there chose nothing
+        typed = list(itertools.dropwhile(lambda one: one.key in ARROWS, typed))
         store_typeahead(source, typed)
         if any(one.key in (Keys.ControlM, Keys.ControlJ) for one in typed):
             return ""

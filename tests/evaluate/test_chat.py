@@ -348,6 +348,7 @@ def choice_and_next(keys, before, after):
         ("", "e\x7fWhy?\r", "Why?", "next"),  # edited
         ("", "ab\x1b[D\x1b[Dx\r", "xab", "next"),  # arrows move in what is typed
         ("", "\x1b[200~2 lines\r\nof text\x1b[201~\r", "2 lines\nof text", "next"),
+        ("\x1b[C", "\r", "", "next"),  # before the question was there
         ("2", "\r", "2", "next"),  # typed too early, but entered now
         ("2 m", "ore?\r", "2 more?", "next"),
         ("2\r", "", "", "2"),  # typed and entered while the answers were written: they were not read yet
