@@ -238,7 +238,9 @@ class Page:
             load(None, None, part["width"], js="() => Math.floor((Math.min(innerWidth, 1240) - 90) / 7.9)")
             load(partial(self.follow, "train_pane"), None, changed, **quiet)
             load(self.opened, part["recipe"], part["text"], **quiet)
-            gr.on([load, *(one.change for one in fields)], self.lines, fields, lines, **quiet)
+            # every change in turn, so that the last is shown: what is shown is what a press runs
+            in_turn = quiet | {"trigger_mode": "multiple", "concurrency_limit": 1}
+            gr.on([load, *(one.change for one in fields)], self.lines, fields, lines, **in_turn)
             for name, pane in panes.items():
                 if pane:
                     part[name].click(partial(self.press, name, pane), [part["width"], *fields], changed, **quiet)

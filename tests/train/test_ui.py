@@ -323,7 +323,10 @@ def test_from_pairs_to_a_rated_answer(served: tuple[str, str], tmp_path: Path) -
         kept = json.loads((tmp_path / "preferences.jsonl").read_text("utf-8"))
         assert [kept["chosen"][0]["content"], kept["rejected"][0]["content"]] == answers[::-1]
         screen.write("data", "preferences.jsonl")
-        screen.wait("document.querySelector('#look').parentElement.innerText.includes('data.train=preferences.jsonl')")
+        screen.write("more", "data.eval_fraction=0")  # of a single pair nothing can be held out
+        screen.wait(
+            "document.querySelector('#look').parentElement.innerText.includes('data.train=preferences.jsonl data.eval_fraction=0')"
+        )
         screen.click("look")
         assert "1 pairs to train on" in screen.says("data_pane", "\ndone", "ended with").replace(
             "1 pair to", "1 pairs to"
