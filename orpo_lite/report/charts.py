@@ -187,11 +187,12 @@ def margin_chart(groups: dict[str, list[float]], title: str, x: str, hint: str) 
     return chart
 
 
-def histogram(groups: dict[str, list[float]], bins: int = 40) -> tuple[list[float], dict[str, list[float]]]:
+def histogram(groups: dict[str, list[float]]) -> tuple[list[float], dict[str, list[float]]]:
     """Return edges at multiples of a round width, one at 0 if it lies inside, and counts of each group's finite values."""
     finite = {name: [v for v in some if math.isfinite(v)] for name, some in groups.items()}
     everything = [v for some in finite.values() for v in some]
     low, high = apart(everything, 0.5)
+    bins = min(40, max(8, len(everything) // 4))
     edges = [float(f"{edge:.12g}") for edge in MaxNLocator(bins, steps=[1, 2, 5, 10]).tick_values(low, high)]
     return edges, {
         name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()

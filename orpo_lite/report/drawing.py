@@ -172,7 +172,8 @@ class Drawing:
     @property
     def y_ticks(self) -> list[tuple[float, str]]:
         """Distance from the bottom in percent, and the text, of each tick."""
-        return [(100 - self.down(y) / 10, written(y, self.chart.form)) for y in ticks(self.y0, self.y1, Y_TICKS)]
+        marks = [y for y in ticks(self.y0, self.y1, Y_TICKS) if self.chart.form != "count" or y.is_integer()]
+        return [(100 - self.down(y) / 10, written(y, self.chart.form)) for y in marks]
 
     @property
     def x_ticks(self) -> list[tuple[float, str]]:

@@ -120,6 +120,7 @@
       this.box.querySelectorAll(":scope>span").forEach((one) => one.remove());
       let grid = "";
       for (const y of ticks(y0, y1, 4)) {
+        if (this.chart.form === "count" && !Number.isInteger(y)) continue;
         grid += `M0 ${this.down(y).toFixed(1)}H1000`;
         this.box.appendChild(make("span", "y", written(y, this.chart.form))).style.bottom = 100 - this.down(y) / 10 + "%";
       }

@@ -12,7 +12,7 @@ import pytest
 
 from orpo_lite.report import command
 from tests.report.browser import CHROMIUM, Browser
-from tests.report.conftest import evaluation, facts, log_lines
+from tests.report.conftest import evaluation, facts, log_lines, pairs
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="no chromium here: apt-get install chromium (.ci/run does)")
 LONG = "a-very-long-name-without-any-place-to-break-" * 6
@@ -43,7 +43,10 @@ def pages(written, tmp_path_factory) -> dict[str, Path]:
         "name_or_path": "builtin:some-folder/Meta-Llama-3.1-Instruct_v0.3",
         "facts": ["base: loaded so", "precision: some"],
     }
-    four = written(place / "four", few)
+    three_pairs = {
+        when: {side: values[:3] for side, values in logps.items()} for when, logps in pairs().items() if when != "beta"
+    }
+    four = written(place / "four", few, held=three_pairs)
     found = {"one": [one], "two": [one, two, three], "three": [three], "few": [four], "pair": [four, one]}
     for name, runs in found.items():
         command([str(run) for run in runs], output=place / f"{name}.html")
@@ -139,6 +142,10 @@ def test_words_stay_whole_and_uncovered_and_the_width_is_used(name, width, pages
     browser.open(pages[name], width, touch=width < 500)
     assert browser.run(WORDS) == {"broken": [], "over": []}
     assert not browser.run(UNDER)
+    unclear = "[...document.querySelectorAll('.plot')].filter(p => { const all = [...p.querySelectorAll(':scope > .y')].map(e => e.textContent); return new Set(all).size < all.length; }).length"
+    assert not browser.run(unclear)  # no number twice on an axis, as 0.5 pairs would be 0 or 1
+    browser.run("document.querySelectorAll('.tools button:first-child:enabled').forEach(e => e.click())")
+    assert not browser.run(unclear)
     # no heading has its unit, or any word, twice
     for text in browser.run(
         "[...document.querySelectorAll('h1,h2,h3,.tiles span,figcaption,.legend li')].map(e => e.innerText)"
