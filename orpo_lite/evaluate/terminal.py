@@ -103,7 +103,7 @@ def typing_kept() -> Iterator[None]:
     source, output, ended = get_app_session().input, get_app_session().output, threading.Event()
 
     def gather() -> None:
-        # the system itself keeps 4096 characters, and no Ctrl-C behind them
+        # the system itself keeps 4096 characters, and heeds no Ctrl-C behind them
         while not ended.wait(0.03):
             store_typeahead(source, get_typeahead(source) + source.read_keys())
 
