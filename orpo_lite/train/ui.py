@@ -281,7 +281,7 @@ class Page:
 
     def follow(self, pane: str, problem: str = "") -> Iterator[dict[Any, Any]]:
         """Yield what a command changes on the page until it has ended: its output, and what it writes."""
-        job, part, before = self.jobs.get(pane), self.part, None
+        job, part, before, plots = self.jobs.get(pane), self.part, None, {}
         while job:
             status, folder = job.poll(), job.run()
             files = [job.log, *([folder / "metrics.jsonl"] if folder else [])]
@@ -292,7 +292,8 @@ class Page:
                     changes[part["stop_line"]] = f"<code>kill {job.pid}</code>" if status is None else ""
                 if now[2:] and now[2:] != (before or [])[2:]:
                     tables = zip(CHARTS, curves(files[1]), strict=True)
-                    changes |= {part[name]: self.gr.LinePlot(table, visible=True) for name, table in tables}
+                    plots = {part[name]: self.gr.LinePlot(table, visible=True) for name, table in tables}
+                changes |= plots  # each time: a slow browser skips all changes but the last
                 if status is not None and folder:
                     changes[part["run"]] = str(folder)
                 if status == 0 and job.words[0] == "new":
