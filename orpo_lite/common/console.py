@@ -128,8 +128,6 @@ def print_error(title: str, text: str, trace: bool) -> None:
     errors.print(f"[bold red]{title}:[/]{escape(text.removeprefix(f'{title}:'))}", soft_wrap=True)
 
 
-# ---- progress --------------------------------------------------------------------------------------------------------
-
 SILENCE = 3
 """Seconds after which a line is printed where none can be drawn."""
 
@@ -243,9 +241,6 @@ def load(module: str) -> None:
     """Import a module that takes seconds."""
     with progress("loading the libraries"):
         importlib.import_module(module)
-
-
-# ---- facts of this process -------------------------------------------------------------------------------------------
 
 
 def rank() -> int:

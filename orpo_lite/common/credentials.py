@@ -77,8 +77,6 @@ def known_secrets() -> list[str]:
     return sorted((word for word in found if len(word) >= SHORTEST), key=len, reverse=True)
 
 
-# ---- the allow-list of files that may be published on the hub --------------------------------------------------------
-
 Table = dict[str, list[str]]
 """What a file is, or why it stays -> patterns of its name."""
 

@@ -69,9 +69,6 @@ def cut(text: str, longest: int = 4000) -> str:
     return text if len(text) <= longest else f"{text[:longest]}\n[{counted(len(text) - longest, 'more character')}]"
 
 
-# ---- Markdown --------------------------------------------------------------------------------------------------------
-
-
 def inline(text: str) -> str:
     """Escape text for a sentence or a table cell, so that it is shown as it is."""
     escaped = "".join(f"\\{c}" if c in "\\`*_{}[]<>|#~$&" else c for c in shown_lines(text))

@@ -175,9 +175,6 @@ def from_trl(batch: dict[str, Any], collator: PaddedCollator | PackedCollator) -
     return collator(pairs)
 
 
-# ---- parts of a batch --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class MadeOf:
     """The pairs of a batch and its collator, so that parts of it can be made; nothing here is moved to a device."""

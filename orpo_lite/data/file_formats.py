@@ -81,9 +81,6 @@ def text_lines(file: str, stream: Iterable[bytes]) -> Iterator[str]:
             raise RequestError(f"{file}:{number}: {problem}") from None
 
 
-# ---- JSON ------------------------------------------------------------------------------------------------------------
-
-
 def json_rows(file: str) -> Iterator[Any]:
     """Yield the rows of JSON lines, or of one JSON document; the content decides, whatever the suffix."""
     with open_bytes(file) as stream:
@@ -145,9 +142,6 @@ def parse_json(text: str, place: str, remedy: str) -> Any:
     except ValueError as error:  # of `unique`, or a number of thousands of digits
         problem = f"({error})"
     raise RequestError(f"{place}: broken JSON {problem}; {remedy}")
-
-
-# ---- tables ----------------------------------------------------------------------------------------------------------
 
 
 def csv_rows(file: str) -> Iterator[dict[str, Any]]:

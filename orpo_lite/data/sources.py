@@ -91,9 +91,6 @@ def open_source(
     return Source(source.path, files, batches, raw)
 
 
-# ---- local files -----------------------------------------------------------------------------------------------------
-
-
 def is_local(path: str) -> bool:
     """Return whether a path that does not exist was meant as a file rather than as a hub id."""
     name = Path(path).name.lower()
@@ -148,9 +145,6 @@ def of_split(folder: Path, files: list[str], split: str) -> list[str]:
     return found if names else files
 
 
-# ---- data sets of `datasets`, on disk or on the hub ------------------------------------------------------------------
-
-
 def load_saved(path: str, split: str) -> datasets.Dataset:
     """Load a folder written by `datasets`' save_to_disk."""
     import datasets
@@ -202,9 +196,6 @@ def shorten(path: str) -> str:
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
-
-
-# ---- batches of rows -------------------------------------------------------------------------------------------------
 
 
 def dataset_batches(rows: datasets.Dataset, columns: dict[str, str] | None = None) -> Batches:

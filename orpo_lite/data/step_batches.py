@@ -33,9 +33,6 @@ MicroBatches = list[list[int]]
 """The pairs of each micro-batch, by index."""
 
 
-# ---- dealing pairs to processes and micro-batches --------------------------------------------------------------------
-
-
 def deal(costs: np.ndarray, bins: int, max_items: int | None = None) -> list[list[int]]:
     """Spread items over bins so that the costliest bin costs little more than the mean.
 
@@ -124,9 +121,6 @@ def even(cut: list[MicroBatches]) -> list[MicroBatches]:
     """Add empty micro-batches, so that all processes have the same number."""
     count = max(map(len, cut))
     return [batches + [[]] * (count - len(batches)) for batches in cut]
-
-
-# ---- the steps of an epoch -------------------------------------------------------------------------------------------
 
 
 @dataclass

@@ -42,10 +42,7 @@ class Tokenized(NamedTuple):
 
 
 def tokenize_rows(
-    rows: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    options: TokenizeOptions,
-    source: str = "train",
+    rows: Any, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, source: str = "train"
 ) -> tuple[datasets.Dataset, DropReport]:
     """Tokenize preference rows of any shape.
 

@@ -3,8 +3,6 @@
 Each pair of answers is judged in both orders; it is a tie where the verdict changes with the order.
 """
 
-from __future__ import annotations
-
 import hashlib
 import os
 import re

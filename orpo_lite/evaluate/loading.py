@@ -157,9 +157,6 @@ def same_tensors(model: Any) -> Any:
     return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
 
 
-# ---- held-out pairs ---------------------------------------------------------------------------------------------------
-
-
 def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str, dict[str, Any]], DropReport]:
     """Evaluate each side on the held-out pairs of the last one; `data` replaces them.
 

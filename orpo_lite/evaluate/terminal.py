@@ -1,7 +1,5 @@
 """Read messages and choices from the terminal of a chat, so that nothing typed is lost or taken for something else."""
 
-from __future__ import annotations
-
 import contextlib
 import itertools
 import re

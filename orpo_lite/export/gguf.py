@@ -222,12 +222,7 @@ def vllm_line(source: Path) -> str:
 
 
 def write_model(
-    request: dict[str, Any],
-    model: Path,
-    config: Any,
-    tokenizer: Any,
-    generation: GenerationConfig | None,
-    kind: Any,
+    request: dict[str, Any], model: Path, config: Any, tokenizer: Any, generation: GenerationConfig | None, kind: Any
 ) -> tuple[Path, list[str]]:
     """Convert, quantize and check a model; return the file and what was found, in lines to print.
 

@@ -92,9 +92,6 @@ def last_lines(text: str) -> str:
     return "\n".join(f"  {line}" for line in text.strip().splitlines()[-15:])
 
 
-# ---- the tokenizer -------------------------------------------------------------------------------------------------------
-
-
 def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
     """Return llama.cpp's name for how a byte-level tokenizer splits text before merging; None where it has none.
 

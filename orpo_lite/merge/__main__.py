@@ -41,8 +41,7 @@ def command(
         bool, typer.Option("--double-quant", help="with nf4 and fp4: its constants were quantized too")
     ] = False,
     verify: Annotated[
-        bool | None,
-        typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: yes"),
+        bool | None, typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: yes")
     ] = None,
     trust_remote_code: Annotated[
         bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")

@@ -198,9 +198,6 @@ def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:
     return torch.bfloat16 if known == "bfloat16" else torch.float32
 
 
-# ---- weights as quantized training saw them: rounded to 4 bits and back ----------------------------------------------------
-
-
 def quantized_modules(model: PreTrainedModel, settings: Any) -> set[str]:
     """Name the linear layers that transformers would load in 4 bits; `model` is a skeleton, changed in place."""
     from transformers.quantizers.auto import AutoHfQuantizer

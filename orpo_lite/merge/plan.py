@@ -56,10 +56,7 @@ class Plan:
 
 @progress("reading base and adapter")
 def make_plan(
-    adapters: list[tuple[Path, float]],
-    base: Base,
-    tokenizer: PreTrainedTokenizerBase,
-    dtype: torch.dtype | None = None,
+    adapters: list[tuple[Path, float]], base: Base, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
 ) -> Plan:
     """Settle every tensor of the merged model.
 

@@ -43,10 +43,7 @@ class BaseFacts:
 
 
 def load_base(
-    spec: ModelSection,
-    tokenizer: PreTrainedTokenizerBase | None = None,
-    *,
-    device: torch.device | str | None = None,
+    spec: ModelSection, tokenizer: PreTrainedTokenizerBase | None = None, *, device: torch.device | str | None = None
 ) -> tuple[PreTrainedModel, BaseFacts]:
     """Load the base as the recipe says, in evaluation mode, and grow its vocabulary by the recipe's new tokens.
 

@@ -114,9 +114,6 @@ def autocast(model: torch.nn.Module) -> contextlib.AbstractContextManager[object
     return torch.autocast(weight.device.type, dtype=frozen.pop())
 
 
-# ---- quantization of the frozen base -------------------------------------------------------------------------------
-
-
 def bitsandbytes_unavailable() -> str | None:
     """Return why bitsandbytes cannot quantize here; None where it can."""
     try:

@@ -154,8 +154,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in end if i in tokenizer.added_tokens_decoder]
 
 
-# ---- chat templates --------------------------------------------------------------------------------------------------
-
 Job = tuple[list[dict[str, Any]], dict[str, Any]]
 """A conversation, and the options of apply_chat_template."""
 MAX_CHARACTERS = 10_000_000
@@ -201,8 +199,6 @@ def render_chats(tokenizer: PreTrainedTokenizerBase, jobs: list[Job]) -> list[st
             results.append(refusal)
     return results
 
-
-# ---- variables of chat templates -------------------------------------------------------------------------------------
 
 MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")
 """transformers' own tags, around what the assistant wrote."""

@@ -51,9 +51,6 @@ def pair_calls(batch: dict[str, Any], run: Kernel | None) -> PairCalls:
     return PairCalls(segments, batch["key_rows"], (batch["query_starts"], batch["key_starts"], queries, keys), run)
 
 
-# ---- kernels ---------------------------------------------------------------------------------------------------------
-
-
 @functools.cache
 def varlen_options() -> frozenset[str] | None:
     """Return the options of torch's varlen attention; None where this torch has none with scale and window."""
@@ -111,9 +108,6 @@ def takes(run: Kernel | None, query: Tensor, value: Tensor, window: int | None, 
     if run is varlen:
         return width <= FLASH_WIDTH and query.dtype in FLASH_DTYPES
     return run is not memory_efficient or window == 0
-
-
-# ---- the choice ------------------------------------------------------------------------------------------------------
 
 
 class Attention(NamedTuple):

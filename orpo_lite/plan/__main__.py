@@ -1,7 +1,5 @@
 """`python -m orpo_lite.plan --recipe NAME [key=value ...]`: predict memory without GPU or weights."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -57,8 +57,6 @@ class Timeline(TorchDispatchMode):
         """Work of the training step: its FLOPs, and how many quantized weights it unpacks."""
         self._known: dict[int, int] = {}
 
-    # ---- memory that is there already ------------------------------------------------------------------------------
-
     def hold(self, tensor: Tensor, label: str | None = None) -> None:
         """Log a tensor's storage once; a label names its purpose."""
         storage = tensor.untyped_storage()
@@ -88,8 +86,6 @@ class Timeline(TorchDispatchMode):
         number = len(self.events)
         self.events.append((number, size, self.segment))
         return number
-
-    # ---- memory that operations allocate ---------------------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
@@ -144,8 +140,6 @@ class Timeline(TorchDispatchMode):
         ):
             return False
         return torch._C._storage_Use_Count(first.untyped_storage()._cdata) <= 2
-
-    # ---- results ---------------------------------------------------------------------------------------------------
 
     def peaks(self) -> dict[Segment, Counter[str]]:
         """Return the fullest moment of each segment, as bytes by purpose."""

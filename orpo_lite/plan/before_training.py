@@ -130,9 +130,6 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
     raise RequestError(f"{problem}.{freed} {remedy}; or start anyway with --force")
 
 
-# ---- the costliest micro-batch of the run's pairs --------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Lengths:
     """Tokens of prompt, chosen and rejected answer of each pair, (N, 3) int64."""

@@ -180,9 +180,6 @@ def cpu_flash(query: Tensor, mask: Tensor | None, dropout: float, gqa: bool) -> 
         return choose(small, small, small, bias, dropout, False, enable_gqa=gqa) == 1
 
 
-# ---- kernel workspaces -----------------------------------------------------------------------------------------------
-
-
 def workspace(func: Any, args: tuple) -> int:
     """Count the bytes that CUDA's attention kernels allocate in the backward pass, by their C++ sources: an assumption.
 
@@ -225,9 +222,6 @@ def efficient_backward(gradient: Tensor, query: Tensor, key: Tensor, value: Tens
     """Stand in for that kernel's backward pass over all pairs, whose meta kernel expects other arguments (torch 2.14)."""
     query.new_empty(efficient_workspace(query, key), dtype=torch.uint8)
     return *map(torch.empty_like, (query, key, value)), query.new_empty(())
-
-
-# ---- bitsandbytes: its own meta kernels show an output, but none of the memory in between ----------------------------
 
 
 def gemm_4bit(*args: Any, **kwargs: Any) -> Tensor:

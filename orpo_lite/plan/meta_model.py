@@ -139,9 +139,6 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
     return attach_adapter(model, plain, tokenizer=tokenizer, checkpointing=recompute)  # type: ignore[arg-type]
 
 
-# ---- layers ----------------------------------------------------------------------------------------------------------
-
-
 def decoder_layers(model: Any) -> nn.ModuleList | None:
     """Return a model's list of decoder layers; None unless there is exactly one of the length that the config names."""
     count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
@@ -174,9 +171,6 @@ def layer_signatures(model: Any) -> list[str]:
     return result
 
 
-# ---- memory of the model itself --------------------------------------------------------------------------------------
-
-
 def hold_model(timeline: Timeline, model: Any) -> None:
     """Log the model's tensors with their purposes."""
     ends = [end for end in (model.get_input_embeddings(), model.get_output_embeddings()) if end is not None]
@@ -201,8 +195,6 @@ def constants(weight: Tensor) -> list[Tensor]:
             found += [state.state2.absmax, state.state2.code]
     return [tensor for tensor in found if isinstance(tensor, Tensor)]
 
-
-# ---- memory of the optimizer ---------------------------------------------------------------------------------------
 
 STATES = {"adamw": 2, "adam": 2, "lamb": 2, "ademamix": 3, "lion": 1, "rmsprop": 1, "adagrad": 1, "sgd": 0,
           "stable_adamw": 2, "schedule_free_adamw": 2, "schedule_free_radam": 2, "schedule_free_sgd": 1}  # fmt: skip

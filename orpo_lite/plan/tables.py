@@ -16,9 +16,6 @@ SMALL = 5e6
 """Bytes below which a part gets no row of its own."""
 
 
-# ---- one plan --------------------------------------------------------------------------------------------------------
-
-
 def show_plan(console: Console, made: Plan, verbose: bool = True) -> None:
     """Print the parts of a plan's fullest phase; if `verbose`, of every phase, with what it is of and what it assumes."""
     phases = [phase for phase in PHASES if phase in made.phases and (verbose or phase == made.fullest)]
@@ -43,9 +40,6 @@ def show_plan(console: Console, made: Plan, verbose: bool = True) -> None:
 def gigabytes(size: float) -> str:
     """Format bytes for a table's cell."""
     return format_gb(size, 2).removesuffix(" GB")
-
-
-# ---- cards -----------------------------------------------------------------------------------------------------------
 
 
 def show_verdicts(console: Console, made: Plan, verdicts: list[Verdict]) -> None:

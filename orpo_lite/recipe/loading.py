@@ -1,7 +1,5 @@
 """Where recipes come from: shipped ones, files and run folders; overrides on the command line; paths in the package."""
 
-from __future__ import annotations
-
 import functools
 import importlib.util
 import os

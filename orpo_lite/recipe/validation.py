@@ -1,7 +1,5 @@
 """Checks that hold for every value in a recipe or a row of data; pydantic's errors in words."""
 
-from __future__ import annotations
-
 import contextlib
 import difflib
 import functools
@@ -62,8 +60,6 @@ def checked_pattern(pattern: Any) -> Any:
         raise ValueError(f"found {shown(pattern)}, which is no regular expression: {error}") from None
     return pattern
 
-
-# ---- pydantic's errors ---------------------------------------------------------------------------------------------------
 
 UNION_MEMBER = re.compile(
     r"(literal|list|dict|function|constrained|nullable)[\w-]*(\[.*\])?|\[key\]|str|bool|[A-Z]\w*Section|DataSource",

@@ -15,17 +15,7 @@ from matplotlib.ticker import MaxNLocator
 
 from orpo_lite.common.text import counted
 from orpo_lite.evaluate.held_out import wilson_interval
-from orpo_lite.report.drawing import (
-    BLUE,
-    ORANGE,
-    Chart,
-    Line,
-    Point,
-    apart,
-    is_finite,
-    running_mean,
-    save_png,
-)
+from orpo_lite.report.drawing import BLUE, ORANGE, Chart, Line, Point, apart, is_finite, running_mean, save_png
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.run_record import LoadedRun
@@ -149,9 +139,6 @@ def values(run: LoadedRun, metric: Metric, of: str = "") -> list[Point]:
     """Return step and value of a metric at each log line that has it; values that are not finite stay, as gaps."""
     key, scale = of + metric.key, -run.beta if metric.is_odds_term else 1.0
     return [(line["step"], line[key] * scale) for line in run.metrics if key in line]
-
-
-# ---- distributions -------------------------------------------------------------------------------------------------------
 
 
 def margins(run: LoadedRun, when: Literal["before", "after"], scale: float | None = None) -> list[float]:

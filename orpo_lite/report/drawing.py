@@ -1,7 +1,5 @@
 """Charts as plain values, and how they are drawn: as SVG for the page, as a PNG for the model card."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -120,9 +118,6 @@ def written(value: float, form: str = "g") -> str:
     return f"{value:,.0f}" if 1000 <= abs(value) < 1e6 else f"{value:.4g}"
 
 
-# ---- the page ----------------------------------------------------------------------------------------------------------
-
-
 def script_data(charts: list[Chart]) -> dict[str, Any]:
     """Return the charts as JSON values for the page's script; lines with the same x share them."""
     shared: dict[tuple[Any, ...], int] = {}
@@ -222,8 +217,6 @@ class Drawing:
             return ""
         return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
 
-
-# ---- the model card ------------------------------------------------------------------------------------------------------
 
 WIDTH, HEIGHT = 1500, 840
 """Pixels of curves.png."""

@@ -1,7 +1,5 @@
 """report.html of one run, and compare.html of several over one another: what their parts say, for the templates."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
@@ -19,8 +17,6 @@ from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import accuracy_interval, changed_sides, curves, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
 from orpo_lite.trainer.run_record import LoadedRun, Sample
-
-# ---- rendering -----------------------------------------------------------------------------------------------------------
 
 
 @cache
@@ -80,9 +76,6 @@ def known(write: Callable[..., str]) -> Callable[..., str]:
     return lambda value, *words: "" if value is None else write(value, *words)
 
 
-# ---- the result in words -------------------------------------------------------------------------------------------------
-
-
 def verdict(run: LoadedRun) -> str:
     """Say in a sentence whether the held-out accuracy moved by more than chance, or where an unfinished run stands."""
     record = run.record
@@ -139,9 +132,6 @@ def few_pairs(run: LoadedRun) -> dict[str, Any]:
     return {"pairs": pairs, "accuracy": new, "interval": accuracy_interval(new, pairs), "lack": lack, "enough": enough}
 
 
-# ---- parts of the page ---------------------------------------------------------------------------------------------------
-
-
 def answers(sides: list[tuple[str, list[Sample]]]) -> list[tuple[str, list[tuple[str, Sample]]]]:
     """Return the held-out prompts with each side's greedy answer, without sides that have none; empty if prompts differ."""
     names, samples = [name for name, some in sides if some], [some for _, some in sides if some]
@@ -163,8 +153,6 @@ def shown_path(path: Path) -> str:
     whole, here = path.resolve(), Path.cwd().resolve()
     return str(whole.relative_to(here) if whole.is_relative_to(here) else path)
 
-
-# ---- several runs --------------------------------------------------------------------------------------------------------
 
 HOUSEKEEPING = {"name", "description", "needs", "training.output_dir"}
 """Fields of a recipe that do not shape the weights."""

@@ -124,9 +124,6 @@ def measure_before(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pair
     return before
 
 
-# ---- run.json ----------------------------------------------------------------------------------------------------
-
-
 def record_of(
     recipe: Recipe,
     pairs: Pairs,
@@ -233,9 +230,6 @@ def memory_facts(plan: Plan | None, device: torch.device) -> dict[str, Any] | No
         line += f"; planned {format_gb(plan.peak, 2)}, {error:+.1%}"
     console.print(line)
     return facts | {"measured": {"allocated_bytes": allocated, "reserved_bytes": reserved}, "error": error}
-
-
-# ---- the finished folder -----------------------------------------------------------------------------------------
 
 
 @contextlib.contextmanager

@@ -1,7 +1,5 @@
 """`orpo-lite ui`: a local page on which every button runs the command that is shown beside it."""
 
-from __future__ import annotations
-
 import contextlib
 import html
 import io

@@ -1,7 +1,5 @@
 """Output of a run while it trains: figures beside its bar, metrics.jsonl, and the experiment trackers of `report_to`."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import logging
@@ -105,9 +103,6 @@ class MetricsFile(TrainerCallback):
                 kept = {name: value for name, value in logs.items() if name not in left_out}
                 lines.append({"step": logs["step"]} | kept)
         return lines
-
-
-# ---- experiment trackers -----------------------------------------------------------------------------------------------
 
 
 def check_trackers(report_to: Any) -> None:

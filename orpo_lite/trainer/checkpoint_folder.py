@@ -50,9 +50,6 @@ def files_in(checkpoint: Path) -> dict[str, Path]:
     return found
 
 
-# ---- writing -------------------------------------------------------------------------------------------------------
-
-
 def seal(checkpoint: Path, facts: dict[str, Any]) -> None:
     """Sync every file to the disk and write the manifest: facts, and each file's size in bytes.
 
@@ -112,9 +109,6 @@ def prune(folder: Path, limit: int | None, best: Path | None) -> None:
         shutil.rmtree(gone, ignore_errors=True)
         path.rename(gone)
         shutil.rmtree(gone, ignore_errors=True)
-
-
-# ---- reading -------------------------------------------------------------------------------------------------------
 
 
 def manifest(checkpoint: Path) -> dict[str, Any]:

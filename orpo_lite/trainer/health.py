@@ -115,9 +115,6 @@ class NonFiniteGuard(TrainerCallback):
             )
 
 
-# ---- the report of a step that is not finite ---------------------------------------------------------------------------
-
-
 def locate_pairs(trainer: Any, sources: list[str]) -> list[dict[str, Any]]:
     """Find where the pairs of the step in progress come from, on all processes.
 
@@ -196,9 +193,6 @@ def listed(pairs: list[dict[str, Any]]) -> str:
             place += f" (number {pair['number']} of the tokenized pairs, {pair['tokens']:,} tokens)"
         words.append(place)
     return "; ".join(words) + (f"; and {len(pairs) - SHOWN} more" if len(pairs) > SHOWN else "")
-
-
-# ---- numbers of tensors ------------------------------------------------------------------------------------------------
 
 
 def trained(model: nn.Module) -> dict[str, Tensor]:

@@ -161,9 +161,6 @@ class Limit:
         )  # fmt: skip
 
 
-# ---- signals ----------------------------------------------------------------------------------------------------------
-
-
 class Stopped(KeyboardInterrupt):
     """Training was stopped by a signal, at a step's end and with a checkpoint, or at once.
 

@@ -53,9 +53,6 @@ def check_arguments(args: Any, train_dataset: Any, eval_dataset: Any, preprocess
     args.remove_unused_columns = False  # our collator reads columns that no model's forward takes
 
 
-# ---- the model ---------------------------------------------------------------------------------------------------------
-
-
 def load_by_name(name: str, args: ORPOConfig, with_adapter: bool) -> Any:
     """Load a model with the config's model_init_kwargs; the dtype follows the device unless they name one.
 
@@ -123,9 +120,6 @@ def adapt(model: Any, peft_config: PeftConfig, checkpointing: bool) -> PeftModel
     return adapted
 
 
-# ---- tokenizer and pairs -----------------------------------------------------------------------------------------------
-
-
 def tokenize_options(args: ORPOConfig) -> TokenizeOptions:
     """Return how rows are tokenized, by the arguments."""
     return TokenizeOptions(
@@ -175,9 +169,6 @@ def check_tokenized(pairs: Any, name: str) -> None:
                 f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
                 f"{len(empty) - 1} other rows: remove them"
             )
-
-
-# ---- the objective and the optimizer -----------------------------------------------------------------------------------------------------
 
 
 def make_objective(trainer: ORPOTrainer) -> Objective:

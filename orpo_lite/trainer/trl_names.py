@@ -74,8 +74,6 @@ class TrlNames(Base):
     def beta(self, value: float) -> None:
         self.args.beta = value
 
-    # ---- loss and metrics ------------------------------------------------------------------------------------------
-
     def odds_ratio_loss(
         self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -115,8 +113,6 @@ class TrlNames(Base):
             half.clear()
         super().log(logs, start_time)
 
-    # ---- hub ---------------------------------------------------------------------------------------------------------
-
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository: private, unless it exists or `hub_private_repo` says False."""
         asked = self.args.hub_private_repo if private is None else private
@@ -153,17 +149,12 @@ class TrlNames(Base):
             commit_message=commit_message, revision=revision or self.args.hub_revision, run_as_future=not blocking,
         )  # fmt: skip
 
-    # ---- model card ------------------------------------------------------------------------------------------------
-
     def create_model_card(
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
         """Write README.md into args.output_dir: what was trained on what, and with which versions."""
         if self.is_world_process_zero():
             pkgutil.resolve_name(self.card_writer)(self, model_name, dataset_name, tags)
-
-
-# ---- TRL's columns ----------------------------------------------------------------------------------------------------
 
 
 def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:

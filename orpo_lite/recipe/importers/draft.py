@@ -73,8 +73,6 @@ class RecipeDraft:
             inner = self.source.pop(name)
             self.source |= {f"{name}.{key}": value for key, value in inner.items() if value is not None}
 
-    # ---- the recipe --------------------------------------------------------------------------------------------------
-
     def put(self, place: str, value: Any) -> None:
         """Set a dotted place of the recipe."""
         *parents, leaf = place.split(".")
@@ -142,8 +140,6 @@ class RecipeDraft:
                 for place, wanted in part.items():
                     self.put(place, wanted)
 
-    # ---- the account -------------------------------------------------------------------------------------------------
-
     def differ(self, name: str, value: Any, why: str) -> None:
         """Account for a field that means something else in the recipe."""
         self._note(self.differs, name, value, why)
@@ -180,8 +176,6 @@ class RecipeDraft:
         self.unset += [
             place for place in places if not any(one == place or one.startswith(f"{place}.") for one in named)
         ]
-
-    # ---- what both trainers have -------------------------------------------------------------------------------------
 
     def template(self, name: str, template: str, unknown: str) -> None:
         """Put a chat template that is known by its name into the recipe; the field is taken already."""
