@@ -32,7 +32,7 @@ def test_answers_stream_and_stop_and_the_chat_goes_on(babbling, terminal):
     for typed, message in (
         ("half a ", "half a message"),
         ("\x1b[200~two\nlines, \x1b[201~", "two.*lines, message"),  # pasted
-        ("long " * 800, "long long"),
+        (f"\x1b[200~{'long ' * 2400}\x1b[201~", "long long"),  # three times what a system keeps
     ):
         chat.expect("you>")
         chat.send("Hello\n")
