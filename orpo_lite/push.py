@@ -3,7 +3,5 @@
 from orpo_lite.common.console import run_command
 from orpo_lite.export.hub import command
 
-__all__ = ["command"]
-
 if __name__ == "__main__":
     run_command(command)

@@ -33,35 +33,25 @@ def command(
     run: Run,
     against: Against = None,
     base: Base = None,
-    data: Annotated[
-        str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")
-    ] = None,
-    prompts: Annotated[
-        str | None, typer.Option(metavar="FILE", help="answer these prompts instead: rows, or lines of .txt")
-    ] = None,
-    output: Annotated[
-        Path | None, typer.Option(metavar="FILE", help="with --prompts: write answers there, and resume from it")
-    ] = None,
+    data: Annotated[str | None, typer.Option(help="other pairs than the recipe's held-out ones: file or hub id")] = None,
+    prompts: Annotated[str | None,
+        typer.Option(metavar="FILE", help="answer these prompts instead: rows, or lines of .txt")] = None,
+    output: Annotated[Path | None,
+        typer.Option(metavar="FILE", help="with --prompts: write answers there, and resume from it")] = None,
     max_new_tokens: MaxNewTokens = 512,
     temperature: Temperature = 0.0,
     top_p: TopP = 1.0,
     seed: Annotated[int, typer.Option(help="of the sampling")] = 0,
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
-    judge: Annotated[
-        str | None,
-        typer.Option(
-            metavar="MODEL|URL", help="with --prompts: let a model or an OpenAI-compatible address judge the answers"
-        ),
-    ] = None,
-    judge_model: Annotated[
-        str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
-    ] = None,
-    judge_max_tokens: Annotated[
-        int, typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")
-    ] = 1024,
+    judge: Annotated[str | None, typer.Option(metavar="MODEL|URL", help="with --prompts: let a model or an "
+        "OpenAI-compatible address judge the answers")] = None,
+    judge_model: Annotated[str | None,
+        typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")] = None,
+    judge_max_tokens: Annotated[int,
+        typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with accuracy by length and source")] = False,
     trust_remote_code: TrustRemoteCode = False,
-) -> None:
+) -> None:  # fmt: skip
     """Compare base and adapter of a run, or two runs: on held-out pairs, or by their answers."""
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:

@@ -11,13 +11,8 @@ from orpo_lite.merge.__main__ import Onto, Quantization
 def command(
     source: Annotated[str, typer.Argument(metavar="RUN_OR_DIR", help="run, adapter or model folder")],
     output: Annotated[str, typer.Option(help="GGUF file to write; must not exist")],
-    quant: Annotated[
-        str,
-        typer.Option(
-            help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0, q2_k to q6_k (q4_k_m, q5_k_m); auto: "
-            "16 bits, bf16 where the weights are"
-        ),
-    ] = "auto",
+    quant: Annotated[str, typer.Option(help="f32, f16, bf16, q8_0, q5_1, q5_0, q4_1, q4_0, mxfp4, tq1_0, tq2_0, q2_k "
+        "to q6_k (q4_k_m, q5_k_m); auto: 16 bits, bf16 where the weights are")] = "auto",
     adapter: Annotated[bool, typer.Option("--adapter", help="the adapter alone, as a LoRA file")] = False,
     ollama: Annotated[bool, typer.Option("--ollama", help="write a Modelfile beside it")] = False,
     llama_quantize: Annotated[str | None, typer.Option(metavar="PATH", help="default: on the PATH")] = None,
@@ -25,14 +20,11 @@ def command(
     onto: Annotated[Onto, typer.Option(help="as in orpo_lite.merge")] = Onto.original,
     quantization: Annotated[Quantization | None, typer.Option(help="as in orpo_lite.merge")] = None,
     double_quant: Annotated[bool, typer.Option("--double-quant", help="as in orpo_lite.merge")] = False,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")
-    ] = False,
+    trust_remote_code: Annotated[bool,
+        typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
     load("orpo_lite.export.gguf")
     from orpo_lite.export.gguf import export

@@ -218,9 +218,6 @@ def vllm_line(source: Path) -> str:
     return f"vLLM --enable-lora can serve {source} as it is, with --max-lora-rank {vllm_rank(source)}"
 
 
-# ---- a whole model -------------------------------------------------------------------------------------------------------
-
-
 def write_model(
     request: dict[str, Any], model: Path, config: Any, tokenizer: Any, generation: GenerationConfig | None, kind: Any
 ) -> tuple[Path, list[str]]:
@@ -255,9 +252,6 @@ def write_model(
     if kind.tool:
         lines.append(f"{types_of(made)}; quantized by {kind.tool}")
     return made, lines
-
-
-# ---- an adapter alone ----------------------------------------------------------------------------------------------------
 
 
 def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[Path, str]:

@@ -115,9 +115,6 @@ def ggml_library() -> str | None:
     return None
 
 
-# ---- quantizing ----------------------------------------------------------------------------------------------------------
-
-
 def quantize_file(path: Path, output: Path, kind: Kind) -> None:
     """Write `path`, a GGUF file of floats, as another file of this type.
 
@@ -221,9 +218,6 @@ def mixed_type(name: str, kind: Kind, layers: int) -> str:
         return which == "all" or layer < (int(layers * which) if isinstance(which, float) else int(which))
 
     return next(kept for part, which, kept in MIXTURES[kind.name] if part in name and inside(which)).upper()
-
-
-# ---- reading back --------------------------------------------------------------------------------------------------------
 
 
 def check_fields(path: Path, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], context: int | None) -> None:

@@ -22,35 +22,25 @@ Quantization = StrEnum("Quantization", ["nf4", "fp4"])
 
 def command(
     output: Annotated[str, typer.Option(help="folder to write; must not exist or be empty")],
-    source: Annotated[
-        str | None, typer.Argument(metavar="RUN_OR_ADAPTER", help="run or adapter folder, or hub id of an adapter")
-    ] = None,
-    adapter: Annotated[
-        list[str] | None,
-        typer.Option(metavar="ADAPTER:WEIGHT", help="one of several to add up, with its weight (default 1); repeat it"),
-    ] = None,
+    source: Annotated[str | None,
+        typer.Argument(metavar="RUN_OR_ADAPTER", help="run or adapter folder, or hub id of an adapter")] = None,
+    adapter: Annotated[list[str] | None,
+        typer.Option(metavar="ADAPTER:WEIGHT", help="one of several to add up, with its weight (default 1); repeat it")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
     dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged weights; default: the base's own")] = None,
-    onto: Annotated[
-        Onto, typer.Option(help="original weights, or the quantized ones that training used (dequantized)")
-    ] = Onto.original,
-    quantization: Annotated[
-        Quantization | None, typer.Option(help="what the base of a bare adapter was quantized with in training")
-    ] = None,
-    double_quant: Annotated[
-        bool, typer.Option("--double-quant", help="with nf4 and fp4: its constants were quantized too")
-    ] = False,
-    verify: Annotated[
-        bool | None, typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: yes")
-    ] = None,
-    trust_remote_code: Annotated[
-        bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
-    ] = False,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")
-    ] = False,
+    onto: Annotated[Onto,
+        typer.Option(help="original weights, or the quantized ones that training used (dequantized)")] = Onto.original,
+    quantization: Annotated[Quantization | None,
+        typer.Option(help="what the base of a bare adapter was quantized with in training")] = None,
+    double_quant: Annotated[bool,
+        typer.Option("--double-quant", help="with nf4 and fp4: its constants were quantized too")] = False,
+    verify: Annotated[bool | None,
+        typer.Option("--verify/--no-verify", help="compare logits with the adapter model's; default: yes")] = None,
+    trust_remote_code: Annotated[bool,
+        typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     load("orpo_lite.merge.run")
     from orpo_lite.merge.run import merge

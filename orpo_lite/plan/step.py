@@ -27,9 +27,6 @@ COPYING = 2
 """ASSUMED. Tensors that are still on the card while they are copied to the host."""
 
 
-# ---- the micro-batch that is planned for -----------------------------------------------------------------------------
-
-
 @dataclass(frozen=True)
 class Shape:
     """The pairs of a micro-batch, each as its tokens: shared prompt, chosen answer, rejected answer (one number where both
@@ -99,9 +96,6 @@ def accumulates(recipe: Recipe) -> bool:
     """Check whether gradients of earlier micro-batches exist when another begins."""
     pairs, steps = batch_sizes(recipe)
     return steps > 1 or (recipe.orpo.tokens_per_batch is not None and pairs > 1)
-
-
-# ---- the step --------------------------------------------------------------------------------------------------------
 
 
 def scoring(model: Any) -> HeadTransform | None:

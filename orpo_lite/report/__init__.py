@@ -46,14 +46,10 @@ def as_json(runs: Sequence[LoadedRun]) -> str:
 
 def command(
     runs: Annotated[list[str], typer.Argument(help="run folder, finished or not; several are compared")],
-    output: Annotated[
-        Path | None,
-        typer.Option(
-            help="file to write; default: report.html in the run folder, or for several compare.html in the first"
-        ),
-    ] = None,
+    output: Annotated[Path | None, typer.Option(help="file to write; default: report.html in the run folder, or for "
+        "several compare.html in the first")] = None,
     json_too: Annotated[bool, typer.Option("--json", help="print the facts as JSON; no page is written")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Write a run's report.html, or the comparison of several runs."""
     from orpo_lite.report.page import compare_page, run_page
 

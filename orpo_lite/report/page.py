@@ -190,7 +190,7 @@ def labels(runs: Sequence[LoadedRun]) -> list[str]:
 
 def differences(runs: Sequence[LoadedRun]) -> dict[str, list[Any]]:
     """Return the fields in which the recipes differ, each with its value in every run; None where a run does not have it."""
-    from transformers.utils import flatten_dict
+    from transformers.utils.generic import flatten_dict
 
     recipes = [flatten_dict(run.recipe.model_dump(mode="json")) for run in runs]
     keys = dict.fromkeys(key for recipe in recipes for key in recipe if key not in HOUSEKEEPING)

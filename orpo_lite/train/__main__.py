@@ -27,27 +27,16 @@ if TYPE_CHECKING:
 
 def command(
     recipe: Annotated[str | None, RECIPE_OPTION] = None,
-    overrides: Annotated[
-        list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")
-    ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")
-    ] = False,
-    resume: Annotated[
-        bool,
-        typer.Option(
-            "--resume",
-            help="resume from the newest good checkpoint, as the same command does by itself, and never start over; "
-            "--resume=force resumes in spite of changes",
-        ),
-    ] = False,
+    overrides: Annotated[list[str] | None, typer.Argument(help="key=value, for example training.learning_rate=5e-6")] = None,
+    dry_run: Annotated[bool,
+        typer.Option("--dry-run", help="do everything up to the first optimizer step; write nothing")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="resume from the newest good checkpoint, as the same "
+        "command does by itself, and never start over; --resume=force resumes in spite of changes")] = False,
     resume_force: Annotated[bool, typer.Option("--resume-force", hidden=True)] = False,
-    plan: Annotated[
-        bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")
-    ] = False,
+    plan: Annotated[bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")] = False,
     force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU in this machine")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every derived number before training")] = False,
-) -> None:
+) -> None:  # fmt: skip
     """Train an adapter with ORPO as a recipe says."""
     if recipe is None:
         raise RequestError(

@@ -114,9 +114,6 @@ def in_words(error: BaseException, limit: int = 300) -> str:
     return type(error).__name__ + (f": {text[:limit]}" if text else "") + ("..." if len(text) > limit else "")
 
 
-# ---- probes ----------------------------------------------------------------------------------------------------------
-
-
 def packages() -> Iterator[Finding]:
     """Report the interpreter, and compare the installed packages with those that orpo-lite declares."""
     from packaging.requirements import Requirement

@@ -61,8 +61,6 @@ class CheckpointedTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(self.args.early_stopping_patience))
         self.add_callback(SavePoints(self))
 
-    # ---- when training begins and ends -----------------------------------------------------------------------------
-
     def train(self, resume_from_checkpoint: str | bool | None = None, *args: Any, **kwargs: Any) -> Any:
         """Train as transformers does, from a verified checkpoint, stopped by signals at a step's end.
 
@@ -117,8 +115,6 @@ class CheckpointedTrainer(Trainer):
             self.state.best_model_checkpoint = None
         elif self.stopping.number is None:
             super()._load_best_model()
-
-    # ---- saving ----------------------------------------------------------------------------------------------------
 
     @property
     def checkpoint_folder(self) -> Path:
@@ -235,8 +231,6 @@ class CheckpointedTrainer(Trainer):
             return {}
         values = self.total(torch.stack([value.double() for value in self.sums.values()])).tolist()
         return dict(zip(self.sums, values, strict=True))
-
-    # ---- resuming --------------------------------------------------------------------------------------------------
 
     def _verified(self, asked: str | bool) -> Path:
         """Return the checkpoint to resume from, once it is known to be complete and to belong here."""

@@ -26,9 +26,6 @@ T = TypeVar("T", bound=BaseModel)
 Amount: TypeAlias = Annotated[int | float, Field(ge=0, allow_inf_nan=False)]
 
 
-# ---- run.json --------------------------------------------------------------------------------------------------------
-
-
 class Section(BaseModel):
     """A part of run.json; every field may be missing, as in those of other versions, and is then None or empty."""
 
@@ -173,9 +170,6 @@ class HeldOutPairs(Section):
     after: dict[Literal["logps/chosen", "logps/rejected"], list[float]] = {}
 
 
-# ---- reading -----------------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class LoadedRun:
     """One run as its report takes it: finished, under way or stopped, of this version or an older one."""
@@ -305,8 +299,6 @@ def validated(kind: type[T], content: Any, path: Path) -> T:
             "train it again"
         ) from None
 
-
-# ---- what several of its readers and writers say -----------------------------------------------------------------------
 
 PACKAGES = ("torch", "transformers", "peft", "trl", "accelerate", "datasets", "bitsandbytes", "liger-kernel")
 

@@ -3,7 +3,6 @@
 import contextlib
 import logging
 import time
-from collections.abc import Callable
 from typing import Any, cast
 
 import torch
@@ -131,8 +130,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             callbacks=callbacks,
             optimizers=optimizers,
         )
-        if type(self).training_step is not ORPOTrainer.training_step:
-            self.training_step = self._checked(self.training_step)
         self.kernels = fuse(self.model, args)
         dtype = torch.bfloat16 if args.bf16 else torch.float16 if args.fp16 else torch.float32
         self.layout = choose_layout(unwrap(self.model), args.layout, Place.of(args.device, dtype))
@@ -273,19 +270,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         step.losses += losses
         if len(step.losses) == len(step.items):
             self.guard.check_step()
-
-    def _checked(self, own: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        """Wrap a subclass's `training_step`: where it does not call ours, the loss that it returns is checked as ours is."""
-
-        def training_step(model: nn.Module, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
-            step = self.step_in_progress
-            done = len(step.losses) if step else 0
-            loss = own(model, inputs, *args, **kwargs)
-            if step is not None and step.index_of(inputs) == done == len(step.losses):
-                self._record(step, [loss.detach()])
-            return loss
-
-        return training_step
 
     def _forward_backward(self, model: nn.Module, item: dict[str, Any], totals: Tensor | None) -> Tensor:
         """Run the passes of an item, gradients synchronized on the last only; returns its loss, a scalar."""
