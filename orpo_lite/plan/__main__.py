@@ -49,10 +49,8 @@ def command(
 
 def cards_asked_for(recipe: Recipe, gpu: str | None) -> list[Card]:
     """Return the cards that --gpu or else memory.gpu_gb names."""
-    if gpu:
-        return find_cards(gpu) if gpu != "cpu" else []
-    size = recipe.memory.gpu_gb
-    return [Card(f"{size:g} GB", size)] if size else []
+    wish = gpu or recipe.memory.gpu_gb
+    return find_cards(str(wish)) if wish and wish != "cpu" else []
 
 
 if __name__ == "__main__":

@@ -80,8 +80,8 @@ def named(doing: str, advice: str = SAVERS) -> Iterator[None]:
 
 def obstacle_to_smaller_batches(trainer: Any) -> str:
     """Say why a pass cannot be repeated with smaller micro-batches; empty where it can."""
-    alone = trainer.accelerator.distributed_type == DistributedType.NO
-    return "" if alone else "in distributed training, where the processes wait for one another"
+    several = trainer.accelerator.distributed_type != DistributedType.NO
+    return "in distributed training, where the processes wait for one another" * several
 
 
 def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> Any:

@@ -98,19 +98,6 @@ class PoisonedStep(ORPOTrainer):
         return super().training_step(*args, **kwargs) * (float("nan") if self.calls == 5 else 1.0)
 
 
-class OwnStep(ORPOTrainer):
-    """A training step that a script wrote itself, without ours; one pass returns a loss that is not finite."""
-
-    calls = 0
-
-    def training_step(self, model, inputs, num_items_in_batch=None):
-        self.calls += 1
-        model.train()
-        loss = self.compute_loss(model, inputs, num_items_in_batch=num_items_in_batch)
-        self.accelerator.backward(loss)
-        return loss.detach() * (float("nan") if self.calls == 5 else 1.0)
-
-
 def poison_gradient(trainer, backward, value, element=3):
     """One value of one gradient, in the n-th backward pass."""
     name, parameter = next((n, p) for n, p in trainer.model.named_parameters() if "lora_A" in n and p.requires_grad)
