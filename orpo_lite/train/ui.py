@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from base64 import b64encode
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from functools import lru_cache, partial
@@ -48,7 +49,6 @@ HEAVY = ("train", *REHEARSED)
 """Commands that need the memory of the compared models."""
 LINES = 400
 """Lines of output that are shown."""
-CHARTS = ("loss", "rewards/accuracies", "rewards/margins")
 POLICY = "default-src 'self' 'unsafe-inline' 'unsafe-eval' data: blob:; frame-ancestors 'self'"
 """Content security policy: the browser asks no other host for anything."""
 
@@ -141,15 +141,15 @@ def note(text: str, mood: str = "") -> str:
     return f'<p class="note {mood}">{escaped(text)}</p>' if text else ""
 
 
-def curves(metrics: Path) -> list[Any]:
-    """Return a table of step, value and kind of pairs for each of CHARTS, from what a run has logged."""
-    import pandas
+def curves(run: Path, picture: Path) -> str:
+    """Return the curves of what a run has logged so far, drawn into a file, as HTML; nothing before its first step."""
+    from orpo_lite.report.charts import draw_card_curves
+    from orpo_lite.trainer.run_record import read_run
 
-    logs, tables = pandas.read_json(metrics, lines=True), []
-    for name in CHARTS:
-        both = logs.reindex(columns=["step", name, f"eval_{name}"]).set_axis(["step", "training", "held out"], axis=1)
-        tables.append(both.melt("step", var_name="pairs").dropna())
-    return tables
+    with contextlib.suppress(RequestError):
+        if draw_card_curves(read_run(run), picture):
+            return f'<img alt="curves of {escaped(run.name)}" src="data:image/png;base64,{b64encode(picture.read_bytes()).decode()}">'
+    return ""
 
 
 # ---- in the process that holds the compared models -------------------------------------------------------------------
@@ -231,7 +231,7 @@ class Page:
                                 self.commands[name], panes[name], part[f"{name}_line"] = words, pane, gr.HTML()
             fields, lines = [part[name] for name in self.fields], [part[f"{name}_line"] for name in self.commands]
             changed = [one for name, one in part.items() if name.endswith("_pane")]
-            changed += [part[name] for name in ("stop_line", "run", "recipe", *CHARTS)]
+            changed += [part[name] for name in ("stop_line", "run", "recipe", "curves")]
             load = self.blocks.load
             load(None, None, part["width"], js="() => Math.floor((Math.min(innerWidth, 1240) - 90) / 7.9)")
             load(partial(self.follow, "train_pane"), None, changed, **quiet)
@@ -279,7 +279,7 @@ class Page:
 
     def follow(self, pane: str, problem: str = "") -> Iterator[dict[Any, Any]]:
         """Yield what a command changes on the page until it has ended: its output, and what it writes."""
-        job, part, before, plots = self.jobs.get(pane), self.part, None, {}
+        job, part, before, drawn = self.jobs.get(pane), self.part, None, ""
         while job:
             status, folder = job.poll(), job.run()
             files = [job.log, *([folder / "metrics.jsonl"] if folder else [])]
@@ -288,10 +288,9 @@ class Page:
                 changes = {part[pane]: problem + job.html()}
                 if pane == "train_pane":
                     changes[part["stop_line"]] = f"<code>kill {job.pid}</code>" if status is None else ""
-                if now[2:] and now[2:] != (before or [])[2:]:
-                    tables = zip(CHARTS, curves(files[1]), strict=True)
-                    plots = {part[name]: self.gr.LinePlot(table, visible=True) for name, table in tables}
-                changes |= plots  # each time: a slow browser skips all changes but the last
+                    if now[2:] and now[2:] != (before or [])[2:] and folder:
+                        drawn = curves(folder, self.folder / "curves.png")
+                    changes[part["curves"]] = drawn  # each time: a slow browser skips all changes but the last
                 if status is not None and folder:
                     changes[part["run"]] = str(folder)
                 if status == 0 and job.words[0] == "new":

@@ -50,7 +50,7 @@ NO_KERNELS = {aten.empty.memory_format, aten.empty_like.default, aten.new_empty.
 
 
 class Card(NamedTuple):
-    """Public figures of a card: dense 16-bit floating-point operations and bytes of memory a second."""
+    """Public figures of a card: dense 16-bit operations a second, summed in float32 as training does, and bytes of memory a second."""
 
     flops: float
     bandwidth: float
@@ -60,7 +60,7 @@ class Card(NamedTuple):
 T4, AMPERE = Target("cuda", (7, 5)), Target("cuda", (8, 6))
 CARDS = {
     "T4": Card(65e12, 320e9, T4),
-    "RTX 3060": Card(51e12, 360e9, AMPERE),
+    "RTX 3060": Card(25e12, 360e9, AMPERE),
     "RTX 4090": Card(165e12, 1008e9, AMPERE),
 }
 LAUNCH = 6e-6

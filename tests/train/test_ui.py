@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+from base64 import b64decode
 from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,6 +23,7 @@ import pytest
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.loading import find_recipe
 from orpo_lite.train import ui
 from tests.docs.blocks import parser, words_of
 from tests.report.browser import CHROMIUM, Browser
@@ -182,16 +184,18 @@ def test_curves_and_the_folder_of_a_run(page: ui.Page, monkeypatch: pytest.Monke
     job.wait()
     for folder, since in ((old, -1000), (new, 1)):
         folder.mkdir(parents=True)
-        (folder / "recipe.yaml").touch()
+        (folder / "recipe.yaml").write_bytes(find_recipe("quickstart").read_bytes())
         os.utime(folder, (job.since + since, job.since + since))
     assert job.run() == new
     (new / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    loss, accuracy, margin = (table.to_dict("records") for table in ui.curves(new / "metrics.jsonl"))
-    assert loss == [{"step": 5, "pairs": "training", "value": 0.8}, {"step": 0, "pairs": "held out", "value": 0.9}]
-    assert [row["value"] for row in accuracy] == [0.5, 0.75] and [row["step"] for row in margin] == [5, 10, 0]
+    assert ui.curves(old, page.folder / "curves.png") == ""  # nothing is logged yet
     page.jobs["train_pane"] = job
     *_, last = page.follow("train_pane")
-    assert last[page.part["run"]] == str(new) and page.part["loss"] in last and last[page.part["stop_line"]] == ""
+    assert last[page.part["run"]] == str(new) and last[page.part["stop_line"]] == ""
+    kind, _, data = re.fullmatch('<img alt="curves of quickstart" src="(.*)">', last[page.part["curves"]])[1].partition(
+        ","
+    )
+    assert kind == "data:image/png;base64" and b64decode(data) == (page.folder / "curves.png").read_bytes()
 
 
 def test_the_gate() -> None:
@@ -305,9 +309,9 @@ def test_from_pairs_to_a_rated_answer(served: tuple[str, str], tmp_path: Path) -
         screen.click("plan")
         assert "peak" in screen.says("recipe_pane", "\ndone", "ended with")
         screen.click("start")
-        screen.wait("document.querySelector('#loss svg, #loss canvas')")
+        screen.wait("document.querySelector('#curves img')?.naturalWidth > 600")
         screen.see(origin)  # a page that is opened again follows what runs
-        screen.wait("document.querySelector('#loss svg, #loss canvas')")
+        screen.wait("document.querySelector('#curves img')?.naturalWidth > 600")
         screen.click("stop")
         assert "stopping after this step, with a checkpoint" in screen.says("train_pane", "ended with status 143")
         screen.click("resume")
@@ -341,7 +345,7 @@ def test_from_pairs_to_a_rated_answer(served: tuple[str, str], tmp_path: Path) -
         assert (tmp_path / "outputs" / "quickstart-merged" / "config.json").is_file()
         for width, dark in ((1280, False), (1280, True), (390, False), (390, True)):
             screen.see(origin, width, dark)
-            screen.wait("document.querySelector('#loss svg, #loss canvas')")
+            screen.wait("document.querySelector('#curves img')?.naturalWidth > 600")
             assert screen.run("document.documentElement.scrollWidth") <= width
             worst = screen.run(CONTRAST.replace("body *", "pre, pre *, .buttons *, .note, h2"))
             assert worst["ratio"] >= 4.5, worst
