@@ -91,8 +91,8 @@ def adapter_folder(source: str | Path) -> Path:
     folder = Path(os.path.expanduser(source))
     if os.path.exists(folder):
         return folder
-    check_folder(source, "a run folder, the folder of an adapter, or a hub id USER/NAME")
     with renaming_field("adapter"), hub_errors_in_words(str(source)), progress(f"downloading {source}"):
+        check_folder(source, "a run folder, the folder of an adapter, or a hub id USER/NAME")
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 
 

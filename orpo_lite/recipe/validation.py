@@ -14,7 +14,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.credentials import SECRET_NAME, looks_like_secret
+from orpo_lite.common.credentials import looks_like_secret
 from orpo_lite.common.text import shown
 from orpo_lite.recipe.training_fields import training_fields, wanted
 
@@ -151,19 +151,18 @@ def unknown_key(recipe: type[BaseModel], place: list[str], value: Any = None) ->
 
 
 def of_a_word(line: str, words: typing.Sequence[str]) -> str | None:
-    """Return a problem as that of the key=value of the command line that it is about; None where it is about none."""
+    """Return a problem with what the key=value of the command line that it is about should be; None where it is about none."""
     place, _, rest = line.partition(": ")
     for word in reversed(words):
         key, _, value = word.partition("=")
-        told = key if len(word) > 100 or SECRET_NAME.search(key) or looks_like_secret(word) else word
         if f"{key}.".startswith(f"{place}."):
             if meant := MEANT.search(rest):
                 field, implied = meant.groups()
                 right = field + implied * (value.lower() != "false") if implied else shlex.quote(f"{field}={value}")
                 rest = rest.replace(meant[0], right)
-            return f"{told}: {rest}"
+            return f"{place}: {rest}"
         if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line):
-            return f"{told}: {line}"
+            return line
     return None
 
 

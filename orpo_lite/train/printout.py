@@ -53,7 +53,7 @@ def print_plan_of_run(
         ("data", f"{counted(len(pairs.train), 'training pair')}, {held_out:,} held out"),
         *(("", line) for line in [kept, *remarks] if remarks and WITHOUT_TEMPLATE not in line),
         ("steps", describe_steps(trainer, len(pairs.train))),
-        ("layout", f"{trainer.layout.name}: {trainer.layout.why}"),
+        ("layout", f"{trainer.layout.name}: {trainer.layout.why.rpartition('; ')[2]}"),
     ]
     if verbose:
         schedule, optimizer = (
@@ -63,6 +63,7 @@ def print_plan_of_run(
             *(("loaded", line) for line in (model, *loaded)),
             ("trainable", f"{trainable:,} of {total:,} parameters ({trainable / total:.2%})"),
             ("rows", kept),
+            ("exact", trainer.layout.why),
             ("kernels", trainer.kernels),
             ("loss", f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over {means}"),
             ("batch", describe_batch(trainer)),

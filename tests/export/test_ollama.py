@@ -147,7 +147,10 @@ def test_these_families_are_known(name):
 @pytest.mark.parametrize("base", [name for name, family in FAMILIES.items() if family.template])
 def test_base_models_of_the_recipes(base):
     tokenizer = base_tokenizer(base)
-    found, _ = commands(tokenizer, adds_bos=FAMILIES[base].add_bos)
+    found, notes = commands(tokenizer, adds_bos=FAMILIES[base].add_bos)
+    if "SmolLM3" in base:  # metadata with today's date around every system turn: no fixed texts
+        assert "TEMPLATE" not in found and any("TEMPLATE is left out" in note for note in notes)
+        return
     assert "TEMPLATE" in found
     if "SmolLM2" in base:
         assert found["SYSTEM"] == "You are a helpful AI assistant named SmolLM, trained by Hugging Face"

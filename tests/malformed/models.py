@@ -220,7 +220,7 @@ MODELS = [
 ]  # fmt: skip
 ADAPTERS = [
     Case("no-such-folder", lambda _: ["train", "--recipe", "quickstart", "adapter.init_from=./gone"],
-         "adapter", "no folder gone", "give the folder of an adapter, or a hub id"),
+         "adapter", "gone: there is no such folder", "the folder of an adapter, or a hub id"),
     Case("no-config", continued(without(CONFIG)), "adapter: ", "no adapter_config.json", "not an adapter folder"),
     Case("config-cut", continued(cut(CONFIG, 0.5)), f"adapter/{CONFIG}", "broken JSON", "copy or download it again"),
     Case("not-lora", continued(edited(CONFIG, peft_type="IA3", target_modules=["q_proj"], feedforward_modules=[])),
@@ -257,5 +257,5 @@ ADAPTERS = [
     Case("evaluate-data-gone", run("--data", "gone.jsonl"), "--data", "gone.jsonl: no such file", ".parquet"),
     Case("evaluate-data-dropped", evaluated(b'{"prompt": "a", "chosen": "b", "rejected": "b"}\n'), "--data: 1 of 1 row",
          "chosen equal to rejected", "fix the data"),
-    Case("report-of-no-run", lambda _: ["report", "gone"], "gone", "no recipe.yaml", "run folder"),
+    Case("report-of-no-run", lambda _: ["report", "gone"], "gone", "no such folder", "a run folder"),
 ]  # fmt: skip

@@ -109,8 +109,10 @@ def harmless(document: Document, ours: bool = False) -> None:
     else:
         assert not scripts
     for tag, attributes in document.elements:
-        if ours and tag == "script":
-            continue
+        if ours and (
+            tag == "script" or tag == "a" and str(attributes.get("href")).startswith("#") and len(attributes) == 1
+        ):
+            continue  # links to the report's own sections
         assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form", "img", "a"), tag
         for name, value in attributes.items():
             assert not name.startswith("on") and name not in ("src", "href", "srcset", "xlink:href"), (tag, name)

@@ -29,7 +29,7 @@ def offered(line):
         ("orpo-lite ", list(COMMANDS)),
         ("orpo-lite ev", ["evaluate"]),
         ("orpo-lite train --dry", ["--dry-run"]),
-        ("orpo-lite train --recipe mis", ["mistral-qlora", "mistral-qlora-t4"]),
+        ("orpo-lite train --recipe mis", ["mistral-qlora", "mistral-qlora-t4", "mistral-v0.3-qlora"]),
         ("orpo-lite plan --recipe mixt", ["mixtral-8x7b"]),
     ],
 )

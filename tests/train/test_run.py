@@ -94,7 +94,7 @@ def test_prints_results_and_what_to_do_next_on_one_screen(finished):
                   "120 held-out pairs before after", "last, step 4", "answers in the chosen style"):  # fmt: skip
         assert words in out, words
     lines = done.stdout.splitlines()
-    assert len(lines) <= 25, done.stdout
+    assert len(lines) <= 26, done.stdout
     merged = folder.with_name(f"{folder.name}-merged")
     assert lines[-3:] == [
         "next:",
