@@ -102,7 +102,9 @@ def is_right(side, model):
     return torch.allclose(*both, atol=1e-5, rtol=0) and answerer.reply(ASK, Sampling(12)).text == text
 
 
-@pytest.mark.parametrize("first", KINDS)
+@pytest.mark.parametrize(
+    "first", [pytest.param(k, marks=[pytest.mark.slow] * (k not in ("lora", "dora"))) for k in KINDS]
+)
 def test_each_side_is_what_it_is_alone(place, first):
     """Against other kinds, loaded before or after it, and against its base."""
     kinds = [*KINDS, "elsewhere/lora", "one", "two"]
@@ -121,6 +123,7 @@ def pointers(side):
     return {p.data_ptr() for name, p in side.loaded[0].named_parameters() if "lora_" not in name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("quantization", ["none", "nf4"])
 def test_adapters_on_one_base_hold_it_once(place, quantization):
     sides = find_sides(str(place / "rslora"), against=str(place / "elsewhere" / "lora"))

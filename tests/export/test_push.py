@@ -533,6 +533,7 @@ def test_a_token_that_the_hub_does_not_know(hub, folder, monkeypatch):
         push(folder, "me/quick")
 
 
+@pytest.mark.slow
 def test_command_never_shows_nor_stores_the_token(hub, shards, tmp_path):
     """Also where the server sends the token back in its error, and the traceback is asked for."""
     hub.faults = [Fault("POST .*/commit/", status=403, error=f"token {hub.token} has no write role", times=1)]

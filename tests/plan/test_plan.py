@@ -91,6 +91,7 @@ def test_few_layers_say_what_all_of_them_would(bases):
     same(bases["llama"], 4, Target("cuda"))
 
 
+@pytest.mark.slow
 def test_few_layers_of_each_kind_say_what_all_of_them_would(bases):
     same(bases["gemma2"], "all", Target("cuda"), "eager")
 
@@ -271,6 +272,7 @@ def test_what_would_make_it_fit_is_planned_and_does(bases):
     assert hopeless.words == NOT and hopeless.remedy is None
 
 
+@pytest.mark.slow
 def test_sixteen_bits_become_four_before_rows_get_shorter(bases):
     planner, sixteen = Planner(), recipe(bases["llama"], model={"quantization": "none"})
     four = changed(sixteen, ["model.quantization=nf4", "memory.checkpointing=all", "memory.offload_activations=true"])

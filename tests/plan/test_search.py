@@ -132,6 +132,7 @@ def test_a_step_that_is_bound_by_launches_takes_larger_micro_batches(base, monke
     assert pairs[0] < pairs[1]
 
 
+@pytest.mark.slow
 def test_the_fit_fits_and_keeps_the_optimizer_batch(base, tmp_path, monkeypatch):
     monkeypatch.setattr(search, "LAUNCHING", 0.0)  # this small model's steps would take the largest micro-batch
     asked = recipe(base)

@@ -66,6 +66,7 @@ def drawn(folder: Path) -> tuple[str, dict[str, Any]]:
 WRONG = [..., None, "x", {"a": None}, NAN]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("new", WRONG, ids=["removed", "null", "text", "object", "nan"])
 def test_every_single_damage_to_run_json(new, written, tmp_path):
     """Each ends in an error that names the file and a field on the way there, or in a page."""

@@ -193,9 +193,9 @@ def test_curves_and_the_folder_of_a_run(page: ui.Page, monkeypatch: pytest.Monke
     page.part |= {"curves": "curves", "stop_line": "stop_line"}  # a mock makes one of all HTML
     *_, last = page.follow("train_pane")
     assert last[page.part["run"]] == str(new) and last[page.part["stop_line"]] == ""
-    kind, _, data = re.fullmatch('<img alt="curves of quickstart-2" src="(.*)">', last[page.part["curves"]])[1].partition(
-        ","
-    )
+    kind, _, data = re.fullmatch('<img alt="curves of quickstart-2" src="(.*)">', last[page.part["curves"]])[
+        1
+    ].partition(",")
     assert kind == "data:image/png;base64" and b64decode(data) == (page.folder / "curves.png").read_bytes()
 
 

@@ -73,6 +73,7 @@ def test_lines_break_between_words_and_commands_and_paths_stay_whole():
     assert " ".join(text.split()) == f"{'word ' * 30}{path} and python -m orpo_lite.chat {path}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("gpu", "first", "last"),
     [("t4", "smollm2-135m-qlora on t4 (15.8 GB): fits, needs", "next: orpo-lite train --recipe smollm2-135m-qlora data.max_rows=100"),
