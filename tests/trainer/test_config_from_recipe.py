@@ -7,8 +7,8 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.train import pipeline as train
 
 CASES = [
-    (["training.logging_steps=0"], ["training.logging_steps=0: found 0", "greater than 0"]),
-    (["training.save_steps=0"], ["training.save_steps=0: found 0", "greater than 0"]),
+    (["training.logging_steps=0"], ["training.logging_steps: found 0", "greater than 0"]),
+    (["training.save_steps=0"], ["training.save_steps: found 0", "greater than 0"]),
     (['training.lr_scheduler_kwargs={"foo": 1}'], ["training.lr_scheduler_kwargs (found {'foo': 1})", "'foo'"]),
     (["training.lr_scheduler_kwargs='{'"], ["training.lr_scheduler_kwargs (found '{')"]),
     (
