@@ -54,6 +54,7 @@ def print_plan_of_run(
         *(("", line) for line in [kept, *remarks] if remarks and WITHOUT_TEMPLATE not in line),
         ("steps", describe_steps(trainer, len(pairs.train))),
         ("layout", f"{trainer.layout.name}: {trainer.layout.why.rpartition('; ')[2]}"),
+        *([("batch", describe_batch(trainer))] if verbose or trainer.args.world_size > 1 else ()),
     ]
     if verbose:
         schedule, optimizer = (
@@ -66,7 +67,6 @@ def print_plan_of_run(
             ("exact", trainer.layout.why),
             ("kernels", trainer.kernels),
             ("loss", f"beta {recipe.orpo.beta:g}, NLL over {recipe.orpo.nll_scope}, means over {means}"),
-            ("batch", describe_batch(trainer)),
             ("optimizer", f"{optimizer}, {schedule} schedule"),
             ("checkpointing", {None: "all layers", 0: "off"}.get(checkpointing, f"first {checkpointing} layers")),
         ]

@@ -19,7 +19,7 @@ def test_two_processes_write_one_run_folder_and_speak_once(whole):
     assert facts["effective_batch"] % 4 == 0
     assert len(facts["samples"]["after"]) == 2
     assert len(re.findall(r"^run folder", said, re.MULTILINE)) == 1
-    assert "2 by ddp over gloo" in said
+    assert "2 processes by ddp over gloo" in said
     assert said.count("distributed by cost") == 1
     assert [path.name for path in out.parent.iterdir()] == ["run"]
 
