@@ -308,7 +308,7 @@ def test_from_pairs_to_a_rated_answer(served: tuple[str, str], tmp_path: Path) -
         # the quickstart's own pairs from here on
         screen.see(origin)
         screen.click("plan")
-        assert "peak" in screen.says("recipe_pane", "\ndone", "ended with")
+        assert "GB in tensors" in screen.says("recipe_pane", "\ndone", "ended with")
         screen.click("start")
         screen.wait("document.querySelector('#curves img')?.naturalWidth > 600")
         screen.see(origin)  # a page that is opened again follows what runs
