@@ -103,9 +103,9 @@ class Chat:
         self.sides, self.sampling, self.system = sides, sampling, system
         self.turns: Turns = []
         self.over, self.next = False, ""
-        """Whether the chat ends, and the next message, where it is typed already."""
+        """True once the chat ends; the next message, if it is typed already."""
         self.typing: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext
-        """Keeps what is typed while an answer is written."""
+        """Context manager that keeps what is typed while an answer is written."""
 
     def run(self) -> None:
         """Read and answer messages until Ctrl-D or /quit."""

@@ -185,7 +185,7 @@ class LoadedRun:
     checkpoint: str | None = None
     """The newest one of an unfinished run."""
     notes: list[str] = field(default_factory=list)
-    """What cannot be read of metrics.jsonl, in sentences for the page."""
+    """Sentences for the page on lines of metrics.jsonl that cannot be read."""
 
     @property
     def name(self) -> str:

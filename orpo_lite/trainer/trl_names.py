@@ -41,7 +41,7 @@ class TrlNames(Base):
     stored: dict[str, dict[str, list[float]]] | None = None
     """Numbers of `store_metrics` since the last log of training and of evaluation."""
     totals_of_step: Tensor | None = None
-    """What the optimizer step holds whose loss is being computed, see `count_step`."""
+    """Counts of the optimizer step whose loss is being computed, see `count_step`."""
     card_writer = "orpo_lite.report.model_card:write_trainer_card"
     """Function that writes the model card, by name: report/ stands above this package, and is imported when it is called."""
 
