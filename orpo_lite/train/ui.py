@@ -466,10 +466,8 @@ def command(
         console.print(f"The page is {reach}; whoever has its address can run commands here.\nCtrl-C ends it, and stops what "
                       "runs, a training with a checkpoint.", soft_wrap=True)  # fmt: skip
         signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that what runs is stopped
-        try:
+        with contextlib.suppress(KeyboardInterrupt), contextlib.closing(page):  # Ctrl-C is the way to end it
             uvicorn.Server(uvicorn.Config(gate, log_level="warning", timeout_graceful_shutdown=1)).run([listener])
-        finally:
-            page.close()
 
 
 if __name__ == "__main__":
