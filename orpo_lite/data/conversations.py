@@ -9,7 +9,7 @@ that the template gives to any answer. Where that cannot be done, the row is lef
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -19,7 +19,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import CHANGED, REFUSED, WRONG_TYPES, Dropped
 from orpo_lite.data.messages import REASONING, Messages
 from orpo_lite.data.row_shapes import Pair
-from orpo_lite.model.tokenizer import MARKER, Job, TemplateRefused, render_chat, render_chats
+from orpo_lite.model.tokenizer import MARKER, TemplateRefused, render_chat
 from orpo_lite.recipe.validation import leaves
 
 Span = tuple[int, int]
@@ -64,10 +64,10 @@ class Side:
 
     turns: Messages
     """As written; `openings` has each turn of the assistant."""
-    whole: int
-    """Job that renders prompt and completion."""
-    openings: dict[int, int] = field(default_factory=dict)
-    """Turn of the assistant -> job that renders everything before it and the generation prompt."""
+    whole: str
+    """Prompt and completion as the template writes them."""
+    openings: dict[int, str] = field(default_factory=dict)
+    """Turn of the assistant -> everything before it and the generation prompt."""
 
     @property
     def plain(self) -> bool:
@@ -76,27 +76,21 @@ class Side:
 
 
 @dataclass
-class Plan:
-    """The texts to render for one pair, by their jobs."""
+class Written:
+    """What the template writes of one pair."""
 
     conversation: Messages
     """The prompt, without a started answer."""
     prefill: str
     """A started answer, which the completions continue."""
     options: dict[str, Any]
-    prompt: int
+    prompt: str
+    """Up to its generation prompt, where the completions begin with an answer."""
     sides: tuple[Side, Side]
-
-    @property
-    def jobs(self) -> Iterator[int]:
-        """Every job of the pair."""
-        yield self.prompt
-        for side in self.sides:
-            yield from (side.whole, *side.openings.values())
 
 
 class Renderer:
-    """Messages to text with the tokenizer's chat template; a row that it refuses does not stop the others.
+    """Messages to text with the tokenizer's chat template.
 
     Args:
         tokenizer: any transformers tokenizer.
@@ -125,29 +119,33 @@ class Renderer:
         ends = [tokenizer.eos_token, self.turn_end, last_special(self.special, after_call)]
         self.ends = either(str(end) for end in ends if end)
 
-    def pairs(self, pairs: Sequence[Pair]) -> list[Rendered | Dropped]:
-        """Return each pair as text, or why the template cannot write it."""
-        jobs: list[Job] = []
-        plans = [self._plan(pair, jobs) for pair in pairs]
-        texts = render_chats(self.tokenizer, jobs)
-        return [self._heard(plan, self._pair(plan, texts)) for plan in plans]
+    def __call__(self, pair: Pair) -> Rendered:
+        """Return a pair as text.
 
-    def _heard(self, plan: Plan, found: Rendered | Dropped) -> Rendered | Dropped:
-        """Note the first turn before the answers that the template leaves out of the prompt."""
-        if isinstance(found, Dropped):
-            return found
-        left = (turn["role"] for turn in plan.conversation if turn["role"] != "assistant"
+        Raises:
+            Dropped: the template cannot write it.
+        """
+        written = self._write(pair)
+        found = self._read(written)
+        left = (turn["role"] for turn in written.conversation if turn["role"] != "assistant"
                 and not is_heard(turn, found.prompt))  # fmt: skip
         return found._replace(unheard=next(left, ""))
 
-    # ---- what to render ----------------------------------------------------------------------------------------------
-
-    def _plan(self, pair: Pair, jobs: list[Job]) -> Plan:
+    def _write(self, pair: Pair) -> Written:
         options = self.template_kwargs | {"tools": pair.tools} | pair.template_kwargs
 
-        def render(turns: Messages, generate: bool) -> int:
-            jobs.append((formed(turns, self.forms), options | {"add_generation_prompt": generate}))
-            return len(jobs) - 1
+        def render(turns: Messages, generate: bool) -> str:
+            try:
+                text = render_chat(
+                    self.tokenizer, formed(turns, self.forms), **options | {"add_generation_prompt": generate}
+                )
+                text.encode()
+            except TemplateRefused as refusal:
+                raise Dropped(REFUSED, str(refusal)[:200]) from None
+            except UnicodeEncodeError as error:
+                part = error.object[error.start]
+                raise Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode") from None
+            return text
 
         conversation: Any = pair.prompt
         completions: Any = pair.chosen, pair.rejected
@@ -167,62 +165,51 @@ class Renderer:
                     before = whole[: len(conversation) + number]
                     side.openings[number] = render(before, True) if number or not answered else prompt
             sides.append(side)
-        return Plan(conversation, prefill, options, prompt, (sides[0], sides[1]))
+        return Written(conversation, prefill, options, prompt, (sides[0], sides[1]))
 
-    # ---- what was rendered -------------------------------------------------------------------------------------------
-
-    def _pair(self, plan: Plan, texts: list[str | TemplateRefused]) -> Rendered | Dropped:
-        for job in plan.jobs:
-            if isinstance(text := texts[job], TemplateRefused):
-                return Dropped(REFUSED, str(text)[:200])
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                part = text[error.start]
-                return Dropped(WRONG_TYPES, f"the row holds half a character ({part!a}), not valid Unicode")
-        rendered = {job: str(texts[job]) for job in plan.jobs}
-        prompt, wholes = rendered[plan.prompt], [rendered[side.whole] for side in plan.sides]
-        thoughts = [side for side in plan.sides if side.turns[0].get(REASONING) or THINK.match(spoken(side.turns[0]))]
+    def _read(self, written: Written) -> Rendered:
+        """Find prompt and answers in what the template wrote, or place the answers there."""
+        prompt, wholes = written.prompt, [side.whole for side in written.sides]
+        thoughts = [
+            side for side in written.sides if side.turns[0].get(REASONING) or THINK.match(spoken(side.turns[0]))
+        ]
         if prompt.rstrip().endswith("</think>") and thoughts:
             closed = (
                 "the generation prompt closes a reasoning, and the answer has its own: leave out enable_thinking: false"
             )
-            return Dropped(CHANGED, closed)
+            raise Dropped(CHANGED, closed)
         follows = all(whole.startswith(prompt) for whole in wholes)
-        if plan.prefill:
-            prompt = continued(shared_prefix([prompt, *wholes]), plan.prefill, wholes) or prompt + plan.prefill
+        if prefill := written.prefill:
+            prompt = continued(shared_prefix([prompt, *wholes]), prefill, wholes) or prompt + prefill
             follows = all(whole.startswith(prompt) for whole in wholes)
         lost = Dropped(CHANGED, "the template writes the prompt differently once an answer follows")
         shared = prompt if follows else shared_prefix([prompt, *wholes])  # which goes by characters
-        asked = follows or not plan.conversation or is_heard(plan.conversation[-1], shared)
-        if asked and (follows or not (self.strict or plan.prefill)):
+        asked = follows or not written.conversation or is_heard(written.conversation[-1], shared)
+        if asked and (follows or not (self.strict or prefill)):
             try:
-                return self._found(plan, shared, rendered, unopened=not follows)
+                return self._found(written, shared, unopened=not follows)
             except Dropped as drop:
                 lost = drop
-        if all(side.plain for side in plan.sides) and (placed := self._place(plan, rendered[plan.prompt], asked)):
+        if all(side.plain for side in written.sides) and (placed := self._place(written, asked)):
             return placed
-        if follows or plan.prefill or not asked:
-            return lost
-        try:
-            return self._found(plan, shared, rendered, unopened=True)
-        except Dropped as drop:
-            return drop
+        if follows or prefill or not asked:
+            raise lost
+        return self._found(written, shared, unopened=True)
 
-    def _found(self, plan: Plan, prompt: str, texts: dict[int, str], unopened: bool) -> Rendered:
+    def _found(self, written: Written, prompt: str, unopened: bool) -> Rendered:
         """Find all answers of a pair in what the template wrote.
 
         Raises:
             Dropped: a part of an answer is missing, or the template writes turns differently once others follow.
         """
-        chosen, rejected = (self._answers(side, plan.prompt, prompt, texts) for side in plan.sides)
+        chosen, rejected = (self._answers(side, written.prompt, prompt) for side in written.sides)
         return Rendered(prompt, chosen, rejected, unopened)
 
-    def _answers(self, side: Side, shared: int, prompt: str, texts: dict[int, str]) -> Answers:
-        whole, place, end = texts[side.whole], len(prompt), None
+    def _answers(self, side: Side, asked: str, prompt: str) -> Answers:
+        whole, place, end = side.whole, len(prompt), None
         # as far as the whole follows the template's opening of each answer: it may open reasoning that this answer has not
-        starts = {number: len(prompt if job == shared else shared_prefix([texts[job], whole]))
-                  for number, job in side.openings.items()}  # fmt: skip
+        starts = {number: len(prompt if opening == asked else shared_prefix([opening, whole]))
+                  for number, opening in side.openings.items()}  # fmt: skip
         context: list[Span] = []
         done = 0
         for number, start in starts.items():
@@ -258,23 +245,22 @@ class Renderer:
 
     # ---- answers that the template rewrites --------------------------------------------------------------------------
 
-    def _place(self, plan: Plan, prompt: str, asked: bool) -> Rendered | None:
+    def _place(self, written: Written, asked: bool) -> Rendered | None:
         """Write both answers between the generation prompt and the end of any answer; None where that shows no place.
 
         Args:
-            prompt: what the template writes up to its generation prompt.
-            asked: it writes the last turn there as it does where an answer follows.
+            asked: the template writes the last turn before the generation prompt as it does where an answer follows.
         """
-        if not (frame := self._frame(plan.conversation, plan.options)):
+        if not (frame := self._frame(written.conversation, written.options)):
             return None
-        head, tail = frame
+        (head, tail), prompt, prefill = frame, written.prompt, written.prefill
         if not (prompt.startswith(head) or head.startswith(prompt)):
             if asked:
                 return None
             head = prompt
         opening = prompt[len(head) :].strip()
-        said = [in_one_text(side.turns[0], prompt) for side in plan.sides]
-        begun = begin(prompt, head, opening, plan.prefill) if plan.prefill else ""
+        said = [in_one_text(side.turns[0], prompt) for side in written.sides]
+        begun = begin(prompt, head, opening, prefill) if prefill else ""
         answers = []
         for text in said:
             if text is None:
@@ -282,9 +268,7 @@ class Renderer:
             body = begun + text if begun else begin(prompt, head, opening, text)
             end = self._end_of_turn(body + tail, len(body), len(body + tail), final=True)
             answers.append(self._closed(body + tail, end, (), called=False))
-        begun_so = [
-            (plan.prefill or text or "").lstrip().startswith(opening) or THINK.search(text or "") for text in said
-        ]
+        begun_so = [(prefill or text or "").lstrip().startswith(opening) or THINK.search(text or "") for text in said]
         unopened = bool(opening) and not all(begun_so)
         return Rendered(begun or prompt, answers[0], answers[1], unopened)
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import json
 import os
 from collections import Counter
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -101,9 +103,15 @@ class Chunk:
     digest: str = ""
     """Hash of the rows as converted, whether kept or not."""
 
-    def drop(self, row: int, why: Dropped) -> None:
-        """Leave a row out."""
-        self.drops.append((row, why.reason, why.detail))
+    @contextlib.contextmanager
+    def dropping(self, row: int) -> Iterator[None]:
+        """Leave a row out that turns out to be unusable."""
+        try:
+            yield
+        except Dropped as why:
+            self.drops.append((row, why.reason, why.detail))
+        except RecursionError:
+            self.drops.append((row, WRONG_TYPES, "the row is nested too deeply"))
 
 
 class PairTokenizer:
@@ -135,47 +143,29 @@ class PairTokenizer:
 
     def __call__(self, rows: list[Numbered]) -> Chunk:
         """Tokenize (index, row) tuples; a row that cannot be used goes to the chunk's drops."""
-        chunk = Chunk({name: [] for name in self.names})
+        chunk, digest = Chunk({name: [] for name in self.names}), hashlib.sha256()
         texts: list[tuple[int, Pair, Rendered]] = []
-        pairs = self._convert(rows, chunk)
-        for (number, pair), rendered in zip(pairs, self.render([pair for _, pair in pairs]), strict=True):
-            if isinstance(rendered, Dropped):
-                chunk.drop(number, rendered)
-            else:
-                texts.append((number, pair, rendered))
+        for number, row in rows:
+            pairs, content = [], "-"
+            with chunk.dropping(number):
+                pairs = [self._pair(one, chunk.counts) for one in spread(row, self.options.pairing)]
+                content = json.dumps(pairs, sort_keys=True, default=str)
+            chunk.counts["of scored rows"] += len(pairs) if len(pairs) > 1 else 0
+            digest.update(content.encode())
+            for pair in pairs:
+                with chunk.dropping(number):
+                    texts.append((number, pair, self.render(pair)))
+        chunk.digest = digest.hexdigest()
         every = encode(self.tokenizer, [text for _, _, rendered in texts for text in rendered.texts])
         tokens = zip(every[0::3], every[1::3], every[2::3], strict=True)
         for (number, pair, rendered), ids in zip(texts, tokens, strict=True):
-            try:
+            with chunk.dropping(number):
                 values = self._finish(pair, rendered, ids, chunk.counts)
-            except Dropped as drop:
-                chunk.drop(number, drop)
-                continue
-            values += number, hashed(pair.prompt_text), *(describe(pair) if self.options.strict else ())
-            for name, value in zip(chunk.columns, values, strict=True):
-                chunk.columns[name].append(value)
+                values += number, hashed(pair.prompt_text), *(describe(pair) if self.options.strict else ())
+                for name, value in zip(chunk.columns, values, strict=True):
+                    chunk.columns[name].append(value)
         chunk.drops.sort()
         return chunk
-
-    def _convert(self, rows: list[Numbered], chunk: Chunk) -> list[tuple[int, Pair]]:
-        """Return the rows as pairs with their index; counts, drops and digest go to the chunk."""
-        digest, pairs = hashlib.sha256(), []
-        for number, row in rows:
-            try:
-                found = [self._pair(one, chunk.counts) for one in spread(row, self.options.pairing)]
-                content = json.dumps(found, sort_keys=True, default=str)
-            except Dropped as drop:
-                chunk.drop(number, drop)
-                content = "-"
-            except RecursionError:
-                chunk.drop(number, Dropped(WRONG_TYPES, "the row is nested too deeply"))
-                content = "-"
-            else:
-                pairs += [(number, pair) for pair in found]
-                chunk.counts["of scored rows"] += len(found) if len(found) > 1 else 0
-            digest.update(content.encode())
-        chunk.digest = digest.hexdigest()
-        return pairs
 
     def _pair(self, row: Any, counts: Counter[str]) -> Pair:
         """Convert one row.
@@ -205,13 +195,12 @@ class PairTokenizer:
         counts["system unused"] += not pair.chat and bool(row.get("system"))
         return pair
 
-    def render(self, pairs: list[Pair]) -> list[Rendered | Dropped]:
-        """Return each pair as text, or why the template cannot write it."""
+    def render(self, pair: Pair) -> Rendered:
+        """Return a pair as text, or raise Dropped where the template cannot write it."""
         if self.renderer:
-            return self.renderer.pairs(pairs)
-        strings: Any = pairs
-        return [Rendered(pair.prompt, self._string(pair.prompt + pair.chosen), self._string(pair.prompt + pair.rejected))
-                for pair in strings]  # fmt: skip
+            return self.renderer(pair)
+        prompt, chosen, rejected, *_ = pair
+        return Rendered(prompt, self._string(prompt + chosen), self._string(prompt + rejected))  # type: ignore[operator, arg-type]
 
     def _string(self, text: str) -> Answers:
         """Return a string as it is; one that ends as a chat template ends a turn gets no EOS behind it."""
@@ -299,9 +288,7 @@ class PairTokenizer:
             """Return the sides without so many of the oldest turns, then of the characters of the last one."""
             left = turns[starts[cut] :] if cut < len(starts) else [
                 first | {"content": content[cut + 1 - len(starts) :]}, *rest]  # fmt: skip
-            text = self.render([pair._replace(prompt=turns[:system] + left)])[0]
-            if isinstance(text, Dropped):
-                raise text
+            text = self.render(pair._replace(prompt=turns[:system] + left))
             prompt, one, other = encode(self.tokenizer, list(text.texts))
             return self.sides(text, (prompt, one, other))
 

@@ -24,7 +24,7 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.loading import ModelSource, resolve_model, same_tensors, share_base, writes_to_base
 from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop_token_ids
-from orpo_lite.model.tokenizer import TemplateRefused, render_chats
+from orpo_lite.model.tokenizer import TemplateRefused, render_chat
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.trainer.generate import Sampling, generate, mean_logps
 from orpo_lite.trainer.run_folder import tokenizer_of
@@ -92,11 +92,10 @@ class PromptFormat:
         options = self.options | {"add_generation_prompt": True}
         if self.merges_system:
             conversations = [without_system(turns) for turns in conversations]
-        texts = render_chats(self.tokenizer, [(formed(turns, self.forms), options) for turns in conversations])
-        for text in texts:
-            if isinstance(text, TemplateRefused):
-                raise RequestError(f"the chat template refuses this conversation: {text}")
-        return texts  # type: ignore[return-value]  # refusals are raised
+        try:
+            return [render_chat(self.tokenizer, formed(turns, self.forms), **options) for turns in conversations]
+        except TemplateRefused as refusal:
+            raise RequestError(f"the chat template refuses this conversation: {refusal}") from None
 
     def plain(self, turns: Turns) -> str:
         """Render one conversation without a template."""

@@ -6,11 +6,9 @@ import contextlib
 import json
 import os
 import random
-import re
 import shlex
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -35,8 +33,6 @@ HELP = {
     "/clear": "begin a new conversation; the system turn stays",
     "/system TEXT": "set the system turn and begin anew; without TEXT show it, `/system none` removes it",
     "/undo": "take back the last message and its answer",
-    "/regenerate": "answer the last message again",
-    "/temperature T": "0 takes the most likely token each time; above, tokens are sampled",
     "/quit": "end, as Ctrl-D does",
 }
 MIN_ROOM = 64
@@ -218,20 +214,6 @@ class Chat:
             raise RequestError("there is nothing to take back")
         self.say(f"taken back: {self.turns[-2]['content'][:60]}")
         del self.turns[-2:]
-
-    def do_regenerate(self, _: str) -> None:
-        if not self.turns:
-            raise RequestError("there is nothing to answer again")
-        if not self.sampling.temperature:
-            self.say("greedy answers stay the same; /temperature 0.7 samples others")
-        self.ask(self.turns[:-1])
-
-    def do_temperature(self, text: str) -> None:
-        value = float(text) if re.fullmatch(r"\d+(\.\d*)?|\.\d+", text) else -1
-        if not 0 <= value <= 100:
-            raise RequestError(f"found {text[:40]!r}, expected a number from 0 to 100, such as /temperature 0.7")
-        self.sampling = replace(self.sampling, temperature=value)
-        self.say("greedy" if not value else f"temperature {value:g}")
 
     def do_quit(self, _: str) -> None:
         self.over = True

@@ -4,11 +4,11 @@ import os
 import signal
 import sys
 from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from orpo_lite.common.console import console, json_alone, load, run_command
+from orpo_lite.common.console import console, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import next_command
 
@@ -39,7 +39,6 @@ def command(
     trust_remote_code: Annotated[bool,
         typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:  # fmt: skip
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
     load("orpo_lite.merge.run")
@@ -51,13 +50,9 @@ def command(
             f"found {found}, expected RUN_OR_ADAPTER, or --adapter A:0.7 --adapter B:0.3 for the sum of several"
         )
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    facts: dict[str, Any] = {}
-    with json_alone(as_json) as print_json:
-        merge(source or [weighted(one) for one in adapter or ()], output, base=base, dtype=dtype, onto=onto,
-              quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
-              dry_run=dry_run, facts=facts)  # fmt: skip
-        if as_json:
-            return print_json(facts)
+    merge(source or [weighted(one) for one in adapter or ()], output, base=base, dtype=dtype, onto=onto,
+          quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
+          dry_run=dry_run)  # fmt: skip
     if not dry_run:
         export = next_command("export", output, "--output", f"{output.rstrip('/')}.gguf")
         console.print(f"next:\n  {next_command('chat', output)}\n  {export}", soft_wrap=True, markup=False)

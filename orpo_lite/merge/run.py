@@ -47,7 +47,6 @@ def merge(
     verify: bool | None = None,
     trust_remote_code: bool = False,
     dry_run: bool = False,
-    facts: dict[str, Any] | None = None,
 ) -> Path:
     """Merge an adapter, or a weighted sum of several, into its base and write a folder that transformers loads without peft.
 
@@ -70,7 +69,6 @@ def merge(
         trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it,
             since an adapter may come from anybody.
         dry_run: check all that can be checked without the weights, and write nothing.
-        facts: receives what the merge prints: base, dtype, bytes, seconds, and the results of the check.
 
     Raises:
         RequestError: no adapter, no base in the dtype asked for, an adapter that cannot be merged, or an output folder
@@ -116,8 +114,6 @@ def merge(
         lines.append(f"dry run: {plan.nbytes / 1e9:.2f} GB would be written to {output}; nothing was")
     console.print("\n".join(lines), soft_wrap=True, markup=False)
     if dry_run:
-        if facts is not None:
-            facts |= {"output": str(output), "dtype": written, "bytes": plan.nbytes, "dry_run": True}
         return output
     notes = [f"Merged onto the {onto} weights of the base, in {written}."]
     if len(adapters) > 1 or adapters[0][1] != 1:
@@ -146,10 +142,6 @@ def merge(
     size = plan.nbytes / 1e9
     done = f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)"
     console.print("\n  ".join([done, *notes[1:]]), soft_wrap=True, markup=False)
-    if facts is not None:
-        facts |= {"output": str(output), "base": named, "onto": str(onto), "dtype": written, "bytes": plan.nbytes,
-                  "seconds": round(seconds, 3), "untied": list(plan.untied), "notes": notes,
-                  "adapters": {str(one): weight for one, weight in given}}  # fmt: skip
     return output
 
 

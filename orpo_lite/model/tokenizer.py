@@ -154,8 +154,6 @@ def end_of_turn(tokenizer: PreTrainedTokenizerBase) -> list[int]:
     return [i for i in end if i in tokenizer.added_tokens_decoder]
 
 
-Job = tuple[list[dict[str, Any]], dict[str, Any]]
-"""A conversation, and the options of apply_chat_template."""
 MAX_CHARACTERS = 10_000_000
 """Longest text that a template may write for one conversation."""
 
@@ -187,17 +185,6 @@ def render_chat(tokenizer: PreTrainedTokenizerBase, conversation: list[dict[str,
     if len(text) > MAX_CHARACTERS:
         raise TemplateRefused(f"the template writes {len(text):,} characters, at most {MAX_CHARACTERS:,} are allowed")
     return text
-
-
-def render_chats(tokenizer: PreTrainedTokenizerBase, jobs: list[Job]) -> list[str | TemplateRefused]:
-    """Render conversations with the tokenizer's chat template: the text of each, or why the template refused it."""
-    results: list[str | TemplateRefused] = []
-    for conversation, options in jobs:
-        try:
-            results.append(render_chat(tokenizer, conversation, **options))
-        except TemplateRefused as refusal:
-            results.append(refusal)
-    return results
 
 
 MARKS = re.compile(r"\{%-?\s*(?:end)?generation\s*-?%\}")

@@ -24,10 +24,6 @@ def test_answers_stream_and_stop_and_the_chat_goes_on(babbling, terminal):
     chat.expect("you>")
     chat.interrupt(r"Ctrl-D or /quit ends")
     chat.expect("you>")
-    chat.send("/regenerate\n")
-    chat.expect(r"regenerate[^\n]*\n.{60}")
-    chat.send("\x03")
-    chat.expect(r"\(stopped\)")
     chat.send("/undo\n")
     chat.expect("taken back: Hello")
     for typed, message in (

@@ -1,6 +1,5 @@
 """`orpo-lite import FILE`: axolotl's and LLaMA-Factory's ORPO configurations as recipes, with an account of every field."""
 
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -78,7 +77,6 @@ def command(
         Path | None, typer.Option(help="the recipe to write; default: FILE's name with -recipe.yaml, here")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="write over an existing recipe")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print the account of the fields as JSON")] = False,
 ) -> None:
     """Turn axolotl's `rl: orpo` or LLaMA-Factory's `pref_loss: orpo` YAML into a recipe, and account for every field."""
     stem = re.sub(r"[^A-Za-z0-9._-]+", "-", file.stem).strip("-.") or "imported"
@@ -90,12 +88,6 @@ def command(
     written = recipe.model_dump(mode="json", exclude_unset=True)
     head += "".join(f"# {' : '.join(filter(None, part))}\n" for part in account(draft))
     write_atomically(place, head + yaml.safe_dump(written, sort_keys=False, allow_unicode=True))
-    if as_json:
-        carried = [{"field": name, "value": value, "place": where} for name, value, where in draft.carried]
-        differs, left = ([note._asdict() for note in notes] for notes in (draft.differs, draft.left))
-        fields = {"carried": carried, "differs": differs, "no_equivalent": left, "unset": draft.unset}
-        print(json.dumps({"recipe": str(place), "from": whose} | fields, indent=1))
-        return
     for line, why in account(draft):
         console.print(line, markup=False, soft_wrap=True)
         if why:

@@ -13,17 +13,17 @@ ROWS_OF_A_FILE = (None, "json", "jsonl", "csv", "parquet", "text")
 def convert(draft: RecipeDraft) -> None:
     """Fill the draft's recipe from an axolotl configuration."""
     draft.carry("base_model", "model.name_or_path", draft.place_of)
-    draft.take("rl", "orpo")
+    draft.take("rl")
     for name in ("trl", "special_tokens"):
         draft.flatten(name)
     draft.fill(FIELDS)
     convert_weights(draft)
-    template = str(draft.take("chat_template", "model.chat_template", "tokenizer_default"))
+    template = str(draft.take("chat_template", "tokenizer_default"))
     if template != "tokenizer_default":
         draft.template("chat_template", template, WORDS["chat_template"])
-    draft.put("data.train", sources_of(draft, "datasets", "data.train"))
+    draft.put("data.train", sources_of(draft, "datasets"))
     if "test_datasets" in draft.source:
-        draft.put("data.eval", sources_of(draft, "test_datasets", "data.eval"))
+        draft.put("data.eval", sources_of(draft, "test_datasets"))
     draft.held_out("val_set_size", WORDS["no_pairs"])
     convert_training(draft)
     draft.rest(FIELDS["left"], FIELDS["same"])
@@ -31,11 +31,9 @@ def convert(draft: RecipeDraft) -> None:
 
 def convert_weights(draft: RecipeDraft) -> None:
     """Convert quantization, and the adapter with LoRA's own settings."""
-    place = "model.quantization"
-    kind = draft.take("adapter", place)
-    four, eight = draft.flag("load_in_4bit", place), draft.flag("load_in_8bit", place)
+    kind, four, eight = draft.take("adapter"), draft.flag("load_in_4bit"), draft.flag("load_in_8bit")
     quantized = bool(kind and (four or eight or four is None and kind == "qlora"))
-    draft.put(place, "nf4" if quantized else "none")
+    draft.put("model.quantization", "nf4" if quantized else "none")
     draft.flatten("bnb_config_kwargs")
     if quantized:
         draft.carry_all(FIELDS["nf4"])
@@ -54,27 +52,26 @@ def convert_weights(draft: RecipeDraft) -> None:
     draft.put("adapter.dropout", 0.0)
     draft.carry_all(FIELDS["adapter"])
     draft.carry("lora_target_parameters", "adapter.target_parameters", as_list)
-    place = "adapter.target_modules"
-    linear, targets = draft.flag("lora_target_linear", place), draft.take("lora_target_modules", place)
+    linear, targets = draft.flag("lora_target_linear"), draft.take("lora_target_modules")
     if linear or targets:
-        draft.put(place, "all-linear" if linear else targets)
+        draft.put("adapter.target_modules", "all-linear" if linear else targets)
     else:
         draft.differ("lora_target_modules", None, WORDS["lora_target_modules"])
 
 
-def sources_of(draft: RecipeDraft, field: str, place: str) -> list[dict[str, Any]]:
+def sources_of(draft: RecipeDraft, field: str) -> list[dict[str, Any]]:
     """Convert the entries of `datasets` or `test_datasets` into data sources."""
     found: list[dict[str, Any]] = []
-    for index, given in enumerate(as_list(draft.take(field, place, []))):
+    for index, given in enumerate(as_list(draft.take(field, []))):
         entry = draft.inside(given if isinstance(given, dict) else {"path": given}, f"{field}.{index}")
-        path, files = entry.take("path", "path"), as_list(entry.source.get("data_files", []))
+        path, files = entry.take("path"), as_list(entry.source.get("data_files", []))
         if path in ROWS_OF_A_FILE or draft.place_of(path).startswith(("/", ".")):
-            entry.take("data_files", "path")
+            entry.take("data_files")
         else:
             entry.leave("data_files", WORDS["data_files"])
             files = []
         if isinstance(entry.source.get("type"), str):
-            entry.take("type", "detected from the rows")
+            entry.take("type")
         entry.flatten("type")
         entry.carry_all(FIELDS["dataset"])
         entry.rest(FIELDS["left"] | FIELDS["dataset_left"], FIELDS["same"])
@@ -88,7 +85,7 @@ def convert_training(draft: RecipeDraft) -> None:
     training.setdefault("per_device_eval_batch_size", training.get("per_device_train_batch_size", 1))
     found = []
     for name, (flag, project) in FIELDS["trackers"].items():
-        wanted = draft.flag(flag, "training.report_to")
+        wanted = draft.flag(flag)
         if wanted or wanted is None and draft.source.get(project):
             found.append(name)
     if found:
@@ -112,7 +109,7 @@ def convert_pace(draft: RecipeDraft) -> None:
     training = draft.recipe["training"]
     epochs = number(training.get("num_train_epochs")) or 1
     for kind, name in (("eval", "evals_per_epoch"), ("save", "saves_per_epoch")):
-        times = draft.take(name, f"training.{kind}_strategy")
+        times = draft.take(name)
         count = number(times)
         if draft.source.get(f"{kind}_steps"):
             training[f"{kind}_strategy"] = "steps"

@@ -46,26 +46,21 @@ class RecipeDraft:
     prefix: str = ""
     """Path of `source` in the file, put before each name in the account."""
     recipe: dict[str, Any] = field(default_factory=dict)
-    carried: list[tuple[str, Any, str]] = field(default_factory=list)
-    """Field, value, and its place in the recipe."""
+    carried: list[str] = field(default_factory=list)
+    """Fields carried over."""
     differs: list[Note] = field(default_factory=list)
     """Carried over, with another meaning or value."""
     left: list[Note] = field(default_factory=list)
     """Without an equivalent."""
-    unset: list[str] = field(default_factory=list)
-    """Fields that change nothing: without a value, or done here anyway."""
 
     def __post_init__(self) -> None:
-        self.unset = [str(name) for name, value in self.source.items() if value is None]
         known = {str(name): value for name, value in self.source.items() if value is not None}
         self.source = {name: spelled(name, value) for name, value in known.items()}
         self.given = dict(self.source)
 
     def inside(self, source: dict[str, Any], where: str) -> RecipeDraft:
         """Return a draft of a mapping inside the file, whose account goes into this one's."""
-        inner = RecipeDraft(source, self.folder, self.file, f"{where}.", {}, self.carried, self.differs, self.left)
-        inner.unset = self.unset
-        return inner
+        return RecipeDraft(source, self.folder, self.file, f"{where}.", {}, self.carried, self.differs, self.left)
 
     def flatten(self, name: str) -> None:
         """Put the fields of a mapping, `trl: {beta: 0.1}`, beside the others, as `trl.beta`."""
@@ -81,28 +76,27 @@ class RecipeDraft:
             section = section.setdefault(parent, {})
         section[leaf] = value
 
-    def take(self, name: str, place: str, default: Any = None) -> Any:
-        """Remove a field from the source and return its value; it is accounted for as carried over to `place`."""
+    def take(self, name: str, default: Any = None) -> Any:
+        """Remove a field from the source and return its value; it is accounted for as carried over."""
         if name not in self.source:
             return default
-        value = self.source.pop(name)
-        self.carried.append((self.prefix + name, displayable(name, value), place))
-        return value
+        self.carried.append(self.prefix + name)
+        return self.source.pop(name)
 
-    def flag(self, name: str, place: str) -> bool | None:
+    def flag(self, name: str) -> bool | None:
         """Take a field that is true or false.
 
         Raises:
             RequestError: it is neither.
         """
-        value = self.take(name, place)
+        value = self.take(name)
         if value is not None and value not in (True, False):  # 1 and 0 are in it, too
             raise RequestError(f"{self.file}: {name}: found {shown(value)}, expected true or false")
         return value
 
-    def names(self, name: str, place: str) -> list[str]:
+    def names(self, name: str) -> list[str]:
         """Take a field that holds one name, several with commas between them, or a list."""
-        value = self.take(name, place, [])
+        value = self.take(name, [])
         if isinstance(value, str):
             return [word.strip() for word in value.split(",")]
         return [str(one) for one in as_list(value)]
@@ -110,7 +104,7 @@ class RecipeDraft:
     def carry(self, name: str, place: str, change: Callable[[Any], Any] = lambda value: value) -> None:
         """Carry a field over to a place of the recipe, if the file has it."""
         if name in self.source:
-            self.put(place, change(self.take(name, place)))
+            self.put(place, change(self.take(name)))
 
     def carry_all(self, places: Mapping[str, str]) -> None:
         """Carry over every field of a table: the other trainer's name, and the place in the recipe."""
@@ -129,9 +123,7 @@ class RecipeDraft:
     def _switch(self, name: str, cases: Mapping[Any, Any]) -> None:
         """Take a field of which each value means something else: places and their values, or a text on what is different."""
         means = {value: as_list(case) for value, case in cases.items()}
-        places = [place for case in means.values() for part in case if isinstance(part, dict) for place in part]
-        read = self.flag if means.keys() <= {True, False} else self.take
-        value = read(name, ", ".join(dict.fromkeys(places)))
+        value = self.flag(name) if means.keys() <= {True, False} else self.take(name)
         plain = value if isinstance(value, str | bool) else str(value)
         for part in means.get(plain, means.get("other", []) if value else []):
             if isinstance(part, str):
@@ -155,7 +147,7 @@ class RecipeDraft:
 
     def _note(self, notes: list[Note], name: str, value: Any, why: str) -> None:
         place = self.prefix + name
-        self.carried[:] = [one for one in self.carried if one[0] != place]
+        self.carried[:] = [one for one in self.carried if one != place]
         notes.append(Note(place, displayable(name, value), why))
 
     def rest(self, known: Mapping[str, str], same: Collection[str] = ()) -> None:
@@ -171,11 +163,6 @@ class RecipeDraft:
                 del self.source[name]
             else:
                 self.leave(name, known.get(name) or known.get(root, "no equivalent here"))
-        named = [note[0] for note in [*self.carried, *self.differs, *self.left]]
-        places = [self.prefix + name for name in self.given]
-        self.unset += [
-            place for place in places if not any(one == place or one.startswith(f"{place}.") for one in named)
-        ]
 
     def template(self, name: str, template: str, unknown: str) -> None:
         """Put a chat template that is known by its name into the recipe; the field is taken already."""
@@ -186,7 +173,7 @@ class RecipeDraft:
 
     def held_out(self, name: str, no_pairs: str) -> None:
         """Carry over the size of the held-out split: a share of the rows, or from 1 on their number."""
-        given = self.take(name, "data.eval_fraction")
+        given = self.take(name)
         size = number(given) or 0
         if size >= 1:
             self.put("data.max_eval_rows", int(size))
@@ -203,7 +190,7 @@ class RecipeDraft:
         if self.source.get("warmup_steps"):
             self.leave("warmup_ratio", "warmup_steps takes precedence")
         elif "warmup_ratio" in self.source:
-            self.take("warmup_steps", "training.warmup_steps")
+            self.take("warmup_steps")
             self.carry("warmup_ratio", "training.warmup_steps")  # below 1 it is a share of all steps
         same = {name: name for name in training_fields() if name not in fields["left"] and name not in fields["same"]}
         for theirs, ours in (same | fields["training"]).items():

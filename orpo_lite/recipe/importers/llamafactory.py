@@ -14,7 +14,7 @@ WORDS: dict[str, str] = FIELDS["words"]
 def convert(draft: RecipeDraft) -> None:
     """Fill the draft's recipe from a LLaMA-Factory configuration."""
     for name in ("stage", "pref_loss"):
-        draft.take(name, "orpo")
+        draft.take(name)
     draft.carry("model_name_or_path", "model.name_or_path", draft.place_of)
     draft.fill(FIELDS)
     convert_weights(draft)
@@ -26,7 +26,7 @@ def convert(draft: RecipeDraft) -> None:
 
 def convert_weights(draft: RecipeDraft) -> None:
     """Convert quantization, adapter and new tokens."""
-    kind, held = draft.take("finetuning_type", "adapter", "lora"), quantization_of(draft)
+    kind, held = draft.take("finetuning_type", "lora"), quantization_of(draft)
     if kind == "full":
         draft.put("adapter", None)
         if held != "none":
@@ -37,15 +37,14 @@ def convert_weights(draft: RecipeDraft) -> None:
             draft.differ("finetuning_type", kind, "a LoRA is trained in its place")
         convert_adapter(draft)
     draft.put("model.quantization", held)
-    tokens = [word for name in ("add_tokens", "add_special_tokens") for word in draft.names(name, "model.new_tokens")]
+    tokens = [word for name in ("add_tokens", "add_special_tokens") for word in draft.names(name)]
     if tokens:
         draft.put("model.new_tokens", tokens)
 
 
 def quantization_of(draft: RecipeDraft) -> str:
     """Return the recipe's quantization for the file's bits and method."""
-    place = "model.quantization"
-    bits, method = draft.take("quantization_bit", place), str(draft.take("quantization_method", place, "bnb"))
+    bits, method = draft.take("quantization_bit"), str(draft.take("quantization_method", "bnb"))
     if bits is None:
         return "none"
     if method not in ("bnb", "bitsandbytes"):
@@ -53,14 +52,14 @@ def quantization_of(draft: RecipeDraft) -> str:
         draft.leave_value("quantization_bit", bits, f"of {method}: model.quantization is none")
         return "none"
     if bits == 4:
-        return draft.take("quantization_type", place, "nf4")
+        return draft.take("quantization_type", "nf4")
     draft.differ("quantization_bit", bits, WORDS["eight" if bits == 8 else "bits"])
     return "nf4" if bits == 8 else "none"
 
 
 def convert_adapter(draft: RecipeDraft) -> None:
     """Convert LoRA's own settings."""
-    folders = draft.names("adapter_name_or_path", "adapter.init_from")
+    folders = draft.names("adapter_name_or_path")
     if folders:
         draft.put("adapter.init_from", draft.place_of(folders[0]))
     if folders[1:]:
@@ -69,18 +68,18 @@ def convert_adapter(draft: RecipeDraft) -> None:
     for place, value in {"r": 8, "alpha": 2 * rank, "dropout": 0.0}.items():
         draft.put(f"adapter.{place}", value)
     draft.carry_all(FIELDS["adapter"])
-    targets = draft.names("lora_target", "adapter.target_modules") or ["all"]
+    targets = draft.names("lora_target") or ["all"]
     draft.put("adapter.target_modules", "all-linear" if targets == ["all"] else targets)
-    if more := draft.names("additional_target", "adapter.modules_to_save"):
+    if more := draft.names("additional_target"):
         draft.put("adapter.modules_to_save", more)
 
 
 def convert_template(draft: RecipeDraft) -> None:
     """Convert the chat template, if it is known by its name, and the thinking mode."""
-    template = str(draft.take("template", "model.chat_template", ""))
+    template = str(draft.take("template", ""))
     if template:
         draft.template("template", template, WORDS["template"])
-    thinking = draft.take("enable_thinking", "data.template_kwargs", False if template.endswith("_nothink") else None)
+    thinking = draft.take("enable_thinking", False if template.endswith("_nothink") else None)
     if thinking is not None:
         draft.put("data.template_kwargs", {"enable_thinking": thinking})
 
@@ -90,7 +89,7 @@ def convert_data(draft: RecipeDraft) -> None:
     folder, info = dataset_info(draft)
     for name, place in (("dataset", "data.train"), ("eval_dataset", "data.eval")):
         if name in draft.source or name == "dataset":
-            draft.put(place, [source_of(draft, one, folder, info) for one in draft.names(name, place)])
+            draft.put(place, [source_of(draft, one, folder, info) for one in draft.names(name)])
     data = draft.recipe["data"]
     draft.differ("cutoff_len", data["max_length"], WORDS["cutoff_len"])
     draft.held_out("val_size", WORDS["no_pairs"])
@@ -107,7 +106,7 @@ def dataset_info(draft: RecipeDraft) -> tuple[Path, dict[str, Any]]:
     Raises:
         RequestError: the file is not JSON, or not a mapping.
     """
-    given = Path(str(draft.take("dataset_dir", "paths in data.train", "data")))
+    given = Path(str(draft.take("dataset_dir", "data")))
     for place in (given, draft.folder / given, draft.folder):
         file = place / "dataset_info.json"
         if file.is_file():
@@ -132,23 +131,23 @@ def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any])
             draft.leave_value("dataset", name, WORDS["dataset"].format(found=where, name=name))
         return {"path": place}
     entry = draft.inside(known, f"dataset_info.{name}")
-    if hub := entry.take("hf_hub_url", "path"):
+    if hub := entry.take("hf_hub_url"):
         entry.leave("file_name", "hf_hub_url takes precedence, as in LLaMA-Factory")
         entry.carry_all({"subset": "name", "split": "split"})
-    file = entry.take("file_name", "path")
+    file = entry.take("file_name")
     path = str(hub or (folder / str(file) if file else name))
     if not hub and not Path(path).exists():
         draft.leave_value("dataset", name, WORDS["dataset"].format(found=f"{path} is not there", name=name))
     entry.put("path", path)
-    if not entry.take("ranking", "pairs"):
+    if not entry.take("ranking"):
         entry.differ("ranking", False, WORDS["ranking"])
-    formatting = str(entry.take("formatting", "detected from the rows", "alpaca"))
+    formatting = str(entry.take("formatting", "alpaca"))
     usual = FIELDS["columns"].get(formatting, FIELDS["columns"]["sharegpt"])
     entry.flatten("columns")
     for field, actual in list(entry.source.items()):
         theirs = field.removeprefix("columns.")
         if theirs != field and usual.get(theirs) == actual:
-            entry.take(field, "detected from the rows")
+            entry.take(field)
     entry.carry_all(FIELDS["dataset"])
     if formatting == "alpaca" and "prompt" in entry.recipe.get("columns", {}):
         draft.put("data.apply_template", True)
