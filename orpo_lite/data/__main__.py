@@ -38,13 +38,13 @@ def command(
                    "others or cannot be used to a new .jsonl file, and a list of these")] = None,
 ) -> None:  # fmt: skip
     """Show what a recipe will be trained on: counts, drops, quality, token lengths, decoded examples."""
+    resolved = Recipe.load(recipe, overrides or [])
+    if fix:
+        check_target(resolved.data, fix)
     load("orpo_lite.model")
     from orpo_lite.model import load_tokenizer
     from orpo_lite.model.tokenizer import check_variables
 
-    resolved = Recipe.load(recipe, overrides or [])
-    if fix:
-        check_target(resolved.data, fix)
     tokenizer = load_tokenizer(resolved.model)
     check_variables(tokenizer, resolved.data.template_kwargs, "data.template_kwargs")
     try:

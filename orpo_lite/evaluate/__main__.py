@@ -11,6 +11,7 @@ from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import counted
 from orpo_lite.evaluate.held_out import show, too_few
+from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
@@ -60,6 +61,8 @@ def command(
         raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
     if data is not None and prompts is not None:
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
+    for path in filter(None, (run, against)):
+        check_folder(path, MODEL_FOLDER)
     load("orpo_lite.evaluate.answering")
     from orpo_lite.evaluate.answering import find_sides
 

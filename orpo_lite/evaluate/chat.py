@@ -23,6 +23,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line
 from orpo_lite.common.text import nearest, visible
 from orpo_lite.evaluate.__main__ import Against, Base, MaxNewTokens, Run, Temperature, TopP, TrustRemoteCode
+from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Sampling, Side, Turns
@@ -62,6 +63,8 @@ def command(
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:
     """Talk to a trained model in the terminal, or compare it with its base or another model."""
+    for path in filter(None, (run, against)):
+        check_folder(path, MODEL_FOLDER)
     compare = compare or against is not None
     if (blind or preferences != FILE) and not compare:
         raise RequestError(f"{'--blind' if blind else '--preferences'} goes with --compare: add it, or leave this out")

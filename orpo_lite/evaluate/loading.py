@@ -23,7 +23,7 @@ from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, subfolders_hint
 from orpo_lite.recipe import DataSource, ModelSection, Recipe
-from orpo_lite.recipe.loading import check_folder, resolve_path
+from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section
 from orpo_lite.trainer.run_record import RunRecord, read_record
@@ -31,9 +31,6 @@ from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
-
-EXPECTED = "a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
-
 
 RENDERING = ("apply_template", "system", "template_kwargs", "completion_end")
 """Fields of a recipe's data section that say how a row is written for its model, whatever rows those are."""
@@ -86,9 +83,9 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
     folder = Path(os.path.expanduser(resolve_path(path)))
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
-        raise RequestError(f"{path} is a file, expected {EXPECTED}{hint}")
+        raise RequestError(f"{path} is a file, expected {MODEL_FOLDER}{hint}")
     if not os.path.isdir(folder):
-        check_folder(path, EXPECTED)
+        check_folder(path, MODEL_FOLDER)
         downloaded = adapter_folder(path)
         if not (downloaded / "adapter_config.json").is_file():
             return ModelSource(path, "model", whole_model(path, trust_remote_code))
@@ -113,7 +110,7 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
         RunFolder(folder).read()  # raises where the run did not finish
         raise RequestError(f"{path}: the run is finished, but its adapter_config.json is gone: copy the folder again")
     raise RequestError(
-        f"{path}: holds neither adapter_config.json nor config.json: expected {EXPECTED}{subfolders_hint(folder)}"
+        f"{path}: holds neither adapter_config.json nor config.json: expected {MODEL_FOLDER}{subfolders_hint(folder)}"
     )
 
 

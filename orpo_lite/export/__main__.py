@@ -6,6 +6,7 @@ import typer
 
 from orpo_lite.common.console import json_alone, load, run_command
 from orpo_lite.merge.__main__ import Onto, Quantization
+from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
 
 
 def command(
@@ -26,6 +27,7 @@ def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:  # fmt: skip
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
+    check_folder(source, FINISHED_FOLDER, on_hub=False)  # before the slow imports
     load("orpo_lite.export.gguf")
     from orpo_lite.export.gguf import export
 

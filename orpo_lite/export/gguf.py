@@ -32,7 +32,7 @@ from orpo_lite.model.adapter import (
 )
 from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.loading import check_folder
+from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
 from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
 
@@ -141,11 +141,11 @@ def export(
 
 def check_request(source: Path, output: Path, adapter: bool, ollama: bool, quant: str) -> bool:
     """Refuse a wrong request before anything is done; return True where the source is an adapter."""
-    check_folder(source, "a run, adapter or model folder", on_hub=False)
+    check_folder(source, FINISHED_FOLDER, on_hub=False)
     trained = (source / "adapter_config.json").is_file()
     if not trained and not (source / "config.json").is_file():
         raise RequestError(
-            f"{source}: found neither adapter_config.json nor config.json, expected a run, adapter or model folder"
+            f"{source}: found neither adapter_config.json nor config.json, expected {FINISHED_FOLDER}"
             + subfolders_hint(source)
         )
     if adapter and not trained:

@@ -19,6 +19,7 @@ from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import console, json_alone, progress
 from orpo_lite.common.credentials import match, refuse_secrets, without_secrets
 from orpo_lite.common.errors import RequestError
+from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
 
 if TYPE_CHECKING:
     from orpo_lite.export.upload_plan import UploadPlan
@@ -66,6 +67,7 @@ def push(
     Raises:
         RequestError: a text that would be uploaded holds a credential; no token, no rights, no room, no connection.
     """
+    check_folder(source, FINISHED_FOLDER, on_hub=False)
     from orpo_lite.export.upload_plan import add_card, add_files_of_run, plan_gguf, plan_upload, remove_local_paths
 
     check_name("--repo", repo)

@@ -11,6 +11,7 @@ import typer
 from orpo_lite.common.console import console, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import next_command
+from orpo_lite.recipe.loading import ADAPTER_FOLDER, check_folder
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
@@ -41,16 +42,19 @@ def command(
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")] = False,
 ) -> None:  # fmt: skip
     """Merge an adapter into its base, tensor by tensor: a plain transformers model."""
-    load("orpo_lite.merge.run")
-    from orpo_lite.merge.run import merge
-
     if (source is None) == (not adapter):
         found = "neither" if source is None else f"{source} and --adapter {(adapter or [''])[0]}"
         raise RequestError(
             f"found {found}, expected RUN_OR_ADAPTER, or --adapter A:0.7 --adapter B:0.3 for the sum of several"
         )
+    parts = [weighted(one) for one in adapter or ()]
+    for path in [source] if source else [path for path, _ in parts]:
+        check_folder(path, ADAPTER_FOLDER)  # before the slow imports
+    load("orpo_lite.merge.run")
+    from orpo_lite.merge.run import merge
+
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    merge(source or [weighted(one) for one in adapter or ()], output, base=base, dtype=dtype, onto=onto,
+    merge(source or parts, output, base=base, dtype=dtype, onto=onto,
           quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
           dry_run=dry_run)  # fmt: skip
     if not dry_run:

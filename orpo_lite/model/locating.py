@@ -20,7 +20,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.model.inspection import check_decoder_only
 from orpo_lite.model.untrusted_files import check_model, read_object
 from orpo_lite.recipe import ModelSection
-from orpo_lite.recipe.loading import check_folder, check_model_path, looks_local, resolve_path
+from orpo_lite.recipe.loading import ADAPTER_FOLDER, check_folder, check_model_path, looks_local, resolve_path
 
 ADAPTER_FILES = ["adapter_*", "*.json", "*.jinja", "*.model", "*.txt", "recipe.yaml", "README.md", "curves.png"]
 
@@ -92,7 +92,7 @@ def adapter_folder(source: str | Path) -> Path:
     if os.path.exists(folder):
         return folder
     with renaming_field("adapter"), hub_errors_in_words(str(source)), progress(f"downloading {source}"):
-        check_folder(source, "a run folder, the folder of an adapter, or a hub id USER/NAME")
+        check_folder(source, ADAPTER_FOLDER)
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 
 

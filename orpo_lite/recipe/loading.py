@@ -34,6 +34,12 @@ def resolve_path(value: str) -> str:
     return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
 
 
+MODEL_FOLDER = "a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
+"""What chat and evaluate take."""
+FINISHED_FOLDER = "a run, adapter or model folder"
+ADAPTER_FOLDER = "a run folder, the folder of an adapter, or a hub id USER/NAME"
+
+
 def looks_local(name: str) -> bool:
     """Return True for a model's name that can only be a path, never a hub id (user/name)."""
     return name.startswith((".", "/", "~", BUILTIN)) or name.count("/") > 1 or "\\" in name or Path(name).is_absolute()
@@ -48,9 +54,13 @@ def check_model_path(name: str) -> None:
         )
 
 
-def check_folder(path: str | Path, expected: str, on_hub: bool = True) -> None:
-    """Raise RequestError for a folder that does not exist; not for what may be a hub id instead, if `on_hub`."""
-    folder, asked = Path(os.path.expanduser(path)), str(path)
+def check_folder(path: str | Path, expected: str, on_hub: bool = True, field: str = "") -> None:
+    """Raise RequestError for a folder that does not exist; not for what may be a hub id instead, if `on_hub`.
+
+    Args:
+        field: of the recipe that names it, for the message.
+    """
+    folder, asked = Path(os.path.expanduser(resolve_path(str(path)))), str(path)
     near = nearest(folder.name, [one.name for one in folder.parent.glob("*/")])
     hub_id = (
         on_hub and not looks_local(asked) and asked.count("/") == 1 and folder.parent.name != "outputs" and not near
@@ -58,6 +68,7 @@ def check_folder(path: str | Path, expected: str, on_hub: bool = True) -> None:
     if os.path.exists(folder) or hub_id:
         return
     neither = ", and it is no hub id" if on_hub and "/" not in asked else ""
+    asked = f"{field}: {asked}" if field else asked
     raise RequestError(f"{asked}: there is no such folder{near}{neither}: expected {expected}")
 
 

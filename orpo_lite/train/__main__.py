@@ -18,7 +18,7 @@ from orpo_lite.common.text import next_command
 from orpo_lite.data.sources import is_local, local_files, open_source
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.listing import RECIPE_OPTION
-from orpo_lite.recipe.loading import check_model_path, resolve_path
+from orpo_lite.recipe.loading import ADAPTER_FOLDER, check_folder, check_model_path, resolve_path
 from orpo_lite.recipe.validation import fields_by_name
 
 if TYPE_CHECKING:
@@ -55,8 +55,10 @@ def command(
 
 
 def check_local_files(recipe: Recipe) -> None:
-    """Raise RequestError for a local data file or model folder that does not exist; the hub is not asked."""
+    """Raise RequestError for a local data file, model or adapter folder that does not exist; the hub is not asked."""
     check_model_path(recipe.model.name_or_path)
+    if recipe.adapter and recipe.adapter.init_from:
+        check_folder(resolve_path(recipe.adapter.init_from), ADAPTER_FOLDER, field="adapter.init_from")
     for source in [*recipe.data.train, *(recipe.data.eval or [])]:
         path = os.path.expanduser(resolve_path(source.path))
         split = source.split or recipe.data.split

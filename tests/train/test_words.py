@@ -3,6 +3,7 @@
 import json
 import re
 import shlex
+import subprocess
 import sys
 
 import pytest
@@ -122,3 +123,18 @@ def test_each_command_of_the_path_from_pairs_to_a_file_prints_the_next(tmp_path,
             line = merge
     assert pasted == ["new", "data", "train", "chat", "merge", "export"]
     assert list((tmp_path / "outputs").glob("*.gguf"))
+
+
+def test_a_missing_folder_or_recipe_is_said_before_torch_is_imported(tmp_path):
+    asked = ["chat ./gone", "evaluate ./gone", "evaluate builtin:quickstart/model --against ./gone", "report ./gone",
+             "merge ./gone --output m", "merge --adapter ./gone:0.3 --output m", "export ./gone --output m.gguf",
+             "push ./gone --repo me/it", "data --recipe gone.yaml", "plan --recipe gone.yaml", "train --recipe gone.yaml",
+             "train --recipe quickstart adapter.init_from=./gone", "train --recipe quickstart data.train=gone.jsonl"]  # fmt: skip
+    code = (
+        "import sys\nfrom orpo_lite.__main__ import main\n"
+        "for words in sys.argv[1:]:\n    sys.argv[1:] = words.split()\n"
+        "    try: main()\n    except SystemExit as stop: print(stop.code, 'torch' in sys.modules, words)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, *asked], capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout.splitlines() == [f"2 False {words}" for words in asked], done.stderr
+    assert done.stderr.count("gone") >= len(asked) and "Traceback" not in done.stderr
