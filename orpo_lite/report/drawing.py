@@ -1,4 +1,4 @@
-"""Charts as plain values, and how they are drawn: as SVG for the page, as a PNG for the model card."""
+"""Charts as plain values, for the page's script, and as a PNG for the model card."""
 
 import math
 from collections.abc import Sequence
@@ -43,6 +43,11 @@ class Line:
     @cached_property
     def finite(self) -> list[Point]:
         return [(x, y) for x, y in self.points if math.isfinite(y)]
+
+    @property
+    def dotted(self) -> bool:
+        """True where each point has a dot: held-out values, and short lines."""
+        return self.look == "marks" or len(self.finite) <= DOTTED
 
 
 @dataclass
@@ -148,76 +153,6 @@ def short(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
-class Drawing:
-    """A chart in the units of its SVG: 1000 by 1000, from the top left corner."""
-
-    def __init__(self, chart: Chart):
-        self.chart = chart
-        self.x0, self.x1, self.y0, self.y1 = chart.domain
-
-    def across(self, x: float) -> float:
-        return (x - self.x0) / (self.x1 - self.x0) * 1000
-
-    def down(self, y: float) -> float:
-        return 1000 - (y - self.y0) / (self.y1 - self.y0) * 1000
-
-    def place(self, point: Point) -> str:
-        return f"{self.across(point[0]):.0f} {self.down(point[1]):.0f}"
-
-    @property
-    def y_ticks(self) -> list[tuple[float, str]]:
-        """Distance from the bottom in percent, and the text, of each tick."""
-        marks = [y for y in ticks(self.y0, self.y1, Y_TICKS) if self.chart.form != "count" or y.is_integer()]
-        return [(100 - self.down(y) / 10, written(y, self.chart.form)) for y in marks]
-
-    @property
-    def x_ticks(self) -> list[tuple[float, str]]:
-        return [(self.across(x) / 10, written(x)) for x in ticks(self.x0, self.x1, X_TICKS)]
-
-    @property
-    def level(self) -> str:
-        """Path of the line that is drawn across or upright, empty where it lies outside."""
-        upright = self.chart.upright
-        if self.chart.across:
-            return f"M0 {self.down(self.chart.across[0]):.0f}H1000"
-        return f"M{self.across(upright):.0f} 0V1000" if upright is not None and self.x0 <= upright <= self.x1 else ""
-
-    def path(self, line: Line) -> str:
-        """Return the path of a line, with gaps where values are not finite."""
-        parts, pen = [], "M"
-        for point in line.points:
-            if not math.isfinite(point[1]):
-                pen = "M"
-            elif self.chart.stairs and pen == "L":
-                parts.append("H{}V{}".format(*self.place(point).split()))
-            else:
-                parts.append(f"{pen}{self.place(point)}")
-                pen = "L"
-        return "".join(parts)
-
-    def area(self, line: Line) -> str:
-        ends = [self.place((line.points[i][0], 0.0)) for i in (-1, 0)]
-        return f"{self.path(line)}L{ends[0]}L{ends[1]}Z"
-
-    def dots(self, line: Line) -> str:
-        """Return a dot for each point of a held-out or a short line, else an empty path."""
-        if line.look == "marks" or len(line.finite) <= DOTTED and not self.chart.stairs:
-            return "".join(f"M{self.place(point)}h0" for point in line.finite)
-        return ""
-
-    def band(self, line: Line) -> str:
-        bars = zip(line.points, line.band or (), strict=False)
-        return "".join(
-            f"M{self.place((x, low))}L{self.place((x, high))}" for (x, _), (low, high) in bars if math.isfinite(low)
-        )
-
-    def last(self, line: Line) -> str:
-        """Return the value beside a line while none is read."""
-        if self.chart.stairs:
-            return ""
-        return written(line.finite[-1][1] if line.finite else math.nan, self.chart.form)
-
-
 WIDTH, HEIGHT = 1500, 840
 """Pixels of curves.png."""
 INK, GRAY, GRID, AXIS = "#1c2024", "#57606a", "#d8dee4", "#afb8c1"
@@ -278,7 +213,7 @@ LOOKS: dict[str, dict[str, Any]] = {
 def draw_line(axes: Any, line: Line) -> None:
     """Draw one line of a chart, and its intervals."""
     color = COLORS[line.color % len(COLORS)][0]
-    dots = {"marker": "o", "markersize": 3.5} if len(line.finite) <= DOTTED else {}
+    dots = {"marker": "o", "markersize": 3.5} if line.dotted else {}
     axes.plot(*zip(*line.points, strict=True), color=color, label=line.label, **(dots | LOOKS[line.look]))
     if line.band:
         bars = [(x, *ends) for (x, _), ends in zip(line.points, line.band, strict=True) if math.isfinite(ends[0])]

@@ -1,5 +1,5 @@
 "use strict";
-// Reads, zooms and answers keys on the charts that the page holds already; without it they stay as they are drawn.
+// Draws the page's charts, and reads and zooms them by pointer and keys.
 (() => {
   const data = JSON.parse(document.getElementById("charts-data").textContent);
   const said = document.body.appendChild(make("p", "sr"));
@@ -19,7 +19,7 @@
     if (form === "count" || (Number.isInteger(value) && size < 1e6) || (size >= 1000 && size < 1e6))
       return Math.round(value).toLocaleString("en");
     if (value === 0) return "0";
-    return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toPrecision(4).replace(/\.?0+e/, "e");
+    return size >= 1e-4 && size < 1e6 ? String(Number(value.toPrecision(4))) : value.toExponential(3).replace(/\.?0+e/, "e");
   }
 
   function ticks(low, high, most) {
@@ -46,7 +46,9 @@
       if (chart.stairs) this.xs.pop();
       this.home = chart.domain;
       this.view = this.home;
-      this.rest = this.lines.map((line) => line.value.textContent);
+      // beside each line, while none is read, its last value
+      this.rest = this.lines.map((line) => (chart.stairs ? "" : written(line.y.findLast((y) => y !== null), chart.form)));
+      this.lines.forEach((line, i) => { line.value.textContent = this.rest[i]; });
       this.svg.setAttribute("role", "application");
       this.svg.setAttribute("aria-roledescription", "chart");
       this.svg.setAttribute("aria-label", this.svg.getAttribute("aria-label") +
@@ -64,7 +66,7 @@
           return button;
         });
       this.listen();
-      this.state();
+      this.look(null);
     }
 
     get zoomed() { return this.view[0] > this.home[0] || this.view[1] < this.home[1]; }

@@ -15,7 +15,7 @@ from markupsafe import Markup
 from orpo_lite.common.text import counted, cut, duration, format_gb, measured
 from orpo_lite.evaluate.held_out import ROWS
 from orpo_lite.report.charts import accuracy_interval, changed_sides, curves, margin_chart, margins
-from orpo_lite.report.drawing import COLORS, Chart, Drawing, is_finite, script_data, written
+from orpo_lite.report.drawing import COLORS, Chart, is_finite, script_data, written
 from orpo_lite.trainer.run_record import LoadedRun, Sample
 
 
@@ -28,7 +28,7 @@ def environment() -> jinja2.Environment:
     )  # fmt: skip
     script = (Path(__file__).parent / "page.js").read_text("utf-8").strip()
     made.globals |= {
-        "drawing": Drawing, "script_data": script_data, "colors": COLORS,
+        "script_data": script_data, "colors": COLORS,
         "is_finite": is_finite, "metrics": ROWS, "few_pairs": few_pairs,
         "script": Markup(script),  # noqa: S704  # our own file
         "script_digest": base64.b64encode(hashlib.sha256(script.encode("utf-8")).digest()).decode(),

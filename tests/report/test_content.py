@@ -232,10 +232,6 @@ def test_values_that_are_not_finite_are_gaps_and_said(written, tmp_path):
     assert "not finite, of ORPO loss: 2 values (step 5, 6)" in shown.text and "is not a number" in shown.text
     assert shown.charts["loss"]["lines"][0]["y"][4:6] == [None, None]
     assert "NaN" not in shown.scripts[0] and "Infinity" not in shown.scripts[0]
-    path = next(
-        a["d"] for t, a in shown.elements if t == "path" and a.get("class") == "line" and a["d"].count("M") == 2
-    )
-    assert "nan" not in path and "inf" not in path
 
 
 def test_a_long_run(written, tmp_path):
