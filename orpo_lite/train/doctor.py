@@ -173,22 +173,21 @@ def hub() -> Iterator[Finding]:
     from huggingface_hub import constants, get_token
     from huggingface_hub.utils import get_session
 
-    remedy = "check HF_ENDPOINT, network, proxy and firewall; models that are on this machine can be trained on"
-    text = f"{constants.ENDPOINT} answers"
+    text, remedy = f"{constants.ENDPOINT} answers", ""
     try:
         answer = get_session().get(f"{constants.ENDPOINT}/api/models?limit=1", timeout=5)
-        if answer.status_code >= 500 or answer.status_code in (401, 403, 407, 429):
-            text += f" with status {answer.status_code}"
-        else:
-            remedy = ""
+        failure = "" if answer.status_code in (200, 404) else f"answers with status {answer.status_code}"
     except Exception as error:
-        text = f"{constants.ENDPOINT} cannot be reached ({in_words(error, 120)})"
+        failure = f"cannot be reached ({in_words(error, 120)})"
     if constants.HF_HUB_OFFLINE:
         text, remedy = "not asked, since HF_HUB_OFFLINE is set", "unset it to download"
+    elif failure:
+        text = f"{constants.ENDPOINT} {failure}"
+        remedy = "check HF_ENDPOINT, network, proxy and firewall; models that are on this machine can be trained on"
     yield Finding("hub", NOTE if remedy else OK, text, remedy)
-    names = [name for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN") if os.environ.get(name, "").strip()]
     if get_token():
-        yield Finding("token", OK, f"present, {f'in {names[0]}' if names else 'saved by hf auth login'}")
+        in_environment = os.environ.get("HF_TOKEN") or os.environ.get("HUGGING_FACE_HUB_TOKEN")
+        yield Finding("token", OK, f"present, {'in HF_TOKEN' if in_environment else 'saved by hf auth login'}")
     else:
         remedy = "gated models (Llama, Gemma) and push need one: hf auth login, or set HF_TOKEN"
         yield Finding("token", NOTE, "none", remedy)
@@ -203,50 +202,43 @@ def driver() -> Iterator[Finding]:
         return
     gpu = f"CUDA {torch.version.cuda}" if torch.version.cuda else torch.version.hip and f"ROCm {torch.version.hip}"
     yield Finding("torch", OK, f"{torch.__version__}, built {f'for {gpu}' if gpu else 'without CUDA'}")
-    card, version, failure = nvidia_smi()
+    said = nvidia_smi()
     with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         available = torch.cuda.is_available()
-    why = failure or "; ".join(" ".join(str(one.message).split()) for one in warned) or "torch does not say why"
-    verdict = PROBLEM
+    why = "".join(f": {' '.join(str(one.message).split())}" for one in warned)
     if available:
-        verdict, text, remedy = OK, f"{version or 'version unknown'}, and torch can use it", ""
-    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and (card or gpu):
-        verdict, text, remedy = NOTE, "CUDA_VISIBLE_DEVICES hides every card", "unset it to train on the card"
-    elif "too old" in why:
-        text = f"{version} is too old for this torch: {why}"
-        remedy = f"update the NVIDIA driver, or {INSTALL_TORCH.replace('your CUDA', 'the CUDA of this driver')}"
-    elif card and not gpu:
-        text = f"there is a card ({card}), but this torch is built for the CPU alone"
-        remedy = f"pip uninstall torch, then {INSTALL_TORCH}"
-    elif card or failure:
-        text = f"there is a card {card}, but CUDA does not start: {why}"
-        remedy = "restart the machine or container; if that does not help, reinstall the driver"
-    else:
-        verdict, text = NOTE, "no NVIDIA card here: training would run on the CPU"
+        yield Finding("driver", OK, f"{said or 'version unknown'}, and torch can use it")
+    elif os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1") and (said or gpu):
+        text = "CUDA_VISIBLE_DEVICES hides every card"
+        yield Finding("driver", NOTE, text, "unset it to train on the card")
+    elif not said:
         remedy = "the quickstart recipe works on the CPU; a 7B model needs a card"
         if "COLAB_RELEASE_TAG" in os.environ:
             remedy = "Runtime > Change runtime type > T4 GPU"
-    yield Finding("driver", verdict, text, remedy)
+        yield Finding("driver", NOTE, "no NVIDIA card here: training would run on the CPU", remedy)
+    elif not gpu:
+        text = f"there is a card ({said}), but this torch is built for the CPU alone"
+        yield Finding("driver", PROBLEM, text, f"pip uninstall torch, then {INSTALL_TORCH}")
+    else:
+        remedy = f"update the NVIDIA driver, or {INSTALL_TORCH}; after an update, restart the machine or container"
+        yield Finding("driver", PROBLEM, f"there is a card ({said}), but CUDA does not start{why}", remedy)
 
 
-def nvidia_smi() -> tuple[str, str, str]:
-    """Ask the driver for name and driver version of the first card; third comes the reason if it fails."""
+def nvidia_smi() -> str:
+    """Return what the driver's program says: name and driver version of each card, or why it fails; empty without a card."""
     program = shutil.which("nvidia-smi")
     if program is None:
-        return "", "", ""
+        return ""
     query = [program, "--query-gpu=name,driver_version", "--format=csv,noheader"]
     try:
-        done = subprocess.run(query, capture_output=True, text=True, timeout=20)
+        done = subprocess.run(query, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=20)
     except (OSError, subprocess.TimeoutExpired) as error:
-        return "", "", f"nvidia-smi: {in_words(error)}"
-    name, _, version = done.stdout.partition("\n")[0].partition(",")
-    if done.returncode == 0 and version:
-        return name.strip(), version.strip(), ""
-    output = " ".join((done.stdout + done.stderr).split())[:200]
+        return f"nvidia-smi: {in_words(error)}"
+    said = " ".join(done.stdout.split())[:200]
     # a program left over in an image, or a runtime without a card
-    absent = any(words in output.lower() for words in ("couldn't communicate", "no devices were found"))
-    return "", "", "" if absent and not os.path.exists("/dev/nvidia0") else f"nvidia-smi: {output or done.returncode}"
+    absent = any(words in said.lower() for words in ("couldn't communicate", "no devices were found"))
+    return "" if absent and not os.path.exists("/dev/nvidia0") else said or f"nvidia-smi: {done.returncode}"
 
 
 def card() -> Iterator[Finding]:
