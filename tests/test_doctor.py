@@ -207,28 +207,16 @@ def test_whole_command_says_training_works_leaks_no_token_and_leaves_nothing(tmp
 # ---- packages, memory, hub ----------------------------------------------------------------------------------------
 
 
-def test_packages_missing_or_outside_their_range(monkeypatch):
-    declared = ["torch>=2.8", "peft>=0.19", "gguf>=1; extra == 'export'"]
-    versions = {"torch": "2.13.0+cu126", "peft": "0.21.2"}
-
+def test_a_missing_package(monkeypatch):
     def version(name):
-        if name not in versions:
+        if name == "peft":
             raise metadata.PackageNotFoundError(name)
-        return versions[name]
+        return "2.13.0"
 
-    def not_installed(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "requires", lambda name: declared)
-    monkeypatch.setattr(metadata, "version", version)
     assert list(doctor.packages())[1].verdict == OK
-    versions["peft"] = "0.18.1"
+    monkeypatch.setattr(metadata, "version", version)
     found = list(doctor.packages())[1]
-    assert found.verdict == PROBLEM and "peft is 0.18.1" in found.text and "'peft>=0.19'" in found.remedy
-    del versions["torch"]
-    assert "torch is missing" in list(doctor.packages())[1].text
-    monkeypatch.setattr(metadata, "requires", not_installed)
-    assert list(doctor.packages())[1].verdict == NOTE
+    assert found.verdict == PROBLEM and found.text == "missing: peft"
 
 
 def test_a_library_that_does_not_import_is_named_with_the_package_behind_it(monkeypatch):

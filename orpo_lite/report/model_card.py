@@ -1,4 +1,4 @@
-"""Model cards: of a run, of an adapter of which nothing else is known, of a trainer used on its own; and curves.png."""
+"""Model cards: of a run, and of an adapter of which nothing else is known; and curves.png."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import shlex
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import jinja2
 import yaml
@@ -27,10 +27,7 @@ from orpo_lite.report.charts import draw_card_curves
 from orpo_lite.report.drawing import is_finite
 from orpo_lite.report.page import read_json, verdict
 from orpo_lite.trainer.run_folder import RunFolder
-from orpo_lite.trainer.run_record import RunRecord, read_run, versions
-
-if TYPE_CHECKING:
-    from orpo_lite.trainer.trainer import ORPOTrainer
+from orpo_lite.trainer.run_record import RunRecord, read_run
 
 logger = logging.getLogger(__name__)
 
@@ -138,37 +135,6 @@ def bare_card(source: Path, kind: Kind, repo: str | None, notes: Sequence[str], 
     )  # fmt: skip
 
 
-def write_trainer_card(
-    trainer: ORPOTrainer,
-    model_name: str | None = None,
-    dataset_name: str | None = None,
-    tags: str | list[str] | None = None,
-) -> None:
-    """Write README.md into `args.output_dir` of a trainer that has no run folder.
-
-    Args:
-        model_name: title of the card; default: the name of the folder.
-        dataset_name: what the model was trained on; linked where it is a dataset on the hub.
-        tags: added to the card's own.
-    """
-    from peft import PeftModel
-
-    model, folder = trainer.unwrapped(), Path(str(trainer.args.output_dir))
-    folder.mkdir(parents=True, exist_ok=True)
-    named = model.config._name_or_path or ""
-    hub, name = hub_id(named) if named else None, model_name or folder.resolve().name
-    kind: Kind = "adapter" if isinstance(model, PeftModel) else "merged"
-    given = {tags} if isinstance(tags, str) else set(tags or ())
-    given |= {"orpo", "orpo-lite"} | ({"lora"} if kind == "adapter" else set())
-    datasets = [dataset_name] if dataset_name and hub_id(dataset_name) else None
-    meta = front_matter(kind, hub, None, sorted(given), datasets=datasets)
-    shown = public_name(named, hub is not None) if named else "a model of its own"
-    text = render(
-        meta, name=name, kind=kind, shown=shown, hub=hub, trained=True, dataset=dataset_name, versions=versions()
-    )
-    (folder / "README.md").write_text(text, "utf-8")
-
-
 # ---- rendering -----------------------------------------------------------------------------------------------------------
 
 
@@ -208,8 +174,8 @@ def environment() -> jinja2.Environment:
 
 def render(meta: ModelCardData, **parts: Any) -> str:
     """Render a card: front matter, and every section for which there is something."""
-    nothing: dict[str, Any] = dict.fromkeys(("record", "recipe", "it", "config", "dataset", "repo", "license", "held"))
-    nothing |= {"trained": False, "notes": (), "versions": None}
+    nothing: dict[str, Any] = dict.fromkeys(("record", "recipe", "it", "config", "repo", "license", "held"))
+    nothing |= {"trained": False, "notes": ()}
     return f"---\n{meta.to_yaml()}\n---\n\n{environment().get_template('card.md.jinja').render(nothing | parts)}"
 
 

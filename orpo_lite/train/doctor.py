@@ -115,30 +115,19 @@ def in_words(error: BaseException, limit: int = 300) -> str:
 
 
 def packages() -> Iterator[Finding]:
-    """Report the interpreter, and compare the installed packages with those that orpo-lite declares."""
-    from packaging.requirements import Requirement
-
+    """Report the interpreter and the packages that shape a run."""
     colab = ", Colab" if "COLAB_RELEASE_TAG" in os.environ else ""
     text = f"{platform.python_version()} on {platform.platform()}{colab}, {os.cpu_count()} cores"
     yield Finding("python", OK, text)
-    try:
-        declared = [Requirement(line) for line in importlib.metadata.requires("orpo-lite") or ()]
-    except importlib.metadata.PackageNotFoundError:
-        text = "orpo-lite is not installed, so nothing says what it needs"
-        yield Finding("packages", NOTE, text, "pip install -c constraints.txt .")
-        return
-    declared = [one for one in declared if one.marker is None or one.marker.evaluate({"extra": ""})]
+    names = ("torch", "transformers", "peft", "accelerate", "datasets", "bitsandbytes")
     found: dict[str, str] = {}
-    for one in declared:
+    for name in names:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[one.name] = importlib.metadata.version(one.name)
-    wrong = [one for one in declared if not one.specifier.contains(found.get(one.name, "0"), prereleases=True)]
-    if wrong:
-        text = "; ".join(f"{one.name} is {found.get(one.name, 'missing')}, {one.specifier} is needed" for one in wrong)
-        remedy = "pip install -U " + " ".join(f"'{one.name}{one.specifier}'" for one in wrong)
-        yield Finding("packages", PROBLEM, text, remedy, found)
+            found[name] = importlib.metadata.version(name)
+    if missing := set(names) - found.keys():
+        yield Finding("packages", PROBLEM, f"missing: {', '.join(sorted(missing))}", "pip install orpo-lite", found)
     else:
-        yield Finding("packages", OK, f"{len(found)} packages in the declared versions", facts=found)
+        yield Finding("packages", OK, ", ".join(f"{name} {version}" for name, version in found.items()), facts=found)
 
 
 def libraries() -> Iterator[Finding]:

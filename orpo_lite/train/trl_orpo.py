@@ -16,12 +16,11 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as PEFTS_TARGETS
-from rich.markup import escape
 from transformers import TrainingArguments
 from yaml import YAMLError
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.console import errors, guard
+from orpo_lite.common.console import guard
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import nearest
 from orpo_lite.data.sources import local_files
@@ -29,7 +28,7 @@ from orpo_lite.model.locating import read_config, renaming_field
 from orpo_lite.recipe import ModelSection, Recipe
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.train.__main__ import check_local_files, train
-from orpo_lite.trainer.config import CHECKPOINTING, REMOVED_FIELDS, RENAMED, RENAMED_FIELDS, ORPOConfig, outdated_fields
+from orpo_lite.trainer.config import CHECKPOINTING, RENAMED, ORPOConfig
 from orpo_lite.trainer.config_from_recipe import SET_BY_OTHER_SECTIONS
 
 TRLS = {"learning_rate": 1e-6, "lr_scheduler_type": "linear", "eval_strategy": "no", "save_strategy": "steps",
@@ -66,7 +65,7 @@ def parse(words: Sequence[str]) -> tuple[Any, ORPOConfig, Any]:
         RequestError: no such flag, a value that does not fit, a config file that cannot be read.
     """
     try:
-        *parsed, rest = parser().parse_args_and_config([current(word) for word in words], return_remaining_strings=True)
+        *parsed, rest = parser().parse_args_and_config(list(words), return_remaining_strings=True)
     except RequestError:
         raise
     except OSError as error:
@@ -79,23 +78,9 @@ def parse(words: Sequence[str]) -> tuple[Any, ORPOConfig, Any]:
     if rest:
         known = [field.name for section in parsed for field in fields(section)]
         names = [word.partition("=")[0].lstrip("-").replace("-", "_") for word in rest if word.startswith("--")]
-        outdated = RENAMED_FIELDS | REMOVED_FIELDS
-        lines = [
-            outdated_fields([name], known)[0] if name in outdated else f"no flag --{name}{nearest(name, known)}"
-            for name in names
-        ]
+        lines = [f"no flag --{name}{nearest(name, known)}" for name in names]
         raise RequestError("; ".join(lines) or f"found {' '.join(rest)} without a flag before it")
     return tuple(parsed)
-
-
-def current(word: str) -> str:
-    """Return a flag by its present name, and print a notice if it had another."""
-    name, equals, value = word.partition("=")
-    new = RENAMED_FIELDS.get(name.removeprefix("--").replace("-", "_")) if name.startswith("--") else None
-    if new is None:
-        return word
-    errors.print(f"{escape(name)} is called --{new} now, and is used as that")
-    return f"--{new}{equals}{value}"
 
 
 def recipe_of(script: Any, args: ORPOConfig, model: Any) -> Recipe:

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 from transformers import TrainerCallback
-from transformers.integrations.integration_utils import INTEGRATION_TO_CALLBACK
+from transformers.integrations.integration_utils import get_reporting_integration_callbacks
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import append_line, check_mounted, disk_of, write_atomically
-from orpo_lite.common.text import nearest
 
 logger = logging.getLogger(__name__)
 
@@ -114,15 +113,10 @@ def check_trackers(report_to: Any) -> None:
     Raises:
         RequestError: a name that transformers does not know, or a package that is not installed, with what to install.
     """
-    for name in [report_to] if isinstance(report_to, str) else report_to or []:
-        if name in ("all", "none"):
-            continue
-        if name not in INTEGRATION_TO_CALLBACK:
-            known = ", ".join(sorted(INTEGRATION_TO_CALLBACK))
-            raise RequestError(
-                f"report_to: found {name!r}{nearest(str(name), INTEGRATION_TO_CALLBACK)}, expected none, all, or some of {known}"
-            )
-        try:
-            INTEGRATION_TO_CALLBACK[name]()
-        except (RuntimeError, ImportError, ValueError) as error:  # which says what to install
-            raise RequestError(f"report_to: {name}: {error} Or remove it from report_to.") from error
+    if report_to in ("all", ["all"], ["none"]):
+        return
+    try:
+        for callback in get_reporting_integration_callbacks(report_to):
+            callback()
+    except (RuntimeError, ImportError, ValueError) as error:  # which lists the names, or says what to install
+        raise RequestError(f"report_to: found {report_to}: {error}") from error

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from transformers import TrainingArguments
 from transformers.utils.import_utils import is_torch_tf32_available
 
@@ -22,8 +19,6 @@ CHECKPOINTING = "activation_checkpointing"
 """transformers 5.23 renamed gradient_checkpointing to this; earlier versions only have the old name."""
 RENAMED = CHECKPOINTING in {f.name for f in fields(TrainingArguments)}
 
-OLD_FIELDS: dict[str, dict[str, str]] = yaml.safe_load(Path(__file__).with_name("old_fields.yaml").read_text("utf-8"))
-RENAMED_FIELDS, REMOVED_FIELDS = OLD_FIELDS["renamed"], OLD_FIELDS["removed"]
 CHOICES = {
     "overlong": ("truncate", "drop"),
     "completion_end": ("trl", "turn"),
@@ -53,7 +48,7 @@ class ORPOConfig(TrainingArguments):
 
     Raises:
         ValueError: a field outside its range; the message names it, what was found and what was expected.
-        TypeError: no such field; for those of older versions, the message says what replaces them.
+        TypeError: no such field.
     """
 
     _VALID_DICT_FIELDS = [*TrainingArguments._VALID_DICT_FIELDS, "model_init_kwargs", "template_kwargs"]
@@ -90,11 +85,6 @@ class ORPOConfig(TrainingArguments):
     save_minutes: float | None = _help("Minutes between checkpoints, besides save_strategy's.", default=None)
     early_stopping_patience: int | None = _help("Evaluations without a better metric before a stop.", default=None)
     loraplus_lr_ratio: float | None = _help("LoRA+: learning rate of B over that of A.", default=None)
-
-    def __new__(cls, *args: Any, **given: Any) -> ORPOConfig:
-        if lines := outdated_fields(given, cls.__dataclass_fields__):
-            raise TypeError("ORPOConfig: " + "; ".join(lines))
-        return super().__new__(cls)
 
     def __post_init__(self) -> None:
         refuse_sharding(fsdp=self.fsdp, fsdp_config=self.fsdp_config, deepspeed=self.deepspeed)
@@ -174,14 +164,3 @@ class ORPOConfig(TrainingArguments):
             if self.gradient_checkpointing_kwargs and not self.activation_checkpointing_kwargs:
                 self.activation_checkpointing_kwargs = self.gradient_checkpointing_kwargs
                 self.gradient_checkpointing_kwargs = None
-
-
-def outdated_fields(names: Iterable[str], known: Iterable[str]) -> list[str]:
-    """Write a sentence for each name that is no longer a field."""
-    lines = []
-    for name in set(names) - set(known):
-        if name in RENAMED_FIELDS:
-            lines.append(f"{name} is now called {RENAMED_FIELDS[name]}")
-        elif name in REMOVED_FIELDS:
-            lines.append(f"{name} no longer exists: remove it ({REMOVED_FIELDS[name]})")
-    return sorted(lines)

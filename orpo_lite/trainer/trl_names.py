@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import pkgutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 import torch.nn.functional as F
 from datasets import concatenate_datasets
-from huggingface_hub import HfApi
+from huggingface_hub import HfApi, ModelCard
+from peft import PeftModel
 from torch import Tensor, nn
 
 from orpo_lite.common.credentials import ALLOWED, published, refuse_secrets
@@ -42,8 +42,6 @@ class TrlNames(Base):
     """Numbers of `store_metrics` since the last log of training and of evaluation."""
     totals_of_step: Tensor | None = None
     """Counts of the optimizer step whose loss is being computed, see `count_step`."""
-    card_writer = "orpo_lite.report.model_card:write_trainer_card"
-    """Function that writes the model card, by name: report/ stands above this package, and is imported when it is called."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "tokenizer" in kwargs:
@@ -149,12 +147,22 @@ class TrlNames(Base):
             commit_message=commit_message, revision=revision or self.args.hub_revision, run_as_future=not blocking,
         )  # fmt: skip
 
-    def create_model_card(
+    def create_model_card(  # pyright: ignore[reportIncompatibleMethodOverride]  # TRL's arguments
         self, model_name: str | None = None, dataset_name: str | None = None, tags: str | list[str] | None = None
     ) -> None:
-        """Write README.md into args.output_dir: what was trained on what, and with which versions."""
+        """Write transformers' card into args.output_dir: what was trained on what, results, and versions."""
         if self.is_world_process_zero():
-            pkgutil.resolve_name(self.card_writer)(self, model_name, dataset_name, tags)
+            path = Path(str(self.args.output_dir)) / "README.md"
+            path.unlink(missing_ok=True)  # PEFT's own names the base by its path
+            adapter = ["lora"] * isinstance(self.unwrapped(), PeftModel)
+            given = {*([tags] if isinstance(tags, str) else tags or ()), "orpo", "orpo-lite", *adapter}
+            super().create_model_card(model_name=model_name, dataset=dataset_name, tags=sorted(given))
+            card: Any = ModelCard.load(path)
+            card.data.library_name, card.data.datasets = (
+                "peft" if adapter else "transformers",
+                dataset_name and [dataset_name],
+            )
+            card.save(path)
 
 
 def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:

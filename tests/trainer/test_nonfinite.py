@@ -4,7 +4,6 @@ import pytest
 import torch
 from transformers import TrainerCallback
 
-from orpo_lite import ORPOConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe import Recipe
 from orpo_lite.trainer.health import NonFinite
@@ -178,8 +177,3 @@ def test_on_nonfinite_was_removed(wrong):
         RequestError, match=r"training\.on_nonfinite: found .* removed: a step that is not finite stops"
     ):
         Recipe.load("quickstart", [f"training.on_nonfinite={wrong}"])
-
-
-def test_on_nonfinite_is_no_argument_of_a_script(tmp_path):
-    with pytest.raises(TypeError, match=r"on_nonfinite no longer exists: remove it \(a step that is not finite stops"):
-        ORPOConfig(str(tmp_path), on_nonfinite="skip")
