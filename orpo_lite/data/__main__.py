@@ -101,7 +101,10 @@ def print_report(
         return
     held = f", {len(pairs.eval):,} held out" if pairs.eval is not None else ", none held out"
     console.print(f"{counted(len(pairs.train), 'pair')} to train on{held}\n", style="bold")
-    console.print(lengths_table(pair_lengths(pairs.train)))
+    table = Table("tokens", "median", "p95", "max", box=None)
+    for part, tokens in pair_lengths(pairs.train).items():
+        table.add_row(part, *(f"{summary(tokens)[name]:,.0f}" for name in ("median", "p95", "max")))
+    console.print(table)
     if shown:
         marks = (". prompt, no label   ", "dim"), ("+ chosen label   ", "green"), ("- rejected label   ", "red")
         console.print(Text.assemble("\n", *marks, "⏎ line break"))
@@ -153,14 +156,6 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
         return {"median": 0, "p95": 0, "max": 0, "sum": 0}
     middle, high = (float(value) for value in np.percentile(tokens, [50, 95]))
     return {"median": middle, "p95": high, "max": int(tokens.max()), "sum": int(tokens.sum())}
-
-
-def lengths_table(counted: dict[str, np.ndarray]) -> Table:
-    """Return median, 95th percentile and maximum of the tokens per pair, a row for each part."""
-    table = Table("tokens", "median", "p95", "max", box=None)
-    for part, tokens in counted.items():
-        table.add_row(part, *(f"{summary(tokens)[name]:,.0f}" for name in ("median", "p95", "max")))
-    return table
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

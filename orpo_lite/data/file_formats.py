@@ -1,4 +1,4 @@
-"""Rows of one file, in small batches, so that a file may be larger than memory.
+"""Rows of one file, one after the other, so that a file may be larger than memory.
 
 Whatever is wrong with a file is a RequestError that names the place.
 """
@@ -15,9 +15,6 @@ from typing import IO, Any
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.messages import kind
 
-Batches = Iterator[list[Any]]
-BATCH_ROWS = 250
-"""Few enough that rows of 100 KB, and their tokens, fit in memory."""
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz")}
 AGAIN = "copy or download it again, and name it by its format"
@@ -36,26 +33,19 @@ def open_bytes(file: str) -> IO[bytes]:
     return gzip.open(file, "rb") if file.lower().endswith(".gz") else open(file, "rb")  # type: ignore[return-value]
 
 
-def read_file(file: str) -> Batches:
-    """Yield the rows of one file in batches.
+def read_file(file: str) -> Iterator[Any]:
+    """Yield the rows of one file.
 
     Raises:
         RequestError: the file is broken; the message names the line or place.
     """
     readers = {".csv": csv_rows, ".tsv": csv_rows, ".parquet": parquet_rows}
     try:
-        yield from batched(readers.get(str(file_format(file)), json_rows)(file))
+        yield from readers.get(str(file_format(file)), json_rows)(file)
     except RequestError:
         raise
     except (OSError, EOFError, zlib.error, ValueError) as error:
         raise RequestError(f"{file}: cannot be read ({' '.join(str(error).split())[:200]}): {AGAIN}") from None
-
-
-def batched(rows: Iterable[Any]) -> Batches:
-    """Yield rows as lists of BATCH_ROWS."""
-    rest = iter(rows)
-    while batch := list(itertools.islice(rest, BATCH_ROWS)):
-        yield batch
 
 
 def text_lines(file: str, stream: Iterable[bytes]) -> Iterator[str]:
@@ -89,7 +79,11 @@ def json_rows(file: str) -> Iterator[Any]:
         while head.isspace():
             blank, head = blank + 1, next(lines, "")
         if head.lstrip().startswith("[") or file_format(file) == ".json" and not is_json_line(head):
-            yield from document_rows(file, "".join(["\n" * blank, head, *lines]))
+            text = "".join(["\n" * blank, head, *lines])  # held in memory as a whole
+            rows = parse_json(text, file, DOCUMENT) if text.strip() else []
+            if not isinstance(rows, list | dict):
+                raise RequestError(f"{file}: found {kind(rows)}, {DOCUMENT}")
+            yield from rows if isinstance(rows, list) else [rows]
             return
         for number, line in enumerate(itertools.chain([head], lines), blank + 1):
             if line.strip():
@@ -103,14 +97,6 @@ def is_json_line(line: str) -> bool:
     except (ValueError, RecursionError):
         return False
     return isinstance(row, dict)
-
-
-def document_rows(file: str, text: str) -> list[Any]:
-    """Return the rows of a JSON document, which is held in memory as a whole."""
-    rows = parse_json(text, file, DOCUMENT) if text.strip() else []
-    if not isinstance(rows, list | dict):
-        raise RequestError(f"{file}: found {kind(rows)}, {DOCUMENT}")
-    return rows if isinstance(rows, list) else [rows]
 
 
 def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -210,7 +196,7 @@ def parquet_rows(file: str) -> Iterator[dict[str, Any]]:
 
     try:
         with open_bytes(file) as stream:
-            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=BATCH_ROWS):
+            for batch in parquet.ParquetFile(stream).iter_batches(batch_size=250):
                 yield from without_nulls(batch.to_pylist())
     except (pyarrow.ArrowException, OSError) as error:
         if isinstance(error, OSError) and error.errno:  # of the disk, not of the content

@@ -70,7 +70,7 @@ def write_fixed(spec: DataSection, one: Tokenized, path: Path) -> dict[str, Any]
     stay = set(numbers(left.rows, "row").tolist())  # a row may be several pairs
     out = {drop.row: drop for drop in left.report.drops if drop.row not in stay}
     changes = [{"row": row, "reason": out[row].reason, "detail": out[row].detail} for row in sorted(out)]
-    given = itertools.chain.from_iterable(open_source(spec.train[0], spec.split, spec.columns).raw())
+    given = open_source(spec.train[0], spec.split, spec.columns).raw()
     first = next(given, {})
     if isinstance(first, dict) and "completion" in first and "chosen" not in first:
         raise RequestError(

@@ -73,11 +73,9 @@ def from_arena(row: dict[str, Any]) -> dict[str, Any]:
     """
     name = "response" if "response_a" in row else "conversation"
     one, other, winner = row.get(f"{name}_a"), row.get(f"{name}_b"), str(row["winner"]).lower()
-    won = {"a": True, "model_a": True, "response_a": True, "b": False, "model_b": False, "response_b": False}.get(
-        winner
-    )
-    if won is None:
+    if winner not in ("a", "model_a", "response_a", "b", "model_b", "response_b"):
         raise Dropped(TIE, f"the winner is {winner[:40]!r}, expected model_a or model_b")
+    won = winner.endswith("a")
     return {"chosen": one if won else other, "rejected": other if won else one}
 
 
@@ -168,15 +166,8 @@ def from_kto(row: dict[str, Any]) -> dict[str, Any]:
 def rated(label: Any) -> bool | None:
     """Return what the label of a rated answer says; None where it says neither."""
     words = str(label).strip().lower().removesuffix(".0")
-    return {
-        "true": True,
-        "1": True,
-        "desirable": True,
-        "false": False,
-        "0": False,
-        "-1": False,
-        "undesirable": False,
-    }.get(words)
+    good, bad = ("true", "1", "desirable"), ("false", "0", "-1", "undesirable")
+    return True if words in good else False if words in bad else None
 
 
 FORMATS = (
@@ -196,33 +187,34 @@ FORMATS = (
 
 Numbered = tuple[int, Any]
 """A row with its index in its source."""
+BATCH_ROWS = 250
+"""Rows that are looked at first, and converted at a time: few enough that rows of 100 KB, and their tokens, fit in memory."""
 
 
-def paired_by_prompt(batches: Iterator[list[Numbered]]) -> Iterator[list[Numbered]]:
+def paired_by_prompt(rows: Iterator[Numbered]) -> Iterator[Numbered]:
     """Pair rated answers (prompt, completion, label: true or false, as for KTO) that have the same prompt.
 
-    Batches of other rows come back as they are. A pair has the number of its better answer. Pairs come first; a rated
+    Other rows come back as they are. A pair has the number of its better answer. Pairs come first; a rated
     answer without a partner comes after them, for `to_pair` to drop.
     """
-    first = next(batches, [])
-    batches = itertools.chain([first], batches)
-    rows = [row for _, row in first if isinstance(row, dict) and {"prompt", "completion"} <= row.keys()]
-    if not rows or len(rows) < len(first) or not any("label" in row for row in rows):
-        yield from batches
+    first = list(itertools.islice(rows, BATCH_ROWS))
+    rows = itertools.chain(first, rows)
+    single = [row for _, row in first if isinstance(row, dict) and {"prompt", "completion"} <= row.keys()]
+    if not single or len(single) < len(first) or not any("label" in row for row in single):
+        yield from rows
         return
     by_prompt: dict[str, tuple[list[Numbered], list[Numbered]]] = {}
     alone: list[Numbered] = []
-    for number, row in itertools.chain.from_iterable(batches):
+    for number, row in rows:
         prompt = json.dumps(row.get("prompt"), sort_keys=True, default=str)
         if (label := rated(row.get("label"))) is None:
             alone.append((number, row | {"label": row.get("label")}))
         else:
             by_prompt.setdefault(prompt, ([], []))[label].append((number, row))
-    pairs = []
     for worse, better in by_prompt.values():
         for (number, good), (_, bad) in zip(better, worse, strict=False):
             kept = {name: value for name, value in good.items() if name not in ("completion", "label")}
-            pairs.append((number, kept | {"chosen": good["completion"], "rejected": bad["completion"]}))
+            yield number, kept | {"chosen": good["completion"], "rejected": bad["completion"]}
         together = min(len(better), len(worse))
         alone += [*better[together:], *worse[together:]]
-    yield pairs + alone
+    yield from alone

@@ -6,15 +6,15 @@ import glob
 import itertools
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.file_formats import BATCH_ROWS, FORMATS, Batches, batched, file_format, read_file, without_nulls
-from orpo_lite.data.row_formats import COLUMNS
+from orpo_lite.data.file_formats import FORMATS, file_format, read_file, without_nulls
+from orpo_lite.data.row_formats import BATCH_ROWS, COLUMNS
 from orpo_lite.recipe import DataSource
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.recipe.schema import Columns
@@ -37,9 +37,9 @@ class Source:
 
     label: str
     files: list[str]
-    batches: Callable[[], Batches]
-    """Opens the source anew and yields lists of rows, columns renamed."""
-    raw: Callable[[], Batches] = list[Any]().__iter__
+    rows: Callable[[], Iterator[Any]]
+    """Opens the source anew and yields its rows, columns renamed."""
+    raw: Callable[[], Iterator[Any]] = list[Any]().__iter__
     """Yields all rows of a recipe's source as they are."""
 
 
@@ -65,30 +65,27 @@ def open_source(
     columns = {str(name): actual for name, actual in (source.columns or default or {}).items()}
     path, asked = os.path.expanduser(resolve_path(source.path)), source.split or split
     files: list[str] = []
-    rows: datasets.Dataset | None = None
+    table: datasets.Dataset | None = None
     # unlike Path's methods, os.path's are false for a name that no file can have
     if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
         check_splits(source, asked, os.path.isfile(os.path.join(path, "dataset_dict.json")), "one table")
-        files, rows = [path], load_saved(path, asked)
+        files, table = [path], load_saved(path, asked)
     elif files := local_files(path, asked):
         named = os.path.isdir(path) and any(splits_named(Path(path), files).values())
         check_splits(
             source, asked, named, "a folder without splits in its names" if os.path.isdir(path) else "a local file"
         )
     elif is_local(source.path):
-        raise RequestError(f"{shorten(source.path)}: no such file or folder ({field}); expected {EXPECTED}")
+        raise RequestError(f"{source.path[:300]}: no such file or folder ({field}); expected {EXPECTED}")
     else:
-        rows = load_hub(source, asked)
+        table = load_hub(source, asked)
 
-    def batches() -> Batches:
-        return standard_batches(raw(columns), columns, limit, source.path)
-
-    def raw(named: dict[str, str] | None = None) -> Batches:
-        if rows is None:
+    def raw(named: Iterable[str] | None = None) -> Iterator[Any]:
+        if table is None:
             return itertools.chain.from_iterable(map(read_file, files))
-        return dataset_batches(rows, {name: name for name in rows.column_names} if named is None else named)
+        return dataset_rows(table, table.column_names if named is None else named)
 
-    return Source(source.path, files, batches, raw)
+    return Source(source.path, files, lambda: standard_rows(raw(columns.values()), columns, limit, source.path), raw)
 
 
 def is_local(path: str) -> bool:
@@ -107,7 +104,7 @@ def local_files(path: str, split: str) -> list[str]:
     elif glob.has_magic(path):
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
-            raise RequestError(f"{shorten(path)}: the pattern matches no file; expected {EXPECTED}")
+            raise RequestError(f"{path[:300]}: the pattern matches no file; expected {EXPECTED}")
     else:
         return []
     for file in found:
@@ -121,7 +118,7 @@ def check_splits(source: DataSource, asked: str, there: bool, what: str) -> None
     if asked != "train" and not there:
         where = "split" if source.split else "data.split"
         raise RequestError(
-            f"{shorten(source.path)}: {where} is {asked!r}, but {what} has no splits; leave it out (a hub source "
+            f"{source.path[:300]}: {where} is {asked!r}, but {what} has no splits; leave it out (a hub source "
             "beside it can have its own: {path: owner/name, split: ...}), and set data.max_rows for the first rows only"
         )
 
@@ -188,45 +185,35 @@ def load_hub(source: DataSource, split: str) -> datasets.Dataset:
     return rows
 
 
-def shorten(path: str) -> str:
-    """Return the path, cut after 300 characters."""
-    return path if len(path) <= 300 else f"{path[:300]}..."
-
-
 def first_line(error: Exception) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 
 
-def dataset_batches(rows: datasets.Dataset, columns: dict[str, str] | None = None) -> Batches:
-    """Yield the rows of a `datasets.Dataset` in batches: only the columns that matter, without Arrow's nulls."""
-    names = {*COLUMNS, *(columns or {}).values()}
+def dataset_rows(rows: datasets.Dataset, columns: Iterable[str] = ()) -> Iterator[Any]:
+    """Yield the rows of a `datasets.Dataset`: only the columns that matter, without Arrow's nulls."""
+    names = {*COLUMNS, *columns}
     used = [name for name in rows.column_names if name in names]
     rows = (rows.select_columns(used) if {"chosen", "rejected"} <= {*used} else rows).with_format(None)
     for batch in rows.iter(BATCH_ROWS):
-        by_row = zip(*batch.values(), strict=True)  # pyright: ignore[reportAttributeAccessIssue] (a dict of columns)
-        yield [without_nulls(dict(zip(batch, values, strict=True))) for values in by_row]
+        for values in zip(*batch.values(), strict=True):  # pyright: ignore[reportAttributeAccessIssue] (a dict of columns)
+            yield without_nulls(dict(zip(batch, values, strict=True)))
 
 
-def standard_batches(batches: Batches, columns: dict[str, str], limit: int | None, label: str) -> Batches:
-    """Yield the first `limit` rows in batches, the columns' standard names added.
+def standard_rows(rows: Iterator[Any], columns: dict[str, str], limit: int | None, label: str) -> Iterator[Any]:
+    """Yield the first `limit` rows, the columns' standard names added.
 
     Raises:
-        RequestError: the first batch lacks a mapped column.
+        RequestError: the first rows lack a mapped column.
     """
-    rows = itertools.islice(itertools.chain.from_iterable(batches), limit)
-    for number, batch in enumerate(batched(rows)):
-        if number == 0:
-            found = sorted({str(key) for row in batch if isinstance(row, dict) for key in row})
-            for standard, actual in columns.items():
-                if actual not in found:
-                    raise RequestError(
-                        f"{label}: data.columns maps {standard} to {actual!r}, which is no column here; found: "
-                        f"{', '.join(found[:20])}"
-                    )
-        yield [renamed(row, columns) for row in batch] if columns else batch
-
-
-def renamed(row: Any, columns: dict[str, str]) -> Any:
-    """Return a row with its columns' standard names added."""
-    return row | {name: row.get(actual) for name, actual in columns.items()} if isinstance(row, dict) else row
+    rows = itertools.islice(rows, limit)
+    first = list(itertools.islice(rows, BATCH_ROWS))
+    found = sorted({str(key) for row in first if isinstance(row, dict) for key in row})
+    for standard, actual in columns.items():
+        if first and actual not in found:
+            raise RequestError(
+                f"{label}: data.columns maps {standard} to {actual!r}, which is no column here; found: {', '.join(found[:20])}"
+            )
+    for row in itertools.chain(first, rows):
+        known = columns if isinstance(row, dict) else {}
+        yield row | {name: row.get(actual) for name, actual in known.items()} if known else row

@@ -20,9 +20,9 @@ from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.dropped_rows import Drop, DropReport, TooManyDropped
 from orpo_lite.data.quality import COLUMNS, without_numbers
-from orpo_lite.data.row_formats import Numbered, paired_by_prompt
+from orpo_lite.data.row_formats import BATCH_ROWS, Numbered, paired_by_prompt
 from orpo_lite.data.row_shapes import source_shape
-from orpo_lite.data.sources import Source, dataset_batches
+from orpo_lite.data.sources import Source, dataset_rows
 from orpo_lite.data.tokenize import PairTokenizer, TokenizeOptions
 
 __all__ = ["DropReport", "TokenizeOptions", "Tokenized", "TooManyDropped", "tokenize_rows", "tokenize_source"]
@@ -64,7 +64,7 @@ def tokenize_rows(
             f"{source}: found a {type(rows).__name__}, expected a datasets.Dataset: choose one split of a DatasetDict, "
             "or build one with Dataset.from_list, of a stream by Dataset.from_list(list(stream.take(10_000)))"
         )
-    done = tokenize_source(Source(source, [], functools.partial(dataset_batches, rows)), tokenizer, options)
+    done = tokenize_source(Source(source, [], functools.partial(dataset_rows, rows)), tokenizer, options)
     if problem := done.report.problem(source):
         raise TooManyDropped(problem, done.report)
     return without_numbers(done.rows), done.report
@@ -74,11 +74,13 @@ def tokenize_source(
     source: Source, tokenizer: PreTrainedTokenizerBase, options: TokenizeOptions, number: int = 0
 ) -> Tokenized:
     """Tokenize one source into a temporary file, removed when this process ends; `number` is the column `source`."""
-    numbered = paired_by_prompt(number_rows(source.batches()))
-    first = next(numbered, [])
+    batches = batched(paired_by_prompt(enumerate(source.rows())))
+    first = next(batches, [])
     shape = source_shape([row for _, row in first], source.label, options.apply_template)
     tokenize = PairTokenizer(tokenizer, options, shape)
-    schema = pa.schema([(name, arrow_type(name)) for name in [*tokenize.names, "source"]])
+    lists, large = ("_ids", "_context"), ("row", "key", *COLUMNS)
+    schema = pa.schema([(name, pa.list_(pa.int32()) if name.endswith(lists) else pa.int64() if name in large else pa.int32())
+                        for name in [*tokenize.names, "source"]])  # fmt: skip
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
     file = temporary_root() / f"{uuid.uuid4().hex}.arrow"
     with (
@@ -86,7 +88,7 @@ def tokenize_source(
         pa.ipc.new_stream(sink, schema) as arrow,
         progress(f"tokenizing {source.label}") as advance,
     ):
-        for chunk in map(tokenize, itertools.chain([first], numbered)):
+        for chunk in map(tokenize, itertools.chain([first], batches)):
             columns = chunk.columns | {"source": [number] * len(chunk.columns["row"])}
             arrow.write_batch(pa.record_batch([pa.array(columns[f.name], f.type) for f in schema], schema=schema))
             report.kept += len(columns["row"])
@@ -102,24 +104,15 @@ def tokenize_source(
     return Tokenized(rows, report, shape, digest.hexdigest(), source.label)
 
 
+def batched(rows: Iterator[Numbered]) -> Iterator[list[Numbered]]:
+    """Yield rows as lists of BATCH_ROWS."""
+    while batch := list(itertools.islice(rows, BATCH_ROWS)):
+        yield batch
+
+
 @functools.cache
 def temporary_root() -> Path:
     """Return a folder that is removed when this process ends."""
     folder = tempfile.mkdtemp(prefix="orpo_lite_")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
-
-
-def arrow_type(name: str) -> Any:
-    """Return the Arrow type of a column of pairs."""
-    if name.endswith(("_ids", "_context")):
-        return pa.list_(pa.int32())
-    return pa.int64() if name in ("row", "key", *COLUMNS) else pa.int32()
-
-
-def number_rows(batches: Iterator[list[Any]]) -> Iterator[list[Numbered]]:
-    """Yield the batches with each row's index in its source."""
-    start = 0
-    for batch in batches:
-        yield list(enumerate(batch, start))
-        start += len(batch)

@@ -51,7 +51,7 @@ def read_questions(path: str) -> list[Question]:
         files = local_files(name, "test")
         if not files:
             raise RequestError(f"--prompts: {path}: no such file: {FORMS}, or a .txt file with one prompt per line")
-        rows = [row for file in files for batch in read_file(file) for row in batch]
+        rows = [row for file in files for row in read_file(file)]
     if not rows:
         raise RequestError(f"--prompts: {path} holds no prompt: {FORMS}")
     return [parse_question(row, number, path) for number, row in enumerate(rows, 1)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import gc
 import os
 import sys
@@ -22,7 +23,7 @@ from orpo_lite.data.conversations import Forms, find_forms, formed
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape, without_system
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.loading import ModelSource, resolve_model, same_tensors, share_base, writes_to_base
+from orpo_lite.evaluate.loading import ModelSource, resolve_model, share_base, writes_to_base
 from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop_token_ids
 from orpo_lite.model.tokenizer import TemplateRefused, render_chat
 from orpo_lite.recipe import AdapterSection
@@ -148,7 +149,8 @@ class Side:
         gc.collect()  # models that are no longer used hold themselves in cycles
         if self.like:
             like, facts = self.like.loaded
-            model = same_tensors(like).unload()
+            # its weights are the same tensors, not copies of them
+            model = copy.deepcopy(like, {id(one): one for one in (*like.parameters(), *like.buffers())}).unload()
         else:
             model, facts = load_base(self.source.model, self.tokenizer)
         if self.source.kind == "adapter":

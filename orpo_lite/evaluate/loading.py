@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import tempfile
 from dataclasses import dataclass, field
@@ -17,7 +16,6 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import counted
 from orpo_lite.data import DropReport, load_pairs
 from orpo_lite.data.lengths import numbers
-from orpo_lite.data.sources import shorten
 from orpo_lite.evaluate.held_out import evaluate
 from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
@@ -149,11 +147,6 @@ def share_base(*sources: ModelSource) -> bool:
     return bases.count(bases[0]) == len(bases) and all("lora_" in name for name in names)
 
 
-def same_tensors(model: Any) -> Any:
-    """Copy a model whose weights are the same tensors, not copies of them."""
-    return copy.deepcopy(model, {id(one): one for one in (*model.parameters(), *model.buffers())})
-
-
 def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str, dict[str, Any]], DropReport]:
     """Evaluate each side on the held-out pairs of the last one; `data` replaces them.
 
@@ -171,7 +164,7 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
     field = "data.eval" if data is None else "--data"
     pairs = {path: held_out_pairs(side, recipe, field) for path, side in reversed(by_path.items())}
     mine, report = pairs[run.path]
-    paths = [shorten(source.path) for source in recipe.data.eval or recipe.data.train]
+    paths = [source.path[:300] for source in recipe.data.eval or recipe.data.train]
     results: dict[str, dict[str, Any]] = {}
     while sides:
         side = sides.pop(0)

@@ -221,18 +221,13 @@ def loadable_config(source: str, *, fixed_base: bool) -> LoraConfig:
     config = lora_config(source)
     init = str(config.init_lora_weights).lower()
     if init.startswith(CANNOT_REPEAT) or (init.startswith(CHANGES_BASE) and fixed_base):
-        raise RequestError(changed_base(source, init))
+        raise RequestError(
+            f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
+            "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
+        )
     if not init.startswith(CHANGES_BASE):
         config.init_lora_weights = True  # the weights come from the file; EVA and others would warn or compute
     return config
-
-
-def changed_base(source: str, init: str) -> str:
-    """Say why an adapter with such an initialization does not fit an unchanged base."""
-    return (
-        f"adapter: {source} was initialized with {init}, which changed its base weights, and this base does not have "
-        "that change: save it as a plain LoRA first (PEFT's path_initial_model_for_weight_conversion)"
-    )
 
 
 def plain_key(key: str) -> str:
@@ -370,7 +365,11 @@ def vocabulary_rows(
             f"{rows} on are the mean of the others (PEFT's save_embedding_layers=True saves them)"
         )
     added = rows_for_new_tokens(tokenizer) if tokenizer is not None else 0
-    return max(held.values(), default=max(rows, added, 1 + max(trained_rows(config), default=-1)))
+    trained = config.trainable_token_indices or []
+    last = max(
+        (row for ids in (trained.values() if isinstance(trained, dict) else [trained]) for row in ids), default=-1
+    )
+    return max(held.values(), default=max(rows, added, 1 + last))
 
 
 def bare(path: str) -> str:
@@ -378,12 +377,6 @@ def bare(path: str) -> str:
     for word in ("base_layer", "original_module", "token_adapter"):
         path = path.replace(f".{word}", "").removeprefix(f"{word}.")
     return path
-
-
-def trained_rows(config: LoraConfig) -> list[int]:
-    """List the ids of the tokens whose embeddings are in the adapter itself."""
-    rows = config.trainable_token_indices or []
-    return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:

@@ -8,30 +8,20 @@ from rich.table import Table
 from rich.text import Text
 
 from orpo_lite.common.console import console
-from orpo_lite.recipe import json_schema
 from orpo_lite.recipe.loading import read_yaml, shipped_recipes
 from orpo_lite.recipe.schema import as_sources
 
-
-def matching_recipes(incomplete: str) -> list[str]:
-    """Complete the name of a shipped recipe."""
-    return [name for name in shipped_recipes() if name.startswith(incomplete)]
-
-
 RECIPE_OPTION = typer.Option(
-    help="name of a shipped recipe, path of a YAML file, or run folder", autocompletion=matching_recipes
+    help="name of a shipped recipe, path of a YAML file, or run folder",
+    autocompletion=lambda incomplete: [name for name in shipped_recipes() if name.startswith(incomplete)],
 )
 """`--recipe`, as every command that reads one has it."""
 
 
 def command(
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of a table")] = False,
-    schema: Annotated[bool, typer.Option("--schema", help="print the recipes' JSON Schema, for editors")] = False,
 ) -> None:
     """List the shipped recipes and what each needs."""
-    if schema:
-        print(json_schema())
-        return
     rows = []
     for name, path in shipped_recipes().items():
         content = read_yaml(path)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import typing
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from orpo_lite.recipe.schema import (
     OrpoSection,
     Section,
 )
-from orpo_lite.recipe.training_fields import check_training_field, training_fields
+from orpo_lite.recipe.training_fields import check_training_field
 from orpo_lite.recipe.validation import describe, leaves, of_a_word, unfit
 
 
@@ -147,13 +146,3 @@ class Recipe(Section):
     def save(self, path: Path) -> None:
         """Write every field, defaults included, so that the file loads back as the same run."""
         write_atomically(path, yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False, allow_unicode=True))
-
-
-def json_schema() -> str:
-    """Return the schema as JSON Schema, with the training fields listed, so that editors complete and check recipes."""
-    schema = Recipe.model_json_schema()
-    schema["properties"]["training"] |= {
-        "properties": {key: {} for key in training_fields()},
-        "additionalProperties": False,
-    }
-    return json.dumps(schema, indent=1)

@@ -20,8 +20,8 @@ class Section(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True, validate_default=True)
 
-    removed: ClassVar[dict[str, tuple[Any, str]]] = {}
-    """Former fields: the default that recipes of older run folders hold, and what makes the field unneeded."""
+    removed: ClassVar[dict[str, Any]] = {}
+    """Former fields, and the default that recipes of older run folders hold."""
 
     @model_validator(mode="before")
     @classmethod
@@ -29,11 +29,7 @@ class Section(BaseModel):
         """Accept recipes of older run folders, which name removed fields."""
         if not isinstance(given, dict):
             return given
-        asked = [f"{name} was removed: leave it out, {why}" for name, (default, why) in cls.removed.items()
-                 if given.get(name, default) != default]  # fmt: skip
-        if asked:
-            raise ValueError("; ".join(asked))
-        return {key: value for key, value in given.items() if key not in cls.removed}
+        return {key: value for key, value in given.items() if key not in cls.removed or value != cls.removed[key]}
 
 
 class ModelSection(Section):
@@ -71,7 +67,7 @@ def leaving_the_base(given: Any) -> Any:
 
 
 class AdapterSection(Section):
-    removed = {"eva_batches": (16, "adapters start by one of init_lora_weights")}
+    removed = {"eva_batches": 16}
 
     init_from: str | None = None
     """Continue training this LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
@@ -138,8 +134,7 @@ Sources = Annotated[
 
 
 class DataSection(Section):
-    removed = {"streaming": (False, "files larger than memory stay on disk"),
-               "num_proc": (None, "a tokenizer uses all cores by itself")}  # fmt: skip
+    removed = {"streaming": False, "num_proc": None}
 
     train: Sources
     """Training pairs: one source or several."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import math
 import textwrap
@@ -212,7 +211,7 @@ def choose_template(draft: Draft, tokenizer: Any) -> None:
 
     data = draft.recipe().data
     source = open_source(data.train[0], data.split, data.columns, SAMPLE, "data.train")
-    rows = list(itertools.chain.from_iterable(source.batches()))
+    rows = list(source.rows())
     shape, text = source_shape(rows, source.label, False), json.dumps(rows, ensure_ascii=False, default=str)
     chat, template = FAMILY[shape] == "conversations", str(tokenizer.chat_template or "")
     added = {token.content for token in tokenizer.added_tokens_decoder.values() if token.content.strip()}

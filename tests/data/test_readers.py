@@ -12,7 +12,6 @@ from datasets.exceptions import DatasetNotFoundError
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data import TooManyDropped, load_pairs
-from orpo_lite.data import file_formats as files
 from orpo_lite.data.sources import open_source
 from orpo_lite.recipe import DataSection, DataSource
 from tests.data.conftest import write_jsonl
@@ -38,7 +37,7 @@ def spec(path: Any, **options: Any) -> DataSection:
 
 def read(path: Any, split: str = "train", own_split: str | None = None) -> list[Any]:
     opened = open_source(DataSource(path=str(path), split=own_split), split, None)
-    return [row for batch in opened.batches() for row in batch]
+    return list(opened.rows())
 
 
 def lines(given: list[Any]) -> bytes:
@@ -336,10 +335,3 @@ def test_the_fingerprint_is_by_content(tmp_path: Path) -> None:
     assert second.train[:] == first.train[:] and second.fingerprint == first.fingerprint
     write_jsonl(tmp_path / "pairs.jsonl", rows(21))
     assert load_pairs(spec(path), TOKENIZER).fingerprint != first.fingerprint
-
-
-def test_files_are_read_in_small_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(files, "BATCH_ROWS", 7)
-    write_jsonl(tmp_path / "pairs.jsonl", rows(20))
-    opened = open_source(DataSource(path=str(tmp_path / "pairs.jsonl")), "train", None, 16)
-    assert [len(batch) for batch in opened.batches()] == [7, 7, 2]

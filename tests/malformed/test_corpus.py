@@ -93,8 +93,8 @@ def test_a_byte_order_mark_is_fine(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     assert Recipe.load(tmp_path / "mine.yaml").name == "mine"
     for name, content in (("a.jsonl", data.GOOD), ("a.csv", (data.CSV + "a,b,c\n").encode())):
         (tmp_path / name).write_bytes(mark + content)
-        [batch] = open_source(DataSource(path=str(tmp_path / name)), "train", None).batches()
-        assert list(batch[0]) == ["prompt", "chosen", "rejected"]
+        first, *_ = open_source(DataSource(path=str(tmp_path / name)), "train", None).rows()
+        assert list(first) == ["prompt", "chosen", "rejected"]
 
 
 def test_a_folder_without_rights(refused: Any, tmp_path: Path) -> None:
