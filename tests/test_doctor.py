@@ -125,20 +125,18 @@ def test_one_line_a_finding_and_the_exit_status(monkeypatch, capsys):
 
 
 def tells_secrets():
-    text = f"{CANARY}, https://me:word@hub.example/z, {os.environ['MY_API_KEY']}, savedsecretvalue"
+    text = f"{CANARY}, https://me:word@hub.example/z, {os.environ['MY_API_KEY']}"
     yield Finding(f"secrets {CANARY}", NOTE, text, remedy=text, facts={"where": [text, {text: 1}]})
 
 
 @pytest.mark.parametrize("as_json", [True, False])
-def test_nothing_secret_is_printed(as_json, monkeypatch, capsys, tmp_path):
-    (tmp_path / "stored_tokens").write_text("[mine]\nhf_token = savedsecretvalue\n")
-    monkeypatch.setattr(constants, "HF_STORED_TOKENS_PATH", str(tmp_path / "stored_tokens"))
+def test_nothing_secret_is_printed(as_json, monkeypatch, capsys):
     monkeypatch.setenv("HF_TOKEN", CANARY)
     monkeypatch.setenv("MY_API_KEY", 'sesame "open" sésame\\')
     monkeypatch.setattr(doctor, "PROBES", [tells_secrets])
     doctor.command(as_json=as_json, no_self_test=True)
     out = capsys.readouterr().out
-    assert not [word for word in (CANARY, "sesame", "open", "same", "me:word", "savedsecretvalue") if word in out], out
+    assert not [word for word in (CANARY, "sesame", "open", "same", "me:word") if word in out], out
     assert "hub.example/z" in out
     if as_json:
         assert json.loads(out)["verdict"] == NOTE

@@ -1,6 +1,5 @@
 """What may leave this machine: credentials, found in texts and removed from printed ones, and the files that may be published."""
 
-import contextlib
 import io
 import json
 import os
@@ -30,12 +29,8 @@ def looks_like_secret(text: str) -> bool:
 
 
 def find_secrets(content: Path | bytes, token: str | None = None) -> list[str]:
-    """Return 'line N: looks like a KIND' for every credential in a text file; nothing for a binary file.
-
-    Args:
-        content: a file, or its bytes.
-        token: the user's own token, to be searched for as well.
-    """
+    """Return 'line N: looks like a KIND' for every credential in a text file, the user's own token included; nothing for
+    a binary file."""
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         head = file.read(1 << 16)
         wide = head.startswith((b"\xff\xfe", b"\xfe\xff"))
@@ -51,30 +46,19 @@ def find_secrets(content: Path | bytes, token: str | None = None) -> list[str]:
 
 
 def without_secrets(text: str) -> str:
-    """Return text without this machine's tokens, anything shaped like one, or users and passwords in addresses."""
-    for secret in known_secrets():
-        text = text.replace(secret, "<secret>")
-    text = USER_IN_ADDRESS.sub("<secret>@", text)
-    for pattern in PATTERNS.values():
-        text = pattern.sub("<secret>", text)
-    return text
-
-
-def known_secrets() -> list[str]:
-    """Return the secrets in this process's environment and in token files, also as JSON writes them, longest first."""
-    found = {
+    """Return text without secrets of the environment, anything shaped like a token, or users and passwords in addresses."""
+    named = {
         value.strip()
         for name, value in os.environ.items()
         if SECRET_NAME.search(name) and not name.endswith(("PATH", "FILE"))
     }
-    with contextlib.suppress(Exception):  # the library may be what is broken
-        from huggingface_hub import constants
-
-        for path in map(Path, (constants.HF_TOKEN_PATH, constants.HF_STORED_TOKENS_PATH)):
-            if path.is_file():
-                found.update(re.split(r"[\s=]+", path.read_text("utf-8", errors="replace")))
-    found |= {json.dumps(secret)[1:-1] for secret in found}
-    return sorted((word for word in found if len(word) >= SHORTEST), key=len, reverse=True)
+    named |= {json.dumps(secret)[1:-1] for secret in named}
+    for secret in sorted(named, key=len, reverse=True):
+        text = text.replace(secret, "<secret>") if len(secret) >= SHORTEST else text
+    text = USER_IN_ADDRESS.sub("<secret>@", text)
+    for pattern in PATTERNS.values():
+        text = pattern.sub("<secret>", text)
+    return text
 
 
 Table = dict[str, list[str]]
@@ -118,12 +102,7 @@ def published(folder: Path, allowed: Table) -> dict[str, Path]:
 
 
 def refuse_secrets(place: Path, files: Mapping[str, Path | bytes], token: str | None) -> None:
-    """Search what would be uploaded for credentials.
-
-    Args:
-        place: the folder that the files are of.
-        files: name in the repository -> a file, or its content.
-        token: the user's own, to be searched for as well.
+    """Search what would be uploaded for credentials: `files` by their names in the repository, as paths or content.
 
     Raises:
         RequestError: there are some; file and line of each are named, and they are not shown.

@@ -47,8 +47,6 @@ def load_pairs(spec: DataSection, tokenizer: PreTrainedTokenizerBase, *, field: 
     """Read, convert, tokenize and split the data of a recipe.
 
     Args:
-        spec: the recipe's `data` section.
-        tokenizer: the model's, with its chat template.
         field: name of the training pairs in errors.
 
     Raises:

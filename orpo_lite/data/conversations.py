@@ -93,8 +93,6 @@ class Renderer:
     """Messages to text with the tokenizer's chat template.
 
     Args:
-        tokenizer: any transformers tokenizer.
-        template_kwargs: variables for the template.
         cut: end completions with their end of turn; without it all that the template writes stays, as in TRL.
         strict: begin every answer where generation begins; without it only where that keeps something from being lost,
             and else, as in TRL, where the texts with and without an answer part.

@@ -53,10 +53,7 @@ def common_prefixes(rows: Any, one: str, other: str) -> np.ndarray:
 def answer_tokens(row: dict[str, Any], side: str, first: int = 0) -> dict[int, None]:
     """Return the places of a sequence whose tokens belong to answers, in order: the completion without its context.
 
-    Args:
-        row: a tokenized pair.
-        side: chosen or rejected.
-        first: leave out places before it: the first token of a sequence has none before it that could predict it.
+    Those before `first` are left out: the first token of a sequence has none before it that could predict it.
     """
     places = dict.fromkeys(range(max(row[f"{side}_start"], first), len(row[f"{side}_ids"])))
     context = row.get(f"{side}_context") or []

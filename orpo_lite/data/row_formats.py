@@ -40,12 +40,10 @@ def standard(row: Any) -> Any:
 
 
 class Format(NamedTuple):
-    """Preference rows of another tool."""
+    """Preference rows of another tool: the columns that all of them have, and their conversion into standard ones."""
 
     columns: set[str]
-    """Its rows have all of these."""
     convert: Callable[[dict[str, Any]], dict[str, Any]]
-    """Returns prompt, chosen, rejected and what else it knows of a row."""
 
 
 def from_openai(row: dict[str, Any]) -> dict[str, Any]:

@@ -34,17 +34,13 @@ MicroBatches = list[list[int]]
 
 
 def deal(costs: np.ndarray, bins: int, max_items: int | None = None) -> list[list[int]]:
-    """Spread items over bins so that the costliest bin costs little more than the mean.
+    """Spread items over bins so that the costliest bin costs little more than the mean; return the items of each by index.
 
     The costliest item goes first into the bin that is cheapest so far (Graham 1969, at most 4/3 of the optimum).
 
     Args:
         costs: (N,) int64.
-        bins: number of bins.
         max_items: the most items of a bin; bins x max_items must hold all of them.
-
-    Returns:
-        The items of each bin, by index.
     """
     order = np.argsort(-costs, kind="stable")
     heap = [(0, b) for b in range(bins)]
@@ -85,8 +81,6 @@ def cut_by_tokens(costs: np.ndarray, processes: int, budget: int, padded: bool =
 
     Args:
         costs: tokens of each pair, (N,) int64.
-        processes: number of processes.
-        budget: tokens per micro-batch.
         padded: whether the layout pads the pairs of a micro-batch to each other.
 
     Returns:
@@ -131,7 +125,6 @@ class StepPlan:
         costs: tokens of each pair in the layout, (N,) int64.
         pairs_per_step: pairs per optimizer step on all processes together.
         tokens_per_batch: the most tokens of a micro-batch of several pairs; None goes by pairs.
-        processes: number of processes.
         seed: of the permutation; None keeps the pairs in their order.
         padded: whether the layout pads the pairs of a micro-batch to each other, which a budget counts.
         drop_last: leave out the pairs that do not fill a last step or, without a budget, micro-batches on all processes.
@@ -183,10 +176,8 @@ class StepDataset(Dataset):
     """Optimizer steps of one process: (epoch, step) -> {"micro_batches": [batch, ...]}.
 
     Args:
-        pairs: tokenized pairs.
         plan: of all processes.
         collator: makes the batches; it may be a user's own.
-        process: the index of this process.
         own_collator: makes the fillers; by default `collator`.
     """
 

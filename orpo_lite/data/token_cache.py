@@ -47,7 +47,6 @@ def tokenize_rows(
     """Tokenize preference rows of any shape.
 
     Args:
-        rows: raw rows.
         source: names the rows in the report and in errors.
 
     Returns:

@@ -115,12 +115,7 @@ class Chunk:
 
 
 class PairTokenizer:
-    """Turns chunks of rows of one source into columns of token ids.
-
-    Args:
-        tokenizer: any transformers tokenizer.
-        options: lengths, ends and template.
-        shape: the shape of the source's rows, from `row_shapes.detect`.
+    """Turns chunks of rows of one source into columns of token ids; `shape` is that of its rows, from `row_shapes.detect`.
 
     Raises:
         RequestError: the rows are conversations and the tokenizer has no chat template.

@@ -61,7 +61,6 @@ def make_plan(
     """Settle every tensor of the merged model.
 
     Args:
-        adapters: folder and weight of each.
         base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapters.
         tokenizer: as trained with; its new tokens get rows.
         dtype: dtype of the merged weights; default: as each is stored.

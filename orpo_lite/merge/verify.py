@@ -66,9 +66,6 @@ def check_merged(
     """Run merged and unmerged model layer by layer; return the drift in sentences.
 
     Args:
-        plan: what was merged.
-        folder: the merged model.
-        tokenizer: for the probes.
         trained: base and dtype of training, where those are other weights than the ones merged into.
         asked: False leaves the check out; None takes no for an answer from a model that cannot be run in parts.
 

@@ -328,12 +328,7 @@ def check_complete(source: str | Path, missing: list[str]) -> None:
 def adapter_gaps(source: str | Path, skeleton: PreTrainedModel) -> list[str]:
     """List the tensors that an adapter's configuration asks for on a base and its file lacks, by the file's names.
 
-    Args:
-        source: adapter folder.
-        skeleton: the base on the meta device, which gets the adapter.
-
-    Raises:
-        RequestError: see `put_on`.
+    The skeleton, the base on the meta device, gets the adapter; raises as `put_on`.
     """
     config = loadable_config(str(source), fixed_base=True)
     resize_embeddings(skeleton, vocabulary_rows(skeleton, source, config))

@@ -162,14 +162,7 @@ def quantization_skipped_reason(spec: ModelSection, device: torch.device) -> str
 
 
 def quantization_settings(spec: ModelSection, dtype: torch.dtype) -> Any:
-    """Return transformers' quantization_config for the recipe.
-
-    Args:
-        dtype: computed in.
-
-    Raises:
-        RequestError: the backend does not work here.
-    """
+    """Return transformers' quantization_config for the recipe, or raise RequestError where the backend does not work."""
     if why := bitsandbytes_unavailable():
         raise RequestError(
             f"model.quantization: {spec.quantization} needs bitsandbytes, and {why}: set model.quantization=none, or "

@@ -159,12 +159,7 @@ MAX_CHARACTERS = 10_000_000
 
 
 class TemplateRefused(jinja2.TemplateError):
-    """A conversation that the template does not take, with the reason in the template's words.
-
-    Args:
-        reason: why.
-        lineno: line of the template where its syntax is wrong.
-    """
+    """A conversation that the template does not take, why in its words, and the line where its syntax is wrong."""
 
     def __init__(self, reason: str, lineno: int | None = None):
         super().__init__(reason)
@@ -194,16 +189,7 @@ GIVEN = {"messages", "tools", "add_generation_prompt", "continue_final_message",
 
 
 def check_variables(tokenizer: PreTrainedTokenizerBase, names: Collection[str], field: str) -> None:
-    """Refuse variables for the chat template that it never reads.
-
-    Args:
-        tokenizer: with one template, several by name, or none.
-        names: of the variables.
-        field: where they were given, for the error.
-
-    Raises:
-        RequestError: it never reads one of them; the message names the nearest that it does read.
-    """
+    """Raise RequestError, with the nearest, for a variable that the tokenizer's templates never read; `field` gave it."""
     if not names:
         return
     try:
