@@ -23,12 +23,7 @@ if TYPE_CHECKING:
     import datasets
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
-SPLITS = {
-    **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("test", "testing", "eval", "evaluation"), "test"),
-    **dict.fromkeys(("validation", "valid", "val", "dev"), "validation"),
-}
-EXPECTED = f"{' '.join(FORMATS)}, each also as .gz, a glob, a folder of these, or a hub id owner/name"
+EXPECTED = f"{' '.join(FORMATS)}, each also as .gz, a glob, a folder, or a hub id owner/name"
 
 
 @dataclass
@@ -67,18 +62,19 @@ def open_source(
     files: list[str] = []
     table: datasets.Dataset | None = None
     # unlike Path's methods, os.path's are false for a name that no file can have
-    if any(os.path.isfile(os.path.join(path, name)) for name in ("state.json", "dataset_dict.json")):
-        check_splits(source, asked, os.path.isfile(os.path.join(path, "dataset_dict.json")), "one table")
-        files, table = [path], load_saved(path, asked)
-    elif files := local_files(path, asked):
-        named = os.path.isdir(path) and any(splits_named(Path(path), files).values())
-        check_splits(
-            source, asked, named, "a folder without splits in its names" if os.path.isdir(path) else "a local file"
-        )
+    if os.path.isdir(path):
+        files, table = [path], load_table(source, path, asked)
+    elif files := local_files(path):
+        if asked != "train":  # all rows would be read
+            raise RequestError(
+                f"{source.path[:300]}: {'split' if source.split else 'data.split'} is {asked!r}, but a local file has no splits; "
+                "leave it out (a hub source beside it can have its own: {path: owner/name, split: ...}), and set data.max_rows for "
+                "the first rows only"
+            )
     elif is_local(source.path):
         raise RequestError(f"{source.path[:300]}: no such file or folder ({field}); expected {EXPECTED}")
     else:
-        table = load_hub(source, asked)
+        table = load_table(source, source.path, asked)
 
     def raw(named: Iterable[str] | None = None) -> Iterator[Any]:
         if table is None:
@@ -94,13 +90,10 @@ def is_local(path: str) -> bool:
     return path.startswith((".", "/", "~", "builtin:")) or not HUB_ID.fullmatch(path) or file_format(name) is not None
 
 
-def local_files(path: str, split: str) -> list[str]:
-    """Return the data files behind a path, glob or folder, sorted; an empty list if it is none of these."""
+def local_files(path: str) -> list[str]:
+    """Return the data files behind a path or glob, sorted; an empty list if it is neither."""
     if os.path.isfile(path):
         found = [path]
-    elif os.path.isdir(path):
-        every = sorted(str(file) for file in Path(path).rglob("*") if file.is_file() and file_format(file.name))
-        return of_split(Path(path), every, split)
     elif glob.has_magic(path):
         found = sorted(file for file in glob.glob(path, recursive=True) if os.path.isfile(file))
         if not found:
@@ -113,60 +106,14 @@ def local_files(path: str, split: str) -> list[str]:
     return found
 
 
-def check_splits(source: DataSource, asked: str, there: bool, what: str) -> None:
-    """Raise RequestError for a split of a source that has none, of which all rows would be read."""
-    if asked != "train" and not there:
-        where = "split" if source.split else "data.split"
-        raise RequestError(
-            f"{source.path[:300]}: {where} is {asked!r}, but {what} has no splits; leave it out (a hub source "
-            "beside it can have its own: {path: owner/name, split: ...}), and set data.max_rows for the first rows only"
-        )
-
-
-def splits_named(folder: Path, files: list[str]) -> dict[str, str | None]:
-    """Return the split that each file's name shows, or None."""
-    words = {file: re.split(r"[^a-z]+", str(Path(file).relative_to(folder)).lower()) for file in files}
-    return {file: next((SPLITS[word] for word in words[file] if word in SPLITS), None) for file in files}
-
-
-def of_split(folder: Path, files: list[str], split: str) -> list[str]:
-    """Return a folder's files of one split by their names (train, test, ...); all files where no name shows a split."""
-    if not files:
-        raise RequestError(f"{folder}: holds no data files; expected {EXPECTED}")
-    named = splits_named(folder, files)
-    names = sorted({name for name in named.values() if name})
-    found = [file for file in files if named[file] == SPLITS.get(split, split)]
-    if names and not found:
-        names = ", ".join(names)
-        raise RequestError(f"{folder}: no file of the split {split!r}; by their names the files are: {names}")
-    return found if names else files
-
-
-def load_saved(path: str, split: str) -> datasets.Dataset:
-    """Load a folder written by `datasets`' save_to_disk."""
-    import datasets
-
-    try:
-        saved = datasets.load_from_disk(path)
-    except Exception as error:  # whatever datasets and pyarrow find wrong
-        raise RequestError(
-            f"{path}: cannot be read as a saved data set ({type(error).__name__}: {first_line(error)}): save it again"
-        ) from error
-    if not isinstance(saved, datasets.DatasetDict):
-        return saved
-    if split not in saved:
-        raise RequestError(f"{path}: no split {split!r}; there are {', '.join(map(str, saved))} (data.split)")
-    return saved[split]
-
-
 @progress("loading the data set")
-def load_hub(source: DataSource, split: str) -> datasets.Dataset:
-    """Load a hub data set, without ever running code that it ships."""
+def load_table(source: DataSource, path: str, split: str) -> datasets.Dataset:
+    """Load a hub data set or a folder of data files, without ever running code that it ships."""
     import datasets
     from datasets.exceptions import DatasetNotFoundError
 
     try:
-        rows = datasets.load_dataset(source.path, source.name, split=split, revision=source.revision)
+        rows = datasets.load_dataset(path, source.name, split=split, revision=source.revision)
     except DatasetNotFoundError as error:
         raise RequestError(
             f"{source.path}: neither a local file nor a data set that the hub shows you ({first_line(error)}). Is it "
@@ -179,13 +126,16 @@ def load_hub(source: DataSource, split: str) -> datasets.Dataset:
             "that it is cached, or download it and give the path"
         ) from None
     except Exception as error:  # whatever else datasets finds wrong: split, configuration, files
-        raise RequestError(f"{source.path}: {type(error).__name__}: {first_line(error)}") from error
+        why = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        raise RequestError(
+            f"{source.path}: {type(error).__name__}: {first_line(why or error)}; expected {EXPECTED}"
+        ) from error
     if not isinstance(rows, datasets.Dataset):
         raise RequestError(f"{source.path}: split {split!r} is a {type(rows).__name__}, expected one table of rows")
     return rows
 
 
-def first_line(error: Exception) -> str:
+def first_line(error: BaseException) -> str:
     """Return the first line of an error's message."""
     return (str(error).strip() or type(error).__name__).splitlines()[0][:300]
 

@@ -48,7 +48,7 @@ def read_questions(path: str) -> list[Question]:
             raise RequestError(f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
         rows: list[Any] = [{"id": number, "prompt": line} for number, line in enumerate(lines, 1) if line.strip()]
     else:
-        files = local_files(name, "test")
+        files = local_files(name)
         if not files:
             raise RequestError(f"--prompts: {path}: no such file: {FORMS}, or a .txt file with one prompt per line")
         rows = [row for file in files for row in read_file(file)]

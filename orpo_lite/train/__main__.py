@@ -61,9 +61,8 @@ def check_local_files(recipe: Recipe) -> None:
         check_folder(resolve_path(recipe.adapter.init_from), ADAPTER_FOLDER, field="adapter.init_from")
     for source in [*recipe.data.train, *(recipe.data.eval or [])]:
         path = os.path.expanduser(resolve_path(source.path))
-        split = source.split or recipe.data.split
-        if is_local(source.path) and not os.path.isdir(path) and not local_files(path, split):
-            open_source(source, split, None)  # raises, and says what was expected
+        if is_local(source.path) and not os.path.isdir(path) and not local_files(path):
+            open_source(source, recipe.data.split, None)  # raises, and says what was expected
 
 
 def train(recipe: Recipe, resume: Resume, **options: Any) -> None:

@@ -148,10 +148,8 @@ def data_of(script: Any, args: ORPOConfig) -> dict[str, Any]:
     source = {"path": name, "name": script.dataset_config, "split": train_split}
     strategy, held_out = str(getattr(args.eval_strategy, "value", args.eval_strategy)), None
     if strategy != "no":
-        path, held_out = Path(os.path.expanduser(resolve_path(name))), source | {"split": test_split}
-        files = local_files(str(path), train_split)
-        saved = (path / "dataset_dict.json").is_file()
-        if files and not saved and files == local_files(str(path), test_split) and train_split != test_split:
+        held_out = source | {"split": test_split}
+        if local_files(os.path.expanduser(resolve_path(name))) and train_split != test_split:
             raise RequestError(
                 f"--eval_strategy: found {strategy}, but {name} has no split {test_split!r} to evaluate on: give a folder "
                 "with files named train and test, or set --eval_strategy no"

@@ -441,14 +441,6 @@ def test_fix_keeps_original_columns_and_drops_what_a_run_drops(tmp_path: Path) -
     assert again.report.dropped == {} and len(again.train) == 4
 
 
-def test_fix_of_a_saved_data_set_keeps_its_columns(tmp_path: Path) -> None:
-    given = [row(f"Why {n}?", f"Since {n}.", "Go.") | {"score": n / 2} for n in (1, 2, 2)]
-    datasets.Dataset.from_list(given).save_to_disk(str(tmp_path / "saved"))
-    section = spec(tmp_path / "saved", eval_fraction=0)
-    fixed = write_fixed(section, load_pairs(section, TOKENIZER).sources[0], tmp_path / "fixed.jsonl")
-    assert [json.loads(line) for line in Path(fixed["path"]).read_text("utf-8").splitlines()] == given[:2]
-
-
 def test_fix_works_where_a_run_is_refused(run: Any, tmp_path: Path) -> None:  # noqa: F811
     given = [row("Why?", "So.", "No."), *[row(f"How {n}?", "", "No.") for n in range(3)]]
     path, fixed = write_jsonl(tmp_path / "bad.jsonl", given), tmp_path / "fixed.jsonl"

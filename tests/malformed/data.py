@@ -165,10 +165,10 @@ CASES = [
     Case("endless-name", asked(f"data.train={'a' * 5000}.jsonl"), "aaaa", "no such file", ".parquet"),
     Case("under-a-file", held("file", b"text", "data.train=file/a.jsonl"), "file/a.jsonl", "no such file or folder", ".parquet"),
     Case("no-data-file", held("notes.txt", b"text"), "notes.txt", "not a data file by its name", ".parquet"),
-    Case("folder-without-data", held("folder/notes.txt", b"text", "data.train=folder"), "folder", "holds no data files",
+    Case("folder-without-data", held("folder/notes.pkl", b"text", "data.train=folder"), "folder", "No (supported) data files found",
          ".parquet"),
     Case("split-of-a-file", held("a.jsonl", GOOD, "data.train={path: a.jsonl, split: test}"), "a.jsonl",
          "split is 'test'", "leave it out"),
-    Case("folder-without-split", held("set/test.jsonl", GOOD, "data.train=set"), "set", "no file of the split 'train'",
-         "the files are: test"),
+    Case("folder-without-split", held("set/test.jsonl", GOOD, "data.train=set"), "set", "Unknown split \"train\"",
+         "['test']"),
 ]  # fmt: skip

@@ -166,11 +166,11 @@ def test_data(kind: str, mark: Path, tmp_path: Path, monkeypatch, capfd) -> None
     elif kind == "a-folder":
         place.mkdir()
         (place / "train.pkl").write_bytes(bombs(mark, "bare"))
-        expected = "holds no data files; expected .jsonl"
+        expected = "No (supported) data files found"
     elif kind == "a-script":
         place.mkdir()
         (place / "a-script.py").write_text(EVIL.format(str(mark)))
-        expected = "holds no data files; expected .jsonl"
+        expected = "Dataset scripts are no longer supported"
     elif kind == "parquet":
         place.mkdir()
         pyarrow.parquet.write_table(extension(mark), place / "train.parquet")

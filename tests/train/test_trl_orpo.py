@@ -9,7 +9,6 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from datasets import DatasetDict
 from transformers import LlamaConfig
 
 from orpo_lite.common.errors import RequestError
@@ -29,7 +28,6 @@ def place(tmp_path_factory, tokenizer):
     (folder / "pairs").mkdir()
     rows(6).to_json(folder / "pairs" / "train.jsonl")
     rows(3, seed=1).to_json(folder / "pairs" / "test.jsonl")
-    DatasetDict(train=rows(4), test=rows(2, seed=1)).save_to_disk(folder / "saved")
     return folder
 
 
