@@ -1,11 +1,9 @@
 """Raw rows -> tokenized pairs in a memory-mapped `datasets.Dataset`, and the report of drops."""
 
-import atexit
 import collections
 import functools
 import hashlib
 import itertools
-import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -81,7 +79,7 @@ def tokenize_source(
     schema = pa.schema([(name, pa.list_(pa.int32()) if name.endswith(lists) else pa.int64() if name in large else pa.int32())
                         for name in [*tokenize.names, "source"]])  # fmt: skip
     report, counts, digest = DropReport(), collections.Counter[str](), hashlib.sha256()
-    file = temporary_root() / f"{uuid.uuid4().hex}.arrow"
+    file = Path(temporary_root().name, f"{uuid.uuid4().hex}.arrow")
     with (
         pa.OSFile(str(file), "wb") as sink,
         pa.ipc.new_stream(sink, schema) as arrow,
@@ -110,8 +108,6 @@ def batched(rows: Iterator[Numbered]) -> Iterator[list[Numbered]]:
 
 
 @functools.cache
-def temporary_root() -> Path:
+def temporary_root() -> tempfile.TemporaryDirectory[str]:
     """Return a folder that is removed when this process ends."""
-    folder = tempfile.mkdtemp(prefix="orpo_lite_")
-    atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    return Path(folder)
+    return tempfile.TemporaryDirectory(prefix="orpo_lite_", ignore_cleanup_errors=True)

@@ -96,7 +96,8 @@ def new_adapter(
     model: PreTrainedModel, adapter: AdapterSection, tokenizer: PreTrainedTokenizerBase | None
 ) -> PeftModel:
     """Attach a new adapter as the recipe's section says."""
-    avoid = {name for name in routers(model) if not adapter_targets.is_named(adapter, name)} | outside_text(model)
+    named = re.findall(r"\w+", f"{adapter.target_modules} {adapter.target_parameters}")
+    avoid = {name for name in routers(model) if name.rpartition(".")[2] not in named} | outside_text(model)
     targets = adapter.target_modules
     if targets in ("all-linear", ["all-linear"]):
         targets = adapter_targets.all_linear(model, avoid)

@@ -17,12 +17,6 @@ from orpo_lite.recipe import AdapterSection
 logger = logging.getLogger(__name__)
 
 
-def is_named(adapter: AdapterSection, router: str) -> bool:
-    """Return True where the recipe's targets spell out this router."""
-    text = f"{adapter.target_modules} {adapter.target_parameters}"
-    return re.search(rf"\b{re.escape(router.rpartition('.')[2])}\b", text) is not None
-
-
 def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
     """Return PEFT's all-linear, or for a mixture of experts the names that it stands for here.
 
