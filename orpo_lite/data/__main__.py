@@ -45,7 +45,7 @@ def command(
     from orpo_lite.model import load_tokenizer
     from orpo_lite.model.tokenizer import check_variables
 
-    tokenizer = load_tokenizer(resolved.model)
+    tokenizer = load_tokenizer(resolved.model, resolved.adapter and resolved.adapter.init_from)
     check_variables(tokenizer, resolved.data.template_kwargs, "data.template_kwargs")
     try:
         pairs = load_pairs(resolved.data, tokenizer)

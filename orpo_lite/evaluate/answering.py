@@ -25,10 +25,12 @@ from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
 from orpo_lite.evaluate.loading import ModelSource, resolve_model, share_base, writes_to_base
 from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop_token_ids
+from orpo_lite.model.adapter import lora_config, vocabulary_rows
+from orpo_lite.model.base import resize_embeddings
 from orpo_lite.model.tokenizer import TemplateRefused, render_chat
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.trainer.generate import Sampling, generate, mean_logps
-from orpo_lite.trainer.run_folder import tokenizer_of
+from orpo_lite.trainer.run_folder import check_tokens_have_rows, naming_base, tokenizer_of
 
 Turns = list[dict[str, Any]]
 """Messages: an optional system turn, then user and assistant in alternation."""
@@ -137,7 +139,7 @@ class Side:
         """The tokenizer as trained with."""
         if self.adapted:
             return self.adapted.tokenizer
-        with contextlib.redirect_stdout(sys.stderr):  # what is said about it is no answer
+        with contextlib.redirect_stdout(sys.stderr), self.naming_base():  # what is said about it is no answer
             return tokenizer_of(Path(self.source.path), self.source.model)
 
     @cached_property
@@ -152,10 +154,24 @@ class Side:
             # its weights are the same tensors, not copies of them
             model = copy.deepcopy(like, {id(one): one for one in (*like.parameters(), *like.buffers())}).unload()
         else:
-            model, facts = load_base(self.source.model, self.tokenizer)
+            with self.naming_base():
+                model, facts = load_base(self.source.model, self.tokenizer)
+        folder, spec = Path(self.source.path), self.source.model
         if self.source.kind == "adapter":
             model = attach_adapter(model, AdapterSection(init_from=self.source.path), tokenizer=self.tokenizer)
+        elif self.source.kind == "base" and (folder / "adapter_config.json").is_file():
+            held = len(model.get_input_embeddings().weight)
+            if (rows := vocabulary_rows(model, folder, lora_config(str(folder)))) > held:
+                resize_embeddings(model, rows)
+                errors.print(f"base: tokens from {held} on, which the adapter adds, have the mean of its embeddings")
+        check_tokens_have_rows(self.tokenizer, len(model.get_input_embeddings().weight), folder, spec)
         return model.eval(), facts
+
+    def naming_base(self) -> contextlib.AbstractContextManager[None]:
+        """Report errors about the base of an adapter by what names it."""
+        folder = Path(self.source.path)
+        adapter = (folder / "adapter_config.json").is_file()
+        return naming_base(folder, self.source.model) if adapter else contextlib.nullcontext()
 
     @contextlib.contextmanager
     def model(self) -> Iterator[Any]:
@@ -265,7 +281,7 @@ def find_sides(
     if against is None:
         trained = Side(source.kind, source)
         if source.kind == "adapter" and not writes_to_base(source):
-            return [Side("base", source, adapted=trained), trained]
+            return [Side("base", replace(source, kind="base"), adapted=trained), trained]
         if before := source.model if source.kind == "adapter" else source.base:
             return [Side("base", replace(source, kind="base", model=before)), trained]
         if option:

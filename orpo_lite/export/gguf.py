@@ -1,5 +1,6 @@
 """A model or adapter as a GGUF file, for llama.cpp, Ollama and LM Studio."""
 
+import contextlib
 import math
 import os
 import re
@@ -34,7 +35,7 @@ from orpo_lite.model.untrusted_files import check_adapter, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
 from orpo_lite.report.vllm import vllm_problems, vllm_rank
-from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, tokenizer_of
+from orpo_lite.trainer.run_folder import base_section, check_tokens_have_rows, naming_base, tokenizer_of
 
 KEY = re.compile(r"base_model\.model\.(.+)\.lora_([AB])\.weight")
 INSTEAD = "; export the merged model instead (without --adapter)"
@@ -91,7 +92,9 @@ def export(
     if trained:
         check_adapter(source)
         spec = base_section(source, base, trust_remote_code)
-    config, tokenizer = read_source(source, spec, adapter)
+    pairs = read_pairs(source) if adapter else {}
+    with naming_base(source, spec) if trained else contextlib.nullcontext():
+        config, tokenizer = read_source(source, spec, adapter)
     merging: dict[str, Any] = {"base": base, "onto": onto, "quantization": quantization, "double_quant": double_quant,
                                "trust_remote_code": trust_remote_code, "dry_run": dry_run}  # fmt: skip
     if not dry_run:
@@ -108,7 +111,7 @@ def export(
             return output
         model, generation, text = source, None, None
         if adapter:
-            made, words = write_adapter(request, source, config)
+            made, words = write_adapter(request, source, config, pairs)
             lines = [f"wrote {output} ({words}); it goes with a GGUF file of {spec.name_or_path}"]
         else:
             kind = kind or kind_of("bf16" if config.dtype == torch.bfloat16 else "f16", None)
@@ -254,23 +257,21 @@ def write_model(
     return made, lines
 
 
-def write_adapter(request: dict[str, Any], source: Path, config: Any) -> tuple[Path, str]:
+def write_adapter(request: dict[str, Any], source: Path, config: Any, pairs: Pairs) -> tuple[Path, str]:
     """Write an adapter as a LoRA file and check it; return the file and a phrase to print.
 
     llama.cpp scales every pair by one alpha over the pair's rank; the factors of rsLoRA and patterns go into B.
 
+    Args:
+        pairs: from `read_pairs`.
+
     Raises:
-        RequestError: the adapter trained something that a LoRA file cannot hold.
+        RequestError: it lacks tensors, or a layer of the base takes no LoRA in llama.cpp.
         Mismatch: the file does not read back.
     """
     from orpo_lite.export.gguf_file import check_pairs
 
     adapter = lora_config(str(source))
-    refuse(source, adapter)
-    tensors = read_tensors(source)
-    pairs = read_pairs(source, tensors)
-    if dead := idle(source, adapter, tensors):
-        raise RequestError(dead)
     with torch.device("meta"):
         base, skeleton = AutoModelForCausalLM.from_config(config), AutoModelForCausalLM.from_config(config)
     check_complete(source, adapter_gaps(source, skeleton))
@@ -315,9 +316,16 @@ def refuse(source: Path, config: Any) -> None:
         raise RequestError(f"{source}: --adapter cannot hold {'; '.join(found)}{INSTEAD}")
 
 
-def read_pairs(source: Path, tensors: dict[str, torch.Tensor]) -> Pairs:
-    """Sort an adapter's LoRA matrices by module."""
-    pairs: Pairs = {}
+def read_pairs(source: Path) -> Pairs:
+    """Sort an adapter's LoRA matrices by module.
+
+    Raises:
+        RequestError: it trained something else, or nothing.
+    """
+    config, tensors, pairs = lora_config(str(source)), read_tensors(source), Pairs()
+    refuse(source, config)
+    if dead := idle(source, config, tensors):
+        raise RequestError(dead)
     for key, value in tensors.items():
         match = KEY.fullmatch(key)
         if not match:

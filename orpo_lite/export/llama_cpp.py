@@ -196,6 +196,9 @@ def token_fields(tokenizer: PreTrainedTokenizerBase, stops: list[int]) -> dict[s
     if sentencepiece_like(tokenizer):
         first = tokenizer.convert_ids_to_tokens(tokenizer("a", add_special_tokens=False)["input_ids"])[0]  # type: ignore[arg-type]
         fields["tokenizer.ggml.add_space_prefix"] = first.startswith("▁")
+    if byte_level(tokenizer) and not backend(tokenizer)["model"]["merges"]:
+        # llama.cpp reads no file without merges; no text is ever cut into two of these
+        fields["tokenizer.ggml.merges"] = [f"{tokenizer.eos_token} {tokenizer.eos_token}"]
     if isinstance(tokenizer.chat_template, str):
         fields["tokenizer.chat_template"] = tokenizer.chat_template
     return fields

@@ -11,8 +11,9 @@ import sys
 from pathlib import Path
 
 import torch
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-TYPES = {"bool": "add_bool", "str": "add_string", "int": "add_uint32", "float": "add_float32"}
+TYPES = {"bool": "add_bool", "str": "add_string", "int": "add_uint32", "float": "add_float32", "list": "add_array"}
 
 
 def model_class(hparams):
@@ -118,6 +119,8 @@ def adapter(request):
 
 def main():
     request = json.load(sys.stdin)
+    # beside the configuration of some families it would read the same files as another tokenizer
+    AutoTokenizer.from_pretrained = PreTrainedTokenizerFast.from_pretrained
     try:
         with torch.inference_mode():
             if request["task"] == "adapter":

@@ -25,11 +25,11 @@ from orpo_lite.merge.verify import check_merged
 from orpo_lite.merge.write import one_torch_thread, write_shards
 from orpo_lite.model import stop_token_ids
 from orpo_lite.model.base import method_name, read_config, shipped_quantization
-from orpo_lite.model.locating import adapter_folder, locate, renaming_field, same_model
+from orpo_lite.model.locating import adapter_folder, locate, same_model
 from orpo_lite.model.untrusted_files import check_adapter, read_object, subfolders_hint
 from orpo_lite.recipe import ModelSection
 from orpo_lite.report.model_card import hub_id, model_card, public_name
-from orpo_lite.trainer.run_folder import base_section, tokenizer_of
+from orpo_lite.trainer.run_folder import base_section, naming_base, tokenizer_of
 
 FROM_BASE = ("preprocessor_config.json", "processor_config.json", "*.py", "LICENSE*", "NOTICE*", "USE_POLICY*")
 """Files of the base that the merged model needs or has to come with."""
@@ -90,9 +90,7 @@ def merge(
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization, "double_quant": double_quant})
     trained = trained_dtype(source, spec)
-    named = f"{source / 'adapter_config.json'}, base_model_name_or_path"
-    named = "--base" if base else "model.name_or_path" if (source / "recipe.yaml").is_file() else named
-    with renaming_field(named, "" if base else " (--base names another base)"):
+    with naming_base(source, spec):
         if quantization and shipped_quantization(read_config(spec)):
             raise RequestError(f"--quantization: {spec.name_or_path} ships quantized and says itself how: leave it out")
         tokenizer = tokenizer_of(source, spec)

@@ -25,6 +25,7 @@ from orpo_lite.model import adapter_targets
 from orpo_lite.model.base import grow_vocabulary, resize_embeddings, rows_for_new_tokens
 from orpo_lite.model.inspection import base_name, base_revision, is_quantized, outside_text, routers
 from orpo_lite.model.locating import adapter_folder, check_no_adapter_is_lost, hub_errors_in_words, renaming_field
+from orpo_lite.model.tokenizer import new_tokens
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, check_adapter
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.recipe.loading import resolve_path
@@ -83,6 +84,13 @@ def attach_adapter(
     if adapter.init_from:
         peft_model = load_adapter(model, adapter.init_from, trainable=True)
         kept: LoraConfig = peft_model.peft_config["default"]  # type: ignore[assignment]  # load_adapter takes no other
+        trained = {*trained_rows(kept)}
+        lost = [token for token in new_tokens(tokenizer) if tokenizer.convert_tokens_to_ids(token) not in trained]
+        if lost and not kept.modules_to_save:
+            raise RequestError(
+                f"model.new_tokens: adapter.init_from keeps the shape of {adapter.init_from}, which trains no embedding of "
+                f"{', '.join(lost)}: leave them out, or train a new adapter (adapter.init_from=null)"
+            )
         logger.info(f"adapter: continuing {adapter.init_from} with its own shape, r={kept.r} alpha={kept.lora_alpha}")
     else:
         peft_model = new_adapter(model, adapter, tokenizer)
@@ -123,6 +131,8 @@ def wrap(model: PreTrainedModel, config: PeftConfig, **options: Any) -> PeftMode
     with warnings.catch_warnings():
         # PEFT asks transformers for a property that 5.23 renamed
         warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
+        # a merge says which tensors come apart
+        warnings.filterwarnings("ignore", message=".*tie_word_embeddings=True. and a tied layer.*")
         try:
             return get_peft_model(model, config, **options)  # type: ignore[return-value]  # never the mixed kind here
         except (ValueError, TypeError, NotImplementedError, AttributeError, re.error) as error:
@@ -182,8 +192,12 @@ def load_adapter(model: PreTrainedModel, source: str | Path, *, trainable: bool 
     tensors = read_tensors(source)
     if why := idle(source, config, tensors):
         logger.warning(why)
+    modules, whole = (model.get_input_embeddings(), model.get_output_embeddings()), config.modules_to_save or ()
+    names = {name.rpartition(".")[2] for name, module in model.named_modules() if any(module is end for end in modules)}
+    ends = tuple(f".{name}.weight" for name in names if name not in whole)
     peft_model, missing = put_on(model, source, config, tensors)
     check_complete(source, missing)
+    peft_model.holds_embeddings = any(bare(key).endswith(ends) for key in tensors)  # type: ignore[assignment]
     return peft_model if trainable else peft_model.eval()  # type: ignore[return-value]  # eval returns the model itself
 
 
@@ -380,5 +394,6 @@ def save_adapter(model: nn.Module, folder: str | Path) -> None:
     if not isinstance(model, PeftModel):
         model.save_pretrained(str(folder))  # type: ignore[operator]  # a transformers model
         return
-    # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+    # "auto" asks the hub whether the vocabulary grew; new tokens' rows are in the adapter as it is, unless it continues one
+    # that holds its embeddings as a whole
+    model.save_pretrained(str(folder), save_embedding_layers=getattr(model, "holds_embeddings", False))

@@ -96,6 +96,14 @@ def adapter_folder(source: str | Path) -> Path:
         return Path(snapshot_download(str(source), allow_patterns=ADAPTER_FILES))
 
 
+def continued_folder(init_from: str) -> Path:
+    """Return the folder of adapter.init_from, see `adapter_folder`."""
+    try:
+        return adapter_folder(resolve_path(init_from))
+    except RequestError as error:
+        raise RequestError(f"adapter.init_from: {str(error).removeprefix('adapter: ')}") from error
+
+
 def check_no_adapter_is_lost(
     named: str, base: str | None = None, adapter: str | None = None, revision: str | None = None
 ) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 from collections import Counter
 from pathlib import Path, PureWindowsPath
 from typing import Any
@@ -13,6 +14,11 @@ from orpo_lite.common.errors import RequestError
 
 ADAPTER_WEIGHTS = "adapter_model.safetensors"
 AGAIN = "copy or download it again"
+UNPICKLE = (
+    "import sys, torch; from pathlib import Path; from safetensors.torch import save_file; d = Path(sys.argv[1]); "
+    't = torch.load(d / "adapter_model.bin", "cpu", weights_only=True); '
+    'save_file({k: v.clone() for k, v in t.items()}, d / "adapter_model.safetensors", {"format": "pt"})'
+)
 
 
 def read_object(path: Path) -> dict[str, Any]:
@@ -121,8 +127,8 @@ def check_adapter(folder: Path) -> None:
         raise RequestError(f"adapter: {path}: r is {rank!r}, expected a whole number above 0: {AGAIN}")
     if (old := folder / "adapter_model.bin").is_file() and not weights.is_file():
         raise RequestError(
-            f"adapter: {old} is a pickle, which is never loaded because it can run code: write {ADAPTER_WEIGHTS} beside it "
-            "with safetensors.torch.save_file(torch.load(FILE, weights_only=True), NEW_FILE)"
+            f"adapter: {old} is a pickle, which is never loaded because it can run code; this reads its weights alone, and writes "
+            f"them to {ADAPTER_WEIGHTS}:\n  python -c {shlex.quote(UNPICKLE)} {shlex.quote(str(folder))}"
         )
     if not weights.is_file():
         raise RequestError(f"adapter: {folder} has no {ADAPTER_WEIGHTS}: {AGAIN}")

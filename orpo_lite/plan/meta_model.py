@@ -21,6 +21,7 @@ from orpo_lite.common.text import nearest
 from orpo_lite.model.adapter import attach_adapter, lora_config, prepare_frozen, wrap
 from orpo_lite.model.base import adapt_shipped, attention_for, shipped_quantization
 from orpo_lite.model.inspection import check_decoder_only
+from orpo_lite.model.locating import continued_folder
 from orpo_lite.model.precision import four_bits
 from orpo_lite.objective.layout import cut_layers
 from orpo_lite.plan.allocations import ADAPTER, BASE, CONSTANTS, ENDS, Timeline
@@ -122,7 +123,7 @@ def attach(model: PreTrainedModel, recipe: Recipe, recompute: bool) -> Any:
     """Attach the recipe's adapter without its special initialization, since only shapes matter."""
     section = recipe.adapter
     if section is not None and section.init_from:
-        config = lora_config(resolve_path(section.init_from))
+        config = lora_config(str(continued_folder(section.init_from)))
         config.init_lora_weights = True
         adapted = wrap(model, config)
         prepare_frozen(adapted)

@@ -39,7 +39,7 @@ def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
     from orpo_lite.model import load_tokenizer
     from orpo_lite.plan.meta_model import find_config
 
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.adapter and recipe.adapter.init_from)
     config: Any = find_config(recipe.model)
     decoder = config.get_text_config(decoder=True)
     decoder.num_hidden_layers = layers
@@ -86,7 +86,7 @@ class Contest:
         from orpo_lite.trainer.trainer import ORPOTrainer
 
         data = recipe.data.model_copy(update={"eval": None, "eval_fraction": 0.0})
-        tokenizer = load_tokenizer(recipe.model)
+        tokenizer = load_tokenizer(recipe.model, recipe.adapter and recipe.adapter.init_from)
         found = load_pairs(data, tokenizer).train
         order = torch.randperm(len(found), generator=torch.Generator().manual_seed(data.seed)).tolist()
         self.rows: list[dict[str, Any]] = [found[i] for i in order[:pairs]]

@@ -36,7 +36,7 @@ from orpo_lite.trainer.callbacks import Figures, MetricsFile, check_trackers
 from orpo_lite.trainer.config_from_recipe import DEFAULTS, arguments, checkpointed, field_named
 from orpo_lite.trainer.health import NonFinite
 from orpo_lite.trainer.interruptions import OutOfMemory, named
-from orpo_lite.trainer.run_folder import Resume, RunFolder
+from orpo_lite.trainer.run_folder import Resume, RunFolder, check_tokens_have_rows
 from orpo_lite.trainer.run_record import RunRecord
 from orpo_lite.trainer.trainer import ORPOTrainer
 
@@ -83,7 +83,7 @@ def run(
     started = time.monotonic()
     check_trackers(recipe.training.get("report_to"))
     recipe = recipe.model_copy(update={"training": DEFAULTS | recipe.training})
-    tokenizer = load_tokenizer(recipe.model)
+    tokenizer = load_tokenizer(recipe.model, recipe.adapter and recipe.adapter.init_from)
     check_variables(tokenizer, recipe.data.template_kwargs, "data.template_kwargs")
     pairs = load_pairs(recipe.data, tokenizer)
     asked = recipe
@@ -161,6 +161,9 @@ def load_model(recipe: Recipe, tokenizer: Any) -> tuple[Any, BaseFacts, int | No
     if checkpointing:
         check_count(checkpointing, len(checkpointing_layers(base)))
     model: Any = attach_adapter(base, recipe.adapter, tokenizer=tokenizer, checkpointing=checkpointing != 0)
+    if recipe.adapter and recipe.adapter.init_from:
+        rows = len(model.get_input_embeddings().weight)
+        check_tokens_have_rows(tokenizer, rows, Path(recipe.adapter.init_from), recipe.model)
     return model, facts, checkpointing
 
 

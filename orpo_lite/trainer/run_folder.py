@@ -247,6 +247,20 @@ def base_section(folder: Path, base: str | None = None, trust_remote_code: bool 
     return spec.model_copy(update={"name_or_path": base, "revision": None, "gguf_file": None}) if base else spec
 
 
+def naming_base(folder: Path, spec: ModelSection) -> contextlib.AbstractContextManager[None]:
+    """Report errors about the base `spec` of an adapter by the name of what chose it, with the option for another."""
+    from orpo_lite.model.locating import renaming_field
+    from orpo_lite.model.untrusted_files import read_object
+
+    if (folder / "recipe.yaml").is_file():
+        field, named = "model.name_or_path", RunFolder.open(folder).recipe().model.name_or_path
+    else:
+        path = folder / "adapter_config.json"
+        field, named = f"{path}, base_model_name_or_path", read_object(path).get("base_model_name_or_path")
+    own = named == spec.name_or_path
+    return renaming_field(field if own else "--base", " (--base names another base)" * own)
+
+
 def tokenizer_of(folder: Path, spec: ModelSection) -> PreTrainedTokenizerBase:
     """Load the tokenizer that the folder was trained with, else the base's; a chat template that it lacks is the base's."""
     from transformers import AutoTokenizer
