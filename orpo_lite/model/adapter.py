@@ -84,8 +84,8 @@ def attach_adapter(
     if adapter.init_from:
         peft_model = load_adapter(model, adapter.init_from, trainable=True)
         kept: LoraConfig = peft_model.peft_config["default"]  # type: ignore[assignment]  # load_adapter takes no other
-        trained = {*trained_rows(kept)}
-        lost = [token for token in new_tokens(tokenizer) if tokenizer.convert_tokens_to_ids(token) not in trained]
+        ids = {token: tokenizer.convert_tokens_to_ids(token) for token in new_tokens(tokenizer)}  # type: ignore[union-attr]
+        lost = [token for token, row in ids.items() if row not in trained_rows(kept)]
         if lost and not kept.modules_to_save:
             raise RequestError(
                 f"model.new_tokens: adapter.init_from keeps the shape of {adapter.init_from}, which trains no embedding of "
@@ -375,11 +375,13 @@ def vocabulary_rows(
             f"{rows} on are the mean of the others (PEFT's save_embedding_layers=True saves them)"
         )
     added = rows_for_new_tokens(tokenizer) if tokenizer is not None else 0
-    trained = config.trainable_token_indices or []
-    last = max(
-        (row for ids in (trained.values() if isinstance(trained, dict) else [trained]) for row in ids), default=-1
-    )
-    return max(held.values(), default=max(rows, added, 1 + last))
+    return max(held.values(), default=max(rows, added, 1 + max(trained_rows(config), default=-1)))
+
+
+def trained_rows(config: LoraConfig) -> list[int]:
+    """List the ids of the tokens whose embeddings are in the adapter itself."""
+    rows = config.trainable_token_indices or []
+    return [row for ids in (rows.values() if isinstance(rows, dict) else [rows]) for row in ids]
 
 
 def bare(path: str) -> str:
