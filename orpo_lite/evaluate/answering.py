@@ -148,6 +148,7 @@ class Side:
         if self.adapted:
             return self.adapted.loaded
         errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
+        model: Any
         gc.collect()  # models that are no longer used hold themselves in cycles
         if self.like:
             like, facts = self.like.loaded

@@ -19,7 +19,7 @@ from transformers import AddedToken, AutoTokenizer, PreTrainedTokenizerBase
 
 from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import nearest, shown
+from orpo_lite.common.text import counted, nearest, shown
 from orpo_lite.model.locating import continued_folder, hub_errors_in_words, locate, read_config
 from orpo_lite.recipe import ModelSection
 from orpo_lite.recipe.loading import chat_templates, find_template, resolve_path
@@ -61,17 +61,14 @@ def load_tokenizer(spec: ModelSection, continued: str | None = None) -> PreTrain
             f"model.name_or_path: the tokenizer of {spec.name_or_path} has no EOS token to end answers with: "
             "set eos_token in its tokenizer_config.json"
         )
-    notes = []
     if continued and ((folder := continued_folder(continued)) / "tokenizer_config.json").is_file():
         template, known = tokenizer.chat_template, tokenizer.get_vocab()
         with hub_errors_in_words(str(folder)):
             tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=spec.trust_remote_code)
         tokenizer.chat_template = tokenizer.chat_template or template
-        added = ", ".join(token for token in tokenizer.get_vocab() if token not in known)
-        notes = [
-            f"tokenizer: that of adapter.init_from, {continued}" + (f", with {added[:100]} added" if added else "")
-        ]
-    notes += choose_pad_token(tokenizer, config.vocab_size)
+        if more := len(tokenizer.get_vocab().keys() - known):
+            logger.warning(f"tokenizer: that of adapter.init_from, {continued}, with {counted(more, 'new token')}")
+    notes = choose_pad_token(tokenizer, config.vocab_size)
     if spec.chat_template:
         notes += set_template(tokenizer, spec.chat_template)
     if spec.new_tokens:
