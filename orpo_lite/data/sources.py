@@ -110,7 +110,7 @@ def local_files(path: str) -> list[str]:
 def load_table(source: DataSource, path: str, split: str) -> datasets.Dataset:
     """Load a hub data set or a folder of data files, without ever running code that it ships."""
     import datasets
-    from datasets.exceptions import DatasetNotFoundError
+    from datasets.exceptions import DatasetGenerationError, DatasetNotFoundError
 
     try:
         rows = datasets.load_dataset(path, source.name, split=split, revision=source.revision)
@@ -126,7 +126,7 @@ def load_table(source: DataSource, path: str, split: str) -> datasets.Dataset:
             "that it is cached, or download it and give the path"
         ) from None
     except Exception as error:  # whatever else datasets finds wrong: split, configuration, files
-        why = error.__cause__ if isinstance(error, datasets.exceptions.DatasetGenerationError) else error
+        why = error.__cause__ if isinstance(error, DatasetGenerationError) else error
         raise RequestError(
             f"{source.path}: {type(error).__name__}: {first_line(why or error)}; expected {EXPECTED}"
         ) from error

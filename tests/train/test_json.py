@@ -27,7 +27,6 @@ def trained(tmp_path_factory):
         ("recipes", None),
         ("data --recipe quickstart data.max_rows=20", {"sources", "report", "pairs", "lengths"}),
         ("plan --recipe quickstart --gpu 12GB", None),
-        ("merge {run} --output {new}", {"output", "base", "dtype", "bytes", "seconds", "notes"}),
         pytest.param(
             "export {run} --output {new}.gguf --quant q8_0 --ollama",
             {"output", "bytes", "quant", "modelfile"},
@@ -52,10 +51,6 @@ def test_stdout_is_json_alone(line, keys, trained, tmp_path, monkeypatch, capfd)
         ] is None
     if words[0] == "recipes":
         assert all(row["needs"] and row["base"] and row["data"] for row in found)
-    if words[0] == "merge":
-        assert found["bytes"] > 1e6 and any(
-            "merged onto the original weights" in note.lower() for note in found["notes"]
-        )
 
 
 def test_the_table_of_recipes_fits_a_terminal_of_80_columns(monkeypatch, capsys):
@@ -63,7 +58,7 @@ def test_the_table_of_recipes_fits_a_terminal_of_80_columns(monkeypatch, capsys)
     from orpo_lite.recipe.loading import shipped_recipes
 
     monkeypatch.setenv("COLUMNS", "80")
-    command(as_json=False, schema=False)
+    command(as_json=False)
     lines = capsys.readouterr().out.splitlines()
     assert max(map(len, lines)) <= 80 and not any("…" in line for line in lines)
     assert all(any(line.strip().startswith(name) for line in lines) for name in shipped_recipes())
