@@ -15,7 +15,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answering import Side
 from orpo_lite.evaluate.loading import resolve_model
-from orpo_lite.merge import merge
+from orpo_lite.merge.run import merge
 from orpo_lite.model import autocast, keep_4bit_differentiable, load_adapter, load_base
 from orpo_lite.model.adapter import adapter_gaps
 from orpo_lite.trainer.generate import Sampling

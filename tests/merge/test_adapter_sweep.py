@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.merge import merge
+from orpo_lite.merge.run import merge
 from orpo_lite.model import load_adapter, load_base
 from orpo_lite.recipe import ModelSection
 from tests.tiny import tiny_model, tiny_tokenizer
