@@ -235,13 +235,14 @@ def write_model(
     from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file, types_of
 
     made, direct = Path(request["output"]), kind.by == "converter"
-    exact = {torch.bfloat16: "bf16", torch.float16: "f16"}.get(config.dtype, "f32")
+    # what is quantized is 16-bit, since the converter then keeps in float32 what needs it
+    between = "f16" if config.dtype == torch.float16 else "bf16"
     fields = request["fields"] | token_fields(tokenizer, stop_token_ids(tokenizer, generation))
     request |= {
         "task": "model",
         "model": str(model.resolve()),
         "fields": fields,
-        "type": kind.name if direct else exact,
+        "type": kind.name if direct else between,
     }
     with progress(f"converting to {kind.name}"):
         run_converter(request)

@@ -116,7 +116,7 @@ def ggml_library() -> str | None:
 
 
 def quantize_file(path: Path, output: Path, kind: Kind) -> None:
-    """Write `path`, a GGUF file of floats, as another file of this type.
+    """Write `path`, a GGUF file of 16-bit floats, as another file of this type.
 
     Raises:
         RuntimeError: llama.cpp's quantizer failed; the message ends with its last lines.
@@ -143,13 +143,10 @@ def write_blocks(path: Path, output: Path, kind: Kind) -> None:
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
     writer.add_file_type(LlamaFileType["MOSTLY_" + {"mxfp4": "MXFP4_MOE"}.get(kind.name, kind.name.upper())])
-    # in a file of 16-bit weights, the converter keeps in float32 what needs it; in one of float32, names decide
     f32 = GGMLQuantizationType.F32
-    mixed = any(tensor.tensor_type != f32 for tensor in reader.tensors)
     targets: list[GGMLQuantizationType] = []
     for tensor in reader.tensors:
-        stays = tensor.tensor_type == f32 and (mixed or keeps_float(tensor.name, len(tensor.shape)))
-        target = f32 if stays else block_type(tensor.name, int(tensor.shape[0]), kind, layers, tied)
+        target = f32 if tensor.tensor_type == f32 else block_type(tensor.name, int(tensor.shape[0]), kind, layers, tied)
         shape = [int(n) for n in reversed(tensor.shape)]
         block, size = GGML_QUANT_SIZES[target]
         plain = {f32: np.float32, GGMLQuantizationType.F16: np.float16}.get(target)
@@ -184,12 +181,6 @@ def ggml_quantizer(library: str) -> Callable[[np.ndarray, GGMLQuantizationType],
         return out
 
     return encode
-
-
-def keeps_float(name: str, dimensions: int) -> bool:
-    """Return True for tensors that llama.cpp computes in float32."""
-    kept = ("_norm.weight", "ffn_gate_inp.weight", "ffn_gate_inp_shexp.weight", "position_embd.weight")
-    return dimensions < 2 or not name.endswith(".weight") or name.endswith(kept) or ".ssm_" in name
 
 
 def block_type(name: str, row: int, kind: Kind, layers: int, tied: bool) -> GGMLQuantizationType:

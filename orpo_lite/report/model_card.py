@@ -340,17 +340,17 @@ def find_license(base: str, revision: str | None = None) -> dict[str, str] | Non
 def published_recipe(recipe: Recipe, record: RunRecord) -> str:
     """Return the recipe as YAML that loads, local paths cut to their last part; the output folder left out."""
     content = recipe.model_dump(mode="json")
-    model, data, training = content["model"], content["data"], content["training"]
-    model["name_or_path"] = public_name(model["name_or_path"], record.base_model.hub_id is not None)
-    for section, key in ((model, "gguf_file"), (model, "chat_template"), (content["adapter"] or {}, "init_from")):
-        if section.get(key):
-            section[key] = public_name(section[key], hub_id(section[key]) is not None)
+    content["training"].pop("output_dir", None)
     local = {source.path for source in record.data.sources.values() if source.files}
-    for source in [*data["train"], *(data["eval"] or [])]:
-        if source["path"] in local:
-            source["path"] = public_name(source["path"], on_hub=False)
-    training.pop("output_dir", None)
-    for key, value in training.items():
-        if isinstance(value, str) and looks_local(value):
-            training[key] = last_part(value)
+    local |= {recipe.model.name_or_path} if record.base_model.hub_id is None else set()
+
+    def public(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {key: public(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [public(one) for one in value]
+        is_path = isinstance(value, str) and (value in local or looks_local(value) or Path(value).is_dir())
+        return public_name(value, on_hub=False) if is_path else value
+
+    content |= {section: public(content[section]) for section in ("model", "adapter", "data", "training")}
     return yaml.safe_dump(content, sort_keys=False, allow_unicode=True)

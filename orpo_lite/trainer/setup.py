@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
 from datasets import Dataset
 from peft import PeftConfig, PeftModel
@@ -15,7 +14,6 @@ from torch.utils.data import IterableDataset
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.data.lengths import list_lengths, numbers
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.model import keep_4bit_differentiable
 from orpo_lite.model.adapter import prepare_frozen, wrap
@@ -152,23 +150,6 @@ def tokenizer_of(model: Any, args: ORPOConfig) -> Any:
 def untokenized(rows: Any) -> bool:
     """Tell whether rows are still to be tokenized."""
     return isinstance(rows, IterableDataset) or isinstance(rows, Dataset) and "chosen_ids" not in rows.column_names
-
-
-def check_tokenized(pairs: Any, name: str) -> None:
-    """Refuse pairs tokenized elsewhere that have no label on one side.
-
-    Raises:
-        ValueError: a side without a label; the message names the row.
-    """
-    for side in ("chosen", "rejected") if isinstance(pairs, Dataset) else ():
-        length = list_lengths(pairs, f"{side}_ids")
-        # a token is predicted from the one before it, so the first of a sequence is nobody's label
-        empty = np.flatnonzero(length <= np.maximum(numbers(pairs, f"{side}_start"), 1))
-        if len(empty):
-            raise ValueError(
-                f"ORPOTrainer: {name}: row {empty[0]} has no label in {side}_ids ({length[empty[0]]} tokens), and so have "
-                f"{len(empty) - 1} other rows: remove them"
-            )
 
 
 def make_objective(trainer: ORPOTrainer) -> Objective:

@@ -162,7 +162,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     def _tokenized(self, rows: Any, name: str) -> Any:
         """Tokenize rows as the constructor's are; None and tokenized pairs stay."""
         if not setup.untokenized(rows):
-            setup.check_tokenized(rows, name)
             return rows
         pairs, report = tokenize_rows(rows, self.tokenizer, self._tokenize_options, name)
         self.drop_reports[name] = report

@@ -253,12 +253,6 @@ def test_public_only_where_asked_and_existing_ones_stay_as_they_are(hub, folder,
     assert hub.repos["me/closed"].private and "exists, private" in capsys.readouterr().out
 
 
-def test_pushes_to_a_branch(hub, folder):
-    push(folder, "me/quick", revision="v1")
-    assert ADAPTER <= set(hub.repos["me/quick"].branches["v1"][-1].files) and not files_of(hub, "me/quick")
-    push(folder, "me/quick", revision="v1")
-
-
 def test_adapter_and_whole_model_do_not_share_a_repository(hub, folder, shards):
     push(folder, "me/quick")
     with pytest.raises(RequestError, match=r"holds an adapter \(adapter_config.json\)"):
