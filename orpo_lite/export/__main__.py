@@ -4,7 +4,7 @@ from typing import Annotated
 
 import typer
 
-from orpo_lite.common.console import json_alone, load, run_command
+from orpo_lite.common.console import load, run_command
 from orpo_lite.merge.__main__ import Onto, Quantization
 from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
 
@@ -24,21 +24,14 @@ def command(
     trust_remote_code: Annotated[bool,
         typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")] = False,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="check everything but the weights, and write nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:  # fmt: skip
     """Write a model as GGUF, for llama.cpp, Ollama and LM Studio."""
     check_folder(source, FINISHED_FOLDER, on_hub=False)  # before the slow imports
     load("orpo_lite.export.gguf")
     from orpo_lite.export.gguf import export
 
-    with json_alone(as_json) as print_json:
-        file = export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base,
-                      onto=onto, quantization=quantization, double_quant=double_quant,
-                      trust_remote_code=trust_remote_code, dry_run=dry_run)  # fmt: skip
-        if as_json:
-            modelfile = file.with_name("Modelfile") if ollama else None
-            print_json({"output": str(file), "bytes": None if dry_run else file.stat().st_size, "quant": quant, "adapter": adapter,
-                        "modelfile": str(modelfile) if modelfile else None})  # fmt: skip
+    export(source, output, quant=quant, adapter=adapter, ollama=ollama, llama_quantize=llama_quantize, base=base, onto=onto,
+           quantization=quantization, double_quant=double_quant, trust_remote_code=trust_remote_code, dry_run=dry_run)  # fmt: skip
 
 
 if __name__ == "__main__":

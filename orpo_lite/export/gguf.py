@@ -224,14 +224,7 @@ def vllm_line(source: Path) -> str:
 def write_model(
     request: dict[str, Any], model: Path, config: Any, tokenizer: Any, generation: GenerationConfig | None, kind: Any
 ) -> tuple[Path, list[str]]:
-    """Convert, quantize and check a model; return the file and what was found, in lines to print.
-
-    Args:
-        request: as `converter_request` returns it.
-        model: folder with the weights.
-        config: its configuration.
-        kind: type of file (`Kind`).
-    """
+    """Convert, quantize and check a model's folder; return the file and what was found, in lines to print."""
     from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file, types_of
 
     made, direct = Path(request["output"]), kind.by == "converter"

@@ -249,11 +249,6 @@ def compare_values(path: Path, source: Path, limit: float) -> str:
     Values are compared sorted, since the converter moves rows where llama.cpp computes in another order. Vectors are left
     out: it adds 1 to some models' norms.
 
-    Args:
-        path: the GGUF file.
-        source: the model folder.
-        limit: largest relative error, see `Kind.limit`.
-
     Raises:
         Mismatch: a matrix does not hold the source's values, or is not finite.
     """

@@ -6,7 +6,7 @@ import contextlib
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 from unittest.mock import patch
 
 import typer
@@ -16,7 +16,7 @@ from huggingface_hub.utils import validate_repo_id
 from rich.filesize import decimal
 
 from orpo_lite.common import safe_yaml
-from orpo_lite.common.console import console, json_alone, progress
+from orpo_lite.common.console import console, progress
 from orpo_lite.common.credentials import match, refuse_secrets, without_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.recipe.loading import FINISHED_FOLDER, check_folder
@@ -38,14 +38,12 @@ def push(
     private: bool | None = None,
     base_repo: str | None = None,
     dry_run: bool = False,
-    facts: dict[str, Any] | None = None,
 ) -> str | None:
     """Publish a run folder's adapter, its merged model, or a GGUF file made from it.
 
     Only files of an allow-list are uploaded; they are listed first, and whatever else the folder holds with the reason why
-    it stays. The hub keeps what an interrupted upload has
-    sent, so the same call resumes it. The token is huggingface_hub's (`hf auth login`, HF_TOKEN); it is neither shown
-    nor stored.
+    it stays. The hub keeps what an interrupted upload has sent, so the same call resumes it. The token is huggingface_hub's
+    (`hf auth login`, HF_TOKEN); it is neither shown nor stored.
 
     Args:
         source: run folder, or a folder that orpo_lite.merge has written.
@@ -55,7 +53,6 @@ def push(
         private: False for a public repository; None means private where the repository is new.
         base_repo: hub id to name as the base, where the run was trained on a local copy.
         dry_run: show the same and send nothing, not one request.
-        facts: receives what is printed: the files that are uploaded, those that are kept and why, notes, commit.
 
     Returns:
         Id of the commit that holds the files (the newest, where nothing had changed); None after a dry run.
@@ -77,7 +74,7 @@ def push(
             f"no token for {constants.ENDPOINT}: run `hf auth login`, or set HF_TOKEN, with a token that may write "
             f"({constants.ENDPOINT}/settings/tokens)"
         )
-    api, facts = HfApi(token=token), {} if facts is None else facts
+    api = HfApi(token=token)
     with contextlib.ExitStack() as stack:
         if dry_run:
             # no request leaves, not even the one that asks for a newer version of a cached base
@@ -98,8 +95,7 @@ def push(
         remove_local_paths(plan, folder, base_repo)
         added = {name: content for name, content in plan.files.items() if content is not searched.get(name)}
         refuse_secrets(folder, added, token)
-        facts |= {"repository": repo, "state": state, "kind": plan.kind, "commit": None}
-        facts |= show(plan, f"{repo} ({state})")
+        show(plan, f"{repo} ({state})")
         if dry_run:
             console.print("dry run: nothing was sent")
             return None
@@ -110,8 +106,7 @@ def push(
             additions = [CommitOperationAdd(name, content) for name, content in plan.files.items()]
             message = f"{plan.kind} of {folder.resolve().name}, by orpo-lite"
             commit = api.create_commit(repo, additions, commit_message=message).oid
-        facts |= {"commit": commit, "url": f"{api.endpoint}/{repo}"}
-        console.print(f"{facts['url']} ({state}), commit {commit}", soft_wrap=True, markup=False)
+        console.print(f"{api.endpoint}/{repo} ({state}), commit {commit}", soft_wrap=True, markup=False)
     return commit
 
 
@@ -136,23 +131,17 @@ def merge_beside(folder: Path, stack: contextlib.ExitStack) -> Path:
     return merge(folder, Path(place) / folder.name)
 
 
-def show(plan: UploadPlan, target: str) -> dict[str, Any]:
-    """Print every file that is uploaded, what is kept by the reason for it, and the notes; return all of it."""
-    files = [
-        {"name": name, "bytes": size_of(content), "what": match(name, plan.allowed)}
-        for name, content in sorted(plan.files.items())
-    ]
-    kept = [{"name": name, "bytes": size_of(path), "why": why} for name, (path, why) in plan.kept.items()]
-    rows = [(file["name"], file["bytes"], file["what"]) for file in files]
-    for why in dict.fromkeys(file["why"] for file in kept):
-        group = [file for file in kept if file["why"] == why]
-        rows.append((", ".join(file["name"] for file in group), sum(file["bytes"] for file in group), why))
+def show(plan: UploadPlan, target: str) -> None:
+    """Print every file that is uploaded, what is kept by the reason for it, and the notes."""
+    rows = [(name, size_of(content), match(name, plan.allowed)) for name, content in sorted(plan.files.items())]
+    total = f"  {len(rows)} files, {decimal(sum(size for _, size, _ in rows))}"
+    for why in dict.fromkeys(why for _, why in plan.kept.values()):
+        group = {name: path for name, (path, reason) in plan.kept.items() if reason == why}
+        rows.append((", ".join(group), sum(map(size_of, group.values())), why))
     width = max(len(name) for name in plan.files)
     lines = [f"  {name:<{width}}  {decimal(size):>9}  {words}" for name, size, words in rows]
-    total = f"  {len(files)} files, {decimal(sum(file['bytes'] for file in files))}"
-    lines.insert(len(files), f"{total}\nnot uploaded:" if kept else total)
+    lines.insert(len(plan.files), f"{total}\nnot uploaded:" if plan.kept else total)
     console.print("\n".join([f"to {target}:", *lines, *plan.notes]), soft_wrap=True, markup=False)
-    return {"files": files, "stays": kept, "notes": plan.notes}
 
 
 def size_of(content: Path | bytes) -> int:
@@ -164,10 +153,6 @@ def size_of(content: Path | bytes) -> int:
 
 def prepare(api: HfApi, repo: str, kind: Kind, private: bool | None) -> str:
     """Create the repository where it is missing; an existing one is left as it is.
-
-    Args:
-        kind: what will be uploaded.
-        private: what was asked for; None means private where the repository is new.
 
     Returns:
         "new" or "exists", and the visibility.
@@ -242,12 +227,6 @@ def command(
         str | None, typer.Option(help="hub id of the base, where the run was trained on a copy of it")
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="show what would be uploaded, and send nothing")] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="print JSON, and everything else to stderr")] = False,
 ) -> None:
     """Publish a run's adapter, its merged model or a GGUF file of it on the Hugging Face hub."""
-    facts: dict[str, Any] = {}
-    with json_alone(as_json) as print_json:
-        push(source, repo, merged=merged, gguf=gguf, private=private,
-             base_repo=base_repo, dry_run=dry_run, facts=facts)  # fmt: skip
-        if as_json:
-            print_json(facts)
+    push(source, repo, merged=merged, gguf=gguf, private=private, base_repo=base_repo, dry_run=dry_run)

@@ -189,10 +189,8 @@ def modelfile(
 
     Args:
         model: source of the weights: a path relative to the Modelfile, or the name of a model in Ollama.
-        tokenizer: with the chat template.
         stops: ids of the tokens that end an answer.
-        generation: its sampling settings become parameters.
-        context: the model's longest context, tokens.
+        context: the model's longest, in tokens.
         adds_bos: True where the GGUF file says that a BOS token is to be added.
         adapter: path of a GGUF LoRA file, relative to the Modelfile.
     """

@@ -138,9 +138,7 @@ def remove_local_paths(plan: UploadPlan, run: Path, base_repo: str | None = None
     every other path the last name stays. Files on disk stay as they are.
 
     Args:
-        plan: changed in place.
         run: the folder whose recipe.yaml and adapter_config.json name the base and the data.
-        base_repo: hub id to name as the base, whatever the run says.
     """
     recipe: Any = safe_yaml.read(run / "recipe.yaml") if (run / "recipe.yaml").is_file() else {}
     texts = {name: plan.text(name) for name in TEXTS if name in plan.files}

@@ -77,11 +77,9 @@ class _FrozenHead(torch.autograd.Function):
         return (slope * grad[:, None]).to(ctx.dtype), None, None, None, None, None, None
 
 
-def _logits(hidden: Tensor, weight: Tensor, bias: Tensor | None, softcap: float | None, scale: float) -> Tensor:
-    """Compute float32 logits (N, V) of hidden states (N, H)."""
-    z = torch.nn.functional.linear(hidden, weight, bias).float()
-    if scale != 1.0:
-        z = z * scale
+def _bent(z: Tensor, softcap: float | None, scale: float) -> Tensor:
+    """Scale and cap a head's output (N, V), in float32."""
+    z = z.float() * scale if scale != 1.0 else z.float()
     return torch.tanh(z / softcap) * softcap if softcap else z
 
 
@@ -133,7 +131,10 @@ def token_logps(
     with torch.autocast(hidden.device.type, enabled=False):
         if trained:
             logps, means = _recomputed(
-                lambda h: _logits(h.to(weight.dtype), weight, bias, softcap, scale), hidden, labels, chunk
+                lambda h: _bent(nn.functional.linear(h.to(weight.dtype), weight, bias), softcap, scale),
+                hidden,
+                labels,
+                chunk,
             )
         else:
             bias = None if bias is None else bias.to(weight.dtype)
@@ -225,12 +226,10 @@ def score_rows(
     if type(head) is nn.Linear:
         return token_logps(hidden, head.weight, labels, head.bias, transform.softcap, transform.scale, chunk, True)  # type: ignore[return-value]
 
-    def logits(h: Tensor) -> Tensor:
-        # forward, not __call__: the hook that called this function must not run again
-        z = head.forward(h).float() * transform.scale
-        return torch.tanh(z / transform.softcap) * transform.softcap if transform.softcap else z
-
-    return _recomputed(logits, hidden, labels, chunk or 256)
+    # forward, not __call__: the hook that called this function must not run again
+    return _recomputed(
+        lambda h: _bent(head.forward(h), transform.softcap, transform.scale), hidden, labels, chunk or 256
+    )
 
 
 def head_transform(model: Any, device: torch.device, tolerance: float) -> HeadTransform | None:

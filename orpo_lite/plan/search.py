@@ -34,11 +34,7 @@ WORTH = 1.02
 
 
 class Planner:
-    """Plans of recipes that differ in some fields; what two of them have in common is traced once.
-
-    Args:
-        shape: as for `Study`.
-    """
+    """Plans of recipes that differ in some fields; what two of them have in common is traced once."""
 
     def __init__(self, shape: Callable[[Recipe, str], Shape] | None = None) -> None:
         self.shape = shape

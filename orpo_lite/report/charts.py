@@ -185,17 +185,3 @@ def histogram(groups: dict[str, list[float]]) -> tuple[list[float], dict[str, li
         name: np.histogram(np.clip(some, edges[0], edges[-1]), edges)[0].astype(float).tolist()
         for name, some in finite.items()
     }
-
-
-def changed_sides(run: LoadedRun) -> str:
-    """Say in a sentence how many pairs changed sides; empty where that is not known."""
-    before, after = margins(run, "before"), margins(run, "after")
-    if not before or len(before) != len(after):
-        return ""
-    won = sum(a <= 0 < b for a, b in zip(before, after, strict=True))
-    lost = sum(b <= 0 < a for a, b in zip(before, after, strict=True))
-    wrong = sum(b <= 0 for b in after)
-    return (
-        f"Of {counted(len(after), 'pair')}, {won:,} went from the wrong side to the right one and {lost:,} the other way; "
-        f"now on the wrong side: {wrong:,}."
-    )

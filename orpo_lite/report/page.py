@@ -14,7 +14,7 @@ from markupsafe import Markup
 
 from orpo_lite.common.text import counted, cut, duration, format_gb, measured
 from orpo_lite.evaluate.held_out import ROWS
-from orpo_lite.report.charts import accuracy_interval, changed_sides, curves, margin_chart, margins
+from orpo_lite.report.charts import accuracy_interval, curves, margin_chart, margins
 from orpo_lite.report.drawing import COLORS, Chart, is_finite, script_data, written
 from orpo_lite.trainer.run_record import LoadedRun, Sample
 
@@ -44,11 +44,7 @@ def environment() -> jinja2.Environment:
 
 
 def render(template: str, loaded: Sequence[LoadedRun], charts: list[Chart | None], /, **parts: Any) -> bytes:
-    """Render a page as UTF-8; half surrogates, which data may hold and UTF-8 cannot, become references.
-
-    Args:
-        charts: all charts of the page; without any, the page has no script.
-    """
+    """Render a page as UTF-8; half surrogates, which data may hold and UTF-8 cannot, become references."""
     versions = {run.record.versions.get("orpo-lite") for run in loaded} - {None}
     drawn = [chart for chart in charts if chart]
     text = environment().get_template(template).render(charts=drawn, versions=sorted(map(str, versions)), **parts)
@@ -61,7 +57,7 @@ def run_page(run: LoadedRun) -> bytes:
         {"before": margins(run, "before"), "after": margins(run, "after")},
         title="Reward margins of the held-out pairs",
         x="reward margin",
-        hint=f"Left of 0 the rejected answer is the likelier one. {changed_sides(run)}",
+        hint="Left of 0 the rejected answer is the likelier one.",
     )
     drawn = curves([("", run)])
     return render(

@@ -128,6 +128,7 @@ def command(
     from orpo_lite.evaluate.held_out import too_few
 
     commands = "\n".join(f"  {next_command(name, '--recipe', path)}" for name in ("data", "train"))
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(
         path, draft.text(f"{data} for {model}, written by `orpo-lite new`. Look first, then train:\n{commands}")
     )
@@ -143,14 +144,12 @@ def output_path(path: Path) -> Path:
     """Return where the recipe goes.
 
     Raises:
-        RequestError: no YAML file, one that exists, or a missing folder.
+        RequestError: no YAML file, or one that exists.
     """
     if path.suffix not in (".yaml", ".yml"):
         raise RequestError(f"--output: found {path}, expected the name of a recipe file, ending in .yaml")
     if path.exists():
         raise RequestError(f"{path}: exists already; give another file with --output, or remove it")
-    if not path.parent.is_dir():
-        raise RequestError(f"--output: found {path}, but there is no folder {path.parent}: create it first")
     return path
 
 

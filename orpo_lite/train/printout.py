@@ -44,12 +44,13 @@ def print_plan_of_run(
     kept, *remarks = (line.strip() for line in str(pairs.report).splitlines())
     model, *loaded = (line.removeprefix("base: ") for line in base.sentences)
     template = [WITHOUT_TEMPLATE] if WITHOUT_TEMPLATE in pairs.report.notes else []
+    targets = f" on {recipe.adapter.target_modules}" if recipe.adapter and not recipe.adapter.init_from else ""
     rows = [
         ("recipe", recipe.name),
         ("run folder", describe_folder(folder)),
         *(("", note) for note in (folder.notes if folder else ())),
         ("base model", model.partition(";")[0]),
-        ("adapter", f"{describe_adapter(recipe.adapter)}: {trainable:,} parameters"),
+        ("adapter", f"{describe_adapter(recipe.adapter)}{targets}: {trainable:,} parameters"),
         ("data", f"{counted(len(pairs.train), 'training pair')}, {held_out:,} held out"),
         *(("", line) for line in [kept, *remarks] if remarks and WITHOUT_TEMPLATE not in line),
         ("steps", describe_steps(trainer, len(pairs.train))),

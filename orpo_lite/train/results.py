@@ -49,11 +49,7 @@ class HeldOut:
 
 @contextlib.contextmanager
 def alone(what: str, trained: bool = True) -> Iterator[None]:
-    """Do inside what a trained model can do without: an error is a line that says what is missing and why.
-
-    Args:
-        trained: there is a trained model; without it the error is raised.
-    """
+    """Do inside what a trained model can do without: an error is a line that says what is missing; without one it is raised."""
     try:
         yield
     except Exception as error:
@@ -134,11 +130,7 @@ def record_of(
     planned: Plan | None,
     metrics: dict[str, float],
 ) -> RunRecord:
-    """Collect the record of a finished run, but for its total time.
-
-    Args:
-        metrics: what transformers' `train` returns.
-    """
+    """Collect the record of a finished run, but for its total time; `metrics` are those that `train` returns."""
     args, device, sides = trainer.args, trainer.args.device, {"before": before, "after": after}
     trainable, total = trainable_share(trainer.model)
     name, revision = recipe.model.name_or_path, recipe.model.revision

@@ -107,9 +107,6 @@ class MetricsFile(TrainerCallback):
 def check_trackers(report_to: Any) -> None:
     """Refuse a tracker that would fail only after loading the model.
 
-    Args:
-        report_to: as in TrainingArguments: a name or several; "all" and "none" need nothing.
-
     Raises:
         RequestError: a name that transformers does not know, or a package that is not installed, with what to install.
     """

@@ -22,11 +22,7 @@ class LostPeer(ConnectionError):
 
 
 def init_process_group(seconds: float, use_cpu: bool = False) -> None:
-    """Join the other processes.
-
-    Args:
-        seconds: time for each of them to answer, now and in every step.
-    """
+    """Join the other processes, each of which has `seconds` to answer, now and in every step."""
     if processes() == 1:
         return
     cpu = use_cpu or default_device().type in ("cpu", "mps")

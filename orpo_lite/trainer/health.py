@@ -30,11 +30,7 @@ SHOWN = 8
 
 
 class HealthWarnings:
-    """The warnings of a run so far.
-
-    Args:
-        log: whether this process logs them; all processes keep them.
-    """
+    """The warnings of a run so far; every process keeps them, and one logs them."""
 
     def __init__(self, log: bool = True):
         self.log = log

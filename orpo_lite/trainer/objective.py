@@ -46,12 +46,7 @@ class Objective:
         """The batch whose forward pass was begun last."""
 
     def find_head(self, model: nn.Module, device: torch.device, exact: float) -> None:
-        """Find how the model's head is scored without whole logits, by a forward pass.
-
-        Args:
-            model: the model, maybe compiled.
-            exact: largest difference between logits that still counts as none.
-        """
+        """Find how the model's head is scored without whole logits; `exact` is the largest difference that counts as none."""
         plain: Any = extract_model_from_parallel(model)
         with autocast(plain):
             self.head = head_transform(plain, device, exact)

@@ -202,8 +202,7 @@ class LoadedRun:
 
     @property
     def adapter(self) -> str:
-        """Name the kind of adapter, its rank and alpha."""
-        return describe_adapter(self.recipe.adapter, brief=True)
+        return describe_adapter(self.recipe.adapter)
 
     @property
     def last_evaluation(self) -> dict[str, Any]:
@@ -312,16 +311,11 @@ def versions() -> dict[str, str | None]:
     return found | {"python": platform.python_version()}
 
 
-def describe_adapter(adapter: AdapterSection | None, brief: bool = False) -> str:
-    """Describe a recipe's adapter in a line; in brief by its kind, rank and alpha alone."""
+def describe_adapter(adapter: AdapterSection | None) -> str:
+    """Name a recipe's kind of adapter, its rank and alpha, or what it continues."""
     if adapter is None:
         return "none: full fine-tuning"
-    kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
-    size = f"r={adapter.r}, alpha={adapter.alpha:g}"
-    if brief:
-        return f"{kind} {size}"
     if adapter.init_from:
         return f"continues {adapter.init_from}"
-    init = "" if adapter.init_lora_weights is True else f", init {adapter.init_lora_weights}"
-    plus = f", LoRA+ ratio {adapter.loraplus_lr_ratio:g}" if adapter.loraplus_lr_ratio else ""
-    return f"{kind}, {size}, on {adapter.target_modules}{init}{plus}"
+    kind = "DoRA" if adapter.use_dora else "rsLoRA" if adapter.use_rslora else "LoRA"
+    return f"{kind} r={adapter.r}, alpha={adapter.alpha:g}"

@@ -13,6 +13,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.loading import resolve_model
 from orpo_lite.export.gguf import export
 from orpo_lite.export.hub import push
+from orpo_lite.export.upload_plan import plan_upload
 from orpo_lite.merge.run import merge
 from orpo_lite.model.untrusted_files import check_adapter
 
@@ -38,10 +39,10 @@ def test_a_trainers_folder_is_pushed_without_what_it_left(adapter_folder, capsys
     )
     for name in ("special_tokens_map.json", "added_tokens.json"):
         (folder / name).write_text(json.dumps({"api_key": "<|password|>"}))
-    facts = {}
-    assert push(folder, "me/mine", dry_run=True, facts=facts) is None
-    assert {file["name"] for file in facts["files"]} == TAKEN
-    reasons = {file["name"].rstrip("/"): file["why"] for file in facts["stays"]}
+    assert push(folder, "me/mine", dry_run=True) is None
+    plan = plan_upload(folder)
+    assert plan.files.keys() == TAKEN
+    reasons = {name.rstrip("/"): why for name, (_, why) in plan.kept.items()}
     assert reasons.keys() == {name.partition("/")[0] for name in LEFT}
     assert [name for name, why in reasons.items() if why == "not on the allow-list"] == ["notes.md"]
     said = capsys.readouterr().out

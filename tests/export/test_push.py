@@ -22,6 +22,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from orpo_lite.common.credentials import find_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.export.hub import push
+from orpo_lite.export.upload_plan import plan_upload
 from orpo_lite.merge.run import merge
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import resolve_path
@@ -300,28 +301,21 @@ def test_unexpected_files_stay_and_are_listed_once(hub, folder):
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("hello")
     (folder / "gone").symlink_to("nowhere")
-    facts, dry = {}, {}
-    push(folder, "me/quick", facts=facts)
-    push(folder, "me/quick-merged", merged=True, dry_run=True, facts=dry)
+    kept = plan_upload(folder).kept
+    push(folder, "me/quick")
     there = files_of(hub, "me/quick")
     assert ADAPTER <= set(there) <= ADAPTER | {"curves.png"} and b"hello" not in there.values()
-    stays = [file["name"].rstrip("/") for file in facts["stays"]]
+    stays = [name.rstrip("/") for name in kept]
     named = [stray if stray.startswith("additional") else stray.split("/")[0] for stray in STRAYS]
-    assert (
-        len(stays) == len(set(stays))
-        and {*named, "gone"} <= set(stays)
-        and {*named, "gone"}
-        <= {file["name"].rstrip("/") for file in dry["stays"]} | {file["name"] for file in dry["files"]}
-    )
+    assert len(stays) == len(set(stays)) and {*named, "gone"} <= set(stays)
 
 
 def test_a_merged_folder_keeps_training_states(hub, shards):
     before = snapshot(shards)
     (shards / "optimizer.pt").write_text("x")
-    facts = {}
-    push(shards, "me/big", facts=facts)
+    push(shards, "me/big")
     assert files_of(hub, "me/big") == before
-    assert facts["stays"] == [{"name": "optimizer.pt", "bytes": 1, "why": "training state"}]
+    assert plan_upload(shards).kept == {"optimizer.pt": (shards / "optimizer.pt", "training state")}
 
 
 def test_what_stays_is_grouped_by_reason(folder, capsys):

@@ -106,7 +106,6 @@ def test_nothing_is_written_over(new):
         (["--model", MODEL, "--gpu", "rtx-3061"], "did you mean rtx-3060"),
         (["--model", MODEL, "--gpu", "all"], "expected one card"),
         (["--model", MODEL, "--output", "a.txt"], "ending in .yaml"),
-        (["--model", MODEL, "--output", "no/a.yaml"], "create it first"),
         (["--model", MODEL, "data.maxlength=3"], "did you mean data.max_length=3?"),
         (["--model", MODEL, "data.columns={prompt:question}"], "data.columns={prompt: question}"),
         (["--model", MODEL, "data.train=none.jsonl"], "none.jsonl: no such file"),
