@@ -118,15 +118,10 @@ class PromptFormat:
     def row(self, turns: Turns, chosen: str, rejected: str) -> dict[str, Any]:
         """Build a preference row that `orpo_lite.train` renders to the same prompt: conversations, or strings."""
         if self.kind == "template":
-            return message_row(turns, chosen, rejected)
+            sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
+            return {"prompt": turns, "chosen": sides[0], "rejected": sides[1]}
         space = " " if self.kind == "HH" else ""
         return {"prompt": self.plain(turns), "chosen": space + chosen, "rejected": space + rejected}
-
-
-def message_row(turns: Turns, chosen: str, rejected: str) -> dict[str, Any]:
-    """Build a preference row of messages."""
-    sides = [[{"role": "assistant", "content": text}] for text in (chosen, rejected)]
-    return {"prompt": turns, "chosen": sides[0], "rejected": sides[1]}
 
 
 class Side:

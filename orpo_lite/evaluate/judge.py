@@ -11,6 +11,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -184,6 +185,7 @@ class RemoteSide(Side):
     def __init__(self, url: str, model: str, sampling: Sampling):
         super().__init__(model, ModelSource(url, "model", whole_model(model, False)))
         self.endpoint = Endpoint(url, model, sampling.max_new_tokens, "MODEL")
+        self.tokenizer = SimpleNamespace(chat_template="the server's")  # so that rows are messages
         self.endpoint.options["temperature"] = sampling.temperature
         if sampling.top_p < 1:
             self.endpoint.options["top_p"] = sampling.top_p

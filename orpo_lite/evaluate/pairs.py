@@ -8,6 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import numpy as np
 import typer
 from rich.markup import escape
 from rich.table import Table
@@ -19,8 +20,6 @@ from orpo_lite.common.text import counted
 from orpo_lite.evaluate.__main__ import JudgeMaxTokens, JudgeModel, MaxNewTokens, TopP, TrustRemoteCode
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from orpo_lite.evaluate.answering import Side
     from orpo_lite.evaluate.ranking import Group, Ranker
     from orpo_lite.trainer.generate import Sampling
@@ -108,14 +107,13 @@ def command(
             for group, scores in zip(groups, found, strict=True):
                 group.scores.append(scores)
     except (KeyboardInterrupt, RuntimeError):
-        console.print(
-            f"what is done is in {answers} and beside it: the same command goes on from there", soft_wrap=True
-        )
+        kept = f"what is done is in {answers} and beside it: the same command goes on from there"
+        console.print(kept, soft_wrap=True, markup=False)
         raise
     add_up(groups, rules)
     pairs, report = make_pairs(groups, every, margin, match_length)
     files = write(pairs, output, side)
-    report |= {"rankers": shares(groups, [one.name for one in rankers], rules), "files": files}
+    report |= {"rules": shares(groups, rankers[:rules]), "files": files}
     report["judge"] = next((one.summary for one in rankers if isinstance(one, ranking.Judge)), None)
     report["settings"] = {"model": model, "prompts": prompts, "match_length": match_length} | rows[0]["settings"]
     write_atomically(beside(output, "report", ".json"), json.dumps(report, indent=1, ensure_ascii=False) + "\n")
@@ -142,9 +140,7 @@ def find_side(word: str, name: str, sampling: Sampling, trust_remote_code: bool)
 
     remote = word.startswith(("http://", "https://"))
     if remote != bool(name):
-        raise RequestError(
-            f"--model-name is the name of a model at an address, found {name or 'none'} for {word}: give both"
-        )
+        raise RequestError(f"--model-name: found {name or 'none'} for {word}, expected the model's name at an address")
     if remote:
         return RemoteSide(word, name, sampling)
     if word.endswith((".yaml", ".yml")) or word in shipped_recipes():
@@ -202,64 +198,56 @@ def make_pairs(
         if not found:
             why = "fewer than two different answers" if len(group.answers) < 2 else "no two scores differ enough"
             without["no two answers of similar length" if free else why] += 1
-    if not any(not group.held_out for group, *_ in pairs):
-        why = ", ".join(f"{counted(count, 'prompt')}: {reason}" for reason, count in without.items())
+    if all(group.held_out for group, *_ in pairs):
+        why = (
+            ", ".join(f"{counted(count, 'prompt')}: {reason}" for reason, count in without.items())
+            or "all are held out"
+        )
         raise RequestError(
             f"no pair could be made ({why}): sample more answers (--samples, --temperature), or take a rule that some of them "
             "keep and others do not, a smaller --margin, a wider --match-length"
         )
-    written = [two for _, *two in pairs]
+
+    def longer(found: list[Any]) -> float:
+        """Return the share whose better answer is the longer one; equal lengths count half."""
+        return float(np.mean([(len(a) > len(b)) + (len(a) == len(b)) / 2 for *_, a, b in found]))
+
     return pairs, {
         "prompts": len(groups),
         "answers": sum(len(group.answers) for group in groups),
         "left_out": dict(sum((group.left_out for group in groups), Counter())),
         "histogram": histogram([total for group in groups for total in group.totals]),
         "prompts_without_a_pair": dict(without),
-        "longer_chosen": {"any length": longer(any_length), "written": longer(written)},
-        "characters": {side: mean([len(two[n]) for two in written]) for n, side in enumerate(("chosen", "rejected"))},
+        "longer_chosen": {"any length": longer(any_length), "written": longer(pairs)},
     }
-
-
-def mean(values: list[Any]) -> float | None:
-    """Return the mean; None of nothing."""
-    return sum(values) / len(values) if values else None
-
-
-def longer(pairs: list[Any]) -> float | None:
-    """Return the share of pairs whose better answer is the longer one; equal lengths count half."""
-    return mean([(len(a) > len(b)) + (len(a) == len(b)) / 2 for a, b in pairs])
 
 
 def histogram(values: list[float]) -> list[tuple[float, float, int]]:
     """Count scores, each value where there are few of them, else in bins of equal width: (from, to, how many)."""
-    import numpy as np
-
     if len(known := Counter(values)) <= BINS:
         return [(value, value, known[value]) for value in sorted(known)]
     counts, edges = np.histogram(values, BINS)
     return [(float(low), float(high), int(count)) for low, high, count in zip(edges, edges[1:], counts, strict=False)]
 
 
-def shares(groups: list[Group], names: list[str], rules: int) -> dict[str, list[float | None]]:
-    """Return for each ranker, and for all rules together, the mean over all answers and over those to held-out prompts."""
-
-    def means(score: Callable[[Any], Any]) -> list[float | None]:
-        parts = (groups, [group for group in groups if group.held_out])
-        return [mean([score(each) for group in part for each in zip(*group.scores, strict=True)]) for part in parts]
-
-    found = {name: means(lambda each, n=n: each[n]) for n, name in enumerate(names)}
-    return found | ({"all rules": means(lambda each: min(each[:rules]) > 0)} if rules > 1 else {})
+def shares(groups: list[Group], rules: list[Ranker]) -> dict[str, list[float]]:
+    """Return what each rule, and all of them together, give on average to all answers and to those to held-out prompts."""
+    parts = [[each for group in part for each in zip(*group.scores, strict=True)]
+             for part in (groups, [group for group in groups if group.held_out])]  # fmt: skip
+    found = {
+        rule.name: [float(np.mean([each[n] for each in part])) for part in parts if part]
+        for n, rule in enumerate(rules)
+    }
+    if len(rules) > 1:
+        found["all rules"] = [float(np.mean([min(each[: len(rules)]) > 0 for each in part])) for part in parts if part]
+    return found
 
 
 def write(pairs: list[tuple[Group, str, str]], output: Path, side: Side) -> dict[str, int]:
     """Write the pairs, those of held-out prompts to a file of their own; return the files with their numbers of pairs."""
-    from orpo_lite.evaluate.answering import message_row
-    from orpo_lite.evaluate.judge import RemoteSide
-
-    row = message_row if isinstance(side, RemoteSide) else side.format.row
     parts: dict[Path, list[str]] = {output: [], beside(output, "held-out"): []}
     for group, better, worse in pairs:
-        line = json.dumps(row(group.prompt, better, worse), ensure_ascii=False)
+        line = json.dumps(side.format.row(group.prompt, better, worse), ensure_ascii=False)
         parts[beside(output, "held-out") if group.held_out else output].append(line + "\n")
     for file, lines in parts.items():
         write_atomically(file, "".join(lines))
@@ -273,11 +261,11 @@ def show(report: dict[str, Any]) -> None:
     console.print(f"\n{counted(report['answers'], 'answer')} to {counted(report['prompts'], 'prompt')}", style="bold")
     for why, count in report["left_out"].items():
         console.print(f"left out: {count:,} {why}")
-    table = Table("", "all answers", "to held-out prompts", box=None)
-    for name, values in report["rankers"].items():
-        cells = ["" if one is None else f"{one:.0%}" if 0 <= one <= 1 else f"{one:.3g}" for one in values]
-        table.add_row(escape(name), *cells)
-    console.print(table)
+    table = Table("rule kept", "by all answers", "to held-out prompts", box=None)
+    for name, values in report["rules"].items():
+        table.add_row(escape(name), *(f"{one:.0%}" if 0 <= one <= 1 else f"{one:.3g}" for one in values))
+    if report["rules"]:
+        console.print(table)
     if found := report["judge"]:
         told = found["wins"] + found["ties"] + found["losses"] - found["identical"]
         agreed = (told - found["inconsistent"]) / max(1, told)
@@ -291,16 +279,13 @@ def show(report: dict[str, Any]) -> None:
     for why, count in report["prompts_without_a_pair"].items():
         console.print(f"{counted(count, 'prompt')} without a pair: {why}")
     before, after = report["longer_chosen"].values()
-    chosen, rejected = report["characters"].values()
     unmatched = f" ({before:.0%} without --match-length)" if report["settings"]["match_length"] else ""
-    console.print(f"the longer answer is the chosen one in {after:.0%} of the pairs{unmatched}; characters: {chosen:.0f} chosen, "
-                  f"{rejected:.0f} rejected")  # fmt: skip
+    console.print(f"the longer answer is the chosen one in {after:.0%} of the pairs{unmatched}")
     if not unmatched and not 0.3 <= after <= 0.7:
         console.print("so length alone tells most pairs apart, and is learned first; --match-length 1.25 keeps it out")
     (train, count), (apart, held) = report["files"].items()
-    console.print(
-        f"{counted(count, 'pair')} in {train}, {held:,} of held-out prompts in {apart}", style="bold", soft_wrap=True
-    )
+    made = f"{counted(count, 'pair')} in {train}, {held:,} of held-out prompts in {apart}"
+    console.print(made, style="bold", soft_wrap=True, markup=False)
 
 
 def check(side: Side, word: str, files: dict[str, int]) -> None:
@@ -308,12 +293,13 @@ def check(side: Side, word: str, files: dict[str, int]) -> None:
     from orpo_lite.data import load_pairs
     from orpo_lite.data.__main__ import print_report
     from orpo_lite.data.quality import inspect
+    from orpo_lite.evaluate.judge import RemoteSide
     from orpo_lite.recipe import Recipe
 
-    source, remote = side.source, word.startswith("http")
+    source, remote = side.source, isinstance(side, RemoteSide)
     data = {section: file for section, file in zip(("train", "eval"), files, strict=True) if files[file]}
-    words = [f"data.{section}={file}" for section, file in data.items()]
-    words += {"adapter": [f"adapter.init_from={source.path}"], "fine-tuned": [f"model.name_or_path={source.path}"]}.get(source.kind, [])  # fmt: skip
+    start = {"adapter": "adapter.init_from", "fine-tuned": "model.name_or_path"}.get(source.kind)
+    words = [f"data.{section}={file}" for section, file in data.items()] + [f"{start}={source.path}"] * bool(start)
     if source.recipe:
         name = word if source.kind == "model" else source.path
         recipe, command = Recipe.load(name, words), ["train", "--recipe", name, *words]

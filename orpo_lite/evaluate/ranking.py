@@ -18,7 +18,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.text import counted, cut, nearest, shown
+from orpo_lite.common.text import counted, cut, shown
 from orpo_lite.evaluate import terminal
 from orpo_lite.evaluate.answer_file import ResultFile
 from orpo_lite.evaluate.answering import Turns, find_sides
@@ -69,8 +69,7 @@ class Group:
 
 def shuffled(seed: int, texts: list[str]) -> list[int]:
     """Return the places of distinct texts in an order that tells nothing about them."""
-    key = {text: hashlib.sha256(f"{seed} {text}".encode("utf-8", "surrogatepass")).digest() for text in texts}
-    return sorted(range(len(texts)), key=lambda place: key[texts[place]])
+    return sorted(range(len(texts)), key=lambda place: hashlib.sha256(f"{seed} {texts[place]!r}".encode()).digest())
 
 
 class Ranker:
@@ -94,10 +93,8 @@ class Ranker:
 
     def scores(self, groups: list[Group], file: Path) -> list[Scores]:
         """Score the answers to all prompts, fewer where the user ends before; those in the file are kept."""
-        results = ResultFile(file, [
-            {"id": one.id, "ranker": self.name, "answers": hashlib.sha256(repr(one.answers).encode()).hexdigest()[:16]}
-            for one in groups
-        ])  # fmt: skip
+        tasks = [{"ranker": self.name, "prompt": one.prompt, "answers": one.answers} for one in groups]
+        results = ResultFile(file, tasks)
         bar = (
             contextlib.nullcontext(lambda _: None) if self.asks else progress(self.name, len(groups), len(results.rows))
         )
@@ -128,12 +125,12 @@ class Rule(Ranker):
         """Score one answer."""
         try:
             score = float(self.check(prompt, answer))
+            if math.isfinite(score):
+                return score
+            raise ValueError(f"it gives {score}")
         except Exception as error:  # whatever the user's function raises
             why = f"{type(error).__name__}: {error}"
             raise RequestError(f"--rule: {self.name} fails on {shown(answer)} ({why}): fix it") from error
-        if not math.isfinite(score):
-            raise RequestError(f"--rule: {self.name} gives {score} to {shown(answer)}, expected a finite number")
-        return score
 
 
 def find_rules(
@@ -144,8 +141,8 @@ def find_rules(
     Raises:
         RequestError: a pattern that is no regular expression, or a function that is not there.
     """
-    found = [Rule(f"must match {shown(text, 40)}", matcher("--must", text, True)) for text in must]
-    found += [Rule(f"must not match {shown(text, 40)}", matcher("--must-not", text, False)) for text in must_not]
+    found = [Rule(f"must match {text[:40]}", matcher("--must", text, True)) for text in must]
+    found += [Rule(f"must not match {text[:40]}", matcher("--must-not", text, False)) for text in must_not]
     if min_words is not None:
         found.append(Rule(f"at least {min_words} words", lambda _, answer: len(answer.split()) >= min_words))
     if max_words is not None:
@@ -182,19 +179,13 @@ def find_function(place: str) -> Callable[[Turns, str], Any]:
         RequestError: no such file, it fails, or it has no such function.
     """
     file, _, name = place.rpartition(":")
-    if not file.endswith(".py") or not Path(file).is_file():
-        raise RequestError(f"--rule: found {place}, expected FILE.py:FUNCTION, of a file that is there")
     try:
-        there = runpy.run_path(file)
+        return runpy.run_path(file)[name]
     except Exception as error:  # whatever the user's file raises
-        raise RequestError(f"--rule: {file} fails ({type(error).__name__}: {error}): fix it") from error
-    if not callable(there.get(name)):
-        known = [key for key, value in there.items() if callable(value)]
         raise RequestError(
-            f"--rule: {file} has no function {name}{nearest(name, known)}: expected one that takes the prompt's messages and "
-            "the answer, and returns a number, or true or false"
-        )
-    return there[name]
+            f"--rule: found {place}, expected FILE.py:FUNCTION, a function of the prompt's messages and the answer "
+            f"({type(error).__name__}: {error})"
+        ) from error
 
 
 class RewardModel(Ranker):

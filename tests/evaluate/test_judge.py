@@ -182,7 +182,7 @@ def test_failures_that_stay_name_the_endpoint(server, endpoint):
     ("status", "words"),
     [
         (401, "OPENAI_API_KEY"),
-        (404, "--judge-model"),
+        (404, "a model there has this name"),
         (422, "messages"),
         (307, "name the address that it redirects to"),
     ],
