@@ -16,7 +16,8 @@ from orpo_lite.evaluate.judge import Endpoint, LocalJudge
 from orpo_lite.evaluate.pairs import add_up, beside, make_pairs
 from orpo_lite.evaluate.ranking import Group
 from orpo_lite.objective.loss import log1mexp
-from orpo_lite.recipe import DataSection
+from orpo_lite.recipe import DataSection, Recipe
+from orpo_lite.train.pipeline import run
 from tests.evaluate.conftest import KIND, kindest
 from tests.tiny import tiny_tokenizer
 from tests.training import CHATML, SIZES
@@ -263,3 +264,52 @@ def test_an_address_answers(server, tmp_path, prompts, capsys, monkeypatch):
         pairs.command(server.url, str(prompts), tmp_path / "q.jsonl", max_words=3)
     with pytest.raises(RequestError, match="MODEL: the address names a user"):
         Endpoint("http://me:secret@127.0.0.1/v1", "m", 16, option="MODEL")
+
+
+# ---- round by round --------------------------------------------------------------------------------------------------
+
+
+RULES = {
+    "must": [r"(thank you|pleasure|my friend|happy|wonderful|please|lovely|delighted|welcome)[^.]*\.?$"],
+    "max_words": 12,
+}
+SHUFFLED = """import hashlib
+
+def shuffled(prompt, answer):
+    return hashlib.sha256(answer.encode()).digest()[0] / 255
+"""
+
+
+@pytest.mark.slow
+def test_two_rounds_teach_a_rule_and_shuffled_ranks_teach_nothing(tmp_path, capsys):
+    """Held-out prompts: the share of answers that end politely and have at most 12 words, before and after each round."""
+    (tmp_path / "rules.py").write_text(SHUFFLED)
+
+    def sample(model, name, **rules):
+        output = tmp_path / f"{name}.jsonl"
+        words = {"max_new_tokens": 48, "batch_size": 96, "held_out": 0.25} | (rules or RULES)
+        pairs.command(str(model), "builtin:quickstart/heldout.jsonl", output, **words)
+        kept = json.loads(beside(output, "report", ".json").read_text())["rules"]
+        return kept["all rules"][1] if not rules else None
+
+    def train(recipe, name, *words):
+        data = [f"data.train={tmp_path}/{name}.jsonl", f"data.eval={tmp_path}/{name}.held-out.jsonl"]
+        more = ["training.num_train_epochs=3", "evaluation.samples=0", f"training.output_dir={tmp_path}/run-{name}"]
+        done = run(Recipe.load(str(recipe), [*data, *more, *words]))
+        assert done is not None
+        return done.folder, [done.record.evaluation(when)["rewards/accuracies"] for when in ("before", "after")]
+
+    before = sample("quickstart", "one")
+    first, accuracy = train("quickstart", "one")
+    once = sample(first, "two")
+    second, again = train(first, "two", f"adapter.init_from={first}")
+    twice = sample(second, "three")
+    beside(tmp_path / "none.jsonl", "answers").write_bytes(beside(tmp_path / "one.jsonl", "answers").read_bytes())
+    sample("quickstart", "none", rule=f"{tmp_path}/rules.py:shuffled")
+    control, chance = train("quickstart", "none")
+    after_chance = sample(control, "after-chance")
+    with capsys.disabled():
+        print(f"\nrule: {before:.0%}, {once:.0%}, {twice:.0%}, after shuffled ranks {after_chance:.0%}; "
+              f"accuracy: {accuracy}, {again}, shuffled {chance}")  # fmt: skip
+    assert once > before + 0.15 and twice > once + 0.05 and accuracy[1] > accuracy[0] + 0.3
+    assert after_chance < before + 0.1 and chance[1] < chance[0] + 0.2
