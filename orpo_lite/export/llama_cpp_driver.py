@@ -55,7 +55,15 @@ def build(request):
     model = found(folder, kind, Path(request["output"]), model_name=request["name"], hparams=hparams)
     # its weights are indexed by now; the rest is read from where the tokenizer is complete
     model.dir_model = Path(request["vocabulary"])
-    converters_own = model.set_vocab
+    converters_own, converted = model.set_vocab, model.modify_tensors
+
+    def modify_tensors(data, name, layer):
+        for made, rows in converted(data, name, layer):
+            # some classes cut embeddings without a token off, and count the tokens by their files' names
+            cut = name.endswith("embed_tokens.weight") and len(rows) < len(data)
+            yield made, data if cut else rows
+
+    model.modify_tensors = modify_tensors
 
     def set_vocab():
         try:

@@ -198,7 +198,8 @@ def renaming_field(field: str, hint: str = "") -> Iterator[None]:
     try:
         yield
     except RequestError as error:
-        raise RequestError(str(error).replace("model.name_or_path", field) + hint) from error
+        text = str(error)
+        raise RequestError(text.replace("model.name_or_path", field) + hint * ("model.name_or_path" in text)) from error
 
 
 @contextlib.contextmanager

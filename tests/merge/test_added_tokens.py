@@ -11,7 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Gemma3TextConfig
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answering import Sampling, find_sides
@@ -23,8 +23,8 @@ from orpo_lite.model.tokenizer import load_tokenizer
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from orpo_lite.train.pipeline import load_model
 from tests.export.conftest import converter  # noqa: F401  # fixture
-from tests.model.conftest import disturb
-from tests.tiny import tiny_tokenizer
+from tests.model.conftest import SIZES, disturb
+from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML
 
 NEW = ["<tool>", "</tool>"]
@@ -197,3 +197,13 @@ def test_a_tokenizer_without_merges_or_of_another_class_is_written_as_it_is(base
     made = export(tmp_path / "adapter", tmp_path / "x.gguf", quant="f32")
     assert GGUFReader(made).fields["tokenizer.ggml.tokens"].contents() == words
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter").get_vocab() == tokenizer.get_vocab()
+
+
+@pytest.mark.slow
+def test_rows_without_a_token_stay_in_a_file(tmp_path, converter):  # noqa: F811
+    """Gemma 3's converter would cut them off by another count of the tokens."""
+    tokenizer = tiny_tokenizer(("<|im_start|>", "<|im_end|>"), CHATML, eos="<|im_end|>", pad="<pad>")
+    config = Gemma3TextConfig(**SIZES | {"vocab_size": len(tokenizer) + 8}, head_dim=16)
+    tiny_model(config).save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    assert export(tmp_path / "model", tmp_path / "x.gguf").is_file()  # which reads it back
