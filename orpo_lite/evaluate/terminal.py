@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import re
 import sys
+import threading
 from collections.abc import Iterator
 
 from prompt_toolkit import PromptSession
@@ -97,14 +98,24 @@ def typing_kept() -> Iterator[None]:
     import termios
 
     before, mode = termios.tcgetattr(sys.stdin), termios.tcgetattr(sys.stdin)
-    output = get_app_session().output
+    source, output, ended = get_app_session().input, get_app_session().output, threading.Event()
+
+    def gather() -> None:
+        # the system itself keeps 4096 characters, and heeds no Ctrl-C behind them
+        while not ended.wait(0.03):
+            store_typeahead(source, get_typeahead(source) + source.read_keys())
+
+    thread = threading.Thread(target=gather, daemon=True)
     mode[3] = mode[3] & ~(termios.ECHO | termios.ICANON) | termios.NOFLSH  # NOFLSH: Ctrl-C takes nothing away
     termios.tcsetattr(sys.stdin, termios.TCSANOW, mode)
     output.enable_bracketed_paste()
     output.flush()
+    thread.start()
     try:
         yield
     finally:
+        ended.set()
+        thread.join()
         output.disable_bracketed_paste()
         output.flush()
         termios.tcsetattr(sys.stdin, termios.TCSANOW, before)

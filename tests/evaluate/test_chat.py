@@ -307,9 +307,9 @@ def test_a_prompt_from_a_pipe_gets_the_answer_alone(answerer, trained, capsys, m
         ({"top_p": 0.5, "prompt": "x"}, "--temperature"),
     ],
 )
-def test_options_that_mean_nothing_are_refused(options, words):
+def test_options_that_mean_nothing_are_refused(options, words, tmp_path):
     with pytest.raises(RequestError, match=words):
-        chat.command("nowhere", **options)
+        chat.command(str(tmp_path), **options)
 
 
 # ---- keys ---------------------------------------------------------------------------------------------------------------
