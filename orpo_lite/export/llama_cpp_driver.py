@@ -104,7 +104,7 @@ def adapter(request):
 
             def converted(matrix, module=module, layer=layer, transposed=transposed):
                 matrix = matrix.T.contiguous() if transposed else matrix
-                [(name, made)] = model.modify_tensors(matrix, f"{module}.weight", layer)
+                [(name, made)] = model.modify_tensors(matrix, f"{module}.weight".replace("language_model.", ""), layer)
                 return name, made
 
             try:
