@@ -18,6 +18,7 @@ COMMANDS = {
     "import": "turn axolotl's or LLaMA-Factory's ORPO configuration into a recipe",
     "pairs": "make preference pairs: sample answers to prompts, and rank them",
     "train": "train an adapter with ORPO as a recipe says",
+    "sweep": "train with several values of some fields, and say which are best",
     "chat": "talk to a trained model, or choose between its answers and the base's",
     "evaluate": "compare base and adapter of a run on the held-out pairs",
     "ui": "open a local page in the browser, from pairs to a published adapter",
@@ -30,7 +31,7 @@ COMMANDS = {
 
 CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
-} | {"new": "orpo_lite.train.new", "ui": "orpo_lite.train.ui", "pairs": "orpo_lite.evaluate.pairs"}
+} | {"new": "orpo_lite.train.new", "sweep": "orpo_lite.train.sweep", "ui": "orpo_lite.train.ui", "pairs": "orpo_lite.evaluate.pairs"}
 """Commands that are packages, and those inside of one; the others are modules at the top."""
 COMPLETE = "_ORPO_LITE_COMPLETE"
 """Set by the shell's script when it asks for completions."""

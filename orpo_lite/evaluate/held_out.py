@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Sequence
+from itertools import accumulate
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -38,6 +39,14 @@ def wilson_interval(successes: float, trials: int) -> tuple[float, float]:
     z, p = 1.959964, successes / trials
     middle, spread = p + z * z / (2 * trials), z * math.sqrt(p * (1 - p) / trials + z * z / (4 * trials * trials))
     return max(0.0, (middle - spread) / (1 + z * z / trials)), min(1.0, (middle + spread) / (1 + z * z / trials))
+
+
+def sign_test(wins: int, losses: int) -> float:
+    """Compute the two-sided p of a split at least as uneven under a fair coin, exactly."""
+    n = wins + losses
+    # the numbers of ways to choose 0, 1, ... of n, each from the one before it
+    ways = accumulate(range(min(wins, losses)), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
+    return min(1.0, 2 * sum(ways) / 2**n)
 
 
 def length_baseline(pairs: Dataset) -> float:

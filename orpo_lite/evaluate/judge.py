@@ -9,7 +9,6 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import accumulate
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -24,7 +23,7 @@ from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
 from orpo_lite.evaluate.answering import Reply, Sampling, Side, Turns, find_sides
-from orpo_lite.evaluate.held_out import format_share, wilson_interval
+from orpo_lite.evaluate.held_out import format_share, sign_test, wilson_interval
 from orpo_lite.evaluate.loading import ModelSource, whole_model
 
 RULES = """You compare two answers to the same question. Judge how well each does what the user asks for: whether it is \
@@ -364,14 +363,6 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
         "words": {name: sum(counts) / len(counts) for name, counts in words.items()},
         "longer_won": sum(longer_won) / len(longer_won) if longer_won else None,
     }
-
-
-def sign_test(wins: int, losses: int) -> float:
-    """Compute the two-sided p of a split at least as uneven under a fair coin, exactly."""
-    n = wins + losses
-    # the numbers of ways to choose 0, 1, ... of n, each from the one before it
-    ways = accumulate(range(min(wins, losses)), lambda ways, k: ways * (n - k) // (k + 1), initial=1)
-    return min(1.0, 2 * sum(ways) / 2**n)
 
 
 def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:

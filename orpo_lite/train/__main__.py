@@ -6,6 +6,7 @@ Recipe, arguments and local files are checked before torch is imported, so that 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -36,6 +37,8 @@ def command(
     plan: Annotated[bool, typer.Option("--plan", help="predict the memory on the CPU as well, as is done on a GPU")] = False,
     force: Annotated[bool, typer.Option("--force", help="start even what cannot fit the GPU in this machine")] = False,
     verbose: Annotated[bool, typer.Option("--verbose", help="print every derived number before training")] = False,
+    base_figures: Annotated[Path | None, typer.Option(metavar="FOLDER", help="take what is measured before training from this "
+        "folder, where a run of the same base, pairs and settings has put it; else measure, and put it there")] = None,
 ) -> None:  # fmt: skip
     """Train an adapter with ORPO as a recipe says."""
     if recipe is None:
@@ -51,7 +54,8 @@ def command(
     if not dry_run and rank() == 0 and is_locked(chosen.folder):
         lock_folder(chosen.folder)  # raises, and names the folder
     again = next_command("train", "--recipe", recipe, *(overrides or []))
-    train(chosen, resume_mode, dry_run=dry_run, plan=plan, force=force, again=again, verbose=verbose)
+    options = {"dry_run": dry_run, "plan": plan, "force": force, "again": again, "verbose": verbose}
+    train(chosen, resume_mode, **options, base_figures=base_figures)
 
 
 def check_local_files(recipe: Recipe) -> None:

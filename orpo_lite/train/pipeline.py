@@ -61,6 +61,7 @@ def run(
     force: bool = False,
     again: str = "",
     verbose: bool = False,
+    base_figures: Path | None = None,
 ) -> Run | None:
     """Train what the recipe says and write the run folder.
 
@@ -71,6 +72,7 @@ def run(
         force: start even what cannot fit the GPU.
         again: the command line that asked for this run, for messages that say what to type next.
         verbose: print every derived number.
+        base_figures: folder with what other runs have measured before training, see `measure_before`.
 
     Returns:
         The finished run, or None after a dry run.
@@ -112,7 +114,7 @@ def run(
         connect(trainer, recipe, pairs, folder)
         printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, folder, verbose)
 
-        before = measure_before(folder, recipe, trainer, pairs, tokenizer)
+        before = measure_before(folder, recipe, trainer, pairs, tokenizer, base, base_figures)
         outcome = train(trainer, folder)
         if first:  # before anything else can fail
             with rescued(folder, trainer, tokenizer):

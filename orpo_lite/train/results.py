@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
+import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -24,6 +26,7 @@ from orpo_lite.evaluate.held_out import evaluate, rule_shares
 from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
+from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import draw_picture, find_license, hub_id, write_card
 from orpo_lite.trainer.generate import answer, score_answers
@@ -34,6 +37,21 @@ from orpo_lite.trainer.trainer import ORPOTrainer
 
 if TYPE_CHECKING:
     from orpo_lite.plan.predict import Plan
+
+
+OF_TRAINING: dict[str, Any] = {
+    "name": True, "description": True, "needs": True, "orpo": {"tokens_per_batch"},
+    "memory": {"gpu_gb", "checkpointing", "offload_activations"},
+    "adapter": {"r", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern"},
+    "training": set(
+        "adam_beta1 adam_beta2 adam_epsilon data_seed eval_steps eval_strategy gradient_accumulation_steps learning_rate "
+        "logging_steps lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps num_train_epochs optim optim_args output_dir "
+        "per_device_train_batch_size save_minutes save_steps save_strategy save_total_limit seed warmup_steps weight_decay".split()
+    ),
+}  # fmt: skip
+"""Fields of a recipe that change nothing in what is measured before training."""
+ADDED = ("rewards/accuracies_interval", "length_baseline", "pairs", "by")
+"""What `evaluate` adds to the metrics that a trainer logs."""
 
 
 @dataclass
@@ -107,17 +125,57 @@ def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, 
     return [parts[i % processes][i // processes] for i in range(count)]
 
 
-def measure_before(folder: RunFolder, recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any) -> HeldOut:
-    """Measure the base, and keep the results in the run folder for a run that is resumed."""
+def measure_before(
+    folder: RunFolder,
+    recipe: Recipe,
+    trainer: ORPOTrainer,
+    pairs: Pairs,
+    tokenizer: Any,
+    base: BaseFacts,
+    shared: Path | None = None,
+) -> HeldOut:
+    """Measure the base, and keep the results in the run folder for a run that is resumed.
+
+    It draws no random numbers, so that training is the same wherever the results are from.
+
+    Args:
+        shared: folder of results by runs of the same base, pairs and settings, which this run takes or adds to.
+    """
     asked = recipe.evaluation.model_dump(mode="json")
     if folder.checkpoint is not None and (kept := folder.read_before()) and kept.get("asked") == asked:
         return HeldOut(kept["eval"], kept["samples"], kept.get("pairs", {}))
-    before = measure_held_out(recipe, trainer, pairs, tokenizer)
+    settings = what_measures(recipe, trainer, pairs, tokenizer, base) if shared else None
+    store = shared / f"base-{hashlib.sha256(settings.encode()).hexdigest()[:12]}.json" if shared and settings else None
+    if store and (kept := folder.read_before(store)):
+        console.print(f"the base's figures: those in {store}, of the same base, pairs and settings", markup=False)
+        before = HeldOut(kept["eval"], kept["samples"], kept["pairs"])
+        trainer.log({f"eval_{name}": value for name, value in (before.metrics or {}).items() if name not in ADDED})
+    else:
+        devices = [trainer.args.device] if trainer.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            before = measure_held_out(recipe, trainer, pairs, tokenizer)
     if trainer.is_world_process_zero():
         known = {"asked": asked, "eval": before.metrics, "samples": before.samples, "pairs": before.pairs}
-        with contextlib.suppress(OSError):  # it can be measured again
-            write_atomically(folder.before, json.dumps(known))
+        for path in filter(None, (folder.before, store)):
+            with contextlib.suppress(OSError):  # it can be measured again
+                write_atomically(path, json.dumps(known))
     return before
+
+
+def what_measures(recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any, base: BaseFacts) -> str | None:
+    """Return everything that the base's figures depend on, as JSON; None where they may be this run's alone."""
+    spec, adapter, device = recipe.model, recipe.adapter, trainer.args.device
+    starts_as_base = adapter is None or not (
+        adapter.init_from or adapter.use_dora or adapter.init_lora_weights == "orthogonal"
+    )
+    if not starts_as_base or spec.new_tokens or trainer.args.world_size > 1:
+        return None
+    facts = recipe.model_dump(mode="json", exclude=OF_TRAINING)
+    folder = Path(os.path.expanduser(resolve_path(spec.name_or_path)))
+    files = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(folder.glob("*"))]
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
+    known = (facts, files, base.revision, pairs.fingerprint, tokenizer.chat_template, device.type, where, versions())
+    return json.dumps(known, sort_keys=True, default=str)
 
 
 def record_of(

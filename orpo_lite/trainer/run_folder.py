@@ -26,8 +26,10 @@ OTHER_RUN = re.compile(
     r"|training\.(seed|data_seed|optim|optim_args|optim_target_modules|train_sampling_strategy|group_by_length)\b"
 )
 """Changes with which no run can resume: other weights, other pairs, another order, another optimizer's state."""
-LEFT_BY_A_KILL = {LOCK, "recipe.yaml.part"}
-"""Files that a run killed right at its start leaves in its folder."""
+LOG = "train.log"
+"""What a run prints, where a sweep keeps it."""
+LEFT_BY_A_KILL = {LOCK, "recipe.yaml.part", LOG}
+"""Files that are in a folder before its run has begun: of one killed right at its start, and the log."""
 
 Resume = bool | Literal["force"]
 
@@ -182,10 +184,10 @@ class RunFolder:
         except (ValueError, RecursionError) as error:
             raise RequestError(f"{path} is broken JSON ({error}): copy the run again, or train it again") from None
 
-    def read_before(self) -> dict[str, Any] | None:
-        """Read before.json; None where it cannot be read, since it can be made again."""
+    def read_before(self, path: Path | None = None) -> dict[str, Any] | None:
+        """Read before.json, or one of another run; None where it cannot be read, since it can be made again."""
         try:
-            return json.loads(self.before.read_text("utf-8"))
+            return json.loads((path or self.before).read_text("utf-8"))
         except (OSError, ValueError, RecursionError):
             return None
 

@@ -17,6 +17,7 @@ from orpo_lite.data import load_pairs
 from orpo_lite.plan.meta_model import CONFIGS, shipped_config
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import BUILTIN, shipped_recipes
+from orpo_lite.train.sweep import searched
 from tests.tiny import base_tokenizer, layer_sizes, tiny_config, tiny_model
 
 RECIPES = shipped_recipes()
@@ -109,8 +110,11 @@ def test_every_base_model_has_its_config_here(name):
 @pytest.mark.parametrize("name", [name for name in RECIPES if name != "quickstart"])
 def test_header_names_a_range_and_a_plan(name):
     recipe, header = Recipe.load(name), RECIPES[name].read_text("utf-8").partition("\nname:")[0]
-    low, high = re.search(r"# Tune first: training\.learning_rate \((\S+) to (\S+)\)", header).groups()
-    assert float(low) <= recipe.training["learning_rate"] <= float(high)
+    words = re.search(r"# Sweep first: orpo-lite sweep --recipe (.+)", header)[1].split()
+    assert words[0] == name and words[-1] == "--halving"
+    rates = searched(words[1:-1])["training.learning_rate"]
+    assert float(rates[0]) <= recipe.training["learning_rate"] <= float(rates[-1])
+    assert all(Recipe.load(name, [f"training.learning_rate={rate}"]) for rate in rates)
     if "CPU" not in recipe.needs:
         assert recipe.plans_batches and recipe.memory.checkpointing == "auto"
         assert "# Planned for " in header
