@@ -31,7 +31,12 @@ COMMANDS = {
 
 CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
-} | {"new": "orpo_lite.train.new", "sweep": "orpo_lite.train.sweep", "ui": "orpo_lite.train.ui", "pairs": "orpo_lite.evaluate.pairs"}
+} | {
+    "new": "orpo_lite.train.new",
+    "sweep": "orpo_lite.train.sweep",
+    "ui": "orpo_lite.train.ui",
+    "pairs": "orpo_lite.evaluate.pairs",
+}
 """Commands that are packages, and those inside of one; the others are modules at the top."""
 COMPLETE = "_ORPO_LITE_COMPLETE"
 """Set by the shell's script when it asks for completions."""

@@ -17,6 +17,7 @@ from orpo_lite.common import safe_yaml
 from orpo_lite.common.console import run_command
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import shipped_recipes
+from orpo_lite.train.sweep import searched
 from tests.docs.blocks import FIRST, PAGES, ROOT, blocks, inline, parser, words_of
 
 SHELL, NOT_RUN = ("bash",), ("text", "json", "yaml", "jinja", "html", "")
@@ -70,7 +71,9 @@ def check(place: str, command: str, words: list[str]) -> None:
         pytest.fail(f"{place}: {command} {' '.join(words)}: {error}")
     recipe, overrides = context.params.get("recipe"), context.params.get("overrides") or []
     if recipe in shipped_recipes():
-        assert Recipe.load(recipe, overrides)
+        first = searched(overrides) if command == "sweep" else {}
+        words = [word for word in overrides if word.partition("=")[0] not in first]
+        assert Recipe.load(recipe, [*words, *(f"{key}={values[0]}" for key, values in first.items())])
 
 
 @pytest.fixture(scope="module")
