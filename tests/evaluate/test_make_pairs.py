@@ -311,5 +311,5 @@ def test_two_rounds_teach_a_rule_and_shuffled_ranks_teach_nothing(tmp_path, caps
     with capsys.disabled():
         print(f"\nrule: {before:.0%}, {once:.0%}, {twice:.0%}, after shuffled ranks {after_chance:.0%}; "
               f"accuracy: {accuracy}, {again}, shuffled {chance}")  # fmt: skip
-    assert once > before + 0.15 and twice > once + 0.05 and accuracy[1] > accuracy[0] + 0.3
+    assert once > before + 0.15 and twice > once + 0.05 and accuracy[1] > accuracy[0] + 0.2
     assert after_chance < before + 0.1 and chance[1] < chance[0] + 0.2
