@@ -127,15 +127,13 @@ def searched(words: list[str]) -> dict[str, list[str]]:
 
 def shortened(recipe: Recipe, share: float) -> list[str]:
     """Return the words that give a recipe a share of its steps, with the schedule of so many; none for all of them."""
-    if share == 1:
-        return []
     given, steps = recipe.training, recipe.training.get("max_steps", -1)
     fields = {"num_train_epochs": round(given.get("num_train_epochs", 3) * share, 6)}
     if steps > 0:
         fields = {"max_steps": max(1, round(steps * share))}
     if (warmup := given.get("warmup_steps") or 0) >= 1:  # below 1 it is a share itself
         fields["warmup_steps"] = max(1, round(warmup * share))
-    return [f"training.{key}={value}" for key, value in fields.items()]
+    return [f"training.{key}={value}" for key, value in fields.items() if share < 1]
 
 
 def pairs_of(recipe: Recipe) -> float:
