@@ -25,12 +25,6 @@ Base = Annotated[str | None, typer.Option(help="hub id or folder of another base
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")]
 TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")]
-JudgeModel = Annotated[
-    str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
-]
-JudgeMaxTokens = Annotated[
-    int, typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")
-]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
 ]
@@ -52,8 +46,10 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[str | None, typer.Option(metavar="MODEL|URL", help="with --prompts: let a model or an "
         "OpenAI-compatible address judge the answers")] = None,
-    judge_model: JudgeModel = None,
-    judge_max_tokens: JudgeMaxTokens = 1024,
+    judge_model: Annotated[str | None,
+        typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")] = None,
+    judge_max_tokens: Annotated[int,
+        typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")] = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with accuracy by length and source")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip

@@ -17,6 +17,7 @@ from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
 from orpo_lite.data.sources import local_files
 from orpo_lite.evaluate.answering import Sampling, Side
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.trainer.interruptions import named
 
@@ -149,7 +150,7 @@ def answer_questions(
         Rows of the question's fields and of `answers`, `tokens` and `ended`: for each side a list over its turns, in
         which None stands for an answer that the conversation left no room for.
     """
-    settings: dict[str, Any] = {"sides": {side.name: side.identity() for side in sides}}
+    settings: dict[str, Any] = {"sides": {side.name: identify(side) for side in sides}}
     settings["max_new_tokens"] = sampling.max_new_tokens
     if sampling.temperature:
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -207,7 +208,7 @@ def converse(
 
 def check_room(side: Side, questions: list[Question]) -> None:
     """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
-    for one in {id(one): one for one in questions}.values():  # one that is asked several times is the same object
+    for one in questions:
         try:
             [ids] = side.prompts([one.prompt])
         except RequestError as error:
@@ -216,3 +217,16 @@ def check_room(side: Side, questions: list[Question]) -> None:
             raise RequestError(
                 f"--prompts: {one.id} has {len(ids):,} tokens, and the model takes {side.context:,}: leave it out"
             )
+
+
+def identify(side: Side) -> dict[str, Any]:
+    """Say which weights a side has, so that another's answers are not taken for its own."""
+    source = side.source
+    if side.adapted or source.kind != "adapter":
+        return {"model": source.model.name_or_path}
+    weights = (Path(source.path) / ADAPTER_WEIGHTS).read_bytes()
+    return {
+        "model": source.model.name_or_path,
+        "adapter": source.path,
+        "weights": hashlib.sha256(weights).hexdigest()[:16],
+    }

@@ -10,7 +10,6 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -22,9 +21,8 @@ from orpo_lite import __version__
 from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
-from orpo_lite.evaluate.answering import Reply, Sampling, Side, Turns, find_sides
+from orpo_lite.evaluate.answering import Sampling, Side, find_sides
 from orpo_lite.evaluate.held_out import format_share, sign_test, wilson_interval
-from orpo_lite.evaluate.loading import ModelSource, whole_model
 
 RULES = """You compare two answers to the same question. Judge how well each does what the user asks for: whether it is \
 correct, helpful, complete and clear, and keeps to what was asked. Do not prefer an answer for its length, for its place \
@@ -80,7 +78,6 @@ class Endpoint:
 
     Args:
         url: the base (http://host:8000/v1, or http://host:8000) or the whole address; `model` is the name there.
-        option: what names the address on the command line.
     """
 
     tries = 6
@@ -91,14 +88,12 @@ class Endpoint:
     """Seconds before the second try; each next pause is twice as long, unless the server names one."""
     sleep: Callable[[float], None] = staticmethod(time.sleep)
 
-    def __init__(self, url: str, model: str, max_tokens: int, option: str = "--judge"):
+    def __init__(self, url: str, model: str, max_tokens: int):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RequestError(
-                f"{option}: {url[:200]} is not an address, expected one such as http://127.0.0.1:8000/v1"
-            )
+            raise RequestError(f"--judge: {url[:200]} is not an address, expected one such as http://127.0.0.1:8000/v1")
         if parts.username or parts.password:
-            raise RequestError(f"{option}: the address names a user or password: give a key in {KEY} instead")
+            raise RequestError(f"--judge: the address names a user or password: give a key in {KEY} instead")
         path = parts.path.rstrip("/")
         if not path.endswith("/chat/completions"):
             path += "/chat/completions" if path else "/v1/chat/completions"
@@ -110,11 +105,7 @@ class Endpoint:
         return f"{self.model} at {self.url}"
 
     def answers(self, questions: list[str]) -> list[str]:
-        """Answer each question, as `replies` does."""
-        return [text for text, _ in self.replies([[{"role": "user", "content": text}] for text in questions])]
-
-    def replies(self, conversations: list[Turns]) -> list[tuple[str, bool]]:
-        """Answer conversations, a few at a time: the text, "" where the model gives none, and whether no limit has cut it.
+        """Answer each question, a few at a time; "" where the model gives no text.
 
         Raises:
             RequestError: the address refuses: no such model, a wrong key, a request that it does not understand.
@@ -122,24 +113,26 @@ class Endpoint:
         """
         pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
         try:
-            return list(pool.map(self.reply, conversations))
+            return list(pool.map(self.ask, questions))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def reply(self, turns: Turns) -> tuple[str, bool]:
-        """Answer one conversation, trying again where a failure may be temporary."""
+    def ask(self, question: str) -> str:
+        """Answer one question, trying again where a failure may be temporary."""
         failure, wait = "", 0.0
         for attempt in range(self.tries):
             if attempt:
                 self.sleep(min(LONGEST_PAUSE, wait or self.pause * 2 ** (attempt - 1)))
             wait, options = 0.0, self.options
             try:
-                response = self.post({"model": self.model, "messages": turns, **options})
+                response = self.post(
+                    {"model": self.model, "messages": [{"role": "user", "content": question}], **options}
+                )
             except httpx.TransportError as error:  # refused, reset, or no answer in time
                 failure = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
                 continue
             if response.status_code < 300:
-                return self.reply_of(response)
+                return self.reply_text(response)
             reason = self.redacted(" ".join(response.text.split())[:300] or response.reason_phrase)
             refused = {name for name in NEWER_NAMES.keys() & options.keys() if name in reason}
             if response.status_code == 400 and refused:
@@ -160,50 +153,21 @@ class Endpoint:
             headers["Authorization"] = f"Bearer {key}"
         return httpx.post(self.url, json=body, headers=headers, timeout=self.timeout, follow_redirects=False)
 
-    def reply_of(self, response: httpx.Response) -> tuple[str, bool]:
-        """Return the text of a reply, and whether no limit has cut it."""
+    def reply_text(self, response: httpx.Response) -> str:
+        """Return the text of a reply."""
         try:
-            choice = response.json()["choices"][0]
-            text, ended = choice["message"].get("content"), choice.get("finish_reason") != "length"
+            text = response.json()["choices"][0]["message"].get("content")
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise RequestError(
                 f"{self} did not answer with a chat completion ({self.redacted(response.text[:200])}): check that the "
                 "address ends in /v1"
             ) from None
-        return (text if isinstance(text, str) else ""), ended
+        return text if isinstance(text, str) else ""
 
     def redacted(self, text: str) -> str:
         """Remove the key, which a server may repeat."""
         key = os.environ.get(KEY)
         return text.replace(key, "<key>") if key else text
-
-
-class RemoteSide(Side):
-    """A side whose model is behind an address, named by --model-name: its prompts stay messages, and it counts no tokens."""
-
-    def __init__(self, url: str, model: str, sampling: Sampling):
-        super().__init__(model, ModelSource(url, "model", whole_model(model, False)))
-        self.endpoint = Endpoint(url, model, sampling.max_new_tokens, "MODEL")
-        self.tokenizer = SimpleNamespace(chat_template="the server's")  # so that rows are messages
-        self.endpoint.options["temperature"] = sampling.temperature
-        if sampling.top_p < 1:
-            self.endpoint.options["top_p"] = sampling.top_p
-
-    def identity(self) -> dict[str, Any]:
-        """Say which model it is."""
-        return {"model": str(self.endpoint)}
-
-    def prompts(self, conversations: list[Turns]) -> list[Any]:
-        """Return the messages."""
-        return conversations
-
-    def room(self, ids: Any, wanted: int) -> int:
-        """Leave it to the server what fits."""
-        return wanted
-
-    def replies(self, prompts: list[Any], sampling: Sampling, streamer: Any = None) -> list[Reply]:
-        """Answer prompts, a few at a time, with the sampling that this side was made with."""
-        return [Reply(text.strip(), 0, ended) for text, ended in self.endpoint.replies(prompts)]
 
 
 def find_judge(name: str, model: str | None, max_tokens: int, trust_remote_code: bool) -> LocalJudge | Endpoint:
@@ -231,7 +195,7 @@ def remedy(status: int) -> str:
         return f"set {KEY} to a key for this address"
     if status < 400:
         return "name the address that it redirects to"
-    return "check that this is the address of an OpenAI-compatible server, and that a model there has this name"
+    return "check that this is the address of an OpenAI-compatible server, and --judge-model the name of a model there"
 
 
 def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:
@@ -277,13 +241,6 @@ def winner(first: str | None, second: str | None, names: tuple[str, ...]) -> str
 def judge_answers(
     judge: LocalJudge | Endpoint, rows: list[dict[str, Any]], names: tuple[str, ...], output: Path | None
 ) -> dict[str, Any]:
-    """Have both sides' answers to each question judged, as `judge_rows` does; return `summary` of the verdicts."""
-    return summary(rows, judge_rows(judge, rows, names, output), names) | {"judge": str(judge)}
-
-
-def judge_rows(
-    judge: LocalJudge | Endpoint, rows: list[dict[str, Any]], names: tuple[str, ...], output: Path | None
-) -> list[dict[str, Any]]:
     """Have both sides' answers to each question judged.
 
     Args:
@@ -292,7 +249,7 @@ def judge_rows(
         output: verdicts are written there as they come, and resumed from there.
 
     Returns:
-        For each row the winner (a side, "tie" or None), and the verdicts and texts of both orders.
+        `summary` of the verdicts.
     """
     tasks = []
     for row in rows:
@@ -308,7 +265,7 @@ def judge_rows(
             for row in part:
                 results.append(decided_without_judge(row, names) or decided_by([next(texts), next(texts)], names))
             advance(len(part))
-    return results.rows
+    return summary(rows, results.rows, names) | {"judge": str(judge)}
 
 
 def decided_without_judge(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
@@ -388,11 +345,6 @@ def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     if found["longer_won"] is not None:
         table.add_row("the longer one won", f"{found['longer_won']:.0%} of the decided")
     console.print(table)
-    show_unparsable(found)
-
-
-def show_unparsable(found: dict[str, Any]) -> None:
-    """Print the first reply without a verdict, where there is one, and what to do about it."""
     if found["unparsable"]:
         text = found["first_unparsable"]
         shown = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"

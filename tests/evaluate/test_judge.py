@@ -165,8 +165,8 @@ def test_failures_that_pass_are_tried_again(server, endpoint):
     with pytest.raises(
         RequestError, match="did not answer with a chat completion"
     ):  # an empty body is no failure that passes
-        endpoint.answers([ASK])
-    assert endpoint.slept == [7.0, 2.0] and endpoint.answers([ASK]) == ["Hello!"]
+        endpoint.ask(ASK)
+    assert endpoint.slept == [7.0, 2.0] and endpoint.ask(ASK) == "Hello!"
 
 
 def test_failures_that_stay_name_the_endpoint(server, endpoint):
@@ -174,7 +174,7 @@ def test_failures_that_stay_name_the_endpoint(server, endpoint):
     with pytest.raises(
         RuntimeError, match=r"judge-7b at http://127.0.0.1:\d+/v1/chat/completions: 4 tries failed.*500"
     ) as told:
-        endpoint.answers([ASK])
+        endpoint.ask(ASK)
     assert KEY not in str(told.value) and len(server.asked) == 4 and endpoint.slept == [1.0, 2.0, 4.0]
 
 
@@ -182,7 +182,7 @@ def test_failures_that_stay_name_the_endpoint(server, endpoint):
     ("status", "words"),
     [
         (401, "OPENAI_API_KEY"),
-        (404, "a model there has this name"),
+        (404, "--judge-model"),
         (422, "messages"),
         (307, "name the address that it redirects to"),
     ],
@@ -192,14 +192,14 @@ def test_refusals_are_not_repeated(server, endpoint, status, words):
         (status, {"error": {"message": f"no messages for {KEY}"}}, {"Location": "http://127.0.0.1:9/stolen"})
     ]
     with pytest.raises(RequestError, match=f"{status}.*{words}|{words}") as told:
-        endpoint.answers([ASK])
+        endpoint.ask(ASK)
     assert len(server.asked) == 1 and KEY not in str(told.value)
 
 
 def test_what_newer_models_refuse_is_left_out(server, endpoint):
     server.plan = [(400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}}),
                    (400, {"error": {"message": "'temperature' does not support 0"}}), "Hello!"]  # fmt: skip
-    assert endpoint.answers([ASK]) == ["Hello!"]
+    assert endpoint.ask(ASK) == "Hello!"
     assert server.asked[-1]["max_completion_tokens"] == 512
     assert not {"max_tokens", "temperature"} & server.asked[-1].keys()
 
@@ -208,11 +208,11 @@ def test_silence_and_nobody_there(server, endpoint):
     endpoint.timeout, endpoint.tries = 0.3, 2
     server.plan = [2.0, 2.0]
     with pytest.raises(RuntimeError, match="no answer in time"):
-        endpoint.answers([ASK])
+        endpoint.ask(ASK)
     gone = Endpoint("http://127.0.0.1:9", "m", 512)
     gone.tries, gone.pause = 2, 0
     with pytest.raises(RuntimeError, match="m at http://127.0.0.1:9/v1/chat/completions.*refused"):
-        gone.answers([ASK])
+        gone.ask(ASK)
     for url in ("ftp://x", "http://", "http://me:secret@host/v1"):
         with pytest.raises(RequestError, match="--judge"):
             Endpoint(url, "m", 512)
