@@ -77,7 +77,7 @@ class Side:
 
 @dataclass
 class Written:
-    """What the template writes of one pair."""
+    """Texts that the template writes for one pair."""
 
     conversation: Messages
     """The prompt, without a started answer."""
