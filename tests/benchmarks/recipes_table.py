@@ -54,12 +54,14 @@ def row_of(recipe: Recipe, planner: Planner) -> tuple[list[str], str]:
     assert trial is not None
     one = planner(trial, (card or SIZES[0]).target)
     layers = len(planner.study(trial, (card or SIZES[0]).target).layers)
-    smallest = next((size for size in SIZES if verdict(one, size) == FITS), None)
+    sizes = sorted([*SIZES, *([card] if card else [])], key=lambda one: one.gigabytes)
+    smallest = next((size for size in sizes if verdict(one, size) == FITS), None)
     at_least = best(trial, smallest, planner) if smallest and auto else None
     there = best(trial, card, planner) if card and auto else None
     minutes = f"{seconds_of(trial, card, there) / 60:.0f} min" if card and there else ""
     cells = [
-        recipe.name, f"2 x {sum(one.shape.pairs[0]):,}", picked(smallest, at_least, layers) or "none of 80 GB and less",
+        recipe.name, f"2 x {sum(one.shape.pairs[0]):,}",
+        picked(smallest, at_least, layers) or "none of 80 GB and less" if card else "none needed",
         picked(card, there, layers) or "none needed", minutes,
         f"{one.load_host / 1e9:.1f}",
     ]  # fmt: skip

@@ -291,7 +291,7 @@ def test_names_for_screen_readers(pages, browser):
     ]
 
 
-def test_without_script_the_charts_are_there(pages, browser, tmp_path):
+def test_without_script_the_top_says_so_and_every_chart_is_in_words(pages, browser):
     """As in previews of mail programs and phones, which run none."""
     browser("Emulation.setScriptExecutionDisabled", value=True)
     try:
@@ -299,8 +299,14 @@ def test_without_script_the_charts_are_there(pages, browser, tmp_path):
         nodes = browser("Accessibility.getFullAXTree")["nodes"]
         names = [n["name"]["value"] for n in nodes if n["role"]["value"] in ("image", "img") and not n.get("ignored")]
         assert sum("by optimizer step" in name for name in names) >= 9
+        top, words = browser.run(
+            "(e => [e.getBoundingClientRect().top, e.innerText])(document.querySelector('noscript p'))"
+        )
+        assert 0 <= top < 200 and "allow JavaScript" in words
     finally:
         browser("Emulation.setScriptExecutionDisabled", value=False)
+    browser.open(pages["one"])
+    assert browser.run("document.querySelector('noscript p')") is None
 
 
 def test_nothing_injected_runs(written, browser, tmp_path):
