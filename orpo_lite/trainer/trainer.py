@@ -142,7 +142,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         # the loss is normalized over the step: nobody may divide it again
         self.accelerator.gradient_accumulation_steps = 1
         self.objective = setup.make_objective(self)
-        self.set_trl_attributes(self._tokenize_options)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
         self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
@@ -179,14 +178,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
 
     # ---- the loss --------------------------------------------------------------------------------------------------
 
-    def orpo_loss(self, model: nn.Module, inputs: dict[str, Any], totals: Tensor | None) -> tuple[Tensor, dict]:
-        """Compute loss and sums of a batch, see `Objective.loss`; in training the sums count for the next log."""
-        batches = micro_batches(self._to_device(inputs))
-        loss, sums = self.objective.loss(model, batches, totals)
-        if model.training:
-            self._add(sums)
-        return loss, sums
-
     def compute_loss(
         self,
         model: nn.Module,
@@ -197,9 +188,12 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         """Compute the ORPO loss of a batch of `get_train_dataloader()`, or of TRL's collator.
 
         With `num_items_in_batch` (NLL labels, pairs and micro-batches of the whole optimizer step, as `get_batch_samples`
-        counts them) the batch's share of the step's loss; without, the loss of the batch on its own.
+        counts them) the batch's share of the step's loss; without, the loss of the batch on its own. In training its sums
+        count for the next log.
         """
-        loss, sums = self.orpo_loss(model, inputs, num_items_in_batch)
+        loss, sums = self.objective.loss(model, micro_batches(self._to_device(inputs)), num_items_in_batch)
+        if model.training:
+            self._add(sums)
         return (loss, finish_metrics(sums)) if return_outputs else loss
 
     def _to_device(self, batch: dict[str, Any]) -> dict[str, Any]:
@@ -288,12 +282,8 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         model.train()
         if callable(getattr(self.optimizer, "train", None)):  # schedule-free optimizers
             self.optimizer.train()  # type: ignore[union-attr]
-        self.totals_of_step = totals
-        try:
-            with self.compute_loss_context_manager():
-                loss = self.compute_loss(model, batch, num_items_in_batch=totals)
-        finally:
-            self.totals_of_step = None
+        with self.compute_loss_context_manager():
+            loss = self.compute_loss(model, batch, num_items_in_batch=totals)
         often = self.args.torch_empty_cache_steps
         if often is not None and self.state.global_step % often == 0:
             clear_device_cache()

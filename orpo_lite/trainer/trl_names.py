@@ -1,47 +1,32 @@
-"""The attributes and methods that scripts written for TRL's ORPOTrainer use, by TRL's names."""
+"""What scripts written for TRL's ORPOTrainer pass and call, by TRL's names."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
-import torch.nn.functional as F
 from datasets import concatenate_datasets
 from huggingface_hub import HfApi, ModelCard
 from peft import PeftModel
-from torch import Tensor, nn
 
 from orpo_lite.common.credentials import ALLOWED, published, refuse_secrets
 from orpo_lite.data.lengths import answer_tokens
-from orpo_lite.objective.loss import log_odds_ratio
-from orpo_lite.objective.metrics import finish_metrics
 
 if TYPE_CHECKING:
-    from orpo_lite.data.token_cache import TokenizeOptions
     from orpo_lite.trainer.checkpointing import CheckpointedTrainer as Base
-    from orpo_lite.trainer.objective import Objective
 else:
     Base = object
 
-Half = Literal["train", "eval"]
-
 NOT_CALLED = {"build_tokenized_answer", "concatenated_forward", "concatenated_inputs", "generate_from_model",
-              "get_batch_logps", "get_batch_loss_metrics", "odds_ratio_loss", "tokenize_row"}  # fmt: skip
-"""Methods of TRL's trainer that nothing calls here; the guide "From TRL" says what to use instead of those that are absent."""
+              "get_batch_logps", "get_batch_loss_metrics", "odds_ratio_loss", "store_metrics", "tokenize_row"}  # fmt: skip
+"""Methods of TRL's trainer that are absent here; the guide "From TRL" says what to use instead."""
 
 
 class TrlNames(Base):
-    """TRL's attributes and methods by TRL's names, where they mean anything here; a mixin of ORPOTrainer."""
+    """Publishing by TRL's names, and refusals of what would be without effect here; a mixin of ORPOTrainer."""
 
     _name = "ORPO"
-    tokenizer: Any
-    is_encoder_decoder = False
-    objective: Objective
-    stored: dict[str, dict[str, list[float]]] | None = None
-    """Numbers of `store_metrics` since the last log of training and of evaluation."""
-    totals_of_step: Tensor | None = None
-    """Counts of the optimizer step whose loss is being computed, see `count_step`."""
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         if "tokenizer" in kwargs:
@@ -55,61 +40,6 @@ class TrlNames(Base):
                 f"{cls.__name__} overrides {', '.join(ignored)}, which nothing calls here, so that it would be without "
                 "effect: override compute_loss(model, inputs, return_outputs, num_items_in_batch) instead"
             )
-
-    def set_trl_attributes(self, options: TokenizeOptions) -> None:
-        """Set what TRL's trainer keeps as attributes."""
-        pad = self.args.padding_value
-        self.max_length, self.max_completion_length = options.max_length, options.max_completion_length
-        self.padding_value = self.tokenizer.pad_token_id if pad is None else pad
-        self.generate_during_eval = self.args.generate_during_eval
-        self.aux_loss_enabled, self.aux_loss_coef = self.objective.router_loss, self.objective.router_coefficient
-
-    @property
-    def beta(self) -> float:
-        return self.args.beta
-
-    @beta.setter
-    def beta(self, value: float) -> None:
-        self.args.beta = value
-
-    def odds_ratio_loss(
-        self, policy_chosen_logps: Tensor, policy_rejected_logps: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """Compute the odds-ratio term from mean log-probs of chosen and rejected completions, (B,) each.
-
-        Returns:
-            As TRL's: losses (B,), chosen and rejected rewards (B,) without gradient, mean log-sigmoid, mean log odds.
-        """
-        odds = log_odds_ratio(policy_chosen_logps, policy_rejected_logps)
-        ratio = F.logsigmoid(odds)
-        rewards = [self.beta * logps.float().detach() for logps in (policy_chosen_logps, policy_rejected_logps)]
-        return self.beta * ratio, rewards[0], rewards[1], ratio.mean(), odds.mean()
-
-    def get_batch_loss_metrics(
-        self, model: nn.Module, batch: dict[str, Any], train_eval: Half = "train"
-    ) -> tuple[Tensor, dict[str, float]]:
-        """Compute the loss of a batch and its metrics by TRL's names, of this process alone.
-
-        Inside a training step it is the batch's share of the step's loss, so that your own `compute_loss` can return it.
-        """
-        # not a subclass's compute_loss, which may be what calls this
-        loss, sums = self.orpo_loss(model, batch, self.totals_of_step)  # type: ignore[attr-defined]  # ORPOTrainer's
-        prefix = "eval_" if train_eval == "eval" else ""
-        return loss, {f"{prefix}{key}": value for key, value in finish_metrics(sums).items()}
-
-    def store_metrics(self, metrics: dict[str, float], train_eval: Half = "train") -> None:
-        """Keep your own numbers for the next log of training or evaluation, which shows the mean of each."""
-        self.stored = self.stored or {"train": {}, "eval": {}}
-        for key, value in metrics.items():
-            self.stored[train_eval].setdefault(key, []).append(float(value))
-
-    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Log with the means of what `store_metrics` was given."""
-        if self.stored:
-            half = self.stored["train" if "learning_rate" in logs or "loss" in logs else "eval"]
-            logs |= {key: sum(values) / len(values) for key, values in half.items()}
-            half.clear()
-        super().log(logs, start_time)
 
     def init_hf_repo(self, token: str | None = None, private: bool | None = None) -> None:
         """Create the repository: private, unless it exists or `hub_private_repo` says False."""
