@@ -16,7 +16,7 @@ import logging
 import operator
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,45 +76,31 @@ def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool =
     return [sorted(part) for part in parts] + [[]] * (count - len(parts))
 
 
-def cut_by_tokens(costs: np.ndarray, processes: int, budget: int, padded: bool = False) -> list[MicroBatches]:
-    """Cut the pairs of one optimizer step into micro-batches of at most `budget` tokens.
+def cut_step(
+    costs: np.ndarray, processes: int, tokens: int | None, pairs: int = 1, padded: bool = False
+) -> list[MicroBatches]:
+    """Deal the pairs of one optimizer step to processes, and cut each share into micro-batches, as few as hold it.
 
     Args:
         costs: tokens of each pair, (N,) int64.
+        tokens: the most tokens of a micro-batch of several pairs; None goes by `pairs`, the most pairs.
         padded: whether the layout pads the pairs of a micro-batch to each other.
 
     Returns:
         The micro-batches of each process: the same number on all, some of them empty.
     """
-    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes)]
-    count = max(len(micro_batches(costs[share], budget, 1, padded)) for share in shares)
-    cut = [micro_batches(costs[share], budget, count, padded) for share in shares]
-    return even([[share[batch].tolist() for batch in batches] for share, batches in zip(shares, cut, strict=True)])
 
+    def cut(share: np.ndarray, count: int) -> MicroBatches:
+        if tokens:
+            return micro_batches(costs[share], tokens, count, padded)
+        return deal(costs[share], max(count, -(-len(share) // pairs)), pairs)
 
-def cut_by_pairs(costs: np.ndarray, processes: int, pairs: int, whole: bool = False) -> list[MicroBatches]:
-    """Cut the pairs of one optimizer step into micro-batches of at most `pairs` pairs, as few as hold them all.
-
-    Args and return value as in `cut_by_tokens`, but for `pairs`, the pairs per micro-batch, and `whole`: keep the
-    micro-batches that a single process would form and deal those, since a mean of micro-batch means depends on them.
-    """
-    if whole:
-        parts = [list(range(len(costs)))[i : i + pairs] for i in range(0, len(costs), pairs)]
-        sums = np.array([costs[part].sum() for part in parts], dtype=np.int64)
-        dealt = deal(sums, processes, max_items=-(-len(parts) // processes))
-        return even([[parts[i] for i in sorted(share)] for share in dealt])
-    rounds = -(-len(costs) // (processes * pairs))
-    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes, max_items=rounds * pairs)]
-    count = max(-(-len(share) // pairs) for share in shares)
-    return even(
-        [[sorted(share[part].tolist()) for part in deal(costs[share], count, max_items=pairs)] for share in shares]
-    )
-
-
-def even(cut: list[MicroBatches]) -> list[MicroBatches]:
-    """Add empty micro-batches, so that all processes have the same number."""
-    count = max(map(len, cut))
-    return [batches + [[]] * (count - len(batches)) for batches in cut]
+    most = None if tokens else -(-len(costs) // (processes * pairs)) * pairs
+    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes, most)]
+    count = max(len(cut(share, 1)) for share in shares)
+    batches = [[sorted(share[part].tolist()) for part in cut(share, count)] for share in shares]
+    count = max(map(len, batches))
+    return [mine + [[]] * (count - len(mine)) for mine in batches]
 
 
 @dataclass
@@ -129,7 +115,9 @@ class StepPlan:
         padded: whether the layout pads the pairs of a micro-batch to each other, which a budget counts.
         drop_last: leave out the pairs that do not fill a last step or, without a budget, micro-batches on all processes.
         pairs_per_batch: pairs per micro-batch without a budget.
-        whole: keep the micro-batches of a single process, see `cut_by_pairs`.
+
+    As the batch sampler of a loader it yields the keys of an epoch's steps, each a batch of one, so that accelerate's
+    skip_first_batches skips whole steps; the epoch travels in the keys, so that workers and resuming need no state.
     """
 
     costs: np.ndarray
@@ -140,7 +128,18 @@ class StepPlan:
     padded: bool = False
     drop_last: bool = False
     pairs_per_batch: int = 1
-    whole: bool = False
+    epoch: int = 0
+
+    batch_size: ClassVar = 1
+    """Steps that a batch of keys holds."""
+
+    def set_epoch(self, epoch: int) -> None:
+        """Set the epoch whose steps come next."""
+        self.epoch = epoch
+
+    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
+        for step in range(len(self)):
+            yield [(self.epoch, step)]
 
     def __len__(self) -> int:
         """Count the optimizer steps of an epoch."""
@@ -164,11 +163,7 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Return the micro-batches of each process in one optimizer step; the same number on all of them."""
         pairs = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        costs = self.costs[pairs]
-        if self.tokens_per_batch:
-            cut = cut_by_tokens(costs, self.processes, self.tokens_per_batch, self.padded)
-        else:
-            cut = cut_by_pairs(costs, self.processes, self.pairs_per_batch, self.whole)
+        cut = cut_step(self.costs[pairs], self.processes, self.tokens_per_batch, self.pairs_per_batch, self.padded)
         return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
@@ -202,32 +197,11 @@ class StepDataset(Dataset):
         return filler | {"pair_rows": filler["pair_rows"][:0]}
 
 
-class StepSampler:
-    """Keys of an epoch's steps; each is a batch of one, so that accelerate's skip_first_batches skips whole steps."""
-
-    batch_size, drop_last = 1, False
-
-    def __init__(self, steps: int):
-        self.steps, self.epoch = steps, 0
-
-    def set_epoch(self, epoch: int) -> None:
-        """Set the epoch that the keys name."""
-        self.epoch = epoch
-
-    def __len__(self) -> int:
-        return self.steps
-
-    def __iter__(self) -> Iterator[list[tuple[int, int]]]:
-        for step in range(self.steps):
-            yield [(self.epoch, step)]
-
-
 class StepLoader(DataLoader):
-    """One item per optimizer step; the epoch travels in the keys, so that workers and resuming need no state."""
+    """One item per optimizer step."""
 
     def __init__(self, dataset: StepDataset, **options: Any):
-        sampler = StepSampler(len(dataset.plan))
-        super().__init__(dataset, batch_sampler=sampler, collate_fn=operator.itemgetter(0), **options)  # type: ignore[arg-type]
+        super().__init__(dataset, batch_sampler=dataset.plan, collate_fn=operator.itemgetter(0), **options)  # type: ignore[arg-type]
 
     def set_epoch(self, epoch: int) -> None:
         """Set the epoch whose steps come next."""
@@ -260,7 +234,6 @@ def step_loader(
         padded=layout == "padded",
         drop_last=args.dataloader_drop_last,
         pairs_per_batch=args.train_batch_size // accumulation,
-        whole=args.nll_mean == "micro",
     )
     return StepLoader(
         StepDataset(pairs, plan, collator, args.process_index, own_collator),

@@ -66,12 +66,11 @@ def test_an_epoch_sees_every_pair_once(costs, step, budget, processes, padded, d
     st.integers(1, 4),
     st.booleans(),
     st.booleans(),
-    st.booleans(),
 )
-def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, whole, drop_last):
+def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, drop_last):
     """No pair is repeated to fill a step up, and no micro-batch holds more than it should."""
     step = pairs * accumulation * processes
-    plan = StepPlan(costs, step, None, processes, 3, padded, drop_last, pairs, whole)
+    plan = StepPlan(costs, step, None, processes, 3, padded, drop_last, pairs)
     order, seen = plan.order(2), []
     for number in range(len(plan)):
         cut = plan.step(2, number)
@@ -79,11 +78,6 @@ def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, who
         assert len(cut[0]) <= accumulation and max(len(batch) for batches in cut for batch in batches) <= pairs
         mine = [i for batches in cut for batch in batches for i in batch]
         assert sorted(mine) == sorted(order[number * step : (number + 1) * step][: len(mine)])
-        if whole:  # those that one process would make
-            batches = {tuple(batch) for share in cut for batch in share if batch}
-            assert batches == {
-                tuple(order[i : i + pairs]) for i in range(number * step, number * step + len(mine), pairs)
-            }
         seen += mine
     at_once = pairs * processes
     assert len(seen) == len(set(seen)) == (len(costs) // at_once * at_once if drop_last else len(costs))
