@@ -53,23 +53,21 @@ def export(
     ollama: bool = False,
     llama_quantize: str | None = None,
     base: str | None = None,
-    onto: str = "original",
-    quantization: str | None = None,
-    double_quant: bool = False,
     trust_remote_code: bool = False,
     dry_run: bool = False,
 ) -> Path:
     """Write a run, adapter or plain model folder as one GGUF file, read it back and compare it with its source.
 
     Args:
-        source: run or adapter folder, which is merged first, or a folder with a plain transformers model.
+        source: run or adapter folder, which is merged first onto the original weights, or a folder with a plain
+            transformers model.
         output: GGUF file to write; it must not exist, and appears complete or not at all.
         quant: f32, f16, bf16, q8_0, ...; auto: 16 bits, bfloat16 where the weights are.
         adapter: write the adapter alone, as a LoRA file for a GGUF file of its base.
         ollama: write a Modelfile beside it.
         llama_quantize: llama.cpp's llama-quantize program, for types such as q4_k_m. Default: that on the PATH, else the
             quantizer inside an installed wheel (xllamacpp, llama-cpp-python).
-        base, onto, quantization, double_quant, trust_remote_code: as in `merge`.
+        base, trust_remote_code: as in `merge`.
         dry_run: check all that can be checked without the weights, and write nothing.
 
     Raises:
@@ -85,8 +83,6 @@ def export(
 
     source, output = Path(source).expanduser(), Path(output).expanduser()
     trained = check_request(source, output, adapter, ollama, quant)
-    if (quantization or double_quant) and (adapter or not trained):
-        raise RequestError("--quantization, --double-quant: without effect, for nothing is merged: leave them out")
     kind = None if adapter or quant == "auto" else kind_of(quant, llama_quantize)
     spec = ModelSection(name_or_path=str(source), quantization="none", trust_remote_code=trust_remote_code)
     if trained:
@@ -95,8 +91,7 @@ def export(
     pairs = read_pairs(source) if adapter else {}
     with naming_base(source, spec) if trained else contextlib.nullcontext():
         config, tokenizer = read_source(source, spec, adapter)
-    merging: dict[str, Any] = {"base": base, "onto": onto, "quantization": quantization, "double_quant": double_quant,
-                               "trust_remote_code": trust_remote_code, "dry_run": dry_run}  # fmt: skip
+    merging: dict[str, Any] = {"base": base, "trust_remote_code": trust_remote_code, "dry_run": dry_run}
     if not dry_run:
         output.parent.mkdir(parents=True, exist_ok=True)
     place = None if dry_run else output.parent
@@ -227,7 +222,7 @@ def write_model(
     """Convert, quantize and check a model's folder; return the file and what was found, in lines to print."""
     from orpo_lite.export.gguf_file import check_fields, compare_values, quantize_file, types_of
 
-    made, direct = Path(request["output"]), kind.by == "converter"
+    made, tool = Path(request["output"]), kind.program or kind.library
     # what is quantized is 16-bit, since the converter then keeps in float32 what needs it
     between = "f16" if config.dtype == torch.float16 else "bf16"
     fields = request["fields"] | token_fields(tokenizer, stop_token_ids(tokenizer, generation))
@@ -235,19 +230,19 @@ def write_model(
         "task": "model",
         "model": str(model.resolve()),
         "fields": fields,
-        "type": kind.name if direct else between,
+        "type": between if tool else kind.name,
     }
     with progress(f"converting to {kind.name}"):
         run_converter(request)
-        if not direct:
+        if tool:
             floats, made = made, made.with_name("quantized.gguf")
             quantize_file(floats, made, kind)
             floats.unlink()
     with progress("reading it back"):
         check_fields(made, tokenizer, fields, context_of(config))
         lines = [compare_values(made, model, kind.limit)]
-    if kind.tool:
-        lines.append(f"{types_of(made)}; quantized by {kind.tool}")
+    if tool:
+        lines.append(f"{types_of(made, kind)}; quantized by {tool}")
     return made, lines
 
 

@@ -47,16 +47,14 @@ class Kind:
     name: str
     limit: float
     """Largest relative error ||w' - w|| / ||w|| that the type may cause in a weight tensor."""
-    by: str
-    """Its writer: converter, gguf, ggml or llama.cpp."""
-    tool: str = ""
-    """The library of ggml, or llama.cpp's program."""
+    program: str = ""
+    """llama.cpp's llama-quantize, where that writes it."""
+    library: str = ""
+    """A library of ggml, where that does; the converter without either."""
 
 
 CONVERTER = {"f32": 1e-6, "f16": 2e-3, "bf16": 8e-3, "q8_0": 0.03, "tq1_0": 1.0, "tq2_0": 1.0}
 """The converter's types and their limits. The last two are ternary, for models trained so (BitNet); others lose most."""
-BLOCKS = {"q5_1": 0.1, "q5_0": 0.1, "q4_1": 0.2, "q4_0": 0.2, "mxfp4": 0.2}
-"""The gguf package's. The last has one power of two for 32 weights, for models trained so (gpt-oss)."""
 LLAMA_CPP = re.compile(r"(q([2-6])_k(_[sml])?|iq([1-4])_[a-z]+|q[458]_[01])")
 MIXTURES: dict[str, list[tuple[str, str | float, str]]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 FALLBACK = {"Q2_K": "IQ4_NL", "Q3_K": "IQ4_NL", "Q4_K": "Q5_0", "Q5_K": "Q5_1", "Q6_K": "Q8_0"}
@@ -75,12 +73,10 @@ def kind_of(name: str, llama_quantize: str | None) -> Kind:
     Raises:
         RequestError: there is no such type, or it needs llama.cpp's quantizer and none is found.
     """
-    name, known = name.lower(), ", ".join([*CONVERTER, *BLOCKS, *MIXTURES])
+    name, known = name.lower(), ", ".join([*CONVERTER, *MIXTURES])
     name += "_m" * (name in ("q3_k", "q4_k", "q5_k"))
     if name in CONVERTER:
-        return Kind(name, CONVERTER[name], "converter")
-    if name in BLOCKS and not llama_quantize:
-        return Kind(name, BLOCKS[name], "gguf")
+        return Kind(name, CONVERTER[name])
     match = LLAMA_CPP.fullmatch(name)
     if not match:
         raise RequestError(f"--quant: no type {name!r}; expected {known}, or another of llama.cpp's llama-quantize")
@@ -89,9 +85,9 @@ def kind_of(name: str, llama_quantize: str | None) -> Kind:
     if program and (not os.access(program, os.X_OK) or Path(program).is_dir()):
         raise RequestError(f"--llama-quantize: {program} is not a program that can be run")
     if program:
-        return Kind(name, limit, "llama.cpp", str(Path(program).absolute()))
+        return Kind(name, limit, program=str(Path(program).absolute()))
     if name in MIXTURES and (library := ggml_library()):
-        return Kind(name, limit, "ggml", library)
+        return Kind(name, limit, library=library)
     wheel = (
         "pip install xllamacpp (Linux) or llama-cpp-python, whose library quantizes, or " if name in MIXTURES else ""
     )
@@ -121,28 +117,30 @@ def quantize_file(path: Path, output: Path, kind: Kind) -> None:
     Raises:
         RuntimeError: llama.cpp's quantizer failed; the message ends with its last lines.
     """
-    if kind.by != "llama.cpp":
+    if kind.library:
         write_blocks(path, output, kind)
         return
-    words = [kind.tool, str(path), str(output), kind.name.upper()]
+    words = [kind.program, str(path), str(output), kind.name.upper()]
     done = subprocess.run(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, errors="replace")
     if done.returncode or not output.is_file():
-        raise RuntimeError(f"{kind.tool} failed (status {done.returncode}); its last lines:\n{last_lines(done.stdout)}")
+        raise RuntimeError(
+            f"{kind.program} failed (status {done.returncode}); its last lines:\n{last_lines(done.stdout)}"
+        )
 
 
 def write_blocks(path: Path, output: Path, kind: Kind) -> None:
-    """Quantize with ggml or the gguf package, one tensor at a time; tensors that the converter left in float32 stay so."""
+    """Quantize with ggml, one tensor at a time; tensors that the converter left in float32 stay so."""
     reader = GGUFReader(path)
     architecture = reader.fields["general.architecture"].contents()
     writer = GGUFWriter(output, architecture)
     layers = int(reader.fields[f"{architecture}.block_count"].contents())
     tied = all(tensor.name != "output.weight" for tensor in reader.tensors)
-    encode = ggml_quantizer(kind.tool) if kind.by == "ggml" else quantize
+    encode = ggml_quantizer(kind.library)
     for key, field in reader.fields.items():
         if not key.startswith("GGUF.") and key not in ("general.architecture", "general.file_type"):
             inner = field.types[-1] if field.types[0] == GGUFValueType.ARRAY else None
             writer.add_key_value(key, field.contents(), field.types[0], sub_type=inner)
-    writer.add_file_type(LlamaFileType["MOSTLY_" + {"mxfp4": "MXFP4_MOE"}.get(kind.name, kind.name.upper())])
+    writer.add_file_type(LlamaFileType[f"MOSTLY_{kind.name.upper()}"])
     f32 = GGMLQuantizationType.F32
     targets: list[GGMLQuantizationType] = []
     for tensor in reader.tensors:
@@ -184,22 +182,10 @@ def ggml_quantizer(library: str) -> Callable[[np.ndarray, GGMLQuantizationType],
 
 
 def block_type(name: str, row: int, kind: Kind, layers: int, tied: bool) -> GGMLQuantizationType:
-    """Return the type of a tensor with rows of this length: float16 where they cannot be cut into blocks.
+    """Return the type of a tensor by its name and layer, see `MIXTURES`; float16 where its rows cannot be cut into blocks.
 
-    The head matters most and gets more bits, also where the embeddings are the head (`tied`). The gguf package's types are
-    llama.cpp's oldest, for which both get 8 bits.
+    The head matters most and gets more bits, also where the embeddings are the head (`tied`).
     """
-    ends = ("token_embd.weight", "output.weight")
-    wanted = "Q8_0" if name in ends else kind.name.upper()
-    if kind.by == "ggml":
-        wanted = "Q6_K" if name == ends[not tied] else mixed_type(name, kind, layers)
-    if row % GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]:
-        wanted = FALLBACK.get(wanted, "F16")
-    return GGMLQuantizationType["F16" if row % 32 else wanted]
-
-
-def mixed_type(name: str, kind: Kind, layers: int) -> str:
-    """Return the K-quant of a tensor by its name and layer, see `MIXTURES`."""
     number = re.match(r"blk\.(\d+)\.", name)
     layer, eighth = int(number[1]) if number else 0, layers // 8
 
@@ -208,7 +194,12 @@ def mixed_type(name: str, kind: Kind, layers: int) -> str:
             return layer < eighth or layer >= 7 * layers // 8 or (layer - eighth) % 3 == 2
         return which == "all" or layer < (int(layers * which) if isinstance(which, float) else int(which))
 
-    return next(kept for part, which, kept in MIXTURES[kind.name] if part in name and inside(which)).upper()
+    wanted = next(kept for part, which, kept in MIXTURES[kind.name] if part in name and inside(which)).upper()
+    if name == ("token_embd.weight" if tied else "output.weight"):
+        wanted = "Q6_K"
+    if row % GGML_QUANT_SIZES[GGMLQuantizationType[wanted]][0]:
+        wanted = FALLBACK.get(wanted, "F16")
+    return GGMLQuantizationType["F16" if row % 32 else wanted]
 
 
 def check_fields(path: Path, tokenizer: PreTrainedTokenizerBase, fields: dict[str, Any], context: int | None) -> None:
@@ -283,13 +274,13 @@ def compare_values(path: Path, source: Path, limit: float) -> str:
     return f"read back: {found} of {len(matrices)} matrices ({share:.0%} of the weights) hold the source's values"
 
 
-def types_of(path: Path) -> str:
+def types_of(path: Path, kind: Kind) -> str:
     """Return the types of the file's matrices with their numbers, in a line to print."""
     counts: Counter[str] = Counter()
     for tensor in GGUFReader(path).tensors:
         name, short = tensor.tensor_type.name, bool(tensor.shape[0] % 256)
         if len(tensor.shape) > 1:
-            instead = short and name in ("F16", *FALLBACK.values())
+            instead = short and name in ("F16", *FALLBACK.values()) and name != kind.name.upper()
             counts[name + " (rows not a multiple of 256)" * instead] += 1
     return "matrices: " + ", ".join(f"{number} {name}" for name, number in counts.most_common())
 

@@ -146,7 +146,9 @@ def check_shipped(name: str, shipped: dict[str, Any], onto: str) -> None:
     owner, slash, model = name.rpartition("/")
     stem = QUANTIZED_NAME.sub("", model)
     guess = f" (a guess from its name: {owner}{slash}{stem}; check that it exists)" if stem != model else ""
-    other = "or take --onto quantized" if method == "bitsandbytes" else "since --onto quantized reads 4 bits alone"
+    other = (
+        "or merge with --onto quantized" if method == "bitsandbytes" else "since --onto quantized reads 4 bits alone"
+    )
     raise RequestError(
         f"{name} ships quantized ({method}), so it has no 16-bit weights to merge into: name the 16-bit model that it was "
         f"made from with --base{guess}, {other}"

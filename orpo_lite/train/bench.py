@@ -5,13 +5,12 @@ Memory is that of live tensors, on any device; times are taken in turn, so that 
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -29,28 +28,6 @@ from orpo_lite.trainer.trl_names import trl_columns
 
 if TYPE_CHECKING:
     from orpo_lite.trainer.trainer import ORPOTrainer
-
-
-@contextlib.contextmanager
-def random_model(recipe: Recipe, layers: int) -> Iterator[Recipe]:
-    """Give the recipe a random model of its base's shape with `layers` layers, so that no weights are needed."""
-    from transformers import AutoModelForCausalLM
-
-    from orpo_lite.model import load_tokenizer
-    from orpo_lite.plan.meta_model import find_config
-
-    tokenizer = load_tokenizer(recipe.model, recipe.adapter and recipe.adapter.init_from)
-    config: Any = find_config(recipe.model)
-    decoder = config.get_text_config(decoder=True)
-    decoder.num_hidden_layers = layers
-    if getattr(decoder, "layer_types", None):
-        decoder.layer_types = decoder.layer_types[:layers]
-    torch.manual_seed(0)
-    with tempfile.TemporaryDirectory() as folder:
-        AutoModelForCausalLM.from_config(config, dtype=torch.float32).save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        section = recipe.model.model_copy(update={"name_or_path": folder, "gguf_file": None, "revision": None})
-        yield recipe.model_copy(update={"model": section})
 
 
 TRL_LIGER = "trl + liger"

@@ -1,6 +1,5 @@
 """`python -m orpo_lite.bench --recipe NAME [--against trl]`; torch is imported once the arguments are checked."""
 
-import contextlib
 import importlib.util
 import os
 from typing import Annotated, Any
@@ -46,10 +45,6 @@ def command(
     batch: Annotated[str, typer.Option(help="batch sizes in pairs")] = "1,2,4,8",
     pairs: Annotated[int, typer.Option(help="pairs in each measurement")] = 16,
     repeats: Annotated[int, typer.Option(help="repeats of each measurement, the contestants in turn")] = 5,
-    layers: Annotated[
-        int | None,
-        typer.Option(help="take a random model of the base's shape with this many layers instead of its weights"),
-    ] = None,
     checkpointing: Annotated[bool, typer.Option(help="recompute all layers in the backward pass")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON instead of tables")] = False,
 ) -> None:
@@ -67,14 +62,13 @@ def command(
     # torch's profiler, which counts memory on the CPU, would log where it starts and stops, and what it cannot know
     os.environ.update(KINETO_LOG_LEVEL="99", TORCH_CPP_LOG_LEVEL="ERROR")
     with json_alone(as_json) as print_json:
-        from orpo_lite.train.bench import Contest, random_model
+        from orpo_lite.train.bench import Contest
 
-        with random_model(chosen, layers) if layers else contextlib.nullcontext(chosen) as spec:
-            contest = Contest(spec, pairs, names, checkpointing)
-            races = []
-            for size in sizes:
-                errors.print(f"measuring batches of {size}")
-                races.append(contest.race(size, repeats))
+        contest = Contest(chosen, pairs, names, checkpointing)
+        races = []
+        for size in sizes:
+            errors.print(f"measuring batches of {size}")
+            races.append(contest.race(size, repeats))
         if as_json:
             print_json({"setting": contest.setting, "races": races})
         else:

@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from accelerate.utils import gather_object
 from rich.markup import escape
 
 from orpo_lite.common.console import console, peak_memory_bytes, progress
@@ -90,10 +89,9 @@ def measure_held_out(
     if pairs.eval is None:
         return found
     model = trainer.unwrapped()
+    count, longest = min(recipe.evaluation.samples, len(pairs.eval)), recipe.evaluation.max_new_tokens
     if trainer.is_world_process_zero():
-        count = min(recipe.evaluation.samples, len(pairs.eval))
-        longest = counted(recipe.evaluation.max_new_tokens, "token")
-        answers = f", {counted(count, 'answer')} of at most {longest}" if count else ""
+        answers = f", {counted(count, 'answer')} of at most {counted(longest, 'token')}" if count else ""
         what = "adapter" if before else "base"
         console.print(f"measuring the {what}: {counted(len(pairs.eval), 'held-out pair')}{answers}")
     trained = before is not None and trainer.args.world_size == 1  # processes would wait for one that failed
@@ -109,20 +107,9 @@ def measure_held_out(
         named("answering held-out prompts", "set a smaller evaluation.max_new_tokens or evaluation.samples"),
         autocast(model),
     ):
-        found.samples = answer_shared(trainer, model, tokenizer, pairs.eval, recipe)
+        found.samples = answer(model, tokenizer, pairs.eval, count, longest)
         score_answers(trainer, pairs.eval, found.samples, before.samples if before else [])
     return found
-
-
-def answer_shared(trainer: ORPOTrainer, model: Any, tokenizer: Any, pairs: Any, recipe: Recipe) -> list[dict[str, Any]]:
-    """Answer the first held-out prompts: each process its share."""
-    count, longest = min(recipe.evaluation.samples, len(pairs)), recipe.evaluation.max_new_tokens
-    processes, mine = trainer.args.world_size, trainer.args.process_index
-    if processes == 1:
-        return answer(model, tokenizer, pairs, count, longest)
-    share = range(mine, count, processes)
-    parts = gather_object([answer(model, tokenizer, pairs.select(share), len(share), longest)])
-    return [parts[i % processes][i // processes] for i in range(count)]
 
 
 def measure_before(

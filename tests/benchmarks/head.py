@@ -19,7 +19,8 @@ from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.head import HeadTransform, token_logps
 from orpo_lite.objective.loss import orpo_loss, pair_statistics, window_loss
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import Contest, interleaved, peak_over, random_model, ratios
+from orpo_lite.train.bench import Contest, interleaved, peak_over, ratios
+from tests.benchmarks.random_model import random_model
 
 ROWS, PAIRS, CHUNK = 2048, 4, 256
 """Label rows as 4 pairs of 2 x 256 tokens."""

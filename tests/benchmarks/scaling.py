@@ -26,8 +26,9 @@ from orpo_lite.data.step_batches import deal
 from orpo_lite.model.inspection import unwrap
 from orpo_lite.objective.packed_attention import plain_attention
 from orpo_lite.recipe import Recipe
-from orpo_lite.train.bench import Contest, interleaved, random_model, ratios
+from orpo_lite.train.bench import Contest, interleaved, ratios
 from orpo_lite.trainer.trl_names import trl_columns
+from tests.benchmarks.random_model import random_model
 
 
 class Scaling:

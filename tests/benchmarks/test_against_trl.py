@@ -9,7 +9,8 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.objective import layout
 from orpo_lite.recipe import Recipe
 from orpo_lite.train import bench_command as bench
-from orpo_lite.train.bench import TRL_LIGER, Contest, interleaved, random_model, ratios
+from orpo_lite.train.bench import TRL_LIGER, Contest, interleaved, ratios
+from tests.benchmarks.random_model import random_model
 from tests.commands import command
 from tests.interpreted import liger
 

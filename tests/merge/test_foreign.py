@@ -187,7 +187,7 @@ def test_bases_that_ship_quantized(adapted, tmp_path, method, onto):
         RequestError, match=rf"ships quantized \({method}\).*--base \(a guess from its name: {base};"
     ) as said:
         merge(adapter, tmp_path / "merged", onto=onto)
-    assert ("or take --onto quantized" in str(said.value)) == (method == "bitsandbytes")
+    assert ("or merge with --onto quantized" in str(said.value)) == (method == "bitsandbytes")
 
 
 @pytest.mark.parametrize(

@@ -53,7 +53,7 @@ PIECES = {
     "memory_facts": "memory in run.json",
     "rule_shares": "styles of the answers",
     "evaluate": "metrics of the held-out pairs",
-    "answer_shared": "sample answers",
+    "answer": "sample answers",
     "score_answers": "sample answers",
     "write_report": "report.html",
     "draw_picture": "curves.png",
@@ -69,7 +69,7 @@ def test_each_piece_fails_alone(piece, trained, tmp_path, monkeypatch, capsys):
         (folder.path / name).unlink()
     monkeypatch.setattr(results, piece, boom)
     recipe, pairs, base, trainer, before, after, planned, metrics = called["record_of"]
-    if piece in ("evaluate", "answer_shared", "score_answers"):
+    if piece in ("evaluate", "answer", "score_answers"):
         after = results.measure_held_out(*called["measure_held_out"])
     record = results.record_of(recipe, pairs, base, trainer, before, after, planned, metrics)
     results.finish(folder, record, {"before": before.pairs, "after": after.pairs, "beta": 0.1})
@@ -83,10 +83,10 @@ def test_each_piece_fails_alone(piece, trained, tmp_path, monkeypatch, capsys):
     lost = {"versions": "versions", "probe_rows": "probe", "memory_facts": "plan", "rule_shares": "rule"}.get(piece)
     assert all(facts[key] == whole[key] for key in ("steps", "adapter", "layout", "parameters", "device"))
     assert lost is None or not facts[lost]
-    for key in {"versions", "probe", "plan", "rule"} - {lost} - ({"rule"} if piece == "answer_shared" else set()):
+    for key in {"versions", "probe", "plan", "rule"} - {lost} - ({"rule"} if piece == "answer" else set()):
         assert facts[key] == whole[key], key
     assert bool(facts["eval"]["after"]) == (piece != "evaluate")
-    assert bool(facts["samples"]["after"]) == (piece != "answer_shared")
+    assert bool(facts["samples"]["after"]) == (piece != "answer")
 
 
 def test_the_adapter_is_written_before_anything_that_can_fail(trained):
