@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import os
 import re
 import signal
 import subprocess
@@ -18,7 +19,7 @@ import yaml
 from rich.markup import escape
 from rich.table import Table
 
-from orpo_lite.common.console import console, errors, processes, progress, run_command
+from orpo_lite.common.console import console, errors, processes, progress, rank, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import is_locked, lock_folder, write_atomically
 from orpo_lite.common.text import counted, duration, next_command
@@ -36,6 +37,10 @@ NOT_COMPARED = re.compile(
     r"|model\.(?!quantization|double_quant|dtype|attention).*|data\.(?!train$|max_rows$|deduplicate$).*)$"
 )
 """Fields with which a run has another base, other held-out pairs, or another measure."""
+LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_|ACCELERATE_|TORCHELASTIC_(?!RUN_ID)")
+"""Variables by which torchrun and accelerate make processes one run; the one left out says that signals come twice."""
+WEEK = 7 * 24 * 3600.0
+"""Seconds that a card may wait for the trials of the others."""
 KEEP = 3
 """Halving keeps one of so many trials at each rung, and makes the next ones so many times as long."""
 TIED = (
@@ -77,6 +82,35 @@ class Trial:
         elif not all(map(math.isfinite, [*self.margins, new])) or new > 2 * old:
             self.trouble = f"diverged: held-out NLL {new:.2f}, the base's {old:.2f}"
         return True
+
+    def tell(self) -> None:
+        """Print what became of it."""
+        took = f", {duration(self.run.record.total_seconds or 0)}" if hasattr(self, "run") else ""
+        said = self.trouble or accuracy(self.run.record.evaluation("after"))
+        console.print(f"{self}: {said}{took}", markup=False, style="red" * bool(self.trouble))
+
+
+def gathered(mine: Any) -> list[Any]:
+    """Return what each process of a launcher passes here, in the order of their ranks."""
+    if processes() == 1:
+        return [mine]
+    import torch
+
+    from orpo_lite.trainer.distributed import init_process_group
+
+    init_process_group(WEEK, use_cpu=True)  # nothing of this process lies on a card, which is the trials'
+    found = [None] * processes()
+    torch.distributed.all_gather_object(found, mine)
+    return found
+
+
+def of_one_card() -> dict[str, str]:
+    """Return the environment of a run of its own, which sees one card where a launcher has started a process for each."""
+    if processes() == 1:
+        return dict(os.environ)
+    local, seen = int(os.environ.get("LOCAL_RANK", 0)), os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    kept = {name: value for name, value in os.environ.items() if not LAUNCHERS.match(name)}
+    return kept | {"CUDA_VISIBLE_DEVICES": seen.split(",")[local] if seen else str(local)}
 
 
 def is_clear(better: Sequence[float], other: Sequence[float]) -> bool:
@@ -150,23 +184,30 @@ class Sweep:
     """Runs trials within a budget."""
 
     def __init__(self, source: str, folder: Path, minutes: float | None, pairs: int | None):
-        self.source, self.folder, self.pairs = source, folder, math.inf if pairs is None else pairs
+        self.source, self.folder = source, folder
+        self.pairs = math.inf if pairs is None else pairs / processes()
         self.end = math.inf if minutes is None else time.monotonic() + 60 * minutes
         self.longest, self.stopped, self.left = 0.0, False, list[Trial]()
 
     def run(self, trials: Sequence[Trial]) -> list[Trial]:
-        """Train those that have not finished before; return those with figures to decide on."""
-        for trial in trials:
+        """Train those that have not finished before, one on each card at a time; return those with figures to decide on."""
+        mine = trials[rank() :: processes()]
+        for trial in mine:
             if not trial.read():
                 room = self.pairs == math.inf or pairs_of(trial.recipe) <= self.pairs
                 if self.stopped or not room or time.monotonic() + self.longest > self.end or not self.train(trial):
-                    self.left.append(trial)
                     continue
-            if finished := trial.read():
+            if trial.read():
                 self.pairs -= trial.costs[0]
-            said = trial.trouble or accuracy(trial.run.record.evaluation("after"))
-            took = f", {duration(trial.run.record.total_seconds or 0)}" if finished else ""
-            console.print(f"{trial}: {said}{took}", markup=False, style="red" * bool(trial.trouble))
+            trial.tell()
+        stopped, troubles = zip(*gathered((self.stopped, [trial.trouble for trial in trials])), strict=True)
+        self.stopped = any(stopped)
+        for trial, said in zip(trials, zip(*troubles, strict=True), strict=True):
+            trial.trouble = max(said)
+            if not trial.read() and not trial.trouble:
+                self.left.append(trial)
+            elif trial not in mine:
+                trial.tell()
         return [trial for trial in trials if trial not in self.left and not trial.trouble]
 
     def train(self, trial: Trial) -> bool:
@@ -177,7 +218,7 @@ class Sweep:
         with log.open("ab") as out, progress(str(trial)) as update:
             start = out.tell()
             child = subprocess.Popen([sys.executable, "-m", "orpo_lite.train", "--recipe", self.source, *words], stdout=out,
-                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True)  # fmt: skip
+                                     stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, start_new_session=True, env=of_one_card())  # fmt: skip
             while child.poll() is None:
                 try:
                     with contextlib.suppress(subprocess.TimeoutExpired):
@@ -217,11 +258,6 @@ def command(
     """Train a recipe with several values of some fields, and say which are best on the held-out pairs."""
     if recipe is None:
         raise RequestError("found no --recipe: name a shipped recipe (`orpo-lite recipes` lists them), or a YAML file")
-    if processes() > 1:
-        raise RequestError(
-            "a sweep runs one trial at a time: for several cards start one on each without a launcher (CUDA_VISIBLE_DEVICES=0 "
-            "orpo-lite sweep ...), with some of the values and an --output of its own, and compare with `orpo-lite report`"
-        )
     space = searched(overrides or [])
     words = [word for word in overrides or [] if word.partition("=")[0] not in space]
     first, grid = Recipe.load(recipe, words), list(itertools.product(*space.values()))
@@ -238,12 +274,14 @@ def command(
                 "data.eval: a sweep decides on held-out pairs, the same in all trials: name a file of them"
             )
     places = proposed(len(grid), trials) if trials and trials < len(grid) else list(range(len(grid)))
-    open_folder(
-        sweep.folder, {"search": space, "recipe": first.model_dump(mode="json"), "halving": halving and len(places)}
-    )
+    if rank() == 0:
+        asked = {"search": space, "recipe": first.model_dump(mode="json"), "halving": halving and len(places)}
+        open_folder(sweep.folder, asked)
+    gathered(None)  # the others wait until the folder is there
     console.print(
-        f"{counted(len(places), 'trial')} of {counted(len(grid), 'combination')}, in {sweep.folder}", markup=False
-    )
+        f"{counted(len(places), 'trial')} of {counted(len(grid), 'combination')}"
+        f"{f', {processes()} at a time' * (processes() > 1)}, in {sweep.folder}", markup=False,
+    )  # fmt: skip
     for number in (signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         signal.signal(number, signal.default_int_handler)  # as Ctrl-C: the trial is stopped first
     rungs, done = math.ceil(math.log(len(places), KEEP) - 1e-9) if halving else 0, list[Trial]()
@@ -261,7 +299,8 @@ def command(
             best.append(decide(left)[0])
             left.remove(best[-1])
         places = sorted(grid.index(tuple(one.settings.values())) for one in best)
-    report(sweep, done)
+    if rank() == 0:
+        report(sweep, done)
 
 
 def proposed(size: int, count: int) -> list[int]:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import subprocess
 import sys
 import threading
 import time
@@ -103,10 +104,16 @@ def test_what_is_wrong_is_said_before_anything_is_trained(run, words, said, monk
     assert os.listdir() == ["a file"]
 
 
-def test_a_launcher_is_refused_in_words(run, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    status, _, err = run("orpo.beta=0.1,0.2")
-    assert status == 2 and "CUDA_VISIBLE_DEVICES=0" in err
+def test_each_process_of_a_launcher_gives_its_trials_a_card_of_their_own(monkeypatch):
+    monkeypatch.setattr(os, "environ", {"PATH": "x"})
+    assert sweep.of_one_card() == {"PATH": "x"}
+    launched = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1",
+                "ACCELERATE_MIXED_PRECISION": "no", "TORCHELASTIC_RUN_ID": "7", "TORCHELASTIC_ERROR_FILE": "e"}  # fmt: skip
+    os.environ.update(launched)
+    kept = {"PATH": "x", "TORCHELASTIC_RUN_ID": "7"}
+    assert sweep.of_one_card() == kept | {"CUDA_VISIBLE_DEVICES": "1"}
+    os.environ["CUDA_VISIBLE_DEVICES"] = "4,6"
+    assert sweep.of_one_card() == kept | {"CUDA_VISIBLE_DEVICES": "6"}
 
 
 class Fake:
@@ -238,3 +245,30 @@ def test_halving_trains_the_best_in_full(run):
     (last,) = Path("s/rung-2").iterdir()
     assert json.loads((last / "run.json").read_text("utf-8"))["steps"] == 12
     assert "best: " in out and Recipe.load("s/best.yaml").training["max_steps"] == 12
+
+
+@pytest.mark.slow
+def test_a_launcher_trains_a_trial_on_each_card(tmp_path):
+    """Of three trials one diverges on the other process; both processes, and a sweep without a launcher, come to the same."""
+    words = ["training.learning_rate=1e-3,4e-3,9e9", *BRIEF]
+    environment = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+    for name, launcher in (
+        ("two", ["torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m"]),
+        ("one", []),
+    ):
+        done = subprocess.run([sys.executable, "-m", *launcher, "orpo_lite", "sweep", "--recipe", "quickstart", *words, "--output", name],
+                              cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=600)  # fmt: skip
+        out = " ".join(done.stdout.split())
+        assert done.returncode == 0, out + done.stderr
+        assert ("3 trials of 3 combinations, 2 at a time" in out) == (name == "two")
+        assert [
+            out.count(f"trial-0{n} (learning_rate={rate}): ") for n, rate in enumerate(("1e-3", "4e-3", "9e9"), 1)
+        ] == [1, 1, 1]
+        assert out.count("best: ") == 1
+    for trial in ("trial-01", "trial-02"):
+        assert figures(tmp_path / "one" / trial) == figures(tmp_path / "two" / trial)
+    assert (tmp_path / "one/best.yaml").read_text("utf-8") == (tmp_path / "two/best.yaml").read_text("utf-8")
+    began = [
+        json.loads((tmp_path / "two" / trial / "run.json").read_text("utf-8")) for trial in ("trial-01", "trial-02")
+    ]
+    assert all(run["processes"] == 1 for run in began)
