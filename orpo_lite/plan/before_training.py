@@ -25,63 +25,19 @@ OTHERS = 300_000_000
 """Bytes held by other programs from which on they are mentioned: less may be an error in the size of our own context."""
 
 
-def fit_to_card(recipe: Recipe, pairs: Lengths, device: torch.device) -> Recipe:
-    """Return a recipe with the fastest settings for the card in use, or the smaller one that memory.gpu_gb names.
-
-    Others than those with memory.gpu_gb or per_device_train_batch_size=auto are returned as they are. The optimizer step
-    keeps its pairs and its gradients.
-    """
-    size = recipe.memory.gpu_gb
-    if not size and not recipe.plans_batches:
-        return recipe
-    asked = "training.per_device_train_batch_size=auto" if recipe.plans_batches else f"memory.gpu_gb={size:g}"
-    instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
-    if device.type != "cuda":
-        console.print(f"{asked}: there is no GPU here; training with {instead}", soft_wrap=True)
-        return recipe
-    card = card_in_use(recipe, device)[0]
-    if processes() > 1:  # which have to agree on their micro-batches, whatever else each card holds
-        if not size:
-            remedy = "on several GPUs set memory.gpu_gb to the size of the smallest"
-            console.print(f"{asked}: {remedy}; training with {instead}", soft_wrap=True)
-            return recipe
-        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
-    try:
-        found = Search(recipe, card, Planner(pairs.shape)).first_that_fits(shorten=False)
-    except Exception as error:  # a model that the meta run cannot follow may still train
-        found, why = None, f"no plan, because {(str(error) or type(error).__name__).splitlines()[0]}"
-    else:
-        why = f"nothing that was tried fits {card.title}"
-    if found is None:
-        console.print(f"{asked}: {why}; all layers checkpoint", markup=False, soft_wrap=True)
-        return recipe
-    console.print(
-        f"{asked}: {counted(found.pairs, 'pair')} of the longest at once, {found.layers} on {card.title} "
-        f"({' '.join(found.words)})",
-        markup=False, soft_wrap=True,
-    )  # fmt: skip
-    return changed(recipe, list(found.words)) or recipe
-
-
-def card_in_use(recipe: Recipe, device: torch.device) -> tuple[Card, int]:
-    """Return the card, as small as memory.gpu_gb says, and the bytes that other programs hold of it."""
-    card, others = card_here(device)
-    size = recipe.memory.gpu_gb
-    if size and size < card.gigabytes:
-        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
-    return card, others
-
-
-def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, force: bool, command: str) -> Plan | None:
-    """Print the plan in a line, and refuse a run that cannot fit the card in use.
+def plan_before_loading(
+    recipe: Recipe, pairs: Lengths, device: torch.device, force: bool, command: str, asked: bool = True
+) -> tuple[Recipe, Plan | None]:
+    """Fit the recipe to the card in use, print its plan in a line, and refuse a run that cannot fit.
 
     Args:
         pairs: lengths of the run's pairs.
         force: start even a run that cannot fit.
         command: the command line that started the run, to which a remedy is added.
+        asked: plan on the CPU too.
 
     Returns:
-        The plan, or None where the model cannot be planned.
+        The recipe as `fitted` returns it, and its plan, or None where the model cannot be planned.
 
     Raises:
         RequestError: it does not fit; the message says by how much, what else is on the card, and what would make it fit.
@@ -89,11 +45,14 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
     card, others = card_in_use(recipe, device) if device.type == "cuda" else (None, 0)
     planner = Planner(pairs.shape)
     try:
+        recipe = fitted(recipe, card, planner)
+        if card is None and not asked:
+            return recipe, None
         made = planner(recipe, card.target if card else Target("cpu"))
     except Exception as error:  # a model that the meta run cannot follow may still train
         line = (str(error) or type(error).__name__).splitlines()[0]
         console.print(f"memory: no plan, because {line}; training continues without", markup=False, soft_wrap=True)
-        return None
+        return recipe, None
     words = verdict(made, card) if card else ""
     console.print(
         f"memory: planned {format_gb(made.needed, 2)}{f' of {card.gigabytes:.1f} GB' if card else ''} (tensors "
@@ -108,7 +67,7 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
             format_gb(free),
         )
     if not card or words != NOT:
-        return made
+        return recipe, made
     room, freed = f"{card.gigabytes:.1f} GB", ""
     if others > OTHERS:
         total = card.gigabytes + others / 1e9
@@ -121,13 +80,45 @@ def plan_before_loading(recipe: Recipe, pairs: Lengths, device: torch.device, fo
     )
     if force:
         logger.warning("%s; starting anyway because of --force", problem)
-        return made
+        return recipe, made
     console.print("memory: looking for settings that fit")
     found = Search(recipe, card, planner).first_that_fits(shorten=True)
     remedy = "Nothing that was tried makes it fit: use a larger card or a smaller model"
     if found:
         remedy = f"With {format_gb(found.plan.needed)} it fits:\n  {command} {' '.join(found.words)}\n"
     raise RequestError(f"{problem}.{freed} {remedy}; or start anyway with --force")
+
+
+def fitted(recipe: Recipe, card: Card | None, planner: Planner) -> Recipe:
+    """Return a recipe with the fastest settings for a card; the optimizer step keeps its pairs and its gradients.
+
+    Recipes without memory.gpu_gb or per_device_train_batch_size=auto are returned as they are, and so is any without a card.
+    """
+    size = recipe.memory.gpu_gb
+    if not size and not recipe.plans_batches:
+        return recipe
+    asked = "training.per_device_train_batch_size=auto" if recipe.plans_batches else f"memory.gpu_gb={size:g}"
+    instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
+    found = None
+    if card is None:
+        words = f"there is no GPU here; training with {instead}"
+    elif processes() > 1 and not size:  # they have to agree on their micro-batches, whatever else each card holds
+        words = f"on several GPUs set memory.gpu_gb to the size of the smallest; training with {instead}"
+    elif found := Search(recipe, card, planner).first_that_fits(shorten=False):
+        words = f"{counted(found.pairs, 'pair')} of the longest at once, {found.layers} on {card.title} ({' '.join(found.words)})"
+    else:
+        words = f"nothing that was tried fits {card.title}; all layers checkpoint"
+    console.print(f"{asked}: {words}", markup=False, soft_wrap=True)
+    return found and changed(recipe, list(found.words)) or recipe
+
+
+def card_in_use(recipe: Recipe, device: torch.device) -> tuple[Card, int]:
+    """Return the card, as small as memory.gpu_gb says, and the bytes that other programs hold of it."""
+    card, others = card_here(device)
+    size = recipe.memory.gpu_gb
+    if size and (processes() > 1 or size < card.gigabytes):
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
+    return card, others
 
 
 @dataclass(frozen=True)

@@ -141,14 +141,10 @@ def plan_memory(recipe: Recipe, pairs: Pairs, asked: bool, force: bool, again: s
     device = local_device()
     if device.type != "cuda" and not (asked or recipe.memory.gpu_gb or recipe.plans_batches):
         return recipe, None
-    from orpo_lite.plan.before_training import Lengths, fit_to_card, plan_before_loading
+    from orpo_lite.plan.before_training import Lengths, plan_before_loading
 
-    lengths = Lengths.of(pairs)
-    recipe = fit_to_card(recipe, lengths, device)
-    if device.type != "cuda" and not asked:
-        return recipe, None
     again = again or f"python -m orpo_lite.train --recipe {recipe.name}"
-    return recipe, plan_before_loading(recipe, lengths, device, force, again)
+    return plan_before_loading(recipe, Lengths.of(pairs), device, force, again, asked)
 
 
 def load_model(recipe: Recipe, tokenizer: Any) -> tuple[Any, BaseFacts, int | None]:

@@ -65,6 +65,11 @@ def card(monkeypatch):
     return make
 
 
+def fit(recipe, lengths, device):
+    """The recipe as a run on a device takes it."""
+    return start.plan_before_loading(recipe, lengths, device, force=True, command="again", asked=False)[0]
+
+
 def test_the_costliest_pairs_of_each_layout():
     # shared: 60 50 63 24 96; packed: 70 90 68 32 116; padded: 80 90 110 32 120
     assert costliest(PAIRS, "shared", 2, None) == ((20, 40, 36), (5, 50, 8))
@@ -106,7 +111,7 @@ def test_a_plan_of_unequal_answers_and_held_out_pairs_moves_with_both(recipe):
 
 
 def test_a_card_with_room_gets_a_line(recipe, lengths, card, capsys):
-    made = start.plan_before_loading(recipe(), lengths, card(12e9), False, "again")
+    _, made = start.plan_before_loading(recipe(), lengths, card(12e9), False, "again")
     assert made is not None
     line = capsys.readouterr().out.strip()
     assert (
@@ -127,7 +132,7 @@ def test_what_cannot_fit_is_refused_with_a_remedy_that_works(recipe, lengths, ca
     words = message.split(command)[1].split("\n")[0].split()
     assert words and "=" in words[0]
     start.plan_before_loading(recipe(*words), lengths, device, False, command)  # it does fit
-    assert start.plan_before_loading(recipe(), lengths, device, True, command) is not None
+    assert start.plan_before_loading(recipe(), lengths, device, True, command)[1] is not None
     assert "starting anyway because of --force" in caplog.text
 
 
@@ -142,7 +147,7 @@ def test_who_else_is_on_the_card_is_said(recipe, lengths, card):
 
 def test_a_plan_that_fails_stops_nothing(recipe, lengths, card, capsys, tmp_path):
     gone = recipe(f"model.name_or_path={tmp_path / 'nothing'}")
-    assert start.plan_before_loading(gone, lengths, card(12e9), False, "again") is None
+    assert start.plan_before_loading(gone, lengths, card(12e9), False, "again") == (gone, None)
     out = capsys.readouterr().out
     assert "memory: no plan, because model.name_or_path" in out and "training continues without" in out
 
@@ -175,17 +180,17 @@ def test_on_the_cpu_a_run_plans_when_asked(tmp_path, capsys):
 def test_gpu_gb_fits_the_recipe_to_its_card(recipe, card, capsys):
     lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
     asked = recipe("memory.gpu_gb=12", "memory.checkpointing=all")
-    found = start.fit_to_card(asked, lengths, card(24e9))
+    found = fit(asked, lengths, card(24e9))
     assert found.memory.checkpointing == "none" and found.memory.gpu_gb == 12 and found.name == "small"
     # the budget holds the step's pairs as long as the longest of the data is, not as the recipe would let through
     assert found.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
     assert "memory.gpu_gb=12: 8 pairs of the longest at once, no layer checkpointed" in capsys.readouterr().out
-    assert start.fit_to_card(recipe(), lengths, card(24e9)) == recipe()
+    assert fit(recipe(), lengths, card(24e9)) == recipe()
 
 
 def test_gpu_gb_without_a_gpu_leaves_the_recipe(recipe, lengths, capsys):
     asked = recipe("memory.gpu_gb=12")
-    assert start.fit_to_card(asked, lengths, torch.device("cpu")) == asked
+    assert fit(asked, lengths, torch.device("cpu")) == asked
     assert "there is no GPU here" in capsys.readouterr().out
 
 
@@ -196,7 +201,7 @@ def test_auto_takes_what_the_card_holds_and_keeps_the_pairs_of_a_step(recipe, ca
     lengths = Lengths(np.repeat(PAIRS[-1:], 16, 0), PAIRS[:2])
     asked = recipe(AUTO, "training.gradient_accumulation_steps=8")
     small = plan(recipe("training.per_device_train_batch_size=1"), shape=lambda layout: lengths.shape(asked, layout))
-    found = {size: start.fit_to_card(asked, lengths, card(size)) for size in (24e9, small.needed + 1e6)}
+    found = {size: fit(asked, lengths, card(size)) for size in (24e9, small.needed + 1e6)}
     large, tight = found.values()
     assert large.memory.checkpointing == "none" and large.orpo.tokens_per_batch == 8 * (20 + 40 + 36)
     assert tight.orpo.tokens_per_batch < large.orpo.tokens_per_batch or tight.memory.checkpointing != "none"
@@ -207,23 +212,23 @@ def test_auto_takes_what_the_card_holds_and_keeps_the_pairs_of_a_step(recipe, ca
 
 
 def test_what_is_given_beside_auto_stays(recipe, lengths, card):
-    layers = start.fit_to_card(recipe(AUTO, "memory.checkpointing=all"), lengths, card(24e9))
+    layers = fit(recipe(AUTO, "memory.checkpointing=all"), lengths, card(24e9))
     assert layers.memory.checkpointing == "all" and layers.orpo.tokens_per_batch
-    budget = start.fit_to_card(recipe(AUTO, "orpo.tokens_per_batch=200"), lengths, card(24e9))
+    budget = fit(recipe(AUTO, "orpo.tokens_per_batch=200"), lengths, card(24e9))
     assert budget.orpo.tokens_per_batch == 200 and budget.memory.checkpointing == "none"
-    micro = start.fit_to_card(recipe(AUTO, "orpo.nll_mean=micro"), lengths, card(24e9))
+    micro = fit(recipe(AUTO, "orpo.nll_mean=micro"), lengths, card(24e9))
     assert micro.orpo.tokens_per_batch is None and micro.memory.checkpointing == "none"
 
 
 def test_auto_where_nothing_can_be_planned_takes_one_pair(recipe, lengths, card, capsys, monkeypatch):
-    assert start.fit_to_card(recipe(AUTO), lengths, torch.device("cpu")) == recipe(AUTO)
+    assert fit(recipe(AUTO), lengths, torch.device("cpu")) == recipe(AUTO)
     assert "no GPU here; training with micro-batches of one pair" in capsys.readouterr().out
-    assert start.fit_to_card(recipe(AUTO), lengths, card(0.56e9)) == recipe(AUTO)
+    assert fit(recipe(AUTO), lengths, card(0.56e9)) == recipe(AUTO)
     assert "nothing that was tried fits" in capsys.readouterr().out
     monkeypatch.setenv("WORLD_SIZE", "2")
-    assert start.fit_to_card(recipe(AUTO), lengths, card(24e9)) == recipe(AUTO)
+    assert fit(recipe(AUTO), lengths, card(24e9)) == recipe(AUTO)
     assert "set memory.gpu_gb to the size of the smallest" in capsys.readouterr().out
-    assert start.fit_to_card(recipe(AUTO, "memory.gpu_gb=12"), lengths, card(11e9)).orpo.tokens_per_batch
+    assert fit(recipe(AUTO, "memory.gpu_gb=12"), lengths, card(11e9)).orpo.tokens_per_batch
 
 
 def test_a_run_with_auto_keeps_it_in_its_folder(tmp_path, capsys):
