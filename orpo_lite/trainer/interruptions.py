@@ -13,15 +13,11 @@ from dataclasses import dataclass, field
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import torch
-from accelerate.utils import DistributedType
 from accelerate.utils.memory import should_reduce_batch_size
 from transformers import TrainerCallback
 
-from orpo_lite.common.text import counted
 from orpo_lite.data.collate import pair_tokens, select_pairs
-from orpo_lite.data.step_batches import micro_batches
 from orpo_lite.trainer.health import listed, located
 
 if TYPE_CHECKING:
@@ -78,12 +74,6 @@ def named(doing: str, advice: str = SAVERS) -> Iterator[None]:
         raise OutOfMemory(f"memory ran out while {doing}: {advice} ({reason(error)})") from None
 
 
-def obstacle_to_smaller_batches(trainer: Any) -> str:
-    """Say why a pass cannot be repeated with smaller micro-batches; empty where it can."""
-    several = trainer.accelerator.distributed_type != DistributedType.NO
-    return "in distributed training, where the processes wait for one another" * several
-
-
 def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> Any:
     """Return what some passes return; each time that memory runs out, call `begin_again` with the reason and repeat them."""
     while True:
@@ -98,66 +88,63 @@ def retried(passes: Callable[[], Any], begin_again: Callable[[str], None]) -> An
 
 @dataclass
 class Limit:
-    """Largest batch that may be computed at once, by the batches that did not fit so far.
+    """Most tokens that several pairs may hold to be computed at once, by the batches that did not fit so far."""
 
-    Args:
-        by_tokens: measure batches in tokens; else in pairs, which then keep their order.
-    """
-
-    by_tokens: bool
-    max_size: int | None = None
-    """Largest number of tokens or pairs of a batch of several pairs; None while everything has fitted."""
+    tokens: int | None = None
+    """None while everything has fitted."""
     ooms: list[dict[str, int]] = field(default_factory=list)
     """Each time that memory ran out: optimizer step, tokens and pairs that did not fit, and the limit from then on."""
 
     def cut(self, batch: dict[str, Any]) -> list[dict[str, Any]]:
-        """Split a batch into parts within the limit; each carries, as `whole`, the labels and pairs of the batch."""
+        """Split a batch into parts within the limit, its pairs in their order; each carries, as `whole`, the labels and pairs
+        of the batch."""
         count = len(batch["pair_rows"]) if "pair_rows" in batch else 0
-        if self.max_size is None or count < 2:
+        if self.tokens is None or count < 2:
             return [batch]
-        if self.by_tokens:
-            costs = np.array(pair_tokens(batch))
-            parts = [part for part in micro_batches(costs, self.max_size, padded="segments" not in batch) if part]
-        else:
-            parts = [list(range(i, min(i + self.max_size, count))) for i in range(0, count, self.max_size)]
+        parts, room = [], 0
+        for pair, tokens in enumerate(pair_tokens(batch)):
+            if not parts or tokens > room:
+                parts.append([])
+                room = self.tokens
+            parts[-1].append(pair)
+            room -= tokens
         if len(parts) == 1:
             return [batch]
         whole = torch.stack([(batch["nll_pair"] >= 0).sum(), torch.tensor(count, device=batch["nll_pair"].device)])
         return [select_pairs(batch, part) | {"whole": batch.get("whole", whole)} for part in parts]
 
-    def shrink(self, batch: dict[str, Any], passes: str, step: int, why: str, pairs: Any, obstacle: str) -> None:
+    def shrink(self, batch: dict[str, Any], what: str, step: int, why: str, pairs: Any, processes: int) -> None:
         """Lower the limit to half of a batch that did not fit.
 
         Args:
-            passes: step or evaluation.
+            what: the pass that ran out, in words.
             step: optimizer step.
             why: torch's reason.
             pairs: the tokenized pairs, to name one that does not fit alone.
-            obstacle: why the passes cannot be repeated; empty where they can.
+            processes: number of processes, which wait for one another, so that several cannot repeat a pass.
 
         Raises:
-            OutOfMemory: it is a single pair, or there is an obstacle.
+            OutOfMemory: it is a single pair, or there are several processes.
         """
         tokens, count = sum(pair_tokens(batch)), len(batch["pair_rows"])
-        what = f"step {step}" if passes == "step" else f"the {passes} at step {step}"
-        if obstacle:
+        if processes > 1:
             raise OutOfMemory(
                 f"memory ran out in {what} with {tokens:,} tokens in {count} pairs at once; a step is not repeated in smaller "
-                f"micro-batches {obstacle}: set a smaller orpo.tokens_per_batch (or training.per_device_train_batch_size with "
-                f"more accumulation, and per_device_eval_batch_size), or {SAVERS} ({why})"
+                "micro-batches in distributed training, where the processes wait for one another: set a smaller "
+                "orpo.tokens_per_batch (or training.per_device_train_batch_size with more accumulation, and "
+                f"per_device_eval_batch_size), or {SAVERS} ({why})"
             )
         if count < 2:
             raise OutOfMemory(
                 f"memory ran out in {what} with a single pair of {tokens:,} tokens, {listed(located(batch, pairs, []))}: a "
                 f"micro-batch cannot get smaller. Remove the pair, or {SAVERS} ({why})"
             )
-        self.max_size = max(1, tokens // 2 if self.by_tokens else (count + 1) // 2)
-        self.ooms.append({"step": step, "tokens": tokens, "pairs": count, "most": self.max_size})
-        unit = counted(self.max_size, "token" if self.by_tokens else "pair")
+        self.tokens = tokens // 2
+        self.ooms.append({"step": step, "tokens": tokens, "pairs": count, "most": self.tokens})
         logger.warning(
-            "out of memory in %s, with %s tokens in %d pairs at once (%s): repeated, and continued, with at most %s at once. "
-            "No pair is lost or trained on twice, and means are over the same pairs",
-            what, f"{tokens:,}", count, why, unit,
+            "out of memory in %s, with %s tokens in %d pairs at once (%s): repeated, and continued, with at most %s tokens at "
+            "once. No pair is lost or trained on twice, and means are over the same pairs",
+            what, f"{tokens:,}", count, why, f"{self.tokens:,}",
         )  # fmt: skip
 
 

@@ -32,7 +32,7 @@ from orpo_lite.trainer.checkpointing import CheckpointedTrainer
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.health import LOW_LORA_LEARNING_RATE
-from orpo_lite.trainer.interruptions import Limit, obstacle_to_smaller_batches, retried
+from orpo_lite.trainer.interruptions import Limit, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
 from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns
 
@@ -144,7 +144,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.objective = setup.make_objective(self)
         if args.gradient_checkpointing and (args.checkpointed_layers is not None or args.offload_activations):
             self.add_callback(CheckpointedLayers(args.checkpointed_layers, args.offload_activations))
-        self.micro_limit, self.eval_limit = Limit(by_tokens=bool(args.tokens_per_batch)), Limit(by_tokens=False)
+        self.micro_limit, self.eval_limit = Limit(), Limit()
         if isinstance(self.model, PeftModel) and train_dataset is not None:
             if args.learning_rate < LOW_LORA_LEARNING_RATE:
                 self.health.warn("low learning rate", 0, rate=args.learning_rate)
@@ -243,7 +243,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         items = [inputs]
 
         def begin_again(why: str) -> None:
-            self._shrink(self.micro_limit, "step", why)
+            self._shrink(self.micro_limit, why)
             model.zero_grad()
             self.sums = dict(step.sums)
             step.losses.clear()
@@ -290,11 +290,12 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
         self.accelerator.backward(loss)
         return loss.detach()
 
-    def _shrink(self, limit: Limit, passes: str, why: str) -> None:
+    def _shrink(self, limit: Limit, why: str) -> None:
         """Lower a limit below the batch that did not fit, and free what it left behind."""
-        training = passes == "step"
+        training = limit is self.micro_limit
         step, pairs = self.state.global_step + training, self.train_dataset if training else None
-        limit.shrink(self.objective.last_batch, passes, step, why, pairs, obstacle_to_smaller_batches(self))
+        what = "the evaluation at " * (not training) + f"step {step}"
+        limit.shrink(self.objective.last_batch, what, step, why, pairs, self.args.world_size)
         clear_device_cache(garbage_collection=True)
 
     def floating_point_ops(self, inputs: dict[str, Any]) -> int:
@@ -328,7 +329,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             with torch.no_grad(), self.compute_loss_context_manager():
                 return [self.objective.statistics(model, part) for part in self.eval_limit.cut(inputs)]
 
-        found = retried(passes, lambda why: self._shrink(self.eval_limit, "evaluation", why))
+        found = retried(passes, lambda why: self._shrink(self.eval_limit, why))
         loss, rows = prediction_rows(found, self.args)
         self.evaluated(len(rows) * self.args.world_size)
         return loss, rows, torch.zeros(len(rows), device=rows.device)

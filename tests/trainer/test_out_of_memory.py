@@ -164,7 +164,8 @@ def test_pair_batches_are_halved_and_the_means_stay(tmp_path, tokenizer, nll_mea
     }
     short = trained(tmp_path, tokenizer, "short", card=(260, phase, 1), **size)
     same(short, plain(tokenizer, **size))
-    assert short[3].micro_limit.max_size in (1, 2)
+    met = short[3].micro_limit.ooms
+    assert met and all(event["pairs"] in (2, 3, 4) and event["most"] == event["tokens"] // 2 for event in met)
 
 
 def test_a_single_pair_that_does_not_fit_is_named_and_the_checkpoint_stays(tmp_path, tokenizer):
@@ -199,18 +200,15 @@ def test_evaluation_goes_on_with_half_the_pairs(tmp_path, tokenizer, caplog):
     assert "out of memory in the evaluation at step 2" in caplog.text
 
 
-def test_a_step_that_cannot_begin_again_says_so(tmp_path, tokenizer):
+def test_a_step_that_cannot_begin_again_says_so(tmp_path, tokenizer, monkeypatch):
     trainer = ORPOTrainer(
         tiny_model(LlamaConfig(**SIZES), 0), config(tmp_path), None, rows(8), processing_class=tokenizer
     )
     Card(trainer.model, 10, "forward")
     batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
-    trainer.accelerator.state.__dict__["distributed_type"] = "MULTI_GPU"
-    try:
-        with pytest.raises(OutOfMemory, match="not repeated in smaller micro-batches.*tokens_per_batch"):
-            trainer.training_step(trainer.model, batches[0], totals)
-    finally:
-        trainer.accelerator.state.__dict__["distributed_type"] = "NO"
+    monkeypatch.setattr(type(trainer.args), "world_size", 2)
+    with pytest.raises(OutOfMemory, match="not repeated in smaller micro-batches.*tokens_per_batch"):
+        trainer.training_step(trainer.model, batches[0], totals)
     assert not trainer.micro_limit.ooms
 
 
@@ -265,8 +263,8 @@ def test_parts_of_a_step_of_experts_add_up(tmp_path, tokenizer):
     trainer = ORPOTrainer(model, args, None, rows(8), processing_class=tokenizer)
     batches, totals = trainer.get_batch_samples(iter(trainer.get_train_dataloader()), 1, trainer.args.device)
     found = []
-    for most in (None, 3):
-        trainer.micro_limit.max_size = most
+    for most in (None, sum(pair_tokens(batches[0])) // 3):
+        trainer.micro_limit.tokens = most
         model.zero_grad()
         loss = trainer.training_step(model, batches[0], totals)
         grads = torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
