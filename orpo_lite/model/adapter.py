@@ -32,8 +32,7 @@ from orpo_lite.recipe.loading import resolve_path
 
 logger = logging.getLogger(__name__)
 
-SAME_IN_PEFT = {"r", "target_parameters", "modules_to_save", "rank_pattern", "alpha_pattern", "bias", "use_rslora",
-                "use_dora", "init_lora_weights"}  # fmt: skip
+SAME_IN_PEFT = {"r", "target_parameters", "modules_to_save", "use_rslora", "use_dora", "init_lora_weights"}
 """Fields of the adapter section that PEFT calls the same."""
 SIXTEEN_BITS = (torch.float16, torch.bfloat16)
 CHANGES_BASE = ("pissa", "olora")
@@ -110,20 +109,19 @@ def new_adapter(
     if targets in ("all-linear", ["all-linear"]):
         targets = adapter_targets.all_linear(model, avoid)
     adapter_targets.check_named(model, adapter, targets)
+    aside = [name for name, module in model.named_modules() if name in avoid and isinstance(module, nn.Linear)]
     config = LoraConfig(
         **adapter.model_dump(include=SAME_IN_PEFT),
         task_type="CAUSAL_LM",
         lora_alpha=adapter.alpha,  # type: ignore[arg-type]  # PEFT scales by any number
         lora_dropout=adapter.dropout,
         target_modules=targets,
-        exclude_modules=adapter_targets.excluded(model, adapter, avoid),
+        exclude_modules=aside or None,
         fan_in_fan_out=any(isinstance(module, Conv1D) for module in model.modules()),
         trainable_token_indices=adapter_targets.token_rows(model, adapter, tokenizer),
         revision=base_revision(model),
     )
-    peft_model = wrap(model, config)
-    adapter_targets.check_patterns(peft_model, adapter)
-    return peft_model
+    return wrap(model, config)
 
 
 def wrap(model: PreTrainedModel, config: PeftConfig, **options: Any) -> PeftModel:

@@ -1,9 +1,8 @@
 """Modules of a base that an adapter targets, and those that it must leave alone."""
 
 import logging
-import re
 
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig
 from torch import nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from transformers.pytorch_utils import Conv1D
@@ -46,17 +45,6 @@ def all_linear(model: PreTrainedModel, avoid: set[str]) -> str | list[str]:
     return kept
 
 
-def excluded(model: PreTrainedModel, adapter: AdapterSection, avoid: set[str]) -> str | list[str] | None:
-    """Return exclude_modules with the linear routers that the recipe does not name."""
-    own = adapter.exclude_modules
-    aside = sorted(name for name, module in model.named_modules() if name in avoid and isinstance(module, nn.Linear))
-    if not aside:
-        return own
-    if isinstance(own, str):
-        return f"(?:{own})|" + "|".join(map(re.escape, aside))
-    return [*(own or []), *aside]
-
-
 def check_named(model: PreTrainedModel, adapter: AdapterSection, targets: str | list[str]) -> None:
     """Refuse names of modules and parameters that do not exist, which PEFT skips silently or with a warning."""
     modules = [name for name, _ in model.named_modules() if name]
@@ -77,15 +65,6 @@ def check_named(model: PreTrainedModel, adapter: AdapterSection, targets: str | 
                 f"adapter.{field}: {base_name(model) or type(model).__name__} has no {kind} called "
                 f"{', '.join(unknown)}{nearest(unknown[0], last)}; it has {', '.join(last)}"
             )
-
-
-def check_patterns(model: PeftModel, adapter: AdapterSection) -> None:
-    """Refuse a rank or alpha pattern that matches no adapted module, by PEFT's own rule."""
-    names: list[str] = [*model.targeted_module_names, *model.targeted_parameter_names]  # type: ignore[list-item]
-    for field, patterns in (("rank_pattern", adapter.rank_pattern), ("alpha_pattern", adapter.alpha_pattern)):
-        for pattern in patterns:
-            if not any(re.match(rf"(.*\.)?({pattern})$", name) for name in names):
-                raise RequestError(f"adapter.{field}: {pattern!r} matches none of the {len(names)} adapted modules")
 
 
 def token_rows(

@@ -6,7 +6,6 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
-from orpo_lite.common.text import shown
 from orpo_lite.recipe.validation import checked_pattern
 
 Positive = Annotated[int, Field(ge=1)]
@@ -56,18 +55,8 @@ class ModelSection(Section):
     """Tokens to add to the vocabulary; their embeddings are trained and saved with the adapter."""
 
 
-def leaving_the_base(given: Any) -> Any:
-    """Return an initialization unchanged, or raise ValueError if it would change the base."""
-    if str(given).lower().startswith(("pissa", "olora")):
-        raise ValueError(
-            f"found {shown(given)}, but pissa and olora change the base weights, which a quantized base does not allow: leave it "
-            "at true"
-        )
-    return given
-
-
 class AdapterSection(Section):
-    removed = {"eva_batches": 16}
+    removed = {"eva_batches": 16, "exclude_modules": None, "rank_pattern": {}, "alpha_pattern": {}, "bias": "none"}
 
     init_from: str | None = None
     """Continue training this LoRA adapter (folder or hub id) instead of a new one; its own shape is kept."""
@@ -79,24 +68,16 @@ class AdapterSection(Section):
     """Dropout on the adapter's input (active only with orpo.disable_dropout: false)."""
     target_modules: Modules = "all-linear"
     """Module names, a regular expression, or all-linear (which leaves out the output head and routers)."""
-    exclude_modules: Modules | None = None
-    """Module names or a regular expression never to adapt."""
     target_parameters: list[str] | None = None
     """Parameters (fused experts, for example mlp.experts.down_proj) to adapt."""
     modules_to_save: list[str] | None = None
     """Modules trained whole and saved with the adapter, for example [embed_tokens, lm_head]."""
-    rank_pattern: dict[Pattern, Positive] = {}
-    """Rank by module name or regular expression, where it differs from r."""
-    alpha_pattern: dict[Pattern, Annotated[float, Field(gt=0)]] = {}
-    """Alpha by module name or regular expression, where it differs from alpha."""
-    bias: Literal["none", "all", "lora_only"] = "none"
-    """Which biases are trained."""
     use_rslora: bool = False
     """Rank-stabilized scaling, alpha / sqrt(r)."""
     use_dora: bool = False
     """Weight-decomposed LoRA: also trains the magnitude of each output."""
-    init_lora_weights: Annotated[bool | Literal["gaussian", "orthogonal"], BeforeValidator(leaving_the_base)] = True
-    """true, gaussian or orthogonal."""
+    init_lora_weights: bool | Literal["gaussian", "orthogonal"] = True
+    """true, gaussian or orthogonal; PiSSA and OLoRA would change the base, which a quantized one does not allow."""
     loraplus_lr_ratio: Annotated[float, Field(gt=0)] | None = None
     """LoRA+: learning rate of B over that of A; 16 is the paper's."""
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 OF_TRAINING: dict[str, Any] = {
     "name": True, "description": True, "needs": True, "orpo": {"tokens_per_batch"},
     "memory": {"gpu_gb", "checkpointing", "offload_activations"},
-    "adapter": {"r", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio", "rank_pattern", "alpha_pattern"},
+    "adapter": {"r", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"},
     "training": set(
         "adam_beta1 adam_beta2 adam_epsilon data_seed eval_steps eval_strategy gradient_accumulation_steps learning_rate "
         "logging_steps lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps num_train_epochs optim optim_args output_dir "

@@ -110,7 +110,7 @@ def fuzz_recipe(random: random.Random, folder: Path) -> None:
     words = [
         "training.learning_rate=1e-5",
         "data.train=[{path: a.jsonl, weight: 2}]",
-        "adapter.rank_pattern={q_proj: 4}",
+        "data.template_kwargs={enable_thinking: false}",
     ]
     overrides = [mutate(random.choice(words).encode(), random).decode("utf-8", "surrogateescape")] * (
         random.random() < 0.3

@@ -86,8 +86,6 @@ CASES = [
     field("hub-in-a-recipe", "training: {hub_strategy: all_checkpoints}", "training.hub_strategy", "found 'all_checkpoints'",
           "python -m orpo_lite.push RUN --repo USER/NAME"),
     field("gpu-negative", "memory: {gpu_gb: -8}", "memory.gpu_gb", "found -8", "greater than 0"),
-    field("rank-pattern-negative", "adapter: {rank_pattern: {q_proj: -4}}", "adapter.rank_pattern.q_proj", "found -4",
-          "greater than or equal to 1"),
     field("pattern-broken", "adapter: {target_modules: '(q_proj'}", "adapter.target_modules", "'(q_proj'",
           "regular expression"),
     field("rule-broken", "evaluation: {rule: {chosen: '[', rejected: a}}", "evaluation.rule.chosen", "'['",

@@ -66,8 +66,6 @@ def test_a_router_or_expert_that_is_named_is_adapted(attach):
         ),
         ({"target_modules": ".*nothing"}, "not found|no modules"),
         ({"modules_to_save": ["embeddings"]}, "modules_to_save: .* no module called embeddings"),
-        ({"rank_pattern": {"q_prj": 8}}, "rank_pattern: 'q_prj' matches none"),
-        ({"alpha_pattern": {"lm_head": 8}}, "alpha_pattern: 'lm_head' matches none"),
     ],
 )
 def test_what_matches_nothing_is_refused(attach, fields, words):
@@ -75,23 +73,10 @@ def test_what_matches_nothing_is_refused(attach, fields, words):
         attach("llama", **fields)
 
 
-def test_patterns_and_variants_reach_peft(attach):
-    model = attach(
-        "llama",
-        alpha=8,
-        rank_pattern={"q_proj": 8, r"layers\.1\.mlp\.up_proj": 2},
-        alpha_pattern={"k_proj": 3},
-        use_rslora=True,
-        use_dora=True,
-        exclude_modules=["o_proj"],
-        bias="none",
-    )
-    layers = {n: m for n, m in model.named_modules() if isinstance(m, LoraLayer)}
-    layer = {n.split("layers.", 1)[1]: m for n, m in layers.items()}
-    assert layer["0.self_attn.q_proj"].r["default"] == 8 and layer["1.mlp.up_proj"].r["default"] == 2
-    assert layer["0.self_attn.k_proj"].scaling["default"] == 3 / 2
-    assert layer["0.self_attn.v_proj"].scaling["default"] == 8 / 2
-    assert layer["0.self_attn.v_proj"].use_dora["default"] and not any("o_proj" in n for n in layer)
+def test_variants_reach_peft(attach):
+    model = attach("llama", alpha=8, use_rslora=True, use_dora=True)
+    layers = [m for m in model.modules() if isinstance(m, LoraLayer)]
+    assert layers and all(m.scaling["default"] == 8 / 2 and m.use_dora["default"] for m in layers)
 
 
 def test_quantized_norms_are_float32_and_embeddings_are_not(section):
@@ -146,11 +131,9 @@ VARIANTS = {
     "lora": {},
     "rslora": {"use_rslora": True},
     "dora": {"use_dora": True},
-    "patterns": {"rank_pattern": {"q_proj": 8}, "alpha_pattern": {"down_proj": 3}},
     "saved modules": {"modules_to_save": ["embed_tokens", "lm_head"]},
     "gaussian": {"init_lora_weights": "gaussian"},
     "orthogonal": {"init_lora_weights": "orthogonal"},
-    "bias": {"bias": "all"},
 }
 
 
