@@ -83,15 +83,6 @@ def convert_training(draft: RecipeDraft) -> None:
     """Convert batches, optimizer, schedule and logging."""
     training = draft.recipe.setdefault("training", {})
     training.setdefault("per_device_eval_batch_size", training.get("per_device_train_batch_size", 1))
-    found = []
-    for name, (flag, project) in FIELDS["trackers"].items():
-        wanted = draft.flag(flag)
-        if wanted or wanted is None and draft.source.get(project):
-            found.append(name)
-    if found:
-        training["report_to"] = found
-    if draft.source.get("tf32") in ("auto", False):  # a card without it refuses the field
-        del draft.source["tf32"]
     convert_pace(draft)
     draft.training(FIELDS)
     training = draft.recipe["training"]
@@ -109,15 +100,10 @@ def convert_pace(draft: RecipeDraft) -> None:
     training = draft.recipe["training"]
     epochs = number(training.get("num_train_epochs")) or 1
     for kind, name in (("eval", "evals_per_epoch"), ("save", "saves_per_epoch")):
-        times = draft.take(name)
-        count = number(times)
+        count = number(draft.take(name))
         if draft.source.get(f"{kind}_steps"):
             training[f"{kind}_strategy"] = "steps"
-            if times is not None:
-                draft.leave_value(name, times, f"{kind}_steps takes precedence")
-        elif count and count != 1 and 1 / (count * epochs) < 1:
-            training |= {f"{kind}_strategy": "steps", f"{kind}_steps": 1 / (count * epochs)}
-        elif count:
+        elif count and (count == 1 or count * epochs <= 1):
             training[f"{kind}_strategy"] = "epoch"
-        elif times is not None:
-            draft.leave_value(name, times, f"not a number of times: {kind}_steps and {kind}_strategy are used")
+        elif count:
+            training |= {f"{kind}_strategy": "steps", f"{kind}_steps": 1 / (count * epochs)}

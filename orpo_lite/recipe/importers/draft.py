@@ -130,7 +130,9 @@ class RecipeDraft:
                 self.differ(name, value, part)
             else:
                 for place, wanted in part.items():
-                    self.put(place, wanted)
+                    before = self.recipe.get("training", {}).get(place.removeprefix("training."))
+                    both = isinstance(before, list) and isinstance(wanted, list)
+                    self.put(place, [*dict.fromkeys(before + wanted)] if both else wanted)
 
     def differ(self, name: str, value: Any, why: str) -> None:
         """Account for a field that means something else in the recipe."""

@@ -43,13 +43,9 @@ def convert_weights(draft: RecipeDraft) -> None:
 
 
 def quantization_of(draft: RecipeDraft) -> str:
-    """Return the recipe's quantization for the file's bits and method."""
-    bits, method = draft.take("quantization_bit"), str(draft.take("quantization_method", "bnb"))
+    """Return the recipe's quantization for the file's bits."""
+    bits = draft.take("quantization_bit")
     if bits is None:
-        return "none"
-    if method not in ("bnb", "bitsandbytes"):
-        draft.leave_value("quantization_method", method, WORDS["quantization_method"])
-        draft.leave_value("quantization_bit", bits, f"of {method}: model.quantization is none")
         return "none"
     if bits == 4:
         return draft.take("quantization_type", "nf4")
@@ -123,11 +119,7 @@ def source_of(draft: RecipeDraft, name: str, folder: Path, info: dict[str, Any])
     if not isinstance(known, dict):
         place = draft.place_of(name)
         if place == name and not (Path(name).exists() or "/" in name):
-            where = (
-                f"dataset_info.json in {folder} has no such name"
-                if info
-                else f"there is no dataset_info.json in {folder}"
-            )
+            where = f"dataset_info.json in {folder} has no such name"
             draft.leave_value("dataset", name, WORDS["dataset"].format(found=where, name=name))
         return {"path": place}
     entry = draft.inside(known, f"dataset_info.{name}")
