@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import append_line, check_mounted, disk_of, write_atomically
+from orpo_lite.common.files import check_mounted, disk_of, write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -49,10 +49,10 @@ class Figures(TrainerCallback):
 
 
 class MetricsFile(TrainerCallback):
-    """metrics.jsonl: one line per log step; evaluation lines carry eval_ names.
+    """metrics.jsonl: one line per log step, evaluation lines with eval_ names; written as a whole at each log.
 
     Args:
-        path: the file; overwritten unless `resumed`.
+        path: the file.
         resumed: training resumes from a checkpoint, and the evaluation before training is already in the file.
     """
 
@@ -60,37 +60,28 @@ class MetricsFile(TrainerCallback):
         self.path, self.resumed, self.disk = path, resumed, disk_of(path.parent)
         self.before: list[dict[str, Any]] = []
         """Logs of step 0, which neither `train` nor a checkpoint keeps."""
-        self.written = 0
-        if resumed:
-            for line in path.read_bytes().splitlines() if path.is_file() else ():
-                with contextlib.suppress(ValueError, AttributeError):  # half a line of a run that was killed
-                    logs = json.loads(line)
-                    self.before += [logs] if logs.get("step") == 0 else []
-        else:
-            path.unlink(missing_ok=True)
-
-    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Keep only the lines up to the checkpoint, by its own history: later steps are about to be repeated."""
-        if state.is_world_process_zero and self.resumed:
-            lines = self._lines(state)
-            write_atomically(self.path, "".join(f"{json.dumps(line)}\n" for line in lines))
-            self.written = len(lines)
+        self.failed = False
+        for line in path.read_bytes().splitlines() if resumed and path.is_file() else ():
+            with contextlib.suppress(ValueError, AttributeError):  # half a line of an older version's run
+                logs = json.loads(line)
+                self.before += [logs] if logs.get("step") == 0 else []
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
-        """Append what is new; with a full disk or a missing drive it waits for the next log, and training continues."""
+        """Write the file anew; with a full disk or a missing drive it stays as it is, and training continues."""
         if state.global_step == 0:
             if self.resumed:
                 return
             self.before += state.log_history[-1:]
-        if not state.is_world_process_zero or not (waiting := self._lines(state)[self.written :]):
+        if not state.is_world_process_zero:
             return
         try:
             check_mounted(self.path.parent, self.disk)
-            append_line(self.path, "\n".join(map(json.dumps, waiting)))
-            self.written += len(waiting)
+            write_atomically(self.path, "".join(f"{json.dumps(line)}\n" for line in self._lines(state)))
+            self.failed = False
         except OSError as error:
-            if len(waiting) == 1:
+            if not self.failed:
                 logger.warning("%s cannot be written (%s): its lines are kept until it can", self.path, error.strerror)
+            self.failed = True
 
     def _lines(self, state: Any) -> list[dict[str, Any]]:
         """Return the lines so far, without the summary of a run, which is in run.json, and repeated evaluations."""

@@ -68,7 +68,7 @@ class CheckpointedTrainer(Trainer):
             resume_from_checkpoint: a checkpoint, or True for the newest good one in `args.output_dir`.
 
         Raises:
-            RequestError: the checkpoint is damaged, or belongs to steps of another number of pairs.
+            RequestError: the checkpoint is damaged, holds no optimizer state, or belongs to steps of another number of pairs.
             Stopped: a signal stopped the training.
         """
         if self.args.should_save:
@@ -171,7 +171,9 @@ class CheckpointedTrainer(Trainer):
 
     def _seal(self, aside: Path, final: Path) -> None:
         if self.args.should_save:
-            folders.seal(aside / final.name, {"format": 1, "step": self.state.global_step, **self._facts()})
+            facts = {"format": 1, "step": self.state.global_step, "processes": self.args.world_size}
+            pairs = self.get_total_train_batch_size(self.args)
+            folders.seal(aside / final.name, facts | {"pairs_per_step": pairs})
             folders.place(aside / final.name, final)
             aside.rmdir()
 
@@ -186,12 +188,6 @@ class CheckpointedTrainer(Trainer):
                 raise
         failed = self.args.world_size > 1 and self.total(torch.tensor(wrong is not None, device=self.args.device).int())
         return wrong or ("another process failed" if failed else None)
-
-    def _facts(self) -> dict[str, Any]:
-        """Return what a checkpoint can only be resumed with, as its manifest says it."""
-        args = self.args
-        pairs = args.per_device_train_batch_size * args.gradient_accumulation_steps * args.world_size
-        return {"processes": args.world_size, "pairs_per_step": pairs}
 
     def _running_state(self) -> dict[str, Any]:
         """Return what is summed since the last log: the mean over processes of the loss, sums of the metrics."""
@@ -248,30 +244,17 @@ class CheckpointedTrainer(Trainer):
                 raise RequestError(f"resume_from_checkpoint: there is no checkpoint folder {found}")
             if wrong := folders.damage(found):
                 raise RequestError(f"{found}: {wrong}; resume from another checkpoint")
-        self._check_origin(found)
-        return found
-
-    def _check_origin(self, found: Path) -> None:
-        """Compare pairs per step and processes with those that a checkpoint was written with.
-
-        Raises:
-            RequestError: training cannot resume from it.
-        """
         if not (found / "optimizer.pt").exists():
             raise RequestError(
                 f"{found}: holds no optimizer state (training.save_only_model), so training cannot resume from it"
             )
-        facts, here = folders.manifest(found), self._facts()
-        if facts["pairs_per_step"] != here["pairs_per_step"]:
+        before, now = folders.manifest(found)["pairs_per_step"], self.get_total_train_batch_size(self.args)
+        if before != now:
             raise RequestError(
-                f"{found}: was written with {facts['pairs_per_step']} pairs an optimizer step, here it is "
-                f"{here['pairs_per_step']}: set batch size, accumulation and processes to the same product"
+                f"{found}: was written with {before} pairs an optimizer step, here it is {now}: set batch size, accumulation "
+                "and processes to the same product"
             )
-        if facts["processes"] != here["processes"]:
-            logger.warning(
-                "%s was written by %d processes, here %s: the same pairs in each step, but random states start anew",
-                found.name, facts["processes"], here["processes"],
-            )  # fmt: skip
+        return found
 
     def _restore_callbacks(self) -> None:
         """Restore counters of callbacks that keep any, such as early stopping's; not the control, which may say stop."""
