@@ -37,7 +37,7 @@ HELP = {
     "/quit": "end, as Ctrl-D does",
 }
 MIN_ROOM = 64
-"""Tokens that an answer should have room for: the oldest turns are left out for it."""
+"""Tokens that an answer should have room for: a new conversation begins where there are fewer."""
 MIN_COLUMNS = 100
 """Width of a terminal from which on answers stand side by side."""
 CHOICE = "better: 1 or 2 (← →), e to write one, Enter to skip; or type your next message"
@@ -143,8 +143,17 @@ class Chat:
         getattr(self, f"do_{name[1:]}")(rest.strip())
 
     def ask(self, turns: Turns) -> None:
-        """Answer a conversation that ends with a message; it is kept where there is an answer."""
-        text = self.answer(self.window(turns))
+        """Answer a conversation that ends with a message; it is kept where there is an answer.
+
+        Where a model has no room for it, its last message begins a new one.
+        """
+        system: Turns = [{"role": "system", "content": self.system}] if self.system else []
+        wanted = min(MIN_ROOM, self.sampling.max_new_tokens)
+        rooms = [one.room(one.prompts([system + turns])[0], wanted) for one in self.sides]
+        if len(turns) > 1 and min(rooms) < wanted:
+            turns = turns[-1:]
+            self.say("(the model has no room for more turns: your message begins a new conversation)")
+        text = self.answer(system + turns)
         if text is not None:
             self.turns = [*turns, {"role": "assistant", "content": text}]
 
@@ -161,30 +170,6 @@ class Chat:
         if reply.remark:
             self.say(f"({reply.remark})")
         return reply.text
-
-    def window(self, turns: Turns) -> Turns:
-        """Select the system turn and as many of the last turns as every model has room for.
-
-        Raises:
-            RequestError: the last message alone is too long, or the template refuses it.
-        """
-        head: Turns = [{"role": "system", "content": self.system}] if self.system else []
-        wanted = min(MIN_ROOM, self.sampling.max_new_tokens)
-        for start in range(0, len(turns), 2):
-            window = head + turns[start:]
-            prompts = [(one, one.prompts([window])[0]) for one in self.sides]
-            # the one with the least room left
-            tight, ids = min(prompts, key=lambda pair: pair[0].room(pair[1], wanted))
-            last = start + 2 > len(turns)
-            if tight.room(ids, wanted) >= (1 if last else wanted):
-                if start:
-                    taken = min(one.context for one in self.sides if one.context)
-                    self.say(f"(the first {start} turns are left out: the model takes {taken:,} tokens)")
-                return window
-        raise RequestError(
-            f"the message has {len(ids):,} tokens with all that the template adds, and the model takes "
-            f"{tight.context:,}: it is not sent"
-        )
 
     def say(self, line: str, where: Console = errors) -> None:
         """Print a line that is not a model's; a single model's answers alone go to standard output."""

@@ -19,8 +19,6 @@ if TYPE_CHECKING:
 
     from orpo_lite.trainer.trainer import ORPOTrainer
 
-MIN_PAIRS_TO_SPLIT = 8
-"""With fewer pairs, prompts are not grouped by their length."""
 ROWS = {
     "rewards/accuracies": "reward accuracy",
     "rewards/margins": "reward margin",
@@ -136,19 +134,11 @@ def breakdown(
 
 
 def by_length(tokens: np.ndarray) -> list[tuple[str, np.ndarray]]:
-    """Split pairs into quarters by the tokens of their prompts; equal lengths stay together."""
-    everything = [("all", np.ones(len(tokens), dtype=bool))]
-    if len(tokens) < MIN_PAIRS_TO_SPLIT:
-        return everything
-    edges = np.unique(np.quantile(tokens, (0.25, 0.5, 0.75), method="inverted_cdf")).tolist()
-    edges = [edge for edge in edges if edge < tokens.max()]
-    if not edges:
-        return everything
-    found = [(f"up to {edges[0]}", tokens <= edges[0])]
-    for low, high in zip(edges, edges[1:], strict=False):
-        name = str(high) if high == low + 1 else f"{low + 1} to {high}"
-        found.append((name, (tokens > low) & (tokens <= high)))
-    return [*found, (f"{edges[-1] + 1} and more", tokens > edges[-1])]
+    """Split pairs by the tokens of their prompts, at powers of two."""
+    edges = 2 ** np.arange(4, 15)
+    place = np.searchsorted(edges, tokens)
+    names = [f"up to {edges[0]}", *(f"{low + 1} to {2 * low}" for low in edges[:-1]), f"{edges[-1] + 1} and more"]
+    return [(name, place == number) for number, name in enumerate(names)]
 
 
 def show(results: dict[str, dict[str, Any]], keys: Iterable[str] = ROWS, **more: Sequence[str]) -> None:

@@ -2,7 +2,6 @@
 
 import copy
 import re
-from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +65,9 @@ class Base:
             del self.config.quantization_config  # type: ignore[attr-defined]
         stored = stored_tensors(weight_files(spec))
         self.files = {key: one.file for key, one in stored.items()}
-        self.dtype: torch.dtype = self.config.dtype or most_common(stored)  # type: ignore[assignment]  # never a name
+        self.dtype: torch.dtype = self.config.dtype or next(  # type: ignore[assignment]  # never a name
+            one.dtype for one in stored.values() if one.dtype.is_floating_point
+        )
         self.model = self.skeleton()
         self.tied: dict[str, str] = dict(self.model.all_tied_weights_keys)
         self.sources: dict[str, Source] = dict(dequantized(stored, self.dtype) if shipped else stored)
@@ -180,15 +181,6 @@ def weight_files(spec: ModelSection) -> list[Path]:
     if not single:
         raise RequestError(f"{spec.name_or_path} has no model.safetensors (pickled weights are never loaded)")
     return [Path(single)]
-
-
-def most_common(stored: dict[str, Stored]) -> torch.dtype:
-    """Return the floating-point dtype that takes the most bytes."""
-    sizes: Counter[torch.dtype] = Counter()
-    for one in stored.values():
-        if one.dtype.is_floating_point:
-            sizes[one.dtype] += one.nbytes
-    return sizes.most_common(1)[0][0]
 
 
 def trained_dtype(adapter: Path, spec: ModelSection) -> torch.dtype:

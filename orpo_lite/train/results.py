@@ -6,7 +6,6 @@ import contextlib
 import hashlib
 import itertools
 import json
-import os
 import platform
 import tempfile
 from collections.abc import Iterator
@@ -25,7 +24,6 @@ from orpo_lite.evaluate.held_out import evaluate, rule_shares
 from orpo_lite.model import BaseFacts, autocast, save_adapter, trainable_share
 from orpo_lite.objective.metrics import COLUMNS
 from orpo_lite.recipe import Recipe
-from orpo_lite.recipe.loading import resolve_path
 from orpo_lite.report import write_report
 from orpo_lite.report.model_card import draw_picture, find_license, hub_id, write_card
 from orpo_lite.trainer.generate import answer, score_answers
@@ -38,17 +36,6 @@ if TYPE_CHECKING:
     from orpo_lite.plan.predict import Plan
 
 
-OF_TRAINING: dict[str, Any] = {
-    "name": True, "description": True, "needs": True, "orpo": {"tokens_per_batch"},
-    "memory": {"gpu_gb", "checkpointing", "offload_activations"},
-    "adapter": {"r", "alpha", "dropout", "use_rslora", "loraplus_lr_ratio"},
-    "training": set(
-        "adam_beta1 adam_beta2 adam_epsilon data_seed eval_steps eval_strategy gradient_accumulation_steps learning_rate "
-        "logging_steps lr_scheduler_kwargs lr_scheduler_type max_grad_norm max_steps num_train_epochs optim optim_args output_dir "
-        "per_device_train_batch_size save_minutes save_steps save_strategy save_total_limit seed warmup_steps weight_decay".split()
-    ),
-}  # fmt: skip
-"""Fields of a recipe that change nothing in what is measured before training."""
 ADDED = ("rewards/accuracies_interval", "length_baseline", "pairs", "by")
 """What `evaluate` adds to the metrics that a trainer logs."""
 
@@ -151,18 +138,15 @@ def measure_before(
 
 def what_measures(recipe: Recipe, trainer: ORPOTrainer, pairs: Pairs, tokenizer: Any, base: BaseFacts) -> str | None:
     """Return everything that the base's figures depend on, as JSON; None where they may be this run's alone."""
-    spec, adapter, device = recipe.model, recipe.adapter, trainer.args.device
+    spec, adapter = recipe.model, recipe.adapter
     starts_as_base = adapter is None or not (
         adapter.init_from or adapter.use_dora or adapter.init_lora_weights == "orthogonal"
     )
     if not starts_as_base or spec.new_tokens or trainer.args.world_size > 1:
         return None
-    facts = recipe.model_dump(mode="json", exclude=OF_TRAINING)
-    folder = Path(os.path.expanduser(resolve_path(spec.name_or_path)))
-    files = [(one.name, one.stat().st_size, one.stat().st_mtime_ns) for one in sorted(folder.glob("*"))]
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else torch.get_num_threads()
-    known = (facts, files, base.revision, pairs.fingerprint, tokenizer.chat_template, device.type, where, versions())
-    return json.dumps(known, sort_keys=True, default=str)
+    parts: dict[str, Any] = dict.fromkeys(("model", "data", "orpo", "evaluation"), True) | {"memory": {"kernels"}}
+    facts = recipe.model_dump(mode="json", include=parts)
+    return json.dumps([facts, base.revision, pairs.fingerprint, tokenizer.chat_template, versions()], sort_keys=True)
 
 
 def record_of(

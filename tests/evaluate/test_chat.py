@@ -262,20 +262,23 @@ def test_commands(answerer, typed, capsys):
     assert talk.turns == [] and talk.system == "Be brief."
 
 
-def test_history_beyond_the_context_is_cut_and_said(answerer, typed, capsys, monkeypatch):
-    talk = Chat([answerer], Sampling(8), "Be brief.")
+def test_a_conversation_beyond_the_context_begins_anew_and_that_is_said(answerer, capsys, monkeypatch):
+    talk, asked = Chat([answerer], Sampling(8), "Be brief."), []
+    talk.answer = lambda turns: asked.append(turns) or "Fine."
     talk.turns = [turn for n in range(20) for turn in ({"role": "user", "content": f"number {n} " * 9},
                                                       {"role": "assistant", "content": "yes " * 9})]  # fmt: skip
-    asked = [*talk.turns, *ASK]
-    full = len(answerer.prompts([[{"role": "system", "content": "Be brief."}, *asked]])[0])
-    monkeypatch.setattr(type(answerer), "context", full // 2)
-    window = talk.window(asked)
-    assert window[0]["role"] == "system" and window[-1] == ASK[0] and window[1]["role"] == "user"
-    assert len(answerer.prompts([window])[0]) + 8 <= full // 2 < full
-    assert "turns are left out" in capsys.readouterr().err
+    system, whole = {"role": "system", "content": "Be brief."}, [*talk.turns, *ASK]
+    full = len(answerer.prompts([[system, *whole]])[0])
+    monkeypatch.setattr(type(answerer), "context", full + 8)
+    talk.ask(whole)
+    assert asked.pop() == [system, *whole] and len(talk.turns) == 42 and not capsys.readouterr().err
+    monkeypatch.setattr(type(answerer), "context", full + 7)
+    talk.ask(whole)
+    assert asked.pop() == [system, *ASK] and talk.turns == [*ASK, {"role": "assistant", "content": "Fine."}]
+    assert "begins a new conversation" in capsys.readouterr().err
     monkeypatch.setattr(type(answerer), "context", 10)
-    with pytest.raises(RequestError, match="the model takes 10: it is not sent"):
-        talk.window([{"role": "user", "content": "word " * 50}])
+    with pytest.raises(RequestError, match="tokens, and the model takes 10"):
+        Chat([answerer], Sampling(8), None).ask([{"role": "user", "content": "word " * 50}])
 
 
 def test_draws_come_again_with_their_seed(answerer):
