@@ -59,6 +59,11 @@ def interrupted():
     yield
 
 
+def test_an_interrupt_ends_the_examination():
+    with pytest.raises(KeyboardInterrupt):
+        list(examine([interrupted, good]))
+
+
 def finds_a_problem():
     yield Finding("driver", PROBLEM, "too old", "update it")
 
@@ -76,12 +81,6 @@ def test_probes_that_raise_or_leave_are_findings_and_the_rest_goes_on(capsys):
     assert "SystemExit" in found[2].text and "Panic: at the disco" in found[3].text
     assert all("--json" in finding.remedy for finding in found[1:4])
     assert capsys.readouterr() == ("", "")
-
-
-def test_an_interrupt_ends_the_examination_and_names_the_probe(capsys):
-    with pytest.raises(KeyboardInterrupt):
-        list(examine([interrupted, good]))
-    assert "while checking: interrupted" in capsys.readouterr().err
 
 
 def test_native_code_that_crashes_is_named_after_what_was_found_before():
@@ -308,7 +307,7 @@ def t4(monkeypatch, smi):
     smi("Tesla T4, 580.82.07")
     facts = {"is_available": lambda: True, "device_count": lambda: 1, "get_device_capability": lambda *_: (7, 5),
              "get_device_name": lambda *_: "Tesla T4", "mem_get_info": lambda *_: (15_500_000_000, 15_800_000_000),
-             "memory_reserved": lambda *_: 0, "get_arch_list": lambda: ["sm_75", "sm_86"]}  # fmt: skip
+             "get_arch_list": lambda: ["sm_75", "sm_86"]}  # fmt: skip
     for name, value in facts.items():
         monkeypatch.setattr(torch.cuda, name, value)
     ones = torch.ones
@@ -324,12 +323,6 @@ def test_a_t4(t4):
     assert found.verdict == OK and "float16 computing on a GPU of compute capability 7.5" in found.text
 
 
-def test_a_card_that_others_use(t4, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (9_000_000_000, 15_800_000_000))
-    found = next(doctor.card())
-    assert found.verdict == NOTE and "6.8 GB are in use" in found.text and "nvidia-smi" in found.remedy
-
-
 def test_a_card_that_this_torch_has_no_code_for(t4, monkeypatch):
     def refuse(*shape, device):
         raise RuntimeError("CUDA error: no kernel image is available")
@@ -337,12 +330,6 @@ def test_a_card_that_this_torch_has_no_code_for(t4, monkeypatch):
     monkeypatch.setattr(torch, "ones", refuse)
     found = next(doctor.card())
     assert found.verdict == PROBLEM and "no kernel image" in found.text and "sm_75, sm_86" in found.remedy
-
-
-def test_a_card_that_computes_wrongly(t4, monkeypatch):
-    monkeypatch.setattr(torch.Tensor, "sum", lambda self: self[0, 0])
-    found = next(doctor.card())
-    assert found.verdict == PROBLEM and "its result is wrong" in found.text
 
 
 def test_a_driver_that_is_too_old(smi, monkeypatch):

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeGuard
 
 import numpy as np
-from matplotlib.ticker import MaxNLocator
+from matplotlib.ticker import PercentFormatter
 
 from orpo_lite.common.text import number
 
@@ -18,7 +18,6 @@ BLUE, ORANGE, GREEN, RED, PURPLE, TEAL = range(6)
 COLORS = (("#0b68cb", "#6cb4ff"), ("#b45309", "#ffb057"), ("#1a7f37", "#56d364"), ("#cf222e", "#ff8a80"),
           ("#7c3aed", "#cda5ff"), ("#0e7490", "#4dd0e1"))  # fmt: skip
 """On a light and on a dark page; the model card takes the light ones."""
-Y_TICKS, X_TICKS = 4, 6
 DOTTED = 30
 """Lines of up to this many points have a dot at each."""
 
@@ -97,12 +96,6 @@ def apart(values: Sequence[float], share: float) -> tuple[float, float]:
     return (low, high) if high - low > 1e-9 * size else (low - share * size, high + share * size)
 
 
-def ticks(low: float, high: float, most: int) -> list[float]:
-    """Return the round numbers between two others, at most `most` + 1 of them."""
-    marks = MaxNLocator(most, steps=[1, 2, 2.5, 5, 10]).tick_values(low, high)
-    return [float(mark) for mark in marks if low <= mark <= high]
-
-
 def running_mean(points: list[Point], width: int) -> list[Point]:
     """Average the last `width` finite values, from the first place that has as many."""
     xs, ys = np.array([(x, y) for x, y in points if math.isfinite(y)]).reshape(-1, 2).T
@@ -153,11 +146,6 @@ def short(value: float) -> float | int | None:
     return int(value) if value == int(value) else value
 
 
-WIDTH, HEIGHT = 1500, 840
-"""Pixels of curves.png."""
-INK, GRAY, GRID, AXIS = "#1c2024", "#57606a", "#d8dee4", "#afb8c1"
-
-
 def save_png(charts: list[Chart], path: Path) -> None:
     """Draw six charts as a PNG on an opaque light ground; the same charts give the same bytes."""
     # not pyplot: it keeps figures and a backend for the whole process, which may be a user's notebook
@@ -165,8 +153,8 @@ def save_png(charts: list[Chart], path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    with matplotlib.style.context("default"):  # whatever the user's own style is
-        figure = Figure(figsize=(WIDTH / 100, HEIGHT / 100), dpi=100, facecolor="white")
+    with matplotlib.style.context(["default", "seaborn-v0_8-whitegrid"]):  # whatever the user's own style is
+        figure = Figure(figsize=(15, 8.4), dpi=100)
         FigureCanvasAgg(figure)
         # a layout engine would draw everything twice
         figure.subplots_adjust(left=0.06, right=0.985, bottom=0.075, top=0.955, wspace=0.19, hspace=0.3)
@@ -175,30 +163,27 @@ def save_png(charts: list[Chart], path: Path) -> None:
             for line in chart.lines:
                 draw_line(axes, line)
             if chart.drawable and len(chart.lines) > 1:
-                axes.legend(fontsize=9.5, framealpha=0.85, edgecolor=GRID)
+                axes.legend(frameon=True, framealpha=0.85)
         figure.savefig(path, format="png", metadata={"Software": None})
 
 
 def draw_axes(axes: Any, chart: Chart) -> None:
     """Draw everything of a chart but its lines."""
-    axes.set_title(chart.title, loc="left", fontsize=13, fontweight="bold", color=INK)
-    axes.set_xlabel(chart.x, fontsize=10, color=GRAY)
-    axes.tick_params(labelsize=10, colors=GRAY)
-    axes.grid(color=GRID, linewidth=0.7)
-    axes.spines[["top", "right"]].set_visible(False)
-    axes.spines[["left", "bottom"]].set_color(AXIS)
+    axes.set_title(chart.title, loc="left", fontsize=13, fontweight="bold")
+    axes.set_xlabel(chart.x)
     note = {"transform": axes.transAxes, "fontsize": 9}
     axes.text(0.98, 0.02, "\n".join(chart.notes), ha="right", color=COLORS[RED][0], **note)
     if not chart.drawable:
-        axes.text(0.5, 0.5, "no finite value" if chart.notes else "not logged", ha="center", color=GRAY, **note)
+        axes.text(0.5, 0.5, "no finite value" if chart.notes else "not logged", ha="center", **note)
         axes.set(xticks=[], yticks=[])
         return
     x0, x1, y0, y1 = chart.domain
-    axes.set(xlim=(x0, x1), ylim=(y0, y1), xticks=ticks(x0, x1, X_TICKS), yticks=ticks(y0, y1, Y_TICKS))
-    axes.xaxis.set_major_formatter(lambda value, _: written(value))
-    axes.yaxis.set_major_formatter(lambda value, _: written(value, chart.form))
+    axes.set(xlim=(x0, x1), ylim=(y0, y1))
+    axes.locator_params(nbins=6)
+    if chart.form == "%":
+        axes.yaxis.set_major_formatter(PercentFormatter(1))
     if chart.across:
-        axes.axhline(chart.across[0], color=GRAY, linewidth=1.2, linestyle=":", label=chart.across[1])
+        axes.axhline(chart.across[0], color="gray", linewidth=1.2, linestyle=":", label=chart.across[1])
 
 
 LOOKS: dict[str, dict[str, Any]] = {

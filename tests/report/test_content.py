@@ -16,7 +16,7 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import lock_folder, unlock_folder
 from orpo_lite.report import command, write_report
 from orpo_lite.report.charts import histogram
-from orpo_lite.report.drawing import Chart, Line, running_mean, ticks
+from orpo_lite.report.drawing import Chart, Line, running_mean
 from orpo_lite.report.drawing import written as plain
 from orpo_lite.report.page import few_pairs, told_apart, verdict
 from orpo_lite.trainer.run_folder import RunFolder
@@ -374,16 +374,6 @@ def test_structure_for_screen_readers(written, tmp_path):
 def test_running_mean_by_hand():
     points = [(1.0, 1.0), (2.0, NAN), (3.0, 3.0), (4.0, 8.0)]
     assert running_mean(points, 2) == [(3.0, 2.0), (4.0, 5.5)]
-
-
-@pytest.mark.parametrize(
-    ("low", "high"), [(0, 1), (-0.0013, 0.0621), (1e-7, 2e-7), (3, 100_003), (-5e6, 5e6), (0.4, 0.40001)]
-)
-def test_ticks_are_round_and_inside(low, high):
-    found = ticks(low, high, 4)
-    assert 2 <= len(found) <= 6 and all(
-        low - 1e-9 * (high - low) <= tick <= high + 1e-9 * (high - low) for tick in found
-    )
 
 
 def test_histogram_counts_every_finite_value_once():

@@ -25,7 +25,7 @@ from orpo_lite.common.text import fence, inline
 from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.loading import PACKAGE
 from orpo_lite.report.charts import draw_card_curves
-from orpo_lite.report.drawing import BLUE, COLORS, GREEN, HEIGHT, ORANGE, RED, WIDTH
+from orpo_lite.report.drawing import BLUE, COLORS, GREEN, ORANGE, RED
 from orpo_lite.report.model_card import find_license, hub_id, model_card, published_recipe
 from orpo_lite.train.pipeline import run
 from orpo_lite.trainer.run_record import LoadedRun, RunRecord, read_run
@@ -465,7 +465,7 @@ def draw_curves(lines, path):
 def ink(path):
     """For each of the six panels, how many pixels have each series' color."""
     picture = np.asarray(Image.open(path).convert("RGB"))
-    assert picture.shape == (HEIGHT, WIDTH, 3)
+    assert picture.shape == (840, 1500, 3)
     panels = [part for row in np.split(picture, 2) for part in np.split(row, 3, axis=1)]
     colors = [
         [int(c[i : i + 2], 16) for i in (1, 3, 5)] for c in (COLORS[one][0] for one in (BLUE, ORANGE, GREEN, RED))
