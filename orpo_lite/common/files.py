@@ -110,21 +110,6 @@ def is_locked(folder: Path) -> bool:
         return False
 
 
-def disk_of(path: Path) -> int:
-    """Return the device number of the file system that a path is on, or would be on once it is created."""
-    place = path.absolute()
-    return next(one for one in (place, *place.parents) if one.exists()).stat().st_dev
-
-
-def check_mounted(path: Path, disk: int) -> None:
-    """Raise OSError if a path is no longer on the file system that `disk_of` gave for it.
-
-    Anything written to a bare mount point would be lost with the machine, or hidden by the next mount.
-    """
-    if disk_of(path) != disk:
-        raise OSError(errno.ENODEV, "its drive is no longer mounted", str(path))
-
-
 def disk_trouble(error: Exception) -> str | None:
     """Return what went wrong with a disk, by what Python, torch, safetensors and tokenizers raise, or None."""
     if isinstance(error, OSError):

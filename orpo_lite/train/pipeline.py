@@ -22,7 +22,6 @@ from transformers.utils.logging import disable_progress_bar, set_verbosity_error
 
 from orpo_lite.common.console import console, progress
 from orpo_lite.common.errors import ReportedElsewhere, RequestError
-from orpo_lite.common.files import check_mounted, disk_of
 from orpo_lite.data import Pairs, load_pairs
 from orpo_lite.model import BaseFacts, attach_adapter, load_base, load_tokenizer
 from orpo_lite.model.activation_offload import check_count, checkpointing_layers
@@ -110,7 +109,7 @@ def run(
         kept = asked.model_copy(update={"model": recipe.model})
         folder = on_first_process(lambda: RunFolder.create(kept, resume, args.world_size))
         stack.callback(folder.unlock)
-        disk, first = disk_of(folder.path), trainer.is_world_process_zero()
+        first = trainer.is_world_process_zero()
         connect(trainer, recipe, pairs, folder)
         printout.print_plan_of_run(recipe, pairs, base, trainer, checkpointing, folder, verbose)
 
@@ -118,7 +117,6 @@ def run(
         outcome = train(trainer, folder)
         if first:  # before anything else can fail
             with rescued(folder, trainer, tokenizer):
-                check_mounted(folder.path, disk)
                 save_weights(folder.path, trainer, tokenizer)
         after = measure_held_out(recipe, trainer, pairs, tokenizer, before)
 
@@ -126,7 +124,6 @@ def run(
         record.total_seconds = round(time.monotonic() - started, 3)
         if first:
             with rescued(folder, trainer, tokenizer):
-                check_mounted(folder.path, disk)
                 finish(folder, record, {"before": before.pairs, "after": after.pairs, "beta": trainer.args.beta})
             printout.print_finished(folder, record)
     return Run(folder.path, record)

@@ -12,7 +12,7 @@ from transformers.integrations.integration_utils import get_reporting_integratio
 
 from orpo_lite.common.console import console
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import check_mounted, disk_of, write_atomically
+from orpo_lite.common.files import write_atomically
 
 logger = logging.getLogger(__name__)
 
@@ -57,7 +57,7 @@ class MetricsFile(TrainerCallback):
     """
 
     def __init__(self, path: Path, resumed: bool):
-        self.path, self.resumed, self.disk = path, resumed, disk_of(path.parent)
+        self.path, self.resumed = path, resumed
         self.before: list[dict[str, Any]] = []
         """Logs of step 0, which neither `train` nor a checkpoint keeps."""
         self.failed = False
@@ -75,7 +75,6 @@ class MetricsFile(TrainerCallback):
         if not state.is_world_process_zero:
             return
         try:
-            check_mounted(self.path.parent, self.disk)
             write_atomically(self.path, "".join(f"{json.dumps(line)}\n" for line in self._lines(state)))
             self.failed = False
         except OSError as error:

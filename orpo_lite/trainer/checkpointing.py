@@ -15,7 +15,7 @@ from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
 
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import check_mounted, disk_of, disk_trouble
+from orpo_lite.common.files import disk_trouble
 from orpo_lite.trainer import checkpoint_folder as folders
 from orpo_lite.trainer.config import ORPOConfig
 from orpo_lite.trainer.health import HealthWarnings, NonFiniteGuard
@@ -72,11 +72,12 @@ class CheckpointedTrainer(Trainer):
             Stopped: a signal stopped the training.
         """
         if self.args.should_save:
+            self.checkpoint_folder.mkdir(parents=True, exist_ok=True)
             folders.clean(self.checkpoint_folder)
         self.resumed_from = self._verified(resume_from_checkpoint) if resume_from_checkpoint else None
         self.stopping, self.ended, self.train_seconds, self.session_loss = StopRequest(), False, 0.0, 0.0
         self.train_started = self.clock = time.monotonic()
-        self.disk, self.save_limit = disk_of(self.checkpoint_folder), self.args.save_total_limit
+        self.save_limit = self.args.save_total_limit
         # the callbacks' counters are restored below, without the control, which may say stop
         self.args.restore_callback_states_from_checkpoint = False
         try:
@@ -149,9 +150,8 @@ class CheckpointedTrainer(Trainer):
 
     def _make_staging_folder(self, aside: Path) -> None:
         if self.args.should_save:
-            check_mounted(aside, self.disk)
             shutil.rmtree(aside, ignore_errors=True)
-            aside.mkdir(parents=True)
+            aside.mkdir()  # alone: on a drive that is gone its parents are gone, and would be made on the mount point
 
     def _write(self, model: Any, trial: Any, aside: Path, final: Path, running: dict[str, Any]) -> None:
         args, state = self.args, self.state
