@@ -261,7 +261,7 @@ def rescued(folder: RunFolder, trainer: ORPOTrainer, tokenizer: Any) -> Iterator
         OSError: the folder cannot be written; the message says where the adapter is.
     """
     try:
-        os.listdir(folder.path)  # PEFT would make a folder that is gone, as with its drive, anew
+        folder.path.stat()  # PEFT would make a folder that is gone, as with its drive, anew
         yield
     except Exception as error:
         if not (trouble := disk_trouble(error)):
