@@ -144,8 +144,7 @@ class Study:
         self._trace = functools.cache(self._run_step)
         self._stacks = None
         if self.layers:
-            lag = step.COPYING if recipe.memory.offload_activations else 0
-            self._stacks = Stacks(self._trace, len(self.layers), step.period(self.layers), lag)
+            self._stacks = Stacks(self._trace, len(self.layers), step.period(self.layers))
 
     @property
     def counts(self) -> list[int]:
@@ -246,6 +245,4 @@ def assumptions(recipe: Recipe, target: Target, fused: bool) -> list[str]:
     if recipe.memory.kernels != "none":
         ours = "liger's" if fused else "PyTorch's own, which hold more than liger's where those will run"
         found.append(f"kernels of norms, rotations and activations: {ours}")
-    if recipe.memory.offload_activations:
-        found.append("offloading: the copies of at most two layers are under way at a time")
     return found

@@ -1,7 +1,7 @@
 """Run one optimizer step of a recipe on meta tensors, with the trainer's own objective and every allocation logged."""
 
 import functools
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -23,8 +23,6 @@ from orpo_lite.recipe import DataSection, Recipe
 from orpo_lite.trainer.objective import Objective, count_step
 
 META = torch.device("meta")
-COPYING = 2
-"""ASSUMED. Tensors that are still on the card while they are copied to the host."""
 
 
 @dataclass(frozen=True)
@@ -176,22 +174,16 @@ def hold_gradients(timeline: Timeline, trained: list[Tensor]) -> None:
 
 
 class HostOfPlan(saved_tensors_hooks):
-    """The host's memory in a plan: offloaded tensors are gone until they return, except the last ones sent."""
+    """The host's memory in a plan: offloaded tensors are gone until they return."""
 
     def __init__(self) -> None:
         self.bytes = 0
-        copying: deque[Tensor] = deque(maxlen=COPYING)
 
         def pack(tensor: Tensor) -> tuple[torch.Size, torch.dtype]:
             self.bytes += tensor.nbytes
-            copying.append(tensor)
             return tensor.shape, tensor.dtype
 
-        def unpack(kept: tuple[torch.Size, torch.dtype]) -> Tensor:
-            copying.clear()
-            return torch.empty(kept[0], dtype=kept[1], device=META)
-
-        super().__init__(pack, unpack)
+        super().__init__(pack, lambda kept: torch.empty(kept[0], dtype=kept[1], device=META))
 
 
 def checkpoint(model: Any, recomputed: int | None, host: HostOfPlan | None) -> None:
@@ -270,18 +262,16 @@ class Stacks:
             for the same shorter model again and again.
         layers: layers of the whole model.
         each: their period.
-        lag: periods that a layer's memory reaches back, in addition to the one before it.
     """
 
     trace: Callable[[int, int], Traced]
     layers: int
     each: int
-    lag: int = 0
 
     @property
     def edge(self) -> int:
         """Height from which a stack can be extrapolated: the layers at its ends are like no others."""
-        return (3 + self.lag) * self.each
+        return 3 * self.each
 
     def __call__(self, recomputed: int) -> Traced:
         """Return the whole model's step with the first `recomputed` layers checkpointed."""
@@ -326,6 +316,6 @@ class Stacks:
         ways: list[Callable[[Heights], int | str]] = []
         if not grows or within < short[stack] - self.each:
             ways.append(lambda heights: heights[0] * stack + within)
-        if grows and within >= (1 + self.lag) * self.each:
+        if grows and within >= self.each:
             ways.append(lambda heights: heights[0] * stack + within + heights[stack] - short[stack])
         return ways

@@ -19,14 +19,6 @@ from orpo_lite.recipe import Recipe
 from orpo_lite.recipe.schema import OrpoSection
 from orpo_lite.trainer.config import ORPOConfig
 
-FIELDS_IN_WORDS = {
-    "saving steps": "save_steps",
-    "evaluation steps": "eval_steps",
-    "Save strategy": "save_strategy",
-    "Evaluation strategy": "eval_strategy",
-}
-"""Names by which transformers' messages call some fields."""
-
 DEFAULTS: dict[str, Any] = {
     "learning_rate": 5e-5,
     "lr_scheduler_type": "cosine",
@@ -153,6 +145,4 @@ def refusal(error: Exception, training: dict[str, Any], fields: list[str]) -> Re
 
 def fields_in_message(message: str, training: dict[str, Any]) -> list[str]:
     """List the given fields that a message names."""
-    for words, name in FIELDS_IN_WORDS.items():
-        message = message.replace(words, f"{words} {name}")
     return [name for name in training if re.search(rf"(?<!\w){re.escape(name)}(?!\w)", message)]

@@ -9,9 +9,8 @@ import torch
 from accelerate.utils import extract_model_from_parallel
 from torch import Tensor, nn
 
-from orpo_lite.model import autocast
 from orpo_lite.model.inspection import unwrap
-from orpo_lite.objective.head import HeadTransform, LabelRows, head_transform, score_labels, score_logits
+from orpo_lite.objective.head import HeadTransform, LabelRows, score_labels, score_logits
 from orpo_lite.objective.loss import PairStatistics, configured_loss, pair_statistics
 from orpo_lite.objective.metrics import metric_sums
 from orpo_lite.objective.one_call import Attention, pair_calls
@@ -28,7 +27,7 @@ class Objective:
     Args:
         settings: an ORPOConfig, or anything with its `beta`, `nll_mean` and `head_chunk`; read at each call.
         config: the model's configuration, which says whether its routers have a loss of their own.
-        head: how the output head is scored without whole logits; None keeps whole logits. See `find_head`.
+        head: how the output head is scored without whole logits; None keeps whole logits.
         processes: number of processes over which the engine averages gradients.
     """
 
@@ -44,12 +43,6 @@ class Objective:
         )
         self.last_batch: dict[str, Any] = {}
         """The batch whose forward pass was begun last."""
-
-    def find_head(self, model: nn.Module, device: torch.device, exact: float) -> None:
-        """Find how the model's head is scored without whole logits; `exact` is the largest difference that counts as none."""
-        plain: Any = extract_model_from_parallel(model)
-        with autocast(plain):
-            self.head = head_transform(plain, device, exact)
 
     def statistics(self, model: nn.Module, batch: dict[str, Any]) -> tuple[PairStatistics, Tensor | None]:
         """Run the forward pass of a batch; return one entry per pair, and the routers' loss (a scalar) where they have one."""
@@ -127,10 +120,6 @@ class StepInProgress:
     sums: dict[str, Tensor]
     losses: list[Tensor] = field(default_factory=list)
     """Loss of each item that is done: its share of the step's."""
-
-    def index_of(self, item: dict[str, Any]) -> int | None:
-        """Return the position of an item, by identity; None where it is not of this step."""
-        return next((i for i, one in enumerate(self.items) if one is item), None)
 
 
 def prediction_rows(parts: list[tuple[PairStatistics, Tensor | None]], settings: Any) -> tuple[Tensor, Tensor]:

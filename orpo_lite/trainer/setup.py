@@ -15,10 +15,11 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, Traine
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.data.token_cache import TokenizeOptions
-from orpo_lite.model import keep_4bit_differentiable
+from orpo_lite.model import autocast, keep_4bit_differentiable
 from orpo_lite.model.adapter import prepare_frozen, wrap
 from orpo_lite.model.base import attention_for
 from orpo_lite.model.inspection import check_decoder_only, unwrap
+from orpo_lite.objective.head import head_transform
 from orpo_lite.objective.layout import disable_dropout
 from orpo_lite.trainer.callbacks import check_trackers
 from orpo_lite.trainer.config import ORPOConfig
@@ -160,7 +161,8 @@ def make_objective(trainer: ORPOTrainer) -> Objective:
     if objective.router_loss and not objective.router_coefficient:
         logger.warning("output_router_logits is on, but router_aux_loss_coef is 0: the router's loss has no effect")
     exact = 1e-3 if args.mixed_precision == "no" and next(model.parameters()).dtype == torch.float32 else 0.2
-    objective.find_head(model, args.device, exact)
+    with autocast(trainer.unwrapped()):
+        objective.head = head_transform(trainer.unwrapped(), args.device, exact)
     return objective
 
 

@@ -88,9 +88,6 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
     ):
         args = args or ORPOConfig(output_dir="outputs")
         setup.check_arguments(args, train_dataset, eval_dataset, preprocess_logits_for_metrics)
-        if type(data_collator).__name__ == "DPODataCollatorWithPadding":
-            logger.warning("TRL's data collator is not needed: ours takes its place")
-            data_collator = None
         torch.manual_seed(args.seed)  # a new adapter's weights are random
         self._peft_config, self._own_collator = peft_config, data_collator is not None
         model = setup.prepare_model(model, args, peft_config)
@@ -237,7 +234,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             NonFinite: see `NonFiniteGuard`.
         """
         step = self.step_in_progress
-        place = step.index_of(inputs) if step else None
+        place = next((i for i, item in enumerate(step.items) if item is inputs), None) if step else None
         if step is None or place is None:  # a script's own step
             return self._forward_backward(model, inputs, num_items_in_batch)
         items = [inputs]
@@ -253,16 +250,12 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             return [self._forward_backward(model, item, num_items_in_batch) for item in items]
 
         losses = retried(passes, begin_again)
-        self._record(step, losses)
-        return losses[-1]
-
-    def _record(self, step: StepInProgress, losses: list[Tensor]) -> None:
-        """Count the losses of items of a step that were computed, and check the step after its last."""
         for loss in losses:
             self._add({"loss": loss})
         step.losses += losses
         if len(step.losses) == len(step.items):
             self.guard.check_step()
+        return losses[-1]
 
     def _forward_backward(self, model: nn.Module, item: dict[str, Any], totals: Tensor | None) -> Tensor:
         """Run the passes of an item, gradients synchronized on the last only; returns its loss, a scalar."""

@@ -14,11 +14,11 @@ CASES = [
     (
         ["training.load_best_model_at_end=true", "training.eval_strategy=steps", "training.save_strategy=steps",
          "training.eval_steps=3", "training.save_steps=4"],
-        ["training.save_steps (found 4", "training.eval_steps (found 3", "training.load_best_model_at_end"],
+        ["training.load_best_model_at_end (found True)", "saving steps", "found 4", "multiple of 3"],
     ),
     (
         ["training.load_best_model_at_end=true", "training.eval_strategy=no", "training.save_strategy=steps"],
-        ["training.load_best_model_at_end (found True)", "training.eval_strategy (found 'no')"],
+        ["training.load_best_model_at_end (found True)", "strategy to match"],
     ),
     (['training.accelerator_config={"x": 1}'], ["training.accelerator_config (found {'x': 1})"]),
     (["training.train_sampling_strategy=group_by_length"], ["training.train_sampling_strategy", "random, sequential"]),

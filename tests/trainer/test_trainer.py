@@ -261,14 +261,6 @@ def test_encoder_decoders_are_refused_by_name(tmp_path, tokenizer):
         config(tmp_path, is_encoder_decoder=True)
 
 
-def test_trls_collator_is_replaced(tmp_path, tokenizer, caplog):
-    from trl.experimental.utils import DPODataCollatorWithPadding
-
-    collator = DPODataCollatorWithPadding(pad_token_id=0)
-    trainer = ORPOTrainer(adapted("llama"), config(tmp_path), collator, rows(4), processing_class=tokenizer)
-    assert trainer.data_collator is trainer.collator and "ours takes its place" in caplog.text
-
-
 def test_nll_scope_chosen_leaves_the_prompt_out(tmp_path, tokenizer):
     whole = ORPOTrainer(adapted("llama"), config(tmp_path), None, rows(4), processing_class=tokenizer)
     answer = ORPOTrainer(
