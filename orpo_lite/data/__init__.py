@@ -87,8 +87,7 @@ def read_section(
     """Tokenize each source, up to a limit of rows over all of them in their order, and describe it in `shapes`."""
     from orpo_lite.data.token_cache import TokenizeOptions, tokenize_source  # which imports torch
 
-    common = TokenizeOptions.__dataclass_fields__.keys() & type(spec).model_fields.keys()
-    options = TokenizeOptions(**{name: getattr(spec, name) for name in common}, strict=True)
+    options = TokenizeOptions(**dict(spec), strict=True)
     section = field.removeprefix("data.")
     done: list[Tokenized] = []
     for number, source in enumerate(sources):

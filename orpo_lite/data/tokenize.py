@@ -41,29 +41,23 @@ from orpo_lite.data.lengths import answer_tokens
 from orpo_lite.data.quality import COLUMNS, describe, hashed
 from orpo_lite.data.row_formats import Numbered, spread
 from orpo_lite.data.row_shapes import BARE_STRINGS, FAMILY, HH, SIDES, Pair, started, to_pair, without_system
+from orpo_lite.recipe import DataSection, DataSource
 
 UNLIMITED = 2**31 - 1
 Ids = list[int]
 NOTES: dict[str, dict[str, str]] = safe_yaml.read(Path(__file__).with_suffix(".yaml"))
 
 
-@dataclass(kw_only=True)
-class TokenizeOptions:
-    """Rules for turning rows into tokens, as in a recipe's `data` section. The defaults are TRL's."""
+class TokenizeOptions(DataSection):
+    """Rules for turning rows into tokens: a recipe's `data` section, but with TRL's defaults, and without sources."""
 
-    max_length: int | None = 1024
-    max_prompt_length: int | None = None
-    max_completion_length: int | None = None
-    """Tokens of the completion, read only if `strict`, as in TRL."""
+    train: list[DataSource] = []
     overlong: Literal["drop", "truncate"] = "truncate"
     """truncate cuts the completion's end and, if `strict` or with a max_prompt_length, the prompt's oldest content."""
     completion_end: Literal["trl", "turn"] = "trl"
-    apply_template: bool = False
-    system: Literal["template", "merge"] = "template"
-    pairing: Literal["best-worst", "all"] = "best-worst"
-    template_kwargs: dict[str, Any] = field(default_factory=dict)
     strict: bool = False
-    """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped."""
+    """A recipe's rules instead of TRL's: rows with empty turns, equal sides or prompts that differ are dropped, and
+    max_completion_length counts."""
 
 
 class Side(NamedTuple):
