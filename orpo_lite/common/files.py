@@ -97,17 +97,15 @@ def unlock_folder(folder: Path) -> None:
 
 def is_locked(folder: Path) -> bool:
     """Return True if a process is training in this folder now; False where that cannot be known."""
-    if (os.getpid(), folder.resolve()) in _held:
-        return True
-    if not os.access(folder / LOCK, os.W_OK):
-        return False
+    held = (os.getpid(), folder.resolve()) in _held
+    if held or not os.access(folder / LOCK, os.W_OK):
+        return held
     try:
-        with FileLock(folder / LOCK, timeout=0, fallback_to_soft=False):
-            return False
-    except Timeout:
-        return True
-    except (OSError, NotImplementedError):
-        return False
+        lock_folder(folder)
+    except (RequestError, OSError) as error:
+        return isinstance(error, RequestError)
+    unlock_folder(folder)
+    return False
 
 
 def disk_trouble(error: Exception) -> str | None:

@@ -159,29 +159,15 @@ def summary(tokens: np.ndarray) -> dict[str, float]:
 
 
 def example(row: dict[str, Any], tokenizer: PreTrainedTokenizerBase) -> dict[str, Any]:
-    """Return one pair decoded: the prompt, as it precedes the chosen answer, and the labels of each side."""
-    prompt = row["chosen_ids"][: row["chosen_start"]]
-    runs = {side: label_runs(row, side) for side in SIDES}
-    chosen, rejected = ([token for labeled, run in runs[side] if labeled for token in run] for side in SIDES)
-    return {
-        "source": row["source"],
-        "row": row["row"],
-        "tokens": {"prompt": len(prompt), "chosen": len(chosen), "rejected": len(rejected)},
-        "prompt": tokenizer.decode(prompt),
-        "chosen": [tokenizer.decode([token]) for token in chosen],
-        "rejected": [tokenizer.decode([token]) for token in rejected],
-        "chosen_text": tokenizer.decode(chosen),
-        "rejected_text": tokenizer.decode(rejected),
-        "chosen_parts": [(labeled, tokenizer.decode(run)) for labeled, run in runs["chosen"]],
-        "rejected_parts": [(labeled, tokenizer.decode(run)) for labeled, run in runs["rejected"]],
-    }
-
-
-def label_runs(row: dict[str, Any], side: str) -> list[tuple[bool, list[int]]]:
-    """Return the completion in runs of tokens: whether they are labels, and the tokens."""
-    ids, answers = row[f"{side}_ids"], answer_tokens(row, side)
-    places = itertools.groupby(range(row[f"{side}_start"], len(ids)), answers.__contains__)
-    return [(labeled, [ids[place] for place in run]) for labeled, run in places]
+    """Return one pair decoded: the prompt, as it precedes the chosen answer, and both completions in runs of [is label, text]."""
+    prompt, decoded, tokens = row["chosen_ids"][: row["chosen_start"]], {}, {}
+    for side in SIDES:
+        ids, answers = row[f"{side}_ids"], answer_tokens(row, side)
+        runs = itertools.groupby(range(row[f"{side}_start"], len(ids)), answers.__contains__)
+        decoded[side] = [(labeled, tokenizer.decode([ids[place] for place in run])) for labeled, run in runs]
+        tokens[side] = len(answers)
+    about = {"source": row["source"], "row": row["row"], "tokens": {"prompt": len(prompt), **tokens}}
+    return about | {"prompt": tokenizer.decode(prompt)} | decoded
 
 
 def example_text(number: int, pair: dict[str, Any]) -> Group:
@@ -193,7 +179,7 @@ def example_text(number: int, pair: dict[str, Any]) -> Group:
     )
     parts = [Text(title, style="bold"), marked("prompt   .", pair["prompt"], "dim")]
     for side, mark, style in (("chosen", "chosen   +", "green"), ("rejected", "rejected -", "red")):
-        for labeled, text in pair[f"{side}_parts"]:
+        for labeled, text in pair[side]:
             parts.append(marked(mark, text, style) if labeled else marked("context  .", text, "dim"))
     return Group(*parts)
 

@@ -16,10 +16,9 @@ from orpo_lite.common.errors import RequestError
 from orpo_lite.data.messages import kind
 
 FORMATS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
-OPENINGS = {b"PAR1": ("a parquet file", "name it .parquet"), b"\x1f\x8b": ("compressed with gzip", "name it .gz")}
 AGAIN = "copy or download it again, and name it by its format"
 DOCUMENT = "expected a JSON array of rows, or one object per line"
-LINE = "each line must be one JSON object; fix or remove it"
+LINE = "each line must be one JSON object; fix or remove it, or name the file by its format"
 
 
 def file_format(name: str) -> str | None:
@@ -52,22 +51,18 @@ def text_lines(file: str, stream: Iterable[bytes]) -> Iterator[str]:
     """Yield the lines of a text file.
 
     Raises:
-        RequestError: the file is something else by its first bytes, or a line is not UTF-8 or holds NUL bytes.
+        RequestError: a line is not UTF-8 or holds NUL bytes.
     """
     for number, line in enumerate(stream, 1):
-        if number == 1:
-            found = next((words for opening, words in OPENINGS.items() if line.startswith(opening)), None)
-            if found:
-                raise RequestError(f"{file}: found {found[0]}, expected text in UTF-8: {found[1]}")
         if b"\0" in line:
             raise RequestError(
-                f"{file}:{number}: holds NUL bytes, as UTF-16 text does (convert it to UTF-8), or a file that was not "
-                "written to its end: fix or remove the line, or copy it again"
+                f"{file}:{number}: holds NUL bytes, as UTF-16 text does (convert it to UTF-8), a file of another format (name it "
+                ".parquet or .gz), or one that was not written to its end: fix or remove the line, or copy it again"
             )
         try:
             yield line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:
-            problem = f"not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8"
+            problem = f"not UTF-8 text (byte {error.start}: {error.reason}); convert it to UTF-8, or name the file by its format"
             raise RequestError(f"{file}:{number}: {problem}") from None
 
 
@@ -99,19 +94,6 @@ def is_json_line(line: str) -> bool:
     return isinstance(row, dict)
 
 
-def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """Return the members of a JSON object as a dict, or raise ValueError if a key appears twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"{twice[:80]!r} appears twice in one object; keep one")
-    return found
-
-
-DECODER = json.JSONDecoder(object_pairs_hook=unique)
-
-
 def parse_json(text: str, place: str, remedy: str) -> Any:
     """Parse JSON text.
 
@@ -119,13 +101,13 @@ def parse_json(text: str, place: str, remedy: str) -> Any:
         RequestError: it is broken; the message says where and how, and what to do.
     """
     try:
-        return DECODER.decode(text)
+        return json.loads(text)
     except json.JSONDecodeError as error:
         line = f"line {error.lineno}, " if error.lineno > 1 else ""
         problem = f"at {line}column {error.colno} ({error.msg})"
     except RecursionError:
         problem = "(nested too deeply)"
-    except ValueError as error:  # of `unique`, or a number of thousands of digits
+    except ValueError as error:  # a number of thousands of digits
         problem = f"({error})"
     raise RequestError(f"{place}: broken JSON {problem}; {remedy}")
 

@@ -113,7 +113,7 @@ class StepPlan:
         tokens_per_batch: the most tokens of a micro-batch of several pairs; None goes by pairs.
         seed: of the permutation; None keeps the pairs in their order.
         padded: whether the layout pads the pairs of a micro-batch to each other, which a budget counts.
-        drop_last: leave out the pairs that do not fill a last step or, without a budget, micro-batches on all processes.
+        drop_last: leave out the pairs that do not fill a last step.
         pairs_per_batch: pairs per micro-batch without a budget.
 
     As the batch sampler of a loader it yields the keys of an epoch's steps, each a batch of one, so that accelerate's
@@ -143,15 +143,8 @@ class StepPlan:
 
     def __len__(self) -> int:
         """Count the optimizer steps of an epoch."""
-        whole, rest = divmod(self.used, self.pairs_per_step)
-        left_out = self.drop_last and self.tokens_per_batch and whole
-        return whole + bool(rest and not left_out)
-
-    @property
-    def used(self) -> int:
-        """Pairs of an epoch; with `drop_last` and without a budget, the last of its order are left out."""
-        count, at_once = len(self.costs), self.pairs_per_batch * self.processes
-        return count // at_once * at_once if self.drop_last and not self.tokens_per_batch else count
+        whole, rest = divmod(len(self.costs), self.pairs_per_step)
+        return whole + bool(rest and not (self.drop_last and whole))
 
     def order(self, epoch: int) -> np.ndarray:
         """Return the pairs of an epoch in the order of training, the same as that of transformers' Trainer."""
@@ -162,7 +155,7 @@ class StepPlan:
 
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Return the micro-batches of each process in one optimizer step; the same number on all of them."""
-        pairs = self.order(epoch)[: self.used][step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
+        pairs = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
         cut = cut_step(self.costs[pairs], self.processes, self.tokens_per_batch, self.pairs_per_batch, self.padded)
         return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 

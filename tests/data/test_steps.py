@@ -79,8 +79,8 @@ def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, dro
         mine = [i for batches in cut for batch in batches for i in batch]
         assert sorted(mine) == sorted(order[number * step : (number + 1) * step][: len(mine)])
         seen += mine
-    at_once = pairs * processes
-    assert len(seen) == len(set(seen)) == (len(costs) // at_once * at_once if drop_last else len(costs))
+    whole = len(costs) // step * step
+    assert len(seen) == len(set(seen)) == (whole if drop_last and whole else len(costs))
 
 
 def test_steps_hold_the_same_pairs_whatever_else():
