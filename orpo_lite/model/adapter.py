@@ -2,7 +2,6 @@
 
 import functools
 import logging
-import os
 import re
 import warnings
 from pathlib import Path
@@ -208,12 +207,7 @@ def lora_config(source: str) -> LoraConfig:
     Raises:
         RequestError: no adapter there, or not LoRA.
     """
-    folder = Path(source)
-    if not os.path.isdir(folder):
-        raise RequestError(
-            f"adapter: there is no folder {source}: give the folder of an adapter, or a hub id USER/NAME"
-        )
-    check_adapter(folder)
+    check_adapter(Path(source))
     with renaming_field("adapter"), hub_errors_in_words(source):
         config: LoraConfig = PeftConfig.from_pretrained(source)  # type: ignore[assignment]  # the check takes no other
     # both name libraries to import, which an adapter has no say in; layers of Megatron are in no transformers model

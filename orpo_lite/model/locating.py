@@ -32,6 +32,15 @@ def locate(spec: ModelSection) -> str:
         RequestError: a path that does not exist, is not a model folder, or lacks weight files that its index names.
     """
     name = resolve_path(spec.name_or_path)
+    folder = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
+    if os.path.isfile(folder):
+        gguf = folder.suffix == ".gguf"
+        hint = (
+            f"set model.name_or_path={folder.parent} model.gguf_file={folder.name}"
+            if gguf
+            else "give its folder, or a hub id"
+        )
+        raise RequestError(f"model.name_or_path: {name} is a file, expected a model folder: {hint}")
     if spec.gguf_file:
         from orpo_lite.model.gguf import cached_folder
 
@@ -39,15 +48,9 @@ def locate(spec: ModelSection) -> str:
         with hub_errors_in_words(str(path)):
             return str(cached_folder(path))
     check_no_adapter_is_lost(spec.name_or_path, revision=spec.revision)
-    folder = Path(os.path.expanduser(name))  # Path's own fails where there is no such user
     if os.path.isdir(folder):
         check_model(folder)
         return str(folder)
-    if os.path.isfile(folder):
-        hint = "give its folder, or a hub id"
-        if folder.suffix == ".gguf":
-            hint = f"set model.name_or_path={folder.parent} model.gguf_file={folder.name}"
-        raise RequestError(f"model.name_or_path: {name} is a file, expected a model folder: {hint}")
     check_model_path(spec.name_or_path)
     return name
 
@@ -59,11 +62,10 @@ def find_gguf(name: str, gguf_file: str, revision: str | None) -> Path:
         RequestError: no such folder or file, or not GGUF.
     """
     folder, file = Path(name).expanduser(), Path(gguf_file).expanduser()
-    if folder.is_file() or file.is_absolute() or ".." in file.parts:
-        right = folder if folder.is_file() else file
+    if file.is_absolute() or ".." in file.parts:
         raise RequestError(
-            f"model.gguf_file: found {gguf_file} with model.name_or_path={name}, expected the name of a file inside "
-            f"model.name_or_path: set model.name_or_path={right.absolute().parent} model.gguf_file={right.name}"
+            f"model.gguf_file: found {gguf_file}, expected the name of a file inside model.name_or_path: set "
+            f"model.name_or_path={file.absolute().parent} model.gguf_file={file.name}"
         )
     if folder.is_dir():
         path = folder / file

@@ -12,8 +12,6 @@ from orpo_lite.recipe.validation import as_override
 ABOUT_DATA = ("name", "description", "data.eval", "data.split", "data.columns", "data.max_rows", "evaluation.rule",
               "training.max_steps", "training.run_name")  # fmt: skip
 """Fields that a recipe sets for the data it names: what they are, how they are read, judged, counted and called."""
-OF_A_RUN = ("training.output_dir",)
-"""The same in the recipe of a run folder, where this is that run's folder."""
 DEFAULTS = (None, "", "train")
 """Values of these fields that say nothing."""
 NOTHING = re.compile(r"(\.(jsonl?|ndjson|csv|tsv|parquet|gz|bz2|xz|zst|zip))+$|[/\\]+(model)?$", re.IGNORECASE)
@@ -28,16 +26,13 @@ def sources_of(content: dict[str, Any]) -> set[tuple[str, str]]:
     return {(os.path.normpath(str(one.get("path"))), str(one.get("name"))) for one in entries}
 
 
-def drop_about_data(
-    content: dict[str, Any], own: set[tuple[str, str]], given: Iterable[str], of_a_run: bool = False
-) -> dict[str, Any]:
+def drop_about_data(content: dict[str, Any], own: set[tuple[str, str]], given: Iterable[str]) -> dict[str, Any]:
     """Remove in place what a recipe says about its own data, if overrides have named other data; and name the run anew.
 
     Args:
         content: the recipe, overrides applied.
         own: `sources_of` the recipe before them.
         given: dotted keys of the overrides, which stay.
-        of_a_run: the recipe is a run folder's.
 
     Returns:
         The fields removed and their values; none where the data is the recipe's own.
@@ -48,7 +43,7 @@ def drop_about_data(
     inside = content["data"]["train"]
     moved = "data.train.path" in keys and isinstance(inside, dict)
     siblings = [f"data.train.{key}" for key in inside if key != "path"] if moved else []
-    for place in (*ABOUT_DATA, *siblings, *(OF_A_RUN if of_a_run else ())):
+    for place in (*ABOUT_DATA, *siblings):
         asked = any(f"{place}.".startswith(f"{key}.") or key.startswith(f"{place}.") for key in keys)
         value = None if asked else remove(content, place)
         if value not in DEFAULTS:

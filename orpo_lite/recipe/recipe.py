@@ -71,7 +71,12 @@ class Recipe(Section):
     @model_validator(mode="after")
     def _sections_agree(self) -> Recipe:
         problems = []
-        model, data = self.model, self.data
+        model, data, memory = self.model, self.data, self.memory
+        if memory.offload_activations and memory.checkpointing in ("none", 0):
+            problems.append(
+                f"memory.offload_activations is true, but memory.checkpointing is {memory.checkpointing}: only what checkpointed "
+                "layers keep is offloaded; set memory.checkpointing to auto, all or a number of layers"
+            )
         if model.quantization != "none" and self.adapter is None:
             problems.append(
                 "adapter is null (full fine-tuning), which changes the base weights, but model.quantization is "
@@ -118,7 +123,7 @@ class Recipe(Section):
         content.setdefault("name", path.stem)
         own = sources_of(content)
         overridden = [apply_override(content, word) for word in overrides]
-        dropped = drop_about_data(content, own, overridden, of_a_run=path.name == "recipe.yaml")
+        dropped = drop_about_data(content, own, overridden)
         recipe = cls.parse(content, str(path), overrides)
         if dropped and rank() == 0:
             errors.print(escape(without_secrets(account(dropped, recipe.name))), soft_wrap=True)

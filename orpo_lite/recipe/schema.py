@@ -192,15 +192,6 @@ class MemorySection(Section):
     offload_activations: bool = False
     """Keep what checkpointed layers save in host memory until their backward pass (CUDA only)."""
 
-    @model_validator(mode="after")
-    def _something_to_offload(self) -> MemorySection:
-        if self.offload_activations and self.checkpointing in ("none", 0):
-            raise ValueError(
-                f"offload_activations is true, but checkpointing is {self.checkpointing}: only what checkpointed layers keep is "
-                "offloaded; set checkpointing to auto, all or a number of layers"
-            )
-        return self
-
 
 class RuleSection(Section):
     chosen: Pattern

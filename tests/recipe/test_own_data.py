@@ -98,10 +98,10 @@ def test_a_run_folder_with_its_own_data_and_with_other_data(tmp_path, capsys):
     assert Recipe.load(folder) == run == Recipe.load(folder, ["data.train=builtin:quickstart/train.jsonl"])
     assert capsys.readouterr().err == ""
     mine = other(folder)
-    assert mine.folder.as_posix() == "outputs/quickstart-my" and mine.data.max_rows is None
+    assert mine.folder == folder and mine.name == "quickstart-my" and mine.data.max_rows is None
     mine.save(folder / "recipe.yaml")  # the run of other data is a run as any
     assert Recipe.load(folder) == mine == Recipe.load(folder, ["data.train=my.jsonl"])
-    # the folder that a user's own file names is a place for runs, and RunFolder numbers them
+    # the folder that a file names is a place for runs, and RunFolder numbers them
     (tmp_path / "mine.yaml").write_text((folder / "recipe.yaml").read_text("utf-8") + "\n", "utf-8")
     kept = Recipe.load(tmp_path / "mine.yaml", [f"training.output_dir={folder}", "data.train=b.jsonl"])
     assert kept.folder == folder
