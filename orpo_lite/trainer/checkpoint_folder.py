@@ -88,29 +88,6 @@ def clean(folder: Path) -> None:
         shutil.rmtree(aside, ignore_errors=True)
 
 
-def prune(folder: Path, limit: int | None, best: Path | None) -> None:
-    """Delete the oldest checkpoints above `limit`, once the newest is whole.
-
-    The newest and the best stay; one without a manifest does not count and goes first. Age goes by when they were
-    written: a run that resumed before a damaged checkpoint writes fewer steps than that one has.
-    """
-    if not limit or limit < 0:
-        return
-    found = sorted(checkpoints(folder), key=lambda path: max(one.stat().st_mtime_ns for one in (path, *path.iterdir())))
-    sealed = [path for path in found if (path / MANIFEST).is_file()]
-    if not sealed or sealed[-1] != found[-1]:
-        return
-    kept = [path for path in sealed if path == found[-1] or best is not None and path.name == best.name]
-    spare = [path for path in sealed if path not in kept]
-    doomed = [path for path in found if path not in sealed] + spare[: len(spare) - max(limit - len(kept), 0)]
-    for path in doomed:
-        # a name that no resume considers, before its files go one by one
-        gone = path.with_name(f".{path.name}{ASIDE}")
-        shutil.rmtree(gone, ignore_errors=True)
-        path.rename(gone)
-        shutil.rmtree(gone, ignore_errors=True)
-
-
 def manifest(checkpoint: Path) -> dict[str, Any]:
     """Read a checkpoint's manifest.
 

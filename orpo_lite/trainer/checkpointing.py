@@ -13,6 +13,7 @@ from accelerate.utils import extract_model_from_parallel
 from torch import Tensor
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import ExportableState
+from transformers.trainer_utils import rotate_checkpoints
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import disk_trouble
@@ -142,11 +143,8 @@ class CheckpointedTrainer(Trainer):
                 name, wrong, f"{', '.join(left)} stays" if left else "there is no other checkpoint", folder,
             )  # fmt: skip
         elif self.args.should_save:
-            best = Path(state.best_model_checkpoint) if state.best_model_checkpoint else None
-            try:
-                folders.prune(folder, self.save_limit, best)
-            except OSError as error:  # the next save tries again
-                logger.warning("older checkpoints in %s could not be deleted (%s)", folder, error.strerror)
+            # by their times: a run that resumed before a damaged checkpoint writes fewer steps than that one has
+            rotate_checkpoints(str(folder), self.save_limit, state.best_model_checkpoint, use_mtime=True)
 
     def _make_staging_folder(self, aside: Path) -> None:
         if self.args.should_save:

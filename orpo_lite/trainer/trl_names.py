@@ -19,7 +19,7 @@ else:
     Base = object
 
 NOT_CALLED = {"build_tokenized_answer", "concatenated_forward", "concatenated_inputs", "generate_from_model",
-              "get_batch_logps", "get_batch_loss_metrics", "odds_ratio_loss", "store_metrics", "tokenize_row"}  # fmt: skip
+              "get_batch_logps", "get_batch_loss_metrics", "odds_ratio_loss", "tokenize_row"}  # fmt: skip
 """Methods of TRL's trainer that are absent here; the guide "From TRL" says what to use instead."""
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints: what is sealed is whole, what is damaged is found and named, and the newest good one never goes early."""
+"""Checkpoints: what is sealed is whole, what is damaged is found and named, and one replaces another whole."""
 
 import json
 import os
@@ -9,7 +9,7 @@ import pytest
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import lock_folder, unlock_folder, write_atomically
-from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, clean, damage, newest_good, place, prune, seal
+from orpo_lite.trainer.checkpoint_folder import MANIFEST, checkpoints, clean, damage, newest_good, place, seal
 
 FACTS = {"step": 1, "processes": 1, "pairs_per_step": 4}
 
@@ -68,30 +68,6 @@ def test_numbers_count_not_names(tmp_path):
     (tmp_path / "checkpoint-x").mkdir()
     assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-9", "checkpoint-10", "checkpoint-100"]
     assert checkpoints(tmp_path / "none") == []
-
-
-def test_pruning_keeps_the_newest_and_the_best_and_waits_for_a_good_successor(tmp_path):
-    for step in (2, 4, 6):
-        checkpoint(tmp_path, step)
-    checkpoint(tmp_path, 8, sealed=False)
-    prune(tmp_path, 1, None)
-    assert len(checkpoints(tmp_path)) == 4, "the newest is not whole: nothing may go"
-    seal(tmp_path / "checkpoint-8", FACTS)
-    prune(tmp_path, 2, tmp_path / "checkpoint-2")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-8"]
-    prune(tmp_path, None, None)
-    prune(tmp_path, 1, tmp_path / "checkpoint-2")
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-2", "checkpoint-8"], "limit 1, but both needed"
-    prune(tmp_path, 1, None)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-8"]
-
-
-def test_pruning_goes_by_when_checkpoints_were_written(tmp_path):
-    """A run that resumed from step 4, since checkpoint-8 is damaged, keeps what it writes itself."""
-    for step in (8, 5, 6):
-        checkpoint(tmp_path, step)
-    prune(tmp_path, 1, None)
-    assert [path.name for path in checkpoints(tmp_path)] == ["checkpoint-6"]
 
 
 def test_a_checkpoint_replaces_one_of_its_step_and_a_kill_between_loses_none(tmp_path):

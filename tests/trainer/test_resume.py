@@ -260,6 +260,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(tmp_path, tokenizer, capl
         trainer(tmp_path, tokenizer).train(resume_from_checkpoint=True)
 
 
+def test_a_limit_keeps_what_is_written_after_a_damaged_checkpoint(tmp_path, tokenizer):
+    trainer(tmp_path, tokenizer, max_steps=8).train()
+    old = checkpoints(tmp_path / "out")
+    assert [path.name for path in old] == ["checkpoint-4", "checkpoint-6", "checkpoint-8"], "no more than the limit"
+    (old[-1] / "optimizer.pt").unlink()
+    for path in old:
+        os.utime(path, (path.stat().st_mtime - 60,) * 2)
+    with pytest.raises(ConnectionAbortedError):
+        again = trainer(tmp_path, tokenizer, resumed=True, save_minutes=1e-9, save_total_limit=1, callbacks=[Die(8)])
+        again.train(resume_from_checkpoint=True)
+    assert [path.name for path in checkpoints(tmp_path / "out")] == ["checkpoint-7"]
+
+
 def test_steps_of_other_pairs_and_checkpoints_without_a_manifest_are_refused(tmp_path, tokenizer):
     trainer(tmp_path, tokenizer, max_steps=2).train()
     with pytest.raises(RequestError, match="4 pairs an optimizer step, here it is 2"):
