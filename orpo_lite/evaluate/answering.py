@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import os
 import sys
@@ -23,7 +22,7 @@ from orpo_lite.data.conversations import Forms, find_forms, formed
 from orpo_lite.data.row_shapes import BARE_STRINGS, HH, HH_ANSWER, STRINGS, row_shape, without_system
 from orpo_lite.data.token_cache import TokenizeOptions
 from orpo_lite.data.tokenize import PairTokenizer
-from orpo_lite.evaluate.loading import ModelSource, resolve_model, share_base, writes_to_base
+from orpo_lite.evaluate.loading import ModelSource, resolve_model, writes_to_base
 from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop_token_ids
 from orpo_lite.model.adapter import lora_config, vocabulary_rows
 from orpo_lite.model.base import resize_embeddings
@@ -128,11 +127,10 @@ class Side:
     Args:
         name: as tables and rows call it.
         adapted: the side whose adapter is switched off for this one.
-        like: a side with another adapter on the same base, whose tensors are then used for both.
     """
 
-    def __init__(self, name: str, source: ModelSource, adapted: Side | None = None, like: Side | None = None):
-        self.name, self.source, self.adapted, self.like = name, source, adapted, like
+    def __init__(self, name: str, source: ModelSource, adapted: Side | None = None):
+        self.name, self.source, self.adapted = name, source, adapted
 
     @cached_property
     def tokenizer(self) -> Any:
@@ -150,13 +148,8 @@ class Side:
         errors.print(f"loading {self.source}", soft_wrap=True, markup=False)
         model: Any
         gc.collect()  # models that are no longer used hold themselves in cycles
-        if self.like:
-            like, facts = self.like.loaded
-            # its weights are the same tensors, not copies of them
-            model = copy.deepcopy(like, {id(one): one for one in (*like.parameters(), *like.buffers())}).unload()
-        else:
-            with self.naming_base():
-                model, facts = load_base(self.source.model, self.tokenizer)
+        with self.naming_base():
+            model, facts = load_base(self.source.model, self.tokenizer)
         folder, spec = Path(self.source.path), self.source.model
         if self.source.kind == "adapter":
             model = attach_adapter(model, AdapterSection(init_from=self.source.path), tokenizer=self.tokenizer)
@@ -299,8 +292,7 @@ def find_sides(
         names = [f"{names[0]} on {one.model.name_or_path}" for one in (other, source)]
     elif os.path.basename(names[0]) != os.path.basename(names[1]):
         names = [*map(os.path.basename, names)]
-    trained = Side(names[1], source)
-    return [Side(names[0], other, like=trained if share_base(source, other) else None), trained]
+    return [Side(names[0], other), Side(names[1], source)]
 
 
 def write(text: str) -> None:

@@ -56,12 +56,11 @@ def length_baseline(pairs: Dataset) -> float:
     return float((chosen > rejected).sum() + (chosen == rejected).sum() / 2) / max(1, len(pairs))
 
 
-def evaluate(trainer: ORPOTrainer, sources: list[str] | None = None, grouped: Dataset | None = None) -> dict[str, Any]:
+def evaluate(trainer: ORPOTrainer, sources: list[str] | None = None) -> dict[str, Any]:
     """Evaluate the model as it stands on the held-out pairs of its trainer.
 
     Args:
         sources: the name of each pair's source.
-        grouped: the same pairs by another tokenizer, whose lengths decide the groups.
 
     Returns:
         TRL's metrics without their prefix, loss, rewards/accuracies_interval (95%, Wilson), length_baseline (accuracy),
@@ -79,7 +78,7 @@ def evaluate(trainer: ORPOTrainer, sources: list[str] | None = None, grouped: Da
     result["length_baseline"] = length_baseline(held)
     result["pairs"] = count
     chosen, rejected = (trainer.predictions[:, COLUMNS.index(f"logps/{side}")] for side in ("chosen", "rejected"))
-    result["by"] = breakdown(chosen, rejected, trainer.args.beta, held if grouped is None else grouped, sources)
+    result["by"] = breakdown(chosen, rejected, trainer.args.beta, held, sources)
     return result
 
 

@@ -127,24 +127,10 @@ def writes_to_base(source: ModelSource) -> bool:
     """Tell whether loading an adapter changes weights of its base, so that the base is not what is left without it."""
     config = lora_config(source.path)
     own = ("lora_", "token_adapter", *(config.modules_to_save or ()))
-    # embeddings of a resized vocabulary, biases
-    whole = any(not any(word in name for word in own) for name in tensor_names(source))
-    return whole or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
-
-
-def tensor_names(source: ModelSource) -> set[str]:
-    """Return the names of an adapter's tensors."""
     with safe_open(Path(source.path) / ADAPTER_WEIGHTS, "pt") as file:
-        return set(file.keys())
-
-
-def share_base(*sources: ModelSource) -> bool:
-    """Tell whether these are adapters of LoRA matrices alone, on the same base."""
-    if any(source.kind != "adapter" or writes_to_base(source) for source in sources):
-        return False
-    names = set[str]().union(*map(tensor_names, sources))
-    bases = [source.model.model_dump(exclude={"chat_template", "new_tokens"}) for source in sources]
-    return bases.count(bases[0]) == len(bases) and all("lora_" in name for name in names)
+        # embeddings of a resized vocabulary, biases
+        whole = any(not any(word in name for word in own) for name in file.keys())  # noqa: SIM118  # no dict
+    return whole or str(config.init_lora_weights).lower().startswith(CHANGES_BASE)
 
 
 def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str, dict[str, Any]], DropReport]:
@@ -169,8 +155,7 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
     while sides:
         side = sides.pop(0)
         held, _ = pairs[side.source.path]
-        same = len(mine) == len(held)
-        if not same:
+        if len(mine) != len(held):
             errors.print(f"{side.name} is measured on {counted(len(held), 'pair')}, {run.path} on {len(mine):,}: "
                          "others are dropped in the form of each", soft_wrap=True, markup=False)  # fmt: skip
         names = [paths[number] for number in numbers(held, "source")]
@@ -178,7 +163,7 @@ def evaluate_sides(sides: list[Side], data: str | None = None) -> tuple[dict[str
             args = arguments(recipe, Path(scratch), side.loaded[1], has_eval=True, checkpointing=0)
             trainer = ORPOTrainer(model, args, None, None, held, side.tokenizer)
             trainer.remove_callback(PrinterCallback)  # it would print between lines of JSON
-            results[side.name] = evaluate(trainer, names, mine if same else None)
+            results[side.name] = evaluate(trainer, names)
         del model, trainer
     return results, report
 

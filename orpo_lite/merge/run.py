@@ -42,7 +42,7 @@ def merge(
     onto: str = "original",
     quantization: str | None = None,
     double_quant: bool = False,
-    verify: bool | None = None,
+    verify: bool = True,
     trust_remote_code: bool = False,
     dry_run: bool = False,
 ) -> Path:
@@ -61,8 +61,8 @@ def merge(
             in training. quantized: that base's weights, dequantized, for the outputs seen in training.
         quantization: nf4 or fp4: what the base of training was quantized with, for an adapter without a recipe.
         double_quant: the constants of nf4 or fp4 were quantized too.
-        verify: run the merged model and base with adapter, layer by layer, and compare their logits. Default: yes; a layer with DoRA
-            takes five times its weights for it, and stacked experts once theirs, in float32.
+        verify: run the merged model and base with adapter, layer by layer, and compare their logits; a layer with DoRA takes
+            five times its weights for it, and stacked experts once theirs, in float32.
         trust_remote_code: run Python code of the base's repository. The folder's own recipe.yaml has no say in it,
             since an adapter may come from anybody.
         dry_run: check all that can be checked without the weights, and write nothing.
@@ -82,7 +82,7 @@ def merge(
         check_request(folder, output)
         check_adapter(folder)
     if quantization or double_quant:
-        check_quantization(source, quantization, double_quant, onto == "quantized" or verify is not False)
+        check_quantization(source, quantization)
     spec = common_base(folders, base, trust_remote_code)
     if quantization:
         spec = spec.model_copy(update={"quantization": quantization, "double_quant": double_quant})
@@ -132,7 +132,8 @@ def merge(
             write_shards(folder, plan.shards, advance)
         seconds = time.monotonic() - start
         other = (own, trained) if onto == "original" and own.quantization != "none" else None
-        notes += check_merged(plan, folder, tokenizer, other, verify)
+        unchecked = ["outputs not compared with those of base and adapter (--no-verify)"]
+        notes += check_merged(plan, folder, tokenizer, other) if verify else unchecked
         write_card(folder, source, notes, base)
     size = plan.nbytes / 1e9
     done = f"merged {source} into {output}: {size:.2f} GB in {seconds:.1f} s ({size / seconds:.2f} GB/s)"
@@ -140,17 +141,12 @@ def merge(
     return output
 
 
-def check_quantization(source: Path, quantization: str | None, double_quant: bool, used: bool) -> None:
-    """Raise RequestError where --quantization or --double-quant contradicts the run, or is not used for anything."""
-    problem = None
+def check_quantization(source: Path, quantization: str | None) -> None:
+    """Raise RequestError where --quantization contradicts the run, or is no type."""
     if (source / "recipe.yaml").is_file():
-        problem = f"--quantization: {source / 'recipe.yaml'} says how the base was quantized: leave it out"
-    elif quantization not in ("nf4", "fp4"):
-        problem = f"--quantization, --double-quant: found --quantization {quantization}, expected nf4 or fp4"
-    elif not used:
-        problem = "--quantization: has no effect with --onto original and --no-verify: leave it out"
-    if problem:
-        raise RequestError(problem)
+        raise RequestError(f"--quantization: {source / 'recipe.yaml'} says how the base was quantized: leave it out")
+    if quantization not in ("nf4", "fp4"):
+        raise RequestError(f"--quantization, --double-quant: found --quantization {quantization}, expected nf4 or fp4")
 
 
 def common_base(folders: list[Path], base: str | None, trust_remote_code: bool) -> ModelSection:

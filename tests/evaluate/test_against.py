@@ -119,32 +119,6 @@ def test_each_side_is_what_it_is_alone(place, first):
     assert is_right(adapter, alone[first]) and is_right(base, alone["one"]) and is_right(adapter, alone[first])
 
 
-def pointers(side):
-    return {p.data_ptr() for name, p in side.loaded[0].named_parameters() if "lora_" not in name}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["none", "nf4"])
-def test_adapters_on_one_base_hold_it_once(place, quantization):
-    sides = find_sides(str(place / "rslora"), against=str(place / "elsewhere" / "lora"))
-    for side in sides:
-        side.source.model = side.source.model.model_copy(update={"quantization": quantization})
-    ids = torch.tensor([[5, 17, 42, 99]])
-    found = []
-    for side in sides:
-        with side.model() as model, torch.no_grad():
-            found.append(model(input_ids=ids).logits)
-    assert pointers(sides[0]) == pointers(sides[1])
-    for side, mine in zip(sides, found, strict=True):
-        alone = Side("alone", side.source)
-        with alone.model() as model, torch.no_grad():
-            assert torch.equal(model(input_ids=ids).logits, mine)
-        assert not pointers(alone) & pointers(side)
-    for other in ("head", "bias", "other"):
-        one, two = find_sides(str(place / "lora"), against=str(place / other))
-        assert not one.like and not pointers(one) & pointers(two)
-
-
 def test_names_tell_the_sides_apart(place):
     def names(*given):
         return [side.name for side in find_sides(str(given[0]), against=str(given[1]), base=(*given, None)[2])]
@@ -178,7 +152,7 @@ def test_an_adapter_on_a_merged_adapter(place, tmp_path):
     [base, adapter] = find_sides(str(second), base=str(merged))
     assert is_right(base, first) and is_right(adapter, PeftModel.from_pretrained(first, second).eval())
     [one, adapter] = find_sides(str(second), base=str(merged), against=str(place / "lora"))
-    assert one.like is None and is_right(one, right(place, "lora"))
+    assert is_right(one, right(place, "lora"))
     assert is_right(adapter, PeftModel.from_pretrained(right(place, "lora").merge_and_unload(), second).eval())
 
 
@@ -217,10 +191,8 @@ def test_pairs_of_one_run_by_two_models(trained, place, tmp_path, capsys):
     alone = json.loads(capsys.readouterr().out)
     assert list(found) == ["two", trained.name, "drops"]
     assert found[trained.name] == alone["adapter"]
-    groups = [
-        [(one["bucket"], one["pairs"]) for one in found[name]["by"]["prompt_tokens"]] for name in ("two", trained.name)
-    ]
-    assert groups[0] == groups[1]
+    for name in ("two", trained.name):
+        assert sum(one["pairs"] for one in found[name]["by"]["prompt_tokens"]) == found[name]["pairs"]
     data = resolve_model(str(trained)).recipe.data
     section = DataSection(train=data.eval, eval_fraction=0, max_rows=data.max_eval_rows, max_length=data.max_length)
     logps, model = [], right(place, "two")

@@ -24,6 +24,20 @@ def tensors(file: Path) -> dict[str, torch.Tensor]:
     return {key: value.clone() for key, value in load_file(file).items()}
 
 
+@pytest.fixture(autouse=True)
+def verified(monkeypatch):
+    """Every model of these tests can be run from its files, so that each merge is checked."""
+    from orpo_lite.merge import run
+
+    def check(*given, **options):
+        notes = check_merged(*given, **options)
+        assert not notes[0].startswith("not verified"), notes
+        return notes
+
+    check_merged = run.check_merged
+    monkeypatch.setattr(run, "check_merged", check)
+
+
 @pytest.fixture
 def adapted(base_folder, tmp_path):  # noqa: F811
     """adapted(family, dtype, shard_size, **LoraConfig) -> (model with adapter in memory, base folder, adapter folder)."""

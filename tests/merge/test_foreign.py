@@ -159,7 +159,6 @@ def test_options_of_quantization_that_have_no_effect(adapted, tmp_path):
     for options, words in [
         ({"double_quant": True}, "--double-quant: found --quantization None, expected nf4 or fp4"),
         ({"quantization": "int8"}, "found --quantization int8, expected nf4 or fp4"),
-        ({"quantization": "nf4", "verify": False}, "no effect with --onto original and --no-verify"),
     ]:
         with pytest.raises(RequestError, match=words):
             merge(adapter, tmp_path / "merged", **options)

@@ -71,7 +71,7 @@ def test_sum_is_what_peft_runs(adapter, base_folder, tmp_path, pair, weights, ca
         for i, (lora, w) in enumerate(zip(configs, weights, strict=True))
     ]
     expected = together(base_folder(family), parts)
-    merged = AutoModelForCausalLM.from_pretrained(merge(parts, tmp_path / "merged", verify=True))
+    merged = AutoModelForCausalLM.from_pretrained(merge(parts, tmp_path / "merged"))
     torch.testing.assert_close(logits(merged), expected, atol=1e-5, rtol=1e-5)
     printed = capsys.readouterr().out
     assert f"{weights[0]:g} x part- + {weights[1]:g} x part-x" in printed and "top-1 agreement 100.0%" in printed
@@ -83,7 +83,7 @@ def test_three_and_one_with_a_weight(adapter, base_folder, tmp_path):
         (adapter("llama", f"p{'x' * i}", target_modules=["q_proj", "o_proj"][: 1 + i % 2]), 0.25 + i) for i in range(3)
     ]
     for i, some in enumerate((parts, parts[1:2], [parts[0], (parts[0][0], 0.5), (parts[0][0], -0.1)])):
-        merged = AutoModelForCausalLM.from_pretrained(merge(some, tmp_path / f"merged-{i}", verify=True))
+        merged = AutoModelForCausalLM.from_pretrained(merge(some, tmp_path / f"merged-{i}"))
         torch.testing.assert_close(logits(merged), together(base_folder("llama"), some), atol=1e-5, rtol=1e-5)
 
 
