@@ -33,11 +33,9 @@ def find_secrets(content: Path | bytes, token: str | None = None) -> list[str]:
     a binary file."""
     with io.BytesIO(content) if isinstance(content, bytes) else content.open("rb") as file:
         head = file.read(1 << 16)
-        wide = head.startswith((b"\xff\xfe", b"\xfe\xff"))
-        if b"\0" in head and not wide:
+        if b"\0" in head:
             return []
-        data = head + file.read()
-    text = data.decode("utf-16" if wide else "utf-8", "replace")
+        text = (head + file.read()).decode("utf-8", "replace")
     found = [(match.start(), kind) for kind, pattern in PATTERNS.items() for match in pattern.finditer(text)]
     if token and token in text:
         found.append((text.index(token), "Hugging Face token: your own"))

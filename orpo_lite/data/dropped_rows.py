@@ -87,10 +87,6 @@ class DropReport:
             notes=list(dict.fromkeys(note for report in reports for note in report.notes)),
         )
 
-    def mostly_dropped(self) -> bool:
-        """Return whether nothing, or less than half of the rows, is left."""
-        return not self.kept or len(self.drops) > self.rows / 2
-
     def problem(self, what: str) -> str | None:
         """Return the error if nothing, or less than half, is left, or the template rewrites more than a few rows, or None.
 
@@ -98,14 +94,15 @@ class DropReport:
             what: names the data in the error.
         """
         rewritten = self.dropped.get(CHANGED, 0) > max(FEW[0], FEW[1] * self.rows)
-        if not (rewritten or self.mostly_dropped()):
+        mostly = not self.kept or len(self.drops) > self.rows / 2
+        if not (rewritten or mostly):
             return None
         if not self.rows:
             return f"{what}: no rows at all"
         counts = ", ".join(f"{count} {reason}" for reason, count in self.dropped.items())
         reasons = [CHANGED] if rewritten else list(self.dropped)[:2]
         first = next(drop for drop in self.drops if drop.reason == reasons[0])
-        share = "" if not self.mostly_dropped() else f", which is {'more than half' if self.kept else 'all of them'}"
+        share = "" if not mostly else f", which is {'more than half' if self.kept else 'all of them'}"
         return (
             f"{what}: {len(self.drops):,} of {counted(self.rows, 'row')} dropped ({counts}){share}; the first: row {first.row} of "
             f"{first.source}, {first.reason}: {first.detail}. To fix the data: "

@@ -7,7 +7,6 @@ from typing import Any
 
 from orpo_lite.common.text import shown
 from orpo_lite.recipe.schema import as_sources
-from orpo_lite.recipe.validation import as_override
 
 ABOUT_DATA = ("name", "description", "data.eval", "data.split", "data.columns", "data.max_rows", "evaluation.rule",
               "training.max_steps", "training.run_name")  # fmt: skip
@@ -26,7 +25,7 @@ def sources_of(content: dict[str, Any]) -> set[tuple[str, str]]:
     return {(os.path.normpath(str(one.get("path"))), str(one.get("name"))) for one in entries}
 
 
-def drop_about_data(content: dict[str, Any], own: set[tuple[str, str]], given: Iterable[str]) -> dict[str, Any]:
+def drop_about_data(content: dict[str, Any], own: set[tuple[str, str]], given: Iterable[str]) -> list[str]:
     """Remove in place what a recipe says about its own data, if overrides have named other data; and name the run anew.
 
     Args:
@@ -35,19 +34,18 @@ def drop_about_data(content: dict[str, Any], own: set[tuple[str, str]], given: I
         given: dotted keys of the overrides, which stay.
 
     Returns:
-        The fields removed and their values; none where the data is the recipe's own.
+        The fields removed; none where the data is the recipe's own.
     """
     if not own or sources_of(content) in (own, set()):
-        return {}
-    keys, dropped = list(given), {}
+        return []
+    keys, dropped = list(given), list[str]()
     inside = content["data"]["train"]
     moved = "data.train.path" in keys and isinstance(inside, dict)
     siblings = [f"data.train.{key}" for key in inside if key != "path"] if moved else []
     for place in (*ABOUT_DATA, *siblings):
         asked = any(f"{place}.".startswith(f"{key}.") or key.startswith(f"{place}.") for key in keys)
-        value = None if asked else remove(content, place)
-        if value not in DEFAULTS:
-            dropped[place] = value
+        if not asked and remove(content, place) not in DEFAULTS:
+            dropped.append(place)
     if "name" in dropped:
         model = content.get("model")
         content["name"] = run_name(next(iter(sources_of(content)))[0], model.get("name_or_path") if isinstance(model, dict) else "")  # fmt: skip
@@ -74,11 +72,10 @@ def run_name(data: str, model: Any) -> str:
     return "-".join(word for word in plain if word) or "own-data"
 
 
-def account(dropped: dict[str, Any], name: str) -> str:
-    """Say in a line what was dropped, as it can be given again, and what the run is called now."""
-    words = [word if len(word := as_override(place, value)) <= 100 else place for place, value in dropped.items()]
+def account(dropped: list[str], name: str) -> str:
+    """Say in a line what was dropped, and what the run is called now."""
     epochs = "; the steps follow from training.num_train_epochs" if "training.max_steps" in dropped else ""
     return (
-        f"data.train is not the recipe's own data, so what the recipe says about that is dropped: {' '.join(words)} (the run "
+        f"data.train is not the recipe's own data, so what the recipe says about that is dropped: {', '.join(dropped)} (the run "
         f"is called {shown(name)[1:-1]}{epochs}). To keep a field, give it in the same command"
     )

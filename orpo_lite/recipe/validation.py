@@ -1,9 +1,7 @@
 """Checks that hold for every value in a recipe or a row of data; pydantic's errors in words."""
 
-import contextlib
 import difflib
 import functools
-import json
 import math
 import re
 import shlex
@@ -164,11 +162,3 @@ def of_a_word(line: str, words: typing.Sequence[str]) -> str | None:
         if re.search(rf"(?<![\w.]){re.escape(key)}(?!\w)", line):
             return line
     return None
-
-
-def as_override(place: str, value: Any) -> str:
-    """Write a field as a word of the command line that a shell and YAML read as this value."""
-    text = json.dumps(value, ensure_ascii=False, default=str, skipkeys=True)
-    with contextlib.suppress(safe_yaml.YamlError):  # text that needs no quotes
-        text = value if isinstance(value, str) and safe_yaml.parse(value) == value else text
-    return shlex.quote(f"{place}={text}")

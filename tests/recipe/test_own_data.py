@@ -75,18 +75,12 @@ def test_what_is_given_in_the_same_command_stays(word, kept, capsys, tmp_path):
     path.write_text(yaml.safe_dump(base), "utf-8")
     assert kept(Recipe.load(path, [word, "data.train=my.jsonl"]))
     assert kept(Recipe.load(path, ["data.train=my.jsonl", word]))
-    assert f"{word.partition('=')[0]}=" not in capsys.readouterr().err
-
-
-def test_a_field_that_was_dropped_is_written_as_it_can_be_given_again(capsys):
-    other("phi-2-orpo")
-    again = re.search(r"'data\.eval=(.*?)'", capsys.readouterr().err.replace("\n", " "))
-    assert again and other("phi-2-orpo", f"data.eval={again[1]}").data.eval == Recipe.load("phi-2-orpo").data.eval
+    assert not re.search(rf"{re.escape(word.partition('=')[0])}(,| \()", capsys.readouterr().err)
 
 
 def test_other_data_by_its_path_alone_leaves_the_old_split_behind(capsys):
     mine = Recipe.load("phi-2-orpo", ["data.train.path=my.jsonl"])
-    assert mine.data.train[0].split is None and "data.train.split=train_prefs" in capsys.readouterr().err
+    assert mine.data.train[0].split is None and "data.train.split (" in capsys.readouterr().err
     assert Recipe.load("phi-2-orpo", ["data.train.path=a/b", "data.train.split=x"]).data.train[0].split == "x"
 
 
