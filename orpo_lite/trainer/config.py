@@ -74,7 +74,7 @@ class ORPOConfig(TrainingArguments):
     disable_dropout: bool = _help("Set every dropout in the model to 0.", default=True)
     padding_value: int | None = _help("Token id of padding; unset takes the tokenizer's.", default=None)
     generate_during_eval: bool = _help("Answer and log some held-out prompts at each evaluation.", default=False)
-    is_encoder_decoder: bool | None = _help("A field of TRL's; True is refused.", default=None)
+    is_encoder_decoder: bool | None = _help("TRL's; not used, since such models are refused.", default=None)
     model_init_kwargs: dict[str, Any] | str | None = _help("Arguments of from_pretrained.", default=None)
     trust_remote_code: bool = _help("Run Python code that the model's repository ships.", default=False)
     dataset_num_proc: int | None = _help("TRL's; not used, since a tokenizer uses all cores by itself.", default=None)
@@ -98,11 +98,6 @@ class ORPOConfig(TrainingArguments):
                 found = f"ORPOConfig.liger_kernel_config: found {self.liger_kernel_config}"
                 raise ValueError(f"{found}, but all kernels except the losses are used: leave it out")
             self.use_liger_kernel, self.kernels = False, "liger"
-        if self.is_encoder_decoder:
-            raise ValueError(
-                "ORPOConfig.is_encoder_decoder: found True, but orpo_lite trains decoder-only models: use one of those, or "
-                "TRL's ORPOTrainer"
-            )
         optim = str(getattr(self.optim, "value", self.optim))
         if "lomo" in optim or "layerwise" in optim:
             raise ValueError(

@@ -1,6 +1,7 @@
 """ORPOTrainer: transformers.Trainer with the ORPO loss, TRL's constructor, and means over whole optimizer steps."""
 
 import contextlib
+import functools
 import logging
 import time
 from typing import Any, cast
@@ -34,7 +35,7 @@ from orpo_lite.trainer.generate import log_answers
 from orpo_lite.trainer.health import LOW_LORA_LEARNING_RATE
 from orpo_lite.trainer.interruptions import Limit, retried
 from orpo_lite.trainer.objective import StepInProgress, count_step, micro_batches, prediction_rows
-from orpo_lite.trainer.trl_names import TrlNames, TrlRows, with_columns
+from orpo_lite.trainer.trl_names import TrlNames, collated, with_columns
 
 logger = logging.getLogger(__name__)
 
@@ -118,7 +119,7 @@ class ORPOTrainer(TrlNames, CheckpointedTrainer):
             model=model,
             args=args,
             # replaced below: our collator depends on the layout, which depends on the model
-            data_collator=TrlRows(data_collator, tokenizer) if data_collator else list,  # type: ignore[arg-type]
+            data_collator=functools.partial(collated, data_collator) if data_collator else list,  # type: ignore[arg-type]
             train_dataset=train_dataset,
             eval_dataset=eval_dataset,
             processing_class=processing_class,

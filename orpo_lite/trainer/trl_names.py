@@ -107,28 +107,12 @@ def trl_columns(pair: dict[str, Any]) -> dict[str, list[int]]:
     return row | {"prompt_input_ids": prompt, "prompt_attention_mask": [1] * len(prompt)}
 
 
-def trl_row(pair: dict[str, Any], tokenizer: Any) -> dict[str, Any]:
-    """Return a tokenized pair with TRL's columns, and the texts `prompt`, `chosen` and `rejected` of its tokens."""
-    row = {**pair, **trl_columns(pair)}
-    row["prompt"] = tokenizer.decode(row["prompt_input_ids"])
-    for side in ("chosen", "rejected"):
-        row[side] = tokenizer.decode(list(pair[f"{side}_ids"])[int(pair[f"{side}_start"]) :])
-    return row
-
-
-class TrlRows:
-    """Your own collator, given each pair in TRL's form as well as in ours, other columns as they were."""
-
-    def __init__(self, collator: Callable[[list[dict[str, Any]]], dict[str, Any]], tokenizer: Any):
-        self.collator, self.tokenizer = collator, tokenizer
-
-    def __call__(self, pairs: list[dict[str, Any]]) -> dict[str, Any]:
-        return self.collator([trl_row(pair, self.tokenizer) for pair in pairs])
+def collated(collator: Callable[[list[dict[str, Any]]], Any], pairs: list[dict[str, Any]]) -> Any:
+    """Call your own collator with each pair in TRL's form as well as in ours, other columns as they were."""
+    return collator([{**pair, **trl_columns(pair)} for pair in pairs])
 
 
 def with_columns(pairs: Any, rows: Any) -> Any:
-    """Return tokenized pairs with the other columns of the rows that they were made of."""
-    more = [name for name in rows.column_names if name not in (*pairs.column_names, "prompt", "chosen", "rejected")]
-    if not more:
-        return pairs
+    """Return tokenized pairs with the columns of the rows that they were made of."""
+    more = [name for name in rows.column_names if name not in pairs.column_names]
     return concatenate_datasets([pairs, rows.with_format(None).select_columns(more).select(pairs["row"])], axis=1)

@@ -182,8 +182,8 @@ def test_custom_collators_get_trls_rows_with_all_columns(base, settings):
         one["chosen_labels"][:start] == [-100] * start
         and one["chosen_labels"][start:] == one["chosen_input_ids"][start:]
     )
-    assert data[int(one["score"])]["chosen"][0]["content"] in one["chosen"]
-    assert data[int(one["score"])]["prompt"][0]["content"] in one["prompt"]
+    given = data[int(one["score"])]
+    assert (one["chosen"], one["prompt"]) == (given["chosen"], given["prompt"])
 
 
 def test_overriding_what_nothing_calls_is_refused():
