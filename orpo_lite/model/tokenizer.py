@@ -35,7 +35,7 @@ MARKER = re.compile(r"<\|[\w ]+\|>|<(?:start|end)_of_turn>")
 def load_tokenizer(spec: ModelSection, continued: str | None = None) -> PreTrainedTokenizerBase:
     """Load the base's tokenizer and set padding token, chat template and new tokens. A run folder works too.
 
-    The decisions are logged once, and kept as the attribute `orpo_lite_notes`.
+    The decisions are logged once.
 
     Args:
         continued: adapter.init_from, whose own tokenizer is taken where it has one: its rows in the embeddings are trained.
@@ -68,14 +68,12 @@ def load_tokenizer(spec: ModelSection, continued: str | None = None) -> PreTrain
         tokenizer.chat_template = tokenizer.chat_template or template
         if more := len(tokenizer.get_vocab().keys() - known):
             logger.warning(f"tokenizer: that of adapter.init_from, {continued}, with {counted(more, 'new token')}")
-    notes = choose_pad_token(tokenizer, config.vocab_size)
+    choose_pad_token(tokenizer, config.vocab_size)
     if spec.chat_template:
-        notes += set_template(tokenizer, spec.chat_template)
+        set_template(tokenizer, spec.chat_template)
     if spec.new_tokens:
-        notes += add_tokens(tokenizer, spec.new_tokens)
-    for note in notes:
-        logger.info(note)
-    tokenizer.orpo_lite_notes, tokenizer.orpo_lite_new_tokens = notes, spec.new_tokens
+        add_tokens(tokenizer, spec.new_tokens)
+    tokenizer.orpo_lite_new_tokens = spec.new_tokens
     return tokenizer
 
 
@@ -84,23 +82,24 @@ def new_tokens(tokenizer: PreTrainedTokenizerBase | None) -> list[str]:
     return list(getattr(tokenizer, "orpo_lite_new_tokens", []))
 
 
-def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> list[str]:
+def choose_pad_token(tokenizer: PreTrainedTokenizerBase, rows: int) -> None:
     """Set a padding token that is not EOS and has one of the model's `rows` embeddings, if the vocabulary has any."""
     vocabulary = tokenizer.get_vocab()
     taken = (tokenizer.eos_token, tokenizer.bos_token)
     current: str | None = tokenizer.pad_token  # type: ignore[assignment]
     if current is not None and current not in taken and vocabulary.get(current, rows) < rows:
-        return []
+        return
     reserved = sorted((t for t in vocabulary if RESERVED_TOKEN.fullmatch(t)), key=vocabulary.__getitem__)
     candidates = [*PAD_TOKENS, tokenizer.unk_token, *reserved]
     found = next((t for t in candidates if t and t not in taken and vocabulary.get(t, rows) < rows), None)
     tokenizer.pad_token = found or tokenizer.eos_token
-    if found:
-        return [f"padding token: {found} (the tokenizer's own was {current or 'missing'})"]
-    return [f"padding token: EOS ({tokenizer.eos_token}), for lack of another; masks go by length, so EOS is learned"]
+    eos = f"EOS ({tokenizer.eos_token}), for lack of another; masks go by length, so EOS is learned"
+    logger.info(
+        f"padding token: {found} (the tokenizer's own was {current or 'missing'})" if found else f"padding token: {eos}"
+    )
 
 
-def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
+def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> None:
     """Set a template by name or from a Jinja file, and say which of its markers the vocabulary lacks.
 
     Raises:
@@ -131,16 +130,16 @@ def set_template(tokenizer: PreTrainedTokenizerBase, name: str) -> list[str]:
             f"; {', '.join(missing)}: not in the vocabulary, so written as ordinary text, and an answer ends with EOS "
             f"({tokenizer.eos_token}); model.new_tokens would make them tokens"
         )
-    return [note]
+    logger.info(note)
 
 
-def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> list[str]:
+def add_tokens(tokenizer: PreTrainedTokenizerBase, tokens: list[str]) -> None:
     """Add tokens. Those that the chat template writes are control tokens, which decoding can skip."""
     template = tokenizer.chat_template if isinstance(tokenizer.chat_template, str) else ""
     known = [token for token in tokens if token in tokenizer.get_vocab()]
     tokenizer.add_tokens([AddedToken(t, normalized=False, special=t in template) for t in tokens if t not in known])
-    note = f"new tokens: {', '.join(tokens)}; their embeddings are trained"
-    return [note + (f" (in the vocabulary already: {', '.join(known)})" if known else "")]
+    there = f" (in the vocabulary already: {', '.join(known)})" if known else ""
+    logger.info(f"new tokens: {', '.join(tokens)}; their embeddings are trained{there}")
 
 
 def stop_token_ids(tokenizer: PreTrainedTokenizerBase, generation: Any = None) -> list[int]:

@@ -59,10 +59,11 @@ def folder(model_files, tmp_path):
         ({"bos": "<s>"}, "</s>"),
     ],
 )
-def test_pad_is_not_eos_where_the_vocabulary_has_another(folder, tokenizer, pad):
+def test_pad_is_not_eos_where_the_vocabulary_has_another(folder, tokenizer, pad, caplog):
+    caplog.set_level(logging.INFO)
     loaded = load_tokenizer(folder(tiny_tokenizer(**tokenizer)))
     assert loaded.pad_token == pad
-    notes = loaded.orpo_lite_notes
+    notes = [line for line in caplog.messages if line.startswith("padding token")]
     if pad == loaded.eos_token:
         assert "EOS" in notes[0] and "masks go by length" in notes[0]
     elif tokenizer.get("pad") == pad:
@@ -143,13 +144,14 @@ def test_generation_prompt_is_a_prefix_of_the_answer(folder):
         assert rendered(loaded).startswith(prompt)
 
 
-def test_template_from_a_file_and_its_errors(folder, tmp_path_factory):
+def test_template_from_a_file_and_its_errors(folder, tmp_path_factory, caplog):
+    caplog.set_level(logging.INFO)
     path = tmp_path_factory.mktemp("t") / "mine.jinja"
     path.write_text("{% for m in messages %}[{{ m['content'] }}]{% endfor %}")
     tokenizer = tiny_tokenizer(chat_template="the model's own")
     loaded = load_tokenizer(folder(tokenizer, chat_template=str(path)))
     assert rendered(loaded) == "[Be brief.][Hi][Hello]"
-    assert "in place of the model's own" in loaded.orpo_lite_notes[-1]
+    assert "in place of the model's own" in caplog.messages[-1]
     path.write_text("{% for m in messages %}\n{{ m[ }}")
     with pytest.raises(RequestError, match="line 2"):
         load_tokenizer(folder(tokenizer, chat_template=str(path)))
@@ -162,13 +164,14 @@ def test_a_model_keeps_its_own_template(folder):
     assert load_tokenizer(folder(tiny_tokenizer())).chat_template is None
 
 
-def test_missing_markers_are_said(folder):
+def test_missing_markers_are_said(folder, caplog):
+    caplog.set_level(logging.INFO)
     loaded = load_tokenizer(folder(tiny_tokenizer(pad="<pad>"), chat_template="chatml"))
-    assert "<|im_end|>, <|im_start|>: not in the vocabulary" in loaded.orpo_lite_notes[-1]
+    assert "<|im_end|>, <|im_start|>: not in the vocabulary" in caplog.messages[-1]
     assert stop_token_ids(loaded) == [loaded.eos_token_id]
     has = tiny_tokenizer(pad="<pad>", special_tokens=("<|im_start|>", "<|im_end|>"))
     loaded = load_tokenizer(folder(has, chat_template="chatml"))
-    assert loaded.orpo_lite_notes == ["chat template: chatml"]
+    assert caplog.messages[-1] == "chat template: chatml"
     assert stop_token_ids(loaded) == [loaded.eos_token_id, loaded.convert_tokens_to_ids("<|im_end|>")]
 
 
@@ -209,10 +212,11 @@ def logits_of(model, tokens):
     return model.eval()(input_ids=tokens).logits
 
 
-def test_new_tokens_that_exist_are_trained_too(section):
+def test_new_tokens_that_exist_are_trained_too(section, caplog):
+    caplog.set_level(logging.INFO)
     spec = section("llama", new_tokens=["<pad>"])
     tokenizer = load_tokenizer(spec)
-    assert "in the vocabulary already: <pad>" in tokenizer.orpo_lite_notes[-1]
+    assert "in the vocabulary already: <pad>" in caplog.messages[-1]
     base, _ = load_base(spec, tokenizer)
     rows = base.get_input_embeddings().weight.shape[0]
     model = attach_adapter(base, AdapterSection(r=2), tokenizer=tokenizer)
