@@ -83,8 +83,10 @@ def check_training_field(key: str, value: Any) -> Any:
     choices = choices_of(key)
     value = "no" if value is False and "no" in choices else value  # YAML reads an unquoted no as false
     if choices and isinstance(value, str) and value not in choices:
+        # transformers also has group_by_length and batch_rebalance
+        hint = "; to sort by length, set orpo.tokens_per_batch instead" if key == "train_sampling_strategy" else ""
         raise ValueError(
-            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}"
+            f"training.{key}: found {shown(value)}{nearest(value, choices)}, expected one of {', '.join(choices)}{hint}"
         )
     kind: Any = Annotated[fields[key], LIMITS[key]] if key in LIMITS else fields[key]
     try:
