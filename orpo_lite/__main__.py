@@ -1,4 +1,4 @@
-"""`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`, and `new` is `python -m orpo_lite.train.new`.
+"""`orpo-lite <command>`: every command is also `python -m orpo_lite.<command>`, or as `CODE` says.
 
 Help is printed from the table below, and a command's module is imported only when it runs, so that --help is quick.
 """
@@ -16,6 +16,7 @@ COMMANDS = {
     "data": "show what a recipe trains on: counts, lengths, decoded examples",
     "plan": "predict the memory that a recipe needs, without a GPU or weights",
     "import": "turn axolotl's or LLaMA-Factory's ORPO configuration into a recipe",
+    "pairs": "make preference pairs: sample answers to prompts, and rank them",
     "train": "train an adapter with ORPO as a recipe says",
     "sweep": "train with several values of some fields, and say which are best",
     "chat": "talk to a trained model, or choose between its answers and the base's",
@@ -30,7 +31,8 @@ COMMANDS = {
 
 CODE = {
     name: f"orpo_lite.{name}.__main__" for name in ("train", "data", "plan", "evaluate", "report", "merge", "export")
-} | {"new": "orpo_lite.train.new", "sweep": "orpo_lite.train.sweep", "ui": "orpo_lite.train.ui"}
+}
+CODE |= {name: f"orpo_lite.train.{name}" for name in ("new", "sweep", "ui")} | {"pairs": "orpo_lite.evaluate.pairs"}
 """Commands that are packages, and those inside of one; the others are modules at the top."""
 COMPLETE = "_ORPO_LITE_COMPLETE"
 """Set by the shell's script when it asks for completions."""

@@ -10,8 +10,9 @@ from filelock import FileLock, Timeout
 from orpo_lite.common.errors import RequestError
 
 LOCK = ".lock"
+TRAINING = "another process is training in this folder; wait for it or stop it, or choose another training.output_dir"
 _held: dict[tuple[int, Path], FileLock] = {}
-"""Locks by process and folder: a forked child inherits this table, but not the right to the folder."""
+"""Locks by process and file: a forked child inherits this table, but not the right to what it locks."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -61,26 +62,23 @@ def sync_folder(path: Path) -> None:
             os.close(handle)
 
 
-def lock_folder(folder: Path) -> None:
-    """Keep other processes out of a run folder until `unlock_folder`, or until this process ends, however it ends.
+def lock_folder(folder: Path, name: str = LOCK, why: str = TRAINING) -> None:
+    """Keep other processes out of a run folder, or from what another name stands for, until `unlock_folder` or this process's end.
 
     On file systems without locks (some network drives) no process is kept out.
 
     Raises:
-        RequestError: another process is training in it.
+        RequestError: another process has it; `why` says what that means.
         OSError: the folder cannot be written.
     """
-    key = (os.getpid(), folder.resolve())
+    key = (os.getpid(), folder.resolve() / name)
     if key in _held:  # a notebook may have interrupted a run in this process
         return
-    lock = FileLock(folder / LOCK, timeout=0, fallback_to_soft=False)
+    lock = FileLock(folder / name, timeout=0, fallback_to_soft=False)
     try:
         lock.acquire()
     except Timeout:
-        raise RequestError(
-            f"{folder}: another process is training in this folder; wait for it or stop it, or choose another "
-            "training.output_dir"
-        ) from None
+        raise RequestError(f"{folder}: {why}") from None
     except (NotImplementedError, OSError) as error:
         if isinstance(error, OSError) and error.errno not in (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS):
             raise
@@ -88,16 +86,16 @@ def lock_folder(folder: Path) -> None:
     _held[key] = lock
 
 
-def unlock_folder(folder: Path) -> None:
+def unlock_folder(folder: Path, name: str = LOCK) -> None:
     """Let other processes in."""
-    if lock := _held.pop((os.getpid(), folder.resolve()), None):
-        (folder / LOCK).unlink(missing_ok=True)
+    if lock := _held.pop((os.getpid(), folder.resolve() / name), None):
+        (folder / name).unlink(missing_ok=True)
         lock.release()
 
 
 def is_locked(folder: Path) -> bool:
     """Return True if a process is training in this folder now; False where that cannot be known."""
-    held = (os.getpid(), folder.resolve()) in _held
+    held = (os.getpid(), folder.resolve() / LOCK) in _held
     if held or not os.access(folder / LOCK, os.W_OK):
         return held
     try:

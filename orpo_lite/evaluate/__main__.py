@@ -16,6 +16,7 @@ from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
 
+ADDRESS = ("http://", "https://")
 
 Run = Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")]
 Against = Annotated[
@@ -25,6 +26,12 @@ Base = Annotated[str | None, typer.Option(help="hub id or folder of another base
 MaxNewTokens = Annotated[int, typer.Option("--max-new-tokens", min=1, help="longest answer, in tokens")]
 Temperature = Annotated[float, typer.Option(min=0, help="0 takes the most likely token each time")]
 TopP = Annotated[float, typer.Option("--top-p", min=0, max=1, help="sample from the most likely tokens")]
+JudgeModel = Annotated[
+    str | None, typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")
+]
+JudgeMaxTokens = Annotated[
+    int, typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")
+]
 TrustRemoteCode = Annotated[
     bool, typer.Option("--trust-remote-code", help="run Python code that the base's repository ships")
 ]
@@ -46,10 +53,8 @@ def command(
     batch_size: Annotated[int, typer.Option("--batch-size", min=1, help="prompts answered together")] = 8,
     judge: Annotated[str | None, typer.Option(metavar="MODEL|URL", help="with --prompts: let a model or an "
         "OpenAI-compatible address judge the answers")] = None,
-    judge_model: Annotated[str | None,
-        typer.Option("--judge-model", metavar="NAME", help="the judge's name at that address")] = None,
-    judge_max_tokens: Annotated[int,
-        typer.Option("--judge-max-tokens", min=16, help="longest reply of the judge; one that thinks needs more")] = 1024,
+    judge_model: JudgeModel = None,
+    judge_max_tokens: JudgeMaxTokens = 1024,
     as_json: Annotated[bool, typer.Option("--json", help="print JSON, with accuracy by length and source")] = False,
     trust_remote_code: TrustRemoteCode = False,
 ) -> None:  # fmt: skip
@@ -57,8 +62,7 @@ def command(
     for option, given in {"--output": output, "--judge": judge, "--judge-model": judge_model}.items():
         if given and not prompts:
             raise RequestError(f"{option} goes with --prompts FILE: name the prompts to answer")
-    if judge_model and not judge:
-        raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
+    check_judge(judge, judge_model)
     if data is not None and prompts is not None:
         raise RequestError("--data and --prompts are two kinds of evaluation: choose one")
     for path in filter(None, (run, against)):
@@ -94,6 +98,17 @@ def command(
         show_answers(rows, names)
     if output:
         console.print(f"{counted(len(rows), 'row')} in {output}", soft_wrap=True, markup=False)
+
+
+def check_judge(judge: str | None, judge_model: str | None) -> None:
+    """Raise RequestError for a judge whose folder does not exist, or an address without its model's name."""
+    at_address = bool(judge and judge.startswith(ADDRESS))
+    if judge_model and not at_address:
+        raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
+    if at_address and not judge_model:
+        raise RequestError(f"--judge: name the model at {judge} with --judge-model")
+    if judge and not at_address:
+        check_folder(judge, MODEL_FOLDER, field="--judge")
 
 
 def evaluate_pairs(sides: list[Side], data: str | None, as_json: bool) -> None:

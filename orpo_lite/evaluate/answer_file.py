@@ -1,25 +1,26 @@
 """Answer files of prompts with every side, in batches, writing each row as it is done and resuming where it stopped."""
 
+from __future__ import annotations
+
+import atexit
 import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
-from orpo_lite.common.files import append_line
+from orpo_lite.common.files import append_line, lock_folder, unlock_folder
 from orpo_lite.data.dropped_rows import Dropped
 from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
 from orpo_lite.data.sources import local_files
-from orpo_lite.evaluate.answering import Sampling, Side
-from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 from orpo_lite.recipe.loading import resolve_path
-from orpo_lite.trainer.interruptions import named
+
+if TYPE_CHECKING:
+    from orpo_lite.evaluate.answering import Sampling, Side
 
 FORMS = 'expected {"turns": ["...", "..."]}, {"prompt": "..."} or {"prompt": [messages, the last from the user]}'
 
@@ -99,7 +100,7 @@ class ResultFile:
         tasks: fields that each row begins with.
 
     Raises:
-        RequestError: the file holds other rows, or cannot be written.
+        RequestError: the file holds other rows, cannot be written, or another process is writing to it.
     """
 
     def __init__(self, path: Path | None, tasks: list[dict[str, Any]]):
@@ -108,28 +109,30 @@ class ResultFile:
         if path is None:
             return
         try:
+            lock = path.absolute().parent, f".{path.name}.lock"
+            lock_folder(
+                *lock, f"another command is writing {path.name}; wait for it or stop it, or choose another --output"
+            )
+            atexit.register(unlock_folder, *lock)
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             self.rows = [json.loads(line) for line in whole.splitlines()]
-            self._check()
+            for number, row in enumerate(self.rows, 1):
+                expected = tasks[number - 1] if number <= len(tasks) else {}
+                wrong = [key for key in expected if not isinstance(row, dict) or row.get(key) != expected[key]]
+                if wrong or not expected:
+                    why = f"in {', '.join(wrong)}" if wrong else "there are more of them"
+                    raise ValueError(f"it holds other rows than this command would write, line {number}: {why}")
             with path.open("ab") as file:
                 file.truncate(len(whole))
+        except RequestError:
+            raise
         except ValueError as error:
-            raise RequestError(f"--output: cannot resume from {path} ({error}): choose another file") from None
+            raise RequestError(
+                f"--output: cannot resume from {path} ({error}): choose another file, or remove it"
+            ) from None
         except OSError as error:
             raise RequestError(f"--output: {path} cannot be written ({error.strerror}): choose another place") from None
-
-    def _check(self) -> None:
-        """Raise RequestError where a row is of another task."""
-        for number, row in enumerate(self.rows, 1):
-            expected = self.tasks[number - 1] if number <= len(self.tasks) else {}
-            wrong = [key for key in expected if not isinstance(row, dict) or row.get(key) != expected[key]]
-            if wrong or not expected:
-                why = f"in {', '.join(wrong)}" if wrong else "there are more of them"
-                raise RequestError(
-                    f"--output: {self.path} holds other rows than this command would write (line {number}: {why}): choose "
-                    "another file, or remove it"
-                )
 
     def append(self, results: dict[str, Any]) -> None:
         """Add the results of the next task; the row is on the disk when this returns."""
@@ -150,7 +153,7 @@ def answer_questions(
         Rows of the question's fields and of `answers`, `tokens` and `ended`: for each side a list over its turns, in
         which None stands for an answer that the conversation left no room for.
     """
-    settings: dict[str, Any] = {"sides": {side.name: identify(side) for side in sides}}
+    settings: dict[str, Any] = {"sides": {side.name: side.identity() for side in sides}}
     settings["max_new_tokens"] = sampling.max_new_tokens
     if sampling.temperature:
         sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p}
@@ -179,6 +182,10 @@ def converse(
     side: Side, questions: list[Question], sampling: Sampling, seeds: tuple[int, ...]
 ) -> list[list[dict[str, Any] | None]]:
     """Have one side answer the turns of each question."""
+    import torch
+
+    from orpo_lite.trainer.interruptions import named
+
     conversations = [list(one.prompt) for one in questions]
     answered: list[list[dict[str, Any] | None]] = [[] for _ in questions]
     for turn in range(1 + max(len(one.turns) for one in questions)):
@@ -208,7 +215,7 @@ def converse(
 
 def check_room(side: Side, questions: list[Question]) -> None:
     """Raise RequestError for a question that cannot be put to the model, before anything is generated."""
-    for one in questions:
+    for one in {id(one): one for one in questions}.values():  # one that is asked several times is the same object
         try:
             [ids] = side.prompts([one.prompt])
         except RequestError as error:
@@ -217,16 +224,3 @@ def check_room(side: Side, questions: list[Question]) -> None:
             raise RequestError(
                 f"--prompts: {one.id} has {len(ids):,} tokens, and the model takes {side.context:,}: leave it out"
             )
-
-
-def identify(side: Side) -> dict[str, Any]:
-    """Say which weights a side has, so that another's answers are not taken for its own."""
-    source = side.source
-    if side.adapted or source.kind != "adapter":
-        return {"model": source.model.name_or_path}
-    weights = (Path(source.path) / ADAPTER_WEIGHTS).read_bytes()
-    return {
-        "model": source.model.name_or_path,
-        "adapter": source.path,
-        "weights": hashlib.sha256(weights).hexdigest()[:16],
-    }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import hashlib
 import os
 import sys
 from collections.abc import Callable, Iterator
@@ -27,6 +28,7 @@ from orpo_lite.model import BaseFacts, attach_adapter, autocast, load_base, stop
 from orpo_lite.model.adapter import lora_config, vocabulary_rows
 from orpo_lite.model.base import resize_embeddings
 from orpo_lite.model.tokenizer import TemplateRefused, render_chat
+from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS
 from orpo_lite.recipe import AdapterSection
 from orpo_lite.trainer.generate import Sampling, generate, mean_logps
 from orpo_lite.trainer.run_folder import check_tokens_have_rows, naming_base, tokenizer_of
@@ -172,6 +174,14 @@ class Side:
         """Provide its model, as long as no other side is in use."""
         with self.loaded[0].disable_adapter() if self.adapted else contextlib.nullcontext():
             yield self.loaded[0]
+
+    def identity(self) -> dict[str, Any]:
+        """Say which weights it has, so that another's answers are not taken for its own."""
+        named = {"model": "/".join(filter(None, (self.source.model.name_or_path, self.source.model.gguf_file)))}
+        if self.adapted or self.source.kind != "adapter":
+            return named
+        weights = (Path(self.source.path) / ADAPTER_WEIGHTS).read_bytes()
+        return named | {"adapter": self.source.path, "weights": hashlib.sha256(weights).hexdigest()[:16]}
 
     @cached_property
     def format(self) -> PromptFormat:

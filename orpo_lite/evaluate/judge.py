@@ -9,7 +9,9 @@ import re
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 from urllib.parse import urlsplit, urlunsplit
 
@@ -18,11 +20,13 @@ from rich.markup import escape
 from rich.table import Table
 
 from orpo_lite import __version__
-from orpo_lite.common.console import console, progress
+from orpo_lite.common.console import console, errors, progress
+from orpo_lite.common.credentials import without_secrets
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.answer_file import ResultFile
-from orpo_lite.evaluate.answering import Sampling, Side, find_sides
+from orpo_lite.evaluate.answering import Reply, Sampling, Side, Turns, find_sides
 from orpo_lite.evaluate.held_out import format_share, sign_test, wilson_interval
+from orpo_lite.evaluate.loading import ModelSource, whole_model
 
 RULES = """You compare two answers to the same question. Judge how well each does what the user asks for: whether it is \
 correct, helpful, complete and clear, and keeps to what was asked. Do not prefer an answer for its length, for its place \
@@ -44,14 +48,14 @@ NEWER_NAMES = {"max_tokens": "max_completion_tokens", "temperature": None}
 """What models call options that they refuse by these names; None: they have no such option."""
 
 
-class LocalJudge:
-    """A model on this machine as the judge; its replies are greedy."""
+@dataclass
+class Judge:
+    """A model that judges; on this machine its replies are greedy."""
 
-    def __init__(self, side: Side, name: str, max_tokens: int):
-        self.side, self.name, self.max_tokens = side, name, max_tokens
-
-    def __str__(self) -> str:
-        return self.name
+    side: Side
+    name: str
+    max_tokens: int
+    """Of a reply."""
 
     def answers(self, questions: list[str]) -> list[str]:
         """Answer each question.
@@ -70,14 +74,16 @@ class LocalJudge:
         return [reply.text for reply in self.side.replies(prompts, Sampling(room))]
 
 
-class Endpoint:
-    """A chat model behind an OpenAI-compatible address (POST .../chat/completions).
+class Endpoint(Side):
+    """A chat model behind an OpenAI-compatible address (POST .../chat/completions): prompts stay messages, no tokens are counted.
 
     The key is read from OPENAI_API_KEY, sent to this address alone (redirects are not followed), and kept out of every
     message.
 
     Args:
         url: the base (http://host:8000/v1, or http://host:8000) or the whole address; `model` is the name there.
+        sampling: of all replies.
+        option: what names the address on the command line.
     """
 
     tries = 6
@@ -88,24 +94,36 @@ class Endpoint:
     """Seconds before the second try; each next pause is twice as long, unless the server names one."""
     sleep: Callable[[float], None] = staticmethod(time.sleep)
 
-    def __init__(self, url: str, model: str, max_tokens: int):
+    def __init__(self, url: str, model: str, sampling: Sampling, option: str = "--judge"):
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise RequestError(f"--judge: {url[:200]} is not an address, expected one such as http://127.0.0.1:8000/v1")
+            raise RequestError(
+                f"{option}: {url[:200]} is not an address, expected one such as http://127.0.0.1:8000/v1"
+            )
         if parts.username or parts.password:
-            raise RequestError(f"--judge: the address names a user or password: give a key in {KEY} instead")
+            raise RequestError(f"{option}: the address names a user or password: give a key in {KEY} instead")
         path = parts.path.rstrip("/")
         if not path.endswith("/chat/completions"):
             path += "/chat/completions" if path else "/v1/chat/completions"
         self.url = urlunsplit((parts.scheme, parts.netloc, path, parts.query, ""))
-        self.model = model
-        self.options: dict[str, Any] = {"temperature": 0, "max_tokens": max_tokens}
+        super().__init__(model, ModelSource(url, "model", whole_model(f"{model} at {self.url}", False)))
+        self.tokenizer = SimpleNamespace(chat_template="the server's")  # so that rows are messages
+        self.options: dict[str, Any] = {"temperature": sampling.temperature, "max_tokens": sampling.max_new_tokens}
+        self.options |= {"top_p": sampling.top_p} if sampling.top_p < 1 else {}
 
     def __str__(self) -> str:
-        return f"{self.model} at {self.url}"
+        return f"{self.name} at {self.url}"
 
-    def answers(self, questions: list[str]) -> list[str]:
-        """Answer each question, a few at a time; "" where the model gives no text.
+    def prompts(self, conversations: list[Turns]) -> list[Any]:
+        """Return the messages."""
+        return conversations
+
+    def room(self, ids: Any, wanted: int) -> int:
+        """Leave it to the server what fits."""
+        return wanted
+
+    def replies(self, prompts: list[Any], sampling: Sampling, streamer: Any = None) -> list[Reply]:
+        """Answer conversations, a few at a time; "" where the model gives no text.
 
         Raises:
             RequestError: the address refuses: no such model, a wrong key, a request that it does not understand.
@@ -113,29 +131,33 @@ class Endpoint:
         """
         pool = ThreadPoolExecutor(PARALLEL_REQUESTS)
         try:
-            return list(pool.map(self.ask, questions))
+            return list(pool.map(self.ask, prompts))
         finally:
             pool.shutdown(wait=False, cancel_futures=True)
 
-    def ask(self, question: str) -> str:
-        """Answer one question, trying again where a failure may be temporary."""
-        failure, wait = "", 0.0
+    def ask(self, turns: Turns) -> Reply:
+        """Answer one conversation, trying again where a failure may be temporary."""
+        failure, wait, headers = "", 0.0, {"User-Agent": f"orpo_lite/{__version__}"}
+        if key := os.environ.get(KEY):
+            headers["Authorization"] = f"Bearer {key}"
         for attempt in range(self.tries):
             if attempt:
                 self.sleep(min(LONGEST_PAUSE, wait or self.pause * 2 ** (attempt - 1)))
             wait, options = 0.0, self.options
             try:
-                response = self.post(
-                    {"model": self.model, "messages": [{"role": "user", "content": question}], **options}
+                body = {"model": self.name, "messages": turns, **options}
+                response = httpx.post(
+                    self.url, json=body, headers=headers, timeout=self.timeout, follow_redirects=False
                 )
             except httpx.TransportError as error:  # refused, reset, or no answer in time
                 failure = "no answer in time" if isinstance(error, httpx.TimeoutException) else str(error)
                 continue
             if response.status_code < 300:
-                return self.reply_text(response)
-            reason = self.redacted(" ".join(response.text.split())[:300] or response.reason_phrase)
+                return self.reply_of(response)
+            reason = without_secrets(" ".join(response.text.split())[:300] or response.reason_phrase)
             refused = {name for name in NEWER_NAMES.keys() & options.keys() if name in reason}
             if response.status_code == 400 and refused:
+                errors.print(f"{self} takes no {' or '.join(refused)}", soft_wrap=True, markup=False)
                 kept = {name: one for name, one in options.items() if name not in refused}
                 self.options = kept | {new: options[name] for name in refused if (new := NEWER_NAMES[name])}
             elif response.status_code not in RETRY_STATUS:
@@ -143,50 +165,31 @@ class Endpoint:
             given = response.headers.get("Retry-After", "")
             failure, wait = f"{response.status_code} ({reason})", float(given) if given.isdigit() else 0.0
         raise RuntimeError(
-            f"{self}: {self.tries} tries failed, the last with {self.redacted(failure)}: check that the server is running"
+            f"{self}: {self.tries} tries failed, the last with {without_secrets(failure)}: check that the server is running"
         )
 
-    def post(self, body: dict[str, Any]) -> httpx.Response:
-        """Send one request."""
-        headers = {"User-Agent": f"orpo_lite/{__version__}"}
-        if key := os.environ.get(KEY):
-            headers["Authorization"] = f"Bearer {key}"
-        return httpx.post(self.url, json=body, headers=headers, timeout=self.timeout, follow_redirects=False)
-
-    def reply_text(self, response: httpx.Response) -> str:
-        """Return the text of a reply."""
+    def reply_of(self, response: httpx.Response) -> Reply:
+        """Read a response."""
         try:
-            text = response.json()["choices"][0]["message"].get("content")
+            choice = response.json()["choices"][0]
+            text, ended = choice["message"].get("content"), choice.get("finish_reason") != "length"
         except (ValueError, KeyError, IndexError, TypeError, AttributeError, RecursionError):
             raise RequestError(
-                f"{self} did not answer with a chat completion ({self.redacted(response.text[:200])}): check that the "
+                f"{self} did not answer with a chat completion ({without_secrets(response.text[:200])}): check that the "
                 "address ends in /v1"
             ) from None
-        return text if isinstance(text, str) else ""
-
-    def redacted(self, text: str) -> str:
-        """Remove the key, which a server may repeat."""
-        key = os.environ.get(KEY)
-        return text.replace(key, "<key>") if key else text
+        return Reply(text.strip() if isinstance(text, str) else "", 0, ended)
 
 
-def find_judge(name: str, model: str | None, max_tokens: int, trust_remote_code: bool) -> LocalJudge | Endpoint:
+def find_judge(name: str, model: str | None, max_tokens: int, trust_remote_code: bool) -> Judge:
     """Find the judge that a folder, hub id or address names; a model on this machine is loaded at its first question.
 
     Args:
         model: its name at an address.
         max_tokens: of a reply.
-
-    Raises:
-        RequestError: there is no such judge.
     """
-    if name.startswith(("http://", "https://")):
-        if not model:
-            raise RequestError(f"--judge: name the model at {name} with --judge-model")
-        return Endpoint(name, model, max_tokens)
-    if model:
-        raise RequestError("--judge-model names a model at an address: give the address with --judge URL")
-    return LocalJudge(find_sides(name, trust_remote_code)[-1], name, max_tokens)
+    side = Endpoint(name, model, Sampling(max_tokens)) if model else find_sides(name, trust_remote_code)[-1]
+    return Judge(side, str(side) if model else name, max_tokens)
 
 
 def remedy(status: int) -> str:
@@ -195,7 +198,7 @@ def remedy(status: int) -> str:
         return f"set {KEY} to a key for this address"
     if status < 400:
         return "name the address that it redirects to"
-    return "check that this is the address of an OpenAI-compatible server, and --judge-model the name of a model there"
+    return "check that this is the address of an OpenAI-compatible server, and that a model there has this name"
 
 
 def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:
@@ -218,15 +221,10 @@ def judge_prompt(row: dict[str, Any], first: str, second: str) -> str:
 def parse_verdict(text: str) -> str | None:
     """Read A, B or tie from the last line, strictly: nothing else on it, and no other verdict above it but in thoughts."""
     lines = [line for line in text.rpartition("</think>")[2].splitlines() if line.strip()]
-    verdicts = [found.group(1) for line in lines if (found := VERDICT.fullmatch(line))]
-    if (
-        "<think>" in lines
-        or not verdicts
-        or not VERDICT.fullmatch(lines[-1])
-        or len({each.lower() for each in verdicts}) > 1
-    ):
+    verdicts = [found and found.group(1).lower() for found in map(VERDICT.fullmatch, lines)]
+    if not lines or verdicts[-1] is None or "<think>" in lines or len({*verdicts} - {None}) > 1:
         return None
-    return {"a": "A", "b": "B", "tie": "tie"}[verdicts[-1].lower()]
+    return {"a": "A", "b": "B", "tie": "tie"}[verdicts[-1]]
 
 
 def winner(first: str | None, second: str | None, names: tuple[str, ...]) -> str | None:
@@ -239,7 +237,7 @@ def winner(first: str | None, second: str | None, names: tuple[str, ...]) -> str
 
 
 def judge_answers(
-    judge: LocalJudge | Endpoint, rows: list[dict[str, Any]], names: tuple[str, ...], output: Path | None
+    judge: Judge, rows: list[dict[str, Any]], names: tuple[str, ...], output: Path | None
 ) -> dict[str, Any]:
     """Have both sides' answers to each question judged.
 
@@ -254,7 +252,7 @@ def judge_answers(
     tasks = []
     for row in rows:
         answers = hashlib.sha256(repr([row["answers"][side] for side in names]).encode()).hexdigest()[:16]
-        tasks.append({"id": row["id"], "judge": str(judge), "answers": answers})
+        tasks.append({"id": row["id"], "judge": judge.name, "answers": answers})
     results = ResultFile(output, tasks)
     with progress("judging", len(rows), len(results.rows)) as advance:
         while len(results.rows) < len(rows):
@@ -265,7 +263,7 @@ def judge_answers(
             for row in part:
                 results.append(decided_without_judge(row, names) or decided_by([next(texts), next(texts)], names))
             advance(len(part))
-    return summary(rows, results.rows, names) | {"judge": str(judge)}
+    return summary(rows, results.rows, names) | {"judge": judge.name}
 
 
 def decided_without_judge(row: dict[str, Any], names: tuple[str, ...]) -> dict[str, Any] | None:
@@ -286,11 +284,11 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
     """Count a judge's verdicts, as seen from the second side.
 
     Returns:
-        wins, ties, losses; no_verdict: pairs left out of these; identical: ties that nobody judged; inconsistent: ties
-        because the verdict changed with the order; unparsable: replies without a verdict, and first_unparsable the first
-        of them; win_rate: wins among the pairs won or
-        lost, and its interval (95%, Wilson); sign_test_p: two-sided, against a fair coin; words: mean per answer of each
-        side; longer_won: share of the decided pairs that the longer answer won.
+        winners: of each row a side, "tie" or None; wins, ties, losses; no_verdict: pairs left out of these; identical:
+        ties that nobody judged; inconsistent: ties because the verdict changed with the order; unparsable: replies
+        without a verdict, and first_unparsable the first of them; win_rate: wins among the pairs won or lost, and its
+        interval (95%, Wilson); sign_test_p: two-sided, against a fair coin; words: mean per answer of each side;
+        longer_won: share of the decided pairs that the longer answer won.
     """
     winners = [one["winner"] for one in verdicts]
     wins, losses = winners.count(names[1]), winners.count(names[0])
@@ -306,6 +304,7 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
         if won in names and counts[0] != counts[1]:
             longer_won.append(won == names[counts[1] > counts[0]])
     return {
+        "winners": winners,
         "wins": wins,
         "ties": winners.count("tie"),
         "losses": losses,
@@ -317,7 +316,7 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
         "win_rate": wins / (wins + losses) if wins + losses else None,
         "win_rate_interval": wilson_interval(wins, wins + losses),
         "sign_test_p": sign_test(wins, losses),
-        "words": {name: sum(counts) / len(counts) for name, counts in words.items()},
+        "words": {name: sum(counts) / max(1, len(counts)) for name, counts in words.items()},
         "longer_won": sum(longer_won) / len(longer_won) if longer_won else None,
     }
 
@@ -325,13 +324,8 @@ def summary(rows: list[dict[str, Any]], verdicts: list[dict[str, Any]], names: t
 def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     """Print the counts as a table, with what they are worth."""
     base, trained = names
-    table = Table(
-        escape(f"{trained} against {base}"),
-        "",
-        box=None,
-        title=escape(f"judge: {found['judge']}"),
-        title_justify="left",
-    )
+    title = escape(f"judge: {found['judge']}")
+    table = Table(escape(f"{trained} against {base}"), "", box=None, title=title, title_justify="left")
     table.add_row("wins, ties, losses", f"{found['wins']}, {found['ties']}, {found['losses']}")
     ties = f"{found['identical']} identical answers, {found['inconsistent']} verdicts that changed with the order"
     table.add_row("of the ties", ties)
@@ -339,21 +333,25 @@ def show_summary(found: dict[str, Any], names: tuple[str, ...]) -> None:
     if found["win_rate"] is not None:
         table.add_row("wins of the decided", format_share(found["win_rate"], found["win_rate_interval"]))
         table.add_row("sign test, two-sided", f"p = {found['sign_test_p']:.3g}")
-    table.add_row(
-        "words per answer", escape(", ".join(f"{name} {count:.0f}" for name, count in found["words"].items()))
-    )
+    words = ", ".join(f"{name} {count:.0f}" for name, count in found["words"].items())
+    table.add_row("words per answer", escape(words))
     if found["longer_won"] is not None:
         table.add_row("the longer one won", f"{found['longer_won']:.0%} of the decided")
     console.print(table)
-    if found["unparsable"]:
-        text = found["first_unparsable"]
-        shown = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
-        console.print(f"the first reply without a verdict line: {shown or '(no text)'}", soft_wrap=True, markup=False)
-        console.print(why_unparsable(text), soft_wrap=True)
+    show_unparsable(found)
 
 
-def why_unparsable(text: str) -> str:
-    """Say what to do about a judge's reply that names no winner."""
+def show_unparsable(found: dict[str, Any]) -> None:
+    """Print the first reply without a verdict, where there is one, and what to do about it."""
+    if not found["unparsable"]:
+        return
+    text = found["first_unparsable"]
+    shown = text if len(text) <= 400 else f"{text[:200]} [...] {text[-200:]}"
+    console.print(f"the first reply without a verdict line: {shown or '(no text)'}", soft_wrap=True, markup=False)
     if not text.strip() or ("<think>" in text and "</think>" not in text):
-        return "it thinks, and has not come to an end: raise --judge-max-tokens, or switch off thinking on its server"
-    return "where it was cut, raise --judge-max-tokens; else the judge does not do what it is told: name a larger one"
+        advice = "it thinks, and has not come to an end: raise --judge-max-tokens, or switch off thinking on its server"
+    else:
+        advice = (
+            "where it was cut, raise --judge-max-tokens; else the judge does not do what it is told: name a larger one"
+        )
+    console.print(advice, soft_wrap=True)

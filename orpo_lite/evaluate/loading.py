@@ -21,7 +21,7 @@ from orpo_lite.model.adapter import CHANGES_BASE, lora_config
 from orpo_lite.model.locating import adapter_folder
 from orpo_lite.model.untrusted_files import ADAPTER_WEIGHTS, subfolders_hint
 from orpo_lite.recipe import DataSource, ModelSection, Recipe
-from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder, resolve_path
+from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder, is_recipe, resolve_path
 from orpo_lite.trainer.config_from_recipe import arguments
 from orpo_lite.trainer.run_folder import RunFolder, base_section
 from orpo_lite.trainer.run_record import RunRecord, read_record
@@ -68,7 +68,7 @@ class ModelSource:
 
 
 def resolve_model(path: str, trust_remote_code: bool = False, base: str | None = None) -> ModelSource:
-    """Find out what a path or hub id names.
+    """Find out what a path or hub id names; a recipe names its base.
 
     Code of a repository is run only where the caller says so: the folder may be anybody's.
 
@@ -79,6 +79,9 @@ def resolve_model(path: str, trust_remote_code: bool = False, base: str | None =
         RequestError: no model there, or a run that did not finish.
     """
     folder = Path(os.path.expanduser(resolve_path(path)))
+    if is_recipe(path) and not os.path.isdir(folder):
+        recipe = Recipe.load(path)
+        return ModelSource(recipe.model.name_or_path, "model", recipe.model, recipe=recipe)
     if os.path.isfile(folder):
         hint = "; talk to a GGUF file with llama-cli or Ollama" if folder.suffix == ".gguf" else ""
         raise RequestError(f"{path} is a file, expected {MODEL_FOLDER}{hint}")

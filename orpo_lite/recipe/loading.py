@@ -104,6 +104,11 @@ def shipped_recipes() -> dict[str, Path]:
     return {path.stem: path for path in sorted(recipes_folder().glob("*.yaml"))}
 
 
+def is_recipe(word: str) -> bool:
+    """Return True for what names a recipe where a model can be named too."""
+    return word.endswith((".yaml", ".yml")) or word in shipped_recipes()
+
+
 def find_recipe(source: str | Path) -> Path:
     """Return the YAML file of a shipped name, a path or a run folder.
 

@@ -11,6 +11,7 @@ import orpo_lite.evaluate.__main__ as evaluate
 from orpo_lite.common.errors import RequestError
 from orpo_lite.evaluate.judge import (
     Endpoint,
+    Judge,
     judge_answers,
     judge_prompt,
     parse_verdict,
@@ -19,6 +20,7 @@ from orpo_lite.evaluate.judge import (
     summary,
     winner,
 )
+from orpo_lite.trainer.generate import Sampling
 from tests.evaluate.conftest import KIND
 
 NAMES = ("base", "adapter")
@@ -39,10 +41,18 @@ def rows(count=6):
     ]
 
 
+def judged(endpoint, rows, names, output):
+    return judge_answers(Judge(endpoint, str(endpoint), 512), rows, names, output)
+
+
+def answer(endpoint):
+    return Judge(endpoint, "m", 512).answers([ASK])
+
+
 @pytest.fixture
 def endpoint(server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    made = Endpoint(server.url, "judge-7b", 512)
+    made = Endpoint(server.url, "judge-7b", Sampling(512))
     made.tries, made.timeout = 4, 5
     slept: list[float] = []
     made.sleep = slept.append
@@ -112,7 +122,7 @@ def test_an_answer_cannot_end_its_part():
 
 
 def test_wins_come_from_both_orders(server, endpoint):
-    found = judge_answers(endpoint, rows(), NAMES, None)
+    found = judged(endpoint, rows(), NAMES, None)
     assert (found["wins"], found["ties"], found["losses"]) == (6, 0, 0) and len(server.asked) == 12
     assert {body["model"] for body in server.asked} == {"judge-7b"} and server.asked[0]["temperature"] == 0
     firsts = [re.search(r"\[answer A begins \w+\]\n(\w+)", body["messages"][0]["content"])[1] for body in server.asked]
@@ -130,7 +140,7 @@ def test_wins_come_from_both_orders(server, endpoint):
 )
 def test_judges_that_do_not_judge(server, endpoint, says, counts):
     server.judge = lambda _: says
-    found = judge_answers(endpoint, rows(), NAMES, None)
+    found = judged(endpoint, rows(), NAMES, None)
     assert {key: found[key] for key in counts} == counts and found["win_rate"] is None
 
 
@@ -145,7 +155,7 @@ def test_judges_that_do_not_judge(server, endpoint, says, counts):
 )
 def test_the_first_reply_without_a_verdict_is_shown(server, endpoint, capsys, says, shown, advice):
     server.judge = lambda _: says
-    show_summary(judge_answers(endpoint, rows(1), NAMES, None), NAMES)
+    show_summary(judged(endpoint, rows(1), NAMES, None), NAMES)
     told = capsys.readouterr().out
     assert "(2 replies without a verdict line)" in told
     assert f"the first reply without a verdict line: {shown}" in told and advice in told
@@ -155,7 +165,7 @@ def test_identical_and_missing_answers_cost_nothing(server, endpoint):
     some = rows(3)
     some[0]["answers"]["adapter"] = some[0]["answers"]["base"]
     some[1]["answers"]["adapter"] = ["Certainly.", None]
-    found = judge_answers(endpoint, some, NAMES, None)
+    found = judged(endpoint, some, NAMES, None)
     assert (found["wins"], found["ties"], found["no_verdict"], found["identical"]) == (1, 1, 1, 1)
     assert len(server.asked) == 2
 
@@ -165,8 +175,8 @@ def test_failures_that_pass_are_tried_again(server, endpoint):
     with pytest.raises(
         RequestError, match="did not answer with a chat completion"
     ):  # an empty body is no failure that passes
-        endpoint.ask(ASK)
-    assert endpoint.slept == [7.0, 2.0] and endpoint.ask(ASK) == "Hello!"
+        answer(endpoint)
+    assert endpoint.slept == [7.0, 2.0] and answer(endpoint) == ["Hello!"]
 
 
 def test_failures_that_stay_name_the_endpoint(server, endpoint):
@@ -174,7 +184,7 @@ def test_failures_that_stay_name_the_endpoint(server, endpoint):
     with pytest.raises(
         RuntimeError, match=r"judge-7b at http://127.0.0.1:\d+/v1/chat/completions: 4 tries failed.*500"
     ) as told:
-        endpoint.ask(ASK)
+        answer(endpoint)
     assert KEY not in str(told.value) and len(server.asked) == 4 and endpoint.slept == [1.0, 2.0, 4.0]
 
 
@@ -182,7 +192,7 @@ def test_failures_that_stay_name_the_endpoint(server, endpoint):
     ("status", "words"),
     [
         (401, "OPENAI_API_KEY"),
-        (404, "--judge-model"),
+        (404, "a model there has this name"),
         (422, "messages"),
         (307, "name the address that it redirects to"),
     ],
@@ -192,14 +202,14 @@ def test_refusals_are_not_repeated(server, endpoint, status, words):
         (status, {"error": {"message": f"no messages for {KEY}"}}, {"Location": "http://127.0.0.1:9/stolen"})
     ]
     with pytest.raises(RequestError, match=f"{status}.*{words}|{words}") as told:
-        endpoint.ask(ASK)
+        answer(endpoint)
     assert len(server.asked) == 1 and KEY not in str(told.value)
 
 
 def test_what_newer_models_refuse_is_left_out(server, endpoint):
     server.plan = [(400, {"error": {"message": "Unsupported parameter: 'max_tokens'"}}),
                    (400, {"error": {"message": "'temperature' does not support 0"}}), "Hello!"]  # fmt: skip
-    assert endpoint.ask(ASK) == "Hello!"
+    assert answer(endpoint) == ["Hello!"]
     assert server.asked[-1]["max_completion_tokens"] == 512
     assert not {"max_tokens", "temperature"} & server.asked[-1].keys()
 
@@ -208,14 +218,14 @@ def test_silence_and_nobody_there(server, endpoint):
     endpoint.timeout, endpoint.tries = 0.3, 2
     server.plan = [2.0, 2.0]
     with pytest.raises(RuntimeError, match="no answer in time"):
-        endpoint.ask(ASK)
-    gone = Endpoint("http://127.0.0.1:9", "m", 512)
+        answer(endpoint)
+    gone = Endpoint("http://127.0.0.1:9", "m", Sampling(512))
     gone.tries, gone.pause = 2, 0
     with pytest.raises(RuntimeError, match="m at http://127.0.0.1:9/v1/chat/completions.*refused"):
-        gone.ask(ASK)
+        answer(gone)
     for url in ("ftp://x", "http://", "http://me:secret@host/v1"):
         with pytest.raises(RequestError, match="--judge"):
-            Endpoint(url, "m", 512)
+            Endpoint(url, "m", Sampling(512))
 
 
 def test_verdicts_are_kept_when_the_endpoint_fails(server, endpoint, tmp_path):
@@ -230,14 +240,14 @@ def test_verdicts_are_kept_when_the_endpoint_fails(server, endpoint, tmp_path):
 
     server.judge = first_batch_only
     with pytest.raises(RuntimeError):
-        judge_answers(endpoint, some, NAMES, output)
+        judged(endpoint, some, NAMES, output)
     assert len(output.read_text().splitlines()) == 8
     server.plan, server.judge, before = [], (lambda _: "Verdict: tie"), len(server.asked)
-    found = judge_answers(endpoint, some, NAMES, output)
+    found = judged(endpoint, some, NAMES, output)
     assert found["ties"] == 12 and 8 <= len(server.asked) - before <= 12  # a few were on their way
-    endpoint.model = "another"
+    endpoint.name = "another"
     with pytest.raises(RequestError, match="line 1: in judge"):
-        judge_answers(endpoint, some, NAMES, output)
+        judged(endpoint, some, NAMES, output)
 
 
 # ---- the command --------------------------------------------------------------------------------------------------------
