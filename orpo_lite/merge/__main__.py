@@ -15,6 +15,8 @@ from orpo_lite.recipe.loading import ADAPTER_FOLDER, check_folder
 
 Onto = StrEnum("Onto", ["original", "quantized"])
 """Weights to merge into: the original 16- or 32-bit ones, or the quantized ones that training used."""
+Dtype = StrEnum("Dtype", ["bfloat16", "float16", "float32"])
+"""Dtype of the merged weights."""
 Quantization = StrEnum("Quantization", ["nf4", "fp4"])
 """What the base of a bare adapter was quantized with."""
 
@@ -26,6 +28,7 @@ def command(
     adapter: Annotated[list[str] | None,
         typer.Option(metavar="ADAPTER:WEIGHT", help="one of several to add up, with its weight (default 1); repeat it")] = None,
     base: Annotated[str | None, typer.Option(help="hub id or folder of another base to merge into")] = None,
+    dtype: Annotated[Dtype | None, typer.Option(help="dtype of the merged weights; default: the base's own")] = None,
     onto: Annotated[Onto,
         typer.Option(help="original weights, or the quantized ones that training used (dequantized)")] = Onto.original,
     quantization: Annotated[Quantization | None,
@@ -50,8 +53,9 @@ def command(
     from orpo_lite.merge.run import merge
 
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the unfinished folder is removed
-    merge(source or parts, output, base=base, onto=onto, quantization=quantization, double_quant=double_quant,
-          verify=verify, trust_remote_code=trust_remote_code, dry_run=dry_run)  # fmt: skip
+    merge(source or parts, output, base=base, dtype=dtype, onto=onto,
+          quantization=quantization, double_quant=double_quant, verify=verify, trust_remote_code=trust_remote_code,
+          dry_run=dry_run)  # fmt: skip
     if not dry_run:
         export = next_command("export", output, "--output", f"{output.rstrip('/')}.gguf")
         console.print(f"next:\n  {next_command('chat', output)}\n  {export}", soft_wrap=True, markup=False)

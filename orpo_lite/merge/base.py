@@ -107,14 +107,20 @@ class Base:
                 setattr(self.model.get_submodule(path), leaf, nn.Parameter(torch.empty_like(tied), tied.requires_grad))
 
     def check_whole(self) -> None:
-        """Raise RequestError unless the files hold every parameter that the model does not compute itself."""
-        found = {link.parameter for links in self.keys.links.values() for link in links}
-        found |= {*self.keys.unclear, *self.tied, *self.tied.values()}
-        computed = self.model._keys_to_ignore_on_load_missing or ()
-        for name, _ in self.model.named_parameters():
-            if name not in found and not any(re.search(pattern, name) for pattern in computed):
-                kind = type(self.model).__name__
-                raise RequestError(f"{self.spec.name_or_path} lacks {name} of {kind}: is it complete?")
+        """Raise RequestError unless every parameter is in the files exactly once."""
+        together = {*self.tied, *self.tied.values()}
+        for name, parameter in self.model.named_parameters():
+            held, expected = self.keys.held.get(name, 0), parameter.numel()
+            if name in self.keys.unclear or held == expected or (held == 0 and name in together):
+                continue
+            if held == 0 and any(
+                re.search(pattern, name) for pattern in self.model._keys_to_ignore_on_load_missing or ()
+            ):
+                continue  # positions that the model computes
+            found = "lacks" if held < expected else "holds twice"
+            raise RequestError(
+                f"{self.spec.name_or_path} {found} {name} of {type(self.model).__name__}: is it complete?"
+            )
 
     def quantize(self, trained: torch.dtype) -> None:
         """Replace each weight that training quantized by its round trip through 4 bits."""

@@ -4,6 +4,7 @@ import copy
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import torch
 from peft import PeftModel
 from peft.tuners.lora import LoraLayer
 from transformers import PreTrainedTokenizerBase
@@ -12,7 +13,7 @@ from orpo_lite.common.console import progress
 from orpo_lite.common.errors import RequestError
 from orpo_lite.merge.base import Base
 from orpo_lite.merge.lora_edits import NAME, Added, Dora, Edit, LowRank, Replaced, Rows, read_adapter
-from orpo_lite.merge.safetensors_blocks import Source, Stored, resized
+from orpo_lite.merge.safetensors_blocks import DTYPES, Source, Stored, resized
 from orpo_lite.merge.weight_map import Link
 from orpo_lite.merge.write import Job
 from orpo_lite.model.adapter import lora_config, vocabulary_rows
@@ -27,6 +28,7 @@ class Plan:
         adapters: folder of each adapter with its weight.
         adapted: the base's skeleton with the adapters on it.
         edits: the adapters' changes by parameter name.
+        dtype: dtype of most of the merged weights.
         shards: file name -> tensors to write, in order.
         untied: parameters that are one tensor in the base and two in the merged model.
         new_tokens: ids of the tokens that the adapter adds or trains.
@@ -37,6 +39,7 @@ class Plan:
     adapters: list[tuple[Path, float]]
     adapted: PeftModel
     edits: dict[str, list[Edit]]
+    dtype: torch.dtype
     shards: dict[str, list[Job]] = field(default_factory=dict)
     untied: list[str] = field(default_factory=list)
     new_tokens: list[int] = field(default_factory=list)
@@ -52,12 +55,15 @@ class Plan:
 
 
 @progress("reading base and adapter")
-def make_plan(adapters: list[tuple[Path, float]], base: Base, tokenizer: PreTrainedTokenizerBase) -> Plan:
+def make_plan(
+    adapters: list[tuple[Path, float]], base: Base, tokenizer: PreTrainedTokenizerBase, dtype: torch.dtype | None = None
+) -> Plan:
     """Settle every tensor of the merged model.
 
     Args:
         base: what to merge into; its vocabulary becomes the adapter's, and its skeleton gets the adapters.
         tokenizer: as trained with; its new tokens get rows.
+        dtype: dtype of the merged weights; default: as each is stored.
 
     Raises:
         RequestError: base and adapters do not fit, a token has no embedding, or the base's checkpoint cannot express a
@@ -69,10 +75,11 @@ def make_plan(adapters: list[tuple[Path, float]], base: Base, tokenizer: PreTrai
     resize(base, rows)
     rowless = check_tokens_have_rows(tokenizer, rows, source, base.spec)
     shapes = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    exact = [*(model._keep_in_fp32_modules or ()), *(model._keep_in_fp32_modules_strict or ())]
     adapted, edits = read_adapters(adapters, base)
     trained = {int(i) for own in edits.values() for edit in own if isinstance(edit, Rows) for i in edit.index}
     new_tokens = sorted(trained | set(tokens_from(tokenizer, held).values()) - set(rowless.values()))
-    plan = Plan(base, adapters, adapted, edits, new_tokens=new_tokens, rowless=rowless)
+    plan = Plan(base, adapters, adapted, edits, dtype or base.dtype, new_tokens=new_tokens, rowless=rowless)
     routes = {key: (one, base.keys.links[key]) for key, one in base.sources.items()}
     for one, other in base.tied.items():
         if not alike(edits.get(one, []), edits.get(other, [])):
@@ -83,8 +90,8 @@ def make_plan(adapters: list[tuple[Path, float]], base: Base, tokenizer: PreTrai
         for link, edit in changes:
             if isinstance(edit, Dora) and (len(links) > 1 or not link.covers(shapes[link.parameter])):
                 raise RequestError(f"adapter: {source} has DoRA on {link.parameter}, of which {key} is only a part")
-        copied = isinstance(one, Stored) and not changes
-        job = Job(key, one, changes, None if copied else one.dtype)
+        keep = dtype is None or any(word in link.parameter for word in exact for link in links)
+        job = Job(key, one, changes, written_dtype(one, bool(changes), None if keep else dtype))
         plan.shards.setdefault(base.files.get(key, last).name, []).append(job)
     check_all_applied(source, plan)
     return plan
@@ -132,6 +139,16 @@ def add_layers(adapted: PeftModel, other: PeftModel, weight: float) -> None:
         elif mine is not layer:
             inside.set_submodule(path, layer)  # type: ignore[arg-type]  # a module too
             moved = path
+
+
+def written_dtype(one: Source, changed: bool, asked: torch.dtype | None) -> torch.dtype | None:
+    """Return the dtype asked for, else that of the weights; None for a tensor that is copied byte by byte."""
+    if isinstance(one, Stored):
+        if one.stored_dtype not in DTYPES or not one.dtype.is_floating_point:
+            return None
+        if not changed and asked in (None, one.dtype):
+            return None
+    return asked or one.dtype
 
 
 def resize(base: Base, rows: int) -> None:

@@ -13,6 +13,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from transformers import GenerationConfig, PreTrainedTokenizerBase
 from transformers.utils.hub import cached_file
 
@@ -39,6 +40,7 @@ def merge(
     output: str | Path,
     *,
     base: str | None = None,
+    dtype: str | None = None,
     onto: str = "original",
     quantization: str | None = None,
     double_quant: bool = False,
@@ -48,8 +50,8 @@ def merge(
 ) -> Path:
     """Merge an adapter, or a weighted sum of several, into its base and write a folder that transformers loads without peft.
 
-    Every weight is W + scale * B A in float32, cast once to the dtype in which the base stores it (DoRA, trained embeddings,
-    biases and experts in their own way). Memory stays below 1 GB plus twice the largest tensor of the checkpoint, whatever the size of the model; DoRA on
+    Every weight is W + scale * B A in float32, cast once (DoRA, trained embeddings, biases and experts in their own
+    way). Memory stays below 1 GB plus twice the largest tensor of the checkpoint, whatever the size of the model; DoRA on
     embeddings takes five times theirs.
 
     Args:
@@ -57,6 +59,7 @@ def merge(
             LoRA products are added, and tokenizer and card are those of the first.
         output: folder to write; it must not exist or be empty. It appears complete or not at all.
         base: hub id or folder to merge into, where it is not the one that the run or adapter names.
+        dtype: bfloat16, float16 or float32; default: as each weight of the base is stored.
         onto: original: the base as its author published it; outputs differ a little from those of the quantized base
             in training. quantized: that base's weights, dequantized, for the outputs seen in training.
         quantization: nf4 or fp4: what the base of training was quantized with, for an adapter without a recipe.
@@ -68,7 +71,7 @@ def merge(
         dry_run: check all that can be checked without the weights, and write nothing.
 
     Raises:
-        RequestError: no adapter, no base, an adapter that cannot be merged, or an output folder
+        RequestError: no adapter, no base in the dtype asked for, an adapter that cannot be merged, or an output folder
             in use; before anything is written.
         RuntimeError: weights that are not finite, or logits that are not the adapter model's.
     """
@@ -95,9 +98,9 @@ def merge(
             if tokenizer_of(folder, spec).get_vocab() != tokenizer.get_vocab():
                 raise RequestError(f"--adapter: {source} and {folder} have different vocabularies: merge each alone")
         origin = Base(spec, onto, trained)
-    plan = make_plan(adapters, origin, tokenizer)
+    plan = make_plan(adapters, origin, tokenizer, getattr(torch, dtype) if dtype else None)
     named = f"{spec.name_or_path}/{spec.gguf_file}" if spec.gguf_file else spec.name_or_path
-    written = str(plan.base.dtype).removeprefix("torch.")
+    written = str(plan.dtype).removeprefix("torch.")
     lines = [f"base: {named}, {onto} weights; merged weights: {written}"]
     if plan.untied:
         lines.append(
@@ -209,7 +212,7 @@ def write_configuration(folder: Path, plan: Plan, tokenizer: PreTrainedTokenizer
     """Write configuration, generation defaults, tokenizer and files of the base."""
     model, home = plan.base.model, next(iter(plan.base.files.values())).parent
     config = model.config
-    config.dtype = plan.base.dtype
+    config.dtype = plan.dtype
     config.architectures = config.architectures or [type(model).__name__]
     config.save_pretrained(folder)
     generation = generation_defaults(plan.base, tokenizer)

@@ -90,7 +90,7 @@ def check_merged(
     ]
     # of the logits' standard deviation; also of a model of zeros
     distance = (found - expected).abs().mean() / expected.std().clamp(min=1e-30)
-    if not distance < (1e-3 if plan.base.dtype == torch.float32 else 0.1):
+    if not distance < (1e-3 if plan.dtype == torch.float32 else 0.1):
         raise RuntimeError(f"the merged model is not the adapter model ({notes[0]}); nothing was written")
     if trained is not None:
         notes.append(drift_from_training(plan, tokenizer, tokens, found[: len(tokens)], trained))

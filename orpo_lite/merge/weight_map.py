@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections import Counter
 from dataclasses import dataclass
 from typing import Any
 
@@ -56,6 +57,7 @@ class KeyMap:
     Attributes:
         links: stored key -> blocks of it that are blocks of parameters; empty for tensors that the model does not use.
         unclear: parameter -> why it has no link although the checkpoint holds it.
+        held: parameter -> number of its elements that the links cover.
 
     Args:
         model: skeleton on the meta device, with the vocabulary of the checkpoint.
@@ -91,6 +93,10 @@ class KeyMap:
                 self.links[key] = [Link.whole(name, shapes[key])]
         for name, members in groups.items():
             self.convert(name, by_pattern[members[0][1]], members, shapes)
+        self.held: Counter[str] = Counter()
+        for links in self.links.values():
+            for link in links:
+                self.held[link.parameter] += math.prod(shared.length for shared in link.shared)
 
     def name_of(self, key: str) -> tuple[str, str | None]:
         """Return the (first) parameter that a stored key becomes, and the pattern of its conversion if it has one."""

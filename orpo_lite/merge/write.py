@@ -109,13 +109,13 @@ class Job:
     def cast(self, weights: Tensor) -> Tensor:
         """Round a block to the written dtype, refusing what it cannot hold."""
         assert self.dtype is not None
-        if weights.numel() and self.changes:
+        if weights.numel() and (self.changes or self.dtype == torch.float16):
             low, high = torch.aminmax(weights)
             largest = max(-low.item(), high.item())
             if not largest <= torch.finfo(self.dtype).max:
                 raise RuntimeError(
-                    f"merging gives {largest:.3g} in {self.key}, which {self.dtype} cannot hold: are base and "
-                    "adapter intact? If they are, merge into a copy of the base in bfloat16 (--base)"
+                    f"merging gives {largest:.3g} in {self.key}, which {self.dtype} cannot hold: try --dtype bfloat16; if it "
+                    "is NaN or infinity, are base and adapter intact?"
                 )
         return weights.to(self.dtype)
 

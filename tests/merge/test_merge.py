@@ -23,7 +23,7 @@ from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adap
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests import commands
 from tests.merge.conftest import tensors
-from tests.model.conftest import disturb, logits, with_adapter
+from tests.model.conftest import disturb, logits
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 NEW = ["<|im_start|>", "<|im_end|>", *(f"<extra{i}>" for i in range(30))]
@@ -37,8 +37,9 @@ def trained(section, tmp_path):
         spec = section(family, **model or {})
         tokenizer = load_tokenizer(spec)
         tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
+        adapter = AdapterSection(**{"r": 4} | fields)
         torch.manual_seed(0)  # of the adapter's start
-        peft_model, adapter = with_adapter(load_base(spec, tokenizer)[0], tokenizer, **fields)
+        peft_model = attach_adapter(load_base(spec, tokenizer)[0], adapter, tokenizer=tokenizer)
         disturb(peft_model)
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         save_adapter(peft_model, folder)
@@ -177,7 +178,7 @@ def test_onto_weights_that_a_bfloat16_run_quantized(trained, tmp_path):
 
     base = dequantize_4bit(layer.base_layer.weight.data, layer.base_layer.weight.quant_state).float()
     expected = base + layer.get_delta_weight("default").float()
-    out = merge(run, tmp_path / "merged", onto="quantized")
+    out = merge(run, tmp_path / "merged", onto="quantized", dtype="float32")
     merged = plain(out).model.layers[0].mlp.up_proj.weight
     torch.testing.assert_close(merged, expected, atol=1e-3, rtol=1e-2)
 
@@ -214,6 +215,16 @@ def test_bare_adapter_of_peft_alone(base_folder, tmp_path):
     assert AutoTokenizer.from_pretrained(out).eos_token == "</s>"
     with pytest.raises(RequestError, match="nothing says how the base was quantized"):
         merge(tmp_path / "adapter", tmp_path / "other", onto="quantized")
+
+
+@pytest.mark.parametrize(
+    ("dtype", "kind"), [(None, torch.float32), ("bfloat16", torch.bfloat16), ("float16", torch.float16)]
+)
+def test_dtype(trained, tmp_path, dtype, kind):
+    _, run = trained("llama")
+    out = merge(run, tmp_path / "merged", dtype=dtype)
+    assert {t.dtype for t in load_file(out / "model.safetensors").values()} == {kind}
+    assert json.loads((out / "config.json").read_text())["dtype"] == str(kind).removeprefix("torch.")
 
 
 def test_tied_weights_are_written_once(trained, tmp_path):
@@ -321,7 +332,7 @@ def test_what_cannot_be_merged_is_said(trained, section, tmp_path):
 def test_command(trained, tmp_path, monkeypatch, capsys):
     _, run = trained("llama")
     words = [str(run), "--output", str(tmp_path / "merged")]
-    done = commands.command("merge", *words)
+    done = commands.command("merge", *words, "--dtype", "float16")
     assert (
         done.returncode == 0
         and "top-1 agreement 100.0%" in done.stdout
