@@ -4,7 +4,7 @@ import json
 import re
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 
 from orpo_lite.common import safe_yaml
 
@@ -30,10 +30,7 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
     docs.vllm.ai/en/latest/features/lora.html.
     """
     folder = Path(adapter_folder)
-    try:
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-    except (OSError, ValueError) as error:
-        return [f"{folder}: no readable adapter_config.json ({error})"]
+    config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
     if config.get("peft_type") != "LORA":
         return [f"peft_type is {config.get('peft_type')}: vLLM serves LORA only"]
     problems = [f"{name}={config[name]}: {why}" for name, why in REFUSED["fields"].items() if config.get(name)]
@@ -41,12 +38,8 @@ def vllm_problems(adapter_folder: str | Path) -> list[str]:
         problems.append(f"bias={config['bias']}: vLLM does not support trained biases")
     if config.get("r", 0) > RANKS[-1]:
         problems.append(f"r={config['r']}: vLLM's largest --max-lora-rank is {RANKS[-1]}")
-    path = folder / "adapter_model.safetensors"
-    try:
-        with safe_open(path, "pt") as file:
-            keys = list(file.keys())
-    except (OSError, SafetensorError) as error:
-        return [*problems, f"{path.name}: cannot be read ({error})"]
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        keys = list(file.keys())
     modules = {match[1] for key in keys if (match := LORA_KEY.fullmatch(key))}
     other = [key for key in keys if not LORA_KEY.fullmatch(key)]
     if other:
