@@ -12,9 +12,9 @@ from transformers import Gemma3TextConfig, MistralConfig, Phi3Config, Qwen3Confi
 
 from orpo_lite.common.errors import RequestError
 from orpo_lite.export.llama_cpp import converter_folder
-from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adapter
-from orpo_lite.recipe import AdapterSection, ModelSection
-from tests.model.conftest import CONFIGS, SIZES, disturb
+from orpo_lite.model import load_base, load_tokenizer, save_adapter
+from orpo_lite.recipe import ModelSection
+from tests.model.conftest import CONFIGS, SIZES, disturb, with_adapter
 from tests.tiny import tiny_model, tiny_tokenizer
 from tests.training import CHATML
 
@@ -57,7 +57,7 @@ def adapter_folder(model_folder, tmp_path) -> Callable[..., tuple[Any, Path]]:
     def make(family: str, **fields: Any) -> tuple[Any, Path]:
         spec = ModelSection(name_or_path=str(model_folder(family)), quantization="none")
         torch.manual_seed(0)
-        model = attach_adapter(load_base(spec)[0], AdapterSection(**{"r": 4} | fields))
+        model, _ = with_adapter(load_base(spec)[0], **fields)
         disturb(model)
         folder = tmp_path / f"adapter-{family}"
         save_adapter(model, folder)

@@ -23,7 +23,7 @@ from orpo_lite.model import attach_adapter, load_base, load_tokenizer, save_adap
 from orpo_lite.recipe import AdapterSection, ModelSection, Recipe
 from tests import commands
 from tests.merge.conftest import tensors
-from tests.model.conftest import disturb, logits
+from tests.model.conftest import disturb, logits, with_adapter
 
 TEMPLATE = "{% for m in messages %}<{{ m['role'] }}>{{ m['content'] }}</s>{% endfor %}"
 NEW = ["<|im_start|>", "<|im_end|>", *(f"<extra{i}>" for i in range(30))]
@@ -37,9 +37,8 @@ def trained(section, tmp_path):
         spec = section(family, **model or {})
         tokenizer = load_tokenizer(spec)
         tokenizer.chat_template = tokenizer.chat_template or TEMPLATE
-        adapter = AdapterSection(**{"r": 4} | fields)
         torch.manual_seed(0)  # of the adapter's start
-        peft_model = attach_adapter(load_base(spec, tokenizer)[0], adapter, tokenizer=tokenizer)
+        peft_model, adapter = with_adapter(load_base(spec, tokenizer)[0], tokenizer, **fields)
         disturb(peft_model)
         folder = tmp_path / f"run-{len(list(tmp_path.iterdir()))}"
         save_adapter(peft_model, folder)

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     Gemma2Config,
     GPT2Config,
@@ -86,6 +87,19 @@ def attach(section):
         return attach_adapter(model, AdapterSection(**{"r": 4} | fields), checkpointing=checkpointing)
 
     return make
+
+
+PEFTS = {"bias", "rank_pattern", "alpha_pattern"}
+"""Options of LoRA that adapters of others have, and a recipe's section has not."""
+
+
+def with_adapter(base: Any, tokenizer: Any = None, **fields: Any) -> Any:
+    """Attach an adapter as a recipe does, or as PEFT does where an option is PEFT's alone; with its recipe section."""
+    adapter = AdapterSection(**{"r": 4} | {key: value for key, value in fields.items() if key not in PEFTS})
+    if not PEFTS & fields.keys():
+        return attach_adapter(base, adapter, tokenizer=tokenizer), adapter
+    config = LoraConfig(**{"r": 4, "lora_alpha": 32, "target_modules": "all-linear", "task_type": "CAUSAL_LM"} | fields)
+    return get_peft_model(base, config), adapter
 
 
 @torch.no_grad()
