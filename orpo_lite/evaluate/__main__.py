@@ -11,12 +11,11 @@ from orpo_lite.common.console import console, json_alone, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.text import counted
 from orpo_lite.evaluate.held_out import show, too_few
-from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder
+from orpo_lite.recipe.loading import ADDRESS, MODEL_FOLDER, check_folder
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side
 
-ADDRESS = ("http://", "https://")
 
 Run = Annotated[str, typer.Argument(help="run folder, adapter folder, or folder of a whole model")]
 Against = Annotated[

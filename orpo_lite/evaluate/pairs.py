@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import math
@@ -23,18 +24,10 @@ from orpo_lite.common.console import console, load, run_command
 from orpo_lite.common.errors import RequestError
 from orpo_lite.common.files import write_atomically
 from orpo_lite.common.text import counted, shown
-from orpo_lite.evaluate.__main__ import (
-    ADDRESS,
-    JudgeMaxTokens,
-    JudgeModel,
-    MaxNewTokens,
-    TopP,
-    TrustRemoteCode,
-    check_judge,
-)  # fmt: skip
+from orpo_lite.evaluate.__main__ import JudgeMaxTokens, JudgeModel, MaxNewTokens, TopP, TrustRemoteCode, check_judge
 from orpo_lite.evaluate.answer_file import answer_questions, read_questions
 from orpo_lite.recipe import DataSection, DataSource, Recipe
-from orpo_lite.recipe.loading import MODEL_FOLDER, check_folder, check_model_path, is_recipe
+from orpo_lite.recipe.loading import ADDRESS, MODEL_FOLDER, check_folder, check_model_path, is_recipe
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Side, Turns
@@ -219,7 +212,7 @@ def apply_rules(rules: Rules, groups: list[Group]) -> None:
 
     def points(row: int, group: Group, answer: str, name: str) -> float:
         try:
-            found = rules[name](group.prompt, answer)
+            found = rules[name](copy.deepcopy(group.prompt), answer)  # which it may change
             if not isinstance(found, int | float | np.number | np.bool_) or not math.isfinite(found):
                 raise TypeError(f"it returns {shown(found)}, expected a number, or true or false")
         except Exception as error:  # whatever the user's function raises
@@ -280,7 +273,8 @@ def add_up(groups: list[Group]) -> None:
     the prompt's other answers that each is better than, so that no scale outweighs another.
     """
     for group in groups:
-        fit = [n for n in range(len(group.answers)) if all(each[n] is not None for each in group.scores)]
+        places = range(len(group.answers))
+        fit = [n for n in places if all(each[n] is not None and math.isfinite(each[n]) for each in group.scores)]
         group.left_out["not scored"] += len(group.answers) - len(fit)
         group.answers, group.kept = [group.answers[n] for n in fit], [group.kept[n] for n in fit]
         scores: list[list[Any]] = [[each[n] for n in fit] for each in group.scores]
@@ -306,8 +300,10 @@ def make_pairs(
     def pick(group: Group, match: float) -> list[tuple[str, str]]:
         """Return all pairs, or the one whose scores differ most, and of these the nearest in length."""
         scored = list(zip(group.totals, group.answers, strict=True))
-        ways = [(low - high, abs(len(a) - len(b)), a, b) for high, a in scored for low, b in scored
-                if high > low and high - low >= margin and (not match or max(len(a), len(b)) <= match * min(len(a), len(b)))]  # fmt: skip
+        # rounded, since 0.3 - 0.1 is less than 0.2
+        ways = [(-gap, abs(len(a) - len(b)), a, b) for high, a in scored for low, b in scored
+                if (gap := round(high - low, 9)) > 0 and gap >= margin
+                and (not match or max(len(a), len(b)) <= match * min(len(a), len(b)))]  # fmt: skip
         return [(a, b) for *_, a, b in sorted(ways)[: None if every else 1]]
 
     pairs, any_length, without = [], [], Counter[str]()
@@ -324,7 +320,7 @@ def make_pairs(
         told += [f"{counted(count, 'answer')}: {reason}" for reason, count in left_out.items()]
         why = "; ".join(told + ["the pairs that were made are of held-out prompts"] * bool(pairs))
         raise RequestError(
-            f"no pair could be made ({why}): sample more answers (--samples, --temperature) or longer ones "
+            f"no pair could be made ({why or 'no prompt is rated'}): sample more answers (--samples, --temperature) or longer ones "
             "(--max-new-tokens), or take a rule that some of them keep and others do not, a smaller --margin, a wider --match-length"
         )
 
@@ -409,10 +405,8 @@ def check(side: Side, word: str, files: dict[str, int]) -> None:
     from orpo_lite.data.__main__ import print_report
     from orpo_lite.data.quality import inspect
 
-    source, data = (
-        side.source,
-        dict(zip(("train", "eval"), [file for file, count in files.items() if count], strict=False)),
-    )
+    source = side.source
+    data = dict(zip(("train", "eval"), [file for file, count in files.items() if count], strict=False))
     if not word.startswith(ADDRESS):
         train, held = [DataSource(path=data["train"])], [DataSource(path=data["eval"])] if "eval" in data else None
         section = source.recipe.data if source.recipe else DataSection(train=train)

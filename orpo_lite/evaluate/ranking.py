@@ -43,10 +43,13 @@ class Ranker:
     """Part of the name of the file that its scores are written to as they come."""
     score: Callable[[Group], Scores]
     """Scores two answers or more; raises EOFError where the user ends the rating."""
+    weights: str | None = None
+    """Of an adapter that scores: a hash, so that another's scores are not taken for its own."""
 
     def scores(self, groups: list[Group], file: Path) -> list[Scores]:
         """Score the answers to all prompts, fewer where the user ends before; those in the file are kept."""
-        tasks = [{"ranker": self.name, "prompt": one.prompt, "answers": one.answers} for one in groups]
+        ranker = {"ranker": self.name, "weights": self.weights}
+        tasks = [ranker | {"prompt": one.prompt, "answers": one.answers} for one in groups]
         results = ResultFile(file, tasks)
         bar = progress(self.name, len(groups), len(results.rows)) if self.key != YOU else contextlib.nullcontext(id)
         with bar as advance, contextlib.suppress(EOFError):
@@ -116,7 +119,7 @@ def log_odds(run: str, trust_remote_code: bool = False) -> Ranker:
                 found[one], found[two] = (logps - log1mexp(logps)).tolist()
         return found
 
-    return Ranker(f"log-odds under {run}", "log-odds", score)
+    return Ranker(f"log-odds under {run}", "log-odds", score, side.identity().get("weights"))
 
 
 class Comparisons:

@@ -34,6 +34,7 @@ def resolve_path(value: str) -> str:
     return str(PACKAGE / "data" / value.removeprefix(BUILTIN)) if value.startswith(BUILTIN) else value
 
 
+ADDRESS = ("http://", "https://")
 MODEL_FOLDER = "a run folder, the folder of an adapter or of a model, or a hub id USER/NAME"
 """What chat and evaluate take."""
 FINISHED_FOLDER = "a run, adapter or model folder"

@@ -143,7 +143,7 @@ def asked(*answers, n=0, held_out=False):
 
 
 MINE = """
-def size(prompt, answer): return len(answer) if answer != "x" else 1 / 0
+def size(prompt, answer): return prompt[-1].pop("content") and len(answer) if answer != "x" else 1 / 0
 def nan(prompt, answer): return float("nan")
 def words(prompt, answer): return answer.split()
 def digits(prompt, answer): return "3"
@@ -178,7 +178,7 @@ def test_what_a_function_of_the_users_returns_is_checked(name, answer, message, 
     if name == "size":
         fine = asked("four")
         apply_rules(rules, [fine])
-        assert fine.kept == [[4.0]]
+        assert fine.kept == [[4.0]] and fine.prompt == ASK  # which the function changes
 
 
 @pytest.mark.parametrize(("place", "message"), [
@@ -257,6 +257,24 @@ def test_you_choose_stop_and_go_on(monkeypatch, tmp_path, capsys):
     assert ranking.your_choice().scores(groups, tmp_path / "you.jsonl") == [[0, 1, -1], [0, 0, 0], [0, -1, 1]]
 
 
+def test_what_no_number_is_for_is_not_scored():
+    groups = [asked("a", "b", "c") for _ in range(9)]
+    for number, one in enumerate(groups):
+        one.kept, one.scores = [[]] * 3, [[math.nan if number % 2 else -math.inf, number, number + 1.0]]
+    add_up(groups)
+    made, report = make_pairs(groups, False, 0, 0)
+    assert {pair[1:] for pair in made} == {("c", "b")} and len(made) == 9 and report["left_out"] == {"not scored": 9}
+
+
+def test_an_adapter_that_was_trained_again_scores_anew(tmp_path):
+    def ranker(weights, score):
+        return ranking.Ranker("log-odds under runs/a", "log-odds", lambda group: score, weights)
+
+    assert ranker("one", [1.0, 2.0]).scores([asked("a", "b")], tmp_path / "scores.jsonl") == [[1.0, 2.0]]
+    with pytest.raises(RequestError, match="holds other rows .* in weights"):
+        ranker("two", [2.0, 1.0]).scores([asked("a", "b")], tmp_path / "scores.jsonl")
+
+
 def test_several_rankers_add_up_shares_of_beaten_answers():
     group = asked("a", "b", "c")
     group.kept, group.scores = [[1.0], [0.0], [1.0]], [[100.0, 0.0, 0.0], [0.3, None, 0.2]]
@@ -286,6 +304,8 @@ def test_best_and_worst_or_every_pair_by_a_margin():
     assert sorted(pair[1:] for pair in made) == [
         ("answer 1", "answer 0"), ("answer 1", "answer 2"), ("answer 2", "answer 0"), ("answer 3", "answer 0"),
         ("answer 3", "answer 2")]  # fmt: skip
+    made, _ = make_pairs([group([0.1, 0.3, 0.7 - 0.6])], True, 0.2, 0)  # whatever floats make of tenths
+    assert sorted(pair[1:] for pair in made) == [("answer 1", "answer 0"), ("answer 1", "answer 2")]
     few = group([1, 1.5])
     few.left_out["cut at --max-new-tokens"] = 6
     with pytest.raises(
