@@ -77,7 +77,7 @@ def micro_batches(costs: np.ndarray, budget: int, count: int = 1, padded: bool =
 
 
 def cut_step(
-    costs: np.ndarray, processes: int, tokens: int | None, pairs: int = 1, padded: bool = False
+    costs: np.ndarray, processes: int, tokens: int | None, pairs: int = 1, padded: bool = False, in_order: bool = False
 ) -> list[MicroBatches]:
     """Deal the pairs of one optimizer step to processes, and cut each share into micro-batches, as few as hold it.
 
@@ -85,6 +85,7 @@ def cut_step(
         costs: tokens of each pair, (N,) int64.
         tokens: the most tokens of a micro-batch of several pairs; None goes by `pairs`, the most pairs.
         padded: whether the layout pads the pairs of a micro-batch to each other.
+        in_order: by pairs, cut a share in the order of its pairs, as TRL does, rather than by their costs.
 
     Returns:
         The micro-batches of each process: the same number on all, some of them empty.
@@ -93,10 +94,12 @@ def cut_step(
     def cut(share: np.ndarray, count: int) -> MicroBatches:
         if tokens:
             return micro_batches(costs[share], tokens, count, padded)
+        if in_order:
+            return [list(range(len(share)))[start : start + pairs] for start in range(0, len(share), pairs)]
         return deal(costs[share], max(count, -(-len(share) // pairs)), pairs)
 
     most = None if tokens else -(-len(costs) // (processes * pairs)) * pairs
-    shares = [np.array(share, dtype=np.int64) for share in deal(costs, processes, most)]
+    shares = [np.array(sorted(share), dtype=np.int64) for share in deal(costs, processes, most)]
     count = max(len(cut(share, 1)) for share in shares)
     batches = [[sorted(share[part].tolist()) for part in cut(share, count)] for share in shares]
     count = max(map(len, batches))
@@ -115,6 +118,7 @@ class StepPlan:
         padded: whether the layout pads the pairs of a micro-batch to each other, which a budget counts.
         drop_last: leave out the pairs that do not fill a last step.
         pairs_per_batch: pairs per micro-batch without a budget.
+        in_order: keep the pairs of a process in their order, without a budget: a mean of micro-batch means depends on it.
 
     As the batch sampler of a loader it yields the keys of an epoch's steps, each a batch of one, so that accelerate's
     skip_first_batches skips whole steps; the epoch travels in the keys, so that workers and resuming need no state.
@@ -128,6 +132,7 @@ class StepPlan:
     padded: bool = False
     drop_last: bool = False
     pairs_per_batch: int = 1
+    in_order: bool = False
     epoch: int = 0
 
     batch_size: ClassVar = 1
@@ -156,7 +161,8 @@ class StepPlan:
     def step(self, epoch: int, step: int) -> list[MicroBatches]:
         """Return the micro-batches of each process in one optimizer step; the same number on all of them."""
         pairs = self.order(epoch)[step * self.pairs_per_step : (step + 1) * self.pairs_per_step]
-        cut = cut_step(self.costs[pairs], self.processes, self.tokens_per_batch, self.pairs_per_batch, self.padded)
+        by = self.tokens_per_batch, self.pairs_per_batch, self.padded, self.in_order
+        cut = cut_step(self.costs[pairs], self.processes, *by)
         return [[pairs[batch].tolist() if batch else [] for batch in batches] for batches in cut]
 
 
@@ -227,6 +233,7 @@ def step_loader(
         padded=layout == "padded",
         drop_last=args.dataloader_drop_last,
         pairs_per_batch=args.train_batch_size // accumulation,
+        in_order=args.nll_mean == "micro",
     )
     return StepLoader(
         StepDataset(pairs, plan, collator, args.process_index, own_collator),

@@ -100,9 +100,11 @@ def fitted(recipe: Recipe, card: Card | None, planner: Planner) -> Recipe:
     asked = "training.per_device_train_batch_size=auto" if recipe.plans_batches else f"memory.gpu_gb={size:g}"
     instead = "micro-batches of one pair" if recipe.plans_batches else "the recipe's own settings"
     found = None
+    if card and size and processes() > 1:  # which have to agree on their micro-batches, whatever each card holds
+        card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
     if card is None:
         words = f"there is no GPU here; training with {instead}"
-    elif processes() > 1 and not size:  # they have to agree on their micro-batches, whatever else each card holds
+    elif processes() > 1 and not size:
         words = f"on several GPUs set memory.gpu_gb to the size of the smallest; training with {instead}"
     elif found := Search(recipe, card, planner).first_that_fits(shorten=False):
         words = f"{counted(found.pairs, 'pair')} of the longest at once, {found.layers} on {card.title} ({' '.join(found.words)})"
@@ -116,7 +118,7 @@ def card_in_use(recipe: Recipe, device: torch.device) -> tuple[Card, int]:
     """Return the card, as small as memory.gpu_gb says, and the bytes that other programs hold of it."""
     card, others = card_here(device)
     size = recipe.memory.gpu_gb
-    if size and (processes() > 1 or size < card.gigabytes):
+    if size and size < card.gigabytes:
         card = replace(card, name=f"memory.gpu_gb={size:g}", gigabytes=size)
     return card, others
 

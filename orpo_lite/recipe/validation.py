@@ -82,7 +82,7 @@ def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
         if item["type"] in ("extra_forbidden", "invalid_key"):
             lines.append(unknown_key(recipe, place, item["input"]))
         elif item["type"] == "missing":
-            inside = known_keys(recipe, place)
+            inside = section_at(recipe, place).model_fields
             about = f", expected a section with {', '.join(inside)}" if len(place) == 1 else ""
             lines.append(f"{field}: missing, and it has no default{about}")
         elif item["type"] == "value_error":
@@ -91,7 +91,7 @@ def describe(error: ValidationError, recipe: type[BaseModel]) -> list[str]:
                 line = unknown_key(recipe, key.split(".")) if key != line else line
                 lines.append(line if line.startswith(field) else f"{field}: {line}")
         elif item["type"] in ("model_type", "model_attributes_type"):
-            keys, meant = ", ".join(known_keys(recipe, place)), fields_by_name(recipe).get(field)
+            keys, meant = ", ".join(section_at(recipe, place).model_fields), fields_by_name(recipe).get(field)
             line = f"{field}: found {shown(item['input'])}, expected a section with some of the keys {keys}"
             lines.append(f"{line} (did you mean {meant}?)" if meant else line)
         else:
@@ -113,13 +113,13 @@ def sections_in(field: Any) -> list[type[BaseModel]]:
     return found
 
 
-def known_keys(recipe: type[BaseModel], place: list[str]) -> list[str]:
-    """Return the keys of the section at this path, for the nearest-key hint."""
+def section_at(recipe: type[BaseModel], place: list[str]) -> Any:
+    """Return the section at this path."""
     section = recipe
     for part in place:  # an index of a list stays in the section that stands in the list
         if part in section.model_fields:
             section = next(iter(sections_in(section.model_fields[part])), section)
-    return list(section.model_fields)
+    return section
 
 
 @functools.cache
@@ -137,10 +137,13 @@ def fields_by_name(recipe: type[BaseModel]) -> dict[str, str]:
 def unknown_key(recipe: type[BaseModel], place: list[str], value: Any = None) -> str:
     """Say that a place is no field, and which was meant: by its name here or in another tool, or the nearest."""
     line, names = f"{'.'.join(place)}{UNKNOWN_KEY}", fields_by_name(recipe)
+    section = section_at(recipe, place[:-1])
+    if place[-1] in getattr(section, "removed", ()):
+        return f"{line} since an older version: remove it (a trained adapter needs it no more); CHANGELOG.md says what to use instead"
     while isinstance(value, dict) and len(value) == 1:  # a section that is none, with the field in it
         place, value = [*place, str(next(iter(value)))], next(iter(value.values()))
     parts = ["_".join(place[start:]).lower().strip("-").replace("-", "_") for start in range(len(place))]
-    keys = known_keys(recipe, place[:-1])
+    keys = list(section.model_fields)
     near = difflib.get_close_matches(place[-1], training_fields() if place[0] == "training" else keys, n=1)
     far = difflib.get_close_matches(place[-1], names, n=1, cutoff=0.75)
     meant = [names[part] for part in parts if part in names]

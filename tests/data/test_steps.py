@@ -66,18 +66,22 @@ def test_an_epoch_sees_every_pair_once(costs, step, budget, processes, padded, d
     st.integers(1, 4),
     st.booleans(),
     st.booleans(),
+    st.booleans(),
 )
-def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, drop_last):
+def test_without_a_budget_too(costs, pairs, accumulation, processes, padded, drop_last, in_order):
     """No pair is repeated to fill a step up, and no micro-batch holds more than it should."""
     step = pairs * accumulation * processes
-    plan = StepPlan(costs, step, None, processes, 3, padded, drop_last, pairs)
+    plan = StepPlan(costs, step, None, processes, 3, padded, drop_last, pairs, in_order)
     order, seen = plan.order(2), []
     for number in range(len(plan)):
         cut = plan.step(2, number)
         assert len(cut) == processes and len({len(batches) for batches in cut}) == 1
         assert len(cut[0]) <= accumulation and max(len(batch) for batches in cut for batch in batches) <= pairs
         mine = [i for batches in cut for batch in batches for i in batch]
-        assert sorted(mine) == sorted(order[number * step : (number + 1) * step][: len(mine)])
+        wanted = order[number * step : (number + 1) * step].tolist()
+        assert sorted(mine) == sorted(wanted[: len(mine)])
+        if in_order and processes == 1:  # TRL's micro-batches
+            assert cut[0] == [wanted[start : start + pairs] for start in range(0, len(wanted), pairs)]
         seen += mine
     whole = len(costs) // step * step
     assert len(seen) == len(set(seen)) == (whole if drop_last and whole else len(costs))

@@ -136,6 +136,12 @@ def test_what_cannot_fit_is_refused_with_a_remedy_that_works(recipe, lengths, ca
     assert "starting anyway because of --force" in caplog.text
 
 
+def test_several_processes_are_checked_by_the_card_that_is_there(recipe, lengths, card, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(RequestError, match="needs .*, and Test Card has 0.4 GB"):
+        start.plan_before_loading(recipe("memory.gpu_gb=80"), lengths, card(0.4e9), False, "again")
+
+
 def test_who_else_is_on_the_card_is_said(recipe, lengths, card):
     device = card(12e9, others=11.6e9)
     with pytest.raises(RequestError) as caught:

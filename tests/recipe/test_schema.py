@@ -386,8 +386,10 @@ def test_training_fields_read_off_the_source_are_transformers_own():
 def test_streaming_was_removed():
     """Old run folders say `streaming: false`, which means nothing anymore; true would."""
     assert not hasattr(Recipe.load("quickstart", ["data.streaming=false"]).data, "streaming")
-    with pytest.raises(RequestError, match="data.streaming: unknown key"):
-        Recipe.load("quickstart", ["data.streaming=true"])
+    for word in ("data.streaming=true", "adapter.exclude_modules=[lm_head]", "adapter.rank_pattern={q_proj: 4}"):
+        field = word.partition("=")[0]
+        with pytest.raises(RequestError, match=f"{field}: unknown key since an older version: remove it.* CHANGELOG"):
+            Recipe.load("quickstart", [word])
 
 
 def test_a_recipe_is_loaded_and_checked_without_torch():
