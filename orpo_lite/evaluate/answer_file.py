@@ -44,7 +44,7 @@ def read_questions(path: str) -> list[Question]:
     name = os.path.expanduser(resolve_path(path))
     if name.lower().endswith(".txt") and os.path.isfile(name):
         try:
-            lines = Path(name).read_text("utf-8").splitlines()
+            lines = Path(name).read_text("utf-8-sig").split("\n")  # no other character ends a line
         except UnicodeDecodeError as error:
             raise RequestError(f"{path}: not UTF-8 text (byte {error.start}): convert it to UTF-8") from None
         rows: list[Any] = [{"id": number, "prompt": line} for number, line in enumerate(lines, 1) if line.strip()]

@@ -273,11 +273,11 @@ def add_up(groups: list[Group]) -> None:
     the prompt's other answers that each is better than, so that no scale outweighs another.
     """
     for group in groups:
-        places = range(len(group.answers))
-        fit = [n for n in places if all(each[n] is not None and math.isfinite(each[n]) for each in group.scores)]
+        scores, places = list[Any](group.scores), range(len(group.answers))
+        fit = [n for n in places if all(each[n] is not None and math.isfinite(each[n]) for each in scores)]
         group.left_out["not scored"] += len(group.answers) - len(fit)
         group.answers, group.kept = [group.answers[n] for n in fit], [group.kept[n] for n in fit]
-        scores: list[list[Any]] = [[each[n] for n in fit] for each in group.scores]
+        scores = [[each[n] for n in fit] for each in scores]
         points = scores if len(scores) == 1 and not any(group.kept) else [*map(beaten, scores)]
         group.totals = [sum(each) for each in zip(map(sum, group.kept), *points, strict=True)]
 

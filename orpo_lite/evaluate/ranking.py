@@ -23,6 +23,7 @@ from orpo_lite.evaluate.judge import Judge, judge_answers
 from orpo_lite.model.base import local_device
 from orpo_lite.model.locating import hub_errors_in_words, locate, renaming_field
 from orpo_lite.model.precision import choose_precision
+from orpo_lite.model.tokenizer import TemplateRefused, render_chat
 from orpo_lite.objective.loss import log1mexp
 from orpo_lite.recipe import ModelSection
 
@@ -95,7 +96,12 @@ def reward_model(model: str, trust_remote_code: bool = False) -> Ranker:
         found: Scores = []
         for answer in group.answers:  # one at a time: padding shifts what some classifiers read
             turns = [*group.prompt, {"role": "assistant", "content": answer}]
-            ids = tokenizer.apply_chat_template(turns, return_tensors="pt", return_dict=True)["input_ids"]
+            try:
+                text = render_chat(tokenizer, turns)
+            except TemplateRefused as refusal:
+                why = f"the template of {model} does not take prompt {group.id} ({refusal})"
+                raise RequestError(f"--reward-model: {why}: leave such prompts out, or name another model") from None
+            ids = tokenizer(text, add_special_tokens=False, return_tensors="pt")["input_ids"]
             fits = ids.shape[1] <= longest
             found.append(loaded()(input_ids=ids.to(loaded().device)).logits[0, 0].item() if fits else None)
         return found

@@ -207,6 +207,13 @@ def test_a_reward_model_reads_its_own_template(tmp_path):
     ids = torch.tensor([tokenizer(text, add_special_tokens=False)["input_ids"]])
     assert found[0] == pytest.approx(model(input_ids=ids).logits.item(), abs=1e-5) and found[0] != found[1]
     assert found[2] is None  # longer than the model takes
+    tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    )
+    tokenizer.save_pretrained(tmp_path)
+    told = Group("q7", [{"role": "system", "content": "Be brief."}, *ASK], answers, Counter(), False)
+    with pytest.raises(RequestError, match=r"--reward-model: .* does not take prompt q7 \(no system\): leave"):
+        ranking.reward_model(str(tmp_path)).score(told)
     config.num_labels = 3
     LlamaForSequenceClassification(config).save_pretrained(tmp_path)
     with pytest.raises(RequestError, match="has 3 outputs and a chat template, expected one output"):

@@ -43,9 +43,9 @@ def test_forms(file, tmp_path, shared_data):
         "a", "sums", [{"role": "user", "content": ROWS[0]["turns"][0]}], ROWS[0]["turns"][1:]
     )
     assert questions[2].prompt[0] == {"role": "system", "content": "Be kind."}
-    (tmp_path / "p.txt").write_text("First?\n\n  Second?\n")
+    (tmp_path / "p.txt").write_bytes("\ufeffFirst?\r\n\r\n  Second?\u2028\x0cThe same.\n".encode())
     assert [(one.id, one.prompt[0]["content"]) for one in read_questions(str(tmp_path / "p.txt"))] == [
-        ("1", "First?"), ("3", "  Second?")]  # fmt: skip
+        ("1", "First?"), ("3", "  Second?\u2028\x0cThe same.")]  # fmt: skip
     (tmp_path / "p.json").write_text(json.dumps(ROWS))
     assert read_questions(str(tmp_path / "p.json")) == questions
     bench = read_questions(str(shared_data / "eval_prompts.jsonl"))
