@@ -195,7 +195,7 @@ def find_function(place: str) -> Callable[[Turns, str], Any]:
         found = runpy.run_path(file)[name]
         if not callable(found):
             raise TypeError(f"{name} is {shown(found)}")
-    except Exception as error:  # whatever the user's file raises
+    except (Exception, SystemExit) as error:  # whatever the user's file raises
         raise RequestError(
             f"--rule: found {place}, expected FILE.py:FUNCTION, a function of the prompt's messages and the answer "
             f"({type(error).__name__}: {error})"
@@ -215,7 +215,7 @@ def apply_rules(rules: Rules, groups: list[Group]) -> None:
             found = rules[name](copy.deepcopy(group.prompt), answer)  # which it may change
             if not isinstance(found, int | float | np.number | np.bool_) or not math.isfinite(found):
                 raise TypeError(f"it returns {shown(found)}, expected a number, or true or false")
-        except Exception as error:  # whatever the user's function raises
+        except (Exception, SystemExit) as error:  # whatever the user's function raises
             place = f"row {row} of the prompts" + f" (id {group.id})" * (group.id != str(row))
             raise RequestError(
                 f"{name} fails at {place}, on the answer {shown(answer)} ({type(error).__name__}: {error}): fix it, and give the "

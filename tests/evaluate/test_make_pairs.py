@@ -182,12 +182,13 @@ def test_what_a_function_of_the_users_returns_is_checked(name, answer, message, 
 
 
 @pytest.mark.parametrize(("place", "message"), [
-    ("mine.py:siz", r"KeyError: 'siz'"), ("mine.py:number", "TypeError: number is 3"), ("broken.py:f", "ZeroDivisionError"),
+    ("mine.py:siz", r"KeyError: 'siz'"), ("mine.py:number", "TypeError: number is 3"), ("broken.py:f", "ZeroDivisionError"), ("quits.py:f", "SystemExit: 0"),
     ("gone.py:f", "FileNotFoundError"), ("mine.py", "Error"),
 ])  # fmt: skip
 def test_a_function_that_is_not_there(place, message, tmp_path):
     (tmp_path / "mine.py").write_text(MINE)
     (tmp_path / "broken.py").write_text("1 / 0")
+    (tmp_path / "quits.py").write_text("raise SystemExit(0)")
     with pytest.raises(RequestError, match=f"--rule: found .*{place}, expected FILE.py:FUNCTION.*{message}"):
         find_rules([], [], None, None, False, f"{tmp_path}/{place}")
 
