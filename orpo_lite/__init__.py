@@ -19,6 +19,8 @@ __all__ = ["ORPOConfig", "ORPOTrainer", "Recipe", "orpo_loss"]
 
 # on CPUs with AVX512_BF16 bitsandbytes asks for a kernel from the hub, which has no gradient: nothing to train with
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+# checkpoints that are less than a second apart have the order of their steps in any case
+logging.getLogger("transformers.trainer_utils").addFilter(lambda record: "mtime" not in str(record.msg))
 
 __getattr__ = lazy_names(
     __name__,

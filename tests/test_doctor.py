@@ -112,15 +112,15 @@ def test_one_line_a_finding_and_the_exit_status(monkeypatch, capsys):
     monkeypatch.setattr(doctor, "training", finds_a_problem)
     doctor.command(no_self_test=True)
     out = capsys.readouterr().out
-    assert "ok       good: well\n" in out and "No problem, 0 note(s): nothing speaks against training here" in out
+    assert "ok       good: well\n" in out and "0 notes: training should work here" in out
     with pytest.raises(typer.Exit) as left:
         doctor.command()
     assert left.value.exit_code == 1
     out = capsys.readouterr().out
-    assert "problem  driver: too old -> update it\n" in out and "1 problem(s)" in out
+    assert "problem  driver: too old -> update it\n" in out and "1 problem: fix" in out
     monkeypatch.setattr(doctor, "training", good)
     doctor.command()
-    assert "No problem, 0 note(s): training works here" in capsys.readouterr().out
+    assert "0 notes: training works here" in capsys.readouterr().out
 
 
 def tells_secrets():

@@ -18,6 +18,7 @@ from orpo_lite.data.file_formats import read_file
 from orpo_lite.data.messages import describe_columns, messages
 from orpo_lite.data.sources import local_files
 from orpo_lite.recipe.loading import resolve_path
+from orpo_lite.trainer.run_folder import differences
 
 if TYPE_CHECKING:
     from orpo_lite.evaluate.answering import Sampling, Side
@@ -83,7 +84,7 @@ def parse_question(row: Any, number: int, path: str) -> Question:
         except Dropped as error:
             raise RequestError(f"{place}: {error.detail}: {FORMS}") from None
     else:
-        raise RequestError(f"{place}: found {describe_columns(row)}: {FORMS}")
+        raise RequestError(f"{place}: found the columns {describe_columns(row)}, {FORMS}")
     if opening[-1]["role"] != "user":
         raise RequestError(f"{place}: the prompt ends with a turn of the {opening[-1]['role']}: {FORMS}")
     return Question(str(given), None if category is None else str(category), opening, follow_ups)
@@ -110,18 +111,17 @@ class ResultFile:
             return
         try:
             lock = path.absolute().parent, f".{path.name}.lock"
-            lock_folder(
-                *lock, f"another command is writing {path.name}; wait for it or stop it, or choose another --output"
-            )
+            why = f"another command is writing {path.name}; wait for it or stop it, or choose another --output"
+            lock_folder(*lock, why)
             atexit.register(unlock_folder, *lock)
             content = path.read_bytes() if path.exists() else b""
             whole = content[: content.rfind(b"\n") + 1]
             self.rows = [json.loads(line) for line in whole.splitlines()]
             for number, row in enumerate(self.rows, 1):
-                expected = tasks[number - 1] if number <= len(tasks) else {}
-                wrong = [key for key in expected if not isinstance(row, dict) or row.get(key) != expected[key]]
-                if wrong or not expected:
-                    why = f"in {', '.join(wrong)}" if wrong else "there are more of them"
+                here = tasks[number - 1] if number <= len(tasks) else {}
+                was = {key: row.get(key) for key in here} if isinstance(row, dict) else {}
+                if was != here or not here:
+                    why = "; ".join(differences(was, here)) or "there are more of them"
                     raise ValueError(f"it holds other rows than this command would write, line {number}: {why}")
             with path.open("ab") as file:
                 file.truncate(len(whole))

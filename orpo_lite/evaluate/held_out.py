@@ -168,8 +168,8 @@ def too_few(held_out: int) -> str | None:
         return None
     low, high = wilson_interval(round(0.75 * held_out), held_out)
     return (
-        f"{counted(held_out, 'held-out pair')} tell little: an accuracy of {round(0.75 * held_out) / held_out:.0%} means {low:.0%} "
-        f"to {high:.0%}; raise data.eval_fraction, or name a file in data.eval"
+        f"few held-out pairs ({held_out}): an accuracy of {round(0.75 * held_out) / held_out:.0%} means {low:.0%} to {high:.0%}; "
+        "take more, by data.eval_fraction or a longer file in data.eval"
     )
 
 

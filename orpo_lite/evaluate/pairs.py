@@ -89,7 +89,7 @@ def command(
             check_folder(path, MODEL_FOLDER, field=option)
     if model.startswith(ADDRESS) != bool(model_name):
         raise RequestError(
-            f"--model-name: found {model_name or 'none'} for {model}, expected the model's name at an address"
+            f"--model-name: found {model_name or 'none'} for {model}: an address needs it, and nothing else"
         )
     questions = read_questions(prompts)
     if longer := sum(bool(one.turns) for one in questions):
@@ -393,7 +393,7 @@ def show(report: dict[str, Any]) -> None:
         console.print(f"{counted(count, 'prompt')} without a pair: {why}")
     before, after = report["longer_chosen"].values()
     unmatched = f" ({before:.0%} without --match-length)" if report["settings"]["match_length"] else ""
-    console.print(f"the longer answer is the chosen one in {after:.0%} of the pairs{unmatched}")
+    console.print(f"the answer of more characters is the chosen one in {after:.0%} of the pairs{unmatched}")
     (train, count), (apart, held) = report["files"].items()
     made = f"{counted(count, 'pair')} in {train}" + f", {held:,} of held-out prompts in {apart}" * bool(held)
     console.print(made, style="bold", soft_wrap=True, markup=False)

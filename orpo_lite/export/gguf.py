@@ -201,7 +201,7 @@ def next_step(output: Path, adapter: bool, ollama: bool, base: str) -> str:
     if not ollama:
         if adapter:
             return f"next: llama-cli -m BASE.gguf --lora {output}"
-        return f"next: llama-cli -m {output}, or with --ollama a Modelfile for Ollama"
+        return f"next (--ollama writes a Modelfile, too):\n  llama-cli -m {output}"
     first = f"put a GGUF file of {base} beside it as base.gguf, then " if adapter else ""
     there = "" if output.parent == Path() else f"cd {output.parent} && "
     name = re.sub(r"[^\w.-]", "-", output.stem.lower())

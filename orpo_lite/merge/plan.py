@@ -93,6 +93,8 @@ def make_plan(
         keep = dtype is None or any(word in link.parameter for word in exact for link in links)
         job = Job(key, one, changes, written_dtype(one, bool(changes), None if keep else dtype))
         plan.shards.setdefault(base.files.get(key, last).name, []).append(job)
+    if base.spec.gguf_file:  # dequantized into a file for each weight
+        plan.shards = {"model.safetensors": plan.jobs}
     check_all_applied(source, plan)
     return plan
 

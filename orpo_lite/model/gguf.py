@@ -7,6 +7,7 @@ import json
 import logging
 import tempfile
 from collections import Counter
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,8 @@ def cached_folder(path: Path) -> Path:
     folder = Path(constants.HF_HOME) / "orpo_lite" / "gguf" / name
     if folder.is_dir():
         return folder
+    if find_spec("gguf") is None:
+        raise RequestError('model.gguf_file: it needs the gguf package: pip install -c constraints.txt ".[export]"')
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(f"{folder}.lock"):
         if not folder.is_dir():

@@ -126,11 +126,14 @@ def find_recipe(source: str | Path) -> Path:
         return path
     if path.suffix in (".yaml", ".yml"):
         if not os.path.isfile(path):
-            raise RecipeError(shown(source), [f"there is no such file; shipped recipes: {', '.join(shipped)}"])
+            there = (str(one) for one in path.parent.glob(f"*{path.suffix}"))
+            why = f"there is no such file{nearest(str(path), there)}; `orpo-lite recipes` lists the shipped ones"
+            raise RecipeError(shown(source), [why])
         return path
-    raise RecipeError(
-        shown(source), [f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"]
-    )
+    why = f"no recipe of this name{nearest(str(source), shipped)}; shipped: {', '.join(shipped)}"
+    if os.path.isfile(path):
+        why = f"this is no recipe: for a file of pairs, `orpo-lite new {source}` makes one"
+    raise RecipeError(shown(source), [why])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -93,7 +93,7 @@ def verdict(run: LoadedRun) -> str:
     if not (is_finite(old) and is_finite(new)):
         return f"Held-out reward accuracy on {pairs} is not a number: something went wrong in this run."
     if new <= old:
-        how = "it did not improve"
+        how = "it got worse" if new < old else "it did not change"
     elif not count:
         how = "whether that is chance is not known"
     else:

@@ -26,7 +26,7 @@ from rich.markup import escape
 from orpo_lite import __version__
 from orpo_lite.common.console import console
 from orpo_lite.common.credentials import without_secrets
-from orpo_lite.common.text import format_gb
+from orpo_lite.common.text import counted, format_gb
 
 OK, NOTE, PROBLEM = "ok", "note", "problem"
 """A note is worth knowing and stops nothing; with a problem, training cannot work as it should."""
@@ -77,11 +77,9 @@ def command(
         report = {"orpo_lite": __version__, "verdict": worst, "seconds": round(seconds, 1)}
         print(without_secrets(json.dumps(report | {"checks": [vars(finding) for finding in found]}, indent=1)))
     else:
-        summary = f"No problem, {verdicts.count(NOTE)} note(s): nothing speaks against training here"
-        if worst == PROBLEM:
-            summary = f"{verdicts.count(PROBLEM)} problem(s) and {verdicts.count(NOTE)} note(s): fix the problems first"
-        elif not no_self_test:
-            summary = f"No problem, {verdicts.count(NOTE)} note(s): training works here"
+        summary = f"{counted(verdicts.count(NOTE), 'note')}: training {'should work' if no_self_test else 'works'} here"
+        if problems := verdicts.count(PROBLEM):
+            summary = f"{counted(problems, 'problem')}: fix what is one first"
         console.print(f"\n{summary} ({seconds:.0f} s)", soft_wrap=True)
     if worst == PROBLEM:
         raise typer.Exit(1)

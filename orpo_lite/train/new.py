@@ -324,7 +324,7 @@ def choose_steps(draft: Draft, pairs: int, size: int, card: Card | None) -> None
     tiny = size < TINY
     auto = "micro-batches as large as the card in use holds, planned when the run starts"
     for place, value, why in (
-        ("orpo.beta", 0.1, "the paper's for 7B; its authors advise 0.5 to 1.0 for small models (xfactlab/orpo#5)"),
+        ("orpo.beta", 0.5 if size < 1e9 else 0.1, "0.1 is the paper's for 7B; its authors advise 0.5 to 1.0 for small models (xfactlab/orpo#5)"),
         ("training.learning_rate", rate, f"where to start for {count(size)} parameters; tune it first: half to four times as much"),
         ("training.lr_scheduler_type", "cosine", ""),
         ("training.warmup_steps", 0.1, "a tenth of all steps"),

@@ -39,8 +39,6 @@ NOT_COMPARED = re.compile(
 """Fields with which a run has another base, other held-out pairs, or another measure."""
 LAUNCHERS = re.compile(r"(LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)$|MASTER_|ACCELERATE_|TORCHELASTIC_(?!RUN_ID)")
 """Variables by which torchrun and accelerate make processes one run; the one left out says that signals come twice."""
-WEEK = 7 * 24 * 3600.0
-"""Seconds that a card may wait for the trials of the others."""
 KEEP = 3
 """Halving keeps one of so many trials at each rung, and makes the next ones so many times as long."""
 TIED = (
@@ -98,7 +96,8 @@ def gathered(mine: Any) -> list[Any]:
 
     from orpo_lite.trainer.distributed import init_process_group
 
-    init_process_group(WEEK, use_cpu=True)  # nothing of this process lies on a card, which is the trials'
+    # for a week, since trials of other cards may take long; on the CPU, since the card is the trials'
+    init_process_group(7 * 24 * 3600.0, use_cpu=True)
     found = [None] * processes()
     torch.distributed.all_gather_object(found, mine)
     return found

@@ -137,6 +137,7 @@ class RunFolder:
         path.mkdir(parents=True, exist_ok=True)
         lock_folder(path)
         if path != recipe.folder:  # its own recipe leads back to it, also to resume
+            folder.notes.append(f"{recipe.folder} is not empty, so this run has a folder of its own: {path}")
             recipe = recipe.model_copy(update={"training": recipe.training | {"output_dir": str(path)}})
         recipe.save(path / "recipe.yaml")
         folder.checkpoints.mkdir(exist_ok=True)  # last: what a kill leaves before is LEFT_BY_A_KILL

@@ -76,7 +76,7 @@ def test_a_stopped_run_goes_on_to_the_same_pairs(trained, prompts, tmp_path, mon
     assert cut.read_bytes() == whole.read_bytes()
     monkeypatch.setattr(Side, "replies", None)  # nothing is sampled again for other rules
     pairs.command(str(trained), str(prompts), whole, max_words=12, **QUICK)
-    with pytest.raises(RequestError, match=r"line 1: in settings"):
+    with pytest.raises(RequestError, match=r"line 1: settings.seed: was 0, is 5"):
         pairs.command(str(trained), str(prompts), whole, max_words=12, **QUICK | {"seed": 5})
     (tmp_path / "mine.jsonl").write_text("{}\n")
     with pytest.raises(RequestError, match="mine.jsonl exists, and this command did not write it"):
@@ -279,7 +279,7 @@ def test_an_adapter_that_was_trained_again_scores_anew(tmp_path):
         return ranking.Ranker("log-odds under runs/a", "log-odds", lambda group: score, weights)
 
     assert ranker("one", [1.0, 2.0]).scores([asked("a", "b")], tmp_path / "scores.jsonl") == [[1.0, 2.0]]
-    with pytest.raises(RequestError, match="holds other rows .* in weights"):
+    with pytest.raises(RequestError, match="holds other rows .*: weights: was"):
         ranker("two", [2.0, 1.0]).scores([asked("a", "b")], tmp_path / "scores.jsonl")
 
 

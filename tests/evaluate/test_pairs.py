@@ -83,7 +83,7 @@ def test_a_merged_model_and_a_bare_adapter_take_data(trained, tmp_path, capsys):
     told = " ".join(capsys.readouterr().out.split())
     assert (
         told.startswith(f"model: {merged}, a whole model 8 held-out pairs model reward accuracy")
-        and "8 held-out pairs tell little" in told
+        and "few held-out pairs (8)" in told
     )
     with pytest.raises(RequestError, match="give --data FILE"):
         evaluate.command(str(merged))

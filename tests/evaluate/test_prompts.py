@@ -55,10 +55,10 @@ def test_forms(file, tmp_path, shared_data):
 @pytest.mark.parametrize(
     ("row", "words"),
     [
-        ({"text": "x"}, "row 2: found text: expected"),
+        ({"text": "x"}, "row 2: found the columns text, expected"),
         ({"turns": []}, "row 2: turns is not a list of texts"),
         ({"turns": ["a", 3]}, "row 2: turns is not"),
-        ({"prompt": " "}, "row 2: found prompt"),
+        ({"prompt": " "}, "row 2: found the columns prompt"),
         (
             {"prompt": [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]},
             "row 2: .*ends with a turn of",
@@ -130,7 +130,10 @@ def test_what_is_written_is_gone_on_with(sides, file, tmp_path):
     idle = find_sides(sides[1].source.path)
     answer_questions(idle, questions, Sampling(20), 0, 2, output)
     assert not vars(idle[1]).keys() & {"loaded", "tokenizer"}
-    for other, words in ((Sampling(21), "line 1: in settings"), (Sampling(20, 0.5), "line 1: in settings")):
+    for other, words in (
+        (Sampling(21), "line 1: settings.max_new_tokens: was 20, is 21"),
+        (Sampling(20, 0.5), "line 1: settings.temperature: was None, is 0.5"),
+    ):
         with pytest.raises(RequestError, match=words):
             answers(sides, questions, 2, output, other)
     with pytest.raises(RequestError, match="line 5: there are more"):
