@@ -86,6 +86,7 @@ def test_from_gguf_to_an_answer(gguf_file, tmp_path, monkeypatch):
     assert before["nll_loss"] < 6 and after["loss"] < before["loss"]
 
     out = merge(done.folder, tmp_path / "merged")
+    assert [path.name for path in out.glob("*.safetensors*")] == ["model.safetensors"]  # not a file for each weight
     model = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(out)
     chat = [{"role": "user", "content": "What is the capital of France?"}]

@@ -135,7 +135,7 @@ CASES = [
     Case("no-such-recipe", lambda _: ["train", "--recipe", "mistral-qlroa"], "mistral-qlroa",
          "no recipe of this name", "did you mean mistral-qlora?"),
     Case("no-such-file", lambda _: ["train", "--recipe", "gone/mine.yaml"], "gone/mine.yaml", "no such file",
-         "shipped recipes: "),
+         "`orpo-lite recipes`"),
     Case("endless-name", lambda _: ["train", "--recipe", "a" * 5000], "aaaa", "no recipe of this name", "shipped: "),
     Case("no-run-folder", folder_without_recipe, "run: this folder", "no recipe.yaml", "run folder"),
     Case("override-value", line("orpo.beta=-1"), "command line: orpo.beta: ", "found -1",

@@ -180,6 +180,23 @@ def test_going_on_from_an_adapter(attach, tmp_path, caplog):
     assert "was trained on" in caplog.text
 
 
+def test_a_base_of_this_package_is_itself_in_another_installation(attach, tmp_path, caplog, monkeypatch):
+    save_adapter(attach("llama"), tmp_path)
+    config = tmp_path / "adapter_config.json"
+    content = json.loads(config.read_text("utf-8"))
+    monkeypatch.setattr(
+        "orpo_lite.model.adapter.base_name", lambda _: "/venv/site-packages/orpo_lite/data/quickstart/model"
+    )
+    for trained_on, said in (
+        ("/clone/orpo_lite/data/quickstart/model", False),
+        ("/clone/orpo_lite/data/other/model", True),
+    ):
+        config.write_text(json.dumps(content | {"base_model_name_or_path": trained_on}), "utf-8")
+        caplog.clear()
+        attach("llama", init_from=str(tmp_path))
+        assert ("was trained on" in caplog.text) == said
+
+
 def test_an_adapter_that_does_not_fit_is_refused(attach, tmp_path):
     model = attach("llama")
     save_adapter(model, tmp_path)

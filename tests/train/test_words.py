@@ -15,7 +15,7 @@ from orpo_lite.common.text import at_words, counted
 from orpo_lite.evaluate.loading import resolve_model
 from orpo_lite.export.gguf import export
 from orpo_lite.merge.run import merge
-from orpo_lite.recipe.loading import PACKAGE
+from orpo_lite.recipe.loading import PACKAGE, find_recipe
 from orpo_lite.trainer.run_folder import RunFolder
 
 TAKES_A_FOLDER = {
@@ -24,6 +24,19 @@ TAKES_A_FOLDER = {
     "export": lambda path: export(path, "made.gguf"),
     "report": RunFolder.open,
 }
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [("minee.yaml", "did you mean mine.yaml?"), ("pairs.jsonl", "`orpo-lite new pairs.jsonl` makes one"),
+     ("quikstart", "did you mean quickstart?")],
+)  # fmt: skip
+def test_what_is_no_recipe_leads_to_one(word, said, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.yaml", "pairs.jsonl"):
+        (tmp_path / name).write_text("{}", "utf-8")
+    with pytest.raises(RequestError, match=re.escape(said)):
+        find_recipe(word)
 
 
 @pytest.mark.parametrize("take", TAKES_A_FOLDER.values(), ids=TAKES_A_FOLDER)

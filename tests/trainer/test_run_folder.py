@@ -94,6 +94,7 @@ def test_changes_are_listed_and_forced_only_where_that_makes_sense(unfinished, w
         assert not RunFolder(unfinished).changes(recipe(unfinished))
         other = RunFolder.create(recipe(unfinished, word))
         assert other.path.name == "run-2", "without --resume another recipe is another run"
+        assert "run is not empty, so this run has a folder of its own" in other.notes[-1]
         other.unlock()
 
 
