@@ -45,7 +45,7 @@ COLORED = {"TTY_COMPATIBLE": "1", "TTY_INTERACTIVE": "0", "PYTHONUNBUFFERED": "1
 """Environment of the commands: rich writes colors, but nothing that moves the cursor."""
 REHEARSED = ("merge", "export", "push")
 """Commands that run once their dry run has succeeded."""
-HEAVY = ("train", *REHEARSED)
+HEAVY = ("train", "pairs", *REHEARSED)
 """Commands that need the memory of the compared models."""
 LINES = 400
 """Lines of output that are shown."""

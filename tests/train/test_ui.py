@@ -31,7 +31,7 @@ from tests.report.test_browser import CONTRAST
 
 VALUES = {"data": "", "more": "", "recipe": "quickstart", "model": "builtin:quickstart/model", "card": "",
           "run": "outputs/my run", "file": "preferences.jsonl", "tokens": 256, "temperature": 0, "message": "", "blind": False,
-          "answer1": "", "answer2": "", "mine": "", "folder": "", "gguf": "", "quant": "q8_0", "repo": "me/it", "part": "adapter",
+          "answer1": "", "answer2": "", "mine": "", "prompts": "p.txt", "must": "", "sampled": "sampled.jsonl", "folder": "", "gguf": "", "quant": "q8_0", "repo": "me/it", "part": "adapter",
           "sight": "private"}  # fmt: skip
 """What the fields hold on a page that has just trained."""
 
@@ -63,6 +63,8 @@ def test_buttons_are_commands_with_what_the_fields_hold(page: ui.Page) -> None:
                             "'data.columns.prompt=q {x}' --gpu rtx-3060")  # fmt: skip
     assert "--blind --preferences preferences.jsonl --max-new-tokens 256 --temperature 0.7" in more["ask"]
     assert more["push"] == "orpo-lite push 'outputs/my run' --repo me/it --gguf it.gguf --public"
+    made = "orpo-lite pairs 'outputs/my run' --prompts p.txt --must 'thanks?' --output sampled.jsonl"
+    assert shown(page, must="thanks?")["sample"] == made
     (page.folder.parent / "quickstart-train.yaml").touch()
     assert shown(page, data="builtin:quickstart/train.jsonl")["write"].endswith("--output quickstart-train-2.yaml")
     for line in [*lines.values(), *more.values(), *shown(page, part="merged model").values()]:
