@@ -219,9 +219,9 @@ def test_answers_of_two_runs_and_a_judge(place, prompts, server, tmp_path, capsy
         [_, side] = find_sides(name)
         assert rows[1]["answers"][name] == [side.reply(rows[1]["prompt"], Sampling(8)).text]
     for other in (str(place / "dora"), str(place / "one")):
-        with pytest.raises(RequestError, match="in settings"):
+        with pytest.raises(RequestError, match=r"line 1: settings\.sides"):
             evaluate.command(one, against=other, **options)
-    with pytest.raises(RequestError, match="in settings"):
+    with pytest.raises(RequestError, match=r"line 1: settings\.sides"):
         evaluate.command(one, against=two, base=str(place / "two"), **options)
 
 
