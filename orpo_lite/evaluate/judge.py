@@ -55,7 +55,7 @@ class Judge:
     side: Side
     name: str
     max_tokens: int
-    """Of a reply."""
+    """Longest reply."""
 
     def answers(self, questions: list[str]) -> list[str]:
         """Answer each question.

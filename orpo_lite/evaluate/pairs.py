@@ -241,9 +241,9 @@ class Group:
     """Why others are not among them, and how many."""
     held_out: bool
     kept: list[list[float]] = field(default_factory=list)
-    """What each rule gives to each answer."""
+    """Points by answer and rule."""
     scores: list[Scores] = field(default_factory=list)
-    """Of each ranker."""
+    """Scores by ranker and answer."""
     totals: list[float] = field(default_factory=list)
     """The score of each answer by all rules and rankers together."""
 

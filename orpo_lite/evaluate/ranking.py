@@ -37,7 +37,7 @@ YOU = "you"
 
 @dataclass
 class Ranker:
-    """What scores the answers to a prompt."""
+    """Score the answers to a prompt in one of the ways that the command line names."""
 
     name: str
     key: str
@@ -45,7 +45,7 @@ class Ranker:
     score: Callable[[Group], Scores]
     """Scores two answers or more; raises EOFError where the user ends the rating."""
     weights: str | None = None
-    """Of an adapter that scores: a hash, so that another's scores are not taken for its own."""
+    """Hash of an adapter that scores, so that another's scores are not taken for its own."""
 
     def scores(self, groups: list[Group], file: Path) -> list[Scores]:
         """Score the answers to all prompts, fewer where the user ends before; those in the file are kept."""
@@ -136,7 +136,7 @@ class Comparisons:
     def __init__(self, judge: Judge):
         self.judge = judge
         self.summary = dict[str, Any]()
-        """Of all verdicts."""
+        """Counts of all verdicts."""
 
     def scores(self, groups: list[Group], file: Path) -> list[Scores]:
         """Have the answers to all prompts compared; verdicts that are in the file are kept."""
